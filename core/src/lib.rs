@@ -1,0 +1,30 @@
+//! The arithmetic, the layouts and the protocol rules of a fused all-reduce.
+//!
+//! A tensor-parallel transformer layer ends in an all-reduce, a residual add, an RMSNorm and often an
+//! FP8 or FP4 quantization. This crate says what that operation computes ([`fusion`], [`norm`],
+//! [`quant`]), how it is split over ranks and blocks ([`plan`]), how ranks hand data to each other
+//! ([`lamport`], [`workspace`]) and what the right answer is ([`mod@reference`]). It knows of no backend: the
+//! same code serves a GPU kernel, a server process and a microcontroller.
+//!
+//! `no_std`, no allocation, and no `unsafe` outside [`arch`].
+#![no_std]
+#![deny(unsafe_code)]
+
+pub mod dtype;
+pub mod fusion;
+pub mod lamport;
+pub mod norm;
+pub mod pack;
+pub mod plan;
+pub mod quant;
+pub mod reference;
+pub mod workspace;
+
+/// The largest group: ranks are numbered from 0 to at most 15.
+pub const MAX_WORLD_SIZE: u32 = 16;
+/// The smallest group: one rank has nothing to reduce.
+pub const MIN_WORLD_SIZE: u32 = 2;
+/// Hidden sizes are multiples of this, so that rows split into 16-byte packs and quantization blocks.
+pub const HIDDEN_MULTIPLE: u64 = 16;
+/// The largest hidden size.
+pub const MAX_HIDDEN: u64 = 65_536;

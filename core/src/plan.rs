@@ -1,0 +1,261 @@
+//! From an operation and the group's agreed limits to what every rank does: algorithm, rounds, token
+//! ownership and launch geometry.
+//!
+//! [`Plan::new`] is a pure function of its arguments. Ranks that agree on the [`Limits`] (by
+//! [`Limits::agree`], once, at set-up) and are given the same operation therefore make the same plan:
+//! nobody can wait for a block that another rank never started.
+
+use core::fmt;
+
+use crate::{
+    MAX_WORLD_SIZE,
+    fusion::{Mode, Operation, OperationError},
+    workspace::SlotRows,
+};
+
+/// The collective that a plan settled on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Algorithm {
+    /// One hop: see [`Mode::OneShot`].
+    OneShot,
+    /// Two hops: see [`Mode::TwoShot`].
+    TwoShot,
+}
+
+/// What the group can do: the least that any of its ranks can.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Ranks in the group.
+    pub world_size: u32,
+    /// Bytes of one workspace slot.
+    pub slot_bytes: u64,
+    /// Multiprocessors of a GPU; 1 for a rank that is one thread.
+    pub compute_units: u32,
+    /// Blocks of [`Limits::max_block_threads`] that one compute unit holds at once.
+    pub blocks_per_unit: u32,
+    /// Threads of the largest block, a multiple of 32; 1 for a rank that is one thread.
+    pub max_block_threads: u32,
+    /// Blocks of the largest cluster, a power of two; 1 where there are no clusters.
+    pub max_cluster: u32,
+    /// [`Mode::Auto`] takes one-shot up to this many bytes of activation, two-shot above.
+    pub one_shot_bytes: u64,
+}
+
+impl Limits {
+    /// The limits that every rank of the group can keep to: the least of each. `None` if there are none,
+    /// or if ranks disagree on the world size.
+    pub fn agree(ranks: &[Limits]) -> Option<Limits> {
+        let (first, rest) = ranks.split_first()?;
+        rest.iter().try_fold(*first, |least, other| {
+            (least.world_size == other.world_size).then(|| Limits {
+                world_size: least.world_size,
+                slot_bytes: least.slot_bytes.min(other.slot_bytes),
+                compute_units: least.compute_units.min(other.compute_units),
+                blocks_per_unit: least.blocks_per_unit.min(other.blocks_per_unit),
+                max_block_threads: least.max_block_threads.min(other.max_block_threads),
+                max_cluster: least.max_cluster.min(other.max_cluster),
+                one_shot_bytes: least.one_shot_bytes.min(other.one_shot_bytes),
+            })
+        })
+    }
+}
+
+/// How blocks and threads share the work of one round.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Blocks of the grid: a multiple of `cluster`, never more than are co-resident.
+    pub blocks: u32,
+    /// Blocks that share one token.
+    pub cluster: u32,
+    /// Threads of a block.
+    pub block_threads: u32,
+    /// 16-byte packs of a row that one thread holds; the last may lie past the row's end.
+    pub packs_per_thread: u32,
+}
+
+impl Geometry {
+    /// Tokens that the grid works on at once.
+    pub const fn tokens_at_once(&self) -> u32 {
+        self.blocks / self.cluster
+    }
+}
+
+/// What every rank does for one operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// The collective.
+    pub algorithm: Algorithm,
+    /// Tokens of the operation.
+    pub tokens: u64,
+    /// Tokens of every round but the last, which has what is left. A round fills one workspace slot and
+    /// counts as one operation of the [Lamport rotation](crate::lamport).
+    pub tokens_per_round: u64,
+    /// Ranks in the group.
+    pub world_size: u32,
+    /// Bytes of a row.
+    pub row_bytes: u64,
+    /// The launch of a full round.
+    pub geometry: Geometry,
+}
+
+/// Why there is no plan.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum PlanError {
+    /// The operation itself is not valid.
+    Operation(OperationError),
+    /// The limits are none that a group can have.
+    Limits(&'static str),
+    /// One token is more than a slot holds.
+    Slot {
+        /// Bytes that a round of one token takes.
+        needed: u64,
+        /// Bytes of a slot.
+        slot_bytes: u64,
+    },
+}
+
+impl fmt::Display for PlanError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            PlanError::Operation(error) => error.fmt(f),
+            PlanError::Limits(what) => write!(f, "the group's limits are not valid: {what}"),
+            PlanError::Slot { needed, slot_bytes } => {
+                write!(f, "one token takes {needed} bytes of a workspace slot that has {slot_bytes}: use a larger workspace")
+            }
+        }
+    }
+}
+
+impl core::error::Error for PlanError {}
+
+impl From<OperationError> for PlanError {
+    fn from(error: OperationError) -> Self {
+        PlanError::Operation(error)
+    }
+}
+
+impl Plan {
+    /// The plan for `operation` under `limits`.
+    pub fn new(operation: &Operation, limits: &Limits) -> Result<Plan, PlanError> {
+        operation.validate()?;
+        if !(crate::MIN_WORLD_SIZE..=MAX_WORLD_SIZE).contains(&limits.world_size) {
+            return Err(PlanError::Limits("the world size must be 2 to 16"));
+        }
+        if limits.compute_units == 0 || limits.blocks_per_unit == 0 || limits.max_block_threads == 0 {
+            return Err(PlanError::Limits("units, blocks and threads must not be 0"));
+        }
+        if !limits.max_cluster.is_power_of_two() {
+            return Err(PlanError::Limits("the largest cluster must be a power of two"));
+        }
+        let row_bytes = operation.row_bytes();
+        let algorithm = match operation.mode {
+            Mode::OneShot => Algorithm::OneShot,
+            Mode::TwoShot => Algorithm::TwoShot,
+            Mode::Auto if operation.activation_bytes() <= limits.one_shot_bytes => Algorithm::OneShot,
+            Mode::Auto => Algorithm::TwoShot,
+        };
+        let tokens_per_round = tokens_per_round(algorithm, operation.tokens, row_bytes, limits)?;
+        let geometry = geometry(tokens_per_round, row_bytes, limits);
+        Ok(Plan {
+            algorithm,
+            tokens: operation.tokens,
+            tokens_per_round,
+            world_size: limits.world_size,
+            row_bytes,
+            geometry,
+        })
+    }
+
+    /// The rounds, in order: first token and number of tokens. None for an operation without tokens.
+    pub fn rounds(&self) -> impl Iterator<Item = Round> + use<> {
+        let plan = *self;
+        let count = if plan.tokens == 0 { 0 } else { plan.tokens.div_ceil(plan.tokens_per_round) };
+        (0..count).map(move |index| {
+            let first_token = index * plan.tokens_per_round;
+            let tokens = plan.tokens_per_round.min(plan.tokens - first_token);
+            let rows = SlotRows { world_size: plan.world_size, tokens, row_bytes: plan.row_bytes };
+            Round { first_token, rows }
+        })
+    }
+}
+
+/// The tokens that fill one slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Round {
+    /// The operation's token that is token 0 of the round.
+    pub first_token: u64,
+    /// Where the round's rows are in a slot.
+    pub rows: SlotRows,
+}
+
+/// Two-shot: the rank that sums token `token` of a round. Interleaved, so that few tokens still occupy
+/// every rank and every link.
+pub const fn owner(token: u64, world_size: u32) -> u32 {
+    (token % world_size as u64) as u32
+}
+
+/// Two-shot: which of its owner's tokens `token` is.
+pub const fn owned_index(token: u64, world_size: u32) -> u64 {
+    token / world_size as u64
+}
+
+/// Two-shot: how many of `tokens` tokens rank `rank` owns.
+pub const fn owned_tokens(tokens: u64, rank: u32, world_size: u32) -> u64 {
+    (tokens + world_size as u64 - 1 - rank as u64) / world_size as u64
+}
+
+/// Two-shot: the `owned`-th token of rank `rank`.
+pub const fn owned_token(owned: u64, rank: u32, world_size: u32) -> u64 {
+    owned * world_size as u64 + rank as u64
+}
+
+fn slot_bytes_of(algorithm: Algorithm, tokens: u64, row_bytes: u64, world_size: u32) -> Option<u64> {
+    let rows = SlotRows { world_size, tokens, row_bytes };
+    match algorithm {
+        Algorithm::OneShot => rows.one_shot_bytes(),
+        Algorithm::TwoShot => rows.two_shot_bytes(),
+    }
+}
+
+/// The most tokens, of those there are, that fit one slot; at least 1.
+fn tokens_per_round(algorithm: Algorithm, tokens: u64, row_bytes: u64, limits: &Limits) -> Result<u64, PlanError> {
+    let fits = |tokens| {
+        slot_bytes_of(algorithm, tokens, row_bytes, limits.world_size).is_some_and(|bytes| bytes <= limits.slot_bytes)
+    };
+    if !fits(1) {
+        let needed = slot_bytes_of(algorithm, 1, row_bytes, limits.world_size).unwrap_or(u64::MAX);
+        return Err(PlanError::Slot { needed, slot_bytes: limits.slot_bytes });
+    }
+    // The bytes grow with the tokens: bisect. `low` fits, `high` does not.
+    let (mut low, mut high) = (1, tokens.max(1).saturating_add(1));
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        if fits(middle) { low = middle } else { high = middle }
+    }
+    Ok(low)
+}
+
+/// A token is a block's, or a cluster's where tokens are so few that most units would idle.
+fn geometry(tokens: u64, row_bytes: u64, limits: &Limits) -> Geometry {
+    const WARP: u32 = 32;
+    let packs = row_bytes.div_ceil(16) as u32; // at most 16,384: the hidden size is limited
+    let units = u64::from(limits.compute_units);
+    let mut cluster = 1;
+    // Widen while every cluster still finds units of its own and its threads have a warp's worth each.
+    while cluster * 2 <= limits.max_cluster
+        && tokens.saturating_mul(u64::from(cluster) * 2) <= units
+        && packs / (cluster * 2) >= WARP
+    {
+        cluster *= 2;
+    }
+    let share = packs.div_ceil(cluster);
+    let block_threads = if limits.max_block_threads < WARP {
+        limits.max_block_threads
+    } else {
+        share.next_multiple_of(WARP).min(limits.max_block_threads)
+    };
+    let packs_per_thread = share.div_ceil(block_threads);
+    let resident = units * u64::from(limits.blocks_per_unit) / u64::from(cluster);
+    let clusters = tokens.clamp(1, resident.max(1)) as u32;
+    Geometry { blocks: clusters * cluster, cluster, block_threads, packs_per_thread }
+}

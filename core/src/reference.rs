@@ -1,0 +1,1 @@
+//! The whole operation in `f64`.

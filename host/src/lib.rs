@@ -1,0 +1,1 @@
+//! Fused all-reduce + residual + RMSNorm + quantization across the ranks of one host.

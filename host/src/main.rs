@@ -1,0 +1,3 @@
+//! The program: see `fused-collective --help`.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Builds, tests and benchmarks fused-collective.
+
+fn main() {}

@@ -83,6 +83,8 @@ pub enum OperationError {
         /// Elements that share one scale.
         block: u64,
     },
+    /// No group of FP8 per-group quantization has this many elements.
+    Group(u32),
     /// Epsilon is negative, infinite or NaN.
     Epsilon(f32),
     /// A quantization reads the norm, and there is none.
@@ -106,6 +108,7 @@ impl fmt::Display for OperationError {
             OperationError::Block { hidden, block } => {
                 write!(f, "hidden size {hidden} does not divide into quantization blocks of {block}: use a multiple of {block}")
             }
+            OperationError::Group(group) => write!(f, "groups of {group} elements are not supported: use 32, 64 or 128"),
             OperationError::Epsilon(epsilon) => {
                 write!(f, "epsilon {epsilon} is not valid: use a finite number that is not negative")
             }
@@ -134,6 +137,11 @@ impl Operation {
             }
         } else if self.quantization != Quantization::None {
             return Err(OperationError::QuantizationWithoutNorm);
+        }
+        if let Quantization::Fp8PerGroup { group, .. } = self.quantization
+            && !matches!(group, 32 | 64 | 128)
+        {
+            return Err(OperationError::Group(group));
         }
         if let Some(block) = self.quantization.block()
             && !hidden.is_multiple_of(block)

@@ -255,7 +255,7 @@ fn geometry(tokens: u64, row_bytes: u64, limits: &Limits) -> Geometry {
         share.next_multiple_of(WARP).min(limits.max_block_threads)
     };
     let packs_per_thread = share.div_ceil(block_threads);
-    let resident = units * u64::from(limits.blocks_per_unit) / u64::from(cluster);
-    let clusters = tokens.clamp(1, resident.max(1)) as u32;
+    let resident = (units * u64::from(limits.blocks_per_unit)).min(u64::from(u32::MAX)) / u64::from(cluster);
+    let clusters = tokens.clamp(1, resident) as u32;
     Geometry { blocks: clusters * cluster, cluster, block_threads, packs_per_thread }
 }

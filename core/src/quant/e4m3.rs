@@ -1,0 +1,34 @@
+//! E4M3: a sign, four exponent bits with bias 7, three mantissa bits; no infinity, NaN is `S.1111.111`.
+//!
+//! The FP8 of Micikevicius et al., "FP8 Formats for Deep Learning" (2022), and of the OCP 8-bit floating
+//! point specification; `float8_e4m3fn` in PyTorch and `ml_dtypes`.
+
+use super::minifloat;
+
+/// The largest number.
+pub const MAX: f32 = 448.0;
+/// The NaN that [`encode`] gives.
+pub const NAN: u8 = 0x7f;
+
+/// The nearest code, ties to even; what is larger than [`MAX`] in magnitude, infinities included, becomes
+/// [`MAX`] with its sign, and every NaN becomes [`NAN`]: PTX's `cvt.rn.satfinite.e4m3x2.f32`.
+#[inline(always)]
+pub fn encode(value: f32) -> u8 {
+    // The number that the NaN's code would stand for. Comparisons with NaN are false, so the last of these
+    // selects, each one instruction, turns NaN into it and drops its sign.
+    const BEYOND: f32 = 480.0;
+    let value = if value > MAX { MAX } else { value };
+    let value = if value < -MAX { -MAX } else { value };
+    let value = if value < BEYOND { value } else { BEYOND };
+    let bits = value.to_bits();
+    (minifloat::round::<3, 7>(bits & 0x7fff_ffff) | (bits >> 24 & 0x80)) as u8
+}
+
+/// The value of a code, exactly. Both NaN codes become a quiet NaN of their sign.
+#[inline(always)]
+pub fn decode(code: u8) -> f32 {
+    let magnitude = code as u32 & 0x7f;
+    let number = minifloat::expand::<3, 7>(magnitude);
+    let unsigned = if magnitude == NAN as u32 { f32::NAN.to_bits() } else { number };
+    f32::from_bits(unsigned | (code as u32 & 0x80) << 24)
+}

@@ -1,0 +1,252 @@
+//! Quantization of one row, for processors that work on whole rows.
+//!
+//! The functions are generic over the element type and always inlined, so that a caller compiled for a wider
+//! instruction set than the crate's gets loops vectorized for it: nothing in a loop branches, checks a bound or
+//! leaves early. A GPU thread, which holds only some packs of a row, uses [`scale`] and the formats instead.
+
+use core::fmt;
+
+use super::{Quantization, ScaleLayout, e2m1, e4m3, layout, scale, ue8m0};
+use crate::dtype::Element;
+
+/// Why a row was not quantized. Nothing was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowError {
+    /// The token is not one of the tensor's.
+    Token {
+        /// The token.
+        token: u64,
+        /// Tokens of the tensor.
+        tokens: u64,
+    },
+    /// The row is not a whole number of the quantization's blocks, or the blocks have no size that it supports.
+    Block {
+        /// Elements of the row.
+        hidden: u64,
+        /// Elements that share a scale.
+        block: u64,
+    },
+    /// The row of codes has another length than the elements make.
+    Values {
+        /// Bytes that the row's codes take.
+        needed: u64,
+        /// Bytes that were given.
+        given: u64,
+    },
+    /// The tensor of scales is too short.
+    Scales {
+        /// Bytes that the tensor's scales take; `None` past 64 bits.
+        needed: Option<u64>,
+        /// Bytes that were given.
+        given: u64,
+    },
+}
+
+impl fmt::Display for RowError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            RowError::Token { token, tokens } => write!(f, "token {token} is not one of {tokens}"),
+            RowError::Block { hidden, block } => {
+                write!(f, "a row of {hidden} elements is not quantized in blocks of {block}")
+            }
+            RowError::Values { needed, given } => {
+                write!(f, "a row of codes takes {needed} bytes, not the {given} given")
+            }
+            RowError::Scales { needed: Some(needed), given } => {
+                write!(f, "the scales take {needed} bytes, more than the {given} given")
+            }
+            RowError::Scales { needed: None, .. } => {
+                f.write_str("the scales are more bytes than 64 bits count")
+            }
+        }
+    }
+}
+
+impl core::error::Error for RowError {}
+
+/// Quantizes row `token` of a tensor of `tokens` rows.
+///
+/// - `row`: the token's elements;
+/// - `scale`: the tensor's scale for [`Fp8Static`](Quantization::Fp8Static), the global scale for
+///   [`NvFp4`](Quantization::NvFp4), ignored by the others;
+/// - `values`: this row's codes, [`value_bytes_per_row`](Quantization::value_bytes_per_row) long;
+/// - `scales`: the whole tensor's scales, at least [`scale_bytes`](Quantization::scale_bytes) long. This row's are
+///   written and its padding columns zeroed; rows of padding are [for someone else to
+///   zero](ScaleLayout::zero_padding_rows). Per-token `f32` scales are little-endian at `4 * token`.
+///
+/// [`Quantization::None`] writes nothing, and `values` must be empty.
+#[inline(always)]
+pub fn quantize_row<E: Element>(
+    quantization: Quantization,
+    row: &[E],
+    token: u64,
+    tokens: u64,
+    scale: f32,
+    values: &mut [u8],
+    scales: &mut [u8],
+) -> Result<(), RowError> {
+    check(quantization, row.len() as u64, token, tokens, values.len() as u64, scales.len() as u64)?;
+    match quantization {
+        Quantization::None => {}
+        Quantization::Fp8Static => encode_e4m3(row, scale::fp8_multiplier(scale), values),
+        Quantization::Fp8PerToken => {
+            let token_scale = scale::fp8_per_token(amax(row));
+            encode_e4m3(row, scale::fp8_multiplier(token_scale), values);
+            let offset = token as usize * 4;
+            scales[offset..offset + 4].copy_from_slice(&token_scale.to_le_bytes());
+        }
+        Quantization::Fp8PerGroup { group: 32, layout } | Quantization::MxFp8 { layout } => {
+            fp8_blocks::<E, 32>(row, values, RowScales::new(layout, token, row.len() / 32, scales));
+        }
+        Quantization::Fp8PerGroup { group: 64, layout } => {
+            fp8_blocks::<E, 64>(row, values, RowScales::new(layout, token, row.len() / 64, scales));
+        }
+        // `check` has let no other group pass than 128.
+        Quantization::Fp8PerGroup { group: _, layout } => {
+            fp8_blocks::<E, 128>(row, values, RowScales::new(layout, token, row.len() / 128, scales));
+        }
+        Quantization::NvFp4 { layout } => {
+            let scales = RowScales::new(layout, token, row.len() / 16, scales);
+            fp4_blocks::<E, 16>(row, values, scales, |amax| {
+                let code = scale::nvfp4_block(amax, scale);
+                (code, scale::nvfp4_multiplier(code, scale))
+            });
+        }
+        Quantization::MxFp4 { layout } => {
+            let scales = RowScales::new(layout, token, row.len() / 32, scales);
+            fp4_blocks::<E, 32>(row, values, scales, |amax| {
+                let code = scale::mxfp4_block(amax);
+                (code, ue8m0::decode_reciprocal(code))
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Checks everything, so that the work itself needs no check.
+#[inline(always)]
+fn check(
+    quantization: Quantization,
+    hidden: u64,
+    token: u64,
+    tokens: u64,
+    values: u64,
+    scales: u64,
+) -> Result<(), RowError> {
+    if token >= tokens {
+        return Err(RowError::Token { token, tokens });
+    }
+    if !quantization.divides(hidden) {
+        return Err(RowError::Block { hidden, block: quantization.block().unwrap_or(1) });
+    }
+    let needed = quantization.value_bytes_per_row(hidden);
+    if values != needed {
+        return Err(RowError::Values { needed, given: values });
+    }
+    let needed = quantization.scale_bytes(tokens, hidden);
+    if needed.is_none_or(|needed| needed > scales) {
+        return Err(RowError::Scales { needed, given: scales });
+    }
+    Ok(())
+}
+
+/// Where one row's scales go. In either layout four columns are adjacent, and the next four follow at a constant
+/// distance.
+struct RowScales<'a> {
+    scales: &'a mut [u8],
+    start: usize,
+    stride: usize,
+}
+
+impl<'a> RowScales<'a> {
+    /// The scales of row `token`, which has `cols` of them; zeroes its padding columns.
+    #[inline(always)]
+    fn new(layout: ScaleLayout, token: u64, cols: usize, scales: &'a mut [u8]) -> Self {
+        let start = layout.offset(token, 0, cols as u64) as usize;
+        let stride = match layout {
+            ScaleLayout::Linear => 4,
+            ScaleLayout::Swizzled128x4 => layout::TILE_BYTES as usize,
+        };
+        let mut row = RowScales { scales, start, stride };
+        for col in layout.padding_cols(cols as u64) {
+            row.set(col as usize, 0);
+        }
+        row
+    }
+
+    #[inline(always)]
+    fn set(&mut self, col: usize, code: u8) {
+        // Always there: `check` has seen the length. Asking costs less than a panic's code path.
+        if let Some(scale) = self.scales.get_mut(self.start + col / 4 * self.stride + col % 4) {
+            *scale = code;
+        }
+    }
+}
+
+// Without their sign the bits of elements are in the order of what they stand for, NaN last. So a largest
+// magnitude is found among integers of the elements' own size, and only that one is widened.
+
+/// Everything but the sign of an `E`.
+const fn magnitude_mask<E: Element>() -> u32 {
+    u32::MAX >> (33 - 8 * size_of::<E>())
+}
+
+/// The largest magnitude of `values`, NaN passed over: [`scale::amax`] of all of them.
+#[inline(always)]
+fn amax<E: Element>(values: &[E]) -> f32 {
+    // The smallest distance below infinity. That of a NaN wraps around to be larger than any.
+    let infinity = E::from_f32(f32::INFINITY).to_bits();
+    let distance = |value: &E| infinity.wrapping_sub(value.to_bits() & magnitude_mask::<E>());
+    let smallest = values.iter().fold(infinity, |smallest, value| smallest.min(distance(value)));
+    E::from_bits(infinity - smallest).to_f32()
+}
+
+/// The largest magnitude of `values`, or NaN if there is one: [`scale::amax_or_nan`] of all of them.
+#[inline(always)]
+fn amax_or_nan<E: Element>(values: &[E]) -> f32 {
+    let largest =
+        values.iter().fold(0, |largest: u32, value| largest.max(value.to_bits() & magnitude_mask::<E>()));
+    E::from_bits(largest).to_f32()
+}
+
+#[inline(always)]
+fn encode_e4m3<E: Element>(row: &[E], multiplier: f32, codes: &mut [u8]) {
+    for (value, code) in row.iter().zip(codes) {
+        *code = e4m3::encode(value.to_f32() * multiplier);
+    }
+}
+
+#[inline(always)]
+fn encode_e2m1<E: Element>(row: &[E], multiplier: f32, bytes: &mut [u8]) {
+    for ([first, second], byte) in row.as_chunks::<2>().0.iter().zip(bytes) {
+        let code = |value: &E| e2m1::encode(value.to_f32() * multiplier);
+        *byte = e2m1::pack(code(first), code(second));
+    }
+}
+
+/// E4M3 in blocks of `BLOCK` with UE8M0 scales.
+#[inline(always)]
+fn fp8_blocks<E: Element, const BLOCK: usize>(row: &[E], codes: &mut [u8], mut scales: RowScales<'_>) {
+    let blocks = row.as_chunks::<BLOCK>().0.iter().zip(codes.as_chunks_mut::<BLOCK>().0);
+    for (col, (block, codes)) in blocks.enumerate() {
+        let code = scale::fp8_block(amax(block));
+        scales.set(col, code);
+        encode_e4m3(block, ue8m0::decode_reciprocal(code), codes);
+    }
+}
+
+/// E2M1 in blocks of `BLOCK`, with the scale and multiplier that `rule` makes of a block's largest magnitude.
+#[inline(always)]
+fn fp4_blocks<E: Element, const BLOCK: usize>(
+    row: &[E],
+    bytes: &mut [u8],
+    mut scales: RowScales<'_>,
+    rule: impl Fn(f32) -> (u8, f32),
+) {
+    let blocks = row.as_chunks::<BLOCK>().0.iter().zip(bytes.chunks_exact_mut(BLOCK / 2));
+    for (col, (block, bytes)) in blocks.enumerate() {
+        let (code, multiplier) = rule(amax_or_nan(block));
+        scales.set(col, code);
+        encode_e2m1(block, multiplier, bytes);
+    }
+}

@@ -1,1 +1,0 @@
-//! The whole operation in `f64`.

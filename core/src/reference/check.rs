@@ -1,0 +1,384 @@
+//! Judging an implementation's outputs, token by token.
+
+use core::fmt;
+
+use super::{Rounding, Token, inverse_rms, sum_of_squares};
+use crate::{
+    dtype::{DType, Element},
+    fusion::{Norm, Operation},
+    quant::{Quantization, e2m1, e4m3, scale, ue4m3, ue8m0},
+};
+
+/// Half the spacing of `f32` at 1.
+const U: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// What an implementation wrote for one token.
+#[derive(Clone, Copy, Debug)]
+pub struct Observed<'a, E> {
+    /// `[hidden]`.
+    pub residual_out: &'a [E],
+    /// `[hidden]`, or empty if the operation does not write it.
+    pub norm_out: &'a [E],
+    /// The token's codes, or empty if the operation does not quantize.
+    pub values: &'a [u8],
+    /// The whole tensor's scales, or empty if there are none.
+    pub scales: &'a [u8],
+}
+
+/// Which output is wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// The sum, plus the residual.
+    Residual,
+    /// The norm.
+    Norm,
+    /// A code of the quantized norm, decoded.
+    Value,
+    /// A scale of the quantized norm, decoded.
+    Scale,
+}
+
+impl fmt::Display for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Output::Residual => "residual_out",
+            Output::Norm => "norm_out",
+            Output::Value => "quant_out",
+            Output::Scale => "scale_out",
+        })
+    }
+}
+
+/// An output that the reference does not allow.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Mismatch {
+    /// Which output.
+    pub output: Output,
+    /// The token.
+    pub token: u64,
+    /// The element of the token, or the block for a scale.
+    pub index: u64,
+    /// What was written.
+    pub got: f64,
+    /// The least that is right.
+    pub low: f64,
+    /// The most that is right.
+    pub high: f64,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Mismatch { output, token, index, got, low, high } = self;
+        write!(f, "{output}[{token}, {index}] is {got:e}, the reference ")?;
+        if low == high { write!(f, "{low:e}") } else { write!(f, "{low:e} to {high:e}") }
+    }
+}
+
+impl core::error::Error for Mismatch {}
+
+/// A value as exact arithmetic gives it, and the least and the most that `f32` arithmetic may.
+#[derive(Clone, Copy)]
+struct Allowed {
+    low: f64,
+    exact: f64,
+    high: f64,
+}
+
+impl Allowed {
+    fn around(exact: f64, slack: f64) -> Self {
+        // An infinite sum allows itself, not NaN.
+        let slack = if exact.is_finite() { slack } else { 0.0 };
+        Allowed { low: exact - slack, exact, high: exact + slack }
+    }
+
+    /// Both ends rounded to `E`.
+    fn rounded<E: Element>(self) -> [f64; 2] {
+        [self.low, self.high].map(|bound| f64::from(E::from_f64(bound).to_f32()))
+    }
+}
+
+/// Whether `got` is one of the values from `low` to `high`, which may be in either order. NaN allows only NaN.
+fn allows([low, high]: [f64; 2], got: f64) -> bool {
+    if low.is_nan() || high.is_nan() { got.is_nan() } else { got >= low.min(high) && got <= low.max(high) }
+}
+
+/// The spacing of a floating-point format with `digits` bits of significand at `value`.
+fn spacing(value: f64, digits: u32, min_exponent: i32) -> f64 {
+    let exponent = (value.to_bits() >> 52 & 0x7ff) as i32 - 1023;
+    let last_place = exponent.max(min_exponent) - (digits as i32 - 1);
+    f64::from_bits(((last_place + 1023) as u64) << 52)
+}
+
+/// How far `got` is from `exact`, in units of that spacing; 0 for equal infinities and two NaNs.
+fn error(got: f64, exact: f64, digits: u32, min_exponent: i32) -> f64 {
+    if got == exact || !exact.is_finite() || !got.is_finite() {
+        return 0.0;
+    }
+    (got - exact).abs() / spacing(exact, digits, min_exponent)
+}
+
+fn element_error<E: Element>(got: E, exact: f64) -> f64 {
+    let dtype: DType = E::DTYPE;
+    error(f64::from(got.to_f32()), exact, dtype.digits(), dtype.min_exponent())
+}
+
+/// Checks what an implementation wrote for one token.
+///
+/// Returns the largest error of any output, in units in the last place of its type (for a code: of its
+/// format, scaled): a correctly rounded output is within 0.5.
+///
+/// # Errors
+/// The first output that the [allowance](super) does not cover.
+///
+/// # Panics
+/// If a row is shorter than `observed.residual_out`, or codes or scales are not those of `operation`.
+pub fn check_token<E: Element>(
+    operation: &Operation,
+    rounding: Rounding,
+    token: &Token<'_, E>,
+    observed: &Observed<'_, E>,
+) -> Result<f64, Mismatch> {
+    let checker = Checker { operation, rounding, token, observed };
+    let residual_error = checker.residual_out()?;
+    let Some(norm) = operation.norm else { return Ok(residual_error) };
+    let norm = checker.norm(norm);
+    let norm_error = checker.norm_out(&norm)?;
+    let quant_error = checker.quantized(&norm)?;
+    Ok(residual_error.max(norm_error).max(quant_error))
+}
+
+struct Checker<'a, E> {
+    operation: &'a Operation,
+    rounding: Rounding,
+    token: &'a Token<'a, E>,
+    observed: &'a Observed<'a, E>,
+}
+
+/// A token's norm: its parameters, and its reciprocal root mean square.
+struct TokenNorm {
+    parameters: Norm,
+    inverse_rms: Allowed,
+    /// Relative error allowed to `f32` arithmetic.
+    slack: f64,
+}
+
+/// How one block of a row is quantized: format, and multiplier from the observed scale.
+struct Block {
+    first: usize,
+    elements: usize,
+    multiplier: f32,
+    format: Format,
+}
+
+#[derive(Clone, Copy)]
+enum Format {
+    E4M3,
+    E2M1,
+}
+
+impl Format {
+    fn round(self, value: f32) -> f64 {
+        f64::from(match self {
+            Format::E4M3 => e4m3::decode(e4m3::encode(value)),
+            Format::E2M1 => e2m1::decode(e2m1::encode(value)),
+        })
+    }
+
+    /// The code of element `index`, decoded.
+    fn get(self, values: &[u8], index: usize) -> f64 {
+        f64::from(match self {
+            Format::E4M3 => e4m3::decode(values[index]),
+            Format::E2M1 => e2m1::decode(e2m1::unpack(values[index / 2])[index % 2]),
+        })
+    }
+
+    fn error(self, got: f64, exact: f64) -> f64 {
+        let (max, digits, min_exponent) = match self {
+            Format::E4M3 => (f64::from(e4m3::MAX), 4, -6),
+            Format::E2M1 => (f64::from(e2m1::MAX), 2, 0),
+        };
+        error(got, exact.clamp(-max, max), digits, min_exponent)
+    }
+}
+
+impl<E: Element> Checker<'_, E> {
+    fn mismatch(&self, output: Output, index: usize, got: f64, [low, high]: [f64; 2]) -> Mismatch {
+        Mismatch { output, token: self.token.index, index: index as u64, got, low, high }
+    }
+
+    fn residual_out(&self) -> Result<f64, Mismatch> {
+        let mut largest = 0.0f64;
+        for (index, &got) in self.observed.residual_out.iter().enumerate() {
+            let allowed = self.sum(index);
+            let bounds = allowed.rounded::<E>();
+            let value = f64::from(got.to_f32());
+            if !allows(bounds, value) && !self.may_overflow(index) {
+                return Err(self.mismatch(Output::Residual, index, value, bounds));
+            }
+            largest = largest.max(element_error(got, allowed.exact));
+        }
+        Ok(largest)
+    }
+
+    /// The sum of all inputs and the residual.
+    fn sum(&self, index: usize) -> Allowed {
+        let (sum, residual) = (self.token.sum(index), self.token.residual(index));
+        let magnitude: f64 = self.token.inputs.iter().map(|row| f64::from(row[index].to_f32()).abs()).sum();
+        let slack = self.token.inputs.len() as f64 * U * magnitude;
+        match self.rounding {
+            Rounding::Once => Allowed::around(sum + residual, slack + U * (magnitude + residual.abs())),
+            Rounding::AfterAllReduce => {
+                let reduced = Allowed::around(sum, slack);
+                let [low, high] = reduced.rounded::<E>();
+                let exact = f64::from(E::from_f64(sum).to_f32()) + residual;
+                let once_more = U * exact.abs();
+                Allowed { low: low + residual - once_more, exact, high: high + residual + once_more }
+            }
+        }
+    }
+
+    /// Whether a partial sum in `f32` may pass its largest number although the whole sum does not.
+    fn may_overflow(&self, index: usize) -> bool {
+        let magnitude: f64 = self.token.inputs.iter().map(|row| f64::from(row[index].to_f32()).abs()).sum();
+        magnitude + self.token.residual(index).abs() > f64::from(f32::MAX) && magnitude.is_finite()
+    }
+
+    fn norm(&self, parameters: Norm) -> TokenNorm {
+        let row = self.observed.residual_out;
+        let slack = (8.0 + libm::sqrt(row.len() as f64)) * U;
+        let exact = inverse_rms(row, parameters.epsilon);
+        let squares = sum_of_squares(row);
+        let mut inverse_rms = Allowed::around(exact, 0.0);
+        // In `f32` a sum of squares past the largest number is infinite, and its reciprocal root 0.
+        let largest = f64::from(f32::MAX);
+        if squares >= largest * (1.0 - slack) {
+            inverse_rms.low = 0.0;
+        }
+        if squares > largest * (1.0 + slack) {
+            inverse_rms = Allowed::around(0.0, 0.0);
+        }
+        TokenNorm { parameters, inverse_rms, slack }
+    }
+
+    fn exact_norm(&self, norm: &TokenNorm, index: usize) -> Allowed {
+        let value = f64::from(self.observed.residual_out[index].to_f32());
+        let weight = self.token.weight(index, norm.parameters.weight_bias);
+        // A product below the smallest normal `f32` is rounded to a multiple of 2^-149, or flushed to 0.
+        let tiny = f64::from(f32::MIN_POSITIVE) * (1.0 + weight.abs());
+        let [low, exact, high] = [norm.inverse_rms.low, norm.inverse_rms.exact, norm.inverse_rms.high]
+            .map(|inverse_rms| value * inverse_rms * weight);
+        let slack = exact.abs() * norm.slack + if exact.abs() < tiny * 2.0 { tiny } else { 0.0 };
+        Allowed { low: low.min(high) - slack, exact, high: low.max(high) + slack }
+    }
+
+    /// The norm of one element as the quantization may have read it: as observed, else as the reference allows.
+    fn norm_bounds(&self, norm: &TokenNorm, index: usize) -> [f32; 2] {
+        match self.observed.norm_out.get(index) {
+            Some(observed) => [observed.to_f32(); 2],
+            None => self.exact_norm(norm, index).rounded::<E>().map(|bound| bound as f32),
+        }
+    }
+
+    fn norm_out(&self, norm: &TokenNorm) -> Result<f64, Mismatch> {
+        let mut largest = 0.0f64;
+        for (index, &got) in self.observed.norm_out.iter().enumerate() {
+            let allowed = self.exact_norm(norm, index);
+            let bounds = allowed.rounded::<E>();
+            let value = f64::from(got.to_f32());
+            if !allows(bounds, value) {
+                return Err(self.mismatch(Output::Norm, index, value, bounds));
+            }
+            largest = largest.max(element_error(got, allowed.exact));
+        }
+        Ok(largest)
+    }
+
+    fn quantized(&self, norm: &TokenNorm) -> Result<f64, Mismatch> {
+        let hidden = self.observed.residual_out.len();
+        let elements = self.operation.quantization.block().map_or(hidden, |block| block as usize);
+        let format = match self.operation.quantization {
+            Quantization::None => return Ok(0.0),
+            Quantization::NvFp4 { .. } | Quantization::MxFp4 { .. } => Format::E2M1,
+            _ => Format::E4M3,
+        };
+        let mut largest = 0.0f64;
+        for first in (0..hidden).step_by(elements) {
+            let multiplier = self.multiplier(norm, first, elements)?;
+            let error = self.values(norm, &Block { first, elements, multiplier, format })?;
+            largest = largest.max(error);
+        }
+        Ok(largest)
+    }
+
+    /// Checks the scale of one block (or of the whole token) and returns what its values are multiplied by.
+    fn multiplier(&self, norm: &TokenNorm, first: usize, elements: usize) -> Result<f32, Mismatch> {
+        let (quantization, global) = (self.operation.quantization, self.token.scale);
+        let block = first / elements;
+        let cols = (self.observed.residual_out.len() / elements) as u64;
+        let code_in = |layout: crate::quant::ScaleLayout| {
+            self.observed.scales[layout.offset(self.token.index, block as u64, cols) as usize]
+        };
+        let check = |largest: fn(f32, f32) -> f32, scale_of: &dyn Fn(f32) -> f32, got: f32| {
+            let bounds = self.largest(norm, first, elements, largest).map(|amax| f64::from(scale_of(amax)));
+            if allows(bounds, f64::from(got)) {
+                Ok(())
+            } else {
+                Err(self.mismatch(Output::Scale, block, f64::from(got), bounds))
+            }
+        };
+        match quantization {
+            Quantization::None => Ok(1.0),
+            Quantization::Fp8Static => Ok(scale::fp8_multiplier(global)),
+            Quantization::Fp8PerToken => {
+                let offset = self.token.index as usize * 4;
+                let bytes = [0, 1, 2, 3].map(|byte| self.observed.scales[offset + byte]);
+                let got = f32::from_le_bytes(bytes);
+                check(scale::amax, &scale::fp8_per_token, got)?;
+                Ok(scale::fp8_multiplier(got))
+            }
+            Quantization::Fp8PerGroup { layout, .. } | Quantization::MxFp8 { layout } => {
+                let code = code_in(layout);
+                check(scale::amax, &|amax| ue8m0::decode(scale::fp8_block(amax)), ue8m0::decode(code))?;
+                Ok(ue8m0::decode_reciprocal(code))
+            }
+            Quantization::MxFp4 { layout } => {
+                let code = code_in(layout);
+                check(scale::amax_or_nan, &|amax| ue8m0::decode(scale::mxfp4_block(amax)), ue8m0::decode(code))?;
+                Ok(ue8m0::decode_reciprocal(code))
+            }
+            Quantization::NvFp4 { layout } => {
+                let code = code_in(layout);
+                check(scale::amax_or_nan, &|amax| ue4m3::decode(scale::nvfp4_block(amax, global)), ue4m3::decode(code))?;
+                Ok(scale::nvfp4_multiplier(code, global))
+            }
+        }
+    }
+
+    /// The least and the greatest that the largest magnitude of a block may be.
+    fn largest(&self, norm: &TokenNorm, first: usize, elements: usize, largest: fn(f32, f32) -> f32) -> [f32; 2] {
+        (first..first + elements).fold([0.0, 0.0], |[low, high], index| {
+            let [a, b] = self.norm_bounds(norm, index).map(f32::abs);
+            // An interval across 0 would have 0 as its least magnitude: it is as wide as the allowance, and a
+            // block whose largest magnitude is so small is one of zeros.
+            [largest(low, a.min(b)), largest(high, a.max(b))]
+        })
+    }
+
+    fn values(&self, norm: &TokenNorm, block: &Block) -> Result<f64, Mismatch> {
+        let Block { first, elements, multiplier, format } = *block;
+        let mut largest = 0.0f64;
+        for index in first..first + elements {
+            let bounds = self.norm_bounds(norm, index).map(|bound| format.round(bound * multiplier));
+            let got = format.get(self.observed.values, index);
+            if !allows(bounds, got) {
+                return Err(self.mismatch(Output::Value, index, got, bounds));
+            }
+            let exact = match self.observed.norm_out.get(index) {
+                Some(observed) => f64::from(observed.to_f32()),
+                None => f64::from(E::from_f64(self.exact_norm(norm, index).exact).to_f32()),
+            };
+            largest = largest.max(format.error(got, exact * f64::from(multiplier)));
+        }
+        Ok(largest)
+    }
+}

@@ -106,17 +106,25 @@ impl fmt::Display for OperationError {
                 "hidden size {hidden} is not valid: use a multiple of {HIDDEN_MULTIPLE} from {HIDDEN_MULTIPLE} to {MAX_HIDDEN}"
             ),
             OperationError::Block { hidden, block } => {
-                write!(f, "hidden size {hidden} does not divide into quantization blocks of {block}: use a multiple of {block}")
+                write!(
+                    f,
+                    "hidden size {hidden} does not divide into quantization blocks of {block}: use a multiple of {block}"
+                )
             }
-            OperationError::Group(group) => write!(f, "groups of {group} elements are not supported: use 32, 64 or 128"),
+            OperationError::Group(group) => {
+                write!(f, "groups of {group} elements are not supported: use 32, 64 or 128")
+            }
             OperationError::Epsilon(epsilon) => {
                 write!(f, "epsilon {epsilon} is not valid: use a finite number that is not negative")
             }
-            OperationError::QuantizationWithoutNorm => {
-                f.write_str("a quantization without a norm is not an operation: the norm is what is quantized")
-            }
+            OperationError::QuantizationWithoutNorm => f.write_str(
+                "a quantization without a norm is not an operation: the norm is what is quantized",
+            ),
             OperationError::TooLarge { tokens, hidden } => {
-                write!(f, "{tokens} tokens of hidden size {hidden} are more bytes than 64 bits count: use fewer tokens")
+                write!(
+                    f,
+                    "{tokens} tokens of hidden size {hidden} are more bytes than 64 bits count: use fewer tokens"
+                )
             }
         }
     }

@@ -1,9 +1,9 @@
 //! RMSNorm: `x * rsqrt(mean(x^2) + epsilon) * (weight_bias + gamma)`, in `f32`.
 //!
-//! "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019 (arXiv:1910.07467). The loops run
-//! over chunks of [`LANES`] independent elements, so that a compiler vectorizes them.
+//! "Root Mean Square Layer Normalization", Zhang and Sennrich, 2019 (arXiv:1910.07467). The loops have
+//! neither branches nor dependences from one element to the next, so that a compiler vectorizes them.
 
-use crate::{HIDDEN_MULTIPLE, dtype::Element};
+use crate::dtype::Element;
 
 /// RMSNorm's weight, `[hidden]`, in either of the types that [`GammaType`](crate::fusion::GammaType) names.
 #[derive(Clone, Copy, Debug)]
@@ -38,18 +38,11 @@ impl<E: Element> Gamma<'_, E> {
     }
 }
 
-/// Elements that the loops here take at once; every valid hidden size is a multiple.
-pub const LANES: usize = HIDDEN_MULTIPLE as usize;
-
-/// Independent partial sums of [`sum_of_squares`]. They hide the latency of additions and keep the
-/// rounding error of a long row near that of a short one.
-const PARTIAL_SUMS: usize = 4;
+/// Independent partial sums. They hide the latency of additions, fill vector registers, and keep the rounding
+/// error of a long row near that of a short one.
+const PARTIAL_SUMS: usize = 32;
 
 /// The sum of the squares of a row, in `f32`.
-///
-/// A row whose length is not a multiple of [`LANES`] loses its tail: [`validate`] the operation first.
-///
-/// [`validate`]: crate::fusion::Operation::validate
 #[inline(always)]
 pub fn sum_of_squares<E: Element>(row: &[E]) -> f32 {
     sum_of(row, |value| value * value)
@@ -63,36 +56,29 @@ pub fn sum<E: Element>(row: &[E]) -> f32 {
 
 #[inline(always)]
 fn sum_of<E: Element>(row: &[E], term: impl Fn(f32) -> f32 + Copy) -> f32 {
-    let mut sums = [[0.0f32; LANES]; PARTIAL_SUMS];
-    let (chunks, _) = row.as_chunks::<LANES>();
-    let (groups, rest) = chunks.as_chunks::<PARTIAL_SUMS>();
-    for group in groups {
-        for (sum, chunk) in sums.iter_mut().zip(group) {
-            add_terms(sum, chunk, term);
+    /// Elements widened at once: few enough for the nearest cache, enough for the loops to be worth it.
+    const BLOCK: usize = 256;
+    let mut sums = [0.0f32; PARTIAL_SUMS];
+    for block in row.chunks(BLOCK) {
+        let mut wide = [0.0f32; BLOCK];
+        for (wide, element) in wide.iter_mut().zip(block) {
+            *wide = term(element.to_f32());
+        }
+        // What is past the row's end is 0 and adds nothing.
+        for chunk in wide.as_chunks::<PARTIAL_SUMS>().0 {
+            for (sum, term) in sums.iter_mut().zip(chunk) {
+                *sum += term;
+            }
         }
     }
-    for (sum, chunk) in sums.iter_mut().zip(rest) {
-        add_terms(sum, chunk, term);
-    }
-    let mut lanes = [0.0; LANES];
-    for (index, lane) in lanes.iter_mut().enumerate() {
-        *lane = (sums[0][index] + sums[1][index]) + (sums[2][index] + sums[3][index]);
-    }
-    let mut width = LANES / 2;
+    let mut width = PARTIAL_SUMS / 2;
     while width > 0 {
         for index in 0..width {
-            lanes[index] += lanes[index + width];
+            sums[index] += sums[index + width];
         }
         width /= 2;
     }
-    lanes[0]
-}
-
-#[inline(always)]
-fn add_terms<E: Element>(sum: &mut [f32; LANES], chunk: &[E; LANES], term: impl Fn(f32) -> f32) {
-    for (sum, element) in sum.iter_mut().zip(chunk) {
-        *sum += term(element.to_f32());
-    }
+    sums[0]
 }
 
 /// `1 / sqrt(sum_of_squares / hidden + epsilon)`.
@@ -109,7 +95,7 @@ pub fn normalize<E: Element>(value: f32, inverse_rms: f32, weight: f32) -> E {
 
 /// A row: `out[i] = round(row[i] * inverse_rms * (weight_bias + gamma[i]))`.
 ///
-/// `row`, `gamma` and `out` have the same length, a multiple of [`LANES`]; a shorter one ends the work early.
+/// `row`, `gamma` and `out` have the same length; the shortest ends the work.
 #[inline(always)]
 pub fn normalize_row<E: Element, G: Element>(
     row: &[E],
@@ -118,13 +104,7 @@ pub fn normalize_row<E: Element, G: Element>(
     weight_bias: f32,
     out: &mut [E],
 ) {
-    let (rows, _) = row.as_chunks::<LANES>();
-    let (gammas, _) = gamma.as_chunks::<LANES>();
-    let (outs, _) = out.as_chunks_mut::<LANES>();
-    for ((out, row), gamma) in outs.iter_mut().zip(rows).zip(gammas) {
-        for index in 0..LANES {
-            let weight = weight_bias + gamma[index].to_f32();
-            out[index] = normalize(row[index].to_f32(), inverse_rms, weight);
-        }
+    for ((out, value), gamma) in out.iter_mut().zip(row).zip(gamma) {
+        *out = normalize(value.to_f32(), inverse_rms, weight_bias + gamma.to_f32());
     }
 }

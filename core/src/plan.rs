@@ -120,7 +120,10 @@ impl fmt::Display for PlanError {
             PlanError::Operation(error) => error.fmt(f),
             PlanError::Limits(what) => write!(f, "the group's limits are not valid: {what}"),
             PlanError::Slot { needed, slot_bytes } => {
-                write!(f, "one token takes {needed} bytes of a workspace slot that has {slot_bytes}: use a larger workspace")
+                write!(
+                    f,
+                    "one token takes {needed} bytes of a workspace slot that has {slot_bytes}: use a larger workspace"
+                )
             }
         }
     }
@@ -218,9 +221,15 @@ fn slot_bytes_of(algorithm: Algorithm, tokens: u64, row_bytes: u64, world_size: 
 }
 
 /// The most tokens, of those there are, that fit one slot; at least 1.
-fn tokens_per_round(algorithm: Algorithm, tokens: u64, row_bytes: u64, limits: &Limits) -> Result<u64, PlanError> {
+fn tokens_per_round(
+    algorithm: Algorithm,
+    tokens: u64,
+    row_bytes: u64,
+    limits: &Limits,
+) -> Result<u64, PlanError> {
     let fits = |tokens| {
-        slot_bytes_of(algorithm, tokens, row_bytes, limits.world_size).is_some_and(|bytes| bytes <= limits.slot_bytes)
+        slot_bytes_of(algorithm, tokens, row_bytes, limits.world_size)
+            .is_some_and(|bytes| bytes <= limits.slot_bytes)
     };
     if !fits(1) {
         let needed = slot_bytes_of(algorithm, 1, row_bytes, limits.world_size).unwrap_or(u64::MAX);

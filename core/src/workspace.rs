@@ -63,7 +63,9 @@ pub enum HeaderError {
 impl fmt::Display for HeaderError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            HeaderError::Magic(found) => write!(f, "the region starts with {found:#018x}, not with {MAGIC:#018x}"),
+            HeaderError::Magic(found) => {
+                write!(f, "the region starts with {found:#018x}, not with {MAGIC:#018x}")
+            }
             HeaderError::Version(found) => {
                 write!(f, "the region has layout version {found}, this program has {VERSION}")
             }
@@ -123,7 +125,10 @@ impl fmt::Display for LayoutError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             LayoutError::WorldSize(size) => {
-                write!(f, "a group of {size} ranks is not supported: use {MIN_WORLD_SIZE} to {MAX_WORLD_SIZE}")
+                write!(
+                    f,
+                    "a group of {size} ranks is not supported: use {MIN_WORLD_SIZE} to {MAX_WORLD_SIZE}"
+                )
             }
             LayoutError::TooLarge { slot_bytes } => {
                 write!(f, "slots of {slot_bytes} bytes make a region of more bytes than 64 bits count")
@@ -142,7 +147,10 @@ impl Layout {
         }
         let too_large = LayoutError::TooLarge { slot_bytes };
         let slot_bytes = slot_bytes.checked_next_multiple_of(ALIGNMENT).ok_or(too_large)?;
-        let region = slot_bytes.checked_mul(SLOTS).and_then(|slots| slots.checked_add(SLOTS_OFFSET)).ok_or(too_large)?;
+        let region = slot_bytes
+            .checked_mul(SLOTS)
+            .and_then(|slots| slots.checked_add(SLOTS_OFFSET))
+            .ok_or(too_large)?;
         region.checked_mul(u64::from(world_size)).ok_or(too_large)?;
         Ok(Layout { world_size, slot_bytes })
     }
@@ -199,7 +207,8 @@ impl SlotRows {
 
     /// Bytes of a slot that a two-shot round needs, or `None` past 64 bits.
     pub fn two_shot_bytes(&self) -> Option<u64> {
-        let gathered = self.most_owned().checked_mul(self.row_bytes)?.checked_mul(u64::from(self.world_size))?;
+        let gathered =
+            self.most_owned().checked_mul(self.row_bytes)?.checked_mul(u64::from(self.world_size))?;
         gathered.checked_add(self.tokens.checked_mul(self.row_bytes)?)
     }
 

@@ -123,13 +123,13 @@ fn quantizations_say_how_many_bytes_they_write() {
         (Quantization::MxFp4 { layout: linear }, 2880, 1440, 90, 450),
     ];
     for (quantization, hidden, value_bytes, cols, scale_bytes) in cases {
-        assert!(quantization.divides(hidden), "{quantization:?}");
+        assert!(quantization.supports(hidden), "{quantization:?}");
         assert_eq!(quantization.value_bytes_per_row(hidden), value_bytes, "{quantization:?}");
         assert_eq!(quantization.scale_cols(hidden), cols, "{quantization:?}");
         assert_eq!(quantization.scale_bytes(5, hidden), Some(scale_bytes), "{quantization:?}");
     }
     assert_eq!(Quantization::Fp8PerToken.scale_bytes(u64::MAX, 16), None);
-    assert!(!Quantization::NvFp4 { layout: linear }.divides(40));
-    assert!(!Quantization::Fp8PerGroup { group: 48, layout: linear }.divides(96));
+    assert!(!Quantization::NvFp4 { layout: linear }.supports(40));
+    assert!(!Quantization::Fp8PerGroup { group: 48, layout: linear }.supports(96));
     assert_eq!(Quantization::Fp8PerGroup { group: 0, layout: linear }.scale_cols(96), 0);
 }

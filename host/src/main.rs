@@ -1,3 +1,7 @@
 //! The program: see `fused-collective --help`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    fused_collective::program::main()
+}

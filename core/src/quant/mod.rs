@@ -83,7 +83,7 @@ impl Quantization {
     }
 
     /// Whether rows of `hidden` elements can be quantized so: whole blocks, of a size that exists.
-    pub const fn divides(self, hidden: u64) -> bool {
+    pub const fn supports(self, hidden: u64) -> bool {
         match self {
             Quantization::None | Quantization::Fp8Static | Quantization::Fp8PerToken => true,
             Quantization::Fp8PerGroup { group, .. } => {

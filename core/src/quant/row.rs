@@ -4,7 +4,7 @@
 //! instruction set than the crate's gets loops vectorized for it: nothing in a loop branches, checks a bound or
 //! leaves early. A GPU thread, which holds only some packs of a row, uses [`scale`] and the formats instead.
 
-use core::fmt;
+use core::{array, fmt};
 
 use super::{Quantization, ScaleLayout, e2m1, e4m3, layout, scale, ue8m0};
 use crate::dtype::Element;
@@ -96,28 +96,25 @@ pub fn quantize_row<E: Element>(
             scales[offset..offset + 4].copy_from_slice(&token_scale.to_le_bytes());
         }
         Quantization::Fp8PerGroup { group: 32, layout } | Quantization::MxFp8 { layout } => {
-            fp8_blocks::<E, 32>(row, values, RowScales::new(layout, token, row.len() / 32, scales));
+            let scales = RowScales::new(layout, token, row.len() / 32, scales);
+            quantize_blocks::<E, _, 32, 32>(Fp8Block, row, values, scales);
         }
         Quantization::Fp8PerGroup { group: 64, layout } => {
-            fp8_blocks::<E, 64>(row, values, RowScales::new(layout, token, row.len() / 64, scales));
+            let scales = RowScales::new(layout, token, row.len() / 64, scales);
+            quantize_blocks::<E, _, 64, 64>(Fp8Block, row, values, scales);
         }
         // `check` has let no other group pass than 128.
         Quantization::Fp8PerGroup { group: _, layout } => {
-            fp8_blocks::<E, 128>(row, values, RowScales::new(layout, token, row.len() / 128, scales));
+            let scales = RowScales::new(layout, token, row.len() / 128, scales);
+            quantize_blocks::<E, _, 128, 128>(Fp8Block, row, values, scales);
         }
         Quantization::NvFp4 { layout } => {
             let scales = RowScales::new(layout, token, row.len() / 16, scales);
-            fp4_blocks::<E, 16>(row, values, scales, |amax| {
-                let code = scale::nvfp4_block(amax, scale);
-                (code, scale::nvfp4_multiplier(code, scale))
-            });
+            quantize_blocks::<E, _, 16, 8>(NvFp4Block { global_scale: scale }, row, values, scales);
         }
         Quantization::MxFp4 { layout } => {
             let scales = RowScales::new(layout, token, row.len() / 32, scales);
-            fp4_blocks::<E, 32>(row, values, scales, |amax| {
-                let code = scale::mxfp4_block(amax);
-                (code, ue8m0::decode_reciprocal(code))
-            });
+            quantize_blocks::<E, _, 32, 16>(MxFp4Block, row, values, scales);
         }
     }
     Ok(())
@@ -136,7 +133,7 @@ fn check(
     if token >= tokens {
         return Err(RowError::Token { token, tokens });
     }
-    if !quantization.divides(hidden) {
+    if !quantization.supports(hidden) {
         return Err(RowError::Block { hidden, block: quantization.block().unwrap_or(1) });
     }
     let needed = quantization.value_bytes_per_row(hidden);
@@ -224,29 +221,115 @@ fn encode_e2m1<E: Element>(row: &[E], multiplier: f32, bytes: &mut [u8]) {
     }
 }
 
-/// E4M3 in blocks of `BLOCK` with UE8M0 scales.
-#[inline(always)]
-fn fp8_blocks<E: Element, const BLOCK: usize>(row: &[E], codes: &mut [u8], mut scales: RowScales<'_>) {
-    let blocks = row.as_chunks::<BLOCK>().0.iter().zip(codes.as_chunks_mut::<BLOCK>().0);
-    for (col, (block, codes)) in blocks.enumerate() {
-        let code = scale::fp8_block(amax(block));
-        scales.set(col, code);
-        encode_e4m3(block, ue8m0::decode_reciprocal(code), codes);
+/// What a block becomes.
+trait BlockFormat {
+    /// The block's largest magnitude.
+    fn largest<E: Element>(block: &[E]) -> f32;
+    /// From that to the code of its scale, and to what its elements are multiplied by.
+    fn scale(&self, amax: f32) -> (u8, f32);
+    /// The multiplied elements' codes.
+    fn encode<E: Element>(block: &[E], multiplier: f32, codes: &mut [u8]);
+}
+
+/// E4M3 with UE8M0 scales.
+struct Fp8Block;
+
+impl BlockFormat for Fp8Block {
+    #[inline(always)]
+    fn largest<E: Element>(block: &[E]) -> f32 {
+        amax(block)
+    }
+
+    #[inline(always)]
+    fn scale(&self, amax: f32) -> (u8, f32) {
+        let code = scale::fp8_block(amax);
+        (code, ue8m0::decode_reciprocal(code))
+    }
+
+    #[inline(always)]
+    fn encode<E: Element>(block: &[E], multiplier: f32, codes: &mut [u8]) {
+        encode_e4m3(block, multiplier, codes);
     }
 }
 
-/// E2M1 in blocks of `BLOCK`, with the scale and multiplier that `rule` makes of a block's largest magnitude.
+/// E2M1 with UE8M0 scales.
+struct MxFp4Block;
+
+impl BlockFormat for MxFp4Block {
+    #[inline(always)]
+    fn largest<E: Element>(block: &[E]) -> f32 {
+        amax_or_nan(block)
+    }
+
+    #[inline(always)]
+    fn scale(&self, amax: f32) -> (u8, f32) {
+        let code = scale::mxfp4_block(amax);
+        (code, ue8m0::decode_reciprocal(code))
+    }
+
+    #[inline(always)]
+    fn encode<E: Element>(block: &[E], multiplier: f32, codes: &mut [u8]) {
+        encode_e2m1(block, multiplier, codes);
+    }
+}
+
+/// E2M1 with UE4M3 scales under a global scale.
+struct NvFp4Block {
+    global_scale: f32,
+}
+
+impl BlockFormat for NvFp4Block {
+    #[inline(always)]
+    fn largest<E: Element>(block: &[E]) -> f32 {
+        amax_or_nan(block)
+    }
+
+    #[inline(always)]
+    fn scale(&self, amax: f32) -> (u8, f32) {
+        let code = scale::nvfp4_block(amax, self.global_scale);
+        (code, scale::nvfp4_multiplier(code, self.global_scale))
+    }
+
+    #[inline(always)]
+    fn encode<E: Element>(block: &[E], multiplier: f32, codes: &mut [u8]) {
+        encode_e2m1(block, multiplier, codes);
+    }
+}
+
+/// A row in blocks of `BLOCK` elements, each of which becomes `BYTES` bytes of codes.
 #[inline(always)]
-fn fp4_blocks<E: Element, const BLOCK: usize>(
+fn quantize_blocks<E: Element, F: BlockFormat, const BLOCK: usize, const BYTES: usize>(
+    format: F,
     row: &[E],
-    bytes: &mut [u8],
+    codes: &mut [u8],
     mut scales: RowScales<'_>,
-    rule: impl Fn(f32) -> (u8, f32),
 ) {
-    let blocks = row.as_chunks::<BLOCK>().0.iter().zip(bytes.chunks_exact_mut(BLOCK / 2));
-    for (col, (block, bytes)) in blocks.enumerate() {
-        let (code, multiplier) = rule(amax_or_nan(block));
-        scales.set(col, code);
-        encode_e2m1(block, multiplier, bytes);
+    // Four at a time: a scale takes two divisions, one after the other, and other blocks' fill the wait.
+    let (quads, rest) = row.as_chunks::<BLOCK>().0.as_chunks::<4>();
+    let (quad_codes, rest_codes) = codes.as_chunks_mut::<BYTES>().0.as_chunks_mut::<4>();
+    let mut col = 0;
+    for (blocks, codes) in quads.iter().zip(quad_codes) {
+        quantize_adjacent(&format, blocks, codes, &mut scales, col);
+        col += 4;
+    }
+    for (block, codes) in rest.iter().zip(rest_codes) {
+        quantize_adjacent(&format, array::from_ref(block), array::from_mut(codes), &mut scales, col);
+        col += 1;
+    }
+}
+
+/// `N` blocks, the first of which is column `col`.
+#[inline(always)]
+fn quantize_adjacent<E: Element, F: BlockFormat, const BLOCK: usize, const BYTES: usize, const N: usize>(
+    format: &F,
+    blocks: &[[E; BLOCK]; N],
+    codes: &mut [[u8; BYTES]; N],
+    scales: &mut RowScales<'_>,
+    col: usize,
+) {
+    let scaled = blocks.each_ref().map(|block| F::largest(block)).map(|amax| format.scale(amax));
+    for (index, (code, multiplier)) in scaled.into_iter().enumerate() {
+        scales.set(col + index, code);
+        F::encode(&blocks[index], multiplier, &mut codes[index]);
     }
 }

@@ -343,19 +343,33 @@ impl<E: Element> Checker<'_, E> {
             }
             Quantization::MxFp4 { layout } => {
                 let code = code_in(layout);
-                check(scale::amax_or_nan, &|amax| ue8m0::decode(scale::mxfp4_block(amax)), ue8m0::decode(code))?;
+                check(
+                    scale::amax_or_nan,
+                    &|amax| ue8m0::decode(scale::mxfp4_block(amax)),
+                    ue8m0::decode(code),
+                )?;
                 Ok(ue8m0::decode_reciprocal(code))
             }
             Quantization::NvFp4 { layout } => {
                 let code = code_in(layout);
-                check(scale::amax_or_nan, &|amax| ue4m3::decode(scale::nvfp4_block(amax, global)), ue4m3::decode(code))?;
+                check(
+                    scale::amax_or_nan,
+                    &|amax| ue4m3::decode(scale::nvfp4_block(amax, global)),
+                    ue4m3::decode(code),
+                )?;
                 Ok(scale::nvfp4_multiplier(code, global))
             }
         }
     }
 
     /// The least and the greatest that the largest magnitude of a block may be.
-    fn largest(&self, norm: &TokenNorm, first: usize, elements: usize, largest: fn(f32, f32) -> f32) -> [f32; 2] {
+    fn largest(
+        &self,
+        norm: &TokenNorm,
+        first: usize,
+        elements: usize,
+        largest: fn(f32, f32) -> f32,
+    ) -> [f32; 2] {
         (first..first + elements).fold([0.0, 0.0], |[low, high], index| {
             let [a, b] = self.norm_bounds(norm, index).map(f32::abs);
             // An interval across 0 would have 0 as its least magnitude: it is as wide as the allowance, and a

@@ -96,7 +96,15 @@ pub fn compute_token<E: Element>(
         let weight = token.weight(index, parameters.weight_bias);
         *out = E::from_f64(f64::from(value.to_f32()) * inverse_rms * weight);
     }
-    quant::quantize_row(operation.quantization, norm, token.index, operation.tokens, token.scale, values, scales)
+    quant::quantize_row(
+        operation.quantization,
+        norm,
+        token.index,
+        operation.tokens,
+        token.scale,
+        values,
+        scales,
+    )
 }
 
 /// `1 / sqrt(mean(row^2) + epsilon)`.

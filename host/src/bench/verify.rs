@@ -1,0 +1,226 @@
+//! Checking a variant before it is timed.
+//!
+//! Outputs are poisoned, the variant runs, and every rank checks its share of the tokens against the reference;
+//! that all ranks' outputs are the same bits makes the shares cover everything. A second run must give the same
+//! bits again.
+
+use std::hash::{DefaultHasher, Hasher};
+
+use fused_collective_core::{
+    dtype::{DType, bf16, f16},
+    fusion::{Mode, Operation},
+    norm::Gamma,
+    quant::Quantization,
+    reference::{Observed, Token, check_token},
+};
+
+use super::{
+    Error,
+    inputs::{Source, fill_row},
+    variants::Variant,
+};
+use crate::{
+    collective::{Collective, Problem, Tensor},
+    cpu::Plain,
+    rendezvous::Group,
+};
+
+/// What outputs hold before a run: a NaN in every element type, and no code that the inputs could give often.
+const POISON: u8 = 0xff;
+
+/// Writes the problem's inputs: those of this rank, and those that all ranks share.
+pub(super) fn write_inputs(
+    backend: &mut dyn Collective,
+    problem: &Problem,
+    seed: u64,
+    rank: u32,
+) -> Result<(), Error> {
+    match problem.dtype {
+        DType::F32 => write_typed_inputs::<f32>(backend, problem, seed, rank),
+        DType::F16 => write_typed_inputs::<f16>(backend, problem, seed, rank),
+        DType::Bf16 => write_typed_inputs::<bf16>(backend, problem, seed, rank),
+    }
+}
+
+fn write_typed_inputs<E: Plain>(
+    backend: &mut dyn Collective,
+    problem: &Problem,
+    seed: u64,
+    rank: u32,
+) -> Result<(), Error> {
+    let mut row = vec![E::default(); problem.hidden as usize];
+    let mut write = |tensor, source, rows: u64| {
+        (0..rows).try_for_each(|token| {
+            fill_row(seed, source, token, &mut row);
+            let bytes: &[u8] = bytemuck::cast_slice(&row);
+            backend.write(tensor, token * bytes.len() as u64, bytes)
+        })
+    };
+    write(Tensor::Input, Source::Input(rank), problem.tokens)?;
+    write(Tensor::Residual, Source::Residual, if problem.residual { problem.tokens } else { 0 })?;
+    write(Tensor::Gamma, Source::Gamma, 1)?;
+    Ok(())
+}
+
+/// The outputs of one run, as bytes.
+struct Outputs {
+    residual_out: Vec<u8>,
+    norm_out: Vec<u8>,
+    quant_out: Vec<u8>,
+    scale_out: Vec<u8>,
+}
+
+impl Outputs {
+    /// Runs the variant on poisoned outputs.
+    fn of(backend: &mut dyn Collective, problem: &Problem, variant: &Variant) -> Result<Self, Error> {
+        let poison = vec![POISON; problem.row_bytes() as usize];
+        for tensor in Tensor::OUTPUTS {
+            let bytes = problem.bytes(tensor).unwrap_or(0);
+            let mut at = 0;
+            while at < bytes {
+                let length = (bytes - at).min(poison.len() as u64);
+                backend.write(tensor, at, &poison[..length as usize])?;
+                at += length;
+            }
+        }
+        backend.run(&variant.steps)?;
+        Ok(Outputs {
+            residual_out: backend.read(Tensor::ResidualOut)?,
+            norm_out: if variant.writes_norm { backend.read(Tensor::NormOut)? } else { Vec::new() },
+            quant_out: backend.read(Tensor::QuantOut)?,
+            scale_out: backend.read(Tensor::ScaleOut)?,
+        })
+    }
+
+    fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for bytes in [&self.residual_out, &self.norm_out, &self.quant_out, &self.scale_out] {
+            hasher.write(bytes);
+        }
+        hasher.finish()
+    }
+}
+
+/// Verifies `variant` on the problem whose inputs `write_inputs` wrote: on every rank the largest error in units
+/// in the last place, or why the variant is wrong.
+pub(super) fn verify(
+    backend: &mut dyn Collective,
+    group: &Group,
+    problem: &Problem,
+    variant: &Variant,
+    seed: u64,
+) -> Result<Result<f64, String>, Error> {
+    let outputs = Outputs::of(backend, problem, variant)?;
+    let digest = outputs.digest();
+    let checked = match problem.dtype {
+        DType::F32 => check::<f32>(&outputs, group, problem, variant, seed),
+        DType::F16 => check::<f16>(&outputs, group, problem, variant, seed),
+        DType::Bf16 => check::<bf16>(&outputs, group, problem, variant, seed),
+    };
+    drop(outputs);
+    let again = Outputs::of(backend, problem, variant)?.digest();
+    let checked = checked.and_then(|error| {
+        if again == digest { Ok(error) } else { Err("a repeated run gave other bits".to_owned()) }
+    });
+    gather_verdicts(group, digest, checked)
+}
+
+/// Every rank's digest and verdict, made one verdict.
+fn gather_verdicts(
+    group: &Group,
+    digest: u64,
+    verdict: Result<f64, String>,
+) -> Result<Result<f64, String>, Error> {
+    let report = (digest, verdict);
+    let bytes = serde_json::to_vec(&report).map_err(|error| Error::Failed(error.to_string()))?;
+    let mut largest = 0.0f64;
+    let mut digests = Vec::new();
+    for (rank, bytes) in group.all_gather(&bytes)?.iter().enumerate() {
+        let (digest, verdict): (u64, Result<f64, String>) =
+            serde_json::from_slice(bytes).map_err(|error| {
+                Error::Failed(format!("rank {rank} sent a verdict that cannot be read: {error}"))
+            })?;
+        match verdict {
+            Ok(error) => largest = largest.max(error),
+            Err(why) => return Ok(Err(format!("rank {rank}: {why}"))),
+        }
+        digests.push(digest);
+    }
+    if let Some(rank) = digests.iter().position(|digest| *digest != digests[0]) {
+        return Ok(Err(format!("rank {rank}'s outputs are not the same bits as rank 0's")));
+    }
+    Ok(Ok(largest))
+}
+
+/// Checks this rank's share of the tokens.
+fn check<E: Plain>(
+    outputs: &Outputs,
+    group: &Group,
+    problem: &Problem,
+    variant: &Variant,
+    seed: u64,
+) -> Result<f64, String> {
+    let operation = Operation { keep_norm: variant.writes_norm, ..problem.operation(Mode::Auto) };
+    let hidden = problem.hidden as usize;
+    let row_bytes = problem.quantization.value_bytes_per_row(problem.hidden) as usize;
+    let world_size = group.world_size();
+    let mut inputs = vec![vec![E::default(); hidden]; world_size as usize];
+    let mut residual = vec![E::default(); hidden];
+    let mut gamma = vec![E::default(); hidden];
+    fill_row(seed, Source::Gamma, 0, &mut gamma);
+    let mut largest = 0.0f64;
+    for index in (u64::from(group.rank())..problem.tokens).step_by(world_size as usize) {
+        for (rank, input) in (0..).zip(&mut inputs) {
+            fill_row(seed, Source::Input(rank), index, input);
+        }
+        fill_row(seed, Source::Residual, index, &mut residual);
+        let rows: Vec<&[E]> = inputs.iter().map(Vec::as_slice).collect();
+        let token = Token {
+            inputs: &rows,
+            residual: problem.residual.then_some(&residual[..]),
+            gamma: Gamma::Element(&gamma),
+            scale: problem.scale,
+            index,
+        };
+        let (residual_out, norm_out) =
+            (row::<E>(&outputs.residual_out, index, hidden), row(&outputs.norm_out, index, hidden));
+        let observed = Observed {
+            residual_out: &residual_out,
+            norm_out: &norm_out,
+            values: if problem.quantization == Quantization::None {
+                &[]
+            } else {
+                &outputs.quant_out[index as usize * row_bytes..][..row_bytes]
+            },
+            scales: &outputs.scale_out,
+        };
+        let error = check_token(&operation, variant.rounding(), &token, &observed)
+            .map_err(|wrong| wrong.to_string())?;
+        largest = largest.max(error);
+    }
+    check_padding(problem, &outputs.scale_out)?;
+    Ok(largest)
+}
+
+/// Row `index` of a tensor's bytes; empty if the tensor is.
+fn row<E: Plain>(bytes: &[u8], index: u64, hidden: usize) -> Vec<E> {
+    let row_bytes = hidden * size_of::<E>();
+    let start = index as usize * row_bytes;
+    bytes.get(start..start + row_bytes).map(bytemuck::allocation::pod_collect_to_vec).unwrap_or_default()
+}
+
+/// Whatever pads the scales is 0.
+fn check_padding(problem: &Problem, scales: &[u8]) -> Result<(), String> {
+    let Some(layout) = problem.quantization.scale_layout() else { return Ok(()) };
+    let cols = problem.quantization.scale_cols(problem.hidden);
+    for row in 0..layout.rows_padded(problem.tokens) {
+        let first = if row < problem.tokens { cols } else { 0 };
+        for col in first..layout.cols_padded(cols) {
+            let found = scales[layout.offset(row, col, cols) as usize];
+            if found != 0 {
+                return Err(format!("scale_out[{row}, {col}] is padding and holds {found:#04x}, not 0"));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,373 @@
+//! The command line: from arguments to [`Settings`], or one line that says what is wrong with them.
+//!
+//! argh splits the arguments into options and writes the help; every value is checked here, so that each
+//! error names the option, the value and what is valid. Nothing here touches the file system or starts
+//! anything: whether files can be read and written is for
+//! [`OutputFiles`](crate::report::outputs::OutputFiles) to say.
+
+mod normalize;
+
+use std::{ffi::OsString, fmt, path::PathBuf, str::FromStr};
+
+use argh::{ArgsInfo, FlagInfoKind, FromArgs, Optionality};
+use fused_collective_core::{
+    MAX_WORLD_SIZE, MIN_WORLD_SIZE,
+    fusion::{Mode, OperationError},
+};
+
+use crate::settings::{Outputs, Settings};
+use normalize::{Takes, normalize};
+
+/// The program's name, which starts every line it writes to stderr.
+pub const PROGRAM: &str = "fused-collective";
+/// Exit status of a run in which something failed: a variant, a rank, or a comparison.
+pub const EXIT_FAILED: u8 = 1;
+/// Exit status of a run that was refused for what it was asked to do.
+pub const EXIT_USAGE: u8 = 2;
+
+/// The most trials, and the most to warm up: every trial's time is kept in memory and in the report.
+const MAX_TRIALS: u32 = 1_000_000;
+/// The longest deadline: a day, in seconds.
+const MAX_DEADLINE: f64 = 86_400.0;
+
+/// Why the program was refused: one line that names the value and what is valid. The program prints it after
+/// its name and ends with [`EXIT_USAGE`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UsageError(String);
+
+impl UsageError {
+    /// An error with this text. Control characters (the text may quote a file name) are escaped, so that it
+    /// stays one line.
+    pub fn new(text: impl fmt::Display) -> Self {
+        let mut line = String::new();
+        for c in text.to_string().chars() {
+            if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
+        }
+        UsageError(line)
+    }
+}
+
+impl fmt::Display for UsageError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for UsageError {}
+
+/// What the arguments ask for.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Invocation {
+    /// Run the benchmark.
+    Bench(Settings),
+    /// Print this text (help, version) to stdout and end with status 0.
+    Print(String),
+}
+
+/// Fused all-reduce, residual add, RMSNorm and quantization, against the separate operations.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(
+    help_triggers("-h", "--help", "help"),
+    usage = "<command> [<options>]",
+    example = "{command_name} bench --help",
+    note = "Exit status: 0 all well, 1 something failed, 2 the command line is not valid."
+)]
+struct TopLevel {
+    /// print the version
+    #[argh(switch)]
+    version: bool,
+    #[argh(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(FromArgs, ArgsInfo)]
+#[argh(subcommand)]
+enum Command {
+    Bench(BenchArgs),
+}
+
+/// Benchmark fused operations against separate ones.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(
+    subcommand,
+    name = "bench",
+    help_triggers("-h", "--help", "help"),
+    usage = "[<options>]",
+    example = "{command_name} --num-tokens 128 512 --dtypes float16 bfloat16 --nproc-per-node 4",
+    example = "{command_name} --quant-modes none,fp8 --output-file results.md --plot results.svg",
+    example = "{command_name} --json today.json --compare yesterday.json --tolerance 5",
+    example = "torchrun --no-python --nproc_per_node=4 {command_name}",
+    note = "Every variant is verified before it is timed; its row says by how much it was off at most.",
+    note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is one.",
+    note = "Lists are given with spaces, with commas, or both. A repeated value counts once.",
+    note = "Files appear when the run is done; one that cannot be written is found before it starts.",
+    note = "Exit status: 0 all well; 1 a variant or a rank failed, or a row lost more than the tolerance;",
+    note = "2 the command line is not valid."
+)]
+struct BenchArgs {
+    /// token counts (default: 128 512 1024 2048)
+    #[argh(option, arg_name = "n")]
+    num_tokens: Vec<String>,
+
+    /// hidden size, a multiple of 16 up to 65536 (default: 8192)
+    #[argh(option, arg_name = "n")]
+    hidden_dim: Option<String>,
+
+    /// element types: float16, bfloat16, float32 (default: bfloat16)
+    #[argh(option, arg_name = "dtype")]
+    dtypes: Vec<String>,
+
+    /// quantization modes: none, fp8, fp4 (default: none,fp8,fp4)
+    #[argh(option, arg_name = "mode")]
+    quant_modes: Vec<String>,
+
+    /// leave the residual out (default: a residual is added)
+    #[argh(switch)]
+    no_residual: bool,
+
+    /// leave the one-shot variants out
+    #[argh(switch)]
+    no_oneshot: bool,
+
+    /// trials before those that count (default: 5)
+    #[argh(option, arg_name = "n")]
+    warmup: Option<String>,
+
+    /// trials that count (default: 20)
+    #[argh(option, arg_name = "n")]
+    trials: Option<String>,
+
+    /// seed of the random inputs (default: 0)
+    #[argh(option, arg_name = "n")]
+    seed: Option<String>,
+
+    /// auto, cpu or cuda (default: auto, which is cuda where there are GPUs enough)
+    #[argh(option, arg_name = "name")]
+    backend: Option<String>,
+
+    /// ranks to start, 2 to 16 (default: the GPUs there are, else 2)
+    #[argh(option, arg_name = "n")]
+    nproc_per_node: Option<String>,
+
+    /// longest wait for another rank, in seconds (default: 10)
+    #[argh(option, arg_name = "seconds")]
+    deadline: Option<String>,
+
+    /// write a Markdown report to this file
+    #[argh(option, arg_name = "file")]
+    output_file: Option<String>,
+
+    /// write every figure to this file, for scripts and for --compare
+    #[argh(option, arg_name = "file")]
+    json: Option<String>,
+
+    /// draw time over tokens into this SVG file
+    #[argh(option, arg_name = "file")]
+    plot: Option<String>,
+
+    /// compare with the report that an earlier run wrote with --json
+    #[argh(option, arg_name = "file")]
+    compare: Option<String>,
+
+    /// loss in percent past which --compare fails (default: 10)
+    #[argh(option, arg_name = "percent")]
+    tolerance: Option<String>,
+}
+
+/// Reads the program's arguments, without its name.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, UsageError> {
+    let args: Vec<String> = args
+        .into_iter()
+        .map(|arg| {
+            arg.into_string().map_err(|arg| UsageError::new(format_args!("{arg:?} is not valid UTF-8")))
+        })
+        .collect::<Result<_, _>>()?;
+    let args = normalize(&args, takes).map_err(UsageError::new)?;
+    let args: Vec<&str> = args.iter().map(|arg| &**arg).collect();
+    let top = match TopLevel::from_args(&[PROGRAM], &args) {
+        Ok(top) => top,
+        Err(exit) if exit.status.is_ok() => return Ok(Invocation::Print(exit.output)),
+        Err(exit) => {
+            let text = exit.output.split_whitespace().collect::<Vec<_>>().join(" ");
+            return Err(UsageError::new(format_args!("{text}; see {PROGRAM} --help")));
+        }
+    };
+    match top.command {
+        _ if top.version => Ok(Invocation::Print(format!("{PROGRAM} {}\n", env!("CARGO_PKG_VERSION")))),
+        Some(Command::Bench(args)) => args.settings().map(Invocation::Bench),
+        None => Err(UsageError::new(format_args!("no command given: use bench, or see {PROGRAM} --help"))),
+    }
+}
+
+/// What an option of any command takes, as argh knows it. An option has the same meaning in every command.
+fn takes(option: &str) -> Takes {
+    let info = TopLevel::get_args_info();
+    let flag = info.commands.iter().flat_map(|sub| sub.command.flags).find(|flag| flag.long == option);
+    match flag {
+        Some(flag) if matches!(flag.kind, FlagInfoKind::Switch) => Takes::Nothing,
+        Some(flag) if flag.optionality == Optionality::Repeating => Takes::List,
+        Some(_) => Takes::One,
+        None => Takes::Nothing,
+    }
+}
+
+/// The ranks that were asked for, if anyone asked: by `--nproc-per-node`, or by a launcher that set
+/// `WORLD_SIZE` (or its like) to `launched`. With both they must agree, with neither the backend chooses.
+pub fn world_size(nproc_per_node: Option<u32>, launched: Option<u32>) -> Result<Option<u32>, UsageError> {
+    if let Some(world) = launched {
+        check_world_size("WORLD_SIZE", world)?;
+        if let Some(asked) = nproc_per_node.filter(|&asked| asked != world) {
+            return Err(UsageError::new(format_args!(
+                "--nproc-per-node: {asked} disagrees with the launcher's WORLD_SIZE, {world}: leave it out or use {world}"
+            )));
+        }
+    }
+    Ok(launched.or(nproc_per_node))
+}
+
+fn check_world_size(name: &str, ranks: u32) -> Result<(), UsageError> {
+    if (MIN_WORLD_SIZE..=MAX_WORLD_SIZE).contains(&ranks) {
+        return Ok(());
+    }
+    let noun = if ranks == 1 { "rank" } else { "ranks" };
+    Err(UsageError::new(format_args!(
+        "{name}: {ranks} {noun} cannot form a group: use {MIN_WORLD_SIZE} to {MAX_WORLD_SIZE}"
+    )))
+}
+
+impl BenchArgs {
+    fn settings(self) -> Result<Settings, UsageError> {
+        let default = Settings::default();
+        let tokens = |text: &str| number("--num-tokens", text, "a number of tokens", 1, None);
+        let hidden = |text: &str| number("--hidden-dim", text, "a hidden size", 1, None);
+        let trials = |option, from| {
+            move |text: &str| number(option, text, "a number of trials", from, Some(MAX_TRIALS))
+        };
+        let settings = Settings {
+            num_tokens: list("--num-tokens", &self.num_tokens, tokens, default.num_tokens)?,
+            hidden_dim: one(self.hidden_dim, hidden, default.hidden_dim)?,
+            dtypes: list("--dtypes", &self.dtypes, |text| name("--dtypes", text), default.dtypes)?,
+            quant_modes: list(
+                "--quant-modes",
+                &self.quant_modes,
+                |text| name("--quant-modes", text),
+                default.quant_modes,
+            )?,
+            use_residual: !self.no_residual,
+            oneshot: !self.no_oneshot,
+            warmup: one(self.warmup, trials("--warmup", 0), default.warmup)?,
+            trials: one(self.trials, trials("--trials", 1), default.trials)?,
+            seed: one(self.seed, |text| number("--seed", text, "a seed", 0, None), default.seed)?,
+            deadline_seconds: one(
+                self.deadline,
+                |text| positive("--deadline", text, "a number of seconds", Some(MAX_DEADLINE)),
+                default.deadline_seconds,
+            )?,
+            backend: one(self.backend, |text| name("--backend", text), default.backend)?,
+            nproc_per_node: self.nproc_per_node.map(ranks).transpose()?,
+            tolerance_percent: one(
+                self.tolerance,
+                |text| positive("--tolerance", text, "a percentage", None),
+                default.tolerance_percent,
+            )?,
+            outputs: Outputs {
+                output_file: file("--output-file", self.output_file)?,
+                json: file("--json", self.json)?,
+                plot: file("--plot", self.plot)?,
+                compare: file("--compare", self.compare)?,
+            },
+        };
+        for case in settings.cases() {
+            settings.operation(case, Mode::Auto).validate().map_err(|error| {
+                let option = match error {
+                    OperationError::TooLarge { .. } => "--num-tokens",
+                    _ => "--hidden-dim",
+                };
+                UsageError::new(format_args!("{option}: {error}"))
+            })?;
+        }
+        Ok(settings)
+    }
+}
+
+fn one<T>(
+    text: Option<String>,
+    parse: impl Fn(&str) -> Result<T, UsageError>,
+    default: T,
+) -> Result<T, UsageError> {
+    text.map_or(Ok(default), |text| parse(&text))
+}
+
+/// The values of a list option, in order, each once. Commas separate, and may trail.
+fn list<T: PartialEq>(
+    option: &str,
+    texts: &[String],
+    parse: impl Fn(&str) -> Result<T, UsageError>,
+    default: Vec<T>,
+) -> Result<Vec<T>, UsageError> {
+    if texts.is_empty() {
+        return Ok(default);
+    }
+    let mut values = Vec::new();
+    for text in texts.iter().flat_map(|text| text.split(',')).map(str::trim).filter(|text| !text.is_empty()) {
+        let value = parse(text)?;
+        if !values.contains(&value) {
+            values.push(value);
+        }
+    }
+    if values.is_empty() {
+        Err(UsageError::new(format_args!("{option}: no value given")))
+    } else {
+        Ok(values)
+    }
+}
+
+fn name<T: FromStr<Err: fmt::Display>>(option: &str, text: &str) -> Result<T, UsageError> {
+    text.parse().map_err(|error| UsageError::new(format_args!("{option}: '{text}' is {error}")))
+}
+
+fn number<N: FromStr + PartialOrd + fmt::Display>(
+    option: &str,
+    text: &str,
+    what: &str,
+    from: N,
+    to: Option<N>,
+) -> Result<N, UsageError> {
+    let number =
+        text.parse().ok().filter(|number| *number >= from && to.as_ref().is_none_or(|to| number <= to));
+    number.ok_or_else(|| {
+        let valid = to.map_or(format!("whole numbers from {from}"), |to| format!("{from} to {to}"));
+        UsageError::new(format_args!("{option}: '{text}' is not {what}: use {valid}"))
+    })
+}
+
+/// A finite number above 0 and up to `most`, if there is a most.
+fn positive(option: &str, text: &str, what: &str, most: Option<f64>) -> Result<f64, UsageError> {
+    let valid = |number: &f64| number.is_finite() && *number > 0.0 && most.is_none_or(|most| *number <= most);
+    text.parse().ok().filter(valid).ok_or_else(|| {
+        let limit = most.map_or(String::new(), |most| format!(" and up to {most}"));
+        UsageError::new(format_args!("{option}: '{text}' is not {what}: use a number above 0{limit}"))
+    })
+}
+
+fn ranks(text: String) -> Result<u32, UsageError> {
+    let option = "--nproc-per-node";
+    let ranks = text.parse().map_err(|_| {
+        UsageError::new(format_args!(
+            "{option}: '{text}' is not a number of ranks: use {MIN_WORLD_SIZE} to {MAX_WORLD_SIZE}"
+        ))
+    })?;
+    check_world_size(option, ranks).map(|()| ranks)
+}
+
+fn file(option: &str, text: Option<String>) -> Result<Option<PathBuf>, UsageError> {
+    match text {
+        Some(text) if text.is_empty() => {
+            Err(UsageError::new(format_args!("{option}: '' is not a file name")))
+        }
+        text => Ok(text.map(PathBuf::from)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

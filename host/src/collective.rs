@@ -1,0 +1,280 @@
+//! What a benchmark asks of a backend: tensors, the steps that variants are made of, and their time.
+//!
+//! A [`Problem`] is one configuration; its tensors have fixed roles ([`Tensor`]). A variant is a sequence of
+//! [`Step`]s on them, the same on every backend. Every rank holds one [`Collective`] and makes the same calls.
+
+use std::fmt;
+
+use fused_collective_core::{
+    dtype::DType,
+    fusion::{Mode, Norm, Operation},
+    quant::Quantization,
+};
+
+/// One configuration: what is computed, whatever the steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Problem {
+    /// Element type of activations and gamma.
+    pub dtype: DType,
+    /// Rows.
+    pub tokens: u64,
+    /// Elements of a row.
+    pub hidden: u64,
+    /// Whether a residual is added.
+    pub residual: bool,
+    /// RMSNorm's parameters.
+    pub norm: Norm,
+    /// What the norm is quantized to.
+    pub quantization: Quantization,
+    /// The per-tensor or global scale, where the quantization reads one.
+    pub scale: f32,
+}
+
+impl Problem {
+    /// The fused operation that solves it.
+    pub fn operation(&self, mode: Mode) -> Operation {
+        Operation {
+            dtype: self.dtype,
+            tokens: self.tokens,
+            hidden: self.hidden,
+            residual: self.residual,
+            norm: Some(self.norm),
+            quantization: self.quantization,
+            keep_norm: false,
+            mode,
+        }
+    }
+
+    /// The all-reduce alone.
+    pub fn all_reduce(&self, mode: Mode) -> Operation {
+        Operation { residual: false, norm: None, quantization: Quantization::None, ..self.operation(mode) }
+    }
+
+    /// Bytes of one row of elements.
+    pub fn row_bytes(&self) -> u64 {
+        self.hidden * self.dtype.bytes()
+    }
+
+    /// Bytes of one activation, which must not be more than 64 bits count.
+    pub fn activation_bytes(&self) -> u64 {
+        self.tokens * self.row_bytes()
+    }
+
+    /// Bytes of `tensor`, 0 if the problem has no use for it; `None` past 64 bits.
+    pub fn bytes(&self, tensor: Tensor) -> Option<u64> {
+        let elements = self.tokens.checked_mul(self.hidden)?;
+        let activation = elements.checked_mul(self.dtype.bytes());
+        let quantized = self.quantization != Quantization::None;
+        match tensor {
+            Tensor::Input | Tensor::ResidualOut | Tensor::NormOut => activation,
+            Tensor::Residual | Tensor::Reduced => {
+                if self.residual {
+                    activation
+                } else {
+                    Some(0)
+                }
+            }
+            Tensor::Gamma => Some(self.hidden * self.dtype.bytes()),
+            Tensor::QuantOut if quantized => {
+                self.tokens.checked_mul(self.quantization.value_bytes_per_row(self.hidden))
+            }
+            Tensor::ScaleOut if quantized => self.quantization.scale_bytes(self.tokens, self.hidden),
+            Tensor::QuantOut | Tensor::ScaleOut => Some(0),
+            Tensor::WideA | Tensor::WideB => elements.checked_mul(4),
+            Tensor::PerToken => self.tokens.checked_mul(4),
+        }
+    }
+
+    /// Bytes of all tensors on one rank; `None` past 64 bits.
+    pub fn total_bytes(&self) -> Option<u64> {
+        Tensor::ALL.iter().try_fold(0u64, |total, &tensor| total.checked_add(self.bytes(tensor)?))
+    }
+}
+
+/// The role of a tensor. Activations are `[tokens, hidden]`, row-major.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Tensor {
+    /// This rank's addend.
+    Input,
+    /// The residual, the same on every rank.
+    Residual,
+    /// RMSNorm's weight, `[hidden]`.
+    Gamma,
+    /// The all-reduced input of the separate operations, where a residual is still to be added.
+    Reduced,
+    /// The sum, plus the residual.
+    ResidualOut,
+    /// The norm, if it is not quantized on the way.
+    NormOut,
+    /// The quantized norm.
+    QuantOut,
+    /// Its scales.
+    ScaleOut,
+    /// An `f32` activation between eager steps.
+    WideA,
+    /// Another one.
+    WideB,
+    /// `[tokens]` `f32`: the reciprocal root mean squares between eager steps.
+    PerToken,
+}
+
+impl Tensor {
+    /// Every role.
+    pub const ALL: [Tensor; 11] = [
+        Tensor::Input,
+        Tensor::Residual,
+        Tensor::Gamma,
+        Tensor::Reduced,
+        Tensor::ResidualOut,
+        Tensor::NormOut,
+        Tensor::QuantOut,
+        Tensor::ScaleOut,
+        Tensor::WideA,
+        Tensor::WideB,
+        Tensor::PerToken,
+    ];
+
+    /// The roles that hold results.
+    pub const OUTPUTS: [Tensor; 4] =
+        [Tensor::ResidualOut, Tensor::NormOut, Tensor::QuantOut, Tensor::ScaleOut];
+}
+
+/// One operation that a framework would launch. *Sum* is `Reduced`, or `ResidualOut` if there is no residual.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Everything: `Input`, `Residual`, `Gamma` to `ResidualOut` and `NormOut` or `QuantOut` and `ScaleOut`.
+    Fused(Mode),
+    /// `Input` to sum.
+    AllReduce(Mode),
+    /// One pass: sum and `Residual` to `ResidualOut` and `NormOut`.
+    AddRmsNorm,
+    /// One pass: sum and `Residual` to `ResidualOut`, and `QuantOut` and `ScaleOut`.
+    AddRmsNormQuantize,
+    /// One pass: `NormOut` to `QuantOut` and `ScaleOut`.
+    Quantize,
+    /// A primitive elementwise operation.
+    Eager(Eager),
+}
+
+/// The primitive operations that an eager framework launches, each a pass through memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Eager {
+    /// `ResidualOut = Reduced + Residual`.
+    AddResidual,
+    /// `WideA = f32(ResidualOut)`.
+    WidenResidual,
+    /// `WideB = WideA * WideA`.
+    Square,
+    /// `PerToken = mean(WideB)` over each row.
+    Mean,
+    /// `PerToken = rsqrt(PerToken + epsilon)`.
+    Rsqrt,
+    /// `WideA = WideA * PerToken`.
+    ScaleRows,
+    /// `WideA = WideA * (weight_bias + Gamma)`.
+    Weight,
+    /// `NormOut = round(WideA)`.
+    RoundNorm,
+    /// `WideA = f32(NormOut)`.
+    WidenNorm,
+    /// `WideA = WideA * (1 / scale)`.
+    Rescale,
+    /// `WideA = clamp(WideA, -448, 448)`.
+    Clamp,
+    /// `QuantOut = E4M3(WideA)`.
+    RoundFp8,
+}
+
+/// The steps of RMSNorm as an eager framework runs them, from the sum to `NormOut`.
+pub fn eager_rms_norm(residual: bool) -> Vec<Step> {
+    let add = residual.then_some(Eager::AddResidual);
+    let rest = [
+        Eager::WidenResidual,
+        Eager::Square,
+        Eager::Mean,
+        Eager::Rsqrt,
+        Eager::ScaleRows,
+        Eager::Weight,
+        Eager::RoundNorm,
+    ];
+    add.into_iter().chain(rest).map(Step::Eager).collect()
+}
+
+/// The steps of static FP8 quantization as an eager framework runs them, from `NormOut` to `QuantOut`.
+pub fn eager_fp8() -> Vec<Step> {
+    [Eager::WidenNorm, Eager::Rescale, Eager::Clamp, Eager::RoundFp8].map(Step::Eager).to_vec()
+}
+
+/// Why a backend could not do what was asked.
+#[derive(Clone, Debug)]
+pub enum Error {
+    /// The group's collective failed.
+    Collective(crate::cpu::Error),
+    /// A step cannot run on this problem.
+    Step {
+        /// The step.
+        step: Step,
+        /// Why not.
+        why: &'static str,
+    },
+    /// The problem's tensors do not fit.
+    Memory(String),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Collective(error) => error.fmt(f),
+            Error::Step { step, why } => write!(f, "{step:?} cannot run: {why}"),
+            Error::Memory(what) => f.write_str(what),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<crate::cpu::Error> for Error {
+    fn from(error: crate::cpu::Error) -> Self {
+        Error::Collective(error)
+    }
+}
+
+/// One rank's end of a backend.
+pub trait Collective {
+    /// Makes the tensors of `problem`, with unspecified contents, in place of those of an earlier one.
+    ///
+    /// # Errors
+    /// They do not fit in memory.
+    fn prepare(&mut self, problem: &Problem) -> Result<(), Error>;
+
+    /// Sets the bytes of `tensor`, from its start.
+    ///
+    /// # Errors
+    /// `bytes` is longer than the tensor.
+    fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error>;
+
+    /// The bytes of `tensor`.
+    ///
+    /// # Errors
+    /// The backend's.
+    fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error>;
+
+    /// Runs `steps` once. Returns when they are complete on this rank.
+    ///
+    /// # Errors
+    /// A step that cannot run, or a peer that did not take part.
+    fn run(&mut self, steps: &[Step]) -> Result<(), Error>;
+
+    /// Waits for all ranks, runs `steps` `operations` times back to back, and returns how long it took on this
+    /// rank, in microseconds for each time.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error>;
+
+    /// Microseconds that copying `bytes` bytes within memory takes while every rank does the same.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    fn copy_time(&mut self, bytes: u64) -> Result<f64, Error>;
+}

@@ -1,0 +1,165 @@
+//! Sending and receiving rows through the shared regions, the Lamport way.
+//!
+//! `fused_collective_core::lamport` has the rules and the argument; this is where they meet atomics:
+//! - A word is stored and loaded with one relaxed `AtomicU64` access, so it arrives whole. Which of two words
+//!   arrives first does not matter: each is waited for.
+//! - The receiver puts the sentinel back as it reads a word, while the cache line is at hand. That is the
+//!   refill of the Lamport rules, done as early as it can be; the slot is not used again before operation
+//!   `n + 3`, the rules ask for `n + 2`.
+//! - A *release* fence before a row's stores and an *acquire* fence after its loads make "`a` refilled, then
+//!   sent; `b` received, then sent" an order that also holds between different words: without them a
+//!   processor could let `b`'s later store to a word be overwritten by `a`'s earlier refill of it. On x86
+//!   both are free.
+
+use std::{
+    sync::atomic::{
+        AtomicU64,
+        Ordering::{Acquire, Relaxed, Release},
+        fence,
+    },
+    time::Duration,
+};
+
+use fused_collective_core::{lamport, workspace::Header};
+
+use super::{
+    region::Regions,
+    wait::{Late, Wait, Watch},
+};
+
+/// Two sentinel words: what an empty 64-bit word of a slot holds.
+const EMPTY: u64 = lamport::SENTINEL as u64 | (lamport::SENTINEL as u64) << 32;
+
+/// Words that are checked together.
+const GROUP: usize = 8;
+
+/// One rank's end of the shared regions.
+#[derive(Debug)]
+pub(crate) struct Exchange {
+    regions: Regions,
+    rank: u32,
+    /// Operations (rounds) begun so far, counted alike on every rank.
+    operation: u64,
+    deadline: Duration,
+    watch: Watch,
+}
+
+impl Exchange {
+    /// Fills this rank's slots with the sentinel. Peers may send once they have seen its header.
+    pub(crate) fn new(regions: Regions, rank: u32, deadline: Duration, watch: Watch) -> Self {
+        let layout = *regions.layout();
+        for slot in 0..lamport::SLOTS {
+            for word in regions.words(rank, layout.slot_offset(slot), layout.slot_bytes()) {
+                word.store(EMPTY, Relaxed);
+            }
+        }
+        Exchange { regions, rank, operation: 0, deadline, watch }
+    }
+
+    /// Says that this rank's region is ready.
+    pub(crate) fn publish_header(&self, header: Header) {
+        let words = self.regions.words(self.rank, 0, 64);
+        let [magic, fields @ ..] = header.to_words();
+        for (word, field) in words[1..].iter().zip(fields) {
+            word.store(field, Relaxed);
+        }
+        // Release: who sees the magic sees the fields, and the slots filled.
+        words[0].store(magic, Release);
+    }
+
+    /// The header of rank `peer`, once its region is ready.
+    pub(crate) fn wait_for_header(&self, peer: u32) -> Result<[u64; 8], Late> {
+        let words = self.regions.words(peer, 0, 64);
+        let mut wait = self.wait(peer);
+        while words[0].load(Acquire) == 0 {
+            wait.pause()?;
+        }
+        Ok(std::array::from_fn(|index| words[index].load(Relaxed)))
+    }
+
+    /// Ends an operation: the next one uses the next slot. Everything sent to this rank must have been received.
+    pub(crate) fn advance(&mut self) {
+        self.operation += 1;
+    }
+
+    fn slot_words(&self, rank: u32, offset: u64, words: usize) -> &[AtomicU64] {
+        let slot = self.regions.layout().slot_offset(lamport::slot(self.operation));
+        self.regions.words(rank, slot + offset, words as u64 * 8)
+    }
+
+    /// Writes `row`, which holds no sentinel, to `offset` of rank `peer`'s current slot.
+    pub(crate) fn send(&self, peer: u32, offset: u64, row: &[u64]) {
+        debug_assert!(row.iter().all(|&word| is_complete(word)));
+        let words = self.slot_words(peer, offset, row.len());
+        fence(Release);
+        for (word, &value) in words.iter().zip(row) {
+            word.store(value, Relaxed);
+        }
+    }
+
+    /// Waits for the row at `offset` of this rank's current slot, written by rank `from`, and takes it out.
+    pub(crate) fn receive(&self, from: u32, offset: u64, row: &mut [u64]) -> Result<(), Late> {
+        let words = self.slot_words(self.rank, offset, row.len());
+        let (groups, rest) = words.as_chunks::<GROUP>();
+        let (row_groups, row_rest) = row.as_chunks_mut::<GROUP>();
+        for (words, row) in groups.iter().zip(row_groups) {
+            self.take(from, words, row)?;
+        }
+        for (word, value) in rest.iter().zip(row_rest) {
+            self.take(from, std::array::from_ref(word), std::array::from_mut(value))?;
+        }
+        fence(Acquire);
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn take<const N: usize>(
+        &self,
+        from: u32,
+        words: &[AtomicU64; N],
+        row: &mut [u64; N],
+    ) -> Result<(), Late> {
+        let load = |row: &mut [u64; N]| {
+            let mut complete = true;
+            for (value, word) in row.iter_mut().zip(words) {
+                *value = word.load(Relaxed);
+                complete &= is_complete(*value);
+            }
+            complete
+        };
+        if !load(row) {
+            let mut wait = self.wait(from);
+            while !load(row) {
+                wait.pause()?;
+            }
+        }
+        for word in words {
+            word.store(EMPTY, Relaxed);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn wait(&self, from: u32) -> Wait<'_> {
+        Wait::new(self.rank, from, self.operation, self.deadline, &self.watch)
+    }
+
+    /// Returns once every rank has called it as often as this one. `epoch` is that count, from 1.
+    pub(crate) fn barrier(&self, epoch: u64) -> Result<(), Late> {
+        let line = self.regions.layout().control_offset(0);
+        self.regions.words(self.rank, line, 8)[0].store(epoch, Release);
+        for peer in (0..self.regions.layout().world_size()).filter(|&peer| peer != self.rank) {
+            let word = &self.regions.words(peer, line, 8)[0];
+            let mut wait = self.wait(peer);
+            while word.load(Acquire) < epoch {
+                wait.pause()?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A word is stored at once, so either of its halves tells.
+#[inline(always)]
+fn is_complete(word: u64) -> bool {
+    lamport::is_complete(word as u32)
+}

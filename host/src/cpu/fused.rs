@@ -1,0 +1,218 @@
+//! The fused operation on one rank: the one-shot and two-shot collectives, row by row.
+//!
+//! A row is received, summed, normalized and quantized while it is in the nearest cache; memory sees each
+//! activation once. All ranks' results are the same bits: sums are taken in rank order of rows that went
+//! through the same `strip`, whether they travelled or not.
+
+use fused_collective_core::{
+    plan::{Algorithm, Plan, Round, owned_index, owned_token, owned_tokens, owner},
+    workspace::SlotRows,
+};
+use heapless::Vec as FixedVec;
+use pulp::Arch;
+
+use super::{
+    exchange::Exchange,
+    rows::{Finish, FinishRow, Plain, RowOutputs, StripRow, SumRows},
+    wait::Late,
+};
+
+const MAX_WORLD: usize = fused_collective_core::MAX_WORLD_SIZE as usize;
+
+/// The tensors of one operation on one rank, sizes checked: see `Operation` for their shapes.
+#[derive(Debug)]
+pub(crate) struct Job<'a, E> {
+    pub(crate) input: &'a [E],
+    pub(crate) residual: Option<&'a [E]>,
+    pub(crate) residual_out: &'a mut [E],
+    /// Empty unless written.
+    pub(crate) norm_out: &'a mut [E],
+    /// Empty unless written.
+    pub(crate) quant_out: &'a mut [u8],
+    /// Empty unless written.
+    pub(crate) scale_out: &'a mut [u8],
+    /// `None`: the sum is all there is.
+    pub(crate) finish: Option<Finish<'a, E>>,
+    pub(crate) hidden: usize,
+    pub(crate) quant_row_bytes: usize,
+}
+
+impl<E: Plain> Job<'_, E> {
+    fn range(&self, token: u64) -> std::ops::Range<usize> {
+        let start = token as usize * self.hidden;
+        start..start + self.hidden
+    }
+
+    /// Sums one row from every rank into `residual_out`.
+    #[inline(always)]
+    fn sum(&mut self, token: u64, rows: &[&[E]], arch: Arch) {
+        let range = self.range(token);
+        let residual = self.residual.map(|residual| &residual[range.clone()]);
+        let out = &mut self.residual_out[range];
+        arch.dispatch(SumRows { rows, residual, strip: true, out });
+    }
+
+    /// Normalizes and quantizes the row of `residual_out` that is complete.
+    #[inline(always)]
+    fn finish(&mut self, token: u64, scratch: &mut [E], arch: Arch) {
+        let Some(finish) = &self.finish else { return };
+        let range = self.range(token);
+        let values = token as usize * self.quant_row_bytes;
+        let outputs = RowOutputs {
+            norm: if self.norm_out.is_empty() { &mut [] } else { &mut self.norm_out[range.clone()] },
+            values: &mut self.quant_out[values..values + self.quant_row_bytes],
+            scales: self.scale_out,
+        };
+        let row = &self.residual_out[range];
+        arch.dispatch(FinishRow { finish, row, token, outputs, scratch });
+    }
+}
+
+/// Rows that are between memory and a peer.
+#[derive(Debug, Default)]
+pub(crate) struct Staging {
+    words: Vec<u64>,
+    row_words: usize,
+}
+
+impl Staging {
+    /// Makes room for one row from each rank and one scratch row.
+    pub(crate) fn reserve(&mut self, world_size: u32, row_bytes: u64) {
+        self.row_words = (row_bytes / 8) as usize;
+        let needed = self.row_words * (world_size as usize + 1);
+        if self.words.len() < needed {
+            self.words.resize(needed, 0);
+        }
+    }
+
+    fn row(&mut self, index: u32) -> &mut [u64] {
+        let start = index as usize * self.row_words;
+        &mut self.words[start..start + self.row_words]
+    }
+
+    fn rows<E: Plain>(&self, world_size: u32) -> FixedVec<&[E], MAX_WORLD> {
+        self.words.chunks_exact(self.row_words).take(world_size as usize).map(bytemuck::cast_slice).collect()
+    }
+}
+
+/// Runs `plan` on this rank.
+pub(crate) fn run<E: Plain>(
+    exchange: &mut Exchange,
+    rank: u32,
+    plan: &Plan,
+    mut job: Job<'_, E>,
+    staging: &mut Staging,
+    arch: Arch,
+) -> Result<(), Late> {
+    staging.reserve(plan.world_size, plan.row_bytes);
+    for round in plan.rounds() {
+        let mut step = Step { exchange, rank, round, job: &mut job, staging, arch };
+        match plan.algorithm {
+            Algorithm::OneShot => step.one_shot()?,
+            Algorithm::TwoShot => step.two_shot()?,
+        }
+        exchange.advance();
+    }
+    if let Some(finish) = job.finish {
+        finish.pad(job.hidden as u64, job.scale_out);
+    }
+    Ok(())
+}
+
+/// One round of one operation.
+struct Step<'a, 'b, E> {
+    exchange: &'a Exchange,
+    rank: u32,
+    round: Round,
+    job: &'a mut Job<'b, E>,
+    staging: &'a mut Staging,
+    arch: Arch,
+}
+
+impl<E: Plain> Step<'_, '_, E> {
+    fn rows(&self) -> SlotRows {
+        self.round.rows
+    }
+
+    /// The other ranks, the next one first: everyone starts with another destination.
+    fn peers(&self) -> impl Iterator<Item = u32> + use<E> {
+        let (rank, world) = (self.rank, self.round.rows.world_size);
+        (1..world).map(move |step| (rank + step) % world)
+    }
+
+    /// This rank's own addend for `token`, into its place in the staging.
+    fn stage_input(&mut self, token: u64) {
+        let row = &self.job.input[self.job.range(self.round.first_token + token)];
+        let out = bytemuck::cast_slice_mut(self.staging.row(self.rank));
+        self.arch.dispatch(StripRow { row, out });
+    }
+
+    /// Adds up `token`, once every other rank's row for it is where `offset` says.
+    fn sum(&mut self, token: u64, offset: impl Fn(&SlotRows, u32) -> u64) -> Result<(), Late> {
+        for source in self.peers() {
+            self.exchange.receive(source, offset(&self.rows(), source), self.staging.row(source))?;
+        }
+        self.stage_input(token);
+        let rows = self.staging.rows::<E>(self.rows().world_size);
+        self.job.sum(self.round.first_token + token, &rows, self.arch);
+        Ok(())
+    }
+
+    fn finish(&mut self, token: u64) {
+        let scratch = bytemuck::cast_slice_mut(self.staging.row(self.round.rows.world_size));
+        self.job.finish(self.round.first_token + token, scratch, self.arch);
+    }
+
+    fn one_shot(&mut self) -> Result<(), Late> {
+        let rows = self.rows();
+        for token in 0..rows.tokens {
+            self.stage_input(token);
+            for peer in self.peers() {
+                self.exchange.send(peer, rows.one_shot(self.rank, token), self.staging.row(self.rank));
+            }
+        }
+        for token in 0..rows.tokens {
+            self.sum(token, |rows, source| rows.one_shot(source, token))?;
+            self.finish(token);
+        }
+        Ok(())
+    }
+
+    fn two_shot(&mut self) -> Result<(), Late> {
+        let rows = self.rows();
+        let (rank, world) = (self.rank, rows.world_size);
+
+        // First hop: every token to its owner.
+        for token in (0..rows.tokens).filter(|&token| owner(token, world) != rank) {
+            self.stage_input(token);
+            let offset = rows.first_hop(rank, owned_index(token, world));
+            self.exchange.send(owner(token, world), offset, self.staging.row(rank));
+        }
+
+        // The owner sums, and sends every sum before it normalizes any: others wait for them.
+        let owned = owned_tokens(rows.tokens, rank, world);
+        for index in 0..owned {
+            let token = owned_token(index, rank, world);
+            self.sum(token, |rows, source| rows.first_hop(source, index))?;
+            let sum = &self.job.residual_out[self.job.range(self.round.first_token + token)];
+            let staged = self.staging.row(rank);
+            bytemuck::cast_slice_mut(staged).copy_from_slice(sum);
+            for peer in self.peers() {
+                self.exchange.send(peer, rows.second_hop(token), self.staging.row(rank));
+            }
+        }
+        for index in 0..owned {
+            self.finish(owned_token(index, rank, world));
+        }
+
+        // Second hop: everybody else's sums.
+        for token in (0..rows.tokens).filter(|&token| owner(token, world) != rank) {
+            let staged = self.staging.row(rank);
+            self.exchange.receive(owner(token, world), rows.second_hop(token), staged)?;
+            let range = self.job.range(self.round.first_token + token);
+            self.job.residual_out[range].copy_from_slice(bytemuck::cast_slice(self.staging.row(rank)));
+            self.finish(token);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,332 @@
+//! The CPU backend: ranks are processes, or threads, that share memory.
+//!
+//! [`Communicator`] is one rank's end. It runs fused operations ([`Communicator::all_reduce`]) on slices.
+//! Every rank of the group must call the same operations in the same order.
+
+mod engine;
+mod exchange;
+mod fused;
+mod region;
+mod rows;
+mod wait;
+
+use std::{
+    fmt, io,
+    os::fd::{BorrowedFd, OwnedFd},
+    time::Duration,
+};
+
+use fused_collective_core::{
+    dtype::DType,
+    fusion::Operation,
+    norm::Gamma,
+    plan::{Limits, Plan, PlanError},
+    quant::Quantization,
+    workspace::{Header, HeaderError, Layout},
+};
+use pulp::Arch;
+
+pub use engine::Engine;
+use exchange::Exchange;
+use fused::{Job, Staging};
+use region::Regions;
+pub use rows::Plain;
+use rows::{Finish, RowOutputs};
+pub use wait::{Late, LateCause, Watch};
+
+/// What an operation reads on one rank.
+#[derive(Clone, Copy, Debug)]
+pub struct Inputs<'a, E> {
+    /// `[tokens, hidden]`: this rank's addend.
+    pub input: &'a [E],
+    /// `[tokens, hidden]`, if the operation has a residual; the same on every rank.
+    pub residual: Option<&'a [E]>,
+    /// `[hidden]`, if the operation has a norm; else not read.
+    pub gamma: Gamma<'a, E>,
+    /// The per-tensor scale of static FP8 or the global scale of NVFP4; else not read.
+    pub scale: f32,
+}
+
+/// What an operation writes on one rank. A tensor that the operation does not write may be empty, and is
+/// left as it is.
+#[derive(Debug)]
+pub struct Outputs<'a, E> {
+    /// `[tokens, hidden]`: the sum, plus the residual.
+    pub residual_out: &'a mut [E],
+    /// `[tokens, hidden]`: the norm.
+    pub norm_out: &'a mut [E],
+    /// The quantized norm, [`Quantization::value_bytes_per_row`] for each token.
+    pub quant_out: &'a mut [u8],
+    /// Its scales, [`Quantization::scale_bytes`].
+    pub scale_out: &'a mut [u8],
+}
+
+/// Why a call on a communicator failed.
+#[derive(Clone, Debug)]
+pub enum Error {
+    /// The operation cannot be planned.
+    Plan(PlanError),
+    /// The operation's element type is not the slices'.
+    DType {
+        /// The operation's.
+        operation: DType,
+        /// The slices'.
+        slices: DType,
+    },
+    /// A tensor has another length than the operation says.
+    Length {
+        /// Which tensor.
+        tensor: &'static str,
+        /// Its length, in elements or bytes as its type has them.
+        given: usize,
+        /// The length it should have.
+        needed: u64,
+    },
+    /// The operation has a residual and none was given, or the other way round.
+    Residual {
+        /// Whether the operation has one.
+        operation: bool,
+    },
+    /// The shared memory is not usable.
+    Memory(String),
+    /// A peer's region is not what it should be.
+    Peer {
+        /// The peer.
+        rank: u32,
+        /// What is wrong with it.
+        error: HeaderError,
+    },
+    /// A peer did not come in time.
+    Late(Late),
+    /// An earlier call failed, and what peers sent for it may lie in any slot: create a new communicator.
+    Poisoned(Late),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Plan(error) => error.fmt(f),
+            Error::DType { operation, slices } => {
+                write!(f, "the operation is {operation}, its tensors are {slices}")
+            }
+            Error::Length { tensor, given, needed } => {
+                write!(f, "{tensor} has length {given}, the operation needs {needed}")
+            }
+            Error::Residual { operation: true } => {
+                f.write_str("the operation has a residual, and none was given")
+            }
+            Error::Residual { operation: false } => {
+                f.write_str("the operation has no residual, and one was given")
+            }
+            Error::Memory(what) => write!(f, "the group's shared memory: {what}"),
+            Error::Peer { rank, error } => write!(f, "rank {rank}: {error}"),
+            Error::Late(late) => late.fmt(f),
+            Error::Poisoned(late) => write!(f, "an earlier operation failed: {late}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<PlanError> for Error {
+    fn from(error: PlanError) -> Self {
+        Error::Plan(error)
+    }
+}
+
+/// Bytes of a slot unless one token needs more: what one round moves should stay in the last-level cache.
+const SLOT_BYTES: u64 = 1 << 20;
+
+/// The layout of a group's memory for rows of at most `row_bytes`.
+///
+/// # Errors
+/// A group that is too small or too large, or sizes beyond 64 bits.
+pub fn layout(
+    world_size: u32,
+    row_bytes: u64,
+) -> Result<Layout, fused_collective_core::workspace::LayoutError> {
+    // One token of a one-shot round is a row from each rank; of a two-shot round, one row more.
+    let one_token = row_bytes.saturating_mul(u64::from(world_size) + 1);
+    Layout::new(world_size, SLOT_BYTES.max(one_token))
+}
+
+/// Creates the memory that the ranks of one group share: `layout.total_bytes()` bytes, gone with its last user.
+///
+/// # Errors
+/// The system's.
+pub fn create_shared_memory(layout: &Layout) -> io::Result<OwnedFd> {
+    region::create(layout)
+}
+
+/// One rank's end of a group.
+#[derive(Debug)]
+pub struct Communicator {
+    rank: u32,
+    exchange: Exchange,
+    limits: Limits,
+    staging: Staging,
+    barriers: u64,
+    failed: Option<Late>,
+    arch: Arch,
+}
+
+impl Communicator {
+    /// Maps `memory`, which one rank made with [`create_shared_memory`] for the same `layout`, prepares this rank's
+    /// region in it and waits for every peer to have prepared its own.
+    ///
+    /// Every wait is bounded by `deadline`, and ends early when `watch` tells of a lost rank.
+    ///
+    /// # Errors
+    /// The memory is not of that layout or cannot be mapped; a peer's region has another layout, or is not
+    /// ready in time.
+    pub fn join(
+        memory: BorrowedFd<'_>,
+        layout: Layout,
+        rank: u32,
+        deadline: Duration,
+        watch: Watch,
+    ) -> Result<Communicator, Error> {
+        if rank >= layout.world_size() {
+            return Err(Error::Memory(format!("rank {rank} is not in a group of {}", layout.world_size())));
+        }
+        let regions = Regions::map(memory, layout).map_err(|error| Error::Memory(error.to_string()))?;
+        let exchange = Exchange::new(regions, rank, deadline, watch);
+        let header = |rank| Header { world_size: layout.world_size(), rank, slot_bytes: layout.slot_bytes() };
+        exchange.publish_header(header(rank));
+        for peer in 0..layout.world_size() {
+            let words = exchange.wait_for_header(peer).map_err(Error::Late)?;
+            header(peer).check(words).map_err(|error| Error::Peer { rank: peer, error })?;
+        }
+        let limits = Limits {
+            world_size: layout.world_size(),
+            slot_bytes: layout.slot_bytes(),
+            compute_units: 1,
+            blocks_per_unit: 1,
+            max_block_threads: 1,
+            max_cluster: 1,
+            one_shot_bytes: ONE_SHOT_BYTES,
+        };
+        let staging = Staging::default();
+        Ok(Communicator { rank, exchange, limits, staging, barriers: 0, failed: None, arch: Arch::new() })
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Ranks in the group.
+    pub fn world_size(&self) -> u32 {
+        self.limits.world_size
+    }
+
+    /// What operations are planned with; the same on every rank.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// Runs `operation` with this rank's tensors. Returns when this rank's outputs are complete.
+    ///
+    /// # Errors
+    /// Before anything is sent: what [`Plan::new`] refuses, and tensors that do not fit the operation. After
+    /// [`Error::Late`] the communicator is poisoned: every later call fails at once.
+    pub fn all_reduce<E: Plain>(
+        &mut self,
+        operation: &Operation,
+        inputs: Inputs<'_, E>,
+        outputs: Outputs<'_, E>,
+    ) -> Result<(), Error> {
+        self.check_usable()?;
+        let plan = Plan::new(operation, &self.limits)?;
+        let job = check(operation, inputs, outputs)?;
+        fused::run(&mut self.exchange, self.rank, &plan, job, &mut self.staging, self.arch)
+            .map_err(|late| self.poison(late))
+    }
+
+    /// Returns once every rank of the group has called it as often.
+    ///
+    /// # Errors
+    /// As [`all_reduce`](Self::all_reduce).
+    pub fn barrier(&mut self) -> Result<(), Error> {
+        self.check_usable()?;
+        self.barriers += 1;
+        self.exchange.barrier(self.barriers).map_err(|late| self.poison(late))
+    }
+
+    pub(crate) fn arch(&self) -> Arch {
+        self.arch
+    }
+
+    fn check_usable(&self) -> Result<(), Error> {
+        self.failed.clone().map_or(Ok(()), |late| Err(Error::Poisoned(late)))
+    }
+
+    fn poison(&mut self, late: Late) -> Error {
+        self.failed = Some(late.clone());
+        Error::Late(late)
+    }
+}
+
+/// [`Mode::Auto`](fused_collective_core::fusion::Mode) takes one-shot up to this many bytes of activation.
+const ONE_SHOT_BYTES: u64 = 16 << 10;
+
+/// Checks the tensors against a valid operation.
+fn check<'a, E: Plain>(
+    operation: &Operation,
+    inputs: Inputs<'a, E>,
+    outputs: Outputs<'a, E>,
+) -> Result<Job<'a, E>, Error> {
+    if operation.dtype != E::DTYPE {
+        return Err(Error::DType { operation: operation.dtype, slices: E::DTYPE });
+    }
+    if operation.residual != inputs.residual.is_some() {
+        return Err(Error::Residual { operation: operation.residual });
+    }
+    let quantization = operation.quantization;
+    let elements = operation.tokens * operation.hidden;
+    let quant_row_bytes = quantization.value_bytes_per_row(operation.hidden);
+    let too_large = Error::Length { tensor: "scale_out", given: outputs.scale_out.len(), needed: u64::MAX };
+    let scale_bytes = quantization.scale_bytes(operation.tokens, operation.hidden).ok_or(too_large)?;
+    let length = |tensor, given: usize, needed: u64| {
+        if given as u64 == needed { Ok(()) } else { Err(Error::Length { tensor, given, needed }) }
+    };
+    length("input", inputs.input.len(), elements)?;
+    if let Some(residual) = inputs.residual {
+        length("residual", residual.len(), elements)?;
+    }
+    if operation.norm.is_some() {
+        length("gamma", inputs.gamma.len(), operation.hidden)?;
+    }
+    length("residual_out", outputs.residual_out.len(), elements)?;
+    let norm_out = if operation.writes_norm() {
+        length("norm_out", outputs.norm_out.len(), elements)?;
+        outputs.norm_out
+    } else {
+        &mut []
+    };
+    let (quant_out, scale_out) = if quantization == Quantization::None {
+        (Default::default(), Default::default())
+    } else {
+        length("quant_out", outputs.quant_out.len(), operation.tokens * quant_row_bytes)?;
+        length("scale_out", outputs.scale_out.len(), scale_bytes)?;
+        (outputs.quant_out, outputs.scale_out)
+    };
+    let finish = operation.norm.map(|norm| Finish {
+        norm,
+        gamma: inputs.gamma,
+        quantization,
+        scale: inputs.scale,
+        tokens: operation.tokens,
+    });
+    Ok(Job {
+        input: inputs.input,
+        residual: inputs.residual,
+        residual_out: outputs.residual_out,
+        norm_out,
+        quant_out,
+        scale_out,
+        finish,
+        hidden: operation.hidden as usize,
+        quant_row_bytes: quant_row_bytes as usize,
+    })
+}

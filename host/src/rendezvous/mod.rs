@@ -1,0 +1,269 @@
+//! How the ranks of one host find each other, exchange small things and notice each other's end.
+//!
+//! Ranks meet at a Unix socket in the abstract namespace, whose name is made from the user and the job's
+//! [key](crate::rank_env): nothing is left in the file system, whatever dies. Only processes of the same user
+//! take part, which the kernel vouches for (`SO_PEERCRED`). Abstract names belong to a network namespace, so
+//! the ranks of a group must share one.
+//!
+//! What must hold:
+//! - every wait ends within the deadline, with an error that names the rank that was missing;
+//! - a rank that is killed, exits, gives up or falls out of step ends the group: every operation under way or
+//!   to come fails at once on every rank, with the same [`Lost`];
+//! - an orderly end is a [farewell](Group::farewell) of all ranks; a connection that ends before is a loss;
+//! - code that spins on shared memory can watch an [`Alarm`], at the price of one load.
+
+use std::{
+    os::fd::{BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use fused_collective_core::{MAX_WORLD_SIZE, MIN_WORLD_SIZE};
+
+mod channel;
+mod error;
+mod frame;
+mod join;
+mod monitor;
+#[cfg(test)]
+mod tests;
+
+pub use error::{Error, How, Lost};
+pub use frame::FrameError;
+pub use monitor::Alarm;
+
+use frame::{MAX_PAYLOAD, Operation};
+use monitor::{Command, Monitor, Part, Shared};
+
+/// The most bytes that a rank may contribute to an operation.
+pub const MAX_MESSAGE: usize = MAX_PAYLOAD;
+
+/// How much longer than rank 0 the others wait. Rank 0 knows which rank is missing and tells them; if it says
+/// nothing either, rank 0 is the one.
+const MARGIN: Duration = Duration::from_millis(250);
+
+/// What a rank must know to join its group.
+#[derive(Clone, Copy, Debug)]
+pub struct Membership<'a> {
+    /// This rank, from 0.
+    pub rank: u32,
+    /// Ranks in the group, 2 to 16.
+    pub world_size: u32,
+    /// What this job's ranks have in common and no other job's.
+    pub key: &'a str,
+    /// What must be equal on all ranks, as bytes of any form: the settings that they were started with. At
+    /// most 64 KiB.
+    pub config: &'a [u8],
+    /// How long any rank waits for the others: to join, and at each operation. The same on all ranks.
+    pub deadline: Duration,
+}
+
+/// A rank's membership in a group of processes.
+///
+/// Operations are collective: all ranks call the same ones in the same order, and none returns before all
+/// have called it. Contributions are small, up to [`MAX_MESSAGE`]: this is for setting up, not for tensors.
+///
+/// A group that is dropped without a [farewell](Self::farewell) is lost to the other ranks. One process may
+/// be in several groups, one after the other under the same key.
+#[derive(Debug)]
+pub struct Group {
+    rank: u32,
+    world_size: u32,
+    deadline: Duration,
+    shared: Arc<Shared>,
+    monitor: Option<JoinHandle<()>>,
+    /// Held during an operation: they come one after the other.
+    operation: Mutex<()>,
+    farewell: bool,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("alarm", &self.alarm).finish_non_exhaustive()
+    }
+}
+
+impl Group {
+    /// Waits for all ranks of the group to come, and joins them.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] with [`How::Late`] if a rank does not come within the deadline, with [`How::Refused`]
+    /// (on every rank that has come) if one does not fit: a rank that comes twice, another group size,
+    /// version or configuration. Other errors are this rank's own.
+    pub fn join(membership: &Membership<'_>) -> Result<Self, Error> {
+        let &Membership { rank, world_size, config, deadline, .. } = membership;
+        if !(MIN_WORLD_SIZE..=MAX_WORLD_SIZE).contains(&world_size) || rank >= world_size {
+            return Err(Error::Membership { rank, world_size });
+        }
+        check_length("a configuration", config, join::MAX_CONFIG)?;
+        let until = saturating_add(Instant::now(), deadline);
+        let shared = Arc::new(Shared::new().map_err(Error::system("make an event for the group's monitor"))?);
+        let channels =
+            if rank == 0 { join::gather(membership, until)? } else { vec![join::call(membership, until)?] };
+        let monitor = Monitor::new(Arc::clone(&shared), membership, channels);
+        let monitor = thread::Builder::new()
+            .name("rank-monitor".to_owned())
+            .spawn(|| monitor.run())
+            .map_err(Error::system("start the group's monitor"))?;
+        let (monitor, operation) = (Some(monitor), Mutex::new(()));
+        Ok(Group { rank, world_size, deadline, shared, monitor, operation, farewell: false })
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Ranks in the group.
+    pub fn world_size(&self) -> u32 {
+        self.world_size
+    }
+
+    /// Gives every rank what every rank contributes, by rank.
+    ///
+    /// # Errors
+    /// A rank was lost, or the contribution is longer than [`MAX_MESSAGE`].
+    pub fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
+        check_length("a contribution", bytes, MAX_MESSAGE)?;
+        let parts = self.run(Operation::AllGather, Part { bytes: bytes.to_vec(), descriptor: None })?;
+        Ok(parts.into_iter().map(|part| part.bytes).collect())
+    }
+
+    /// Gives every rank what rank 0 contributes; the others give `None`.
+    ///
+    /// # Errors
+    /// A rank was lost, the contribution is longer than [`MAX_MESSAGE`], or the wrong rank makes one.
+    pub fn broadcast(&self, bytes: Option<&[u8]>) -> Result<Vec<u8>, Error> {
+        self.check_root("broadcast", bytes.is_some())?;
+        let bytes = bytes.unwrap_or_default();
+        check_length("a contribution", bytes, MAX_MESSAGE)?;
+        Ok(self.run_for_one(Operation::Broadcast, Part { bytes: bytes.to_vec(), descriptor: None })?.bytes)
+    }
+
+    /// Returns when every rank has called it.
+    ///
+    /// # Errors
+    /// A rank was lost.
+    pub fn barrier(&self) -> Result<(), Error> {
+        self.run(Operation::Barrier, Part { bytes: Vec::new(), descriptor: None }).map(drop)
+    }
+
+    /// Gives every rank a descriptor of rank 0's open file; the others give `None`. It is closed on `exec`.
+    ///
+    /// # Errors
+    /// A rank was lost, the wrong rank has a file to share, or this process can open no more.
+    pub fn share_fd(&self, descriptor: Option<BorrowedFd<'_>>) -> Result<OwnedFd, Error> {
+        self.check_root("share_fd", descriptor.is_some())?;
+        let duplicate =
+            |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(Error::system("duplicate a descriptor"));
+        let (own, sent) = (descriptor.map(duplicate).transpose()?, descriptor.map(duplicate).transpose()?);
+        let part = self.run_for_one(Operation::ShareFd, Part { bytes: Vec::new(), descriptor: sent })?;
+        own.or(part.descriptor).ok_or(Error::NoDescriptor)
+    }
+
+    /// The rank that was lost, if one was. One atomic load while none is.
+    pub fn lost(&self) -> Option<Lost> {
+        self.shared.alarm.lost_rank().and_then(|_| self.shared.lock().lost.clone())
+    }
+
+    /// For code that waits for peers by other means than this group's operations.
+    pub fn alarm(&self) -> Alarm {
+        self.shared.alarm.clone()
+    }
+
+    /// Ends the group for all: every rank's operations fail with [`How::GaveUp`] and this reason, of which the
+    /// first 4 KiB are sent. Returns when the message is on its way, so the process may exit. Does nothing if
+    /// a rank has been lost already.
+    pub fn abort(&self, reason: &str) {
+        let detail = reason[..reason.floor_char_boundary(4096)].to_owned();
+        self.shared.command(Command::Fail(Lost { rank: self.rank, how: How::GaveUp, detail }));
+        let waiting = |state: &mut monitor::State| !(state.flushed && state.lost.is_some());
+        // Past the time limit the connection's end tells the others as much.
+        drop(self.shared.changed.wait_timeout_while(self.shared.lock(), monitor::FLUSH, waiting));
+    }
+
+    /// Leaves the group together with all others, after which nobody's end is a loss.
+    ///
+    /// # Errors
+    /// A rank was lost.
+    pub fn farewell(mut self) -> Result<(), Error> {
+        self.run(Operation::Farewell, Part { bytes: Vec::new(), descriptor: None })?;
+        self.farewell = true;
+        Ok(())
+    }
+
+    fn check_root(&self, operation: &'static str, gives: bool) -> Result<(), Error> {
+        if gives == (self.rank == 0) { Ok(()) } else { Err(Error::Root { operation, rank: self.rank }) }
+    }
+
+    fn run_for_one(&self, operation: Operation, part: Part) -> Result<Part, Error> {
+        let missing = || Error::Lost(self.late(operation));
+        self.run(operation, part)?.pop().ok_or_else(missing)
+    }
+
+    /// Offers a contribution and waits for the parts that come of it.
+    fn run(&self, operation: Operation, part: Part) -> Result<Vec<Part>, Error> {
+        let _one_at_a_time = self.operation.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(lost) = self.lost() {
+            return Err(lost.into());
+        }
+        self.shared.command(Command::Offer(operation, part));
+        let expected = operation.parts(self.world_size) as usize;
+        let mut state = self.shared.lock();
+        // The margin is waited for on its own: if this process was suspended past the deadline, its monitor
+        // still has the time to read what happened meanwhile.
+        for time in [self.deadline, MARGIN] {
+            let waiting = |state: &mut monitor::State| state.lost.is_none() && state.parts.len() < expected;
+            let result = self.shared.changed.wait_timeout_while(state, time, waiting);
+            state = result.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if state.parts.len() >= expected {
+            return Ok(std::mem::take(&mut state.parts));
+        }
+        if let Some(lost) = state.lost.clone() {
+            return Err(lost.into());
+        }
+        drop(state);
+        let late = self.late(operation);
+        self.shared.command(Command::Fail(late.clone()));
+        // What the monitor records is what later operations will say.
+        let waiting = |state: &mut monitor::State| state.lost.is_none();
+        let result = self.shared.changed.wait_timeout_while(self.shared.lock(), MARGIN, waiting);
+        let state = result.unwrap_or_else(PoisonError::into_inner).0;
+        Err(state.lost.clone().unwrap_or(late).into())
+    }
+
+    /// Rank 0 has not answered, and not said who else is missing.
+    fn late(&self, operation: Operation) -> Lost {
+        let detail = format!("{} within {:.1?}", operation.name(), self.deadline);
+        Lost { rank: 0, how: How::Late, detail }
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if !self.farewell {
+            let detail = if thread::panicking() { "it panicked" } else { "it left without a farewell" };
+            self.shared.command(Command::Fail(Lost {
+                rank: self.rank,
+                how: How::GaveUp,
+                detail: detail.to_owned(),
+            }));
+        }
+        self.shared.command(Command::Stop);
+        if let Some(monitor) = self.monitor.take() {
+            // A monitor that panicked has closed its connections, which is all that is wanted here.
+            let _ = monitor.join();
+        }
+    }
+}
+
+fn check_length(what: &'static str, bytes: &[u8], limit: usize) -> Result<(), Error> {
+    if bytes.len() <= limit { Ok(()) } else { Err(Error::TooLong { what, bytes: bytes.len(), limit }) }
+}
+
+/// `instant + duration`, with a duration past what the clock holds taken for a century.
+fn saturating_add(instant: Instant, duration: Duration) -> Instant {
+    instant.checked_add(duration).unwrap_or(instant + Duration::from_secs(100 * 365 * 86_400))
+}

@@ -1,0 +1,496 @@
+//! Groups whose ranks are threads of this process, and strangers who speak to rank 0's socket. Ranks that are
+//! processes, and are killed, are in `tests/rank_processes.rs`.
+
+use std::{
+    io::{Read as _, Seek as _, Write as _},
+    os::{fd::AsFd as _, unix::net::UnixStream},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use proptest::prelude::{ProptestConfig, any, proptest};
+use rustix::{
+    fs::{MemfdFlags, memfd_create},
+    net::{AddressFamily, SocketAddrUnix, SocketType},
+};
+
+use super::{
+    channel::Channel,
+    frame::{Frame, PROTOCOL},
+    join::address,
+    *,
+};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+const SHORT: Duration = Duration::from_millis(400);
+
+fn new_key() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("test {} {}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+fn member(rank: u32, world_size: u32, key: &str) -> Membership<'_> {
+    Membership { rank, world_size, key, config: b"settings", deadline: DEADLINE }
+}
+
+/// Runs `rank` as every rank of a group, each on a thread; the results by rank.
+fn on_ranks<T: Send>(world_size: u32, rank: impl Fn(Group) -> T + Sync) -> Vec<T> {
+    on_members(&new_key(), world_size, DEADLINE, |group| rank(group.expect("the group comes together")))
+}
+
+fn on_members<T: Send>(
+    key: &str,
+    world_size: u32,
+    deadline: Duration,
+    rank: impl Fn(Result<Group, Error>) -> T + Sync,
+) -> Vec<T> {
+    let ranks: Vec<_> =
+        (0..world_size).map(|rank| Membership { deadline, ..member(rank, world_size, key) }).collect();
+    join_all(&ranks, rank)
+}
+
+/// Runs `rank` for every member at once, each on a thread.
+fn join_all<T: Send>(members: &[Membership<'_>], rank: impl Fn(Result<Group, Error>) -> T + Sync) -> Vec<T> {
+    thread::scope(|scope| {
+        let threads: Vec<_> =
+            members.iter().map(|member| scope.spawn(|| rank(Group::join(member)))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no rank panics")).collect()
+    })
+}
+
+fn new_socket() -> OwnedFd {
+    rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).expect("a socket")
+}
+
+/// A connection to where rank 0 of `key` listens, as soon as it does.
+fn stranger(key: &str) -> UnixStream {
+    stranger_at(&address(key).expect("an address"))
+}
+
+fn stranger_at(name: &SocketAddrUnix) -> UnixStream {
+    let until = Instant::now() + DEADLINE;
+    loop {
+        let socket = new_socket();
+        match rustix::net::connect(&socket, name) {
+            Ok(()) => return socket.into(),
+            Err(error) => assert!(Instant::now() < until, "rank 0 does not listen: {error}"),
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn hello(rank: u32, world_size: u32) -> Vec<u8> {
+    let (version, config) = (env!("CARGO_PKG_VERSION").to_owned(), b"settings".to_vec());
+    Frame::Hello { rank, world_size, version, config }.encode()
+}
+
+fn loss<T: std::fmt::Debug>(result: Result<T, Error>) -> Lost {
+    match result {
+        Err(Error::Lost(lost)) => lost,
+        other => panic!("a lost rank, not {other:?}"),
+    }
+}
+
+fn assert_all_lose<T: std::fmt::Debug>(results: Vec<Result<T, Error>>, rank: u32, how: How, detail: &str) {
+    for result in results {
+        let lost = loss(result);
+        assert_eq!((lost.rank, lost.how), (rank, how), "{lost}");
+        assert!(lost.detail.contains(detail), "{lost}");
+    }
+}
+
+#[test]
+fn every_operation_works_among_2_3_and_16_ranks() {
+    for world_size in [2, 3, 16] {
+        on_ranks(world_size, |group| {
+            let rank = group.rank();
+            assert_eq!(group.world_size(), world_size);
+            for round in 0..10_u32 {
+                // Contributions of different lengths, none included.
+                let gathered =
+                    group.all_gather(&vec![rank as u8; (rank * round) as usize]).expect("gathered");
+                let expected: Vec<_> =
+                    (0..world_size).map(|rank| vec![rank as u8; (rank * round) as usize]).collect();
+                assert_eq!(gathered, expected);
+
+                let text = format!("round {round}");
+                let given = (rank == 0).then_some(text.as_bytes());
+                assert_eq!(group.broadcast(given).expect("broadcast"), text.as_bytes());
+
+                let mut file = (rank == 0).then(|| {
+                    std::fs::File::from(memfd_create("shared", MemfdFlags::CLOEXEC).expect("a file"))
+                });
+                if let Some(file) = &mut file {
+                    file.write_all(text.as_bytes()).expect("written");
+                }
+                let shared = group.share_fd(file.as_ref().map(|file| file.as_fd())).expect("shared");
+                // One rank after the other: they share the position in the file.
+                for turn in 0..world_size {
+                    if turn == rank {
+                        let (mut shared, mut read) =
+                            (std::fs::File::from(shared.try_clone().expect("a copy")), String::new());
+                        shared.rewind().expect("rewound");
+                        shared.read_to_string(&mut read).expect("read");
+                        assert_eq!(read, text);
+                    }
+                    group.barrier().expect("barrier");
+                }
+            }
+            assert_eq!(group.lost(), None);
+            group.farewell().expect("farewell");
+        });
+    }
+}
+
+#[test]
+fn the_longest_contribution_arrives_and_a_longer_one_is_an_error() {
+    on_ranks(3, |group| {
+        let longest = vec![group.rank() as u8; MAX_MESSAGE];
+        let gathered = group.all_gather(&longest).expect("gathered");
+        assert!((0..3).all(|rank| gathered[rank] == vec![rank as u8; MAX_MESSAGE]));
+        let error = group.all_gather(&vec![0; MAX_MESSAGE + 1]).expect_err("too long");
+        assert!(matches!(error, Error::TooLong { bytes, .. } if bytes == MAX_MESSAGE + 1));
+        group.farewell().expect("farewell");
+    });
+}
+
+#[test]
+fn only_rank_0_is_a_source() {
+    on_ranks(2, |group| {
+        let wrong = (group.rank() != 0).then_some(&b"x"[..]);
+        let error = group.broadcast(wrong).expect_err("the wrong source");
+        assert!(matches!(error, Error::Root { rank, .. } if rank == group.rank()), "{error}");
+        group.farewell().expect("farewell");
+    });
+}
+
+#[test]
+fn a_barrier_holds_until_the_last_rank_comes() {
+    let come = AtomicU32::new(0);
+    on_ranks(5, |group| {
+        thread::sleep(Duration::from_millis(20) * group.rank());
+        come.fetch_add(1, Ordering::SeqCst);
+        group.barrier().expect("barrier");
+        assert_eq!(come.load(Ordering::SeqCst), 5);
+        group.farewell().expect("farewell");
+    });
+}
+
+#[test]
+fn groups_follow_each_other_under_one_key() {
+    let key = new_key();
+    on_members(&key, 3, DEADLINE, |first| {
+        let first = first.expect("the first group");
+        for _ in 0..20 {
+            let second = Group::join(&member(first.rank(), 3, &key)).expect("a group beside the first");
+            second.barrier().expect("barrier");
+            second.farewell().expect("farewell");
+        }
+        first.farewell().expect("farewell");
+    });
+}
+
+#[test]
+fn a_rank_that_gives_up_is_heard_by_all_with_its_reason() {
+    for quitter in [0, 2] {
+        let results = on_ranks(4, |group| {
+            if group.rank() == quitter {
+                group.abort("the result is wrong");
+            }
+            group.barrier()
+        });
+        assert_all_lose(results, quitter, How::GaveUp, "the result is wrong");
+    }
+}
+
+#[test]
+fn a_group_dropped_without_farewell_raises_the_alarm() {
+    for quitter in [0, 1] {
+        on_ranks(3, |group| {
+            if group.rank() == quitter {
+                return drop(group);
+            }
+            let (alarm, until) = (group.alarm(), Instant::now() + DEADLINE);
+            while alarm.lost_rank().is_none() {
+                assert!(Instant::now() < until, "no alarm");
+                thread::yield_now();
+            }
+            assert_eq!(alarm.lost_rank(), Some(quitter));
+            let lost = group.lost().expect("a loss");
+            assert_eq!((lost.rank, lost.how), (quitter, How::GaveUp));
+        });
+    }
+}
+
+#[test]
+fn a_late_rank_is_named_to_all_within_the_deadline() {
+    for late in [0, 2] {
+        let started = Instant::now();
+        let results = on_members(&new_key(), 3, SHORT, |group| {
+            let group = group.expect("the group comes together");
+            if group.rank() == late {
+                while group.lost().is_none() && started.elapsed() < DEADLINE {
+                    thread::sleep(Duration::from_millis(5));
+                }
+            }
+            group.barrier()
+        });
+        assert_all_lose(results, late, How::Late, "the barrier within 400.0ms");
+        assert!(started.elapsed() < 4 * SHORT, "{:?}", started.elapsed());
+    }
+}
+
+#[test]
+fn ranks_at_different_operations_are_out_of_step() {
+    let results =
+        on_ranks(
+            3,
+            |group| {
+                if group.rank() == 1 { group.broadcast(None).map(drop) } else { group.barrier() }
+            },
+        );
+    for result in results {
+        let lost = loss(result);
+        assert_eq!(lost.how, How::OutOfStep);
+        assert!(lost.detail.contains("the barrier") && lost.detail.contains("the broadcast"), "{lost}");
+    }
+}
+
+#[test]
+fn a_farewell_of_some_is_none() {
+    let results = on_ranks(2, |group| if group.rank() == 0 { group.farewell() } else { group.barrier() });
+    results.into_iter().for_each(|result| assert_eq!(loss(result).how, How::OutOfStep));
+}
+
+#[test]
+fn a_missing_rank_is_named_at_the_deadline() {
+    let key = new_key();
+    let started = Instant::now();
+    let members = [0, 1, 3].map(|rank| Membership { deadline: SHORT, ..member(rank, 5, &key) });
+    let results = join_all(&members, |group| group);
+    assert_all_lose(results, 2, How::Late, "the rendezvous within 400.0ms, nor did rank 4");
+    assert!(started.elapsed() < 4 * SHORT, "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_missing_rank_0_is_named_at_the_deadline() {
+    let key = new_key();
+    let members = [1, 2].map(|rank| Membership { deadline: SHORT, ..member(rank, 3, &key) });
+    assert_all_lose(join_all(&members, |group| group), 0, How::Late, "the rendezvous within 400.0ms");
+}
+
+#[test]
+fn members_that_do_not_fit_are_named_to_all() {
+    let key = &new_key();
+    let fits = |rank| member(rank, 3, key);
+    let cases = [
+        ([fits(0), fits(1), fits(1)], 1, "started twice"),
+        ([fits(0), fits(1), Membership { config: b"other", ..fits(2) }], 2, "other settings"),
+        (
+            [fits(0), Membership { world_size: 2, ..fits(1) }, fits(2)],
+            1,
+            "for a group of 2 ranks, rank 0 for 3",
+        ),
+        ([fits(0), fits(1), Membership { rank: 3, world_size: 4, ..fits(2) }], 3, "for a group of 4 ranks"),
+    ];
+    for (members, rank, detail) in cases {
+        let started = Instant::now();
+        assert_all_lose(join_all(&members, |group| group), rank, How::Refused, detail);
+        assert!(started.elapsed() < DEADLINE / 2, "{detail}: {:?}", started.elapsed());
+    }
+}
+
+#[test]
+fn hellos_of_other_versions_or_impossible_ranks_are_refused_by_name() {
+    let mut other_protocol = hello(1, 2);
+    other_protocol[4..6].copy_from_slice(&(PROTOCOL + 1).to_le_bytes());
+    let other_version =
+        Frame::Hello { rank: 1, world_size: 2, version: "0.0.1".to_owned(), config: b"settings".to_vec() }
+            .encode();
+    let cases = [
+        (other_protocol, 1, "protocol version 2"),
+        (other_version, 1, "runs version \"0.0.1\""),
+        (hello(2, 2), 2, "numbered from 0 to 1"),
+        (hello(u32::MAX, 2), u32::MAX, "numbered from 0 to 1"),
+        (hello(0, 2), 0, "started twice"),
+    ];
+    for (bytes, rank, detail) in cases {
+        let key = new_key();
+        thread::scope(|scope| {
+            let root = scope.spawn(|| Group::join(&member(0, 2, &key)));
+            let mut other = stranger(&key);
+            other.write_all(&bytes).expect("sent");
+            other.set_nonblocking(true).expect("non-blocking");
+            let mut answers = Channel::new(other.into(), MAX_MESSAGE);
+            assert_all_lose(vec![root.join().expect("no panic")], rank, How::Refused, detail);
+            answers.fill();
+            let answer = answers.next().expect("a message");
+            assert!(
+                matches!(&answer, Some(Frame::Failed(lost)) if lost.detail.contains(detail)),
+                "{answer:?}"
+            );
+        });
+    }
+}
+
+#[test]
+fn strangers_do_not_keep_a_group_from_coming_together() {
+    let key = new_key();
+    let long = [&hello(1, 2)[..12], &u32::MAX.to_le_bytes()].concat();
+    let noise: [&[u8]; 6] =
+        [b"", b"GET / HTTP/1.0\r\n\r\n", b"FCRV", &hello(1, 2)[..30], &long, &Frame::Welcome.encode()];
+    thread::scope(|scope| {
+        let root = scope.spawn(|| Group::join(&member(0, 2, &key)));
+        // Some stay, some leave; more than rank 0 keeps.
+        let mut staying = Vec::new();
+        for round in 0..40 {
+            for bytes in noise {
+                let mut other = stranger(&key);
+                // Rank 0 may have sent it away already.
+                let _ = other.write_all(bytes);
+                if round % 2 == 0 {
+                    staying.push(other);
+                }
+            }
+        }
+        let other = Group::join(&member(1, 2, &key)).expect("joined");
+        let root = root.join().expect("no panic").expect("joined");
+        thread::scope(|scope| {
+            scope.spawn(|| root.farewell().expect("farewell"));
+            other.farewell().expect("farewell");
+        });
+    });
+}
+
+#[test]
+fn a_rank_that_leaves_during_the_rendezvous_is_named() {
+    let key = new_key();
+    thread::scope(|scope| {
+        let root = scope.spawn(|| Group::join(&member(0, 3, &key)));
+        let mut other = stranger(&key);
+        other.write_all(&hello(2, 3)).expect("sent");
+        drop(other);
+        assert_all_lose(vec![root.join().expect("no panic")], 2, How::Ended, "");
+    });
+}
+
+#[test]
+fn an_answer_that_is_no_message_is_an_error() {
+    let key = new_key();
+    let listener = new_socket();
+    rustix::net::bind(&listener, &address(&key).expect("an address")).expect("bound");
+    rustix::net::listen(&listener, 1).expect("listening");
+    thread::scope(|scope| {
+        let rank = scope.spawn(|| Group::join(&member(1, 2, &key)));
+        let mut root = UnixStream::from(rustix::net::accept(&listener).expect("accepted"));
+        root.write_all(b"220 mail.example.org").expect("sent");
+        let error = rank.join().expect("no panic").expect_err("no group");
+        assert!(matches!(error, Error::Protocol(FrameError::Magic)), "{error}");
+    });
+}
+
+/// Runs `work` on a thread of another user; `None` where this process may not change its user.
+fn as_another_user<T: Send>(work: impl FnOnce() -> T + Send) -> Option<T> {
+    let nobody = rustix::process::Uid::from_raw(65_534);
+    thread::scope(|scope| {
+        // The system call changes the calling thread alone, which ends with the work.
+        let thread = scope.spawn(|| rustix::thread::set_thread_uid(nobody).ok().map(|()| work()));
+        thread.join().expect("no panic")
+    })
+}
+
+#[test]
+fn another_users_process_cannot_join() {
+    let key = new_key();
+    thread::scope(|scope| {
+        let root = scope.spawn(|| Group::join(&member(0, 2, &key)));
+        let name = address(&key).expect("an address");
+        let other = as_another_user(|| {
+            let mut other = stranger_at(&name);
+            // Rank 0 may have sent it away already.
+            let _ = other.write_all(&hello(1, 2));
+            assert_eq!(other.read(&mut [0; 16]).unwrap_or(0), 0, "sent away without a word");
+        });
+        if other.is_none() {
+            eprintln!("not tested: this process may not act as another user");
+        }
+        Group::join(&member(1, 2, &key)).expect("the seat is free").abort("done");
+        root.join().expect("no panic").expect("joined");
+    });
+}
+
+#[test]
+fn another_users_process_cannot_take_rank_0s_place() {
+    let key = new_key();
+    let name = address(&key).expect("an address");
+    let listener = as_another_user(|| {
+        let listener = new_socket();
+        rustix::net::bind(&listener, &name).expect("bound");
+        rustix::net::listen(&listener, 1).expect("listening");
+        listener
+    });
+    let Some(_listener) = listener else {
+        return eprintln!("not tested: this process may not act as another user");
+    };
+    let error = Group::join(&member(1, 2, &key)).expect_err("no group");
+    assert!(matches!(error, Error::Foreign { uid: 65_534 }), "{error}");
+}
+
+#[test]
+fn a_key_in_use_is_an_error_at_the_deadline() {
+    let key = new_key();
+    let listener = new_socket();
+    rustix::net::bind(&listener, &address(&key).expect("an address")).expect("bound");
+    let error = Group::join(&Membership { deadline: SHORT, ..member(0, 2, &key) }).expect_err("no group");
+    assert!(matches!(&error, Error::NameTaken { .. }) && error.to_string().contains(&key), "{error}");
+}
+
+#[test]
+fn impossible_memberships_are_errors() {
+    for (rank, world_size) in [(0, 0), (0, 1), (0, 17), (2, 2), (u32::MAX, 4)] {
+        let error = Group::join(&member(rank, world_size, "unused")).expect_err("no group");
+        assert!(error.to_string().contains("2 to 16"), "{error}");
+    }
+}
+
+#[test]
+fn any_deadline_is_taken() {
+    let key = new_key();
+    let results = on_members(&key, 2, Duration::MAX, |group| group?.farewell());
+    assert!(results.iter().all(Result::is_ok), "{results:?}");
+    assert_all_lose(
+        vec![Group::join(&Membership { deadline: Duration::ZERO, ..member(0, 2, &key) })],
+        1,
+        How::Late,
+        "",
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// After a right hello: what a member may say during operations, rank 0 survives and names it.
+    #[test]
+    fn a_member_that_talks_nonsense_ends_the_group(noise: Vec<u8>, kind: u8, code in 0_u8..8, rank in any::<u32>()) {
+        let key = new_key();
+        thread::scope(|scope| {
+            let root = scope.spawn(|| Group::join(&member(0, 2, &key)).expect("joined").barrier());
+            let mut other = stranger(&key);
+            other.write_all(&hello(1, 2)).expect("sent");
+            other.read_exact(&mut [0; 16]).expect("a welcome");
+            let mut frame = Frame::Welcome.encode();
+            frame[6] = kind;
+            frame[7] = code;
+            frame[8..12].copy_from_slice(&rank.to_le_bytes());
+            frame[12..16].copy_from_slice(&(noise.len() as u32).to_le_bytes());
+            frame.extend(noise);
+            // Rank 0 may have seen enough before all is sent.
+            let _ = other.write_all(&frame);
+            drop(other);
+            // Ended where the message is an offer that fits; otherwise out of step, or whom it says is lost.
+            let result = root.join().expect("no panic");
+            if let Err(error) = result {
+                assert!(matches!(error, Error::Lost(_)), "{error}");
+            }
+        });
+    }
+}

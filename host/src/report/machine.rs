@@ -1,0 +1,88 @@
+//! The machine that a report was measured on.
+
+use serde::{Deserialize, Serialize};
+use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
+
+/// What a reader needs to know of a machine to judge its figures. Nothing here identifies it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Machine {
+    /// The processor's name.
+    pub cpu: String,
+    /// Processors that this process may run on.
+    pub cores: usize,
+    /// Main memory in bytes.
+    pub memory_bytes: u64,
+    /// Operating system and its version.
+    pub os: String,
+    /// Kernel version.
+    pub kernel: String,
+    /// Processor architecture: `x86_64`, `aarch64`, ...
+    pub arch: String,
+}
+
+impl Machine {
+    /// This machine. What the system does not tell is `unknown`, or 0.
+    pub fn here() -> Machine {
+        let wanted = RefreshKind::nothing()
+            .with_cpu(CpuRefreshKind::nothing())
+            .with_memory(MemoryRefreshKind::nothing().with_ram());
+        let system = System::new_with_specifics(wanted).ok();
+        let cpu =
+            system.as_ref().and_then(|system| system.cpus().first()).map(|cpu| cpu.brand().trim().to_owned());
+        let or_unknown =
+            |text: Option<String>| text.filter(|t| !t.is_empty()).unwrap_or_else(|| "unknown".to_owned());
+        Machine {
+            cpu: or_unknown(cpu),
+            cores: std::thread::available_parallelism().map_or(0, usize::from),
+            memory_bytes: system.map_or(0, |system| system.total_memory()),
+            os: or_unknown(System::long_os_version().ok()),
+            kernel: or_unknown(System::kernel_version().ok()),
+            arch: std::env::consts::ARCH.to_owned(),
+        }
+    }
+
+    /// `Some CPU, 8 cores, 31.3 GiB, Some Linux 1.2 (kernel 6.1.0, x86_64)`.
+    pub fn summary(&self) -> String {
+        let Machine { cpu, cores, memory_bytes, os, kernel, arch } = self;
+        let plural = if *cores == 1 { "" } else { "s" };
+        let gib = *memory_bytes as f64 / f64::from(1 << 30);
+        format!("{cpu}, {cores} core{plural}, {gib:.1} GiB, {os} (kernel {kernel}, {arch})")
+    }
+}
+
+/// Bytes that processes can still take without swapping, within the limit of this process's control group.
+/// `None` where the system does not tell.
+pub fn available_memory() -> Option<u64> {
+    let wanted = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+    let system = System::new_with_specifics(wanted).ok()?;
+    let free = system.available_memory();
+    let limited = system.cgroup_limits().map_or(free, |limits| limits.free_memory.min(free));
+    (free > 0).then_some(limited)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_machine_has_a_processor_and_memory() {
+        let here = Machine::here();
+        assert!(here.cores >= 1);
+        assert!(here.memory_bytes > 1 << 20);
+        assert_ne!(here.kernel, "unknown");
+    }
+
+    #[test]
+    fn a_summary_is_one_line() {
+        let machine = Machine {
+            cpu: "Test CPU".to_owned(),
+            cores: 1,
+            memory_bytes: 3 << 29,
+            os: "Linux 1".to_owned(),
+            kernel: "6.1".to_owned(),
+            arch: "x86_64".to_owned(),
+        };
+        assert_eq!(machine.summary(), "Test CPU, 1 core, 1.5 GiB, Linux 1 (kernel 6.1, x86_64)");
+    }
+}

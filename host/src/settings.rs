@@ -1,0 +1,299 @@
+//! What a benchmark is asked to measure, and where its results go.
+//!
+//! [`Settings`] is plain data: the [command line](crate::cli) makes one, the benchmark reads it, and the
+//! [report](crate::report) stores what describes the measurement. Its lists hold at least one value and no
+//! value twice, and every operation it [describes](Settings::operation) is valid.
+
+use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
+
+use fused_collective_core::{
+    dtype::DType,
+    fusion::{Mode, Norm, Operation},
+    quant::{Quantization, ScaleLayout},
+};
+use serde::{Deserialize, Serialize};
+
+/// What follows the norm in a measured operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantMode {
+    /// Nothing: all-reduce, residual add, RMSNorm.
+    None,
+    /// E4M3 with a static scale for the whole tensor.
+    Fp8,
+    /// NVFP4, block scales in the layout that matrix kernels read.
+    Fp4,
+}
+
+impl QuantMode {
+    /// Every mode.
+    pub const ALL: [QuantMode; 3] = [QuantMode::None, QuantMode::Fp8, QuantMode::Fp4];
+
+    /// The name on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            QuantMode::None => "none",
+            QuantMode::Fp8 => "fp8",
+            QuantMode::Fp4 => "fp4",
+        }
+    }
+
+    /// The quantization that the mode measures.
+    pub const fn quantization(self) -> Quantization {
+        match self {
+            QuantMode::None => Quantization::None,
+            QuantMode::Fp8 => Quantization::Fp8Static,
+            QuantMode::Fp4 => Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 },
+        }
+    }
+}
+
+impl fmt::Display for QuantMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The text names no quantization mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnknownQuantMode;
+
+impl fmt::Display for UnknownQuantMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not a quantization mode: use none, fp8 or fp4")
+    }
+}
+
+impl std::error::Error for UnknownQuantMode {}
+
+impl FromStr for QuantMode {
+    type Err = UnknownQuantMode;
+
+    /// Reads a mode's name in any case.
+    fn from_str(text: &str) -> Result<Self, UnknownQuantMode> {
+        QuantMode::ALL.into_iter().find(|mode| mode.name().eq_ignore_ascii_case(text)).ok_or(UnknownQuantMode)
+    }
+}
+
+/// The backend that was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendChoice {
+    /// CUDA where there are GPUs for every rank, else the CPU.
+    Auto,
+    /// Rank processes over shared memory.
+    Cpu,
+    /// One process a GPU.
+    Cuda,
+}
+
+impl FromStr for BackendChoice {
+    type Err = UnknownBackend;
+
+    /// Reads `auto`, `cpu` or `cuda`.
+    fn from_str(text: &str) -> Result<Self, UnknownBackend> {
+        match text {
+            "auto" => Ok(BackendChoice::Auto),
+            "cpu" => Ok(BackendChoice::Cpu),
+            "cuda" => Ok(BackendChoice::Cuda),
+            _ => Err(UnknownBackend),
+        }
+    }
+}
+
+/// The text names no backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnknownBackend;
+
+impl fmt::Display for UnknownBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not a backend: use auto, cpu or cuda")
+    }
+}
+
+impl std::error::Error for UnknownBackend {}
+
+/// Where results go besides the terminal, and what they are compared with.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Outputs {
+    /// Markdown report.
+    pub output_file: Option<PathBuf>,
+    /// JSON report.
+    pub json: Option<PathBuf>,
+    /// SVG plot.
+    pub plot: Option<PathBuf>,
+    /// An earlier JSON report to compare with.
+    pub compare: Option<PathBuf>,
+}
+
+/// Everything that the command line says about a benchmark.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Token counts to measure, each at least 1.
+    pub num_tokens: Vec<u64>,
+    /// Elements of a token.
+    pub hidden_dim: u64,
+    /// Element types to measure.
+    #[serde(with = "dtype_names")]
+    pub dtypes: Vec<DType>,
+    /// Quantization modes to measure.
+    pub quant_modes: Vec<QuantMode>,
+    /// Whether a residual is added.
+    pub use_residual: bool,
+    /// Whether one-shot variants are measured.
+    pub oneshot: bool,
+    /// Trials before those that count.
+    pub warmup: u32,
+    /// Trials that count; at least 1.
+    pub trials: u32,
+    /// Seed of the random inputs.
+    pub seed: u64,
+    /// Longest wait for a peer, in seconds; finite and above 0.
+    pub deadline_seconds: f64,
+    /// The backend asked for.
+    pub backend: BackendChoice,
+    /// Ranks asked for; `None` leaves it to the launcher or to the backend.
+    pub nproc_per_node: Option<u32>,
+    /// Loss in percent past which a comparison fails; finite and above 0.
+    pub tolerance_percent: f64,
+    /// Files. They say nothing about the measurement, so reports leave them out.
+    #[serde(skip)]
+    pub outputs: Outputs,
+}
+
+impl Default for Settings {
+    /// The benchmark that runs when nothing else is said.
+    fn default() -> Self {
+        Settings {
+            num_tokens: vec![128, 512, 1024, 2048],
+            hidden_dim: 8192,
+            dtypes: vec![DType::Bf16],
+            quant_modes: QuantMode::ALL.to_vec(),
+            use_residual: true,
+            oneshot: true,
+            warmup: 5,
+            trials: 20,
+            seed: 0,
+            deadline_seconds: 10.0,
+            backend: BackendChoice::Auto,
+            nproc_per_node: None,
+            tolerance_percent: 10.0,
+            outputs: Outputs::default(),
+        }
+    }
+}
+
+/// One configuration to measure: all its variants compute the same thing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Case {
+    /// Tokens.
+    pub num_tokens: u64,
+    /// Element type.
+    pub dtype: DType,
+    /// What follows the norm.
+    pub quant_mode: QuantMode,
+}
+
+impl Settings {
+    /// The configurations to measure, in the order of the report.
+    pub fn cases(&self) -> impl Iterator<Item = Case> + '_ {
+        self.num_tokens.iter().flat_map(move |&num_tokens| {
+            self.dtypes.iter().flat_map(move |&dtype| {
+                self.quant_modes.iter().map(move |&quant_mode| Case { num_tokens, dtype, quant_mode })
+            })
+        })
+    }
+
+    /// The operation that a configuration measures.
+    pub fn operation(&self, case: Case, mode: Mode) -> Operation {
+        Operation {
+            dtype: case.dtype,
+            tokens: case.num_tokens,
+            hidden: self.hidden_dim,
+            residual: self.use_residual,
+            norm: Some(Norm::default()),
+            quantization: case.quant_mode.quantization(),
+            keep_norm: false,
+            mode,
+        }
+    }
+
+    /// Longest wait for a peer.
+    pub fn deadline(&self) -> Duration {
+        Duration::from_secs_f64(self.deadline_seconds)
+    }
+}
+
+/// Serializes an element type as its PyTorch name. `core` does not depend on serde.
+pub(crate) mod dtype_name {
+    use fused_collective_core::dtype::DType;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(crate) fn serialize<S: Serializer>(dtype: &DType, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(dtype.name())
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<DType, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        name.parse().map_err(|error| D::Error::custom(format_args!("'{name}' is {error}")))
+    }
+}
+
+/// Serializes a list of element types as their PyTorch names.
+mod dtype_names {
+    use fused_collective_core::dtype::DType;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Name(#[serde(with = "super::dtype_name")] DType);
+
+    pub(super) fn serialize<S: Serializer>(dtypes: &[DType], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(dtypes.iter().copied().map(Name))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DType>, D::Error> {
+        let names = Vec::<Name>::deserialize(deserializer)?;
+        Ok(names.into_iter().map(|Name(dtype)| dtype).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_valid_operations() {
+        let settings = Settings::default();
+        assert_eq!(settings.cases().count(), 12);
+        for case in settings.cases() {
+            assert_eq!(settings.operation(case, Mode::Auto).validate(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn cases_vary_the_quantization_fastest() {
+        let settings = Settings {
+            num_tokens: vec![1, 2],
+            dtypes: vec![DType::F16, DType::F32],
+            quant_modes: vec![QuantMode::None, QuantMode::Fp8],
+            ..Settings::default()
+        };
+        let names: Vec<String> =
+            settings.cases().map(|c| format!("{} {} {}", c.num_tokens, c.dtype, c.quant_mode)).collect();
+        let expected = "1 float16 none|1 float16 fp8|1 float32 none|1 float32 fp8|\
+                        2 float16 none|2 float16 fp8|2 float32 none|2 float32 fp8";
+        assert_eq!(names.join("|"), expected);
+    }
+
+    #[test]
+    fn settings_survive_json_but_for_the_files() {
+        let mut settings =
+            Settings { dtypes: DType::ALL.to_vec(), nproc_per_node: Some(4), ..Settings::default() };
+        settings.outputs.json = Some("a.json".into());
+        let text = serde_json::to_string(&settings).unwrap();
+        assert!(text.contains(r#""dtypes":["float32","float16","bfloat16"]"#), "{text}");
+        let back: Settings = serde_json::from_str(&text).unwrap();
+        assert_eq!(back, Settings { outputs: Outputs::default(), ..settings });
+    }
+}

@@ -1,0 +1,301 @@
+//! The CPU backend against the reference, ranks as threads that share memory as processes would.
+
+use std::{os::fd::AsFd, thread, time::Duration};
+
+use fused_collective::cpu::{self, Communicator, Error, Inputs, LateCause, Outputs, Plain, Watch};
+use fused_collective_core::{
+    dtype::{Element, bf16, f16},
+    fusion::{GammaType, Mode, Norm, Operation},
+    norm::Gamma,
+    quant::{Quantization, ScaleLayout},
+    reference::{Observed, Rounding, Token, check_token},
+};
+use proptest::prelude::*;
+
+/// Runs `rank` on a thread for each rank of a group and returns what they return, in rank order.
+fn group<R: Send>(
+    world_size: u32,
+    row_bytes: u64,
+    deadline: Duration,
+    rank: impl Fn(Communicator) -> R + Sync,
+) -> Vec<R> {
+    let layout = cpu::layout(world_size, row_bytes).unwrap();
+    let memory = cpu::create_shared_memory(&layout).unwrap();
+    thread::scope(|scope| {
+        let start = |index| {
+            let (memory, rank) = (memory.as_fd(), &rank);
+            scope.spawn(move || {
+                rank(Communicator::join(memory, layout, index, deadline, Watch::new(|| None)).unwrap())
+            })
+        };
+        let ranks: Vec<_> = (0..world_size).map(start).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    })
+}
+
+const PATIENT: Duration = Duration::from_secs(30);
+
+/// One rank's results of one operation.
+#[derive(Clone, Debug, PartialEq)]
+struct Results<E> {
+    residual_out: Vec<E>,
+    norm_out: Vec<E>,
+    quant_out: Vec<u8>,
+    scale_out: Vec<u8>,
+}
+
+/// The inputs of one operation on all ranks: pseudo-random, with zeros of both signs among them.
+struct Case<E> {
+    operation: Operation,
+    inputs: Vec<Vec<E>>,
+    residual: Vec<E>,
+    gamma: Vec<E>,
+    gamma_f32: Vec<f32>,
+    scale: f32,
+}
+
+impl<E: Plain> Case<E> {
+    fn new(operation: Operation, world_size: u32, seed: u64) -> Self {
+        let elements = (operation.tokens * operation.hidden) as usize;
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            match state >> 58 {
+                0 => -0.0,
+                1 => 0.0,
+                _ => (state >> 40) as f32 / (1 << 22) as f32 - 2.0,
+            }
+        };
+        let mut tensor = |length: usize| (0..length).map(|_| E::from_f32(next())).collect::<Vec<E>>();
+        let inputs = (0..world_size).map(|_| tensor(elements)).collect();
+        let residual = tensor(elements);
+        let gamma = tensor(operation.hidden as usize);
+        let gamma_f32 = gamma.iter().map(|weight| weight.to_f32()).collect();
+        Case { operation, inputs, residual, gamma, gamma_f32, scale: 0.37 }
+    }
+
+    fn gamma(&self) -> Gamma<'_, E> {
+        match self.operation.norm {
+            Some(Norm { gamma: GammaType::F32, .. }) => Gamma::F32(&self.gamma_f32),
+            _ => Gamma::Element(&self.gamma),
+        }
+    }
+
+    /// Runs the operation on one rank, outputs poisoned before.
+    fn run(&self, communicator: &mut Communicator, mode: Mode) -> Result<Results<E>, Error> {
+        let operation = Operation { mode, ..self.operation };
+        let (quantization, tokens, hidden) = (operation.quantization, operation.tokens, operation.hidden);
+        let poison = E::from_f32(f32::NAN);
+        let elements = (tokens * hidden) as usize;
+        let mut results = Results {
+            residual_out: vec![poison; elements],
+            norm_out: vec![poison; if operation.writes_norm() { elements } else { 0 }],
+            quant_out: vec![0xaa; (tokens * quantization.value_bytes_per_row(hidden)) as usize],
+            scale_out: vec![0xaa; quantization.scale_bytes(tokens, hidden).unwrap() as usize],
+        };
+        let inputs = Inputs {
+            input: &self.inputs[communicator.rank() as usize][..],
+            residual: operation.residual.then_some(&self.residual[..]),
+            gamma: self.gamma(),
+            scale: self.scale,
+        };
+        let outputs = Outputs {
+            residual_out: &mut results.residual_out,
+            norm_out: &mut results.norm_out,
+            quant_out: &mut results.quant_out,
+            scale_out: &mut results.scale_out,
+        };
+        communicator.all_reduce(&operation, inputs, outputs)?;
+        Ok(results)
+    }
+
+    fn check(&self, results: &Results<E>) {
+        let hidden = self.operation.hidden as usize;
+        let row_bytes = self.operation.quantization.value_bytes_per_row(self.operation.hidden) as usize;
+        for index in 0..self.operation.tokens {
+            let row = index as usize * hidden..(index as usize + 1) * hidden;
+            let rows: Vec<&[E]> = self.inputs.iter().map(|input| &input[row.clone()]).collect();
+            let token = Token {
+                inputs: &rows,
+                residual: self.operation.residual.then_some(&self.residual[row.clone()]),
+                gamma: self.gamma(),
+                scale: self.scale,
+                index,
+            };
+            let values = index as usize * row_bytes;
+            let observed = Observed {
+                residual_out: &results.residual_out[row.clone()],
+                norm_out: results.norm_out.get(row).unwrap_or_default(),
+                values: &results.quant_out[values..values + row_bytes],
+                scales: &results.scale_out,
+            };
+            let error = check_token(&self.operation, Rounding::Once, &token, &observed).unwrap();
+            assert!(error < 1.0 || E::DTYPE.digits() == 24, "token {index}: {error} units in the last place");
+        }
+    }
+}
+
+/// Both modes on every rank: right, the same bits on all ranks and in both modes.
+fn check<E: Plain>(operation: Operation, world_size: u32, seed: u64) {
+    let case = Case::<E>::new(operation, world_size, seed);
+    let results = group(world_size, operation.row_bytes(), PATIENT, |mut communicator| {
+        [Mode::OneShot, Mode::TwoShot, Mode::Auto].map(|mode| case.run(&mut communicator, mode).unwrap())
+    });
+    case.check(&results[0][0]);
+    for (rank, modes) in results.iter().enumerate() {
+        for (mode, result) in modes.iter().enumerate() {
+            assert!(
+                bytes_equal(result, &results[0][0]),
+                "rank {rank}, mode {mode} differs from rank 0, one-shot"
+            );
+        }
+    }
+}
+
+fn bytes_equal<E: Plain>(a: &Results<E>, b: &Results<E>) -> bool {
+    bytemuck::cast_slice::<E, u8>(&a.residual_out) == bytemuck::cast_slice::<E, u8>(&b.residual_out)
+        && bytemuck::cast_slice::<E, u8>(&a.norm_out) == bytemuck::cast_slice::<E, u8>(&b.norm_out)
+        && (&a.quant_out, &a.scale_out) == (&b.quant_out, &b.scale_out)
+}
+
+fn operation<E: Plain>(tokens: u64, hidden: u64) -> Operation {
+    Operation {
+        dtype: E::DTYPE,
+        tokens,
+        hidden,
+        residual: true,
+        norm: Some(Norm::default()),
+        quantization: Quantization::None,
+        keep_norm: false,
+        mode: Mode::Auto,
+    }
+}
+
+fn quantizations() -> impl Strategy<Value = Quantization> {
+    let layout = prop_oneof![Just(ScaleLayout::Linear), Just(ScaleLayout::Swizzled128x4)];
+    (layout, 0usize..9).prop_map(|(layout, kind)| match kind {
+        0 => Quantization::None,
+        1 => Quantization::Fp8Static,
+        2 => Quantization::Fp8PerToken,
+        3 => Quantization::Fp8PerGroup { group: 32, layout },
+        4 => Quantization::Fp8PerGroup { group: 64, layout },
+        5 => Quantization::Fp8PerGroup { group: 128, layout },
+        6 => Quantization::NvFp4 { layout },
+        7 => Quantization::MxFp8 { layout },
+        _ => Quantization::MxFp4 { layout },
+    })
+}
+
+fn operations() -> impl Strategy<Value = Operation> {
+    let norm = (any::<bool>(), any::<bool>()).prop_map(|(gemma, wide)| Norm {
+        weight_bias: if gemma { 1.0 } else { 0.0 },
+        gamma: if wide { GammaType::F32 } else { GammaType::Element },
+        ..Norm::default()
+    });
+    let shape = (0u64..12, 1u64..20, any::<bool>());
+    (shape, proptest::option::weighted(0.9, norm), quantizations(), any::<bool>()).prop_map(
+        |((tokens, blocks, residual), norm, quantization, keep_norm)| {
+            let quantization = if norm.is_some() { quantization } else { Quantization::None };
+            let hidden = blocks * quantization.block().unwrap_or(16);
+            Operation { residual, norm, quantization, keep_norm, ..operation::<f32>(tokens, hidden) }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    #[test]
+    fn any_operation_is_right_on_every_rank_in_every_mode(
+        operation in operations(),
+        dtype in 0..3,
+        world_size in 2u32..=6,
+        seed: u64,
+    ) {
+        match dtype {
+            0 => check::<f32>(operation, world_size, seed),
+            1 => check::<f16>(Operation { dtype: f16::DTYPE, ..operation }, world_size, seed),
+            _ => check::<bf16>(Operation { dtype: bf16::DTYPE, ..operation }, world_size, seed),
+        }
+    }
+}
+
+#[test]
+fn sixteen_ranks_agree() {
+    check::<bf16>(operation::<bf16>(5, 48), 16, 1);
+}
+
+#[test]
+fn the_largest_hidden_size_works() {
+    check::<f32>(operation::<f32>(3, 65_536), 2, 2);
+}
+
+#[test]
+fn an_operation_larger_than_a_slot_takes_several_rounds() {
+    check::<bf16>(operation::<bf16>(300, 2880), 3, 3);
+}
+
+#[test]
+fn operations_follow_each_other_in_any_order() {
+    let shapes = [(1, 8192), (7, 48), (0, 16), (200, 1024), (2, 16), (33, 2880)];
+    let cases: Vec<Case<bf16>> = shapes
+        .iter()
+        .map(|&(tokens, hidden)| Case::new(operation::<bf16>(tokens, hidden), 3, tokens))
+        .collect();
+    let wide = Case::<f32>::new(operation::<f32>(9, 96), 3, 77);
+    group(3, 8192 * 4, PATIENT, |mut communicator| {
+        let modes = [Mode::OneShot, Mode::TwoShot];
+        for turn in 0..60usize {
+            let case = &cases[turn * 5 % cases.len()];
+            case.check(&case.run(&mut communicator, modes[turn % 2]).unwrap());
+            if turn % 3 == 0 {
+                wide.check(&wide.run(&mut communicator, modes[turn / 3 % 2]).unwrap());
+            }
+        }
+    });
+}
+
+#[test]
+fn a_missing_rank_ends_the_wait_and_poisons_the_communicator() {
+    let case = Case::<bf16>::new(operation::<bf16>(4, 64), 2, 5);
+    let outcomes = group(2, 128, Duration::from_millis(200), |mut communicator| {
+        (communicator.rank() == 0).then(|| {
+            let late = case.run(&mut communicator, Mode::TwoShot).unwrap_err();
+            let again = case.run(&mut communicator, Mode::TwoShot).unwrap_err();
+            (late, again)
+        })
+    });
+    let (late, again) = outcomes.into_iter().flatten().next().unwrap();
+    let Error::Late(late) = late else { panic!("{late}") };
+    assert_eq!((late.rank, late.waited_for, late.operation), (0, 1, 0));
+    assert_eq!(late.cause, LateCause::Deadline(Duration::from_millis(200)));
+    assert!(matches!(again, Error::Poisoned(_)), "{again}");
+}
+
+#[test]
+fn tensors_that_do_not_fit_the_operation_are_refused_before_anything_is_sent() {
+    let case = Case::<bf16>::new(operation::<bf16>(4, 64), 2, 5);
+    group(2, 128, PATIENT, |mut communicator| {
+        let mut out = vec![bf16::ZERO; 4 * 64];
+        let mut short = vec![bf16::ZERO; 4 * 64 - 16];
+        let inputs = Inputs {
+            input: &case.inputs[0][..],
+            residual: Some(&case.residual[..]),
+            gamma: case.gamma(),
+            scale: 1.0,
+        };
+        let (mut nothing, mut none) = ([], []);
+        let outputs = Outputs {
+            residual_out: &mut out,
+            norm_out: &mut short,
+            quant_out: &mut nothing,
+            scale_out: &mut none,
+        };
+        let error = communicator.all_reduce(&case.operation, inputs, outputs).unwrap_err();
+        assert_eq!(error.to_string(), "norm_out has length 240, the operation needs 256");
+        // Nothing was sent: the next operation is right.
+        case.check(&case.run(&mut communicator, Mode::OneShot).unwrap());
+    });
+}

@@ -1,0 +1,253 @@
+//! A program under test together with every process that it starts, directly or not, whatever groups and sessions they
+//! make. They are told by a mark in their environment, which children inherit.
+
+use std::{
+    fmt, fs,
+    io::Read,
+    process::{Child, Command, Stdio, id},
+    sync::atomic::{AtomicU64, Ordering},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+/// The variable that marks the processes of one run.
+const MARK: &str = "FUSED_COLLECTIVE_TEST_RUN";
+/// How long the other processes of a run may outlive the one that was started: the kernel takes a moment to end them.
+const GRACE: Duration = Duration::from_secs(2);
+
+/// A program that runs. Dropping it kills all its processes.
+pub struct Running {
+    processes: Processes,
+    started: Instant,
+    stdout: JoinHandle<Vec<u8>>,
+    stderr: JoinHandle<Vec<u8>>,
+}
+
+/// How a run ended.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The exit status, or `None` if a signal ended the program.
+    pub code: Option<i32>,
+    /// What all its processes wrote to standard output.
+    pub stdout: String,
+    /// What all its processes wrote to standard error.
+    pub stderr: String,
+    /// How long it took.
+    pub time: Duration,
+    /// Processes that were still there well after the program had ended (they have been killed).
+    pub survivors: Vec<i32>,
+}
+
+impl Running {
+    /// Starts `command` with no input, its output kept.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    pub fn start(command: &mut Command) -> Self {
+        static RUNS: AtomicU64 = AtomicU64::new(0);
+        // All that matters is that no other run has this mark.
+        let mark = format!("{}-{}", id(), RUNS.fetch_add(1, Ordering::Relaxed));
+        command.env(MARK, &mark).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let started = Instant::now();
+        let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+        let stdout = read_to_end(child.stdout.take().expect("it is a pipe"));
+        let stderr = read_to_end(child.stderr.take().expect("it is a pipe"));
+        Running { processes: Processes { child, mark }, started, stdout, stderr }
+    }
+
+    /// The process that was started.
+    pub fn pid(&self) -> i32 {
+        self.processes.pid().as_raw_nonzero().get()
+    }
+
+    /// The other live processes of the run, in the order of their numbers.
+    pub fn children(&self) -> Vec<i32> {
+        self.processes.children()
+    }
+
+    /// Waits until `ready` says so of the live processes other than the one that was started, and returns them.
+    ///
+    /// # Panics
+    /// When that takes longer than `limit`.
+    pub fn wait_for_children(&self, limit: Duration, ready: impl Fn(&[i32]) -> bool) -> Vec<i32> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let children = self.children();
+            if ready(&children) {
+                return children;
+            }
+            assert!(Instant::now() < deadline, "after {limit:?} the run's other processes are {children:?}");
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Sends `signal` to one process of the run; one that has ended is left alone.
+    pub fn signal(&self, pid: i32, signal: Signal) {
+        send(pid, signal);
+    }
+
+    /// Waits for the program to end.
+    ///
+    /// # Panics
+    /// When it has not ended after `limit`: all its processes are killed, and the message has what they printed.
+    pub fn wait(self, limit: Duration) -> Outcome {
+        let Running { mut processes, started, stdout, stderr } = self;
+        let status =
+            wait_until(started + limit, || processes.child.try_wait().expect("a child can be waited for"));
+        let time = started.elapsed();
+        if status.is_some() {
+            wait_until(Instant::now() + GRACE, || processes.children().is_empty().then_some(()));
+        }
+        let survivors = processes.children();
+        // A process that lives holds the pipes open: end all of them before reading to the end.
+        drop(processes);
+        let text = |reader: JoinHandle<Vec<u8>>| {
+            String::from_utf8_lossy(&reader.join().expect("the reader does not panic")).into_owned()
+        };
+        let code = status.and_then(|status| status.code());
+        let outcome = Outcome { code, stdout: text(stdout), stderr: text(stderr), time, survivors };
+        assert!(status.is_some(), "no end within {limit:?}: {outcome}");
+        outcome
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Outcome { code, stdout, stderr, time, survivors } = self;
+        writeln!(f, "exit status {code:?} after {time:?}, processes left behind: {survivors:?}")?;
+        write!(f, "--- standard output\n{stdout}--- standard error\n{stderr}---")
+    }
+}
+
+/// The processes of one run, killed on drop.
+struct Processes {
+    child: Child,
+    mark: String,
+}
+
+impl Processes {
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    fn children(&self) -> Vec<i32> {
+        let mark = format!("{MARK}={}", self.mark);
+        let is_marked = |pid: &i32| {
+            // A process that ends meanwhile, or one of another user, has no environment to read.
+            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            environment.split(|&byte| byte == 0).any(|variable| variable == mark.as_bytes())
+        };
+        let processes = fs::read_dir("/proc").expect("/proc lists the processes");
+        let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        let mut marked: Vec<i32> =
+            pids.filter(|&pid| pid != self.pid().as_raw_nonzero().get()).filter(is_marked).collect();
+        marked.sort_unstable();
+        marked
+    }
+}
+
+impl Drop for Processes {
+    fn drop(&mut self) {
+        // Both fail only for a process that has ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        // One that is being started while they are listed turns up in the next round.
+        wait_until(Instant::now() + GRACE, || {
+            let children = self.children();
+            for &pid in &children {
+                send(pid, Signal::KILL);
+            }
+            children.is_empty().then_some(())
+        });
+    }
+}
+
+fn send(pid: i32, signal: Signal) {
+    if let Some(pid) = Pid::from_raw(pid) {
+        // It may have ended since it was listed.
+        let _ = kill_process(pid, signal);
+    }
+}
+
+/// Calls `poll` until it returns something, or returns `None` at the deadline.
+fn wait_until<T>(deadline: Instant, mut poll: impl FnMut() -> Option<T>) -> Option<T> {
+    loop {
+        match poll() {
+            None if Instant::now() < deadline => thread::sleep(Duration::from_millis(2)),
+            result => return result,
+        }
+    }
+}
+
+/// Reads a pipe on a thread of its own, so that a program that fills one pipe is not kept from writing to the other.
+fn read_to_end(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        // What was read before an error is kept.
+        let _ = pipe.read_to_end(&mut bytes);
+        bytes
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn shell(script: &str) -> Running {
+        Running::start(Command::new("sh").args(["-c", script]))
+    }
+
+    #[test]
+    fn an_outcome_has_the_exit_status_and_both_outputs() {
+        let outcome = shell("echo out; echo err >&2; exit 3").wait(LONG);
+        assert_eq!(
+            (outcome.code, outcome.stdout.as_str(), outcome.stderr.as_str()),
+            (Some(3), "out\n", "err\n")
+        );
+        assert!(outcome.survivors.is_empty(), "{outcome}");
+    }
+
+    #[test]
+    fn a_program_that_a_signal_ends_has_no_exit_status() {
+        let running = shell("exec sleep 600");
+        running.signal(running.pid(), Signal::TERM);
+        assert_eq!(running.wait(LONG).code, None);
+    }
+
+    #[test]
+    fn a_process_left_behind_is_reported_and_killed_even_in_a_session_of_its_own() {
+        let running = shell("setsid sleep 600 & exit 0");
+        let mark = running.processes.mark.clone();
+        let outcome = running.wait(LONG);
+        assert_eq!((outcome.code, outcome.survivors.len()), (Some(0), 1), "{outcome}");
+        // The same mark finds nothing any more.
+        let mut done = Command::new("true").spawn().unwrap();
+        done.wait().unwrap();
+        assert!(Processes { child: done, mark }.children().is_empty());
+    }
+
+    #[test]
+    fn a_run_past_its_limit_fails_with_what_it_printed_and_is_killed() {
+        let running = shell("echo begun; sleep 600 & sleep 600");
+        running.wait_for_children(LONG, |children| children.len() == 2);
+        let panic = catch_unwind(AssertUnwindSafe(|| running.wait(Duration::ZERO))).unwrap_err();
+        let message = panic.downcast_ref::<String>().unwrap();
+        assert!(message.starts_with("no end within 0ns") && message.contains("begun\n"), "{message}");
+    }
+
+    #[test]
+    fn dropping_a_run_kills_its_processes() {
+        let running = shell("sleep 600 & sleep 600");
+        let children = running.wait_for_children(LONG, |children| children.len() == 2);
+        drop(running);
+        for pid in children {
+            assert!(!fs::read(format!("/proc/{pid}/environ")).is_ok_and(|bytes| !bytes.is_empty()));
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! Plans, token ownership, launch geometry and the layout of the shared region: for any shape there are no
+//! overlaps, no gaps and no overflows, and every rank comes to the same result.
+
+use std::collections::HashSet;
+
+use fused_collective_core::{
+    MAX_HIDDEN, MAX_WORLD_SIZE,
+    dtype::DType,
+    fusion::{Mode, Norm, Operation, OperationError},
+    lamport,
+    pack::Pack,
+    plan::{Algorithm, Limits, Plan, PlanError, owned_index, owned_token, owned_tokens, owner},
+    quant::{Quantization, ScaleLayout},
+    workspace::{ALIGNMENT, Header, HeaderError, Layout, LayoutError, MAGIC, SlotRows, VERSION},
+};
+use proptest::prelude::*;
+
+fn operation(tokens: u64, hidden: u64, dtype: DType, mode: Mode) -> Operation {
+    Operation {
+        dtype,
+        tokens,
+        hidden,
+        residual: true,
+        norm: Some(Norm::default()),
+        quantization: Quantization::None,
+        keep_norm: false,
+        mode,
+    }
+}
+
+fn limits(world_size: u32, slot_bytes: u64) -> Limits {
+    Limits {
+        world_size,
+        slot_bytes,
+        compute_units: 132,
+        blocks_per_unit: 2,
+        max_block_threads: 1024,
+        max_cluster: 8,
+        one_shot_bytes: 1 << 18,
+    }
+}
+
+fn dtypes() -> impl Strategy<Value = DType> {
+    prop::sample::select(DType::ALL.to_vec())
+}
+
+fn modes() -> impl Strategy<Value = Mode> {
+    prop::sample::select(vec![Mode::Auto, Mode::OneShot, Mode::TwoShot])
+}
+
+/// Token counts from none to more than any memory holds.
+fn token_counts() -> impl Strategy<Value = u64> {
+    prop_oneof![0u64..40, 0u64..100_000, any::<u64>()]
+}
+
+fn any_limits() -> impl Strategy<Value = Limits> {
+    let threads = prop_oneof![Just(1u32), (1u32..=32).prop_map(|warps| warps * 32)];
+    (2..=MAX_WORLD_SIZE, 12u32..50, 1u32..300, 1u32..4, threads, 0u32..4, any::<u64>()).prop_map(
+        |(
+            world_size,
+            slot_bits,
+            compute_units,
+            blocks_per_unit,
+            max_block_threads,
+            cluster_bits,
+            one_shot_bytes,
+        )| {
+            Limits {
+                world_size,
+                slot_bytes: 1 << slot_bits,
+                compute_units,
+                blocks_per_unit,
+                max_block_threads,
+                max_cluster: 1 << cluster_bits,
+                one_shot_bytes,
+            }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4096))]
+
+    #[test]
+    fn every_token_has_one_owner_and_one_place_with_it(tokens in 0u64..500, world_size in 2..=MAX_WORLD_SIZE) {
+        let mut places = HashSet::new();
+        for token in 0..tokens {
+            let (rank, index) = (owner(token, world_size), owned_index(token, world_size));
+            prop_assert!(rank < world_size);
+            prop_assert!(index < owned_tokens(tokens, rank, world_size));
+            prop_assert_eq!(owned_token(index, rank, world_size), token);
+            prop_assert!(places.insert((rank, index)));
+        }
+        let owned: u64 = (0..world_size).map(|rank| owned_tokens(tokens, rank, world_size)).sum();
+        prop_assert_eq!(owned, tokens);
+        let counts: Vec<u64> = (0..world_size).map(|rank| owned_tokens(tokens, rank, world_size)).collect();
+        prop_assert!(counts[0] - counts[world_size as usize - 1] <= 1, "dealt out evenly: {:?}", counts);
+    }
+
+    #[test]
+    fn rounds_cover_every_token_once_and_fit_their_slot(
+        tokens in 0u64..100_000,
+        blocks in 1u64..=MAX_HIDDEN / 16,
+        dtype in dtypes(),
+        mode in modes(),
+        limits in any_limits(),
+    ) {
+        let operation = operation(tokens, blocks * 16, dtype, mode);
+        match Plan::new(&operation, &limits) {
+            Err(PlanError::Slot { needed, slot_bytes }) => {
+                prop_assert!(needed > slot_bytes && slot_bytes == limits.slot_bytes);
+            }
+            Err(error) => prop_assert!(false, "{}", error),
+            Ok(plan) => {
+                let mut next = 0;
+                for round in plan.rounds() {
+                    prop_assert_eq!(round.first_token, next);
+                    prop_assert!(round.rows.tokens > 0);
+                    let bytes = match plan.algorithm {
+                        Algorithm::OneShot => round.rows.one_shot_bytes(),
+                        Algorithm::TwoShot => round.rows.two_shot_bytes(),
+                    };
+                    prop_assert!(bytes.is_some_and(|bytes| bytes <= limits.slot_bytes));
+                    next += round.rows.tokens;
+                }
+                prop_assert_eq!(next, tokens);
+            }
+        }
+    }
+
+    #[test]
+    fn a_grid_is_resident_at_once_and_covers_a_row(
+        tokens in token_counts(),
+        blocks in 1u64..=MAX_HIDDEN / 16,
+        dtype in dtypes(),
+        mode in modes(),
+        limits in any_limits(),
+    ) {
+        let operation = operation(tokens, blocks * 16, dtype, mode);
+        let Ok(plan) = Plan::new(&operation, &limits) else { return Ok(()) };
+        let geometry = plan.geometry;
+        let resident = u64::from(limits.compute_units) * u64::from(limits.blocks_per_unit);
+        prop_assert!(geometry.blocks >= 1 && u64::from(geometry.blocks) <= resident);
+        prop_assert!(geometry.cluster.is_power_of_two() && geometry.cluster <= limits.max_cluster);
+        prop_assert!(geometry.blocks.is_multiple_of(geometry.cluster));
+        prop_assert!(u64::from(geometry.tokens_at_once()) <= tokens.max(1));
+        prop_assert!(geometry.block_threads <= limits.max_block_threads);
+        prop_assert!(geometry.block_threads == 1 || geometry.block_threads.is_multiple_of(32));
+        let packs = [geometry.cluster, geometry.block_threads, geometry.packs_per_thread].map(u64::from);
+        prop_assert!(packs.iter().product::<u64>() * Pack::BYTES >= plan.row_bytes);
+    }
+
+    #[test]
+    fn every_rank_makes_the_same_plan_however_different_the_ranks_are(
+        ranks in prop::collection::vec(any_limits(), 2..=16),
+        tokens in 0u64..10_000,
+        blocks in 1u64..1024,
+        mode in modes(),
+    ) {
+        let world_size = ranks.len() as u32;
+        let ranks: Vec<Limits> = ranks.into_iter().map(|limits| Limits { world_size, ..limits }).collect();
+        let agreed = Limits::agree(&ranks).unwrap();
+        for rank in &ranks {
+            prop_assert!(agreed.slot_bytes <= rank.slot_bytes && agreed.compute_units <= rank.compute_units);
+            prop_assert!(agreed.blocks_per_unit <= rank.blocks_per_unit && agreed.max_cluster <= rank.max_cluster);
+            prop_assert!(agreed.max_block_threads <= rank.max_block_threads);
+        }
+        let mut reversed = ranks.clone();
+        reversed.reverse();
+        let operation = operation(tokens, blocks * 16, DType::Bf16, mode);
+        prop_assert_eq!(Limits::agree(&reversed), Some(agreed));
+        prop_assert_eq!(Plan::new(&operation, &agreed), Plan::new(&operation, &Limits::agree(&reversed).unwrap()));
+    }
+
+    #[test]
+    fn rows_of_a_slot_neither_overlap_nor_leave_the_slot(
+        tokens in 1u64..60,
+        blocks in 1u64..64,
+        world_size in 2..=MAX_WORLD_SIZE,
+    ) {
+        let rows = SlotRows { world_size, tokens, row_bytes: blocks * 32 };
+        let mut one_shot = HashSet::new();
+        let mut two_shot = HashSet::new();
+        for token in 0..tokens {
+            for source in 0..world_size {
+                prop_assert!(one_shot.insert(rows.one_shot(source, token)));
+                if owner(token, world_size) == 0 {
+                    prop_assert!(two_shot.insert(rows.first_hop(source, owned_index(token, world_size))));
+                }
+            }
+            prop_assert!(two_shot.insert(rows.second_hop(token)));
+        }
+        for (offsets, bytes) in [(one_shot, rows.one_shot_bytes()), (two_shot, rows.two_shot_bytes())] {
+            // Different multiples of the row's size cannot overlap.
+            prop_assert!(offsets.iter().all(|offset| offset.is_multiple_of(rows.row_bytes)));
+            prop_assert!(offsets.iter().all(|offset| offset + rows.row_bytes <= bytes.unwrap()));
+        }
+    }
+
+    #[test]
+    fn slots_lie_in_the_region_one_after_the_other(world_size in 2..=MAX_WORLD_SIZE, slot_bytes in 0u64..1 << 50) {
+        let layout = Layout::new(world_size, slot_bytes).unwrap();
+        prop_assert!(layout.slot_bytes() >= slot_bytes && layout.slot_bytes() - slot_bytes < ALIGNMENT);
+        prop_assert!(layout.control_offset(59) + 64 <= layout.slot_offset(0));
+        for slot in 0..lamport::SLOTS {
+            prop_assert!(layout.slot_offset(slot).is_multiple_of(ALIGNMENT));
+            let next = if slot + 1 < lamport::SLOTS { layout.slot_offset(slot + 1) } else { layout.region_bytes() };
+            prop_assert_eq!(layout.slot_offset(slot) + layout.slot_bytes(), next);
+        }
+        prop_assert_eq!(layout.total_bytes(), layout.region_bytes() * u64::from(world_size));
+    }
+
+    #[test]
+    fn sizes_that_overflow_are_refused_not_wrapped(slot_bytes: u64, tokens: u64, row_bytes in 1u64..=1 << 18) {
+        let exact = |factors: &[u64]| factors.iter().try_fold(1u128, |product, &f| product.checked_mul(f.into()));
+        match Layout::new(16, slot_bytes) {
+            Ok(layout) => {
+                let slots = u128::from(layout.slot_bytes()) * u128::from(lamport::SLOTS);
+                prop_assert!((slots + 4096) * 16 == u128::from(layout.total_bytes()));
+            }
+            Err(error) => {
+                prop_assert_eq!(error, LayoutError::TooLarge { slot_bytes });
+                prop_assert!((u128::from(slot_bytes) + 4096) * 3 * 16 + 65_536 > u128::from(u64::MAX));
+            }
+        }
+        let rows = SlotRows { world_size: 16, tokens, row_bytes };
+        let one_shot = exact(&[16, tokens, row_bytes]).and_then(|bytes| u64::try_from(bytes).ok());
+        prop_assert_eq!(rows.one_shot_bytes(), one_shot);
+        let gathered = exact(&[16, tokens.div_ceil(16), row_bytes]).unwrap();
+        let two_shot = u64::try_from(gathered + exact(&[tokens, row_bytes]).unwrap()).ok();
+        prop_assert_eq!(rows.two_shot_bytes(), two_shot);
+    }
+
+    #[test]
+    fn three_slots_never_collide(operation in 0u64..u64::MAX - 4) {
+        let used: HashSet<u64> = (operation..operation + 3).map(lamport::slot).collect();
+        prop_assert_eq!(used.len(), 3);
+        prop_assert_eq!(lamport::refill_slot(operation), lamport::slot(operation + 2));
+        if operation > 0 {
+            prop_assert_eq!(lamport::refill_slot(operation), lamport::slot(operation - 1));
+        }
+    }
+
+    #[test]
+    fn a_stripped_pack_is_complete_and_keeps_every_value(words: [u32; 4], at in 0usize..4) {
+        let mut words = words;
+        for word in [lamport::SENTINEL, words[at]] {
+            words[at] = word;
+            let pack = Pack(words);
+            let stripped = pack.strip();
+            prop_assert!(stripped.is_complete());
+            for (before, after) in pack.0.into_iter().zip(stripped.0) {
+                prop_assert!(before == after || (before == lamport::SENTINEL && after == 0));
+            }
+            prop_assert_eq!(pack.is_complete(), !words.contains(&lamport::SENTINEL));
+        }
+    }
+}
+
+#[test]
+fn the_largest_operation_is_planned_without_overflow() {
+    let largest = limits(16, u64::MAX / 64);
+    for mode in [Mode::OneShot, Mode::TwoShot] {
+        let tokens = u64::MAX / (8 * MAX_HIDDEN);
+        let plan = Plan::new(&operation(tokens, MAX_HIDDEN, DType::F32, mode), &largest).unwrap();
+        let last = plan.rounds().last().unwrap();
+        assert_eq!(last.first_token + last.rows.tokens, tokens);
+        let more = operation(tokens + 1, MAX_HIDDEN, DType::F32, mode);
+        let refused =
+            PlanError::Operation(OperationError::TooLarge { tokens: tokens + 1, hidden: MAX_HIDDEN });
+        assert_eq!(Plan::new(&more, &largest), Err(refused));
+    }
+}
+
+#[test]
+fn auto_takes_one_shot_for_few_bytes_and_two_shot_for_many() {
+    let limits = Limits { one_shot_bytes: 16 * 8192 * 2, ..limits(2, 1 << 30) };
+    let algorithm =
+        |tokens| Plan::new(&operation(tokens, 8192, DType::Bf16, Mode::Auto), &limits).unwrap().algorithm;
+    assert_eq!(algorithm(16), Algorithm::OneShot);
+    assert_eq!(algorithm(17), Algorithm::TwoShot);
+}
+
+#[test]
+fn few_tokens_are_spread_over_clusters_and_many_are_not() {
+    let geometry = |tokens| {
+        Plan::new(&operation(tokens, 8192, DType::Bf16, Mode::OneShot), &limits(2, 1 << 30)).unwrap().geometry
+    };
+    assert_eq!((geometry(1).cluster, geometry(1).blocks, geometry(1).block_threads), (8, 8, 128));
+    assert_eq!((geometry(2048).cluster, geometry(2048).blocks, geometry(2048).block_threads), (1, 264, 1024));
+}
+
+#[test]
+fn invalid_operations_are_refused_by_name() {
+    let valid = operation(4, 64, DType::Bf16, Mode::Auto);
+    let nvfp4 = Quantization::NvFp4 { layout: ScaleLayout::Linear };
+    let mxfp8 = Quantization::MxFp8 { layout: ScaleLayout::Linear };
+    let group = |group| Quantization::Fp8PerGroup { group, layout: ScaleLayout::Linear };
+    let epsilon = |epsilon| Operation { norm: Some(Norm { epsilon, ..Norm::default() }), ..valid };
+    let cases = [
+        (Operation { hidden: 0, ..valid }, OperationError::Hidden(0)),
+        (Operation { hidden: 40, ..valid }, OperationError::Hidden(40)),
+        (Operation { hidden: MAX_HIDDEN + 16, ..valid }, OperationError::Hidden(MAX_HIDDEN + 16)),
+        (
+            Operation { hidden: 48, quantization: mxfp8, ..valid },
+            OperationError::Block { hidden: 48, block: 32 },
+        ),
+        (Operation { quantization: group(0), ..valid }, OperationError::Group(0)),
+        (Operation { quantization: group(48), hidden: 96, ..valid }, OperationError::Group(48)),
+        (epsilon(-1.0), OperationError::Epsilon(-1.0)),
+        (epsilon(f32::INFINITY), OperationError::Epsilon(f32::INFINITY)),
+        (Operation { norm: None, quantization: nvfp4, ..valid }, OperationError::QuantizationWithoutNorm),
+    ];
+    for (operation, error) in cases {
+        assert_eq!(operation.validate(), Err(error));
+    }
+    assert!(matches!(epsilon(f32::NAN).validate(), Err(OperationError::Epsilon(_))));
+    assert_eq!(Operation { hidden: MAX_HIDDEN, ..valid }.validate(), Ok(()));
+    assert_eq!(Operation { tokens: 0, ..valid }.validate(), Ok(()));
+}
+
+#[test]
+fn limits_that_no_group_can_have_are_refused() {
+    let operation = operation(1, 64, DType::Bf16, Mode::Auto);
+    let good = limits(2, 1 << 20);
+    let bad = [
+        Limits { world_size: 1, ..good },
+        Limits { world_size: 17, ..good },
+        Limits { compute_units: 0, ..good },
+        Limits { blocks_per_unit: 0, ..good },
+        Limits { max_block_threads: 0, ..good },
+        Limits { max_cluster: 3, ..good },
+        Limits { max_cluster: 0, ..good },
+    ];
+    for limits in bad {
+        assert!(matches!(Plan::new(&operation, &limits), Err(PlanError::Limits(_))), "{limits:?}");
+    }
+    assert_eq!(Limits::agree(&[]), None);
+    assert_eq!(Limits::agree(&[good, Limits { world_size: 3, ..good }]), None);
+}
+
+#[test]
+fn a_header_is_checked_field_by_field() {
+    let header = Header { world_size: 4, rank: 2, slot_bytes: 1 << 20 };
+    assert_eq!(header.check(header.to_words()), Ok(()));
+    let with = |index: usize, value| {
+        let mut words = header.to_words();
+        words[index] = value;
+        header.check(words)
+    };
+    assert_eq!(with(0, 0), Err(HeaderError::Magic(0)));
+    assert_eq!(with(1, VERSION + 1), Err(HeaderError::Version(VERSION + 1)));
+    for (index, field, expected) in
+        [(2, "world size", 4), (3, "rank", 2), (4, "slot size", 1 << 20), (5, "slot count", 3)]
+    {
+        assert_eq!(with(index, 9), Err(HeaderError::Mismatch { field, found: 9, expected }));
+    }
+    assert_eq!(MAGIC.to_le_bytes(), *b"FUSEDCOL");
+}

@@ -101,7 +101,7 @@ mod sealed {
     impl Sealed for super::bf16 {}
 }
 
-/// An element type, as a type. Implemented for `f32`, [`f16`] and [`bf16`] only.
+/// An element type, as a type. Implemented for `f32`, `f16` and `bf16` only.
 pub trait Element: sealed::Sealed + Copy + Default + PartialEq + fmt::Debug + Send + Sync + 'static {
     /// The same as a value.
     const DTYPE: DType;

@@ -59,16 +59,19 @@ fn sum_of<E: Element>(row: &[E], term: impl Fn(f32) -> f32 + Copy) -> f32 {
     /// Elements widened at once: few enough for the nearest cache, enough for the loops to be worth it.
     const BLOCK: usize = 256;
     let mut sums = [0.0f32; PARTIAL_SUMS];
+    let mut wide = [0.0f32; BLOCK];
     for block in row.chunks(BLOCK) {
-        let mut wide = [0.0f32; BLOCK];
         for (wide, element) in wide.iter_mut().zip(block) {
             *wide = term(element.to_f32());
         }
-        // What is past the row's end is 0 and adds nothing.
-        for chunk in wide.as_chunks::<PARTIAL_SUMS>().0 {
+        let (chunks, rest) = wide[..block.len()].as_chunks::<PARTIAL_SUMS>();
+        for chunk in chunks {
             for (sum, term) in sums.iter_mut().zip(chunk) {
                 *sum += term;
             }
+        }
+        for (sum, term) in sums.iter_mut().zip(rest) {
+            *sum += term;
         }
     }
     let mut width = PARTIAL_SUMS / 2;

@@ -144,8 +144,10 @@ impl Tensor {
 pub enum Step {
     /// Everything: `Input`, `Residual`, `Gamma` to `ResidualOut` and `NormOut` or `QuantOut` and `ScaleOut`.
     Fused(Mode),
-    /// `Input` to sum.
+    /// `Input` to sum, by this project's own all-reduce.
     AllReduce(Mode),
+    /// `Input` to sum, by NCCL's.
+    NcclAllReduce,
     /// One pass: sum and `Residual` to `ResidualOut` and `NormOut`.
     AddRmsNorm,
     /// One pass: sum and `Residual` to `ResidualOut`, and `QuantOut` and `ScaleOut`.
@@ -208,8 +210,10 @@ pub fn eager_fp8() -> Vec<Step> {
 /// Why a backend could not do what was asked.
 #[derive(Clone, Debug)]
 pub enum Error {
-    /// The group's collective failed.
-    Collective(crate::cpu::Error),
+    /// The group's collective failed, on the CPU backend.
+    Cpu(crate::cpu::Error),
+    /// The same, on the CUDA backend.
+    Cuda(crate::cuda::Error),
     /// A step cannot run on this problem.
     Step {
         /// The step.
@@ -224,7 +228,8 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Collective(error) => error.fmt(f),
+            Error::Cpu(error) => error.fmt(f),
+            Error::Cuda(error) => error.fmt(f),
             Error::Step { step, why } => write!(f, "{step:?} cannot run: {why}"),
             Error::Memory(what) => f.write_str(what),
         }
@@ -235,9 +240,41 @@ impl std::error::Error for Error {}
 
 impl From<crate::cpu::Error> for Error {
     fn from(error: crate::cpu::Error) -> Self {
-        Error::Collective(error)
+        Error::Cpu(error)
     }
 }
+
+impl From<crate::cuda::Error> for Error {
+    fn from(error: crate::cuda::Error) -> Self {
+        Error::Cuda(error)
+    }
+}
+
+/// An all-reduce that the separate operations can use.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AllReduce {
+    /// Its part of variants' names: `allreduce`, `custom_allreduce`.
+    pub name: &'static str,
+    /// The ways to run it, with their names for a reader; the fastest is used.
+    pub ways: Vec<(&'static str, Step)>,
+}
+
+impl AllReduce {
+    /// This project's own, which runs in either mode.
+    pub fn of_both_modes(name: &'static str) -> Self {
+        let ways = vec![
+            ("one-shot", Step::AllReduce(Mode::OneShot)),
+            ("two-shot", Step::AllReduce(Mode::TwoShot)),
+        ];
+        AllReduce { name, ways }
+    }
+}
+
+/// A trial is made of as many operations as take about this long, so that a clock's tick and a barrier's end
+/// do not show in it.
+const TRIAL_US: f64 = 500.0;
+/// The most operations of a trial.
+const MAX_OPERATIONS: u32 = 200;
 
 /// One rank's end of a backend.
 pub trait Collective {
@@ -277,4 +314,19 @@ pub trait Collective {
     /// # Errors
     /// As [`run`](Self::run).
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error>;
+
+    /// The all-reduces that the separate operations are measured with. The same on every rank.
+    fn all_reduces(&self) -> Vec<AllReduce> {
+        vec![AllReduce::of_both_modes("allreduce")]
+    }
+
+    /// Operations of a trial of steps of which one operation took `microseconds`.
+    fn operations_per_trial(&self, microseconds: f64) -> u32 {
+        (TRIAL_US / microseconds).clamp(1.0, f64::from(MAX_OPERATIONS)) as u32
+    }
+
+    /// What a reader should know of the backend, a sentence each.
+    fn notes(&self) -> &[String] {
+        &[]
+    }
 }

@@ -6,7 +6,8 @@
 //!
 //! What must hold:
 //! - no process outlives the launcher, however it ends: the kernel kills the ranks with it;
-//! - when a rank fails, the others have the grace period to notice and end; then they are ended;
+//! - when a rank fails, the others have the grace period to notice, say why and end; then they are ended. Once the
+//!   cause is known they are ended sooner: what they could still say is only that they miss that rank;
 //! - **one clear error reaches the user.** A rank that fails for a reason of its own prints it and exits with
 //!   [`FAILURE`] or [`USAGE`]; a rank that fails because another was lost prints nothing and exits with
 //!   [`SECONDARY`], unless it is the one that [reports the loss](reports). The launcher adds a line for what no
@@ -57,7 +58,8 @@ pub const SECONDARY: u8 = 90;
 
 /// Set for the ranks of a [`Launcher`]: its process number.
 const PARENT: &str = "FUSED_COLLECTIVE_PARENT";
-/// After the grace period: between the request to end and the end by force.
+/// What a rank may take to end when nothing is left to do or to say: before it is asked to, and then before it is ended
+/// by force.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Why ranks could not be started or watched.
@@ -164,7 +166,7 @@ impl Launcher {
         })
     }
 
-    /// How long the other ranks may go on once one has failed (10 s unless set).
+    /// How long the other ranks may go on once one has failed and while none says why (10 s unless set).
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
@@ -294,11 +296,14 @@ impl Job {
             self.pressure = Pressure::Grace { until: now };
         }
         let failed = self.ranks.iter().any(|rank| rank.status.is_some_and(|status| !status.success()));
+        if failed && let Some(limit) = now.checked_add(self.patience(grace)) {
+            self.pressure = match self.pressure {
+                Pressure::None => Pressure::Grace { until: limit },
+                Pressure::Grace { until } => Pressure::Grace { until: until.min(limit) },
+                pressed => pressed,
+            };
+        }
         match self.pressure {
-            Pressure::None if failed => {
-                self.pressure =
-                    now.checked_add(grace).map_or(Pressure::None, |until| Pressure::Grace { until });
-            }
             Pressure::Grace { until } if now >= until => {
                 self.signal(Signal::TERM)?;
                 self.pressure = Pressure::Asked { until: now + LAST_WORDS };
@@ -310,6 +315,16 @@ impl Job {
             _ => {}
         }
         Ok(())
+    }
+
+    /// How much longer ranks may go on after one has failed.
+    fn patience(&self, grace: Duration) -> Duration {
+        match self.cause {
+            // One of them is about to say what it is.
+            None => grace,
+            Some((_, status)) if has_told(status) => grace.min(LAST_WORDS),
+            Some(_) => Duration::ZERO,
+        }
     }
 
     fn signal(&mut self, signal: Signal) -> Result<(), Error> {
@@ -329,8 +344,7 @@ impl Job {
         }
         if let Some((rank, status)) = self.cause {
             return match status.code().map(u8::try_from) {
-                // The rank has told the user.
-                Some(Ok(status @ (FAILURE | USAGE))) => Outcome { status, message: None },
+                Some(Ok(code)) if has_told(status) => Outcome { status: code, message: None },
                 _ => Outcome { status: FAILURE, message: Some(format!("rank {rank} {}", describe(status))) },
             };
         }
@@ -346,6 +360,11 @@ impl Job {
         };
         Outcome { status: FAILURE, message: Some(message) }
     }
+}
+
+/// Whether the user has the reason for this status from the rank itself.
+fn has_told(status: ExitStatus) -> bool {
+    [FAILURE, USAGE].map(|told| Some(i32::from(told))).contains(&status.code())
 }
 
 fn describe(status: ExitStatus) -> String {

@@ -75,6 +75,7 @@ pub mod bench;
 pub mod cli;
 pub mod collective;
 pub mod cpu;
+pub mod cuda;
 pub mod launch;
 pub mod program;
 pub mod rank_env;

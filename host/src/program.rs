@@ -10,16 +10,19 @@ use std::{
     process::ExitCode,
 };
 
+use fused_collective_core::fusion::Mode;
+
 use crate::{
     bench::{self, problem},
     cli::{self, Invocation, PROGRAM, UsageError},
-    collective,
+    collective::{self, Collective},
     cpu::{self, Communicator, Engine, Watch},
+    cuda,
     launch::{self, Launcher},
     rank_env::RankEnv,
     rendezvous::{self, Group, Membership},
     report::{Report, compare, outputs::OutputFiles, progress::Progress, table},
-    settings::{BackendChoice, Settings},
+    settings::{AllReduceChoice, BackendChoice, Settings},
 };
 
 /// Ranks that are started where nobody says how many.
@@ -90,32 +93,48 @@ fn print(text: &str) -> Result<(), Failure> {
 struct Bench {
     settings: Settings,
     environment: Option<RankEnv>,
+    backend: Backend,
     world_size: u32,
     outputs: OutputFiles,
     earlier: Option<Report>,
 }
 
-/// The only backend of this build.
-const BACKEND: &str = "cpu";
+/// The backend that runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Backend {
+    Cpu,
+    Cuda,
+}
+
+impl Backend {
+    fn name(self) -> &'static str {
+        match self {
+            Backend::Cpu => "cpu",
+            Backend::Cuda => "cuda",
+        }
+    }
+}
 
 impl Bench {
     /// Checks all that can be checked before anything runs.
     fn new(settings: Settings) -> Result<Self, Failure> {
         let environment = RankEnv::from_env().map_err(|error| Failure::Usage(error.to_string()))?;
         let launched = environment.as_ref().map(|environment| environment.world_size);
-        let world_size = cli::world_size(settings.nproc_per_node, launched)?.unwrap_or(DEFAULT_RANKS);
-        check_backend(settings.backend)?;
+        let asked = cli::world_size(settings.nproc_per_node, launched)?;
+        let (backend, world_size) = choose_backend(&settings, asked, launched.is_some())?;
         let outputs = OutputFiles::check(&settings.outputs)?;
         let earlier = match &settings.outputs.compare {
             Some(path) => {
                 let earlier = compare::read(path)?;
-                compare::check(&earlier, &settings, BACKEND, world_size)?;
+                compare::check(&earlier, &settings, backend.name(), world_size)?;
                 Some(earlier)
             }
             None => None,
         };
-        check_memory(&settings, world_size)?;
-        Ok(Bench { settings, environment, world_size, outputs, earlier })
+        if backend == Backend::Cpu {
+            check_memory(&settings, world_size)?;
+        }
+        Ok(Bench { settings, environment, backend, world_size, outputs, earlier })
     }
 
     fn run(self) -> Result<u8, Failure> {
@@ -149,7 +168,13 @@ impl Bench {
             deadline: self.settings.deadline(),
         };
         let group = Group::join(&membership).map_err(|error| rendezvous_failure(&error, rank))?;
-        let outcome = self.measure(&group);
+        let outcome = match self.backend {
+            Backend::Cpu => {
+                join_cpu(&self.settings, &group).and_then(|mut engine| self.measure(&group, &mut engine))
+            }
+            Backend::Cuda => join_cuda(&self.settings, &group, environment.local_rank)
+                .and_then(|mut engine| self.measure(&group, &mut engine)),
+        };
         match outcome {
             Ok(report) => {
                 let status = if rank == 0 { self.conclude(&report)? } else { launch::SUCCESS };
@@ -162,19 +187,19 @@ impl Bench {
     }
 
     /// Runs the benchmark, and on rank 0 shows it as it goes.
-    fn measure(&self, group: &Group) -> Result<Report, bench::Error> {
+    fn measure(&self, group: &Group, backend: &mut dyn Collective) -> Result<Report, bench::Error> {
         let settings = &self.settings;
-        let mut backend = join_cpu(settings, group)?;
-        let mut report =
-            Report::new(env::args().skip(1).collect(), BACKEND, self.world_size, settings.clone());
+        let name = self.backend.name();
+        let mut report = Report::new(env::args().skip(1).collect(), name, self.world_size, settings.clone());
         let shows = group.rank() == 0;
         // Without steps there is nothing to draw.
-        let progress = if shows { Progress::new(bench::count(settings)) } else { Progress::hidden() };
+        let steps = bench::count(settings, backend.all_reduces().len());
+        let progress = if shows { Progress::new(steps) } else { Progress::hidden() };
         let mut shown = Ok(());
         if shows {
             shown = print(&table::heading(&report));
         }
-        bench::run(settings, group, &mut backend, &progress, |measured| {
+        bench::run(settings, group, backend, &progress, |measured| {
             report.push(measured.case, measured.notes, measured.variants);
             if let (true, Ok(()), Some(configuration)) = (shows, &shown, report.configurations.last()) {
                 shown = progress
@@ -193,7 +218,8 @@ impl Bench {
         let mut status = launch::SUCCESS;
         let failures = report.failures().count();
         if failures > 0 {
-            complain(&format_args!("{failures} of {} variants FAILED", bench::count(&self.settings)));
+            let rows: usize = report.configurations.iter().map(|case| case.rows.len()).sum();
+            complain(&format_args!("{failures} of {rows} variants FAILED"));
             status = launch::FAILURE;
         }
         if let Some(earlier) = &self.earlier {
@@ -244,13 +270,44 @@ fn rendezvous_failure(error: &rendezvous::Error, rank: u32) -> Failure {
     }
 }
 
-fn check_backend(choice: BackendChoice) -> Result<(), Failure> {
-    match choice {
-        BackendChoice::Auto | BackendChoice::Cpu => Ok(()),
-        BackendChoice::Cuda => Err(Failure::Usage(
-            "--backend: cuda: this build has no CUDA backend: use cpu, or leave the option out".to_owned(),
-        )),
+/// The backend and the number of ranks, from what was `asked` for. `launched`: something else has started the ranks.
+fn choose_backend(
+    settings: &Settings,
+    asked: Option<u32>,
+    launched: bool,
+) -> Result<(Backend, u32), Failure> {
+    let chosen = match settings.backend {
+        BackendChoice::Cpu => (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS)),
+        BackendChoice::Auto => match gpu_ranks(asked).and_then(|ranks| cuda::check_peers(ranks).map(|()| ranks)) {
+            Ok(ranks) => (Backend::Cuda, ranks),
+            Err(_) => (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS)),
+        },
+        BackendChoice::Cuda => {
+            // A launcher may show each rank its own GPU alone: then the ranks find out together.
+            let check = |ranks| if launched { Ok(ranks) } else { cuda::check_peers(ranks).map(|()| ranks) };
+            let ranks = gpu_ranks(asked).and_then(check).map_err(|error| {
+                Failure::Usage(format!("--backend: cuda: {error}: use cpu, or leave the option out"))
+            })?;
+            (Backend::Cuda, ranks)
+        }
+    };
+    if chosen.0 == Backend::Cpu && !settings.all_reduces.contains(&AllReduceChoice::Custom) {
+        return Err(Failure::Usage(
+            "--allreduce: nccl needs the cuda backend: use custom, or leave the option out".to_owned(),
+        ));
     }
+    Ok(chosen)
+}
+
+/// The ranks of a group of GPUs: as many as `asked` for, or one for each GPU.
+fn gpu_ranks(asked: Option<u32>) -> Result<u32, cuda::Error> {
+    let count = cuda::count()?;
+    let ranks = asked.unwrap_or(count.min(cuda::MAX_RANKS));
+    if (DEFAULT_RANKS..=cuda::MAX_RANKS).contains(&ranks) {
+        return Ok(ranks);
+    }
+    let most = cuda::MAX_RANKS;
+    Err(cuda::Error::Devices(format!("{ranks} GPUs cannot form a group: {DEFAULT_RANKS} to {most} can")))
 }
 
 /// Refuses what would not fit in memory.
@@ -306,4 +363,21 @@ fn join_cpu(settings: &Settings, group: &Group) -> Result<Engine, bench::Error> 
     let communicator = Communicator::join(memory.as_fd(), layout, group.rank(), settings.deadline(), watch)
         .map_err(collective::Error::from)?;
     Ok(Engine::new(communicator))
+}
+
+/// Makes the group's workspace on the GPUs.
+fn join_cuda<'a>(
+    settings: &Settings,
+    group: &'a Group,
+    local_rank: u32,
+) -> Result<cuda::Engine<'a>, bench::Error> {
+    let deadline = settings.deadline();
+    let slot_bytes = settings
+        .cases()
+        .map(|case| cuda::slot_bytes(group.world_size(), &settings.operation(case, Mode::Auto)))
+        .max()
+        .unwrap_or(0);
+    let engine = cuda::Communicator::join(group, local_rank, slot_bytes, deadline)
+        .and_then(|communicator| cuda::Engine::new(group, communicator, &settings.all_reduces, deadline));
+    Ok(engine.map_err(collective::Error::from)?)
 }

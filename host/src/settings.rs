@@ -113,6 +113,46 @@ impl fmt::Display for UnknownBackend {
 
 impl std::error::Error for UnknownBackend {}
 
+/// The all-reduces that the separate operations can use on GPUs. The CPU backend has its own alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AllReduceChoice {
+    /// NCCL's.
+    Nccl,
+    /// This project's one-shot or two-shot, whichever is faster.
+    Custom,
+}
+
+impl AllReduceChoice {
+    /// All of them.
+    pub const ALL: [AllReduceChoice; 2] = [AllReduceChoice::Nccl, AllReduceChoice::Custom];
+}
+
+impl FromStr for AllReduceChoice {
+    type Err = UnknownAllReduce;
+
+    /// Reads `nccl` or `custom`.
+    fn from_str(text: &str) -> Result<Self, UnknownAllReduce> {
+        match text {
+            "nccl" => Ok(AllReduceChoice::Nccl),
+            "custom" => Ok(AllReduceChoice::Custom),
+            _ => Err(UnknownAllReduce),
+        }
+    }
+}
+
+/// The text names no all-reduce.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnknownAllReduce;
+
+impl fmt::Display for UnknownAllReduce {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not an all-reduce: use nccl or custom")
+    }
+}
+
+impl std::error::Error for UnknownAllReduce {}
+
 /// Where results go besides the terminal, and what they are compared with.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outputs {
@@ -153,6 +193,8 @@ pub struct Settings {
     pub deadline_seconds: f64,
     /// The backend asked for.
     pub backend: BackendChoice,
+    /// The all-reduces asked for.
+    pub all_reduces: Vec<AllReduceChoice>,
     /// Ranks asked for; `None` leaves it to the launcher or to the backend.
     pub nproc_per_node: Option<u32>,
     /// Loss in percent past which a comparison fails; finite and above 0.
@@ -177,6 +219,7 @@ impl Default for Settings {
             seed: 0,
             deadline_seconds: 10.0,
             backend: BackendChoice::Auto,
+            all_reduces: AllReduceChoice::ALL.to_vec(),
             nproc_per_node: None,
             tolerance_percent: 10.0,
             outputs: Outputs::default(),

@@ -43,7 +43,11 @@ fn rank_main(environment: &RankEnv, work: &str) -> ! {
     let &RankEnv { rank, world_size, .. } = environment;
     let mut input = Vec::new();
     std::io::stdin().read_to_end(&mut input).expect("an empty input");
-    let deadline = Duration::from_millis(if work == "stop" { 500 } else { 20_000 });
+    if (work, rank) == ("crash at start", 1) {
+        end_here(Signal::KILL);
+    }
+    let short = matches!(work, "stop" | "crash at start");
+    let deadline = Duration::from_millis(if short { 500 } else { 20_000 });
     let membership = Membership { rank, world_size, key: &environment.key, config: b"", deadline };
     let group = Group::join(&membership).expect("the group comes together");
     println!("\npid {}", getpid());
@@ -142,6 +146,12 @@ fn a_job_that_succeeds_says_nothing() {
 #[test]
 fn a_killed_rank_is_named_once() {
     assert_outcome("kill", 1, "rank 2 was killed by signal 9 (SIGKILL)\n");
+}
+
+#[test]
+fn a_rank_that_dies_before_the_others_met_it_is_named_once() {
+    let (code, errors, _) = run("crash at start");
+    assert_eq!((code, errors.as_str()), (Some(1), "rank 1 was killed by signal 9 (SIGKILL)\n"));
 }
 
 #[test]

@@ -1,12 +1,15 @@
-//! What the tests across crates share: the program, built once, and runs of it that cannot hang a test or leave a
-//! process behind.
+//! What the tests across crates share: the program, built once, runs of it that cannot hang a test or leave a process
+//! behind, and the reports that it writes.
 //!
 //! ```no_run
-//! let outcome = fused_collective_tests::run(&["bench", "--num-tokens", "1"]);
+//! use fused_collective_tests::{bench, run};
+//!
+//! let outcome = run(&mut bench("--num-tokens 1 --trials 1"));
 //! assert_eq!(outcome.code, Some(0), "{outcome}");
 //! ```
 
 mod process;
+pub mod report;
 
 use std::{
     path::{Path, PathBuf},
@@ -15,9 +18,10 @@ use std::{
     time::Duration,
 };
 
-use escargot::CargoBuild;
+use escargot::{CargoBuild, error::CargoError};
 
 pub use process::{Outcome, Running};
+use report::Report;
 
 /// How long a run of the program may take: far more than any test's takes on two busy cores.
 pub const LIMIT: Duration = Duration::from_secs(120);
@@ -28,35 +32,70 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 /// # Panics
 /// When it does not build.
 pub fn program() -> &'static Path {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
+    static PROGRAM: OnceLock<Result<PathBuf, CargoError>> = OnceLock::new();
+    let program = PROGRAM.get_or_init(|| {
         let profile = if cfg!(debug_assertions) { "test" } else { "release" };
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("Cargo.toml");
         let build =
             CargoBuild::new().manifest_path(workspace).package("fused-collective").bin("fused-collective");
-        build.profile(profile).run().expect("the program builds").path().to_owned()
-    })
+        Ok(build.profile(profile).run()?.path().to_owned())
+    });
+    program.as_ref().unwrap_or_else(|error| panic!("the program does not build: {error}"))
 }
 
 /// The program with `args`, to be given an environment or a folder before [`Running::start`].
 ///
 /// What says to a program that it is a rank of some launcher's job is not inherited: the tests decide on that.
 pub fn command(args: &[&str]) -> Command {
+    const STARTERS: [&str; 10] = [
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_",
+        "MASTER_",
+        "TORCHELASTIC_",
+        "OMPI_",
+        "PMI",
+        "MPI_",
+        "SLURM_",
+        "FUSED_COLLECTIVE_",
+    ];
     let mut command = Command::new(program());
     command.args(args);
     for (name, _) in std::env::vars_os() {
-        let launcher = |prefix: &&str| name.to_string_lossy().starts_with(prefix);
-        if ["RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "OMPI_", "PMI", "SLURM_"].iter().any(launcher) {
+        if STARTERS.iter().any(|prefix| name.to_string_lossy().starts_with(prefix)) {
             command.env_remove(name);
         }
     }
     command
 }
 
-/// Runs the program with `args` to its end.
+/// `bench` on the CPU backend with `options`, which spaces separate. Deadlines are long enough for a busy machine
+/// unless `options` has its own.
+pub fn bench(options: &str) -> Command {
+    let mut command = command(&["bench", "--backend", "cpu"]);
+    command.args(options.split_whitespace());
+    if !options.contains("--deadline") {
+        command.args(["--deadline", "60"]);
+    }
+    command
+}
+
+/// Runs the program to its end.
 ///
 /// # Panics
 /// When it takes longer than [`LIMIT`].
-pub fn run(args: &[&str]) -> Outcome {
-    Running::start(&mut command(args)).wait(LIMIT)
+pub fn run(command: &mut Command) -> Outcome {
+    Running::start(command).wait(LIMIT)
+}
+
+/// Runs [`bench`] with `options` and returns what it wrote with `--json`.
+///
+/// # Panics
+/// When it does not end well, says anything on standard error, or leaves a process behind.
+pub fn measure(options: &str) -> Report {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let file = folder.path().join("report.json");
+    let outcome = run(bench(options).arg("--json").arg(&file));
+    outcome.assert_success();
+    Report::read(&file)
 }

@@ -5,7 +5,10 @@ use std::{
     fmt, fs,
     io::Read,
     process::{Child, Command, Stdio, id},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -21,8 +24,8 @@ const GRACE: Duration = Duration::from_secs(2);
 pub struct Running {
     processes: Processes,
     started: Instant,
-    stdout: JoinHandle<Vec<u8>>,
-    stderr: JoinHandle<Vec<u8>>,
+    stdout: Output,
+    stderr: Output,
 }
 
 /// How a run ended.
@@ -52,8 +55,8 @@ impl Running {
         command.env(MARK, &mark).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let started = Instant::now();
         let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
-        let stdout = read_to_end(child.stdout.take().expect("it is a pipe"));
-        let stderr = read_to_end(child.stderr.take().expect("it is a pipe"));
+        let stdout = Output::of(child.stdout.take().expect("it is a pipe"));
+        let stderr = Output::of(child.stderr.take().expect("it is a pipe"));
         Running { processes: Processes { child, mark }, started, stdout, stderr }
     }
 
@@ -83,6 +86,34 @@ impl Running {
         }
     }
 
+    /// The process of a rank that the program started itself: the child with `RANK` in its environment.
+    ///
+    /// # Panics
+    /// When there is none within `limit`.
+    pub fn wait_for_rank(&self, rank: u32, limit: Duration) -> i32 {
+        let variable = format!("RANK={rank}");
+        let is_rank = |&pid: &i32| has_variable(pid, &variable);
+        let children = self.wait_for_children(limit, |children| children.iter().any(is_rank));
+        children
+            .into_iter()
+            .find(is_rank)
+            .unwrap_or_else(|| panic!("rank {rank} ended as soon as it was seen"))
+    }
+
+    /// Waits until the standard output contains `text`.
+    ///
+    /// # Panics
+    /// When that takes longer than `limit`.
+    pub fn wait_for_stdout(&self, text: &str, limit: Duration) {
+        let found = wait_until(Instant::now() + limit, || self.stdout.so_far().contains(text).then_some(()));
+        assert!(
+            found.is_some(),
+            "after {limit:?} the output has no {text:?}: {}{}",
+            self.stdout.so_far(),
+            self.stderr.so_far()
+        );
+    }
+
     /// Sends `signal` to one process of the run; one that has ended is left alone.
     pub fn signal(&self, pid: i32, signal: Signal) {
         send(pid, signal);
@@ -103,13 +134,33 @@ impl Running {
         let survivors = processes.children();
         // A process that lives holds the pipes open: end all of them before reading to the end.
         drop(processes);
-        let text = |reader: JoinHandle<Vec<u8>>| {
-            String::from_utf8_lossy(&reader.join().expect("the reader does not panic")).into_owned()
-        };
         let code = status.and_then(|status| status.code());
-        let outcome = Outcome { code, stdout: text(stdout), stderr: text(stderr), time, survivors };
+        let outcome = Outcome { code, stdout: stdout.whole(), stderr: stderr.whole(), time, survivors };
         assert!(status.is_some(), "no end within {limit:?}: {outcome}");
         outcome
+    }
+}
+
+impl Outcome {
+    /// Asserts that the run ended well: status 0, nothing on standard error, no process left.
+    ///
+    /// # Panics
+    /// When it did not.
+    pub fn assert_success(&self) {
+        assert!(self.code == Some(0) && self.stderr.is_empty() && self.survivors.is_empty(), "{self}");
+    }
+
+    /// Asserts that the run failed with this status and this one line on standard error (after the program's name),
+    /// and that no process is left.
+    ///
+    /// # Panics
+    /// When it did not.
+    pub fn assert_failure(&self, code: i32, line: &str) {
+        let expected = format!("fused-collective: {line}\n");
+        assert!(
+            self.code == Some(code) && self.stderr == expected && self.survivors.is_empty(),
+            "status {code} and {expected:?}, not {self}"
+        );
     }
 }
 
@@ -134,11 +185,7 @@ impl Processes {
 
     fn children(&self) -> Vec<i32> {
         let mark = format!("{MARK}={}", self.mark);
-        let is_marked = |pid: &i32| {
-            // A process that ends meanwhile, or one of another user, has no environment to read.
-            let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-            environment.split(|&byte| byte == 0).any(|variable| variable == mark.as_bytes())
-        };
+        let is_marked = |&pid: &i32| has_variable(pid, &mark);
         let processes = fs::read_dir("/proc").expect("/proc lists the processes");
         let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
         let mut marked: Vec<i32> =
@@ -181,14 +228,46 @@ fn wait_until<T>(deadline: Instant, mut poll: impl FnMut() -> Option<T>) -> Opti
     }
 }
 
-/// Reads a pipe on a thread of its own, so that a program that fills one pipe is not kept from writing to the other.
-fn read_to_end(mut pipe: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
-    thread::spawn(move || {
-        let mut bytes = Vec::new();
-        // What was read before an error is kept.
-        let _ = pipe.read_to_end(&mut bytes);
-        bytes
-    })
+/// Whether a process has this `NAME=value` in its environment.
+fn has_variable(pid: i32, variable: &str) -> bool {
+    // A process that ends meanwhile, or one of another user, has no environment to read.
+    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    environment.split(|&byte| byte == 0).any(|found| found == variable.as_bytes())
+}
+
+/// What comes out of a pipe, read on a thread of its own: a program that fills one pipe is not kept from writing to
+/// the other.
+struct Output {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    reader: JoinHandle<()>,
+}
+
+impl Output {
+    fn of(mut pipe: impl Read + Send + 'static) -> Self {
+        let bytes = Arc::<Mutex<Vec<u8>>>::default();
+        let read = Arc::clone(&bytes);
+        let reader = thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            // What was read before an error is kept.
+            while let Ok(length @ 1..) = pipe.read(&mut buffer) {
+                read.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..length]);
+            }
+        });
+        Output { bytes, reader }
+    }
+
+    fn so_far(&self) -> String {
+        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Everything, once all that have the pipe have closed it.
+    fn whole(self) -> String {
+        let Output { bytes, reader } = self;
+        reader.join().expect("the reader does not panic");
+        let bytes = bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
 }
 
 #[cfg(test)]
@@ -211,6 +290,21 @@ mod tests {
             (Some(3), "out\n", "err\n")
         );
         assert!(outcome.survivors.is_empty(), "{outcome}");
+    }
+
+    #[test]
+    fn output_can_be_waited_for_while_the_program_runs() {
+        let running = shell("echo begun; sleep 600");
+        running.wait_for_stdout("begun\n", LONG);
+        assert_eq!(running.children().len(), 1);
+    }
+
+    #[test]
+    fn a_rank_is_found_by_its_environment() {
+        let running = shell("RANK=10 sleep 600 & RANK=1 sleep 600 & wait");
+        running.wait_for_children(LONG, |children| children.len() == 2);
+        let rank = running.wait_for_rank(1, LONG);
+        assert!(rank != running.wait_for_rank(10, LONG) && running.children().contains(&rank));
     }
 
     #[test]

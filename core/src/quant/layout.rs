@@ -65,11 +65,19 @@ impl ScaleLayout {
     /// no other: the padding columns of a row in use are its writer's to zero, as
     /// [`quantize_row`](super::quantize_row) does. Bytes that `scales` is too short for are left out.
     pub fn zero_padding_rows(self, rows: u64, cols: u64, scales: &mut [u8]) {
-        for row in self.padding_rows(rows) {
-            for col in 0..self.cols_padded(cols) {
-                let offset = usize::try_from(self.offset(row, col, cols)).ok();
-                if let Some(scale) = offset.and_then(|offset| scales.get_mut(offset)) {
-                    *scale = 0;
+        if self == ScaleLayout::Linear || rows.is_multiple_of(TILE_ROWS) {
+            return;
+        }
+        // Only the last row of tiles has padding rows. A tile is 32 lines of 16 bytes, four for each of the rows
+        // `line`, `line + 32`, `line + 64` and `line + 96`, so what a line has of padding is at its end.
+        let Ok(start) = usize::try_from(self.offset(rows / TILE_ROWS * TILE_ROWS, 0, cols)) else { return };
+        let used = (rows % TILE_ROWS) as usize;
+        let tiles = scales.get_mut(start..).unwrap_or_default().chunks_mut(TILE_BYTES as usize);
+        for (_, tile) in (0..cols.div_ceil(TILE_COLS)).zip(tiles) {
+            for (line, bytes) in tile.chunks_mut(16).enumerate() {
+                let rows_used = used.saturating_sub(line).div_ceil(32);
+                if let Some(padding) = bytes.get_mut(4 * rows_used..) {
+                    padding.fill(0);
                 }
             }
         }

@@ -4,7 +4,7 @@
 //! instruction set than the crate's gets loops vectorized for it: nothing in a loop branches, checks a bound or
 //! leaves early. A GPU thread, which holds only some packs of a row, uses [`scale`] and the formats instead.
 
-use core::{array, fmt};
+use core::fmt;
 
 use super::{Quantization, ScaleLayout, e2m1, e4m3, layout, scale, ue8m0};
 use crate::dtype::Element;
@@ -97,24 +97,24 @@ pub fn quantize_row<E: Element>(
         }
         Quantization::Fp8PerGroup { group: 32, layout } | Quantization::MxFp8 { layout } => {
             let scales = RowScales::new(layout, token, row.len() / 32, scales);
-            quantize_blocks::<E, _, 32, 32>(Fp8Block, row, values, scales);
+            quantize_blocks::<E, _, 32>(Fp8Block, row, values, scales);
         }
         Quantization::Fp8PerGroup { group: 64, layout } => {
             let scales = RowScales::new(layout, token, row.len() / 64, scales);
-            quantize_blocks::<E, _, 64, 64>(Fp8Block, row, values, scales);
+            quantize_blocks::<E, _, 64>(Fp8Block, row, values, scales);
         }
         // `check` has let no other group pass than 128.
         Quantization::Fp8PerGroup { group: _, layout } => {
             let scales = RowScales::new(layout, token, row.len() / 128, scales);
-            quantize_blocks::<E, _, 128, 128>(Fp8Block, row, values, scales);
+            quantize_blocks::<E, _, 128>(Fp8Block, row, values, scales);
         }
         Quantization::NvFp4 { layout } => {
             let scales = RowScales::new(layout, token, row.len() / 16, scales);
-            quantize_blocks::<E, _, 16, 8>(NvFp4Block { global_scale: scale }, row, values, scales);
+            quantize_blocks::<E, _, 16>(NvFp4Block { global_scale: scale }, row, values, scales);
         }
         Quantization::MxFp4 { layout } => {
             let scales = RowScales::new(layout, token, row.len() / 32, scales);
-            quantize_blocks::<E, _, 32, 16>(MxFp4Block, row, values, scales);
+            quantize_blocks::<E, _, 32>(MxFp4Block, row, values, scales);
         }
     }
     Ok(())
@@ -213,28 +213,24 @@ fn encode_e4m3<E: Element>(row: &[E], multiplier: f32, codes: &mut [u8]) {
     }
 }
 
-#[inline(always)]
-fn encode_e2m1<E: Element>(row: &[E], multiplier: f32, bytes: &mut [u8]) {
-    for ([first, second], byte) in row.as_chunks::<2>().0.iter().zip(bytes) {
-        let code = |value: &E| e2m1::encode(value.to_f32() * multiplier);
-        *byte = e2m1::pack(code(first), code(second));
-    }
-}
-
 /// What a block becomes.
 trait BlockFormat {
+    /// Elements that share a byte of codes.
+    const ELEMENTS_PER_BYTE: usize;
     /// The block's largest magnitude.
     fn largest<E: Element>(block: &[E]) -> f32;
     /// From that to the code of its scale, and to what its elements are multiplied by.
     fn scale(&self, amax: f32) -> (u8, f32);
-    /// The multiplied elements' codes.
-    fn encode<E: Element>(block: &[E], multiplier: f32, codes: &mut [u8]);
+    /// The codes of a [`BATCH`] of multiplied elements, or of fewer.
+    fn encode(values: &[f32], codes: &mut [u8]);
 }
 
 /// E4M3 with UE8M0 scales.
 struct Fp8Block;
 
 impl BlockFormat for Fp8Block {
+    const ELEMENTS_PER_BYTE: usize = 1;
+
     #[inline(always)]
     fn largest<E: Element>(block: &[E]) -> f32 {
         amax(block)
@@ -247,8 +243,10 @@ impl BlockFormat for Fp8Block {
     }
 
     #[inline(always)]
-    fn encode<E: Element>(block: &[E], multiplier: f32, codes: &mut [u8]) {
-        encode_e4m3(block, multiplier, codes);
+    fn encode(values: &[f32], codes: &mut [u8]) {
+        for (code, &value) in codes.iter_mut().zip(values) {
+            *code = e4m3::encode(value);
+        }
     }
 }
 
@@ -256,6 +254,8 @@ impl BlockFormat for Fp8Block {
 struct MxFp4Block;
 
 impl BlockFormat for MxFp4Block {
+    const ELEMENTS_PER_BYTE: usize = 2;
+
     #[inline(always)]
     fn largest<E: Element>(block: &[E]) -> f32 {
         amax_or_nan(block)
@@ -268,8 +268,8 @@ impl BlockFormat for MxFp4Block {
     }
 
     #[inline(always)]
-    fn encode<E: Element>(block: &[E], multiplier: f32, codes: &mut [u8]) {
-        encode_e2m1(block, multiplier, codes);
+    fn encode(values: &[f32], codes: &mut [u8]) {
+        encode_e2m1(values, codes);
     }
 }
 
@@ -279,6 +279,8 @@ struct NvFp4Block {
 }
 
 impl BlockFormat for NvFp4Block {
+    const ELEMENTS_PER_BYTE: usize = 2;
+
     #[inline(always)]
     fn largest<E: Element>(block: &[E]) -> f32 {
         amax_or_nan(block)
@@ -291,45 +293,58 @@ impl BlockFormat for NvFp4Block {
     }
 
     #[inline(always)]
-    fn encode<E: Element>(block: &[E], multiplier: f32, codes: &mut [u8]) {
-        encode_e2m1(block, multiplier, codes);
+    fn encode(values: &[f32], codes: &mut [u8]) {
+        encode_e2m1(values, codes);
     }
 }
 
-/// A row in blocks of `BLOCK` elements, each of which becomes `BYTES` bytes of codes.
+/// Elements that are quantized together: a whole number of blocks of any size. Each step's loop is long enough to
+/// fill vector registers, the divisions of the scales' too, and its arrays stay in the nearest cache.
+const BATCH: usize = 512;
+/// The blocks of a batch, at most.
+const MAX_BLOCKS: usize = BATCH / 16;
+
 #[inline(always)]
-fn quantize_blocks<E: Element, F: BlockFormat, const BLOCK: usize, const BYTES: usize>(
+fn encode_e2m1(values: &[f32], bytes: &mut [u8]) {
+    let mut codes = [0; BATCH];
+    for (code, &value) in codes.iter_mut().zip(values) {
+        *code = e2m1::encode(value);
+    }
+    for (byte, &[first, second]) in bytes.iter_mut().zip(codes.as_chunks::<2>().0) {
+        *byte = e2m1::pack(first, second);
+    }
+}
+
+/// A row in blocks of `BLOCK` elements.
+#[inline(always)]
+fn quantize_blocks<E: Element, F: BlockFormat, const BLOCK: usize>(
     format: F,
     row: &[E],
     codes: &mut [u8],
     mut scales: RowScales<'_>,
 ) {
-    // Four at a time: a scale takes two divisions, one after the other, and other blocks' fill the wait.
-    let (quads, rest) = row.as_chunks::<BLOCK>().0.as_chunks::<4>();
-    let (quad_codes, rest_codes) = codes.as_chunks_mut::<BYTES>().0.as_chunks_mut::<4>();
-    let mut col = 0;
-    for (blocks, codes) in quads.iter().zip(quad_codes) {
-        quantize_adjacent(&format, blocks, codes, &mut scales, col);
-        col += 4;
-    }
-    for (block, codes) in rest.iter().zip(rest_codes) {
-        quantize_adjacent(&format, array::from_ref(block), array::from_mut(codes), &mut scales, col);
-        col += 1;
-    }
-}
-
-/// `N` blocks, the first of which is column `col`.
-#[inline(always)]
-fn quantize_adjacent<E: Element, F: BlockFormat, const BLOCK: usize, const BYTES: usize, const N: usize>(
-    format: &F,
-    blocks: &[[E; BLOCK]; N],
-    codes: &mut [[u8; BYTES]; N],
-    scales: &mut RowScales<'_>,
-    col: usize,
-) {
-    let scaled = blocks.each_ref().map(|block| F::largest(block)).map(|amax| format.scale(amax));
-    for (index, (code, multiplier)) in scaled.into_iter().enumerate() {
-        scales.set(col + index, code);
-        F::encode(&blocks[index], multiplier, &mut codes[index]);
+    let mut largest = [0.0; MAX_BLOCKS];
+    let mut scale_codes = [0; MAX_BLOCKS];
+    let mut multipliers = [0.0; MAX_BLOCKS];
+    let mut values = [0.0; BATCH];
+    let batches = row.chunks(BATCH).zip(codes.chunks_mut(BATCH / F::ELEMENTS_PER_BYTE));
+    for (batch, (elements, codes)) in batches.enumerate() {
+        let blocks = elements.as_chunks::<BLOCK>().0;
+        for (largest, block) in largest.iter_mut().zip(blocks) {
+            *largest = F::largest(block);
+        }
+        for ((code, multiplier), &amax) in scale_codes.iter_mut().zip(&mut multipliers).zip(&largest) {
+            (*code, *multiplier) = format.scale(amax);
+        }
+        let multiplied = values.as_chunks_mut::<BLOCK>().0;
+        for ((values, block), multiplier) in multiplied.iter_mut().zip(blocks).zip(&multipliers) {
+            for (value, element) in values.iter_mut().zip(block) {
+                *value = element.to_f32() * multiplier;
+            }
+        }
+        F::encode(&values[..elements.len()], codes);
+        for (index, &code) in scale_codes[..blocks.len()].iter().enumerate() {
+            scales.set(batch * (BATCH / BLOCK) + index, code);
+        }
     }
 }

@@ -9,10 +9,10 @@ mod verify;
 
 use std::fmt;
 
-use fused_collective_core::fusion::{Mode, Norm};
+use fused_collective_core::fusion::Norm;
 
 use crate::{
-    collective::{self, Collective, Problem, Step},
+    collective::{self, AllReduce, Collective, Problem, Step},
     rendezvous::{self, Group},
     report::{Measurement, Trials, progress::Progress},
     settings::{Case, QuantMode, Settings},
@@ -55,12 +55,7 @@ impl From<collective::Error> for Error {
     }
 }
 
-/// A trial is made of as many operations as take about this long, so that a clock's tick and a barrier's end
-/// do not show in it.
-const TRIAL_US: f64 = 500.0;
-/// The most operations of a trial.
-const MAX_OPERATIONS: u32 = 200;
-/// Trials that decide which all-reduce the separate operations use.
+/// Trials that decide how the separate operations run an all-reduce.
 const CHOICE_TRIALS: u32 = 5;
 
 /// The problem that a configuration measures.
@@ -109,9 +104,15 @@ pub fn run(
         let problem = problem(settings, case);
         backend.prepare(&problem)?;
         verify::write_inputs(backend, &problem, settings.seed, group.rank())?;
-        let (all_reduce, mut notes) = choose_all_reduce(group, backend)?;
+        let mut notes = backend.notes().to_vec();
+        let mut all_reduces = Vec::new();
+        for all_reduce in backend.all_reduces() {
+            let (step, note) = choose_way(group, backend, &all_reduce)?;
+            all_reduces.push((all_reduce.name, step));
+            notes.extend(note);
+        }
         let mut measured = Vec::new();
-        for variant in variants(case.quant_mode, settings.use_residual, settings.oneshot, all_reduce) {
+        for variant in variants(case.quant_mode, settings.use_residual, settings.oneshot, &all_reduces) {
             progress.doing(format!("{} tokens, {}: {}", case.num_tokens, case.quant_mode, variant.name));
             let verdict = verify::verify(backend, group, &problem, &variant, settings.seed)?;
             let result = match verdict {
@@ -133,31 +134,40 @@ pub fn run(
     Ok(())
 }
 
-/// The variants that [`run`] will measure.
-pub fn count(settings: &Settings) -> u64 {
-    let count =
-        |case: Case| variants(case.quant_mode, settings.use_residual, settings.oneshot, Mode::Auto).len();
-    settings.cases().map(|case| count(case) as u64).sum()
+/// The variants that [`run`] will measure on a backend with so many all-reduces.
+pub fn count(settings: &Settings, all_reduces: usize) -> u64 {
+    settings.cases().map(|case| variants::count(case.quant_mode, settings.oneshot, all_reduces) as u64).sum()
 }
 
-/// The separate operations deserve the faster all-reduce: measures both modes.
-fn choose_all_reduce(group: &Group, backend: &mut dyn Collective) -> Result<(Mode, Vec<String>), Error> {
-    let mut best = [0.0; 2];
-    for (best, mode) in best.iter_mut().zip([Mode::OneShot, Mode::TwoShot]) {
+/// The separate operations deserve the fastest way of an all-reduce: measures those there are.
+fn choose_way(
+    group: &Group,
+    backend: &mut dyn Collective,
+    all_reduce: &AllReduce,
+) -> Result<(Step, Option<String>), Error> {
+    let [(_, first), rest @ ..] = &all_reduce.ways[..] else {
+        return Err(Error::Failed(format!("there is no way to run {}", all_reduce.name)));
+    };
+    if rest.is_empty() {
+        return Ok((*first, None));
+    }
+    let mut best = (f64::INFINITY, *first, "");
+    let mut figures = Vec::new();
+    for &(name, step) in &all_reduce.ways {
         let mut times = Vec::new();
         for _ in 0..=CHOICE_TRIALS {
-            times.push(backend.time(&[Step::AllReduce(mode)], 1)?);
+            times.push(backend.time(&[step], 1)?);
         }
         // The first one warmed up.
-        *best = slowest(group, &times[1..])?.into_iter().fold(f64::INFINITY, f64::min);
+        let time = slowest(group, &times[1..])?.into_iter().fold(f64::INFINITY, f64::min);
+        figures.push(format!("{name} {time:.2} µs"));
+        if time < best.0 {
+            best = (time, step, name);
+        }
     }
-    let [one_shot, two_shot] = best;
-    let (mode, name) =
-        if one_shot < two_shot { (Mode::OneShot, "one-shot") } else { (Mode::TwoShot, "two-shot") };
-    let note = format!(
-        "the separate operations use the {name} all-reduce (one-shot {one_shot:.2} µs, two-shot {two_shot:.2} µs)"
-    );
-    Ok((mode, vec![note]))
+    let (_, step, name) = best;
+    let which = all_reduce.name;
+    Ok((step, Some(format!("standard_{which} uses the {name} all-reduce ({})", figures.join(", ")))))
 }
 
 /// Times `steps`: warm-up trials, then those that count.
@@ -169,7 +179,7 @@ fn time(
     max_error_ulp: f64,
 ) -> Result<Trials, Error> {
     let first = slowest(group, &[backend.time(steps, 1)?])?[0];
-    let operations_per_trial = (TRIAL_US / first).clamp(1.0, f64::from(MAX_OPERATIONS)) as u32;
+    let operations_per_trial = backend.operations_per_trial(first);
     for _ in 0..settings.warmup {
         backend.time(steps, operations_per_trial)?;
     }

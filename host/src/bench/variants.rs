@@ -1,6 +1,7 @@
 //! What is compared: the separate operations in the forms that a framework has them, and the fused one.
 //!
 //! Names are those of vLLM's benchmark of the same comparison:
+//! - *allreduce*, *custom_allreduce*: the backend's [all-reduces](crate::collective::AllReduce);
 //! - *native*: the operation as an eager framework runs it, one primitive step after another through memory;
 //! - *custom*: one hand-written pass per operation;
 //! - *compiled*: what a graph compiler makes of everything after the all-reduce, one pass.
@@ -36,58 +37,70 @@ impl Variant {
     }
 }
 
-/// Every variant that solves `quant_mode`, separate ones first; these use the all-reduce of mode `all_reduce`.
-pub fn variants(quant_mode: QuantMode, residual: bool, oneshot: bool, all_reduce: Mode) -> Vec<Variant> {
+/// Every variant that solves `quant_mode`: for each all-reduce in `all_reduces` (its part of the names, and how it is
+/// run) the separate operations, then the fused ones.
+pub fn variants(
+    quant_mode: QuantMode,
+    residual: bool,
+    oneshot: bool,
+    all_reduces: &[(&'static str, Step)],
+) -> Vec<Variant> {
+    let mut all: Vec<Variant> = all_reduces
+        .iter()
+        .flat_map(|&(name, step)| {
+            after_all_reduce(quant_mode, residual).into_iter().map(move |(rest_name, rest)| Variant {
+                name: format!("standard_{name}_{rest_name}"),
+                kind: Kind::Standard,
+                writes_norm: !rest.contains(&Step::AddRmsNormQuantize),
+                steps: [vec![step], rest].concat(),
+            })
+        })
+        .collect();
+    let quantization = match quant_mode {
+        QuantMode::None => "",
+        QuantMode::Fp8 => "_fp8_quant",
+        QuantMode::Fp4 => "_fp4_quant",
+    };
+    let modes = [(Mode::OneShot, "oneshot"), (Mode::TwoShot, "twoshot")];
+    let modes = modes.into_iter().filter(|&(mode, _)| oneshot || mode != Mode::OneShot);
+    all.extend(modes.map(|(mode, suffix)| Variant {
+        name: format!("fused_allreduce_rmsnorm{quantization}_{suffix}"),
+        kind: Kind::Fused,
+        steps: vec![Step::Fused(mode)],
+        writes_norm: quant_mode == QuantMode::None,
+    }));
+    all
+}
+
+/// The forms of everything after the all-reduce.
+fn after_all_reduce(quant_mode: QuantMode, residual: bool) -> Vec<(&'static str, Vec<Step>)> {
     let native = || eager_rms_norm(residual);
     let custom = || vec![Step::AddRmsNorm];
-    let standard = |name: &str, rest: Vec<Step>| Variant {
-        name: format!("standard_allreduce_{name}"),
-        kind: Kind::Standard,
-        writes_norm: !rest.contains(&Step::AddRmsNormQuantize),
-        steps: [vec![Step::AllReduce(all_reduce)], rest].concat(),
-    };
-    let fused = |name: &str| {
-        let modes = [(Mode::OneShot, "oneshot"), (Mode::TwoShot, "twoshot")];
-        let name = format!("fused_allreduce_rmsnorm{name}");
-        modes.into_iter().filter(move |&(mode, _)| oneshot || mode != Mode::OneShot).map(
-            move |(mode, suffix)| Variant {
-                name: format!("{name}_{suffix}"),
-                kind: Kind::Fused,
-                steps: vec![Step::Fused(mode)],
-                writes_norm: quant_mode == QuantMode::None,
-            },
-        )
-    };
-    let (mut all, fused) = match quant_mode {
-        QuantMode::None => (
-            vec![
-                standard("native_rms_norm", native()),
-                standard("custom_rms_norm", custom()),
-                standard("rmsnorm_native_compiled", custom()),
-            ],
-            fused(""),
-        ),
-        QuantMode::Fp8 => (
-            vec![
-                standard("native_rms_norm_native_quant_fp8", [native(), eager_fp8()].concat()),
-                standard("native_rms_norm_custom_quant_fp8", [native(), vec![Step::Quantize]].concat()),
-                standard("custom_rms_norm_native_quant_fp8", [custom(), eager_fp8()].concat()),
-                standard("custom_rms_norm_custom_quant_fp8", [custom(), vec![Step::Quantize]].concat()),
-                standard("rmsnorm_fp8_quant_native_compiled", vec![Step::AddRmsNormQuantize]),
-            ],
-            fused("_fp8_quant"),
-        ),
-        QuantMode::Fp4 => (
-            vec![
-                standard("native_rms_norm_fp4_quant", [native(), vec![Step::Quantize]].concat()),
-                standard("custom_rms_norm_fp4_quant", [custom(), vec![Step::Quantize]].concat()),
-                standard("rmsnorm_fp4_quant_native_compiled", vec![Step::AddRmsNormQuantize]),
-            ],
-            fused("_fp4_quant"),
-        ),
-    };
-    all.extend(fused);
-    all
+    let quantize = || vec![Step::Quantize];
+    match quant_mode {
+        QuantMode::None => vec![
+            ("native_rms_norm", native()),
+            ("custom_rms_norm", custom()),
+            ("rmsnorm_native_compiled", custom()),
+        ],
+        QuantMode::Fp8 => vec![
+            ("native_rms_norm_native_quant_fp8", [native(), eager_fp8()].concat()),
+            ("native_rms_norm_custom_quant_fp8", [native(), quantize()].concat()),
+            ("custom_rms_norm_native_quant_fp8", [custom(), eager_fp8()].concat()),
+            ("custom_rms_norm_custom_quant_fp8", [custom(), quantize()].concat()),
+            ("rmsnorm_fp8_quant_native_compiled", vec![Step::AddRmsNormQuantize]),
+        ],
+        QuantMode::Fp4 => vec![
+            ("native_rms_norm_fp4_quant", [native(), quantize()].concat()),
+            ("custom_rms_norm_fp4_quant", [custom(), quantize()].concat()),
+            ("rmsnorm_fp4_quant_native_compiled", vec![Step::AddRmsNormQuantize]),
+        ],
+    }
+}
+
+/// How many variants there are for `quant_mode`, on a backend with so many all-reduces.
+pub(super) fn count(quant_mode: QuantMode, oneshot: bool, all_reduces: usize) -> usize {
+    after_all_reduce(quant_mode, true).len() * all_reduces + 1 + usize::from(oneshot)
 }
 
 #[cfg(test)]
@@ -95,7 +108,8 @@ mod tests {
     use super::*;
 
     fn names(quant_mode: QuantMode, oneshot: bool) -> Vec<String> {
-        variants(quant_mode, true, oneshot, Mode::TwoShot).into_iter().map(|variant| variant.name).collect()
+        let all_reduces = [("allreduce", Step::AllReduce(Mode::TwoShot))];
+        variants(quant_mode, true, oneshot, &all_reduces).into_iter().map(|variant| variant.name).collect()
     }
 
     #[test]
@@ -137,8 +151,14 @@ mod tests {
     fn every_variant_has_one_collective_and_knows_whether_it_writes_the_norm() {
         for quant_mode in QuantMode::ALL {
             for residual in [false, true] {
-                for variant in variants(quant_mode, residual, true, Mode::OneShot) {
-                    let collective = |step: &&Step| matches!(step, Step::AllReduce(_) | Step::Fused(_));
+                let all_reduces =
+                    [("allreduce", Step::NcclAllReduce), ("custom", Step::AllReduce(Mode::OneShot))];
+                let all = variants(quant_mode, residual, true, &all_reduces);
+                assert_eq!(all.len(), count(quant_mode, true, all_reduces.len()));
+                for variant in all {
+                    let collective = |step: &&Step| {
+                        matches!(step, Step::AllReduce(_) | Step::NcclAllReduce | Step::Fused(_))
+                    };
                     assert_eq!(variant.steps.iter().filter(collective).count(), 1, "{}", variant.name);
                     let one_pass = variant.steps.contains(&Step::AddRmsNormQuantize)
                         || (variant.kind == Kind::Fused && quant_mode != QuantMode::None);

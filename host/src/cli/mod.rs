@@ -145,6 +145,10 @@ struct BenchArgs {
     #[argh(option, arg_name = "name")]
     backend: Option<String>,
 
+    /// all-reduces of the separate operations on GPUs: nccl, custom (default: both)
+    #[argh(option, arg_name = "name")]
+    allreduce: Vec<String>,
+
     /// ranks to start, 2 to 16 (default: the GPUs there are, else 2)
     #[argh(option, arg_name = "n")]
     nproc_per_node: Option<String>,
@@ -264,6 +268,12 @@ impl BenchArgs {
                 default.deadline_seconds,
             )?,
             backend: one(self.backend, |text| name("--backend", text), default.backend)?,
+            all_reduces: list(
+                "--allreduce",
+                &self.allreduce,
+                |text| name("--allreduce", text),
+                default.all_reduces,
+            )?,
             nproc_per_node: self.nproc_per_node.map(ranks).transpose()?,
             tolerance_percent: one(
                 self.tolerance,

@@ -19,7 +19,7 @@ pub(super) enum Takes {
 
 /// Rewrites `args` (without the program's name), where `takes` says what follows an option's name:
 /// - `--option=value` becomes `--option value`;
-/// - a list's values, up to the next argument that starts with `-`, each get its name:
+/// - a list's values, up to the next argument that starts with `-` and is no number, each get its name:
 ///   `--list a b` becomes `--list a --list b`.
 ///
 /// Everything after a bare `--` stays as it is. An option that should have a value and is followed by
@@ -49,7 +49,7 @@ pub(super) fn normalize<'a>(
                 out.push(value.ok_or_else(|| format!("{option}: no value given"))?.into());
             }
         } else {
-            if arg.starts_with('-') {
+            if arg.starts_with('-') && !arg[1..].starts_with(|c: char| c.is_ascii_digit()) {
                 list = None;
             }
             out.extend(list.map(Cow::from));
@@ -99,6 +99,7 @@ mod tests {
     #[test]
     fn a_negative_number_is_a_value() {
         assert_eq!(normalized("--list -5"), "--list -5");
+        assert_eq!(normalized("--list 1 -5"), "--list 1 --list -5");
         assert_eq!(normalized("--trials -5"), "--trials -5");
     }
 

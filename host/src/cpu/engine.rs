@@ -117,6 +117,7 @@ impl Engine {
         match step {
             Step::Fused(mode) => self.fused::<E>(problem, mode),
             Step::AllReduce(mode) => self.all_reduce::<E>(problem, mode),
+            Step::NcclAllReduce => Err(Error::Step { step, why: "NCCL needs the cuda backend" }),
             Step::AddRmsNorm => self.add_rms_norm::<E>(problem, Quantization::None),
             Step::AddRmsNormQuantize => self.add_rms_norm::<E>(problem, problem.quantization),
             Step::Quantize => self.quantize::<E>(problem),
@@ -193,7 +194,7 @@ impl Engine {
             if problem.residual {
                 let sum = &tensors.reduced.elements()[first..first + hidden];
                 let residual = &tensors.residual.elements()[first..first + hidden];
-                arch.dispatch(SumRows { rows: &[sum], residual: Some(residual), strip: false, out: row });
+                arch.dispatch(SumRows { rows: &[sum, residual], residual: None, strip: false, out: row });
             }
             let values = token as usize * row_bytes;
             let outputs = RowOutputs {

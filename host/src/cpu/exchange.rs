@@ -4,8 +4,13 @@
 //! - A word is stored and loaded with one relaxed `AtomicU64` access, so it arrives whole. Which of two words
 //!   arrives first does not matter: each is waited for.
 //! - The receiver puts the sentinel back as it reads a word, while the cache line is at hand. That is the
-//!   refill of the Lamport rules, done as early as it can be; the slot is not used again before operation
-//!   `n + 3`, the rules ask for `n + 2`.
+//!   refill of the Lamport rules, done as early as it can be: slot `n % 3` is empty when operation `n` ends, one
+//!   operation earlier than the rules ask for.
+//! - A rank uses that operation to send early: once it has received data of operation `n` from *every* peer, it may
+//!   send what operation `n + 1` sends first. A peer began to send for `n` after it had ended `n - 2` (early, so
+//!   after data of `n - 1` had come from every rank, while it was still in `n - 1`; or later). So its slot
+//!   `(n + 1) % 3`, that of `n - 2`, is empty. What is not sent early is sent by a rank that has ended `n`: it
+//!   has received, in one hop or two, something of what every peer sent for `n`, and the same follows.
 //! - A *release* fence before a row's stores and an *acquire* fence after its loads make "`a` refilled, then
 //!   sent; `b` received, then sent" an order that also holds between different words: without them a
 //!   processor could let `b`'s later store to a word be overwritten by `a`'s earlier refill of it. On x86
@@ -77,29 +82,39 @@ impl Exchange {
         Ok(std::array::from_fn(|index| words[index].load(Relaxed)))
     }
 
+    /// The current operation.
+    pub(crate) fn operation(&self) -> u64 {
+        self.operation
+    }
+
     /// Ends an operation: the next one uses the next slot. Everything sent to this rank must have been received.
     pub(crate) fn advance(&mut self) {
         self.operation += 1;
     }
 
-    fn slot_words(&self, rank: u32, offset: u64, words: usize) -> &[AtomicU64] {
-        let slot = self.regions.layout().slot_offset(lamport::slot(self.operation));
+    fn slot_words(&self, operation: u64, rank: u32, offset: u64, words: usize) -> &[AtomicU64] {
+        let slot = self.regions.layout().slot_offset(lamport::slot(operation));
         self.regions.words(rank, slot + offset, words as u64 * 8)
     }
 
-    /// Writes `row`, which holds no sentinel, to `offset` of rank `peer`'s current slot.
-    pub(crate) fn send(&self, peer: u32, offset: u64, row: &[u64]) {
-        debug_assert!(row.iter().all(|&word| is_complete(word)));
-        let words = self.slot_words(peer, offset, row.len());
+    /// Writes `row`, whole words of which none holds the sentinel, to `offset` of the slot that rank `peer` has for
+    /// `operation`: the current one, or the next one if every peer's data of the current one has begun to come.
+    pub(crate) fn send(&self, operation: u64, peer: u32, offset: u64, row: &[u8]) {
+        debug_assert!(operation - self.operation <= 1);
+        let row = row.as_chunks().0;
+        debug_assert!(row.iter().all(|&word| is_complete(u64::from_ne_bytes(word))));
+        let words = self.slot_words(operation, peer, offset, row.len());
         fence(Release);
         for (word, &value) in words.iter().zip(row) {
-            word.store(value, Relaxed);
+            word.store(u64::from_ne_bytes(value), Relaxed);
         }
     }
 
-    /// Waits for the row at `offset` of this rank's current slot, written by rank `from`, and takes it out.
-    pub(crate) fn receive(&self, from: u32, offset: u64, row: &mut [u64]) -> Result<(), Late> {
-        let words = self.slot_words(self.rank, offset, row.len());
+    /// Waits for the row at `offset` of this rank's current slot, written by rank `from`, and takes it out. `row` is
+    /// whole words.
+    pub(crate) fn receive(&self, from: u32, offset: u64, row: &mut [u8]) -> Result<(), Late> {
+        let row = row.as_chunks_mut().0;
+        let words = self.slot_words(self.operation, self.rank, offset, row.len());
         let (groups, rest) = words.as_chunks::<GROUP>();
         let (row_groups, row_rest) = row.as_chunks_mut::<GROUP>();
         for (words, row) in groups.iter().zip(row_groups) {
@@ -117,13 +132,14 @@ impl Exchange {
         &self,
         from: u32,
         words: &[AtomicU64; N],
-        row: &mut [u64; N],
+        row: &mut [[u8; 8]; N],
     ) -> Result<(), Late> {
-        let load = |row: &mut [u64; N]| {
+        let load = |row: &mut [[u8; 8]; N]| {
             let mut complete = true;
-            for (value, word) in row.iter_mut().zip(words) {
-                *value = word.load(Relaxed);
-                complete &= is_complete(*value);
+            for (bytes, word) in row.iter_mut().zip(words) {
+                let value = word.load(Relaxed);
+                *bytes = value.to_ne_bytes();
+                complete &= is_complete(value);
             }
             complete
         };

@@ -4,6 +4,7 @@
 //! activation once. All ranks' results are the same bits: sums are taken in rank order of rows that went
 //! through the same `strip`, whether they travelled or not.
 
+use bytemuck::Pod;
 use fused_collective_core::{
     plan::{Algorithm, Plan, Round, owned_index, owned_token, owned_tokens, owner},
     workspace::SlotRows,
@@ -44,7 +45,6 @@ impl<E: Plain> Job<'_, E> {
     }
 
     /// Sums one row from every rank into `residual_out`.
-    #[inline(always)]
     fn sum(&mut self, token: u64, rows: &[&[E]], arch: Arch) {
         let range = self.range(token);
         let residual = self.residual.map(|residual| &residual[range.clone()]);
@@ -53,7 +53,6 @@ impl<E: Plain> Job<'_, E> {
     }
 
     /// Normalizes and quantizes the row of `residual_out` that is complete.
-    #[inline(always)]
     fn finish(&mut self, token: u64, scratch: &mut [E], arch: Arch) {
         let Some(finish) = &self.finish else { return };
         let range = self.range(token);
@@ -68,7 +67,8 @@ impl<E: Plain> Job<'_, E> {
     }
 }
 
-/// Rows that are between memory and a peer.
+/// Rows that are between memory and a peer: one from each rank, this rank's own being what it sends, and one of
+/// scratch.
 #[derive(Debug, Default)]
 pub(crate) struct Staging {
     words: Vec<u64>,
@@ -85,13 +85,14 @@ impl Staging {
         }
     }
 
-    fn row(&mut self, index: u32) -> &mut [u64] {
+    fn row<T: Pod>(&self, index: u32) -> &[T] {
         let start = index as usize * self.row_words;
-        &mut self.words[start..start + self.row_words]
+        bytemuck::cast_slice(&self.words[start..start + self.row_words])
     }
 
-    fn rows<E: Plain>(&self, world_size: u32) -> FixedVec<&[E], MAX_WORLD> {
-        self.words.chunks_exact(self.row_words).take(world_size as usize).map(bytemuck::cast_slice).collect()
+    fn row_mut<T: Pod>(&mut self, index: u32) -> &mut [T] {
+        let start = index as usize * self.row_words;
+        bytemuck::cast_slice_mut(&mut self.words[start..start + self.row_words])
     }
 }
 
@@ -105,11 +106,13 @@ pub(crate) fn run<E: Plain>(
     arch: Arch,
 ) -> Result<(), Late> {
     staging.reserve(plan.world_size, plan.row_bytes);
-    for round in plan.rounds() {
+    let mut rounds = plan.rounds().peekable();
+    let mut first_hop_done = false;
+    while let Some(round) = rounds.next() {
         let mut step = Step { exchange, rank, round, job: &mut job, staging, arch };
         match plan.algorithm {
             Algorithm::OneShot => step.one_shot()?,
-            Algorithm::TwoShot => step.two_shot()?,
+            Algorithm::TwoShot => first_hop_done = step.two_shot(first_hop_done, rounds.peek())?,
         }
         exchange.advance();
     }
@@ -140,35 +143,42 @@ impl<E: Plain> Step<'_, '_, E> {
         (1..world).map(move |step| (rank + step) % world)
     }
 
-    /// This rank's own addend for `token`, into its place in the staging.
+    /// The row of `residual_out` of `token`.
+    fn residual_out(&mut self, token: u64) -> &mut [E] {
+        let range = self.job.range(self.round.first_token + token);
+        &mut self.job.residual_out[range]
+    }
+
+    /// This rank's addend for token `token` of the operation, as it may be sent, in its place in the staging.
     fn stage_input(&mut self, token: u64) {
-        let row = &self.job.input[self.job.range(self.round.first_token + token)];
-        let out = bytemuck::cast_slice_mut(self.staging.row(self.rank));
-        self.arch.dispatch(StripRow { row, out });
+        let row = &self.job.input[self.job.range(token)];
+        self.arch.dispatch(StripRow { row, out: self.staging.row_mut(self.rank) });
     }
 
     /// Adds up `token`, once every other rank's row for it is where `offset` says.
     fn sum(&mut self, token: u64, offset: impl Fn(&SlotRows, u32) -> u64) -> Result<(), Late> {
         for source in self.peers() {
-            self.exchange.receive(source, offset(&self.rows(), source), self.staging.row(source))?;
+            self.exchange.receive(source, offset(&self.rows(), source), self.staging.row_mut(source))?;
         }
-        self.stage_input(token);
-        let rows = self.staging.rows::<E>(self.rows().world_size);
+        self.stage_input(self.round.first_token + token);
+        let rows: FixedVec<&[E], MAX_WORLD> =
+            (0..self.rows().world_size).map(|rank| self.staging.row(rank)).collect();
         self.job.sum(self.round.first_token + token, &rows, self.arch);
         Ok(())
     }
 
     fn finish(&mut self, token: u64) {
-        let scratch = bytemuck::cast_slice_mut(self.staging.row(self.round.rows.world_size));
+        let scratch = self.staging.row_mut(self.round.rows.world_size);
         self.job.finish(self.round.first_token + token, scratch, self.arch);
     }
 
     fn one_shot(&mut self) -> Result<(), Late> {
         let rows = self.rows();
         for token in 0..rows.tokens {
-            self.stage_input(token);
+            self.stage_input(self.round.first_token + token);
+            let offset = rows.one_shot(self.rank, token);
             for peer in self.peers() {
-                self.exchange.send(peer, rows.one_shot(self.rank, token), self.staging.row(self.rank));
+                self.exchange.send(self.exchange.operation(), peer, offset, self.staging.row(self.rank));
             }
         }
         for token in 0..rows.tokens {
@@ -178,15 +188,25 @@ impl<E: Plain> Step<'_, '_, E> {
         Ok(())
     }
 
-    fn two_shot(&mut self) -> Result<(), Late> {
+    /// First hop of `round`, which runs as `operation`: sends every token to its owner.
+    fn first_hop(&mut self, operation: u64, round: &Round) {
+        let (rank, world) = (self.rank, round.rows.world_size);
+        for token in (0..round.rows.tokens).filter(|&token| owner(token, world) != rank) {
+            self.stage_input(round.first_token + token);
+            let offset = round.rows.first_hop(rank, owned_index(token, world));
+            self.exchange.send(operation, owner(token, world), offset, self.staging.row(rank));
+        }
+    }
+
+    /// Returns whether it did the first hop of the `next` round too, so that nobody has to wait for it there.
+    fn two_shot(&mut self, first_hop_done: bool, next: Option<&Round>) -> Result<bool, Late> {
+        let exchange = self.exchange;
+        let operation = exchange.operation();
         let rows = self.rows();
         let (rank, world) = (self.rank, rows.world_size);
-
-        // First hop: every token to its owner.
-        for token in (0..rows.tokens).filter(|&token| owner(token, world) != rank) {
-            self.stage_input(token);
-            let offset = rows.first_hop(rank, owned_index(token, world));
-            self.exchange.send(owner(token, world), offset, self.staging.row(rank));
+        if !first_hop_done {
+            let round = self.round;
+            self.first_hop(operation, &round);
         }
 
         // The owner sums, and sends every sum before it normalizes any: others wait for them.
@@ -194,12 +214,15 @@ impl<E: Plain> Step<'_, '_, E> {
         for index in 0..owned {
             let token = owned_token(index, rank, world);
             self.sum(token, |rows, source| rows.first_hop(source, index))?;
-            let sum = &self.job.residual_out[self.job.range(self.round.first_token + token)];
-            let staged = self.staging.row(rank);
-            bytemuck::cast_slice_mut(staged).copy_from_slice(sum);
             for peer in self.peers() {
-                self.exchange.send(peer, rows.second_hop(token), self.staging.row(rank));
+                let row = bytemuck::cast_slice(self.residual_out(token));
+                exchange.send(operation, peer, rows.second_hop(token), row);
             }
+        }
+        // Who owns a token has received from every rank, and may send early.
+        let early = next.filter(|_| owned > 0);
+        if let Some(next) = early {
+            self.first_hop(operation + 1, next);
         }
         for index in 0..owned {
             self.finish(owned_token(index, rank, world));
@@ -207,12 +230,10 @@ impl<E: Plain> Step<'_, '_, E> {
 
         // Second hop: everybody else's sums.
         for token in (0..rows.tokens).filter(|&token| owner(token, world) != rank) {
-            let staged = self.staging.row(rank);
-            self.exchange.receive(owner(token, world), rows.second_hop(token), staged)?;
-            let range = self.job.range(self.round.first_token + token);
-            self.job.residual_out[range].copy_from_slice(bytemuck::cast_slice(self.staging.row(rank)));
+            let row = bytemuck::cast_slice_mut(self.residual_out(token));
+            exchange.receive(owner(token, world), rows.second_hop(token), row)?;
             self.finish(token);
         }
-        Ok(())
+        Ok(early.is_some())
     }
 }

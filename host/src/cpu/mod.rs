@@ -134,8 +134,9 @@ impl From<PlanError> for Error {
     }
 }
 
-/// Bytes of a slot unless one token needs more: what one round moves should stay in the last-level cache.
-const SLOT_BYTES: u64 = 1 << 20;
+/// Bytes of a slot for each rank, unless one token needs more. What a round moves stays in a core's own caches, and
+/// in a two-shot round of usual rows every rank owns a few tokens.
+const SLOT_BYTES_PER_RANK: u64 = 128 << 10;
 
 /// The layout of a group's memory for rows of at most `row_bytes`.
 ///
@@ -147,7 +148,7 @@ pub fn layout(
 ) -> Result<Layout, fused_collective_core::workspace::LayoutError> {
     // One token of a one-shot round is a row from each rank; of a two-shot round, one row more.
     let one_token = row_bytes.saturating_mul(u64::from(world_size) + 1);
-    Layout::new(world_size, SLOT_BYTES.max(one_token))
+    Layout::new(world_size, (SLOT_BYTES_PER_RANK * u64::from(world_size)).max(one_token))
 }
 
 /// Creates the memory that the ranks of one group share: `layout.total_bytes()` bytes, gone with its last user.

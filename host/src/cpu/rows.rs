@@ -32,27 +32,25 @@ fn strip_row<E: Plain>(row: &[E], out: &mut [E]) {
 fn sum_rows<E: Plain>(rows: &[&[E]], residual: Option<&[E]>, strip: bool, out: &mut [E]) {
     /// Elements summed at once, in the nearest cache.
     const BLOCK: usize = 256;
+    let [first, second, rest @ ..] = rows else { return };
     let mut sums = [0.0f32; BLOCK];
+    let mut rounded = [E::default(); BLOCK];
     for (block, out) in out.chunks_mut(BLOCK).enumerate() {
         let range = block * BLOCK..block * BLOCK + out.len();
         let sums = &mut sums[..out.len()];
-        let Some((first, rest)) = rows.split_first() else { return };
-        for (sum, element) in sums.iter_mut().zip(&first[range.clone()]) {
-            *sum = element.to_f32();
+        let rounded = &mut rounded[..out.len()];
+        for ((sum, first), second) in sums.iter_mut().zip(&first[range.clone()]).zip(&second[range.clone()]) {
+            *sum = first.to_f32() + second.to_f32();
         }
         for row in rest.iter().chain(residual.as_ref()) {
             for (sum, element) in sums.iter_mut().zip(&row[range.clone()]) {
                 *sum += element.to_f32();
             }
         }
-        for (out, sum) in out.iter_mut().zip(sums) {
-            *out = E::from_f32(*sum);
+        for (rounded, sum) in rounded.iter_mut().zip(sums) {
+            *rounded = E::from_f32(*sum);
         }
-        if strip {
-            for word in bytemuck::cast_slice_mut::<E, u8>(out).as_chunks_mut::<4>().0 {
-                *word = lamport::strip(u32::from_ne_bytes(*word)).to_ne_bytes();
-            }
-        }
+        if strip { strip_row(rounded, out) } else { out.copy_from_slice(rounded) }
     }
 }
 
@@ -72,7 +70,7 @@ impl<E: Plain> WithSimd for StripRow<'_, E> {
 }
 
 /// `out = round(rows[0] + rows[1] + ... + residual)`, in `f32` in that order, sent through [`lamport::strip`]
-/// if `strip`. All have the same length.
+/// if `strip`. There are two rows or more, all of one length.
 pub(crate) struct SumRows<'a, E> {
     pub(crate) rows: &'a [&'a [E]],
     pub(crate) residual: Option<&'a [E]>,

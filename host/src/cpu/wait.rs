@@ -56,6 +56,11 @@ impl Watch {
     pub fn new(lost: impl Fn() -> Option<String> + Send + Sync + 'static) -> Self {
         Watch(Arc::new(lost))
     }
+
+    /// A watch that never tells of a loss: only deadlines end waits.
+    pub fn nobody() -> Self {
+        Watch::new(|| None)
+    }
 }
 
 impl fmt::Debug for Watch {

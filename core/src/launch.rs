@@ -1,0 +1,296 @@
+//! What a kernel is launched with: parameter structs, and the memory that they point to.
+//!
+//! The host fills these and passes the struct by value as the kernel's only parameter. Host and device share them
+//! through this crate: all are `repr(C)`, without padding, and hold no Rust pointer.
+//!
+//! # Launch rules
+//! - The grid has at most as many blocks as can be resident at once, and at most as many clusters as the round
+//!   has tokens. Blocks have one dimension, a multiple of 32 threads and at most [`MAX_BLOCK_THREADS`]; clusters
+//!   have 1, 2, 4 or 8 blocks (1 before `sm_90`).
+//! - A kernel of `P` packs per thread needs `cluster * threads * P >= row_packs`; a streamed one takes any row.
+//! - Everything that is read before the dependent-launch wait is constant while kernels run: the table of regions,
+//!   gamma, the quantization scales.
+//! - Launches that share a [`RankState`] follow each other in one stream (programmatic dependent launch included)
+//!   or are ordered by events: two of them never run at once.
+//! - A kernel that stands between two collectives and was itself launched as a programmatic dependent executes
+//!   `griddepcontrol.wait`, as all kernels here do.
+//! - Every rank of a group launches the same sequence of operations, with the same [`Shape`] and mode. Grids may
+//!   differ.
+
+/// The most threads of a block.
+pub const MAX_BLOCK_THREADS: u32 = 1024;
+/// The most blocks of a cluster: what every GPU with clusters guarantees.
+pub const MAX_CLUSTER: u32 = 8;
+
+/// An address in the memory of the device, or in memory mapped there. Zero stands for "not there".
+#[repr(transparent)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Address(pub u64);
+
+impl Address {
+    /// No memory: an optional tensor that is absent.
+    pub const NULL: Address = Address(0);
+
+    /// Whether there is no memory.
+    #[inline(always)]
+    pub const fn is_null(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The address `bytes` further on.
+    #[inline(always)]
+    pub const fn offset(self, bytes: u64) -> Address {
+        Address(self.0.wrapping_add(bytes))
+    }
+}
+
+/// What a rank keeps on its device from one operation to the next. Zeroed when the group is made; only kernels
+/// write it afterwards, except that the host may set `poisoned` to [`ABORTED`].
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RankState {
+    /// Operations finished, which is the number of the one to run.
+    pub operation: u64,
+    /// The slot that it uses: [`lamport::slot`](crate::lamport::slot) of it, kept because a
+    /// remainder of 64-bit numbers is slow on a GPU.
+    pub slot: u32,
+    /// 0, or why the group is unusable: [`TIMED_OUT`] or [`ABORTED`].
+    pub poisoned: u32,
+    /// Blocks of the running grid that have taken their ticket.
+    pub tickets: u32,
+}
+
+impl RankState {
+    /// Where `slot` is.
+    pub const SLOT: u64 = core::mem::offset_of!(RankState, slot) as u64;
+    /// Where `poisoned` is.
+    pub const POISONED: u64 = core::mem::offset_of!(RankState, poisoned) as u64;
+    /// Where `tickets` is.
+    pub const TICKETS: u64 = core::mem::offset_of!(RankState, tickets) as u64;
+}
+
+/// [`Status::failed`]: a wait was longer than [`Group::timeout_ns`].
+pub const TIMED_OUT: u32 = 1;
+/// [`Status::failed`]: the host asked for the end.
+pub const ABORTED: u32 = 2;
+
+/// Where host and kernels tell each other of failure: host memory that the device can reach. Zeroed when the
+/// group is made.
+#[repr(C, align(64))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Status {
+    /// Set by the host, not to 0, to end every wait of this rank.
+    pub abort: u32,
+    /// 0, or [`TIMED_OUT`] or [`ABORTED`]. A kernel writes it last (release): when it is set, the rest is valid.
+    pub failed: u32,
+    /// The rank whose data was awaited.
+    pub missing_rank: u32,
+    /// 1: an input, in one-shot or as a token's owner; 2: a token's sum, from its owner.
+    pub hop: u32,
+    /// The operation: see [`RankState::operation`].
+    pub operation: u64,
+    /// The token, counted from the first one of the round.
+    pub token: u64,
+}
+
+impl Status {
+    /// Where `abort` is.
+    pub const ABORT: u64 = core::mem::offset_of!(Status, abort) as u64;
+    /// Where `failed` is.
+    pub const FAILED: u64 = core::mem::offset_of!(Status, failed) as u64;
+    /// Where `missing_rank` is.
+    pub const MISSING_RANK: u64 = core::mem::offset_of!(Status, missing_rank) as u64;
+    /// Where `hop` is.
+    pub const HOP: u64 = core::mem::offset_of!(Status, hop) as u64;
+    /// Where `operation` is.
+    pub const OPERATION: u64 = core::mem::offset_of!(Status, operation) as u64;
+    /// Where `token` is.
+    pub const TOKEN: u64 = core::mem::offset_of!(Status, token) as u64;
+}
+
+/// A rank's place in its group. The same for every operation.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group {
+    /// Device memory: one `u64` for each rank, the address at which this device sees that rank's
+    /// [region](crate::workspace). Constant.
+    pub regions: Address,
+    /// Device memory: this rank's [`RankState`].
+    pub state: Address,
+    /// Mapped host memory: this rank's [`Status`].
+    pub status: Address,
+    /// Bytes of a slot: [`Layout::slot_bytes`](crate::workspace::Layout::slot_bytes).
+    pub slot_bytes: u64,
+    /// The longest that one wait may take, in nanoseconds: at most an hour, and kept to within some microseconds.
+    pub timeout_ns: u64,
+    /// Ranks in the group, from 2 to the kernel's largest.
+    pub world_size: u32,
+    /// This rank.
+    pub rank: u32,
+}
+
+/// The rows that one launch works on: a [round](crate::plan::Round) of an operation.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// The operation's token that is token 0 of the round.
+    pub first_token: u64,
+    /// Tokens of the operation.
+    pub total_tokens: u64,
+    /// Tokens of the round: less than 2^31.
+    pub tokens: u32,
+    /// 16-byte packs of a row.
+    pub row_packs: u32,
+}
+
+impl Shape {
+    /// Bytes of a row.
+    #[inline(always)]
+    pub const fn row_bytes(&self) -> u64 {
+        self.row_packs as u64 * 16
+    }
+}
+
+/// The parameters of one primitive step of an eager framework: an `eager_*` kernel.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Step {
+    /// The first operand.
+    pub a: Address,
+    /// The second operand, where there is one.
+    pub b: Address,
+    /// The result.
+    pub out: Address,
+    /// Rows.
+    pub tokens: u32,
+    /// Elements of a row: a multiple of 4.
+    pub hidden: u32,
+    /// The number that the step's documentation names.
+    pub value: f32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}
+
+/// The parameters of the kernel `fill`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// 16-byte aligned.
+    pub out: Address,
+    /// 16-byte packs to fill.
+    pub packs: u64,
+    /// The word to fill them with.
+    pub word: u32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}
+
+/// The parameters of the kernels `encode_*`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conversions {
+    /// Gets the code of each `f32`.
+    pub out: Address,
+    /// The bits of the first `f32`.
+    pub first: u32,
+    /// How many to convert, a multiple of 4: the bits count up.
+    pub count: u32,
+}
+
+/// The activations, `[total_tokens, hidden]` elements each, 16-byte aligned.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Activations {
+    /// This rank's addend.
+    pub input: Address,
+    /// The residual, or null: then none is read.
+    pub residual: Address,
+    /// The sum, plus the residual. Null only without a residual, and only in the kernels without a collective.
+    pub residual_out: Address,
+}
+
+/// The parameters of a fused kernel with epilogue `X`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Fused<X> {
+    /// This rank's place in its group.
+    pub group: Group,
+    /// The round.
+    pub shape: Shape,
+    /// What is summed.
+    pub activations: Activations,
+    /// What is made of the sum.
+    pub epilogue: X,
+}
+
+/// The parameters of a kernel that has an epilogue `X` and no collective.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Local<X> {
+    /// All rows of the operation.
+    pub shape: Shape,
+    /// What the epilogue is applied to.
+    pub activations: Activations,
+    /// What is made of it.
+    pub epilogue: X,
+}
+
+/// An epilogue that stores, or quantizes, the sum as it is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Plain<Q> {
+    /// What is made of the sum.
+    pub quantizer: Q,
+}
+
+/// An epilogue of RMSNorm and a quantization.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RmsNorm<Q> {
+    /// `[hidden]` elements, 16-byte aligned. Constant.
+    pub gamma: Address,
+    /// `[total_tokens, hidden]` elements, or null: then the norm is not stored.
+    pub norm_out: Address,
+    /// `1 / hidden`.
+    pub inverse_hidden: f32,
+    /// Added to the mean square.
+    pub epsilon: f32,
+    /// Added to gamma.
+    pub weight_bias: f32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+    /// What is made of the norm.
+    pub quantizer: Q,
+}
+
+/// No quantization.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Unquantized;
+
+/// FP8 with a static scale for the whole tensor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fp8Static {
+    /// `[total_tokens, hidden]` E4M3 codes, 8-byte aligned.
+    pub values: Address,
+    /// One `f32`. Constant.
+    pub scale: Address,
+}
+
+/// NVFP4: E2M1 in blocks of 16 with UE4M3 scales under a global scale.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NvFp4 {
+    /// `[total_tokens, hidden / 2]` bytes of two E2M1 codes each, 4-byte aligned.
+    pub values: Address,
+    /// `[total_tokens, hidden / 16]` UE4M3 codes in the layout that `swizzled` says, padding included: see
+    /// [`ScaleLayout::bytes`](crate::quant::ScaleLayout::bytes). The kernel zeroes the padding.
+    pub scales: Address,
+    /// One `f32`. Constant.
+    pub global_scale: Address,
+    /// 0: linear; 1: [`Swizzled128x4`](crate::quant::ScaleLayout::Swizzled128x4).
+    pub swizzled: u32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}

@@ -1,0 +1,85 @@
+//! A kernel with an epilogue that this project does not have: all-reduce, residual add, and GELU in place of a norm.
+//!
+//! GELU is its usual approximation by a sigmoid, `x * sigmoid(1.702 x)` (Hendrycks and Gimpel, 2016). Built as
+//! `device/ptx` is, from this folder:
+//! ```sh
+//! RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Ctarget-cpu=sm_90 -Ctarget-feature=+ptx86" \
+//!     cargo rustc --release -Zbuild-std=core --target nvptx64-nvidia-cuda -- --emit=asm
+//! ```
+//! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, by the rules in `fused_collective_device::params`.
+#![no_std]
+#![feature(abi_ptx, asm_experimental_arch)]
+
+use core::arch::asm;
+
+use fused_collective_device::{
+    collective, convert,
+    dtype::{Element, bf16},
+    epilogue::{Epilogue, Place},
+    pack::Pack,
+    params::{Address, Fused},
+    simt,
+};
+
+/// The epilogue's parameters.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Gelu {
+    /// `[total_tokens, hidden]` elements, 16-byte aligned.
+    pub out: Address,
+}
+
+impl<E: Element> Epilogue<E> for Gelu {
+    const ROW_SUM: bool = false;
+    type Constants = ();
+    type Weights = ();
+
+    unsafe fn constants(&self) {}
+
+    unsafe fn weights(&self, _pack: u32) {}
+
+    fn addend(&self, _row: Pack) -> f32 {
+        0.0
+    }
+
+    fn row_value(&self, _sum: f32) -> f32 {
+        0.0
+    }
+
+    #[inline(always)]
+    unsafe fn finish(&self, place: Place, row: Pack, _row_value: f32, _weights: (), _constants: ()) {
+        let mut values = convert::widen::<E>(row);
+        for value in values.as_mut() {
+            *value = gelu(*value);
+        }
+        // SAFETY: the place is inside the tensor, and this thread's alone.
+        unsafe { simt::store(place.of(self.out), convert::narrow::<E>(values)) };
+    }
+}
+
+#[inline(always)]
+fn gelu(x: f32) -> f32 {
+    const LOG2_E: f32 = core::f32::consts::LOG2_E;
+    let power: f32;
+    // SAFETY: arithmetic. 2 to the power of the operand, approximately.
+    unsafe {
+        asm!("ex2.approx.f32 {0}, {1};", out(reg32) power, in(reg32) -1.702 * LOG2_E * x, options(pure, nomem));
+    }
+    x / (1.0 + power)
+}
+
+/// For groups of at most four ranks, with one pack of a row in each thread.
+///
+/// # Safety
+/// Launched by the rules in `fused_collective_device::params`.
+#[unsafe(no_mangle)]
+pub unsafe extern "ptx-kernel" fn all_reduce_gelu(params: Fused<Gelu>) {
+    // SAFETY: as this function's.
+    unsafe { collective::two_shot::<bf16, Gelu, 4, 1, true>(&params) }
+}
+
+/// No kernel has a path that panics, so this is in no PTX; rustc asks for it nevertheless.
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

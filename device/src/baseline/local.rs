@@ -1,0 +1,65 @@
+//! An epilogue without a collective.
+
+use fused_collective_core::{dtype::Element, pack::Pack};
+
+use crate::{
+    convert,
+    epilogue::{Epilogue, Place},
+    params::Local,
+    row::{Prepared, Share, Team},
+    simt,
+};
+
+/// The kernel: adds the residual, if there is one, and applies the epilogue. `P` and `RESIDENT` as in the
+/// [collectives](crate::collective::one_shot).
+///
+/// # Safety
+/// As the collectives'.
+#[inline(always)]
+pub unsafe fn local<E, X, const P: usize, const RESIDENT: bool>(params: &Local<X>)
+where
+    E: Element,
+    X: Epilogue<E>,
+{
+    let Local { shape, activations, epilogue } = params;
+    let mut team = Team::join(X::ROW_SUM);
+    let share = Share::<P, RESIDENT>::new(&team, shape);
+    // SAFETY: as this function's; each pack of a tensor is one thread's. The same holds for the block below.
+    let prepared = unsafe { Prepared::<E, X, P, RESIDENT>::new(epilogue, share) };
+    let has_residual = !activations.residual.is_null();
+
+    simt::wait_for_prerequisites();
+    simt::launch_dependents();
+    let mut token = team.index;
+    while token < shape.tokens {
+        let place =
+            |pack| Place { token: shape.first_token + token as u64, pack, row_packs: shape.row_packs };
+        // SAFETY: see above.
+        unsafe {
+            prepared.complete(&mut team, shape, activations, token, |chunk, row| {
+                let mut residuals = [Pack::default(); P];
+                share.for_each(chunk, |p, pack| {
+                    row[p] = simt::load(place(pack).of(activations.input));
+                    if has_residual {
+                        residuals[p] = simt::load(place(pack).of(activations.residual));
+                    }
+                });
+                if has_residual {
+                    share.for_each(chunk, |p, _| row[p] = add::<E>(row[p], residuals[p]));
+                }
+            });
+        }
+        token += team.teams;
+    }
+    team.leave();
+}
+
+/// The sum of two packs, rounded once.
+#[inline(always)]
+fn add<E: Element>(a: Pack, b: Pack) -> Pack {
+    let mut sum = convert::widen::<E>(a);
+    for (sum, value) in sum.as_mut().iter_mut().zip(convert::widen::<E>(b).as_ref()) {
+        *sum += value;
+    }
+    convert::narrow::<E>(sum)
+}

@@ -1,0 +1,179 @@
+//! The collectives, each with an epilogue: one-shot and two-shot.
+//!
+//! Arrival is seen in the data itself, by [`lamport`]'s rules. What a kernel does:
+//! 1. reads what is constant (gamma, scales, the table of regions);
+//! 2. waits for the kernels before it, then reads the [`RankState`] and its first input, and lets the next kernel
+//!    start;
+//! 3. pushes to its peers, waits for what they push, and completes its rows;
+//! 4. the last of its blocks to have read the state advances it.
+//!
+//! # Order and scope
+//! - *Pushed data* is written and polled word by word, relaxed, at system scope. Each word says by itself whether it
+//!   has arrived, so no order between words is needed, and no fence.
+//! - *A slot is refilled* with the sentinel by the thread that has read it, at once. Between operations a rank's
+//!   slots hold nothing but the sentinel and what peers already sent for the next, so a slot needs no record of
+//!   what used it last: any sequence of modes, shapes and element types is the same to it. The refill is coherent
+//!   with the poll before it (same thread, same words), and a peer writes those words again three operations later.
+//!   By then it has seen data that this rank sent in a later kernel than the refill, and the boundary between
+//!   kernels on either side (the end of a grid, or `griddepcontrol.wait`) makes that chain a release and an acquire.
+//! - *Inputs, residuals and outputs* are weak accesses: written by kernels before or after in the stream, and each
+//!   element touched by one thread.
+//! - *The state* is read by all threads of the grid before the last block writes it: each block takes a ticket after
+//!   a barrier that all its threads reach when they have used what they read, and tickets acquire and release at the
+//!   scope of the device. The next kernel reads it after its dependent-launch wait. One counter for the rank, not
+//!   one for each block: grids of any size can follow each other, and none can fall out of step.
+//!
+//! # Programmatic dependent launch
+//! `launch_dependents` promises nothing about memory. The next kernel may be resident early, and do step 1; its own
+//! `griddepcontrol.wait` returns when this grid has completed and all it wrote is visible, so it can never see
+//! unfinished outputs. Every thread here waits before it lets the next kernel start, so when a kernel starts, the
+//! one before the last has completed: the order of a stream holds along the chain. And a grid starts only once
+//! every block of the one before is running, so it takes no place that a block it depends on needs.
+//!
+//! # Waits
+//! A rank waits for peers' data only, never for their blocks. Every block pushes all that it has to push before it
+//! waits for a result that needs other ranks' waits to end, so ranks cannot wait in a circle. Waits are bounded: see
+//! the `wait` module.
+//!
+//! [`RankState`]: crate::params::RankState
+
+use core::num::NonZeroU32;
+
+use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SLOTS_OFFSET};
+
+use crate::{
+    convert,
+    epilogue::Place,
+    params::{Address, Group, RankState},
+    simt,
+};
+
+mod one_shot;
+mod two_shot;
+mod wait;
+
+pub use one_shot::one_shot;
+pub use two_shot::two_shot;
+use wait::Waiter;
+
+/// The state of the rank as this operation found it.
+struct Begun<'a> {
+    group: &'a Group,
+    /// Where the operation's slot is in every region.
+    slot_offset: u64,
+    /// Bounds the waits of this thread.
+    waiter: Waiter<'a>,
+}
+
+impl<'a> Begun<'a> {
+    /// Reads the state: after the dependent-launch wait.
+    ///
+    /// # Safety
+    /// The addresses in `group` are as its documentation says.
+    #[inline(always)]
+    unsafe fn read(group: &'a Group) -> Self {
+        // SAFETY: the state's first 16 bytes. Relaxed, since another block may poison the rank meanwhile.
+        let Pack([_, _, slot, poisoned]) = unsafe { simt::poll(group.state) };
+        Begun {
+            group,
+            slot_offset: SLOTS_OFFSET + slot as u64 * group.slot_bytes,
+            waiter: Waiter::new(group, poisoned != 0),
+        }
+    }
+
+    /// Where the operation's slot is in rank `rank`'s region.
+    ///
+    /// # Safety
+    /// As [`region`].
+    #[inline(always)]
+    unsafe fn slot_of(&self, rank: u32) -> Address {
+        // SAFETY: as this function's.
+        unsafe { region(self.group, rank) }.offset(self.slot_offset)
+    }
+
+    /// Takes this block's ticket, and advances the state if all blocks have taken theirs. Every thread of the block
+    /// calls this, once, when it no longer needs the state.
+    ///
+    /// # Safety
+    /// As [`read`](Self::read).
+    #[inline(always)]
+    unsafe fn end(self) {
+        let state = self.group.state;
+        // SAFETY: the fields of the state. Nobody writes them before this block has its ticket, and past the last
+        // ticket no thread of this grid reads them.
+        unsafe {
+            let next = simt::load_value::<u64>(state) + 1;
+            simt::block_barrier();
+            if simt::thread() == 0
+                && simt::fetch_add(state.offset(RankState::TICKETS), 1) + 1 == simt::blocks()
+            {
+                simt::store_value(state, next);
+                simt::store_value(state.offset(RankState::SLOT), lamport::slot(next) as u32);
+                simt::store_value(state.offset(RankState::TICKETS), 0u32);
+            }
+        }
+    }
+}
+
+/// How many peers there are, if a kernel for at most `N` ranks can serve the group. One launched for another ends
+/// at once, and its peers' waits say what is missing.
+#[inline(always)]
+fn peers<const N: usize>(group: &Group) -> Option<NonZeroU32> {
+    if group.world_size as usize > N { None } else { NonZeroU32::new(group.world_size.saturating_sub(1)) }
+}
+
+/// The address of rank `rank`'s region.
+///
+/// # Safety
+/// The table is as [`Group::regions`] says, and `rank` is one of the group.
+#[inline(always)]
+unsafe fn region(group: &Group, rank: u32) -> Address {
+    let regions = Address(simt::opaque_u64(group.regions.0));
+    // SAFETY: as this function's.
+    Address(unsafe { simt::load_constant_u64(regions.offset(rank as u64 * 8)) })
+}
+
+/// The rank `distance` (less than the group's size) after this one. Ranks start with different peers, so that they
+/// do not all write to one at the same time.
+#[inline(always)]
+fn peer(group: &Group, distance: u32) -> u32 {
+    let rank = group.rank + distance;
+    if rank >= group.world_size { rank - group.world_size } else { rank }
+}
+
+/// A pack of a tensor that may be absent.
+///
+/// # Safety
+/// `place` is inside the tensor if there is one, and nobody writes it.
+#[inline(always)]
+unsafe fn load_optional(tensor: Address, place: Place) -> Option<Pack> {
+    // SAFETY: as this function's.
+    (!tensor.is_null()).then(|| unsafe { simt::load(place.of(tensor)) })
+}
+
+/// `residual_out`: the packs of all ranks summed in rank order, plus the residual, rounded, and stripped of the
+/// sentinel: two-shot must strip it before it sends it, and both modes give the same bits.
+#[inline(always)]
+fn residual_out<E: Element, const N: usize>(
+    world_size: u32,
+    packs: &[Pack; N],
+    residual: Option<Pack>,
+) -> Pack {
+    let mut sum = convert::widen::<E>(packs[0]);
+    for (rank, pack) in packs.iter().enumerate().skip(1) {
+        if (rank as u32) < world_size {
+            add::<E>(&mut sum, *pack);
+        }
+    }
+    if let Some(residual) = residual {
+        add::<E>(&mut sum, residual);
+    }
+    convert::narrow::<E>(sum).strip()
+}
+
+#[inline(always)]
+fn add<E: Element>(sum: &mut E::Wide, pack: Pack) {
+    for (sum, value) in sum.as_mut().iter_mut().zip(convert::widen::<E>(pack).as_ref()) {
+        *sum += value;
+    }
+}

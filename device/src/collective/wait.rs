@@ -1,0 +1,190 @@
+//! Waiting for pushed data, never for longer than the group allows.
+//!
+//! A wait ends when its data is there, when it has lasted [`Group::timeout_ns`], or when the rank is poisoned: by
+//! another thread's wait, or by the host. The first to fail writes down in [`Status`] what it waited for. A thread
+//! whose wait failed does not wait again: it runs on to the end of its kernel, through the barriers where others
+//! expect it, its outputs mean nothing, and it passes nothing on that it does not know to be right. The host
+//! finds [`Status::failed`] and gives the group up.
+
+use fused_collective_core::pack::Pack;
+
+use crate::{
+    params::{ABORTED, Address, Group, RankState, Status, TIMED_OUT},
+    row::Share,
+    simt::{self, CHECKS_PER_ABORT_LOOK, POLLS_PER_CHECK},
+};
+
+/// What a wait is for, as [`Status`] records it.
+#[derive(Clone, Copy)]
+pub(super) struct Awaited {
+    pub(super) token: u32,
+    pub(super) hop: u32,
+}
+
+/// The waits of one thread in one operation.
+pub(super) struct Waiter<'a> {
+    group: &'a Group,
+    /// Whether a wait of this thread failed, or the rank was poisoned before: nothing is waited for.
+    pub(super) failed: bool,
+}
+
+/// How long a wait has lasted.
+#[derive(Default)]
+struct Patience {
+    polls: u32,
+    /// By [`now`]: in half the registers of the clock itself, and a wait's are its kernel's scarcest.
+    started: u32,
+}
+
+/// Bits of the clock that waits ignore: they count in steps of 1,024 ns, modulo 73 minutes.
+const CLOCK_SHIFT: u32 = 10;
+
+/// The time.
+#[inline(always)]
+fn now() -> u32 {
+    (simt::nanoseconds() >> CLOCK_SHIFT) as u32
+}
+
+impl<'a> Waiter<'a> {
+    #[inline(always)]
+    pub(super) fn new(group: &'a Group, poisoned: bool) -> Self {
+        Waiter { group, failed: poisoned }
+    }
+
+    /// Waits for this thread's packs of chunk `chunk` of the row at `row`, which `source` sends, and refills them
+    /// with the sentinel.
+    ///
+    /// # Safety
+    /// `row` is in this rank's slot, and this thread alone reads these packs in this operation.
+    #[inline(always)]
+    pub(super) unsafe fn row<const P: usize, const RESIDENT: bool>(
+        &mut self,
+        row: Address,
+        share: Share<P, RESIDENT>,
+        chunk: u32,
+        source: u32,
+        awaited: Awaited,
+    ) -> [Pack; P] {
+        let mut packs = [Pack::default(); P];
+        let mut patience = Patience::default();
+        loop {
+            // All loads are issued before the first is looked at.
+            share.for_each(chunk, |p, pack| {
+                // SAFETY: as this function's.
+                packs[p] = unsafe { simt::poll(row.offset(pack as u64 * Pack::BYTES)) };
+            });
+            if packs.iter().fold(true, |complete, pack| complete & pack.is_complete()) || self.failed {
+                break;
+            }
+            self.check(&mut patience, || source, awaited);
+        }
+        // SAFETY: as this function's. A push, since a peer given up on may still write.
+        share.for_each(chunk, |_, pack| unsafe {
+            simt::push(row.offset(pack as u64 * Pack::BYTES), Pack::SENTINEL);
+        });
+        packs
+    }
+
+    /// Waits for a pack from every peer: rank `r`'s at `first + r * stride`; this rank's is `own`. In rank order,
+    /// those past the group's size zero. Refills them with the sentinel.
+    ///
+    /// # Safety
+    /// The addresses are in this rank's slot, and this thread alone reads them in this operation.
+    #[inline(always)]
+    pub(super) unsafe fn all<const N: usize>(
+        &mut self,
+        first: Address,
+        stride: u64,
+        own: Pack,
+        awaited: Awaited,
+    ) -> [Pack; N] {
+        let (rank, world_size) = (self.group.rank, self.group.world_size);
+        let is_peer = |source: usize| source as u32 != rank && (source as u32) < world_size;
+        let mut packs = [Pack::default(); N];
+        for (source, pack) in packs.iter_mut().enumerate() {
+            if source as u32 == rank {
+                *pack = own;
+            }
+        }
+        let mut patience = Patience::default();
+        loop {
+            // All loads are issued before the first is looked at.
+            for (source, pack) in packs.iter_mut().enumerate() {
+                if is_peer(source) {
+                    // SAFETY: as this function's.
+                    *pack = unsafe { simt::poll(first.offset(source as u64 * stride)) };
+                }
+            }
+            let complete = packs.iter().fold(true, |complete, pack| complete & pack.is_complete());
+            if complete || self.failed {
+                break;
+            }
+            let missing = || {
+                let incomplete = |source: &(usize, &Pack)| !source.1.is_complete();
+                packs.iter().enumerate().find(incomplete).map_or(rank, |(source, _)| source as u32)
+            };
+            self.check(&mut patience, missing, awaited);
+        }
+        for source in 0..N {
+            if is_peer(source) {
+                // SAFETY: as this function's. A push, since a peer given up on may still write.
+                unsafe { simt::push(first.offset(source as u64 * stride), Pack::SENTINEL) };
+            }
+        }
+        packs
+    }
+
+    /// Counts a poll that found data missing and, once in a while, decides whether to go on.
+    #[inline(always)]
+    fn check(&mut self, patience: &mut Patience, missing: impl Fn() -> u32, awaited: Awaited) {
+        patience.polls = patience.polls.wrapping_add(1);
+        if !patience.polls.is_multiple_of(POLLS_PER_CHECK) {
+            return;
+        }
+        let now = now();
+        if patience.polls == POLLS_PER_CHECK {
+            patience.started = now;
+        }
+        // The host's word is across the bus, so threads take turns to look at it.
+        let turn = (patience.polls / POLLS_PER_CHECK).wrapping_add(simt::thread());
+        // Opaque, so that nothing of this is computed ahead of the loop.
+        let [state, status, timeout] =
+            [self.group.state.0, self.group.status.0, self.group.timeout_ns].map(simt::opaque_u64);
+        let poisoned = Address(state).offset(RankState::POISONED);
+        // SAFETY: the group's addresses are as its documentation says.
+        unsafe {
+            let reason = if u64::from(now.wrapping_sub(patience.started)) > timeout >> CLOCK_SHIFT {
+                TIMED_OUT
+            } else if turn.is_multiple_of(CHECKS_PER_ABORT_LOOK)
+                && simt::load_relaxed(Address(status).offset(Status::ABORT)) != 0
+            {
+                ABORTED
+            } else {
+                self.failed = simt::load_relaxed(poisoned) != 0;
+                return;
+            };
+            self.failed = true;
+            if simt::replace_zero(poisoned, reason) {
+                record(Address(state), Address(status), reason, missing(), awaited);
+            }
+        }
+    }
+}
+
+/// Writes down what a thread waited for.
+///
+/// # Safety
+/// The addresses are as [`Group`] says, and this is called once in the life of the group.
+#[inline(always)]
+unsafe fn record(state: Address, status: Address, reason: u32, missing_rank: u32, awaited: Awaited) {
+    // SAFETY: the number of the operation, which nobody writes before this block has its ticket; and the fields of
+    // the status, which the host reads after it has seen `failed` (acquire).
+    unsafe {
+        let operation: u64 = simt::load_value(state);
+        simt::store_value(status.offset(Status::MISSING_RANK), missing_rank);
+        simt::store_value(status.offset(Status::HOP), awaited.hop);
+        simt::store_value(status.offset(Status::OPERATION), operation);
+        simt::store_value(status.offset(Status::TOKEN), awaited.token as u64);
+        simt::store_release(status.offset(Status::FAILED), reason);
+    }
+}

@@ -1,0 +1,188 @@
+//! What becomes of a row once it is summed.
+//!
+//! An epilogue sees the finished row (`residual_out`: summed, with the residual, rounded) pack by pack. It may ask
+//! for one sum over the row, as RMSNorm does, before it stores anything. [`Plain`] and [`RmsNorm`] are epilogues;
+//! what either hands on, the row or its norm, goes to a [`Quantizer`].
+
+use fused_collective_core::{dtype::Element, pack::Pack};
+
+use crate::{
+    convert,
+    params::{Address, Plain, RmsNorm},
+    simt,
+};
+
+mod quantize;
+
+/// Where a pack is in the operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The token, counted from the operation's first.
+    pub token: u64,
+    /// The pack in its row.
+    pub pack: u32,
+    /// Packs of a row.
+    pub row_packs: u32,
+}
+
+impl Place {
+    /// Which pack of the whole tensor this is.
+    #[inline(always)]
+    pub fn index(self) -> u64 {
+        self.token * self.row_packs as u64 + self.pack as u64
+    }
+
+    /// Where the pack is in a tensor of elements.
+    #[inline(always)]
+    pub fn of(self, tensor: Address) -> Address {
+        tensor.offset(self.index() * Pack::BYTES)
+    }
+}
+
+/// What is done with a row after the collective. Implement it to fuse something else.
+///
+/// Calls come from every thread for the packs that are its own: `constants` and `weights` first, before the
+/// dependent-launch wait, so they may read only what is constant while kernels run; then for each row `addend` for
+/// each pack, `row_value` once, `finish` for each pack. A thread that has more than one pack of a row calls `weights`
+/// before each `finish` instead.
+///
+/// Lanes that hold the packs of one aligned group of 16 elements run `finish` for it together, so they may use
+/// [`tile_max`](simt::tile_max) among themselves. There is no other synchronization in it.
+pub trait Epilogue<E: Element>: Copy {
+    /// Whether `finish` needs a sum over the row. Without, `addend` and `row_value` are never called.
+    const ROW_SUM: bool;
+    /// What is read once for the whole operation.
+    type Constants: Copy;
+    /// What is read for each pack of a row, the same in every row.
+    type Weights: Copy + Default;
+
+    /// Reads the constants.
+    ///
+    /// # Safety
+    /// The addresses in `self` are as its documentation says.
+    unsafe fn constants(&self) -> Self::Constants;
+
+    /// Reads the weights of pack `pack` of a row.
+    ///
+    /// # Safety
+    /// As [`constants`](Self::constants); `pack` is less than the row's number of packs.
+    unsafe fn weights(&self, pack: u32) -> Self::Weights;
+
+    /// What a pack adds to the sum over its row.
+    fn addend(&self, row: Pack) -> f32;
+
+    /// What all packs of a row are told, from the sum over it.
+    fn row_value(&self, sum: f32) -> f32;
+
+    /// Stores what is made of one pack of a row. `row_value` is 0 without [`ROW_SUM`](Self::ROW_SUM).
+    ///
+    /// # Safety
+    /// As [`constants`](Self::constants); `place` is inside the tensors.
+    unsafe fn finish(
+        &self,
+        place: Place,
+        row: Pack,
+        row_value: f32,
+        weights: Self::Weights,
+        constants: Self::Constants,
+    );
+}
+
+/// What is made of a finished row or norm, pack by pack.
+pub trait Quantizer<E: Element>: Copy {
+    /// What is read once for the whole operation: see [`Epilogue::Constants`].
+    type Constants: Copy;
+
+    /// Reads the constants.
+    ///
+    /// # Safety
+    /// The addresses in `self` are as its documentation says.
+    unsafe fn constants(&self) -> Self::Constants;
+
+    /// Quantizes one pack and stores it. Synchronization as in [`Epilogue`].
+    ///
+    /// # Safety
+    /// As [`constants`](Self::constants); `place` is inside the tensors.
+    unsafe fn store(&self, place: Place, values: Pack, constants: Self::Constants);
+}
+
+impl<E: Element, Q: Quantizer<E>> Epilogue<E> for Plain<Q> {
+    const ROW_SUM: bool = false;
+    type Constants = Q::Constants;
+    type Weights = ();
+
+    #[inline(always)]
+    unsafe fn constants(&self) -> Q::Constants {
+        // SAFETY: as this function's.
+        unsafe { self.quantizer.constants() }
+    }
+
+    #[inline(always)]
+    unsafe fn weights(&self, _pack: u32) {}
+
+    #[inline(always)]
+    fn addend(&self, _row: Pack) -> f32 {
+        0.0
+    }
+
+    #[inline(always)]
+    fn row_value(&self, _sum: f32) -> f32 {
+        0.0
+    }
+
+    #[inline(always)]
+    unsafe fn finish(&self, place: Place, row: Pack, _: f32, _: (), constants: Q::Constants) {
+        // SAFETY: as this function's.
+        unsafe { self.quantizer.store(place, row, constants) }
+    }
+}
+
+impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
+    const ROW_SUM: bool = true;
+    type Constants = Q::Constants;
+    /// Gamma.
+    type Weights = Pack;
+
+    #[inline(always)]
+    unsafe fn constants(&self) -> Q::Constants {
+        // SAFETY: as this function's.
+        unsafe { self.quantizer.constants() }
+    }
+
+    #[inline(always)]
+    unsafe fn weights(&self, pack: u32) -> Pack {
+        // SAFETY: gamma has a row's packs and is constant.
+        unsafe { simt::load_constant(self.gamma.offset(pack as u64 * Pack::BYTES)) }
+    }
+
+    #[inline(always)]
+    fn addend(&self, row: Pack) -> f32 {
+        let mut sum = 0.0;
+        for &value in convert::widen::<E>(row).as_ref() {
+            sum = simt::fma(value, value, sum);
+        }
+        sum
+    }
+
+    #[inline(always)]
+    fn row_value(&self, sum: f32) -> f32 {
+        simt::rsqrt(simt::fma(sum, self.inverse_hidden, self.epsilon))
+    }
+
+    #[inline(always)]
+    unsafe fn finish(&self, place: Place, row: Pack, inverse_rms: f32, gamma: Pack, constants: Q::Constants) {
+        let mut wide = convert::widen::<E>(row);
+        for (value, gamma) in wide.as_mut().iter_mut().zip(convert::widen::<E>(simt::opaque(gamma)).as_ref())
+        {
+            *value = *value * inverse_rms * (self.weight_bias + gamma);
+        }
+        let norm = convert::narrow::<E>(wide);
+        // SAFETY: the place is inside the tensors, and this thread's alone.
+        unsafe {
+            if !self.norm_out.is_null() {
+                simt::store(place.of(self.norm_out), norm);
+            }
+            self.quantizer.store(place, norm, constants);
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! How threads share a row: a team of the blocks of one cluster works on one token at a time.
+//!
+//! Pack `i` of a row is thread `i % T`'s of the team's `T` threads. A thread holds `P` of its packs at a time; where
+//! those are all it has (`RESIDENT`), the row stays in registers from the sum to the last store. A longer row is
+//! taken in chunks and read again, by the same thread, once its sum is known.
+
+use fused_collective_core::{dtype::Element, pack::Pack};
+
+use crate::{
+    epilogue::{Epilogue, Place},
+    params::{Activations, Address, Shape},
+    simt::{self, SHARED_FLOATS, Shared, WARP},
+};
+
+/// Floats of shared memory that one sum takes: a partial sum of each warp of the largest cluster.
+const PARTIALS: u32 = SHARED_FLOATS / 2;
+
+/// The blocks that share a row, as one of their threads sees them.
+#[derive(Debug)]
+pub struct Team {
+    /// This team's index in the grid.
+    pub index: u32,
+    /// Teams of the grid.
+    pub teams: u32,
+    /// This thread's index in the team.
+    pub thread: u32,
+    /// Threads of the team.
+    pub threads: u32,
+    shared: Shared,
+    cluster: u32,
+    cluster_rank: u32,
+    /// Where the next sum's partial sums go: 0 or [`PARTIALS`].
+    buffer: u32,
+    /// Whether this block has arrived at the cluster's first barrier and not yet waited there.
+    starting: bool,
+}
+
+impl Team {
+    /// Joins the team. Every thread of the grid calls this once, at the start of its kernel; `sums` says whether it
+    /// will call [`sum`](Self::sum).
+    #[inline(always)]
+    pub fn join(sums: bool) -> Team {
+        let (cluster, cluster_rank) = (simt::cluster_size(), simt::cluster_rank());
+        let starting = sums && cluster > 1;
+        if starting {
+            // Another block's shared memory exists once the block has started: its first barrier says so, and the
+            // wait for it is put off to the first use.
+            simt::cluster_arrive();
+        }
+        Team {
+            index: simt::cluster(),
+            teams: simt::clusters(),
+            thread: cluster_rank * simt::threads() + simt::thread(),
+            threads: cluster * simt::threads(),
+            shared: Shared::take(),
+            cluster,
+            cluster_rank,
+            buffer: 0,
+            starting,
+        }
+    }
+
+    /// The sum over the team, with the same bits in every thread. Every thread of the team calls it.
+    ///
+    /// Each warp writes its partial sum to every block, and after one barrier each warp adds all of them up. Sums
+    /// alternate between two buffers: a warp writes a buffer again two sums later, when the barrier between has
+    /// shown that everybody has read it.
+    #[inline(always)]
+    pub fn sum(&mut self, value: f32) -> f32 {
+        let partial = simt::warp_sum(value);
+        let buffer = self.buffer;
+        self.buffer ^= PARTIALS;
+        let (warps, lane) = (simt::threads() / WARP, simt::thread() % WARP);
+        let index = buffer + self.cluster_rank * warps + simt::thread() / WARP;
+        if self.cluster == 1 {
+            if lane == 0 {
+                self.shared.store(index, partial);
+            }
+            simt::block_barrier();
+        } else {
+            self.finish_start();
+            if lane < self.cluster {
+                self.shared.store_to(lane, index, partial);
+            }
+            simt::cluster_arrive();
+            simt::cluster_wait();
+        }
+        let mut sum = 0.0;
+        let mut other = lane;
+        while other < self.cluster * warps {
+            sum += self.shared.load(buffer + other);
+            other += WARP;
+        }
+        simt::warp_sum(sum)
+    }
+
+    /// Leaves the team. Every thread calls this once, at the end of its kernel. After the last sum's barrier no
+    /// block writes to another's shared memory, so blocks may end.
+    #[inline(always)]
+    pub fn leave(mut self) {
+        self.finish_start();
+    }
+
+    #[inline(always)]
+    fn finish_start(&mut self) {
+        if self.starting {
+            simt::cluster_wait();
+            self.starting = false;
+        }
+    }
+}
+
+/// This thread's packs of every row.
+#[derive(Clone, Copy, Debug)]
+pub struct Share<const P: usize, const RESIDENT: bool> {
+    thread: u32,
+    threads: u32,
+    row_packs: u32,
+}
+
+impl<const P: usize, const RESIDENT: bool> Share<P, RESIDENT> {
+    /// The share of this thread.
+    #[inline(always)]
+    pub fn new(team: &Team, shape: &Shape) -> Self {
+        Share { thread: team.thread, threads: team.threads, row_packs: shape.row_packs }
+    }
+
+    /// Calls `each` for the chunks of `P` packs that a thread takes a row in. As many for
+    /// every thread; one where the row is resident.
+    #[inline(always)]
+    pub fn for_chunks(&self, mut each: impl FnMut(u32)) {
+        if RESIDENT {
+            return each(0);
+        }
+        let mut chunk = 0;
+        while chunk * P as u32 * self.threads < self.row_packs {
+            each(chunk);
+            chunk += 1;
+        }
+    }
+
+    /// The `p`-th pack of chunk `chunk`, unless the row has ended before it.
+    #[inline(always)]
+    pub fn pack(&self, chunk: u32, p: usize) -> Option<u32> {
+        let pack = self.thread + (chunk * P as u32 + p as u32) * self.threads;
+        (pack < self.row_packs).then_some(pack)
+    }
+
+    /// Calls `each` for this thread's packs of chunk `chunk`: `p` and the pack.
+    #[inline(always)]
+    pub fn for_each(&self, chunk: u32, mut each: impl FnMut(usize, u32)) {
+        const { assert!(P == 1 || P == 2) };
+        let mut each = |p| {
+            if let Some(pack) = self.pack(chunk, p) {
+                each(p, pack);
+            }
+        };
+        // Written out: an array of registers needs constant indices, and a compiler may leave a loop a loop.
+        each(0);
+        if P > 1 {
+            each(1);
+        }
+    }
+}
+
+/// An epilogue with what it keeps in registers.
+#[derive(Clone, Copy, Debug)]
+pub struct Prepared<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> {
+    epilogue: &'a X,
+    constants: X::Constants,
+    /// The weights of this thread's only pack. More would cost registers that the row itself needs: those are
+    /// read for each row, from a cache.
+    weights: X::Weights,
+    share: Share<P, RESIDENT>,
+}
+
+impl<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> Prepared<'a, E, X, P, RESIDENT> {
+    const HOLDS_WEIGHTS: bool = RESIDENT && P == 1;
+
+    /// Reads what is constant: before the dependent-launch wait.
+    ///
+    /// # Safety
+    /// The addresses in `epilogue` are as its documentation says.
+    #[inline(always)]
+    pub unsafe fn new(epilogue: &'a X, share: Share<P, RESIDENT>) -> Self {
+        let mut weights = X::Weights::default();
+        if Self::HOLDS_WEIGHTS {
+            // SAFETY: as this function's.
+            share.for_each(0, |_, pack| weights = unsafe { epilogue.weights(pack) });
+        }
+        // SAFETY: as this function's.
+        let constants = unsafe { epilogue.constants() };
+        Prepared { epilogue, constants, weights, share }
+    }
+
+    /// Completes token `token` of the round: `sum` puts this thread's packs of one chunk of `residual_out` into the
+    /// array it is given; they are stored, and the epilogue gets the row. Every thread of the team calls this.
+    ///
+    /// # Safety
+    /// The addresses are as their documentation says, `token` is one of the round, and no other team completes it.
+    #[inline(always)]
+    pub unsafe fn complete(
+        &self,
+        team: &mut Team,
+        shape: &Shape,
+        activations: &Activations,
+        token: u32,
+        mut sum: impl FnMut(u32, &mut [Pack; P]),
+    ) {
+        let token = shape.first_token + token as u64;
+        let place = |pack| Place { token, pack, row_packs: shape.row_packs };
+        let mut row = [Pack::default(); P];
+        let mut addends = 0.0;
+        self.share.for_chunks(|chunk| {
+            sum(chunk, &mut row);
+            self.share.for_each(chunk, |p, pack| {
+                if !activations.residual_out.is_null() {
+                    // SAFETY: inside the tensor; the pack is this thread's alone.
+                    unsafe { simt::store(place(pack).of(activations.residual_out), row[p]) };
+                }
+                if X::ROW_SUM {
+                    addends += self.epilogue.addend(row[p]);
+                } else {
+                    // SAFETY: as this function's.
+                    unsafe { self.finish(place(pack), row[p], 0.0) };
+                }
+            });
+        });
+        if !X::ROW_SUM {
+            return;
+        }
+        let row_value = self.epilogue.row_value(team.sum(addends));
+        self.share.for_chunks(|chunk| {
+            self.share.for_each(chunk, |p, pack| {
+                if !RESIDENT {
+                    // SAFETY: this thread wrote the pack above, or nobody writes the input.
+                    row[p] = unsafe { simt::load(place(pack).of(row_in_memory(activations))) };
+                }
+                // SAFETY: as this function's.
+                unsafe { self.finish(place(pack), row[p], row_value) };
+            });
+        });
+    }
+
+    /// # Safety
+    /// As [`complete`](Self::complete).
+    #[inline(always)]
+    unsafe fn finish(&self, place: Place, row: Pack, row_value: f32) {
+        // SAFETY: as this function's.
+        unsafe {
+            let weights = if Self::HOLDS_WEIGHTS { self.weights } else { self.epilogue.weights(place.pack) };
+            self.epilogue.finish(place, row, row_value, weights, self.constants);
+        }
+    }
+}
+
+/// Where a finished row can be read again. Without `residual_out` there is no residual, and the row is the input.
+#[inline(always)]
+fn row_in_memory(activations: &Activations) -> Address {
+    if activations.residual_out.is_null() { activations.input } else { activations.residual_out }
+}

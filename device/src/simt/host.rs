@@ -1,0 +1,448 @@
+//! `simt` on the host: each CUDA thread is an operating-system thread, and a block shares real barriers.
+//!
+//! For tests: it is exact, not fast. [`launch`] runs a kernel to its end; ranks are threads of the test that
+//! launch their kernels at the same time.
+//!
+//! On a GPU the boundary between two kernels orders what the first wrote before what the second sends, and what
+//! the first read before what the second overwrites, for all devices that learn of it. Host memory has no such
+//! boundary, so [`push`](super::push) releases and [`poll`](super::poll) acquires here.
+
+use std::{
+    boxed::Box,
+    cell::RefCell,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::{
+        Arc, Condvar, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+    thread::{Builder, ScopedJoinHandle, scope, yield_now},
+    time::{Duration, Instant},
+    vec::Vec,
+};
+
+use fused_collective_core::pack::Pack;
+
+use super::{SHARED_FLOATS, WARP};
+use crate::params::{Address, MAX_BLOCK_THREADS, MAX_CLUSTER};
+
+pub(super) const POLLS_PER_CHECK: u32 = 4;
+pub(super) const CHECKS_PER_ABORT_LOOK: u32 = 4;
+
+/// Kernels keep rows in registers, here on the stack; nothing recurses.
+const STACK_BYTES: usize = 256 * 1024;
+
+/// The geometry of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// Blocks of the grid: a multiple of `cluster`.
+    pub blocks: u32,
+    /// Blocks of a cluster.
+    pub cluster: u32,
+    /// Threads of a block: a multiple of [`WARP`].
+    pub threads: u32,
+}
+
+/// Runs `kernel` once in each thread of the grid and returns when all have ended.
+///
+/// # Panics
+/// If the geometry is none that a GPU takes, or if the kernel panics in any thread.
+pub fn launch(geometry: Launch, kernel: impl Fn() + Sync) {
+    let Launch { blocks, cluster, threads } = geometry;
+    assert!(threads > 0 && threads.is_multiple_of(WARP) && threads <= MAX_BLOCK_THREADS, "{geometry:?}");
+    assert!(
+        cluster > 0 && cluster <= MAX_CLUSTER && blocks > 0 && blocks.is_multiple_of(cluster),
+        "{geometry:?}"
+    );
+    let ended = Arc::new(AtomicBool::new(false));
+    let clusters: Vec<Arc<ClusterState>> =
+        (0..blocks / cluster).map(|_| Arc::new(ClusterState::new(cluster, threads, &ended))).collect();
+    scope(|scope| {
+        let spawn = |block: u32, thread: u32| -> ScopedJoinHandle<'_, ()> {
+            let (cluster_state, ended, kernel) =
+                (Arc::clone(&clusters[(block / cluster) as usize]), &ended, &kernel);
+            let run = move || {
+                let context = Context { thread, block, geometry, cluster: cluster_state };
+                CONTEXT.with_borrow_mut(|current| *current = Some(context));
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(kernel)) {
+                    // The others would wait at a barrier for this thread: end them too.
+                    ended.store(true, Ordering::Relaxed);
+                    resume_unwind(panic);
+                }
+            };
+            Builder::new()
+                .stack_size(STACK_BYTES)
+                .spawn_scoped(scope, run)
+                .expect("a thread for each CUDA thread")
+        };
+        for block in 0..blocks {
+            for thread in 0..threads {
+                spawn(block, thread);
+            }
+        }
+    });
+}
+
+/// What a thread knows of itself.
+struct Context {
+    thread: u32,
+    block: u32,
+    geometry: Launch,
+    cluster: Arc<ClusterState>,
+}
+
+std::thread_local! {
+    static CONTEXT: RefCell<Option<Context>> = const { RefCell::new(None) };
+}
+
+fn with<R>(read: impl FnOnce(&Context) -> R) -> R {
+    CONTEXT.with_borrow(|context| read(context.as_ref().expect("called inside a launched kernel")))
+}
+
+struct ClusterState {
+    barrier: Barrier,
+    blocks: Box<[BlockState]>,
+}
+
+struct BlockState {
+    barrier: Barrier,
+    warps: Box<[WarpState]>,
+    shared: Box<[AtomicU32]>,
+}
+
+struct WarpState {
+    /// What each lane hands to the others.
+    mailbox: [AtomicU32; WARP as usize],
+    /// One for each tile of 2, 4, ..., 32 lanes: `tiles[log2(lanes) - 1][tile]`.
+    tiles: Vec<Vec<Barrier>>,
+}
+
+impl ClusterState {
+    fn new(blocks: u32, threads: u32, ended: &Arc<AtomicBool>) -> Self {
+        ClusterState {
+            barrier: Barrier::new(blocks * threads, ended),
+            blocks: (0..blocks).map(|_| BlockState::new(threads, ended)).collect(),
+        }
+    }
+}
+
+impl BlockState {
+    fn new(threads: u32, ended: &Arc<AtomicBool>) -> Self {
+        // Shared memory starts with what is no number, so that a read before a write shows.
+        let poison = || AtomicU32::new(f32::NAN.to_bits());
+        BlockState {
+            barrier: Barrier::new(threads, ended),
+            warps: (0..threads / WARP).map(|_| WarpState::new(ended)).collect(),
+            shared: (0..SHARED_FLOATS).map(|_| poison()).collect(),
+        }
+    }
+}
+
+impl WarpState {
+    fn new(ended: &Arc<AtomicBool>) -> Self {
+        let tiles = |lanes: u32| (0..WARP / lanes).map(|_| Barrier::new(lanes, ended)).collect();
+        WarpState { mailbox: Default::default(), tiles: [2, 4, 8, 16, 32].map(tiles).into() }
+    }
+}
+
+/// A reusable barrier whose halves can be called apart, and that ends its waiters when the launch ends early.
+struct Barrier {
+    parties: u32,
+    state: Mutex<BarrierState>,
+    complete: Condvar,
+    ended: Arc<AtomicBool>,
+}
+
+#[derive(Default)]
+struct BarrierState {
+    arrived: u32,
+    phase: u64,
+}
+
+std::thread_local! {
+    /// The phase of the cluster barrier that this thread arrived in.
+    static CLUSTER_PHASE: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
+impl Barrier {
+    fn new(parties: u32, ended: &Arc<AtomicBool>) -> Self {
+        Barrier { parties, state: Mutex::default(), complete: Condvar::new(), ended: Arc::clone(ended) }
+    }
+
+    /// Arrives, and returns the phase to wait for.
+    fn arrive(&self) -> u64 {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let phase = state.phase;
+        state.arrived += 1;
+        if state.arrived == self.parties {
+            *state = BarrierState { arrived: 0, phase: phase + 1 };
+            self.complete.notify_all();
+        }
+        phase
+    }
+
+    fn wait(&self, phase: u64) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.phase == phase {
+            assert!(!self.ended.load(Ordering::Relaxed), "another thread of the launch panicked");
+            let (next, _) = self
+                .complete
+                .wait_timeout(state, Duration::from_millis(100))
+                .unwrap_or_else(PoisonError::into_inner);
+            state = next;
+        }
+    }
+
+    fn arrive_and_wait(&self) {
+        self.wait(self.arrive());
+    }
+}
+
+pub(super) fn thread() -> u32 {
+    with(|context| context.thread)
+}
+
+pub(super) fn threads() -> u32 {
+    with(|context| context.geometry.threads)
+}
+
+pub(super) fn block() -> u32 {
+    with(|context| context.block)
+}
+
+pub(super) fn blocks() -> u32 {
+    with(|context| context.geometry.blocks)
+}
+
+pub(super) fn cluster_rank() -> u32 {
+    with(|context| context.block % context.geometry.cluster)
+}
+
+pub(super) fn cluster_size() -> u32 {
+    with(|context| context.geometry.cluster)
+}
+
+pub(super) fn cluster() -> u32 {
+    with(|context| context.block / context.geometry.cluster)
+}
+
+pub(super) fn clusters() -> u32 {
+    with(|context| context.geometry.blocks / context.geometry.cluster)
+}
+
+fn own_block(context: &Context) -> &BlockState {
+    &context.cluster.blocks[(context.block % context.geometry.cluster) as usize]
+}
+
+pub(super) fn block_barrier() {
+    with(|context| own_block(context).barrier.arrive_and_wait());
+}
+
+pub(super) fn cluster_arrive() {
+    CLUSTER_PHASE.set(with(|context| context.cluster.barrier.arrive()));
+}
+
+pub(super) fn cluster_wait() {
+    with(|context| context.cluster.barrier.wait(CLUSTER_PHASE.get()));
+}
+
+/// Every lane's value of this lane's tile of `lanes`.
+fn exchange<R>(lanes: u32, value: u32, read: impl FnOnce(&[AtomicU32]) -> R) -> R {
+    with(|context| {
+        let (warp, lane) = (context.thread / WARP, context.thread % WARP);
+        let state = &own_block(context).warps[warp as usize];
+        let tile = lane / lanes;
+        let barrier = &state.tiles[lanes.ilog2() as usize - 1][tile as usize];
+        // Relaxed: the barriers order the accesses.
+        state.mailbox[lane as usize].store(value, Ordering::Relaxed);
+        barrier.arrive_and_wait();
+        let first = (tile * lanes) as usize;
+        let result = read(&state.mailbox[first..first + lanes as usize]);
+        barrier.arrive_and_wait();
+        result
+    })
+}
+
+pub(super) fn warp_sum(value: f32) -> f32 {
+    exchange(WARP, value.to_bits(), |mailbox| {
+        let mut values = [0.0; WARP as usize];
+        for (value, bits) in values.iter_mut().zip(mailbox) {
+            *value = f32::from_bits(bits.load(Ordering::Relaxed));
+        }
+        // The pairs that the GPU's butterfly adds, in its order.
+        let mut distance = WARP as usize / 2;
+        while distance > 0 {
+            for lane in 0..distance {
+                values[lane] += values[lane + distance];
+            }
+            distance /= 2;
+        }
+        values[0]
+    })
+}
+
+pub(super) fn tile_max<const LANES: u32>(value: u32) -> u32 {
+    if LANES == 1 {
+        return value;
+    }
+    exchange(LANES, value, |mailbox| {
+        mailbox.iter().fold(0, |max, value| max.max(value.load(Ordering::Relaxed)))
+    })
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shared;
+
+impl Shared {
+    pub(super) fn take() -> Shared {
+        Shared
+    }
+
+    pub(super) fn load(self, index: u32) -> f32 {
+        // Relaxed, as in PTX: barriers order the accesses.
+        with(|context| f32::from_bits(own_block(context).shared[index as usize].load(Ordering::Relaxed)))
+    }
+
+    pub(super) fn store(self, index: u32, value: f32) {
+        with(|context| own_block(context).shared[index as usize].store(value.to_bits(), Ordering::Relaxed));
+    }
+
+    pub(super) fn store_to(self, rank: u32, index: u32, value: f32) {
+        with(|context| {
+            context.cluster.blocks[rank as usize].shared[index as usize]
+                .store(value.to_bits(), Ordering::Relaxed);
+        });
+    }
+}
+
+/// A launch starts when the one before has ended.
+pub(super) fn wait_for_prerequisites() {}
+
+pub(super) fn launch_dependents() {}
+
+pub(super) fn nanoseconds() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    START.get_or_init(Instant::now).elapsed().as_nanos() as u64
+}
+
+pub(super) fn fma(a: f32, b: f32, c: f32) -> f32 {
+    a.mul_add(b, c)
+}
+
+pub(super) fn rsqrt(value: f32) -> f32 {
+    1.0 / value.sqrt()
+}
+
+pub(super) fn opaque(pack: Pack) -> Pack {
+    pack
+}
+
+pub(super) fn opaque_u64(value: u64) -> u64 {
+    value
+}
+
+/// The four words at `address`, for atomic access.
+///
+/// # Safety
+/// `address` is valid for 16 bytes and aligned to 16, for as long as the words are used.
+unsafe fn words<'a>(address: Address) -> &'a [AtomicU32; 4] {
+    debug_assert!(address.0.is_multiple_of(16));
+    // SAFETY: as this function's; `AtomicU32` has the layout of `u32`.
+    unsafe { &*std::ptr::with_exposed_provenance::<[AtomicU32; 4]>(address.0 as usize) }
+}
+
+/// The word at `address`, for atomic access.
+///
+/// # Safety
+/// `address` is valid for four bytes and aligned to 4, for as long as the word is used.
+unsafe fn word<'a>(address: Address) -> &'a AtomicU32 {
+    // SAFETY: as this function's.
+    unsafe { &*std::ptr::with_exposed_provenance::<AtomicU32>(address.0 as usize) }
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn load_constant(address: Address) -> Pack {
+    // SAFETY: as this function's.
+    unsafe { load(address) }
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn load_constant_u32(address: Address) -> u32 {
+    // SAFETY: as this function's.
+    unsafe { super::load_value(address) }
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn load_constant_u64(address: Address) -> u64 {
+    // SAFETY: as this function's.
+    unsafe { super::load_value(address) }
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn load(address: Address) -> Pack {
+    debug_assert!(address.0.is_multiple_of(16));
+    // SAFETY: as this function's.
+    unsafe { super::load_value(address) }
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn store(address: Address, pack: Pack) {
+    debug_assert!(address.0.is_multiple_of(16));
+    // SAFETY: as this function's.
+    unsafe { super::store_value(address, pack) }
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn push(address: Address, pack: Pack) {
+    // SAFETY: as this function's.
+    let words = unsafe { words(address) };
+    for (word, value) in words.iter().zip(pack.0) {
+        word.store(value, Ordering::Release);
+    }
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn poll(address: Address) -> Pack {
+    // SAFETY: as this function's.
+    let words = unsafe { words(address) };
+    let pack = Pack(std::array::from_fn(|index| words[index].load(Ordering::Acquire)));
+    if !pack.is_complete() {
+        // There are more threads than processors: let those run that this one waits for.
+        yield_now();
+    }
+    pack
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn fetch_add(address: Address, value: u32) -> u32 {
+    // SAFETY: as this function's.
+    unsafe { word(address) }.fetch_add(value, Ordering::AcqRel)
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn replace_zero(address: Address, value: u32) -> bool {
+    // SAFETY: as this function's.
+    unsafe { word(address) }.compare_exchange(0, value, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn load_relaxed(address: Address) -> u32 {
+    // SAFETY: as this function's.
+    unsafe { word(address) }.load(Ordering::Relaxed)
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn store_release(address: Address, value: u32) {
+    // SAFETY: as this function's.
+    unsafe { word(address) }.store(value, Ordering::Release);
+}

@@ -1,0 +1,325 @@
+//! GPU words for GPU things: indices, barriers, shuffles, memory by order and scope, dependent launch, clock.
+//!
+//! Everything has two implementations behind one signature: PTX instructions on `nvptx64`, and
+//! [operating-system threads](host) elsewhere, one for each CUDA thread. Kernels are written over this module
+//! alone, so the source that becomes PTX also runs in ordinary tests.
+//!
+//! What must hold of every kernel over it: grids, clusters and blocks have one dimension, and blocks are a
+//! multiple of [`WARP`] threads.
+
+use fused_collective_core::pack::Pack;
+
+use crate::params::Address;
+
+#[cfg(not(target_arch = "nvptx64"))]
+pub mod host;
+#[cfg(not(target_arch = "nvptx64"))]
+use host as imp;
+#[cfg(target_arch = "nvptx64")]
+mod nvptx;
+#[cfg(target_arch = "nvptx64")]
+use nvptx as imp;
+
+/// Threads of a warp.
+pub const WARP: u32 = 32;
+
+/// Floats of a block's [`Shared`] memory.
+pub const SHARED_FLOATS: u32 = 512;
+
+/// A wait looks at the clock and at the rank's state once in so many polls. On a GPU a poll takes about 0.7 us.
+pub(crate) const POLLS_PER_CHECK: u32 = imp::POLLS_PER_CHECK;
+
+/// A wait looks at the host's memory once in so many checks: across the bus, so seldom.
+pub(crate) const CHECKS_PER_ABORT_LOOK: u32 = imp::CHECKS_PER_ABORT_LOOK;
+
+/// This thread's index in its block.
+#[inline(always)]
+pub fn thread() -> u32 {
+    imp::thread()
+}
+
+/// Threads of a block.
+#[inline(always)]
+pub fn threads() -> u32 {
+    imp::threads()
+}
+
+/// This block's index in the grid.
+#[inline(always)]
+pub fn block() -> u32 {
+    imp::block()
+}
+
+/// Blocks of the grid.
+#[inline(always)]
+pub fn blocks() -> u32 {
+    imp::blocks()
+}
+
+/// This block's index in its cluster; 0 where there are no clusters.
+#[inline(always)]
+pub fn cluster_rank() -> u32 {
+    imp::cluster_rank()
+}
+
+/// Blocks of a cluster; 1 where there are no clusters.
+#[inline(always)]
+pub fn cluster_size() -> u32 {
+    imp::cluster_size()
+}
+
+/// This block's cluster's index in the grid; the block's where there are no clusters.
+#[inline(always)]
+pub fn cluster() -> u32 {
+    imp::cluster()
+}
+
+/// Clusters of the grid; blocks where there are no clusters.
+#[inline(always)]
+pub fn clusters() -> u32 {
+    imp::clusters()
+}
+
+/// Waits until every thread of the block has called it. What they did to memory before is visible after.
+#[inline(always)]
+pub fn block_barrier() {
+    imp::block_barrier();
+}
+
+/// First half of a barrier over the cluster: release. Every thread of every block of it calls this, then
+/// [`cluster_wait`], in turn.
+#[inline(always)]
+pub fn cluster_arrive() {
+    imp::cluster_arrive();
+}
+
+/// Second half of a barrier over the cluster: waits until every thread has arrived; acquire.
+#[inline(always)]
+pub fn cluster_wait() {
+    imp::cluster_wait();
+}
+
+/// The sum over the warp, with the same bits in every lane. All 32 lanes call it.
+#[inline(always)]
+pub fn warp_sum(value: f32) -> f32 {
+    imp::warp_sum(value)
+}
+
+/// The maximum over this lane's tile of `LANES` (a power of two, at most 32) lanes, aligned to that many. All
+/// lanes of the tile call it; those of other tiles need not.
+#[inline(always)]
+pub fn tile_max<const LANES: u32>(value: u32) -> u32 {
+    const { assert!(LANES.is_power_of_two() && LANES <= WARP) };
+    imp::tile_max::<LANES>(value)
+}
+
+/// [`SHARED_FLOATS`] floats that the threads of a block share, and that other blocks of its cluster can write.
+///
+/// A kernel takes it once, at its start: it is one allocation for each place in the source that does.
+#[derive(Clone, Copy, Debug)]
+pub struct Shared(imp::Shared);
+
+impl Shared {
+    /// The block's shared memory, uninitialized.
+    #[inline(always)]
+    pub fn take() -> Shared {
+        Shared(imp::Shared::take())
+    }
+
+    /// Reads float `index` of this block. Order it after the write by a barrier.
+    #[inline(always)]
+    pub fn load(self, index: u32) -> f32 {
+        self.0.load(index)
+    }
+
+    /// Writes float `index` of this block.
+    #[inline(always)]
+    pub fn store(self, index: u32, value: f32) {
+        self.0.store(index, value);
+    }
+
+    /// Writes float `index` of block `rank` of this cluster, which must have started and not ended: order this
+    /// after one barrier over the cluster and before another.
+    #[inline(always)]
+    pub fn store_to(self, rank: u32, index: u32, value: f32) {
+        self.0.store_to(rank, index, value);
+    }
+}
+
+/// Waits until the kernels that this one depends on have completed and what they wrote is visible. At once where
+/// the launch was not a programmatic dependent one.
+#[inline(always)]
+pub fn wait_for_prerequisites() {
+    imp::wait_for_prerequisites();
+}
+
+/// Lets the next kernel of the stream start, once every block has called this. It promises that kernel nothing
+/// about memory: its own [`wait_for_prerequisites`] does.
+#[inline(always)]
+pub fn launch_dependents() {
+    imp::launch_dependents();
+}
+
+/// Nanoseconds of a clock that goes forward; on a GPU its step is up to about a microsecond.
+#[inline(always)]
+pub fn nanoseconds() -> u64 {
+    imp::nanoseconds()
+}
+
+/// `a * b + c`, rounded once.
+#[inline(always)]
+pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+    imp::fma(a, b, c)
+}
+
+/// `1 / sqrt(value)`, off by at most two units in the last place.
+#[inline(always)]
+pub fn rsqrt(value: f32) -> f32 {
+    imp::rsqrt(value)
+}
+
+/// The same pack, of which a compiler knows nothing. Where it would widen a pack ahead of a loop, this keeps it
+/// packed, in half the registers or a quarter.
+#[inline(always)]
+pub fn opaque(pack: Pack) -> Pack {
+    imp::opaque(pack)
+}
+
+/// The same number, of which a compiler knows nothing: what is computed from it is computed here, not ahead of a
+/// loop, where it would take up registers.
+#[inline(always)]
+pub fn opaque_u64(value: u64) -> u64 {
+    imp::opaque_u64(value)
+}
+
+/// Reads memory that nobody writes while the kernel runs, so that caches may keep it.
+///
+/// # Safety
+/// `address` is valid for a read of 16 bytes, aligned to 16, and constant for as long as the kernel runs.
+#[inline(always)]
+pub unsafe fn load_constant(address: Address) -> Pack {
+    // SAFETY: as this function's.
+    unsafe { imp::load_constant(address) }
+}
+
+/// Reads a word that nobody writes while the kernel runs.
+///
+/// # Safety
+/// As [`load_constant`], for four bytes.
+#[inline(always)]
+pub unsafe fn load_constant_u32(address: Address) -> u32 {
+    // SAFETY: as this function's.
+    unsafe { imp::load_constant_u32(address) }
+}
+
+/// Reads a double word that nobody writes while the kernel runs.
+///
+/// # Safety
+/// As [`load_constant`], for eight bytes.
+#[inline(always)]
+pub unsafe fn load_constant_u64(address: Address) -> u64 {
+    // SAFETY: as this function's.
+    unsafe { imp::load_constant_u64(address) }
+}
+
+/// Weak load: for memory that no other thread writes at the same time.
+///
+/// # Safety
+/// `address` is valid for a read of 16 bytes and aligned to 16, and the read races with no write.
+#[inline(always)]
+pub unsafe fn load(address: Address) -> Pack {
+    // SAFETY: as this function's.
+    unsafe { imp::load(address) }
+}
+
+/// Weak store: for memory that no other thread touches at the same time.
+///
+/// # Safety
+/// `address` is valid for a write of 16 bytes and aligned to 16, and the write races with no other access.
+#[inline(always)]
+pub unsafe fn store(address: Address, pack: Pack) {
+    // SAFETY: as this function's.
+    unsafe { imp::store(address, pack) }
+}
+
+/// Weak store of any plain value.
+///
+/// # Safety
+/// As [`store`], for the value's size and alignment.
+#[inline(always)]
+pub unsafe fn store_value<T: Copy>(address: Address, value: T) {
+    // SAFETY: as this function's.
+    unsafe { core::ptr::with_exposed_provenance_mut::<T>(address.0 as usize).write(value) }
+}
+
+/// Weak load of any plain value.
+///
+/// # Safety
+/// As [`load`], for the value's size and alignment; the memory holds a valid `T`.
+#[inline(always)]
+pub unsafe fn load_value<T: Copy>(address: Address) -> T {
+    // SAFETY: as this function's.
+    unsafe { core::ptr::with_exposed_provenance::<T>(address.0 as usize).read() }
+}
+
+/// Writes a slot, a peer's or one's own: relaxed, at system scope. Each of the four words is written at once; they
+/// may arrive in any order.
+///
+/// # Safety
+/// `address` is valid for a write of 16 bytes and aligned to 16, and every concurrent access is a [`poll`].
+#[inline(always)]
+pub unsafe fn push(address: Address, pack: Pack) {
+    // SAFETY: as this function's.
+    unsafe { imp::push(address, pack) }
+}
+
+/// Reads one's own slot while peers write it: relaxed, at system scope. Each word is read at once.
+///
+/// # Safety
+/// `address` is valid for a read of 16 bytes and aligned to 16, and every concurrent access is a [`push`].
+#[inline(always)]
+pub unsafe fn poll(address: Address) -> Pack {
+    // SAFETY: as this function's.
+    unsafe { imp::poll(address) }
+}
+
+/// Adds to a word: acquire and release, at the scope of this device. The old value.
+///
+/// # Safety
+/// `address` is valid for a read and write of four bytes and aligned to 4, and is accessed atomically only.
+#[inline(always)]
+pub unsafe fn fetch_add(address: Address, value: u32) -> u32 {
+    // SAFETY: as this function's.
+    unsafe { imp::fetch_add(address, value) }
+}
+
+/// Replaces a word that is 0, and says whether it did: relaxed, at system scope, since the host may do the same.
+///
+/// # Safety
+/// As [`fetch_add`].
+#[inline(always)]
+pub unsafe fn replace_zero(address: Address, value: u32) -> bool {
+    // SAFETY: as this function's.
+    unsafe { imp::replace_zero(address, value) }
+}
+
+/// Reads a word that the host or another block may write: relaxed, at system scope.
+///
+/// # Safety
+/// `address` is valid for a read of four bytes and aligned to 4, and is written atomically only.
+#[inline(always)]
+pub unsafe fn load_relaxed(address: Address) -> u32 {
+    // SAFETY: as this function's.
+    unsafe { imp::load_relaxed(address) }
+}
+
+/// Writes a word that the host reads: release, at system scope. Who reads it (acquire) sees what this thread wrote
+/// before.
+///
+/// # Safety
+/// `address` is valid for a write of four bytes and aligned to 4, and is accessed atomically only.
+#[inline(always)]
+pub unsafe fn store_release(address: Address, value: u32) {
+    // SAFETY: as this function's.
+    unsafe { imp::store_release(address, value) }
+}

@@ -1,0 +1,345 @@
+//! `simt` as PTX. Each function is one instruction, or the few that its comment names.
+//!
+//! LLVM does not know that threads execute `asm!` together, and is free to copy it into branches that one warp takes
+//! both of. Barriers are therefore the forms without `.aligned`, which may meet from different copies; shuffles may
+//! not, and are LLVM's own intrinsics, which it never copies.
+
+use core::arch::asm;
+
+use fused_collective_core::pack::Pack;
+
+use super::{SHARED_FLOATS, WARP};
+use crate::params::Address;
+
+pub(super) const POLLS_PER_CHECK: u32 = 256;
+pub(super) const CHECKS_PER_ABORT_LOOK: u32 = 1024;
+
+macro_rules! special_register {
+    ($name:ident, $register:literal) => {
+        #[inline(always)]
+        pub(super) fn $name() -> u32 {
+            let value;
+            // SAFETY: reads a special register. Not `pure`: to read it again costs less than to keep it.
+            unsafe { asm!(concat!("mov.u32 {0}, %", $register, ";"), out(reg32) value, options(nomem)) }
+            value
+        }
+    };
+}
+
+special_register!(thread, "tid.x");
+special_register!(threads, "ntid.x");
+special_register!(block, "ctaid.x");
+special_register!(blocks, "nctaid.x");
+#[cfg(target_feature = "sm_90")]
+special_register!(cluster_rank, "cluster_ctarank");
+#[cfg(target_feature = "sm_90")]
+special_register!(cluster_size, "cluster_nctarank");
+#[cfg(target_feature = "sm_90")]
+special_register!(cluster, "clusterid.x");
+#[cfg(target_feature = "sm_90")]
+special_register!(clusters, "nclusterid.x");
+
+#[cfg(not(target_feature = "sm_90"))]
+#[inline(always)]
+pub(super) fn cluster_rank() -> u32 {
+    0
+}
+
+#[cfg(not(target_feature = "sm_90"))]
+#[inline(always)]
+pub(super) fn cluster_size() -> u32 {
+    1
+}
+
+#[cfg(not(target_feature = "sm_90"))]
+#[inline(always)]
+pub(super) fn cluster() -> u32 {
+    block()
+}
+
+#[cfg(not(target_feature = "sm_90"))]
+#[inline(always)]
+pub(super) fn clusters() -> u32 {
+    blocks()
+}
+
+#[inline(always)]
+pub(super) fn block_barrier() {
+    // SAFETY: every thread of the block gets here, by the contract of the caller's kernel.
+    unsafe { asm!("barrier.sync 0;") }
+}
+
+#[inline(always)]
+pub(super) fn cluster_arrive() {
+    #[cfg(target_feature = "sm_90")]
+    // SAFETY: each arrival is followed by a wait.
+    unsafe {
+        asm!("barrier.cluster.arrive.release;")
+    }
+}
+
+#[inline(always)]
+pub(super) fn cluster_wait() {
+    #[cfg(target_feature = "sm_90")]
+    // SAFETY: follows an arrival.
+    unsafe {
+        asm!("barrier.cluster.wait.acquire;")
+    }
+}
+
+unsafe extern "C" {
+    /// `shfl.sync.bfly.b32`: `value` of the lane whose number differs in the bits of `distance`. All lanes of `mask`
+    /// execute it together.
+    #[link_name = "llvm.nvvm.shfl.sync.bfly.f32"]
+    fn shuffle_f32(mask: u32, value: f32, distance: u32, clamp: u32) -> f32;
+
+    /// The same for integers.
+    #[link_name = "llvm.nvvm.shfl.sync.bfly.i32"]
+    fn shuffle_u32(mask: u32, value: u32, distance: u32, clamp: u32) -> u32;
+}
+
+/// The shuffles' clamp: lanes of the whole warp.
+const WHOLE_WARP: u32 = 31;
+
+#[inline(always)]
+pub(super) fn warp_sum(mut value: f32) -> f32 {
+    // A butterfly: in each step both partners add the same two numbers, so all lanes end with the same bits.
+    let mut distance = WARP / 2;
+    while distance > 0 {
+        // SAFETY: all 32 lanes are here.
+        value += unsafe { shuffle_f32(u32::MAX, value, distance, WHOLE_WARP) };
+        distance /= 2;
+    }
+    value
+}
+
+#[inline(always)]
+pub(super) fn tile_max<const LANES: u32>(mut value: u32) -> u32 {
+    // The tile's lanes as a mask; each tile synchronizes on its own.
+    let mask = (u32::MAX >> (WARP - LANES)) << (thread() % WARP / LANES * LANES);
+    let mut distance = LANES / 2;
+    while distance > 0 {
+        // SAFETY: all lanes of the mask are here, with the same mask.
+        value = value.max(unsafe { shuffle_u32(mask, value, distance, WHOLE_WARP) });
+        distance /= 2;
+    }
+    value
+}
+
+/// An address in shared memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shared(u32);
+
+impl Shared {
+    #[inline(always)]
+    pub(super) fn take() -> Shared {
+        let address;
+        // SAFETY: declares an array in shared memory, local to this block of PTX, and takes its address.
+        unsafe {
+            asm!(
+                "{{ .shared .align 16 .b8 shared_floats[{bytes}]; mov.u32 {address}, shared_floats; }}",
+                bytes = const SHARED_FLOATS * 4,
+                address = out(reg32) address,
+                options(nomem),
+            );
+        }
+        Shared(address)
+    }
+
+    #[inline(always)]
+    pub(super) fn load(self, index: u32) -> f32 {
+        let value;
+        // SAFETY: inside the array, as the callers' indices are below SHARED_FLOATS.
+        unsafe { asm!("ld.shared.f32 {0}, [{1}];", out(reg32) value, in(reg32) self.0 + index * 4) }
+        value
+    }
+
+    #[inline(always)]
+    pub(super) fn store(self, index: u32, value: f32) {
+        // SAFETY: as `load`.
+        unsafe { asm!("st.shared.f32 [{0}], {1};", in(reg32) self.0 + index * 4, in(reg32) value) }
+    }
+
+    #[inline(always)]
+    pub(super) fn store_to(self, rank: u32, index: u32, value: f32) {
+        let address = self.0 + index * 4;
+        #[cfg(target_feature = "sm_90")]
+        // SAFETY: as `load`; the other block runs, by this function's contract.
+        unsafe {
+            let there: u32;
+            asm!("mapa.shared::cluster.u32 {0}, {1}, {2};", out(reg32) there, in(reg32) address, in(reg32) rank, options(pure, nomem));
+            asm!("st.shared::cluster.f32 [{0}], {1};", in(reg32) there, in(reg32) value);
+        }
+        #[cfg(not(target_feature = "sm_90"))]
+        {
+            let _ = (rank, address); // the only block of a cluster is this one
+            self.store(index, value);
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn wait_for_prerequisites() {
+    #[cfg(target_feature = "sm_90")]
+    // SAFETY: only waits.
+    unsafe {
+        asm!("griddepcontrol.wait;")
+    }
+}
+
+#[inline(always)]
+pub(super) fn launch_dependents() {
+    #[cfg(target_feature = "sm_90")]
+    // SAFETY: has no effect on this kernel.
+    unsafe {
+        asm!("griddepcontrol.launch_dependents;")
+    }
+}
+
+#[inline(always)]
+pub(super) fn nanoseconds() -> u64 {
+    let time;
+    // SAFETY: reads a clock.
+    unsafe { asm!("mov.u64 {0}, %globaltimer;", out(reg64) time, options(nomem)) }
+    time
+}
+
+#[inline(always)]
+pub(super) fn fma(a: f32, b: f32, c: f32) -> f32 {
+    let result;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("fma.rn.f32 {0}, {1}, {2}, {3};", out(reg32) result, in(reg32) a, in(reg32) b, in(reg32) c, options(pure, nomem));
+    }
+    result
+}
+
+#[inline(always)]
+pub(super) fn rsqrt(value: f32) -> f32 {
+    let result;
+    // SAFETY: arithmetic.
+    unsafe { asm!("rsqrt.approx.f32 {0}, {1};", out(reg32) result, in(reg32) value, options(pure, nomem)) }
+    result
+}
+
+#[inline(always)]
+pub(super) fn opaque(pack: Pack) -> Pack {
+    let [mut a, mut b, mut c, mut d] = pack.0;
+    // SAFETY: nothing. Volatile, or it would be moved out of the loop as well.
+    unsafe {
+        asm!("// {0} {1} {2} {3}", inout(reg32) a, inout(reg32) b, inout(reg32) c, inout(reg32) d, options(nomem));
+    }
+    Pack([a, b, c, d])
+}
+
+#[inline(always)]
+pub(super) fn opaque_u64(mut value: u64) -> u64 {
+    // SAFETY: nothing. Volatile, as above.
+    unsafe { asm!("// {0}", inout(reg64) value, options(nomem)) }
+    value
+}
+
+macro_rules! load_pack {
+    ($name:ident, $instruction:literal) => {
+        /// # Safety
+        /// As the public function of this name.
+        #[inline(always)]
+        pub(super) unsafe fn $name(address: Address) -> Pack {
+            let (a, b, c, d);
+            // SAFETY: as this function's.
+            unsafe {
+                asm!(
+                    concat!($instruction, ".v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}];"),
+                    out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg64) address.0,
+                );
+            }
+            Pack([a, b, c, d])
+        }
+    };
+}
+
+macro_rules! store_pack {
+    ($name:ident, $instruction:literal) => {
+        /// # Safety
+        /// As the public function of this name.
+        #[inline(always)]
+        pub(super) unsafe fn $name(address: Address, pack: Pack) {
+            let [a, b, c, d] = pack.0;
+            // SAFETY: as this function's.
+            unsafe {
+                asm!(
+                    concat!($instruction, ".v4.u32 [{4}], {{{0}, {1}, {2}, {3}}};"),
+                    in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d, in(reg64) address.0,
+                );
+            }
+        }
+    };
+}
+
+load_pack!(load_constant, "ld.global.nc");
+load_pack!(load, "ld.global");
+load_pack!(poll, "ld.relaxed.sys.global");
+store_pack!(store, "st.global");
+store_pack!(push, "st.relaxed.sys.global");
+
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
+pub(super) unsafe fn load_constant_u32(address: Address) -> u32 {
+    let value;
+    // SAFETY: as this function's.
+    unsafe { asm!("ld.global.nc.u32 {0}, [{1}];", out(reg32) value, in(reg64) address.0) }
+    value
+}
+
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
+pub(super) unsafe fn load_constant_u64(address: Address) -> u64 {
+    let value;
+    // SAFETY: as this function's.
+    unsafe { asm!("ld.global.nc.u64 {0}, [{1}];", out(reg64) value, in(reg64) address.0) }
+    value
+}
+
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
+pub(super) unsafe fn fetch_add(address: Address, value: u32) -> u32 {
+    let old;
+    // SAFETY: as this function's.
+    unsafe {
+        asm!("atom.acq_rel.gpu.global.add.u32 {0}, [{1}], {2};", out(reg32) old, in(reg64) address.0, in(reg32) value);
+    }
+    old
+}
+
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
+pub(super) unsafe fn replace_zero(address: Address, value: u32) -> bool {
+    let old: u32;
+    // SAFETY: as this function's.
+    unsafe {
+        asm!("atom.relaxed.sys.global.cas.b32 {0}, [{1}], 0, {2};", out(reg32) old, in(reg64) address.0, in(reg32) value);
+    }
+    old == 0
+}
+
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
+pub(super) unsafe fn load_relaxed(address: Address) -> u32 {
+    let value;
+    // SAFETY: as this function's.
+    unsafe { asm!("ld.relaxed.sys.global.u32 {0}, [{1}];", out(reg32) value, in(reg64) address.0) }
+    value
+}
+
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
+pub(super) unsafe fn store_release(address: Address, value: u32) {
+    // SAFETY: as this function's.
+    unsafe { asm!("st.release.sys.global.u32 [{0}], {1};", in(reg64) address.0, in(reg32) value) }
+}

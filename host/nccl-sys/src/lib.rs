@@ -1,0 +1,176 @@
+//! NCCL's C API, as far as an all-reduce needs it, loaded at run time.
+//!
+//! A program that uses this crate builds and starts without NCCL; [`Nccl::load`] finds the library or says where it
+//! looked. Names, types and values are those of `nccl.h`, the same since NCCL 2.10; what they mean is in NCCL's
+//! documentation.
+#![allow(non_camel_case_types, non_snake_case, non_upper_case_globals, reason = "the names of the C API")]
+
+use std::{
+    env,
+    ffi::{CStr, OsString, c_char, c_int, c_void},
+    fmt,
+};
+
+use libloading::Library;
+
+/// Names the library's file, where the loader does not find it by itself.
+pub const LIBRARY_VARIABLE: &str = "NCCL_LIBRARY";
+/// The name that the loader is asked for.
+pub const LIBRARY_NAME: &str = "libnccl.so.2";
+
+/// One rank's end of a communicator.
+pub type ncclComm_t = *mut c_void;
+/// A CUDA stream: `cudaStream_t`, which is the driver's `CUstream`.
+pub type cudaStream_t = *mut c_void;
+/// What a call came to: 0 is success.
+pub type ncclResult_t = c_int;
+/// An element type.
+pub type ncclDataType_t = c_int;
+/// A reduction.
+pub type ncclRedOp_t = c_int;
+
+/// [`ncclResult_t`]: success.
+pub const ncclSuccess: ncclResult_t = 0;
+/// [`ncclDataType_t`]: IEEE half precision.
+pub const ncclFloat16: ncclDataType_t = 6;
+/// [`ncclDataType_t`]: IEEE single precision.
+pub const ncclFloat32: ncclDataType_t = 7;
+/// [`ncclDataType_t`]: bfloat16.
+pub const ncclBfloat16: ncclDataType_t = 9;
+/// [`ncclRedOp_t`]: the sum.
+pub const ncclSum: ncclRedOp_t = 0;
+
+/// Bytes of a [`ncclUniqueId`].
+pub const NCCL_UNIQUE_ID_BYTES: usize = 128;
+
+/// Names a communicator that is to be made: rank 0 makes it, and all ranks are told.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ncclUniqueId {
+    /// Opaque.
+    pub internal: [c_char; NCCL_UNIQUE_ID_BYTES],
+}
+
+/// Why there is no NCCL.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotFound {
+    /// The place that was looked in, and what came of it.
+    pub looked: String,
+}
+
+impl fmt::Display for NotFound {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "NCCL was not found ({}): install it, or set LD_LIBRARY_PATH to its folder or {LIBRARY_VARIABLE} to its \
+             file (Python's package has it in site-packages/nvidia/nccl/lib)",
+            self.looked
+        )
+    }
+}
+
+impl std::error::Error for NotFound {}
+
+macro_rules! api {
+    ($($(#[$attribute:meta])* fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty;)*) => {
+        /// The library, loaded. Its functions are fields, to be called as C functions are: unsafely.
+        #[derive(Debug)]
+        pub struct Nccl {
+            $($(#[$attribute])* pub $name: unsafe extern "C" fn($($argument: $type),*) -> $result,)*
+            /// Where the functions are.
+            _library: Library,
+        }
+
+        impl Nccl {
+            fn bind(library: Library) -> Result<Nccl, libloading::Error> {
+                Ok(Nccl {
+                    // SAFETY: the library's function of this name has this type.
+                    $($name: unsafe { *library.get(stringify!($name))? },)*
+                    _library: library,
+                })
+            }
+        }
+    };
+}
+
+api! {
+    /// Writes the version: 22809 is 2.28.9.
+    fn ncclGetVersion(version: *mut c_int) -> ncclResult_t;
+    /// Describes a result.
+    fn ncclGetErrorString(result: ncclResult_t) -> *const c_char;
+    /// Makes a name for a communicator.
+    fn ncclGetUniqueId(id: *mut ncclUniqueId) -> ncclResult_t;
+    /// Joins the communicator, on the current device; returns when all ranks have.
+    fn ncclCommInitRank(comm: *mut ncclComm_t, ranks: c_int, id: ncclUniqueId, rank: c_int) -> ncclResult_t;
+    /// Whether anything went wrong since.
+    fn ncclCommGetAsyncError(comm: ncclComm_t, error: *mut ncclResult_t) -> ncclResult_t;
+    /// Leaves the communicator, when what was enqueued is done.
+    fn ncclCommDestroy(comm: ncclComm_t) -> ncclResult_t;
+    /// Leaves the communicator at once, and ends what is running.
+    fn ncclCommAbort(comm: ncclComm_t) -> ncclResult_t;
+    /// Enqueues an all-reduce of `count` elements.
+    fn ncclAllReduce(
+        from: *const c_void,
+        to: *mut c_void,
+        count: usize,
+        data_type: ncclDataType_t,
+        operation: ncclRedOp_t,
+        comm: ncclComm_t,
+        stream: cudaStream_t
+    ) -> ncclResult_t;
+}
+
+impl Nccl {
+    /// Loads the library that [`LIBRARY_VARIABLE`] names or, if it is not set, the one that the loader finds as
+    /// [`LIBRARY_NAME`].
+    ///
+    /// # Errors
+    /// It is not there, or lacks a function.
+    pub fn load() -> Result<Nccl, NotFound> {
+        Self::load_from(env::var_os(LIBRARY_VARIABLE))
+    }
+
+    fn load_from(named: Option<OsString>) -> Result<Nccl, NotFound> {
+        let file = named.unwrap_or_else(|| LIBRARY_NAME.into());
+        // SAFETY: NCCL's initialization does nothing that this process must be prepared for.
+        let library = unsafe { Library::new(&file) };
+        library
+            .and_then(Self::bind)
+            .map_err(|error| NotFound { looked: format!("{}: {}", file.display(), reason(&error)) })
+    }
+
+    /// NCCL's words for a result.
+    pub fn describe(&self, result: ncclResult_t) -> String {
+        // SAFETY: any number may be asked about; the answer is a constant string.
+        let text = unsafe { (self.ncclGetErrorString)(result) };
+        if text.is_null() {
+            return format!("NCCL error {result}");
+        }
+        // SAFETY: as above.
+        unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
+    }
+}
+
+/// What the loader said: it is the cause of the error.
+fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), |cause| cause.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_library_that_is_missing_is_named_with_what_to_set() {
+        let error = Nccl::load_from(Some("/nowhere/libnccl.so.2".into())).unwrap_err().to_string();
+        assert!(error.contains("/nowhere/libnccl.so.2"), "{error}");
+        assert!(error.contains("LD_LIBRARY_PATH") && error.contains("NCCL_LIBRARY"), "{error}");
+    }
+
+    #[test]
+    fn a_library_without_the_functions_is_refused() {
+        // The C library is there on every machine, and is not NCCL.
+        let error = Nccl::load_from(Some("libc.so.6".into())).unwrap_err();
+        assert!(error.looked.contains("nccl"), "{error}");
+    }
+}

@@ -1,0 +1,374 @@
+//! One rank's end of a group of GPUs.
+
+use std::{
+    hint,
+    sync::atomic::Ordering::{Acquire, Relaxed},
+    thread,
+    time::{Duration, Instant},
+};
+
+use fused_collective_core::{
+    fusion::Operation,
+    launch::{self, ABORTED, Fused, MAX_BLOCK_THREADS, Shape, Status},
+    pack::Pack,
+    plan::{Algorithm, Limits, Plan, Round},
+    quant::Quantization,
+    workspace::Layout,
+};
+
+use super::{
+    Error, Failure,
+    device::{self, Gpu},
+    driver::{Handle, check, is_ready, load},
+    epilogue::{Part, WithEpilogue, with_epilogue},
+    gather,
+    kernels::{Entry, Kernels, MAX_RANKS, Set},
+    memory::MappedStatus,
+    tensors::Tensors,
+    workspace::Workspace,
+};
+use crate::rendezvous::{Alarm, Group};
+
+/// The longest wait that kernels count, a little under their clock's turn.
+const MAX_DEADLINE: Duration = Duration::from_secs(3600);
+/// Beyond the deadline, how long a host waits for its GPU: several kernels may each wait for almost as long.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Looks at the stream before the host's processor is offered to others.
+const SPINS: u32 = 10_000;
+
+/// One rank's end of a group of GPUs of one host, for fused operations on a caller's stream.
+///
+/// All ranks enqueue the same operations in the same order, each on one stream, or on several that are ordered by
+/// events.
+#[derive(Debug)]
+pub struct Communicator {
+    rank: u32,
+    limits: Limits,
+    deadline: Duration,
+    alarm: Alarm,
+    failed: Option<Failure>,
+    status: MappedStatus,
+    workspace: Workspace,
+    kernels: Kernels,
+    set: Set,
+    layout: Layout,
+    // Dropped last: the context that everything above lives in.
+    gpu: Gpu,
+}
+
+impl Communicator {
+    /// Joins the ranks of `group`, this one with GPU `ordinal` of those that the process sees (its local rank, as a
+    /// rule), and makes a workspace with slots of at least `slot_bytes` bytes. All ranks call this, with the same
+    /// number. The GPU's primary context becomes current in the calling thread.
+    ///
+    /// No wait of an operation is longer than `deadline` (an hour at most).
+    ///
+    /// # Errors
+    /// No driver, no kernels, not enough memory; two ranks that cannot share memory, by name.
+    pub fn join(
+        group: &Group,
+        ordinal: u32,
+        slot_bytes: u64,
+        deadline: Duration,
+    ) -> Result<Communicator, Error> {
+        let (rank, world_size) = (group.rank(), group.world_size());
+        let set = Set::for_group(world_size).ok_or_else(|| {
+            Error::Devices(format!("{world_size} ranks are more than GPU kernels serve: use 2 to {MAX_RANKS}"))
+        })?;
+        let gpu = Gpu::open(ordinal)?;
+        let kernels = Kernels::find(&gpu)?;
+        device::check_group(group, &gpu)?;
+        let layout =
+            Layout::new(world_size, slot_bytes).map_err(|error| Error::Devices(error.to_string()))?;
+        let limits = agree(
+            group,
+            Limits {
+                world_size,
+                slot_bytes: layout.slot_bytes(),
+                compute_units: gpu.units,
+                blocks_per_unit: (gpu.threads_per_unit / MAX_BLOCK_THREADS).max(1),
+                max_block_threads: MAX_BLOCK_THREADS,
+                max_cluster: kernels.max_cluster(),
+                one_shot_bytes: one_shot_bytes(world_size),
+            },
+        )?;
+        let layout =
+            Layout::new(world_size, limits.slot_bytes).map_err(|error| Error::Devices(error.to_string()))?;
+        let workspace = Workspace::share(group, &layout)?;
+        Ok(Communicator {
+            rank,
+            limits,
+            deadline: deadline.min(MAX_DEADLINE),
+            alarm: group.alarm(),
+            failed: None,
+            status: MappedStatus::new()?,
+            workspace,
+            kernels,
+            set,
+            layout,
+            gpu,
+        })
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    /// Ranks in the group.
+    pub fn world_size(&self) -> u32 {
+        self.limits.world_size
+    }
+
+    /// What operations are planned with; the same on every rank.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// The GPU and the kernels, for reports.
+    pub fn describe(&self) -> String {
+        format!("{}, {}", self.gpu.name, self.kernels.describe())
+    }
+
+    pub(crate) fn gpu(&self) -> &Gpu {
+        &self.gpu
+    }
+
+    pub(crate) fn kernels(&mut self) -> &mut Kernels {
+        &mut self.kernels
+    }
+
+    /// Loads the kernels that `operation` needs, so that the first one enqueued does not take the time.
+    ///
+    /// # Errors
+    /// They are missing or unusable.
+    pub fn prepare(&mut self, operation: &Operation) -> Result<(), Error> {
+        self.kernels.load(operation.dtype, self.set)
+    }
+
+    /// Enqueues `operation` on `stream`, a `CUstream` of this rank's context. It may be captured into a graph, and
+    /// the graph replayed for ever, between other operations.
+    ///
+    /// The kernels may start before the kernel ahead of them in the stream is complete (programmatic dependent
+    /// launch), and wait for it before they read anything but gamma and the scale.
+    ///
+    /// # Errors
+    /// Before anything is launched: what [`Plan::new`] refuses, tensors that do not fit the operation, a group that
+    /// has failed.
+    ///
+    /// # Safety
+    /// The tensors are where and what they are said to be until the operation has ended, those that are written
+    /// overlap no other, and `stream` is a stream of this rank's context.
+    pub unsafe fn enqueue(
+        &mut self,
+        operation: &Operation,
+        tensors: &Tensors,
+        stream: Handle,
+    ) -> Result<(), Error> {
+        self.check_usable()?;
+        let plan = Plan::new(operation, &self.limits)?;
+        tensors.check(operation)?;
+        // SAFETY: as this function's.
+        unsafe { clear_padding(operation.quantization, operation.tokens, tensors, stream)? };
+        for round in plan.rounds() {
+            let launcher = RoundLauncher { communicator: self, plan, round, operation, tensors, stream };
+            with_epilogue(operation.norm, operation.quantization, operation.hidden, tensors, launcher)?;
+        }
+        Ok(())
+    }
+
+    /// Whether all operations that have ended did so well. Call it after the stream was synchronized and before
+    /// results are used.
+    ///
+    /// # Errors
+    /// [`Error::Operation`]: who waited for whom, in which operation. From then on the communicator is poisoned:
+    /// every later call fails at once.
+    pub fn check(&mut self) -> Result<(), Error> {
+        self.check_usable()?;
+        // Acquire: the kernel wrote the rest before this.
+        let reason = self.status.word(Status::FAILED).load(Acquire);
+        if reason == 0 {
+            return Ok(());
+        }
+        let word = |offset| u64::from(self.status.word(offset).load(Relaxed));
+        let long = |offset| word(offset) | word(offset + 4) << 32;
+        let failure = Failure {
+            rank: self.rank,
+            missing_rank: word(Status::MISSING_RANK) as u32,
+            operation: long(Status::OPERATION),
+            token: long(Status::TOKEN),
+            hop: word(Status::HOP) as u32,
+            deadline: (reason != ABORTED).then_some(self.deadline),
+        };
+        self.failed = Some(failure);
+        Err(Error::Operation(failure))
+    }
+
+    /// Ends all waits of this rank's kernels, running and to come. The communicator cannot be used afterwards.
+    pub fn abort(&self) {
+        self.status.word(Status::ABORT).store(1, Relaxed);
+    }
+
+    /// Waits until everything on `stream` has ended, and [checks](Self::check) it. If a rank of the group is lost
+    /// meanwhile, or the GPU takes longer than its deadlines allow, operations are [aborted](Self::abort).
+    ///
+    /// # Errors
+    /// As [`check`](Self::check); [`Error::Stuck`] if the GPU does not end.
+    ///
+    /// # Safety
+    /// `stream` is a stream of this rank's context.
+    pub unsafe fn synchronize(&mut self, stream: Handle) -> Result<(), Error> {
+        let driver = load()?;
+        let began = Instant::now();
+        let limit = 2 * self.deadline + PATIENCE;
+        let mut aborted: Option<Instant> = None;
+        let mut looks = 0u32;
+        // SAFETY: as this function's.
+        while !is_ready("wait for the GPU", unsafe { (driver.cuStreamQuery)(stream) })? {
+            looks = looks.saturating_add(1);
+            if looks < SPINS {
+                hint::spin_loop();
+                continue;
+            }
+            match aborted {
+                None if self.alarm.lost_rank().is_some() || began.elapsed() > limit => {
+                    self.abort();
+                    aborted = Some(Instant::now());
+                }
+                Some(since) if since.elapsed() > PATIENCE => {
+                    return Err(Error::Stuck { rank: self.rank, waited: began.elapsed() });
+                }
+                _ => thread::yield_now(),
+            }
+        }
+        self.check()
+    }
+
+    fn check_usable(&self) -> Result<(), Error> {
+        self.failed.map_or(Ok(()), |failure| Err(Error::Poisoned(failure)))
+    }
+
+    fn group(&self) -> launch::Group {
+        launch::Group {
+            regions: self.workspace.table(),
+            state: self.workspace.state(),
+            status: self.status.address(),
+            slot_bytes: self.layout.slot_bytes(),
+            timeout_ns: self.deadline.as_nanos().min(u128::from(u64::MAX)) as u64,
+            world_size: self.limits.world_size,
+            rank: self.rank,
+        }
+    }
+}
+
+/// Launches one round of an operation.
+struct RoundLauncher<'a> {
+    communicator: &'a mut Communicator,
+    plan: Plan,
+    round: Round,
+    operation: &'a Operation,
+    tensors: &'a Tensors,
+    stream: Handle,
+}
+
+impl WithEpilogue for RoundLauncher<'_> {
+    fn call<X: Copy>(self, part: Part, epilogue: X) -> Result<(), Error> {
+        let RoundLauncher { communicator, plan, round, operation, tensors, stream } = self;
+        let family = match plan.algorithm {
+            Algorithm::OneShot => "one_shot",
+            Algorithm::TwoShot => "two_shot",
+        };
+        let shape = shape(round.first_token, operation.tokens, round.rows.tokens, plan.row_bytes)?;
+        let parameters =
+            Fused { group: communicator.group(), shape, activations: tensors.activations(), epilogue };
+        let entry = Entry { set: communicator.set, family, part: part.fused, packs: None };
+        let launch = communicator.kernels.for_rows(
+            operation.dtype,
+            entry,
+            plan.geometry.cluster,
+            shape.row_packs,
+            round.rows.tokens,
+        )?;
+        // SAFETY: the name and the parameters are of one epilogue, and `enqueue` has checked the tensors, whose
+        // addresses its caller vouches for.
+        unsafe { communicator.kernels.launch(launch, &parameters, stream) }
+    }
+}
+
+/// The rows of one launch.
+pub(crate) fn shape(
+    first_token: u64,
+    total_tokens: u64,
+    tokens: u64,
+    row_bytes: u64,
+) -> Result<Shape, Error> {
+    let too_many = Error::Unsupported("rounds of 2^31 tokens or more");
+    let tokens = u32::try_from(tokens).ok().filter(|&tokens| tokens < 1 << 31).ok_or(too_many)?;
+    // A row has at most 65,536 elements.
+    Ok(Shape { first_token, total_tokens, tokens, row_packs: (row_bytes / Pack::BYTES) as u32 })
+}
+
+/// Zeroes the rows that pad the scales of NVFP4, which kernels do not write.
+///
+/// # Safety
+/// `scale_out` is as long as the operation's scales, and `stream` is a stream of the current context.
+pub(crate) unsafe fn clear_padding(
+    quantization: Quantization,
+    tokens: u64,
+    tensors: &Tensors,
+    stream: Handle,
+) -> Result<(), Error> {
+    let Some((layout, scales)) = quantization.scale_layout().zip(tensors.scale_out) else { return Ok(()) };
+    if layout.rows_padded(tokens) == tokens {
+        return Ok(());
+    }
+    // SAFETY: as this function's.
+    let code = unsafe { (load()?.cuMemsetD8Async)(scales.address, 0, scales.length as usize, stream) };
+    check("clear the scales' padding", code)
+}
+
+/// [`Mode::Auto`](fused_collective_core::fusion::Mode) takes one-shot up to this many bytes of activation. One-shot
+/// sends each byte to all peers, two-shot twice; with more peers the second hop pays sooner.
+fn one_shot_bytes(world_size: u32) -> u64 {
+    match world_size {
+        2 => 2 << 20,
+        3 | 4 => 128 << 10,
+        _ => 64 << 10,
+    }
+}
+
+/// The least of all ranks' limits.
+fn agree(group: &Group, own: Limits) -> Result<Limits, Error> {
+    let Limits {
+        world_size,
+        slot_bytes,
+        compute_units,
+        blocks_per_unit,
+        max_block_threads,
+        max_cluster,
+        one_shot_bytes,
+    } = own;
+    let numbers = [
+        u64::from(world_size),
+        slot_bytes,
+        u64::from(compute_units),
+        u64::from(blocks_per_unit),
+        u64::from(max_block_threads),
+        u64::from(max_cluster),
+        one_shot_bytes,
+    ];
+    let all: Vec<[u64; 7]> = gather(group, &numbers)?;
+    let limits: Vec<Limits> = all
+        .into_iter()
+        .map(|[world_size, slot_bytes, units, blocks, threads, cluster, one_shot_bytes]| Limits {
+            world_size: world_size as u32,
+            slot_bytes,
+            compute_units: units as u32,
+            blocks_per_unit: blocks as u32,
+            max_block_threads: threads as u32,
+            max_cluster: cluster as u32,
+            one_shot_bytes,
+        })
+        .collect();
+    Limits::agree(&limits).ok_or_else(|| Error::Group("ranks disagree on the size of the group".to_owned()))
+}

@@ -1,0 +1,130 @@
+//! What can go wrong on GPUs, told so that the user learns which rank, which operation and why.
+
+use std::{fmt, time::Duration};
+
+use fused_collective_core::plan::PlanError;
+
+/// Why a call of the CUDA backend failed.
+#[derive(Clone, Debug)]
+pub enum Error {
+    /// There is no driver, or none that can be used; the text says why.
+    NoDriver(String),
+    /// The GPUs that are here do not make a group; the text says which and why.
+    Devices(String),
+    /// The driver refused something.
+    Driver {
+        /// What was being done.
+        doing: &'static str,
+        /// What the driver said.
+        what: String,
+    },
+    /// The kernels are not there, or not usable; the text says where and what to do.
+    Kernels(String),
+    /// Two ranks cannot share memory.
+    Pair {
+        /// This rank.
+        rank: u32,
+        /// The other one.
+        peer: u32,
+        /// Why.
+        why: String,
+    },
+    /// The rendezvous failed, or another rank could not be part of the group; the text says who and why.
+    Group(String),
+    /// The operation cannot be planned.
+    Plan(PlanError),
+    /// There are no kernels for the operation.
+    Unsupported(&'static str),
+    /// A tensor is not what the operation needs; nothing was launched.
+    Tensor {
+        /// Which.
+        tensor: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// An operation failed while it ran.
+    Operation(Failure),
+    /// An earlier operation failed, and what peers sent for it may lie in any slot: make a new communicator.
+    Poisoned(Failure),
+    /// The GPU did not finish what it was given, although all waits in it are bounded.
+    Stuck {
+        /// This rank.
+        rank: u32,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// NCCL failed; the text says at what.
+    Nccl(String),
+}
+
+/// How an operation failed: who waited for whom, and for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// The rank that waited.
+    pub rank: u32,
+    /// The rank whose data did not come.
+    pub missing_rank: u32,
+    /// The operation, counted from 0; a round of a large operation counts as one.
+    pub operation: u64,
+    /// The token, counted from the round's first.
+    pub token: u64,
+    /// 1: an input was waited for; 2: a token's sum, from its owner.
+    pub hop: u32,
+    /// How long the wait may have lasted; `None` if the group was aborted before.
+    pub deadline: Option<Duration>,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Failure { rank, missing_rank, operation, token, hop, deadline } = self;
+        let what = if *hop == 2 { "sum" } else { "input" };
+        match deadline {
+            Some(deadline) => write!(
+                f,
+                "rank {rank} waited {:.1} s for rank {missing_rank}'s {what} of token {token} in operation {operation}",
+                deadline.as_secs_f64()
+            ),
+            None => write!(
+                f,
+                "the group was aborted while rank {rank} waited for rank {missing_rank}'s {what} of token {token} in \
+                 operation {operation}"
+            ),
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::NoDriver(why) => write!(f, "no CUDA driver here: {why}"),
+            Error::Devices(what) | Error::Kernels(what) | Error::Group(what) => f.write_str(what),
+            Error::Driver { doing, what } => write!(f, "could not {doing}: {what}"),
+            Error::Pair { rank, peer, why } => write!(f, "ranks {rank} and {peer} cannot share memory: {why}"),
+            Error::Plan(error) => error.fmt(f),
+            Error::Unsupported(what) => write!(f, "there are no GPU kernels for {what}"),
+            Error::Tensor { tensor, why } => write!(f, "{tensor} {why}"),
+            Error::Operation(failure) => failure.fmt(f),
+            Error::Poisoned(failure) => write!(f, "an earlier operation failed: {failure}"),
+            Error::Stuck { rank, waited } => write!(
+                f,
+                "rank {rank}'s GPU did not finish within {:.1} s, though told to stop",
+                waited.as_secs_f64()
+            ),
+            Error::Nccl(what) => write!(f, "NCCL {what}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<PlanError> for Error {
+    fn from(error: PlanError) -> Self {
+        Error::Plan(error)
+    }
+}
+
+impl From<crate::rendezvous::Error> for Error {
+    fn from(error: crate::rendezvous::Error) -> Self {
+        Error::Group(error.to_string())
+    }
+}

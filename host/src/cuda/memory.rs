@@ -1,0 +1,237 @@
+//! Memory that outlives a call: on the device, of other processes, and of the host where the device reaches it.
+
+use std::{ffi::c_void, ptr::null_mut, sync::atomic::AtomicU32};
+
+use fused_collective_core::launch::{Address, Status};
+
+use super::{
+    Error,
+    driver::{DevicePointer, Functions, IpcHandle, check, load},
+};
+
+/// `CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP`.
+const HOST_MAPPED: u32 = 1 | 2;
+/// `CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS`: opening a handle enables access between the two GPUs.
+const ENABLE_PEER_ACCESS: u32 = 1;
+
+/// An allocation on the current device. Plain `cuMemAlloc`, which other processes can open.
+#[derive(Debug)]
+pub(crate) struct DeviceMemory {
+    driver: &'static Functions,
+    address: DevicePointer,
+    bytes: u64,
+}
+
+impl DeviceMemory {
+    /// Allocates `bytes` bytes with unspecified contents, at an address that is a multiple of 256. None at all for 0.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn new(bytes: u64) -> Result<Self, Error> {
+        let driver = load()?;
+        let mut address = 0;
+        if bytes > 0 {
+            // SAFETY: the address is written where there is room for it.
+            let code = unsafe { (driver.cuMemAlloc_v2)(&mut address, bytes as usize) };
+            check("allocate memory on the GPU", code)?;
+        }
+        Ok(DeviceMemory { driver, address, bytes })
+    }
+
+    /// An allocation that holds `bytes`.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn holding(bytes: &[u8]) -> Result<Self, Error> {
+        let mut memory = Self::new(bytes.len() as u64)?;
+        memory.write(0, bytes)?;
+        Ok(memory)
+    }
+
+    /// Where it is; null if it has no bytes.
+    pub(crate) fn address(&self) -> Address {
+        Address(self.address)
+    }
+
+    /// How large it is.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Writes `bytes` at `offset`. Returns when they are there.
+    ///
+    /// # Errors
+    /// They do not fit, or the driver's.
+    pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        let length = bytes.len() as u64;
+        if offset.checked_add(length).is_none_or(|end| end > self.bytes) {
+            let why = format!("has {} bytes: {length} at {offset} do not fit", self.bytes);
+            return Err(Error::Tensor { tensor: "the memory", why });
+        }
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: inside the allocation, as checked.
+        let code = unsafe {
+            (self.driver.cuMemcpyHtoD_v2)(self.address + offset, bytes.as_ptr().cast(), bytes.len())
+        };
+        check("copy to the GPU", code)
+    }
+
+    /// The contents.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn read(&self) -> Result<Vec<u8>, Error> {
+        let mut bytes = vec![0; self.bytes as usize];
+        if !bytes.is_empty() {
+            // SAFETY: the vector has as many bytes as the allocation.
+            let code = unsafe {
+                (self.driver.cuMemcpyDtoH_v2)(bytes.as_mut_ptr().cast(), self.address, bytes.len())
+            };
+            check("copy from the GPU", code)?;
+        }
+        Ok(bytes)
+    }
+
+    /// Fills the words (of 4 bytes) from `offset` to the end with `word`. Returns when they are.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn fill_from(&mut self, offset: u64, word: u32) -> Result<(), Error> {
+        let words = self.bytes.saturating_sub(offset) / 4;
+        if words == 0 {
+            return Ok(());
+        }
+        // SAFETY: inside the allocation.
+        let code = unsafe { (self.driver.cuMemsetD32_v2)(self.address + offset, word, words as usize) };
+        check("fill memory on the GPU", code)?;
+        // The call may return early; a copy of the first word waits for it.
+        let mut first = 0u32;
+        // SAFETY: a word of the allocation, and room for it.
+        let code = unsafe {
+            (self.driver.cuMemcpyDtoH_v2)((&raw mut first).cast(), self.address + offset, size_of::<u32>())
+        };
+        check("fill memory on the GPU", code)
+    }
+
+    /// Names the allocation to other processes. It should have pages of its own: whoever opens it may reach them
+    /// whole.
+    ///
+    /// # Errors
+    /// The driver's: this kind of GPU or container cannot share memory.
+    pub(crate) fn share(&self) -> Result<IpcHandle, Error> {
+        let mut handle = IpcHandle([0; 64]);
+        // SAFETY: the start of an allocation, and room for the handle.
+        let code = unsafe { (self.driver.cuIpcGetMemHandle)(&mut handle, self.address) };
+        check("share memory on the GPU with other processes", code)?;
+        Ok(handle)
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            // SAFETY: allocated in `new`. If it fails, so has the whole context, and the memory with it.
+            unsafe { (self.driver.cuMemFree_v2)(self.address) };
+        }
+    }
+}
+
+/// Another process's allocation.
+#[derive(Debug)]
+pub(crate) struct PeerMemory {
+    driver: &'static Functions,
+    address: DevicePointer,
+}
+
+impl PeerMemory {
+    /// Opens what another process has [shared](DeviceMemory::share).
+    ///
+    /// # Errors
+    /// The driver's: there is no way from this GPU to that one, or the process is gone.
+    pub(crate) fn open(handle: IpcHandle) -> Result<Self, Error> {
+        let driver = load()?;
+        let mut address = 0;
+        // SAFETY: a handle in whatever state is looked up, not trusted.
+        let code = unsafe { (driver.cuIpcOpenMemHandle_v2)(&mut address, handle, ENABLE_PEER_ACCESS) };
+        check("open the other rank's memory", code)?;
+        Ok(PeerMemory { driver, address })
+    }
+
+    /// Where this device sees it.
+    pub(crate) fn address(&self) -> Address {
+        Address(self.address)
+    }
+
+    /// Its first bytes, as many as `bytes` has.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn read(&self, bytes: &mut [u8]) -> Result<(), Error> {
+        // SAFETY: the allocation is larger than a header, which is all that is read; the slice has the room.
+        let code =
+            unsafe { (self.driver.cuMemcpyDtoH_v2)(bytes.as_mut_ptr().cast(), self.address, bytes.len()) };
+        check("read the other rank's memory", code)
+    }
+}
+
+impl Drop for PeerMemory {
+    fn drop(&mut self) {
+        // SAFETY: opened in `open`.
+        unsafe { (self.driver.cuIpcCloseMemHandle)(self.address) };
+    }
+}
+
+/// A [`Status`] in host memory that the device reaches.
+#[derive(Debug)]
+pub(crate) struct MappedStatus {
+    driver: &'static Functions,
+    host: *mut c_void,
+    device: DevicePointer,
+}
+
+// SAFETY: the memory belongs to the process, not to a thread, and is accessed through atomics alone.
+unsafe impl Send for MappedStatus {}
+// SAFETY: as above.
+unsafe impl Sync for MappedStatus {}
+
+impl MappedStatus {
+    /// A status of zeros.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn new() -> Result<Self, Error> {
+        let driver = load()?;
+        let mut host = null_mut();
+        // SAFETY: the address is written where there is room for it.
+        let code = unsafe { (driver.cuMemHostAlloc)(&mut host, size_of::<Status>(), HOST_MAPPED) };
+        check("allocate host memory that the GPU reaches", code)?;
+        let mut status = MappedStatus { driver, host, device: 0 };
+        // SAFETY: the allocation has room for a status, and is aligned to a page. Nobody else knows it.
+        unsafe { status.host.cast::<Status>().write(Status::default()) };
+        // SAFETY: the allocation is mapped.
+        let code = unsafe { (driver.cuMemHostGetDevicePointer_v2)(&mut status.device, status.host, 0) };
+        check("map host memory for the GPU", code)?;
+        Ok(status)
+    }
+
+    /// Where the device sees it.
+    pub(crate) fn address(&self) -> Address {
+        Address(self.device)
+    }
+
+    /// The word at `offset`.
+    pub(crate) fn word(&self, offset: u64) -> &AtomicU32 {
+        debug_assert!(offset + 4 <= size_of::<Status>() as u64 && offset.is_multiple_of(4));
+        // SAFETY: a word of the allocation, which lives as long as `self` and is never accessed but atomically.
+        unsafe { AtomicU32::from_ptr(self.host.cast::<u32>().add(offset as usize / 4)) }
+    }
+}
+
+impl Drop for MappedStatus {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`.
+        unsafe { (self.driver.cuMemFreeHost)(self.host) };
+    }
+}

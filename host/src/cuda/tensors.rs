@@ -1,0 +1,225 @@
+//! The tensors of an operation, as addresses on the device, and the check that they fit it.
+
+use fused_collective_core::{
+    dtype::DType,
+    fusion::{GammaType, Operation},
+    launch::{Activations, Address},
+    quant::Quantization,
+};
+
+use super::Error;
+
+/// What a tensor's elements are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TensorType {
+    /// Numbers.
+    Element(DType),
+    /// Codes of a quantization, or its scales: bytes.
+    Code,
+}
+
+/// A contiguous tensor in the memory of this rank's GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceTensor {
+    /// Its address: a multiple of 16.
+    pub address: u64,
+    /// Its elements, or its bytes if they are codes.
+    pub length: u64,
+    /// What they are.
+    pub element: TensorType,
+}
+
+/// What an operation reads and writes on one rank: see [`Operation`] for shapes.
+#[derive(Clone, Copy, Debug)]
+pub struct Tensors {
+    /// This rank's addend.
+    pub input: DeviceTensor,
+    /// The residual, if the operation has one; the same on every rank.
+    pub residual: Option<DeviceTensor>,
+    /// RMSNorm's weight, if the operation has a norm. It must not change while operations run.
+    pub gamma: Option<DeviceTensor>,
+    /// One `f32`: the scale of static FP8 or the global scale of NVFP4. It must not change while operations run.
+    pub scale: Option<DeviceTensor>,
+    /// The sum, plus the residual.
+    pub residual_out: DeviceTensor,
+    /// The norm, if it is written.
+    pub norm_out: Option<DeviceTensor>,
+    /// The quantized norm, if there is a quantization.
+    pub quant_out: Option<DeviceTensor>,
+    /// Its scales, if they are written.
+    pub scale_out: Option<DeviceTensor>,
+}
+
+impl Tensors {
+    /// Checks every tensor against a valid operation.
+    ///
+    /// # Errors
+    /// One that is missing, superfluous, misaligned, or of another length or type than the operation needs; an
+    /// operation that there are no kernels for.
+    pub(crate) fn check(&self, operation: &Operation) -> Result<(), Error> {
+        let quantization = operation.quantization;
+        let scales = match quantization {
+            Quantization::None | Quantization::Fp8Static => None,
+            Quantization::NvFp4 { .. } => Some(
+                quantization
+                    .scale_bytes(operation.tokens, operation.hidden)
+                    .ok_or(Error::Unsupported("scales of more bytes than 64 bits count"))?,
+            ),
+            _ => return Err(Error::Unsupported("this quantization")),
+        };
+        if operation.norm.is_some_and(|norm| norm.gamma != GammaType::Element) {
+            return Err(Error::Unsupported("a gamma of another type than the activations"));
+        }
+        let element = TensorType::Element(operation.dtype);
+        let activation = operation.tokens * operation.hidden;
+        let values = operation.tokens * quantization.value_bytes_per_row(operation.hidden);
+        let quantized = quantization != Quantization::None;
+        let hidden = operation.hidden;
+        check("input", Some(self.input), Some((activation, element)))?;
+        check("residual", self.residual, operation.residual.then_some((activation, element)))?;
+        check("gamma", self.gamma, operation.norm.map(|_| (hidden, element)))?;
+        check("scale", self.scale, quantized.then_some((1, TensorType::Element(DType::F32))))?;
+        check("residual_out", Some(self.residual_out), Some((activation, element)))?;
+        check("norm_out", self.norm_out, operation.writes_norm().then_some((activation, element)))?;
+        check("quant_out", self.quant_out, quantized.then_some((values, TensorType::Code)))?;
+        check("scale_out", self.scale_out, scales.map(|bytes| (bytes, TensorType::Code)))
+    }
+
+    /// The activations' addresses.
+    pub(crate) fn activations(&self) -> Activations {
+        Activations {
+            input: Address(self.input.address),
+            residual: address(self.residual),
+            residual_out: Address(self.residual_out.address),
+        }
+    }
+}
+
+/// A tensor's address; null if there is none.
+pub(crate) fn address(tensor: Option<DeviceTensor>) -> Address {
+    tensor.map_or(Address::NULL, |tensor| Address(tensor.address))
+}
+
+/// Checks one tensor against the length and type that it should have, if it should be there.
+fn check(
+    tensor: &'static str,
+    given: Option<DeviceTensor>,
+    needed: Option<(u64, TensorType)>,
+) -> Result<(), Error> {
+    let wrong = |why: String| Err(Error::Tensor { tensor, why });
+    match (given, needed) {
+        (None, None) => Ok(()),
+        (None, Some(_)) => wrong("is missing: the operation has one".to_owned()),
+        (Some(_), None) => wrong("is given, and the operation has none".to_owned()),
+        (Some(given), Some((length, element))) => {
+            if given.element != element {
+                wrong(format!("holds {}, the operation needs {}", name(given.element), name(element)))
+            } else if given.length != length {
+                wrong(format!("has length {}, the operation needs {length}", given.length))
+            } else if length > 0 && (given.address == 0 || !given.address.is_multiple_of(16)) {
+                wrong(format!("is at {:#x}, which is not a multiple of 16 above 0", given.address))
+            } else {
+                Ok(())
+            }
+        }
+    }
+}
+
+fn name(element: TensorType) -> &'static str {
+    match element {
+        TensorType::Element(dtype) => dtype.name(),
+        TensorType::Code => "codes",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use fused_collective_core::{
+        fusion::{Mode, Norm},
+        quant::ScaleLayout,
+    };
+
+    use super::*;
+
+    const OPERATION: Operation = Operation {
+        dtype: DType::Bf16,
+        tokens: 2,
+        hidden: 64,
+        residual: false,
+        norm: None,
+        quantization: Quantization::None,
+        keep_norm: false,
+        mode: Mode::Auto,
+    };
+
+    fn of(length: u64, element: TensorType) -> DeviceTensor {
+        DeviceTensor { address: 4096, length, element }
+    }
+
+    fn activation() -> DeviceTensor {
+        of(128, TensorType::Element(DType::Bf16))
+    }
+
+    fn tensors() -> Tensors {
+        Tensors {
+            input: activation(),
+            residual: None,
+            gamma: None,
+            scale: None,
+            residual_out: activation(),
+            norm_out: None,
+            quant_out: None,
+            scale_out: None,
+        }
+    }
+
+    fn why(tensors: &Tensors, operation: &Operation) -> String {
+        tensors.check(operation).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn tensors_that_fit_are_accepted() {
+        assert!(tensors().check(&OPERATION).is_ok());
+        let fp4 = Operation {
+            residual: true,
+            norm: Some(Norm::default()),
+            quantization: Quantization::NvFp4 { layout: ScaleLayout::Linear },
+            ..OPERATION
+        };
+        let tensors = Tensors {
+            residual: Some(activation()),
+            gamma: Some(of(64, TensorType::Element(DType::Bf16))),
+            scale: Some(of(1, TensorType::Element(DType::F32))),
+            quant_out: Some(of(64, TensorType::Code)),
+            scale_out: Some(of(8, TensorType::Code)),
+            ..tensors()
+        };
+        assert!(tensors.check(&fp4).is_ok());
+        let missing = Tensors { scale_out: None, ..tensors };
+        assert_eq!(why(&missing, &fp4), "scale_out is missing: the operation has one");
+    }
+
+    #[test]
+    fn each_mistake_is_named_before_anything_is_launched() {
+        let short = Tensors { input: of(127, TensorType::Element(DType::Bf16)), ..tensors() };
+        assert_eq!(why(&short, &OPERATION), "input has length 127, the operation needs 128");
+        let half = Tensors { residual_out: of(128, TensorType::Element(DType::F16)), ..tensors() };
+        assert_eq!(why(&half, &OPERATION), "residual_out holds float16, the operation needs bfloat16");
+        let odd = Tensors { input: DeviceTensor { address: 8, ..activation() }, ..tensors() };
+        assert_eq!(why(&odd, &OPERATION), "input is at 0x8, which is not a multiple of 16 above 0");
+        let extra = Tensors { residual: Some(activation()), ..tensors() };
+        assert_eq!(why(&extra, &OPERATION), "residual is given, and the operation has none");
+    }
+
+    #[test]
+    fn a_gamma_of_another_type_cannot_be_launched() {
+        let norm = Norm { gamma: GammaType::F32, ..Norm::default() };
+        let operation = Operation { norm: Some(norm), ..OPERATION };
+        assert!(matches!(tensors().check(&operation), Err(Error::Unsupported(_))));
+        // Nor can one that is only said to be of the activations' type.
+        let operation = Operation { norm: Some(Norm::default()), ..OPERATION };
+        let gamma = Some(of(64, TensorType::Element(DType::F32)));
+        let tensors = Tensors { gamma, norm_out: Some(activation()), ..tensors() };
+        assert_eq!(why(&tensors, &operation), "gamma holds float32, the operation needs bfloat16");
+    }
+}

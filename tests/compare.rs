@@ -1,0 +1,218 @@
+//! `--compare`: an earlier report against this run.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use fused_collective_tests::{Outcome, bench, report::Report, run};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const OPTIONS: &str = "--num-tokens 2 3 --hidden-dim 64 --quant-modes none --trials 3 --warmup 0";
+const ONESHOT: &str = "fused_allreduce_rmsnorm_oneshot";
+const CUSTOM: &str = "standard_allreduce_custom_rms_norm";
+/// A factor that no two runs of this machine differ by.
+const FAR: f64 = 1e6;
+
+/// An earlier report of `OPTIONS`, as JSON.
+fn earlier() -> Value {
+    static EARLIER: OnceLock<String> = OnceLock::new();
+    let text = EARLIER.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("earlier.json");
+        run(bench(OPTIONS).arg("--json").arg(&file)).assert_success();
+        fs::read_to_string(file).unwrap()
+    });
+    serde_json::from_str(text).unwrap()
+}
+
+/// Multiplies the times of one row of one configuration.
+fn scale(report: &mut Value, configuration: usize, variant: &str, factor: f64) {
+    let rows = report["configurations"][configuration]["rows"].as_array_mut().unwrap();
+    let row = rows.iter_mut().find(|row| row["variant"] == variant).unwrap();
+    let outcome = &mut row["outcome"];
+    let scaled = |time: &Value| json!(time.as_f64().unwrap() * factor);
+    outcome["times_us"] = outcome["times_us"].as_array().unwrap().iter().map(scaled).collect();
+    for figure in ["median_us", "min_us", "p99_us"] {
+        outcome["figures"][figure] = scaled(&outcome["figures"][figure]);
+    }
+}
+
+/// A run that is compared with `earlier` and writes a report of its own.
+struct Compared {
+    folder: TempDir,
+    outcome: Outcome,
+}
+
+impl Compared {
+    fn run(options: &str, earlier: &Value) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("earlier.json"), earlier.to_string()).unwrap();
+        let mut bench = bench(options);
+        bench.current_dir(folder.path()).args(["--json", "now.json", "--compare", "earlier.json"]);
+        let outcome = run(&mut bench);
+        assert!(outcome.survivors.is_empty(), "{outcome}");
+        Compared { folder, outcome }
+    }
+
+    fn report_file(&self) -> PathBuf {
+        self.folder.path().join("now.json")
+    }
+
+    /// What stands below the tables of the run.
+    fn comparison(&self) -> &str {
+        let begin = "Compared with the earlier report; a ratio above 1 is slower\n";
+        self.outcome.stdout.split_once(begin).unwrap_or_else(|| panic!("{}", self.outcome)).1
+    }
+}
+
+fn with_tolerance(percent: f64) -> String {
+    format!("{OPTIONS} --tolerance {percent}")
+}
+
+#[test]
+fn every_row_is_shown_with_both_times_and_their_ratio() {
+    let compared = Compared::run(&with_tolerance(FAR), &earlier());
+    compared.outcome.assert_success();
+    let before: Report = serde_json::from_value(earlier()).unwrap();
+    let now = Report::read(&compared.report_file());
+    let mut lines = compared.comparison().lines();
+    let mut next = || lines.next().expect("another line");
+    for (before, now) in before.configurations.iter().zip(&now.configurations) {
+        assert_eq!((next(), next()), ("", now.title().as_str()));
+        let words = |line: &'_ str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        assert_eq!(words(next()), ["Operation", "earlier", "now", "ratio"]);
+        assert_eq!(words(next()), ["µs", "µs"]);
+        assert!(next().chars().all(|c| c == '-'));
+        for (before, now) in before.rows.iter().zip(&now.rows) {
+            let (then, current) = (before.verified().figures.median_us, now.verified().figures.median_us);
+            let ratio = current / then;
+            assert_eq!(
+                words(next()),
+                [now.variant.clone(), format!("{then:.2}"), format!("{current:.2}"), format!("{ratio:.3}")]
+            );
+        }
+    }
+    assert_eq!((next(), next()), ("", "0 of 10 rows lost more than 1000000%"));
+    assert_eq!(lines.next(), None);
+}
+
+#[test]
+fn rows_that_lost_more_than_the_tolerance_are_named_and_fail_the_run() {
+    let mut earlier = earlier();
+    scale(&mut earlier, 0, ONESHOT, 1.0 / FAR);
+    scale(&mut earlier, 1, CUSTOM, 1.0 / FAR);
+    // More than any noise, less than what these rows lost.
+    let compared = Compared::run(&with_tolerance(100_000.0), &earlier);
+    assert_eq!(
+        (compared.outcome.code, compared.outcome.stderr.as_str()),
+        (Some(1), ""),
+        "{}",
+        compared.outcome
+    );
+    let lines: Vec<&str> = compared
+        .comparison()
+        .lines()
+        .filter(|line| line.contains("SLOWER") || line.contains("lost"))
+        .collect();
+    let [first, second, verdict] = lines[..] else { panic!("{lines:?}") };
+    for (line, variant, tokens) in [(first, ONESHOT, 2), (second, CUSTOM, 3)] {
+        let row = format!("{variant} (num_tokens={tokens}, dtype=bfloat16, with residual, quant=none)");
+        assert!(line.starts_with("SLOWER by ") && line.ends_with(&format!("%: {row}")), "{line}");
+    }
+    assert_eq!(verdict, "2 of 10 rows lost more than 100000%");
+    // The run itself is complete, and so are its files.
+    assert_eq!(Report::read(&compared.report_file()).configurations.len(), 2);
+}
+
+#[test]
+fn a_loss_within_the_tolerance_is_none() {
+    let mut earlier = earlier();
+    scale(&mut earlier, 0, ONESHOT, 1.0 / FAR);
+    // A million times is a hundred million percent; noise adds to it.
+    let compared = Compared::run(&with_tolerance(1e12), &earlier);
+    compared.outcome.assert_success();
+    assert!(
+        compared.comparison().ends_with("0 of 10 rows lost more than 1000000000000%\n"),
+        "{}",
+        compared.outcome
+    );
+}
+
+#[test]
+fn rows_that_got_faster_are_no_loss() {
+    let mut earlier = earlier();
+    for configuration in [0, 1] {
+        for row in earlier["configurations"][configuration]["rows"].as_array().unwrap().clone() {
+            scale(&mut earlier, configuration, row["variant"].as_str().unwrap(), FAR);
+        }
+    }
+    let compared = Compared::run(&with_tolerance(0.1), &earlier);
+    compared.outcome.assert_success();
+    assert!(compared.comparison().ends_with("0 of 10 rows lost more than 0.1%\n"), "{}", compared.outcome);
+}
+
+#[test]
+fn rows_without_a_counterpart_are_named_and_cost_nothing() {
+    let mut earlier = earlier();
+    earlier["configurations"].as_array_mut().unwrap().pop();
+    earlier["configurations"][0]["rows"].as_array_mut().unwrap().retain(|row| row["variant"] != ONESHOT);
+    let compared = Compared::run(&with_tolerance(FAR), &earlier);
+    compared.outcome.assert_success();
+    let lines: Vec<&str> =
+        compared.comparison().lines().filter(|line| line.starts_with("not compared: ")).collect();
+    let expected = [
+        format!(
+            "not compared: {ONESHOT} (num_tokens=2, dtype=bfloat16, with residual, quant=none): not in the earlier report"
+        ),
+        "not compared: num_tokens=3, dtype=bfloat16, with residual, quant=none: not in the earlier report"
+            .to_owned(),
+    ];
+    assert_eq!(lines, expected);
+    assert!(compared.comparison().ends_with("0 of 4 rows lost more than 1000000%\n"), "{}", compared.outcome);
+}
+
+#[test]
+fn the_earlier_report_can_be_replaced_by_this_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("report.json");
+    let mut older = earlier();
+    older["created"] = "2020-02-02T02:02:02Z".into();
+    fs::write(&file, older.to_string()).unwrap();
+    let mut bench = bench(&with_tolerance(FAR));
+    run(bench.arg("--json").arg(&file).arg("--compare").arg(&file)).assert_success();
+    assert_ne!(Report::read(&file).created, "2020-02-02T02:02:02Z");
+}
+
+/// The run must be refused before anything runs, with this line.
+#[track_caller]
+fn refused(options: &str, earlier: &Value, line: &str) {
+    let Compared { folder, outcome } = Compared::run(options, earlier);
+    outcome.assert_failure(2, &format!("--compare: {line}: use one measured the same way"));
+    assert_eq!(outcome.stdout, "");
+    assert_eq!(files(folder.path()), ["earlier.json"]);
+}
+
+fn files(folder: &Path) -> Vec<String> {
+    fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+#[test]
+fn a_report_of_another_configuration_is_refused_before_anything_runs() {
+    let other = |then: &str, now: &str| {
+        format!("the earlier report is of another configuration ({then}; this run: {now})")
+    };
+    let report = earlier();
+    refused(&format!("{OPTIONS} --nproc-per-node 3"), &report, &other("2 ranks", "3 ranks"));
+    refused(&OPTIONS.replace("64", "128"), &report, &other("hidden size 64", "hidden size 128"));
+    refused(&format!("{OPTIONS} --no-residual"), &report, &other("with residual", "no residual"));
+    let nothing = "the earlier report has none of this run's tokens, dtypes and quantization modes";
+    refused(&format!("{OPTIONS} --dtypes float32"), &report, nothing);
+    refused(&OPTIONS.replace("none", "fp8"), &report, nothing);
+    refused(&OPTIONS.replace("2 3", "4"), &report, nothing);
+    let mut elsewhere = earlier();
+    elsewhere["backend"] = "cuda".into();
+    refused(OPTIONS, &elsewhere, &other("backend cuda", "backend cpu"));
+}

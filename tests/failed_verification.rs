@@ -1,0 +1,212 @@
+//! A variant whose results are wrong is FAILED with the reason, in every form of the report, and the others are measured
+//! as if nothing were.
+//!
+//! The program has no switch that makes a backend wrong, so these tests run its benchmark on a backend that is: the
+//! CPU's, with one output changed after the fused one-shot operation.
+
+use std::{
+    os::fd::AsFd,
+    process::id,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::Duration,
+};
+
+use fused_collective::{
+    bench,
+    collective::{Collective, Error, Problem, Step, Tensor},
+    cpu::{self, Communicator, Engine, Watch},
+    rendezvous::{Group, Membership},
+    report::{Outcome, Report, json, markdown, plot, progress::Progress, table},
+    settings::{QuantMode, Settings},
+};
+use fused_collective_core::fusion::Mode;
+
+const RANKS: u32 = 2;
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// What is wrong with the fused one-shot operation.
+#[derive(Clone, Copy)]
+struct Fault {
+    tensor: Tensor,
+    /// From the start of the tensor, in bytes.
+    offset: u64,
+    /// What is written there.
+    bytes: &'static [u8],
+    /// On which rank, if not on all.
+    rank: Option<u32>,
+    /// In the first run alone: it comes and goes.
+    once: bool,
+}
+
+/// The CPU backend with a fault.
+struct Faulty {
+    engine: Engine,
+    fault: Fault,
+    here: bool,
+    runs: u32,
+}
+
+impl Collective for Faulty {
+    fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
+        self.engine.prepare(problem)
+    }
+
+    fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.engine.write(tensor, offset, bytes)
+    }
+
+    fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
+        self.engine.read(tensor)
+    }
+
+    fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
+        self.engine.run(steps)?;
+        if steps == [Step::Fused(Mode::OneShot)] && self.here {
+            self.runs += 1;
+            if !self.fault.once || self.runs == 1 {
+                self.engine.write(self.fault.tensor, self.fault.offset, self.fault.bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
+        self.engine.time(steps, operations)
+    }
+
+    fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
+        self.engine.copy_time(bytes)
+    }
+}
+
+fn settings(quant_mode: QuantMode) -> Settings {
+    Settings {
+        num_tokens: vec![4],
+        hidden_dim: 48,
+        quant_modes: vec![quant_mode],
+        warmup: 0,
+        trials: 2,
+        ..Settings::default()
+    }
+}
+
+/// The report of a benchmark with this fault, ranks as threads.
+fn report(settings: &Settings, fault: Fault) -> Report {
+    static GROUPS: AtomicU32 = AtomicU32::new(0);
+    let key = format!("faulty {} {}", id(), GROUPS.fetch_add(1, Ordering::Relaxed));
+    let layout = cpu::layout(RANKS, settings.hidden_dim * 4).unwrap();
+    let memory = cpu::create_shared_memory(&layout).unwrap();
+    let rank = |rank| {
+        let membership = Membership { rank, world_size: RANKS, key: &key, config: b"", deadline: DEADLINE };
+        let group = Group::join(&membership).unwrap();
+        let communicator =
+            Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::new(|| None)).unwrap();
+        let here = fault.rank.is_none_or(|only| only == rank);
+        let mut backend = Faulty { engine: Engine::new(communicator), fault, here, runs: 0 };
+        let mut report = Report::new(vec!["bench".to_owned()], "cpu", RANKS, settings.clone());
+        bench::run(settings, &group, &mut backend, &Progress::hidden(), |measured| {
+            report.push(measured.case, measured.notes, measured.variants);
+        })
+        .unwrap();
+        group.farewell().unwrap();
+        report
+    };
+    thread::scope(|scope| {
+        let other = scope.spawn(|| rank(1));
+        let report = rank(0);
+        let failures =
+            |report: &Report| report.failures().map(|(_, _, why)| why.to_owned()).collect::<Vec<_>>();
+        assert_eq!(failures(&other.join().unwrap()), failures(&report), "ranks disagree on what failed");
+        report
+    })
+}
+
+/// The one-shot variant alone fails, for a reason with this in it.
+#[track_caller]
+fn check(quant_mode: QuantMode, fault: Fault, reason: &str) -> Report {
+    let report = report(&settings(quant_mode), fault);
+    let failures: Vec<_> = report.failures().collect();
+    let [(_, row, why)] = failures[..] else { panic!("not one failure: {failures:?}") };
+    assert!(row.variant.starts_with("fused_") && row.variant.ends_with("_oneshot"), "{}", row.variant);
+    assert!(why.contains(reason), "{why}");
+    let timed = report.configurations[0].rows.iter().filter(|row| row.figures().is_some()).count();
+    assert_eq!(timed, report.configurations[0].rows.len() - 1);
+    report
+}
+
+/// 1.0 as bfloat16: a plausible value in the wrong place.
+const ONE: &[u8] = &[0x80, 0x3f];
+
+/// Element 5 of token 2.
+const ELEMENT: u64 = (2 * 48 + 5) * 2;
+
+fn fault(tensor: Tensor, offset: u64, bytes: &'static [u8]) -> Fault {
+    Fault { tensor, offset, bytes, rank: None, once: false }
+}
+
+#[test]
+fn one_wrong_element_of_the_residual_is_found() {
+    check(QuantMode::None, fault(Tensor::ResidualOut, ELEMENT, ONE), "residual_out[2, 5]");
+}
+
+#[test]
+fn one_wrong_element_of_the_norm_is_found() {
+    check(QuantMode::None, fault(Tensor::NormOut, ELEMENT, ONE), "norm_out[2, 5]");
+}
+
+#[test]
+fn a_nan_is_found() {
+    check(QuantMode::None, fault(Tensor::NormOut, ELEMENT, &[0xff, 0xff]), "norm_out[2, 5]");
+}
+
+#[test]
+fn a_wrong_code_is_found() {
+    check(QuantMode::Fp8, fault(Tensor::QuantOut, 2 * 48 + 5, &[0x7e]), "quant_out[2, 5]");
+}
+
+#[test]
+fn a_wrong_block_scale_is_found() {
+    // The swizzled layout has row 0, column 0 first.
+    check(QuantMode::Fp4, fault(Tensor::ScaleOut, 0, &[0x08]), "scale_out[0, 0]");
+}
+
+#[test]
+fn padding_that_is_not_zero_is_found() {
+    // Three of four columns are used: the fourth byte of the first row is padding.
+    check(QuantMode::Fp4, fault(Tensor::ScaleOut, 3, &[1]), "scale_out[0, 3] is padding");
+}
+
+#[test]
+fn a_rank_whose_bits_differ_from_the_others_is_found() {
+    // Token 1 is rank 1's to check, so only the comparison of ranks can find this on rank 0, or the other way round.
+    for (rank, token) in [(0, 1), (1, 0)] {
+        let fault = Fault { rank: Some(rank), ..fault(Tensor::NormOut, (token * 48 + 5) * 2, ONE) };
+        check(QuantMode::None, fault, "rank 1's outputs are not the same bits as rank 0's");
+    }
+}
+
+#[test]
+fn a_result_that_comes_and_goes_is_found() {
+    let fault = Fault { once: true, rank: Some(1), ..fault(Tensor::NormOut, 5 * 2, ONE) };
+    check(QuantMode::None, fault, "a repeated run gave other bits");
+}
+
+#[test]
+fn every_form_of_the_report_says_failed_and_why() {
+    let report = check(QuantMode::None, fault(Tensor::NormOut, ELEMENT, ONE), "norm_out");
+    let variant = "fused_allreduce_rmsnorm_oneshot";
+    let (_, _, reason) = report.failures().next().unwrap();
+    let line = format!("FAILED {variant}: {reason}\n");
+    let table = table::configuration(&report.configurations[0], table::WIDTH);
+    let row = table.lines().find(|line| line.starts_with(variant)).unwrap();
+    assert_eq!(row.split_whitespace().collect::<Vec<_>>(), [variant, "FAILED", "-", "-", "-", "-", "-"]);
+    assert!(table.ends_with(&line), "{table}");
+    let markdown = markdown::to_string(&report);
+    assert!(markdown.contains(&format!("| `{variant}` | FAILED | - | - | - | - | - |\n")), "{markdown}");
+    assert!(markdown.ends_with(&format!("- FAILED `{variant}`: {reason}\n")), "{markdown}");
+    assert!(plot::to_svg(&report).unwrap().contains(&format!("{variant}: FAILED")));
+    let read = json::parse(&json::to_string(&report).unwrap()).unwrap();
+    let failed = &read.configurations[0].rows.iter().find(|row| row.variant == variant).unwrap().outcome;
+    assert_eq!(*failed, Outcome::Failed { reason: reason.to_owned() });
+}

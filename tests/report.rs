@@ -1,0 +1,282 @@
+//! What one run shows and writes, in every form, held against the raw times in its JSON.
+
+use std::{fs, sync::OnceLock};
+
+use fused_collective_tests::{
+    Outcome, bench,
+    report::{Configuration, Report, Row, Verified},
+    run,
+};
+
+/// Three ranks, so that bus and algorithm bandwidth differ; an even number of trials above 100, so that the median lies
+/// between two of them and the 99th percentile is not the slowest.
+const OPTIONS: &str = "--num-tokens 5 1 --hidden-dim 96 --dtypes float16,float32 --quant-modes fp4 --no-residual \
+                       --nproc-per-node 3 --trials 102 --warmup 1 --seed 7 --deadline 50 --tolerance 25";
+
+/// One run with every output.
+struct Run {
+    outcome: Outcome,
+    report: Report,
+    markdown: String,
+    svg: String,
+}
+
+/// The run that all tests here look at.
+fn reported() -> &'static Run {
+    static RUN: OnceLock<Run> = OnceLock::new();
+    RUN.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        // What is there already is replaced.
+        fs::write(path("report.md"), "an older report").unwrap();
+        let mut bench = bench(OPTIONS);
+        bench.current_dir(folder.path());
+        bench.args(["--output-file", "report.md", "--json", "report.json", "--plot", "a plot.svg"]);
+        let outcome = run(&mut bench);
+        outcome.assert_success();
+        let mut names: Vec<_> =
+            fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["a plot.svg", "report.json", "report.md"]);
+        Run {
+            outcome,
+            report: Report::read(&path("report.json")),
+            markdown: fs::read_to_string(path("report.md")).unwrap(),
+            svg: fs::read_to_string(path("a plot.svg")).unwrap(),
+        }
+    })
+}
+
+fn verified_rows(report: &Report) -> impl Iterator<Item = (&Configuration, &Row, &Verified)> {
+    let rows = |configuration| rows(configuration).map(move |(row, verified)| (configuration, row, verified));
+    report.configurations.iter().flat_map(rows)
+}
+
+fn rows(configuration: &Configuration) -> impl Iterator<Item = (&Row, &Verified)> {
+    configuration.rows.iter().map(|row| (row, row.verified()))
+}
+
+#[test]
+fn json_says_what_was_asked_for() {
+    let Report { command, settings, .. } = &reported().report;
+    let files = ["--output-file", "report.md", "--json", "report.json", "--plot", "a plot.svg"];
+    let expected: Vec<&str> =
+        ["bench", "--backend", "cpu"].into_iter().chain(OPTIONS.split_whitespace()).chain(files).collect();
+    assert_eq!(command, &expected);
+    assert_eq!(settings.num_tokens, [5, 1]);
+    assert_eq!(settings.hidden_dim, 96);
+    assert_eq!(settings.dtypes, ["float16", "float32"]);
+    assert_eq!(settings.quant_modes, ["fp4"]);
+    assert!(!settings.use_residual && settings.oneshot);
+    assert_eq!((settings.warmup, settings.trials, settings.seed), (1, 102, 7));
+    assert_eq!((settings.deadline_seconds, settings.tolerance_percent), (50.0, 25.0));
+    assert_eq!((settings.backend.as_str(), settings.nproc_per_node), ("cpu", Some(3)));
+}
+
+#[test]
+fn json_says_what_ran_where_and_when() {
+    let Report { schema, version, created, machine, backend, world_size, .. } = &reported().report;
+    assert_eq!((*schema, backend.as_str(), *world_size), (1, "cpu", 3));
+    assert_eq!(version, env!("CARGO_PKG_VERSION"));
+    assert_eq!(machine.cores, std::thread::available_parallelism().unwrap().get());
+    assert_eq!(machine.arch, std::env::consts::ARCH);
+    assert!(machine.memory_bytes > 1 << 20 && !machine.cpu.is_empty() && !machine.os.is_empty());
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    assert_eq!(machine.kernel, kernel.trim());
+    // RFC 3339, UTC, whole seconds.
+    let shape: String = created.chars().map(|c| if c.is_ascii_digit() { '0' } else { c }).collect();
+    assert_eq!(shape, "0000-00-00T00:00:00Z");
+}
+
+#[test]
+fn json_has_a_configuration_for_each_combination_and_all_times() {
+    let report = &reported().report;
+    let found: Vec<_> = report.configurations.iter().map(|c| (c.num_tokens, c.dtype.as_str())).collect();
+    assert_eq!(found, [(5, "float16"), (5, "float32"), (1, "float16"), (1, "float32")]);
+    for configuration in &report.configurations {
+        assert_eq!((configuration.hidden_dim, configuration.use_residual), (96, false));
+        assert_eq!((configuration.quant_mode.as_str(), configuration.rows.len()), ("fp4", 5));
+    }
+    for (_, row, verified) in verified_rows(report) {
+        assert_eq!(row.kind, row.variant.split('_').next().unwrap());
+        assert_eq!((verified.times_us.len(), verified.unit.as_str()), (102, "ulp"));
+        assert!(verified.times_us.iter().all(|&time| time > 0.0) && verified.operations_per_trial >= 1);
+    }
+}
+
+#[test]
+fn median_minimum_and_99th_percentile_follow_from_the_times() {
+    for (_, row, verified) in verified_rows(&reported().report) {
+        let mut times = verified.times_us.clone();
+        times.sort_by(f64::total_cmp);
+        assert_eq!(verified.figures.median_us, (times[50] + times[51]) / 2.0, "{}", row.variant);
+        assert_eq!(verified.figures.min_us, times[0], "{}", row.variant);
+        // 101 of 102 trials are at least 99%, 100 are not.
+        assert_eq!(verified.figures.p99_us, times[100], "{}", row.variant);
+    }
+}
+
+#[test]
+fn bandwidths_are_those_of_nccl_tests() {
+    for (configuration, row, verified) in verified_rows(&reported().report) {
+        let element_bytes = if configuration.dtype == "float32" { 4 } else { 2 };
+        let bytes = (configuration.num_tokens * 96 * element_bytes) as f64;
+        let seconds = verified.figures.median_us * 1e-6;
+        let algorithm = bytes / seconds * 1e-9;
+        let close = |a: f64, b: f64| (a / b - 1.0).abs() < 1e-12;
+        assert!(close(verified.figures.algorithm_bandwidth_gb_s, algorithm), "{}", row.variant);
+        // 2 (n - 1) / n for 3 ranks.
+        assert!(close(verified.figures.bus_bandwidth_gb_s, algorithm * 4.0 / 3.0), "{}", row.variant);
+    }
+}
+
+#[test]
+fn the_baseline_is_the_fastest_standard_variant_and_speedup_is_against_it() {
+    for configuration in &reported().report.configurations {
+        let medians = rows(configuration).filter(|(row, _)| row.kind == "standard");
+        let fastest = medians.map(|(_, verified)| verified.figures.median_us).min_by(f64::total_cmp).unwrap();
+        let baselines: Vec<_> = rows(configuration).filter(|(_, one)| one.figures.is_baseline).collect();
+        let [(row, baseline)] = baselines[..] else { panic!("not one baseline: {configuration:?}") };
+        assert_eq!((row.kind.as_str(), baseline.figures.median_us), ("standard", fastest));
+        for (row, verified) in rows(configuration) {
+            assert_eq!(
+                verified.figures.speedup,
+                Some(fastest / verified.figures.median_us),
+                "{}",
+                row.variant
+            );
+        }
+    }
+}
+
+/// A row's figures as people read them: microseconds, GB/s, ulp.
+fn cells(verified: &Verified) -> [String; 6] {
+    let figures = &verified.figures;
+    let numbers =
+        [figures.median_us, figures.min_us, figures.p99_us, figures.bus_bandwidth_gb_s, verified.max_error];
+    let [median, min, p99, bus, error] = numbers.map(|number| format!("{number:.2}"));
+    let speedup = match figures.speedup {
+        Some(speedup) if !figures.is_baseline => format!("{speedup:.2}x"),
+        _ => "baseline".to_owned(),
+    };
+    [median, min, p99, bus, error, speedup]
+}
+
+/// The machine in a line.
+fn machine(report: &Report) -> String {
+    let machine = &report.machine;
+    let plural = if machine.cores == 1 { "" } else { "s" };
+    let gib = machine.memory_bytes as f64 / (1u64 << 30) as f64;
+    format!(
+        "{}, {} core{plural}, {gib:.1} GiB, {} (kernel {}, {})",
+        machine.cpu, machine.cores, machine.os, machine.kernel, machine.arch
+    )
+}
+
+#[test]
+fn the_terminal_shows_the_heading_and_a_table_for_each_configuration() {
+    let Run { outcome, report, .. } = reported();
+    let mut lines = outcome.stdout.lines();
+    let mut next = || lines.next().expect("another line");
+    assert_eq!(next(), "cpu backend, 3 ranks, hidden size 96, 102 trials after 1 to warm up");
+    assert_eq!(next(), machine(report));
+    for configuration in &report.configurations {
+        assert_eq!(next(), "");
+        assert_eq!(next(), configuration.title());
+        let words = |line: &'static str| line.split_whitespace().collect::<Vec<_>>();
+        assert_eq!(words(next()), ["Operation", "median", "min", "p99", "busbw", "ulp", "speedup"]);
+        assert_eq!(words(next()), ["µs", "µs", "µs", "GB/s"]);
+        let rule = next();
+        assert!(!rule.is_empty() && rule.len() <= 100 && rule.chars().all(|c| c == '-'), "{rule}");
+        for (row, verified) in rows(configuration) {
+            let line = next();
+            let expected: Vec<String> = std::iter::once(row.variant.clone()).chain(cells(verified)).collect();
+            assert_eq!(words(line), expected);
+            // Names to the left, figures to the right, all of one width.
+            assert!(line.starts_with("standard_") || line.starts_with("fused_"), "{line:?}");
+            assert_eq!(line.chars().count(), rule.len(), "{line:?}");
+        }
+        for note in &configuration.notes {
+            assert_eq!(next(), format!("note: {note}"));
+        }
+    }
+    assert_eq!(lines.next(), None);
+}
+
+#[test]
+fn output_that_is_no_terminal_has_no_control_characters() {
+    let Run { outcome, .. } = reported();
+    assert_eq!(outcome.stdout.chars().find(|&c| c.is_control() && c != '\n'), None);
+}
+
+#[test]
+fn markdown_has_the_heading_the_settings_and_a_section_for_each_configuration() {
+    let Run { report, markdown, .. } = reported();
+    let mut expected = format!(
+        "# Fused Collective Operations Benchmark Results\n\n\
+         **World Size:** 3  \n\
+         **Hidden Dimension:** 96  \n\
+         **Warmup Iterations:** 1  \n\
+         **Benchmark Trials:** 102  \n\
+         **Quantization Modes:** fp4  \n\
+         **Backend:** cpu  \n\
+         **Machine:** {}  \n\
+         **Version:** {}  \n\
+         **Date:** {}  \n\n\
+         ```sh\n\
+         fused-collective bench --backend cpu {OPTIONS} --output-file report.md --json report.json --plot 'a plot.svg'\n\
+         ```\n\n\
+         Time is the slowest rank's, per operation: the median of the trials. \
+         Every variant was verified before it was timed. \
+         Speedup is against the fastest verified standard variant of the same configuration, the *baseline*. \
+         Bus bandwidth is nccl-tests'.\n\n\
+         ---\n",
+        machine(report),
+        report.version,
+        report.created,
+    );
+    for configuration in &report.configurations {
+        expected += &format!(
+            "\n## Configuration: {}\n**Input Size:** 0.00 MiB\n\n\
+             | Operation | Time (µs) | Min (µs) | P99 (µs) | Bus bandwidth (GB/s) | Max error (ulp) | Speedup |\n\
+             | :--- | ---: | ---: | ---: | ---: | ---: | ---: |\n",
+            configuration.title()
+        );
+        for (row, verified) in rows(configuration) {
+            let cells =
+                cells(verified).map(|cell| if cell == "baseline" { "*baseline*".to_owned() } else { cell });
+            expected += &format!("| `{}` | {} |\n", row.variant, cells.join(" | "));
+        }
+        expected += &format!("\n- {}\n", configuration.notes.join("\n- "));
+    }
+    assert_eq!(*markdown, expected);
+}
+
+#[test]
+fn the_plot_is_well_formed_and_names_every_variant_in_every_panel() {
+    let Run { report, svg, .. } = reported();
+    let document = roxmltree::Document::parse(svg).unwrap();
+    let root = document.root_element();
+    assert_eq!(
+        (root.tag_name().name(), root.tag_name().namespace()),
+        ("svg", Some("http://www.w3.org/2000/svg"))
+    );
+    let texts: Vec<&str> = document
+        .descendants()
+        .filter(|node| node.has_tag_name((root.tag_name().namespace().unwrap(), "text")))
+        .map(|node| node.text().unwrap_or("").trim())
+        .collect();
+    let shown = |text: &str| assert!(texts.contains(&text), "no {text:?} in {texts:?}");
+    shown("tokens");
+    shown("µs per operation");
+    shown(&machine(report));
+    for dtype in ["float16", "float32"] {
+        shown(&format!("{dtype}, quantization fp4"));
+    }
+    // A line ends at the most tokens, and has its name and its time there.
+    for configuration in report.configurations.iter().filter(|configuration| configuration.num_tokens == 5) {
+        for (row, verified) in rows(configuration) {
+            shown(&format!("{}: {:.2}", row.variant, verified.figures.median_us));
+        }
+    }
+}

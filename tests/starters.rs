@@ -1,0 +1,239 @@
+//! Ranks that another program starts: the variables of `torchrun`, Open MPI's `mpirun` and Slurm's `srun` are all that
+//! is needed to take part, and they are checked.
+
+use std::{
+    process::{Command, id},
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use fused_collective_tests::{LIMIT, Outcome, Running, bench, measure, report::Report};
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+const RANKS: u32 = 3;
+const OPTIONS: &str = "--num-tokens 3 --hidden-dim 96 --trials 2 --warmup 0";
+
+/// A number that no other job on this host has: names of jobs are made from it.
+fn job_number() -> u32 {
+    static JOBS: AtomicU32 = AtomicU32::new(0);
+    id() * 100 + JOBS.fetch_add(1, Ordering::Relaxed)
+}
+
+/// What tells a process its rank.
+type Variables = Vec<(&'static str, String)>;
+
+fn torchrun(job: u32, rank: u32, ranks: u32) -> Variables {
+    vec![
+        ("RANK", rank.to_string()),
+        ("WORLD_SIZE", ranks.to_string()),
+        ("LOCAL_RANK", rank.to_string()),
+        ("LOCAL_WORLD_SIZE", ranks.to_string()),
+        ("MASTER_ADDR", "127.0.0.1".to_owned()),
+        ("MASTER_PORT", "29500".to_owned()),
+        ("TORCHELASTIC_RUN_ID", job.to_string()),
+        ("TORCHELASTIC_RESTART_COUNT", "0".to_owned()),
+    ]
+}
+
+fn mpirun(job: u32, rank: u32, ranks: u32) -> Variables {
+    vec![
+        ("OMPI_COMM_WORLD_RANK", rank.to_string()),
+        ("OMPI_COMM_WORLD_SIZE", ranks.to_string()),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", rank.to_string()),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", ranks.to_string()),
+        ("PMIX_NAMESPACE", format!("prterun-host-{job}@1")),
+    ]
+}
+
+fn srun(job: u32, rank: u32, ranks: u32) -> Variables {
+    vec![
+        ("SLURM_JOB_ID", job.to_string()),
+        ("SLURM_STEP_ID", "0".to_owned()),
+        ("SLURM_PROCID", rank.to_string()),
+        ("SLURM_LOCALID", rank.to_string()),
+        ("SLURM_NTASKS", ranks.to_string()),
+        ("SLURM_STEP_NUM_TASKS", ranks.to_string()),
+        ("SLURM_STEP_NUM_NODES", "1".to_owned()),
+    ]
+}
+
+/// Starts a rank of a job whose other ranks may be started later, or never.
+fn start(command: &mut Command, variables: Variables) -> Running {
+    Running::start(command.envs(variables))
+}
+
+/// A whole job that writes a JSON report.
+struct Job {
+    folder: TempDir,
+    ranks: Vec<Running>,
+}
+
+impl Job {
+    fn start(starter: fn(u32, u32, u32) -> Variables) -> Self {
+        let (folder, number) = (tempfile::tempdir().unwrap(), job_number());
+        let rank = |rank| {
+            let mut command = bench(OPTIONS);
+            command.current_dir(folder.path()).args(["--json", "report.json"]);
+            start(&mut command, starter(number, rank, RANKS))
+        };
+        // Ranks come in any order: rank 0 last.
+        let mut ranks: Vec<Running> = (0..RANKS).rev().map(rank).collect();
+        ranks.reverse();
+        Job { folder, ranks }
+    }
+
+    /// All end well, and rank 0 alone speaks.
+    fn report(self) -> Report {
+        for (rank, running) in self.ranks.into_iter().enumerate() {
+            let outcome = running.wait(LIMIT);
+            outcome.assert_success();
+            assert_eq!(outcome.stdout.contains("fused_allreduce"), rank == 0, "rank {rank}: {outcome}");
+            assert!(rank == 0 || outcome.stdout.is_empty(), "rank {rank}: {outcome}");
+        }
+        Report::read(&self.folder.path().join("report.json"))
+    }
+}
+
+/// What does not vary from run to run: every variant and its error, which the inputs decide.
+fn results(report: &Report) -> Vec<(String, String, f64)> {
+    let rows = report.configurations.iter().flat_map(|configuration| {
+        let row = |row: &fused_collective_tests::report::Row| {
+            (configuration.title(), row.variant.clone(), row.verified().max_error)
+        };
+        configuration.rows.iter().map(row).collect::<Vec<_>>()
+    });
+    rows.collect()
+}
+
+/// A job started by `starter` gives what the program's own ranks give.
+fn check(starter: fn(u32, u32, u32) -> Variables) {
+    let own = measure(&format!("{OPTIONS} --nproc-per-node {RANKS}"));
+    let theirs = Job::start(starter).report();
+    assert_eq!((theirs.world_size, theirs.settings.nproc_per_node), (RANKS, None));
+    assert_eq!(results(&theirs), results(&own));
+}
+
+#[test]
+fn ranks_of_torchrun_give_the_same_results() {
+    check(torchrun);
+}
+
+#[test]
+fn ranks_of_mpirun_give_the_same_results() {
+    check(mpirun);
+}
+
+#[test]
+fn ranks_of_srun_give_the_same_results() {
+    check(srun);
+}
+
+#[test]
+fn several_jobs_on_one_host_do_not_meet() {
+    let jobs = [Job::start(torchrun), Job::start(torchrun), Job::start(srun)];
+    for job in jobs {
+        assert_eq!(job.report().world_size, RANKS);
+    }
+}
+
+/// What one rank alone says: it is refused before it looks for the others.
+#[track_caller]
+fn refused(options: &str, variables: Variables, line: &str) {
+    let outcome = start(&mut bench(options), variables).wait(LIMIT);
+    outcome.assert_failure(2, line);
+    assert_eq!(outcome.stdout, "");
+}
+
+#[test]
+fn a_world_size_that_disagrees_with_nproc_per_node_is_refused() {
+    refused(
+        "--nproc-per-node 2",
+        torchrun(job_number(), 0, 4),
+        "--nproc-per-node: 2 disagrees with the launcher's WORLD_SIZE, 4: leave it out or use 4",
+    );
+}
+
+#[test]
+fn a_rank_without_a_world_size_or_the_other_way_round_is_refused() {
+    let hint = "set both, or neither to let this program start its ranks";
+    for (set, missing) in [("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")] {
+        let variables = vec![(set, "1".to_owned()), ("MASTER_PORT", "29500".to_owned())];
+        refused("", variables, &format!("{set} is set without {missing}: {hint}"));
+    }
+}
+
+#[test]
+fn a_rank_that_is_not_below_the_world_size_is_refused() {
+    let line = "RANK=\"2\" is not valid: use a number from 0 to 1, as WORLD_SIZE is 2";
+    refused("", torchrun(job_number(), 2, 2), line);
+}
+
+#[test]
+fn a_job_of_one_rank_or_of_too_many_is_refused() {
+    let job = job_number();
+    refused("", torchrun(job, 0, 1), "WORLD_SIZE: 1 rank cannot form a group: use 2 to 16");
+    refused("", mpirun(job, 0, 17), "WORLD_SIZE: 17 ranks cannot form a group: use 2 to 16");
+}
+
+#[test]
+fn ranks_on_several_hosts_are_refused() {
+    let mut variables = srun(job_number(), 0, 4);
+    variables.retain(|(name, _)| *name != "SLURM_STEP_NUM_NODES");
+    variables.push(("SLURM_STEP_NUM_NODES", "2".to_owned()));
+    refused(
+        "",
+        variables,
+        "SLURM_STEP_NUM_NODES=2 says that the job has ranks on several hosts, which is not supported yet: start all on \
+         one host (SLURM_STEP_NUM_NODES=1)",
+    );
+}
+
+/// The ranks' exit statuses and everything they said on standard error.
+fn ends(ranks: Vec<Running>) -> (Vec<Option<i32>>, String) {
+    let outcomes: Vec<Outcome> = ranks.into_iter().map(|rank| rank.wait(LIMIT)).collect();
+    let said = outcomes.iter().map(|outcome| outcome.stderr.as_str()).collect();
+    (outcomes.iter().map(|outcome| outcome.code).collect(), said)
+}
+
+#[test]
+fn a_rank_that_never_comes_is_named_once_when_the_deadline_has_passed() {
+    let (job, began) = (job_number(), Instant::now());
+    let options = format!("{OPTIONS} --deadline 2");
+    let ranks = [0, 2].map(|rank| start(&mut bench(&options), torchrun(job, rank, RANKS)));
+    let (codes, said) = ends(ranks.into());
+    assert_eq!(said, "fused-collective: rank 1 did not come to the rendezvous within 2.0s\n");
+    assert_eq!(codes, [Some(1), Some(90)]);
+    assert!(began.elapsed() < Duration::from_secs(2 + 2), "{:?}", began.elapsed());
+}
+
+#[test]
+fn ranks_with_other_options_are_named_and_do_not_run() {
+    let job = job_number();
+    let ranks = ["", "--seed 1"]
+        .into_iter()
+        .zip(0..)
+        .map(|(more, rank)| start(&mut bench(&format!("{OPTIONS} {more}")), torchrun(job, rank, 2)));
+    let (codes, said) = ends(ranks.collect());
+    let why = "it was started with other settings than rank 0: give every rank the same options";
+    assert_eq!(said, format!("fused-collective: rank 1 cannot join the group: {why}\n"));
+    assert_eq!(codes, [Some(1), Some(90)]);
+}
+
+#[test]
+fn a_killed_rank_is_named_once_by_the_others() {
+    let job = job_number();
+    let options =
+        "--num-tokens 1 2048 2049 2050 --hidden-dim 4096 --quant-modes none --trials 100 --warmup 0";
+    let mut ranks: Vec<Running> =
+        (0..RANKS).map(|rank| start(&mut bench(options), torchrun(job, rank, RANKS))).collect();
+    ranks[0].wait_for_stdout("num_tokens=1, dtype=bfloat16", LIMIT);
+    let killed = ranks.remove(1);
+    killed.signal(killed.pid(), Signal::KILL);
+    let began = Instant::now();
+    let (codes, said) = ends(ranks);
+    assert_eq!(said, "fused-collective: rank 1 was lost: it ended without a farewell\n");
+    assert_eq!(codes, [Some(1), Some(90)]);
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    assert_eq!(killed.wait(LIMIT).code, None);
+}

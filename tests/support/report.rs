@@ -1,0 +1,154 @@
+//! The JSON report as its readers know it: the schema, written down a second time.
+//!
+//! Nothing here comes from the program's crates, so a field that is renamed, added or left out by mistake is found.
+
+use std::{fs, path::Path};
+
+use serde::Deserialize;
+
+/// One run of the benchmark.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub struct Report {
+    pub schema: u32,
+    pub version: String,
+    pub created: String,
+    pub command: Vec<String>,
+    pub machine: Machine,
+    pub backend: String,
+    pub world_size: u32,
+    pub settings: Settings,
+    pub configurations: Vec<Configuration>,
+}
+
+/// Where it ran.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub struct Machine {
+    pub cpu: String,
+    pub cores: usize,
+    pub memory_bytes: u64,
+    pub os: String,
+    pub kernel: String,
+    pub arch: String,
+}
+
+/// What was asked for.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub struct Settings {
+    pub num_tokens: Vec<u64>,
+    pub hidden_dim: u64,
+    pub dtypes: Vec<String>,
+    pub quant_modes: Vec<String>,
+    pub use_residual: bool,
+    pub oneshot: bool,
+    pub warmup: u32,
+    pub trials: u32,
+    pub seed: u64,
+    pub deadline_seconds: f64,
+    pub backend: String,
+    pub all_reduces: Vec<String>,
+    pub nproc_per_node: Option<u32>,
+    pub tolerance_percent: f64,
+}
+
+/// Variants that compute the same thing.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub struct Configuration {
+    pub num_tokens: u64,
+    pub hidden_dim: u64,
+    pub dtype: String,
+    pub use_residual: bool,
+    pub quant_mode: String,
+    pub notes: Vec<String>,
+    pub rows: Vec<Row>,
+}
+
+/// One variant.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub struct Row {
+    pub variant: String,
+    pub kind: String,
+    pub outcome: Outcome,
+}
+
+/// What came of a variant.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(tag = "status", rename_all = "lowercase", deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub enum Outcome {
+    Verified(Verified),
+    Failed { reason: String },
+}
+
+/// A variant that was verified and timed.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub struct Verified {
+    pub max_error: f64,
+    pub unit: String,
+    pub operations_per_trial: u32,
+    pub times_us: Vec<f64>,
+    pub figures: Figures,
+}
+
+/// What follows from the times.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub struct Figures {
+    pub median_us: f64,
+    pub min_us: f64,
+    pub p99_us: f64,
+    pub algorithm_bandwidth_gb_s: f64,
+    pub bus_bandwidth_gb_s: f64,
+    pub speedup: Option<f64>,
+    pub is_baseline: bool,
+}
+
+impl Report {
+    /// The report in a file.
+    ///
+    /// # Panics
+    /// When there is none of this schema.
+    pub fn read(path: &Path) -> Report {
+        let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}\n{text}", path.display()))
+    }
+}
+
+impl Configuration {
+    /// As every form of the report calls it.
+    pub fn title(&self) -> String {
+        let Configuration { num_tokens, dtype, quant_mode, .. } = self;
+        let residual = if self.use_residual { "with residual" } else { "no residual" };
+        format!("num_tokens={num_tokens}, dtype={dtype}, {residual}, quant={quant_mode}")
+    }
+
+    /// The names of its variants, in order.
+    pub fn variants(&self) -> Vec<&str> {
+        self.rows.iter().map(|row| row.variant.as_str()).collect()
+    }
+}
+
+impl Row {
+    /// What was measured of it.
+    ///
+    /// # Panics
+    /// When it failed.
+    pub fn verified(&self) -> &Verified {
+        match &self.outcome {
+            Outcome::Verified(verified) => verified,
+            Outcome::Failed { reason } => panic!("{} failed: {reason}", self.variant),
+        }
+    }
+}

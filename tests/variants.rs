@@ -1,0 +1,137 @@
+//! Every variant of every kind of configuration is measured under the name that users know, and its results are right.
+
+use fused_collective_tests::{measure, report::Report};
+
+const NONE: [&str; 5] = [
+    "standard_allreduce_native_rms_norm",
+    "standard_allreduce_custom_rms_norm",
+    "standard_allreduce_rmsnorm_native_compiled",
+    "fused_allreduce_rmsnorm_oneshot",
+    "fused_allreduce_rmsnorm_twoshot",
+];
+const FP8: [&str; 7] = [
+    "standard_allreduce_native_rms_norm_native_quant_fp8",
+    "standard_allreduce_native_rms_norm_custom_quant_fp8",
+    "standard_allreduce_custom_rms_norm_native_quant_fp8",
+    "standard_allreduce_custom_rms_norm_custom_quant_fp8",
+    "standard_allreduce_rmsnorm_fp8_quant_native_compiled",
+    "fused_allreduce_rmsnorm_fp8_quant_oneshot",
+    "fused_allreduce_rmsnorm_fp8_quant_twoshot",
+];
+const FP4: [&str; 5] = [
+    "standard_allreduce_native_rms_norm_fp4_quant",
+    "standard_allreduce_custom_rms_norm_fp4_quant",
+    "standard_allreduce_rmsnorm_fp4_quant_native_compiled",
+    "fused_allreduce_rmsnorm_fp4_quant_oneshot",
+    "fused_allreduce_rmsnorm_fp4_quant_twoshot",
+];
+
+/// The variants of a quantization mode.
+fn variants(quant_mode: &str) -> &'static [&'static str] {
+    match quant_mode {
+        "none" => &NONE,
+        "fp8" => &FP8,
+        "fp4" => &FP4,
+        other => panic!("{other} is no quantization mode"),
+    }
+}
+
+/// Runs one trial of each variant that `options` ask for: all of them are there, verified and timed.
+fn check(options: &str) -> Report {
+    let report = measure(&format!("{options} --trials 1 --warmup 0"));
+    assert!(!report.configurations.is_empty());
+    for configuration in &report.configurations {
+        let title = configuration.title();
+        let wanted = |name: &&&str| report.settings.oneshot || !name.ends_with("oneshot");
+        let expected: Vec<&str> =
+            variants(&configuration.quant_mode).iter().filter(wanted).copied().collect();
+        assert_eq!(configuration.variants(), expected, "{title}");
+        for row in &configuration.rows {
+            let verified = row.verified();
+            // Inputs are random, so nothing is exact, and the reference allows little more than one rounding.
+            let error = verified.max_error;
+            assert!(error > 0.0 && error < 16.0, "{}, {title}: {error} {}", row.variant, verified.unit);
+            assert!(matches!(verified.times_us[..], [time] if time > 0.0), "{}, {title}", row.variant);
+        }
+    }
+    report
+}
+
+fn titles(report: &Report) -> Vec<String> {
+    report.configurations.iter().map(|configuration| configuration.title()).collect()
+}
+
+#[test]
+fn every_quantization_mode_is_measured_unless_some_are_chosen() {
+    let modes = |options: &str| {
+        let report = check(&format!("--num-tokens 3 --hidden-dim 256 {options}"));
+        report.configurations.into_iter().map(|configuration| configuration.quant_mode).collect::<Vec<_>>()
+    };
+    assert_eq!(modes(""), ["none", "fp8", "fp4"]);
+    assert_eq!(modes("--quant-modes fp4,none"), ["fp4", "none"]);
+}
+
+#[test]
+fn every_element_type_is_right_in_every_mode() {
+    let report = check("--num-tokens 5 --hidden-dim 320 --dtypes float32 float16 bfloat16");
+    let expected: Vec<String> = ["float32", "float16", "bfloat16"]
+        .iter()
+        .flat_map(|dtype| {
+            let title = move |mode| format!("num_tokens=5, dtype={dtype}, with residual, quant={mode}");
+            ["none", "fp8", "fp4"].map(title)
+        })
+        .collect();
+    assert_eq!(titles(&report), expected);
+}
+
+#[test]
+fn every_variant_is_right_without_a_residual() {
+    let report = check("--no-residual --num-tokens 4 --hidden-dim 512 --dtypes float16,bfloat16,float32");
+    assert_eq!(report.configurations.len(), 9);
+    assert!(report.configurations.iter().all(|configuration| !configuration.use_residual));
+}
+
+#[test]
+fn no_oneshot_leaves_out_the_oneshot_variants_alone() {
+    let report = check("--no-oneshot --num-tokens 2 --hidden-dim 64");
+    assert_eq!(report.configurations.iter().map(|c| c.rows.len()).sum::<usize>(), 4 + 6 + 4);
+}
+
+#[test]
+fn every_number_of_tokens_is_measured_in_the_order_given() {
+    let report = check("--num-tokens 17,1 --num-tokens 3 --hidden-dim 16 --quant-modes none");
+    let tokens: Vec<u64> = report.configurations.iter().map(|c| c.num_tokens).collect();
+    assert_eq!(tokens, [17, 1, 3]);
+}
+
+#[test]
+fn one_token_is_right() {
+    check("--num-tokens 1 --hidden-dim 8192");
+}
+
+#[test]
+fn fewer_tokens_than_ranks_on_three_ranks_and_a_hidden_size_of_48_are_right() {
+    let report = check("--nproc-per-node 3 --num-tokens 2 7 --hidden-dim 48");
+    assert_eq!(report.world_size, 3);
+}
+
+#[test]
+fn a_hidden_size_of_2880_is_right() {
+    check("--num-tokens 9 --hidden-dim 2880 --dtypes bfloat16 float32");
+}
+
+#[test]
+fn the_largest_hidden_size_is_right() {
+    check("--num-tokens 1 --hidden-dim 65536");
+}
+
+#[test]
+fn an_activation_of_many_rounds_is_right() {
+    check("--num-tokens 700 --hidden-dim 4096");
+}
+
+#[test]
+fn sixteen_ranks_more_than_there_are_cores_are_right() {
+    let report = check("--nproc-per-node 16 --num-tokens 5 --hidden-dim 48");
+    assert_eq!(report.world_size, 16);
+}

@@ -1,0 +1,160 @@
+//! Running other programs: each one is shown before it runs, and an error names it.
+
+use std::{
+    env,
+    ffi::{OsStr, OsString},
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use cargo_metadata::{Metadata, MetadataCommand};
+
+/// The root of the workspace.
+pub(crate) fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace")
+}
+
+/// The cargo that runs this program (cargo says so in the environment), or else the one that is found.
+pub(crate) fn cargo_program() -> OsString {
+    env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+/// `cargo SUBCOMMAND` on this workspace, from whatever folder the user is in.
+pub(crate) fn cargo(subcommand: &str) -> Command {
+    cargo_on(&root().join("Cargo.toml"), subcommand)
+}
+
+/// `cargo SUBCOMMAND` on the package or workspace of `manifest`.
+pub(crate) fn cargo_on(manifest: &Path, subcommand: &str) -> Command {
+    let mut command = Command::new(cargo_program());
+    command.arg(subcommand).arg("--manifest-path").arg(manifest);
+    command
+}
+
+/// The workspace's packages and folders, as cargo sees them.
+pub(crate) fn metadata() -> Result<Metadata> {
+    Ok(MetadataCommand::new().manifest_path(root().join("Cargo.toml")).no_deps().exec()?)
+}
+
+/// Runs to the end, with this program's own output.
+///
+/// # Errors
+/// When it cannot be started or does not exit with 0.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let mut child = start(command)?;
+    check(command, child.wait()?)
+}
+
+/// Like [`run`], but ends the program after `limit`: for what waits on a network.
+pub(crate) fn run_within(command: &mut Command, limit: Duration) -> Result<()> {
+    let mut child = start(command)?;
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return check(command, status);
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("`{}` had not ended after {} s", line(command), limit.as_secs());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Like [`run`], and gives each line of the program's standard output to `read` as it passes through.
+pub(crate) fn run_lines(command: &mut Command, mut read: impl FnMut(&str)) -> Result<()> {
+    let mut child = start(command.stdout(Stdio::piped()))?;
+    if let Some(output) = child.stdout.take() {
+        for line in BufReader::new(output).split(b'\n') {
+            let line = line?;
+            let line = String::from_utf8_lossy(&line);
+            println!("{line}");
+            read(&line);
+        }
+    }
+    check(command, child.wait()?)
+}
+
+/// Like [`run`], but what the program prints is shown only as part of the error, if it fails.
+pub(crate) fn run_quietly(command: &mut Command) -> Result<()> {
+    let output = command.output().with_context(|| cannot_start(command))?;
+    let printed = [output.stdout, output.stderr].concat();
+    check(command, output.status).with_context(|| String::from_utf8_lossy(&printed).into_owned())
+}
+
+/// Runs to the end and returns what the program wrote to its standard output; its standard error goes to ours.
+///
+/// # Errors
+/// As [`run`], and when the output is not UTF-8.
+pub(crate) fn read(command: &mut Command) -> Result<String> {
+    let output = command.stderr(Stdio::inherit()).output().with_context(|| cannot_start(command))?;
+    check(command, output.status)?;
+    String::from_utf8(output.stdout).with_context(|| format!("`{}` printed what is not UTF-8", line(command)))
+}
+
+/// Shows the command and starts it.
+fn start(command: &mut Command) -> Result<Child> {
+    eprintln!("$ {}", line(command));
+    command.spawn().with_context(|| cannot_start(command))
+}
+
+fn cannot_start(command: &Command) -> String {
+    format!("cannot start `{}`", line(command))
+}
+
+fn check(command: &Command, status: ExitStatus) -> Result<()> {
+    ensure!(status.success(), "`{}` ended with {status}", line(command));
+    Ok(())
+}
+
+/// The command as one could type it, the environment it sets included.
+fn line(command: &Command) -> String {
+    let variables = command
+        .get_envs()
+        .filter_map(|(name, value)| value.map(|value| format!("{}={}", name.display(), word(value))));
+    let words = std::iter::once(command.get_program()).chain(command.get_args()).map(word);
+    variables.chain(words).collect::<Vec<_>>().join(" ")
+}
+
+/// One word of a command line, quoted where it must be.
+fn word(text: &OsStr) -> String {
+    let text = text.to_string_lossy();
+    if !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "-_./=+,:@".contains(c)) {
+        text.into_owned()
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shown_command_can_be_typed() {
+        let mut command = Command::new("rustc");
+        command.env("RUSTC_BOOTSTRAP", "1").args(["--cfg", "a b", "it's", ""]);
+        assert_eq!(line(&command), r"RUSTC_BOOTSTRAP=1 rustc --cfg 'a b' 'it'\''s' ''");
+    }
+
+    #[test]
+    fn an_error_names_the_command_and_how_it_ended() {
+        let error = run(Command::new("sh").args(["-c", "exit 3"])).unwrap_err().to_string();
+        assert_eq!(error, "`sh -c 'exit 3'` ended with exit status: 3");
+        let error = run(&mut Command::new("no-such-program")).unwrap_err().to_string();
+        assert_eq!(error, "cannot start `no-such-program`");
+    }
+
+    #[test]
+    fn a_program_past_its_limit_is_ended() {
+        let begun = Instant::now();
+        let error = run_within(Command::new("sleep").arg("600"), Duration::from_millis(1)).unwrap_err();
+        assert_eq!(error.to_string(), "`sleep 600` had not ended after 0 s");
+        assert!(begun.elapsed() < Duration::from_secs(60));
+    }
+}

@@ -1,0 +1,173 @@
+//! `cargo xtask ptx`: the kernels as PTX, one module for each processor, element type and set of kernels.
+//!
+//! rustc compiles the crate in `device/ptx`, of type `staticlib`, and `--emit=asm` gives all of it linked as one PTX
+//! file. Every module is then assembled, and held to what a kernel must not have: a path that panics, local memory,
+//! spilled registers.
+
+use std::{fs, panic::resume_unwind, path::PathBuf, thread};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::{cmd, ptxas::Ptxas, toolchain::Toolchain};
+
+const TARGET: &str = "nvptx64-nvidia-cuda";
+/// The features of `device/ptx` that choose a module: the element type ...
+const ELEMENTS: [&str; 3] = ["f32", "f16", "bf16"];
+/// ... and the set of kernels.
+const SETS: [&str; 4] = ["w2", "w4", "w8", "local"];
+
+/// A kind of GPU to build for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Gpu {
+    /// What rustc is given as `target-cpu`, which decides on the instructions in use.
+    pub(crate) cpu: &'static str,
+    /// The PTX version, as the target feature that asks for it.
+    version: &'static str,
+    /// What the module is assembled for in the check.
+    arch: &'static str,
+}
+
+/// Ampere, Hopper and the two kinds of Blackwell. The driver assembles the PTX of the first two for later GPUs as well;
+/// that of the others has instructions that no other kind has.
+pub(crate) const GPUS: [Gpu; 4] = [
+    Gpu { cpu: "sm_80", version: "ptx86", arch: "sm_80" },
+    Gpu { cpu: "sm_90", version: "ptx86", arch: "sm_90a" },
+    Gpu { cpu: "sm_100a", version: "ptx86", arch: "sm_100a" },
+    Gpu { cpu: "sm_120a", version: "ptx87", arch: "sm_120a" },
+];
+
+/// The one of [`GPUS`] whose processor is called `cpu`.
+pub(crate) fn parse_gpu(cpu: &str) -> Result<&'static Gpu, String> {
+    GPUS.iter().find(|gpu| gpu.cpu == cpu).ok_or_else(|| {
+        let cpus: Vec<&str> = GPUS.iter().map(|gpu| gpu.cpu).collect();
+        format!("there are no kernels for `{cpu}`, only for {}", cpus.join(", "))
+    })
+}
+
+/// What it takes to build and check kernels.
+pub(crate) struct Builder {
+    toolchain: Toolchain,
+    ptxas: Ptxas,
+    /// Where modules go: `sm_90/bf16_w4.ptx`, for instance.
+    folder: PathBuf,
+}
+
+impl Builder {
+    /// Finds or installs the tools.
+    ///
+    /// # Errors
+    /// When there is no compiler or no ptxas, and none can be had.
+    pub(crate) fn new() -> Result<Self> {
+        let target_directory = cmd::metadata()?.target_directory.into_std_path_buf();
+        Ok(Builder {
+            toolchain: Toolchain::find(&[TARGET])?,
+            ptxas: Ptxas::find(&target_directory)?,
+            folder: target_directory.join("ptx"),
+        })
+    }
+
+    /// Builds and checks every module for each of `gpus`, all at once. For each, a report of every kernel's registers.
+    ///
+    /// # Errors
+    /// For a GPU with a module that does not build, or a kernel that is not as it must be: what is wrong with each.
+    pub(crate) fn build<'a>(&self, gpus: &[&'a Gpu]) -> Vec<(&'a Gpu, Result<String>)> {
+        eprintln!("building for {}", gpus.iter().map(|gpu| gpu.cpu).collect::<Vec<_>>().join(", "));
+        thread::scope(|scope| {
+            let builds: Vec<_> =
+                gpus.iter().map(|&gpu| (gpu, scope.spawn(move || self.build_one(gpu)))).collect();
+            let joined = builds.into_iter().map(|(gpu, build)| {
+                let result = build.join().unwrap_or_else(|panic| resume_unwind(panic));
+                (gpu, result)
+            });
+            joined.collect()
+        })
+    }
+
+    fn build_one(&self, gpu: &Gpu) -> Result<String> {
+        let mut report = String::new();
+        let mut wrong = String::new();
+        for element in ELEMENTS {
+            for set in SETS {
+                let module = self.compile(gpu, element, set)?;
+                let text = fs::read_to_string(&module)
+                    .with_context(|| format!("cannot read {}", module.display()))?;
+                let name = format!("{}/{element}_{set}", gpu.cpu);
+                if let Some(what) = panic_path(&text) {
+                    wrong += &format!("\n  {name}: {what}");
+                }
+                for function in self.ptxas.assemble(&module, gpu.arch)? {
+                    report += &format!("{name}: {function}\n");
+                    if function.uses_local_memory() {
+                        wrong += &format!("\n  {name}: {function}");
+                    }
+                }
+            }
+        }
+        ensure!(wrong.is_empty(), "\n{report}kernels must not panic, spill or use local memory:{wrong}");
+        Ok(report)
+    }
+
+    /// Compiles one module to a file.
+    fn compile(&self, gpu: &Gpu, element: &str, set: &str) -> Result<PathBuf> {
+        let folder = self.folder.join(gpu.cpu);
+        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        let module = folder.join(format!("{element}_{set}.ptx"));
+        let manifest = cmd::root().join("device/ptx/Cargo.toml");
+        let mut cargo = self.toolchain.cargo(&manifest, "rustc", TARGET, gpu.cpu)?;
+        cargo.args(["--release", "--features", &format!("{element},{set}")]);
+        // Kernels use unstable features of the language. The flags are for `core` and every other crate as well: a
+        // function compiled for another processor would not be inlined.
+        cargo.env("RUSTC_BOOTSTRAP", "1");
+        cargo.env("RUSTFLAGS", format!("-Ctarget-cpu={} -Ctarget-feature=+{}", gpu.cpu, gpu.version));
+        cargo.arg("--").arg(format!("--emit=asm={}", module.display()));
+        cmd::run_quietly(&mut cargo)?;
+        Ok(module)
+    }
+}
+
+/// The first trace of a path that panics in a module, if there is one: a function of `core` that panics, or the
+/// endless loop that inlining makes of the panic handler.
+fn panic_path(ptx: &str) -> Option<String> {
+    let mut label = "";
+    for line in ptx.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with("//")) {
+        if line.contains("panicking") {
+            return Some(format!("a panic path: {line}"));
+        }
+        if let Some(target) = line.strip_prefix("bra.uni").map(|rest| rest.trim().trim_end_matches(';'))
+            && target == label
+        {
+            return Some(format!("an endless loop, as a panic ends in: {line}"));
+        }
+        // A comment may follow the label.
+        label = line.split_once(':').map_or("", |(label, _)| label);
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processors_are_known_by_name() {
+        assert_eq!(parse_gpu("sm_90").unwrap().arch, "sm_90a");
+        let error = parse_gpu("sm_75").unwrap_err();
+        assert_eq!(error, "there are no kernels for `sm_75`, only for sm_80, sm_90, sm_100a, sm_120a");
+    }
+
+    #[test]
+    fn a_loop_that_makes_progress_is_no_panic_path() {
+        let ptx = "$L__BB0_1:  // %bb1\n\tld.b32 \t%r1, [%rd1];\n\t@%p1 bra \t$L__BB0_1;\n\tbra.uni \t$L__BB0_2;\n\
+                   $L__BB0_2:\n\tret;\n";
+        assert_eq!(panic_path(ptx), None);
+    }
+
+    #[test]
+    fn panic_paths_are_found_by_name_and_by_their_endless_loop() {
+        let named = ".func _ZN4core9panicking9panic_fmt17h0123456789abcdefE()\n";
+        assert!(panic_path(named).is_some_and(|what| what.starts_with("a panic path: .func")));
+        let inlined = "\tret;\n$L__BB0_3:  // %panic\n                        // =>This Inner Loop Header: Depth=1\n\
+                       \tbra.uni \t$L__BB0_3;\n";
+        assert!(panic_path(inlined).is_some_and(|what| what.starts_with("an endless loop")));
+    }
+}

@@ -1,0 +1,184 @@
+//! `cargo xtask test`: every check of the project. A failed one does not keep the next from running, and the last line
+//! counts them all, together with every test that `cargo test` ran.
+
+use std::{
+    io::{self, IsTerminal},
+    process::{Command, ExitCode},
+};
+
+use anyhow::Result;
+
+use crate::{
+    cmd, ptx, structure,
+    toolchain::{self, Toolchain},
+};
+
+/// What `core` has to build for: a GPU, microcontrollers with and without a floating-point unit and compare-and-swap,
+/// and a browser.
+const CORE_TARGETS: [&str; 4] =
+    ["nvptx64-nvidia-cuda", "thumbv7em-none-eabihf", "thumbv6m-none-eabi", "wasm32-unknown-unknown"];
+
+/// Runs everything. The exit status is 1 if anything failed.
+pub(crate) fn run() -> ExitCode {
+    let mut tally = Tally::default();
+    tally.check("format", || {
+        toolchain::require_component("fmt", "rustfmt")?;
+        // rustfmt colours its diff even where it goes to a file.
+        let color = if io::stdout().is_terminal() { "--color=auto" } else { "--color=never" };
+        cmd::run(cmd::cargo("fmt").args(["--all", "--check", "--", color]))
+    });
+    tally.check("clippy", || {
+        toolchain::require_component("clippy", "clippy")?;
+        cmd::run(cmd::cargo("clippy").args(["--workspace", "--all-targets", "--", "-D", "warnings"]))
+    });
+    tally.check("docs", || {
+        cmd::run(cmd::cargo("doc").args(["--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
+    });
+    tally.check("which crate depends on which", structure::dependencies);
+    tally.check("core without alloc, std and unsafe", structure::core);
+    tally.tests("tests", cmd::cargo("test").args(["--workspace", "--no-fail-fast"]));
+    if let Some(toolchain) = tally.check("a toolchain for core's targets", || Toolchain::find(&CORE_TARGETS))
+    {
+        for target in CORE_TARGETS {
+            tally.check(&format!("core for {target}"), || {
+                cmd::run(&mut toolchain.cargo(
+                    &cmd::root().join("core/Cargo.toml"),
+                    "build",
+                    target,
+                    "core",
+                )?)
+            });
+        }
+    }
+    if let Some(kernels) = tally.check("the tools for the kernels", ptx::Builder::new) {
+        for (gpu, result) in kernels.build(&ptx::GPUS.each_ref()) {
+            tally.check(&format!("kernels for {}", gpu.cpu), || result.map(|report| print!("{report}")));
+        }
+    }
+    tally.close()
+}
+
+/// What passed and what failed, a check counting as much as a test.
+#[derive(Default)]
+struct Tally {
+    passed: usize,
+    failed: usize,
+    /// The checks that failed, for the end of the output.
+    failed_checks: Vec<String>,
+}
+
+impl Tally {
+    /// Runs one check; what it returns, if it passed.
+    fn check<T>(&mut self, name: &str, check: impl FnOnce() -> Result<T>) -> Option<T> {
+        eprintln!("\n== {name}");
+        match check() {
+            Ok(value) => {
+                self.passed += 1;
+                Some(value)
+            }
+            Err(error) => {
+                eprintln!("error: {error:#}");
+                self.failed += 1;
+                self.failed_checks.push(name.to_owned());
+                None
+            }
+        }
+    }
+
+    /// Runs a `cargo test` command and counts its tests.
+    fn tests(&mut self, name: &str, command: &mut Command) {
+        eprintln!("\n== {name}");
+        let mut counts = Counts::default();
+        let result = cmd::run_lines(command, |line| counts.add(line));
+        self.passed += counts.passed;
+        self.failed += counts.failed;
+        if let Err(error) = result {
+            eprintln!("error: {error:#}");
+            // Without a failed test, something did not compile or a test program died.
+            self.failed += usize::from(counts.failed == 0);
+            self.failed_checks.push(name.to_owned());
+        }
+    }
+
+    /// Prints what failed and, last, the counts.
+    fn close(self) -> ExitCode {
+        if !self.failed_checks.is_empty() {
+            println!("\nfailed: {}", self.failed_checks.join(", "));
+        }
+        println!("\n{} passed, {} failed", self.passed, self.failed);
+        if self.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+}
+
+/// How many tests the programs that `cargo test` ran have reported.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Counts {
+    passed: usize,
+    failed: usize,
+}
+
+impl Counts {
+    /// Adds a line of `cargo test`'s output, if it is one that closes a test program or a crate's doctests.
+    fn add(&mut self, line: &str) {
+        let Some((_, counts)) = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". "))
+        else {
+            return;
+        };
+        for count in counts.split("; ") {
+            match count.split_once(' ').map(|(number, what)| (number.parse::<usize>(), what)) {
+                Some((Ok(number), "passed")) => self.passed += number,
+                Some((Ok(number), "failed")) => self.failed += number,
+                _ => {}
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tests_of_every_program_are_counted() {
+        let mut counts = Counts::default();
+        for line in [
+            "running 3 tests",
+            "test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.01s",
+            "test pack::tests::result ... ok",
+            "test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.50s",
+            "all doctests ran in 0.30s; merged doctests compilation took 0.29s",
+        ] {
+            counts.add(line);
+        }
+        assert_eq!(counts, Counts { passed: 14, failed: 3 });
+    }
+
+    #[test]
+    fn a_failed_check_is_counted_and_the_next_one_runs() {
+        let mut tally = Tally::default();
+        assert_eq!(tally.check("broken", || -> Result<()> { anyhow::bail!("broken") }), None);
+        assert_eq!(tally.check("sound", || Ok(7)), Some(7));
+        assert_eq!((tally.passed, tally.failed), (1, 1));
+        assert_eq!(tally.failed_checks, ["broken"]);
+    }
+
+    #[test]
+    fn a_test_command_that_ends_badly_counts_as_a_failure_even_without_a_failed_test() {
+        let mut tally = Tally::default();
+        let script = |text| {
+            let mut shell = Command::new("sh");
+            shell.args(["-c", text]);
+            shell
+        };
+        tally.tests("dies", &mut script("echo 'test result: ok. 5 passed; 0 failed; 0 ignored'; exit 101"));
+        assert_eq!((tally.passed, tally.failed), (5, 1));
+        tally.tests(
+            "fails",
+            &mut script("echo 'test result: FAILED. 1 passed; 2 failed; 0 ignored'; exit 101"),
+        );
+        assert_eq!((tally.passed, tally.failed), (6, 3));
+        tally.tests("passes", &mut script("echo 'test result: ok. 4 passed; 0 failed; 0 ignored'"));
+        assert_eq!((tally.passed, tally.failed), (10, 3));
+        assert_eq!(tally.failed_checks, ["dies", "fails"]);
+    }
+}

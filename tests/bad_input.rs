@@ -78,6 +78,11 @@ fn numbers_out_of_range() {
 }
 
 #[test]
+fn an_unknown_all_reduce() {
+    refused_options("--allreduce nccl,gloo", &["--allreduce", "'gloo'", "use nccl or custom"]);
+}
+
+#[test]
 fn an_unknown_backend() {
     refused(&mut command(&["bench", "--backend", "rocm"]), &["--backend", "'rocm'", "use auto, cpu or cuda"]);
 }

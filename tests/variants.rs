@@ -48,9 +48,11 @@ fn check(options: &str) -> Report {
         assert_eq!(configuration.variants(), expected, "{title}");
         for row in &configuration.rows {
             let verified = row.verified();
-            // Inputs are random, so nothing is exact, and the reference allows little more than one rounding.
             let error = verified.max_error;
-            assert!(error > 0.0 && error < 16.0, "{}, {title}: {error} {}", row.variant, verified.unit);
+            // Inputs are random, so nothing is exact. Fused operations round once, and in 16-bit types f32 sums are as
+            // good as exact; elsewhere cancellation makes any number of units out of one rounding.
+            let most = if row.kind == "fused" && configuration.dtype != "float32" { 1.0 } else { f64::MAX };
+            assert!(error > 0.0 && error < most, "{}, {title}: {error} {}", row.variant, verified.unit);
             assert!(matches!(verified.times_us[..], [time] if time > 0.0), "{}, {title}", row.variant);
         }
     }

@@ -128,6 +128,21 @@ pub trait Element: sealed::Sealed + Copy + Default + PartialEq + fmt::Debug + Se
     fn narrow(wide: Self::Wide) -> [u32; 4];
 }
 
+/// `value` as an `f32`, rounded to odd: inexact results get an odd last bit. Rounding that to a type of at least two
+/// bits less gives what rounding `value` once would (Boldo and Melquiond, 2008).
+#[inline(always)]
+fn round_to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    let back = f64::from(nearest);
+    if back == value || value.is_nan() {
+        return nearest;
+    }
+    // Toward zero, then odd.
+    let bits = nearest.to_bits();
+    let truncated = if back.abs() > value.abs() { bits - 1 } else { bits };
+    f32::from_bits(truncated | 1)
+}
+
 impl Element for f32 {
     const DTYPE: DType = DType::F32;
     type Wide = [f32; 4];
@@ -188,7 +203,8 @@ macro_rules! sixteen_bit_element {
 
             #[inline]
             fn from_f64(value: f64) -> Self {
-                $ty::from_f64(value)
+                // Not `half`'s `from_f64`, which ignores the lower half of the significand.
+                $ty::from_f32(round_to_odd(value))
             }
 
             #[inline(always)]

@@ -6,23 +6,22 @@
 //! No flag, no counter and no ordering between words is needed.
 //!
 //! # The slots
-//! [`SLOTS`] slots rotate. Operation `n` uses slot `n % 3` and, while its data is in flight, refills
-//! slot `(n + 2) % 3` of its own region: the slot of operation `n - 1`, which operation `n + 2` will use.
+//! [`SLOTS`] slots take turns: operation `n` uses slot `n % 3`. Whoever reads a word puts the sentinel back at
+//! once, so an operation leaves its slot as it found it, and no record of what it used is needed: shapes,
+//! modes and element types may follow each other in any order.
 //!
-//! Why that is safe, for a rank `a` and any peer `b`:
-//! - *Nobody still writes what `a` refills.* Having finished operation `n - 1`, `a` has seen every word
-//!   that any peer sends it in that operation, so all those stores have happened.
-//! - *`a` no longer reads it.* It finished operation `n - 1`.
-//! - *No peer writes before the refill is done.* `b` writes slot `(n + 2) % 3` next in operation `n + 2`,
-//!   so after it finished operation `n + 1`, for which it needed data that `a` sent in `n + 1`: after `a`
-//!   finished `n`, the refill included. `a`'s refill therefore precedes `a`'s sends of `n + 1` (release),
-//!   which precede `b`'s sends of `n + 2` (acquire, by reading them).
-//! - Two slots would not do: `b`, finished with `n`, may write the slot of `n + 1` while `a` still reads
-//!   that of `n`; the one to refill must be a third.
+//! A rank may send for operation `n + 1` when it has ended `n`, or *ahead*, still in `n`, once it has received
+//! data of `n` from every peer. Why a peer's slot is then empty, for a rank `a` that sends and any peer `b`:
+//! - *Nobody still writes what `b` refills.* A word is written once in an operation, and `b` has read it.
+//! - *`b` has refilled it.* Slot `(n + 1) % 3` was last used in `n - 2`. `a` has received something that `b` sent
+//!   for `n`, directly or (in two-shot) as part of a sum by the token's owner. `b` sends for `n` no earlier than
+//!   ahead, in `n - 1`: after it ended `n - 2`, refills included. `b`'s refill therefore precedes `b`'s sends of
+//!   `n` (release), which precede `a`'s sends of `n + 1` (acquire, by reading them or what was made of them).
+//! - Two slots would do without sending ahead. One would not: `a`, done with `n`, may send for `n + 1` while `b`
+//!   still reads `n`.
 //!
-//! In two-shot `a` may have sent its data to a third rank, the token's owner, whose result `b` needed: the
-//! chain of releases and acquires is one link longer. Either way a rank that finished an operation of one
-//! token or more knows that every rank began it. An operation without tokens is none: it takes no slot.
+//! The argument needs a rank that ended an operation to have received something of every peer's: so it is with
+//! one token or more. An operation without tokens is none: it takes no slot.
 
 /// What a word of a slot holds until its data arrives.
 ///
@@ -30,7 +29,7 @@
 /// type, so a slot may be refilled in one type's operation and used in another's.
 pub const SENTINEL: u32 = 0x8000_0000;
 
-/// Slots in rotation.
+/// Slots that take turns.
 pub const SLOTS: u64 = 3;
 
 /// A payload word as it may be sent: the sentinel becomes all zeros, which changes a `-0.0` to `+0.0`
@@ -50,10 +49,4 @@ pub const fn is_complete(word: u32) -> bool {
 #[inline(always)]
 pub const fn slot(operation: u64) -> u64 {
     operation % SLOTS
-}
-
-/// The slot that operation `operation` refills with the sentinel.
-#[inline(always)]
-pub const fn refill_slot(operation: u64) -> u64 {
-    (operation + 2) % SLOTS
 }

@@ -175,7 +175,7 @@ impl Layout {
         self.region_bytes() * self.world_size as u64
     }
 
-    /// Where slot `slot` (0 to 2) starts in a region.
+    /// Where slot `slot` starts in a region.
     pub const fn slot_offset(&self, slot: u64) -> u64 {
         debug_assert!(slot < SLOTS);
         SLOTS_OFFSET + slot * self.slot_bytes

@@ -99,3 +99,26 @@ fn packs_of_every_type_convert_as_single_elements_do() {
     packs_convert_as_single_elements_do::<f16>();
     packs_convert_as_single_elements_do::<bf16>();
 }
+
+/// Between each value and the next one up: what lies closest to the middle on either side rounds to its own side.
+fn doubles_are_rounded_once<E: Element>() {
+    for bits in 0..0x7fff {
+        let (low, high) = (E::from_bits(bits), E::from_bits(bits + 1));
+        let middle = (f64::from(low.to_f32()) + f64::from(high.to_f32())) / 2.0;
+        if !middle.is_finite() {
+            continue;
+        }
+        for sign in [1.0, -1.0] {
+            let below = E::from_f64(sign * middle.next_down());
+            let above = E::from_f64(sign * middle.next_up());
+            assert_eq!(f64::from(below.to_f32()), sign * f64::from(low.to_f32()), "below {middle:e}");
+            assert_eq!(f64::from(above.to_f32()), sign * f64::from(high.to_f32()), "above {middle:e}");
+        }
+    }
+}
+
+#[test]
+fn doubles_are_rounded_once_however_close_to_a_tie_they_are() {
+    doubles_are_rounded_once::<f16>();
+    doubles_are_rounded_once::<bf16>();
+}

@@ -262,10 +262,8 @@ pub struct AllReduce {
 impl AllReduce {
     /// This project's own, which runs in either mode.
     pub fn of_both_modes(name: &'static str) -> Self {
-        let ways = vec![
-            ("one-shot", Step::AllReduce(Mode::OneShot)),
-            ("two-shot", Step::AllReduce(Mode::TwoShot)),
-        ];
+        let ways =
+            vec![("one-shot", Step::AllReduce(Mode::OneShot)), ("two-shot", Step::AllReduce(Mode::TwoShot))];
         AllReduce { name, ways }
     }
 }

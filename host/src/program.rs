@@ -278,10 +278,12 @@ fn choose_backend(
 ) -> Result<(Backend, u32), Failure> {
     let chosen = match settings.backend {
         BackendChoice::Cpu => (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS)),
-        BackendChoice::Auto => match gpu_ranks(asked).and_then(|ranks| cuda::check_peers(ranks).map(|()| ranks)) {
-            Ok(ranks) => (Backend::Cuda, ranks),
-            Err(_) => (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS)),
-        },
+        BackendChoice::Auto => {
+            match gpu_ranks(asked).and_then(|ranks| cuda::check_peers(ranks).map(|()| ranks)) {
+                Ok(ranks) => (Backend::Cuda, ranks),
+                Err(_) => (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS)),
+            }
+        }
         BackendChoice::Cuda => {
             // A launcher may show each rank its own GPU alone: then the ranks find out together.
             let check = |ranks| if launched { Ok(ranks) } else { cuda::check_peers(ranks).map(|()| ranks) };

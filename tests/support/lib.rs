@@ -88,7 +88,7 @@ pub fn run(command: &mut Command) -> Outcome {
     Running::start(command).wait(LIMIT)
 }
 
-/// Runs [`bench`] with `options` and returns what it wrote with `--json`.
+/// Runs [`bench()`] with `options` and returns what it wrote with `--json`.
 ///
 /// # Panics
 /// When it does not end well, says anything on standard error, or leaves a process behind.

@@ -4,7 +4,11 @@
 //! that all ranks' outputs are the same bits makes the shares cover everything. A second run must give the same
 //! bits again.
 
-use std::hash::{DefaultHasher, Hasher};
+use std::{
+    hash::{DefaultHasher, Hasher},
+    panic::resume_unwind,
+    thread,
+};
 
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
@@ -152,7 +156,7 @@ fn gather_verdicts(
     Ok(Ok(largest))
 }
 
-/// Checks this rank's share of the tokens.
+/// Checks this rank's share of the tokens, on this rank's share of the processors.
 fn check<E: Plain>(
     outputs: &Outputs,
     group: &Group,
@@ -160,16 +164,45 @@ fn check<E: Plain>(
     variant: &Variant,
     seed: u64,
 ) -> Result<f64, String> {
+    let (rank, world_size) = (u64::from(group.rank()), u64::from(group.world_size()));
+    let processors = thread::available_parallelism().map_or(1, |count| count.get() as u64);
+    let threads = (processors / world_size).clamp(1, problem.tokens.div_ceil(world_size).max(1));
+    let errors: Vec<Result<f64, String>> = thread::scope(|scope| {
+        let checks: Vec<_> = (0..threads)
+            .map(|thread| {
+                let tokens =
+                    (rank + thread * world_size..problem.tokens).step_by((world_size * threads) as usize);
+                scope.spawn(move || {
+                    check_tokens::<E>(outputs, group.world_size(), problem, variant, seed, tokens)
+                })
+            })
+            .collect();
+        checks.into_iter().map(|check| check.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    });
+    let largest =
+        errors.into_iter().try_fold(0.0f64, |largest, error| error.map(|error| largest.max(error)))?;
+    check_padding(problem, &outputs.scale_out)?;
+    Ok(largest)
+}
+
+/// Checks `tokens`.
+fn check_tokens<E: Plain>(
+    outputs: &Outputs,
+    world_size: u32,
+    problem: &Problem,
+    variant: &Variant,
+    seed: u64,
+    tokens: impl Iterator<Item = u64>,
+) -> Result<f64, String> {
     let operation = Operation { keep_norm: variant.writes_norm, ..problem.operation(Mode::Auto) };
     let hidden = problem.hidden as usize;
     let row_bytes = problem.quantization.value_bytes_per_row(problem.hidden) as usize;
-    let world_size = group.world_size();
     let mut inputs = vec![vec![E::default(); hidden]; world_size as usize];
     let mut residual = vec![E::default(); hidden];
     let mut gamma = vec![E::default(); hidden];
     fill_row(seed, Source::Gamma, 0, &mut gamma);
     let mut largest = 0.0f64;
-    for index in (u64::from(group.rank())..problem.tokens).step_by(world_size as usize) {
+    for index in tokens {
         for (rank, input) in (0..).zip(&mut inputs) {
             fill_row(seed, Source::Input(rank), index, input);
         }
@@ -198,7 +231,6 @@ fn check<E: Plain>(
             .map_err(|wrong| wrong.to_string())?;
         largest = largest.max(error);
     }
-    check_padding(problem, &outputs.scale_out)?;
     Ok(largest)
 }
 

@@ -243,7 +243,7 @@ impl BenchArgs {
     fn settings(self) -> Result<Settings, UsageError> {
         let default = Settings::default();
         let tokens = |text: &str| number("--num-tokens", text, "a number of tokens", 1, None);
-        let hidden = |text: &str| number("--hidden-dim", text, "a hidden size", 1, None);
+        let hidden = |text: &str| number("--hidden-dim", text, "a hidden size", 0, None);
         let trials = |option, from| {
             move |text: &str| number(option, text, "a number of trials", from, Some(MAX_TRIALS))
         };

@@ -139,14 +139,7 @@ fn what_is_not_a_command_or_option_is_refused() {
 fn bad_token_counts_are_refused() {
     let valid = "is not a number of tokens: use whole numbers from 1";
     for bad in ["abc", "0", "-5", "1.5", "99999999999999999999"] {
-        refused(
-            &format!("bench --num-tokens 128 {bad}"),
-            &match bad {
-                // After a value, what starts with a dash is an option again.
-                "-5" => "Unrecognized argument: -5; see fused-collective --help".to_owned(),
-                _ => format!("--num-tokens: '{bad}' {valid}"),
-            },
-        );
+        refused(&format!("bench --num-tokens 128 {bad}"), &format!("--num-tokens: '{bad}' {valid}"));
     }
     refused("bench --num-tokens -5", &format!("--num-tokens: '-5' {valid}"));
     refused("bench --num-tokens ,", "--num-tokens: no value given");
@@ -170,8 +163,8 @@ fn bad_hidden_sizes_are_refused() {
     let valid = "is not valid: use a multiple of 16 from 16 to 65536";
     refused("bench --hidden-dim 100", &format!("--hidden-dim: hidden size 100 {valid}"));
     refused("bench --hidden-dim 65552", &format!("--hidden-dim: hidden size 65552 {valid}"));
-    refused("bench --hidden-dim 0", "--hidden-dim: '0' is not a hidden size: use whole numbers from 1");
-    refused("bench --hidden-dim big", "--hidden-dim: 'big' is not a hidden size: use whole numbers from 1");
+    refused("bench --hidden-dim 0", &format!("--hidden-dim: hidden size 0 {valid}"));
+    refused("bench --hidden-dim big", "--hidden-dim: 'big' is not a hidden size: use whole numbers from 0");
     assert_eq!(bench("--hidden-dim 16").hidden_dim, 16);
 }
 

@@ -3,14 +3,7 @@
 //! `fused_collective_core::lamport` has the rules and the argument; this is where they meet atomics:
 //! - A word is stored and loaded with one relaxed `AtomicU64` access, so it arrives whole. Which of two words
 //!   arrives first does not matter: each is waited for.
-//! - The receiver puts the sentinel back as it reads a word, while the cache line is at hand. That is the
-//!   refill of the Lamport rules, done as early as it can be: slot `n % 3` is empty when operation `n` ends, one
-//!   operation earlier than the rules ask for.
-//! - A rank uses that operation to send early: once it has received data of operation `n` from *every* peer, it may
-//!   send what operation `n + 1` sends first. A peer began to send for `n` after it had ended `n - 2` (early, so
-//!   after data of `n - 1` had come from every rank, while it was still in `n - 1`; or later). So its slot
-//!   `(n + 1) % 3`, that of `n - 2`, is empty. What is not sent early is sent by a rank that has ended `n`: it
-//!   has received, in one hop or two, something of what every peer sent for `n`, and the same follows.
+//! - The receiver puts the sentinel back as it reads a word, while the cache line is at hand.
 //! - A *release* fence before a row's stores and an *acquire* fence after its loads make "`a` refilled, then
 //!   sent; `b` received, then sent" an order that also holds between different words: without them a
 //!   processor could let `b`'s later store to a word be overwritten by `a`'s earlier refill of it. On x86

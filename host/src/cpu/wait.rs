@@ -29,17 +29,18 @@ pub enum LateCause {
     Lost(String),
 }
 
+/// Without the rank that waited: whoever shows it knows which one that is.
 impl fmt::Display for Late {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Late { rank, waited_for, operation, cause } = self;
+        let Late { waited_for, operation, cause, .. } = self;
         match cause {
             LateCause::Deadline(deadline) => write!(
                 f,
-                "rank {rank} waited {:.1} s for rank {waited_for} in operation {operation}: it is stuck, or slower than the deadline",
+                "waited {:.1} s for rank {waited_for} in operation {operation}: it is stuck, or slower than the deadline",
                 deadline.as_secs_f64()
             ),
             LateCause::Lost(how) => {
-                write!(f, "{how}; rank {rank} was waiting for rank {waited_for} in operation {operation}")
+                write!(f, "{how}; this rank waited for rank {waited_for} in operation {operation}")
             }
         }
     }

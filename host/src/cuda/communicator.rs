@@ -73,7 +73,9 @@ impl Communicator {
     ) -> Result<Communicator, Error> {
         let (rank, world_size) = (group.rank(), group.world_size());
         let set = Set::for_group(world_size).ok_or_else(|| {
-            Error::Devices(format!("{world_size} ranks are more than GPU kernels serve: use 2 to {MAX_RANKS}"))
+            Error::Devices(format!(
+                "{world_size} ranks are more than GPU kernels serve: use 2 to {MAX_RANKS}"
+            ))
         })?;
         let gpu = Gpu::open(ordinal)?;
         let kernels = Kernels::find(&gpu)?;

@@ -111,7 +111,9 @@ pub fn count() -> Result<u32, Error> {
 pub fn check_peers(ranks: u32) -> Result<(), Error> {
     let count = count()?;
     if count < ranks {
-        return Err(Error::Devices(format!("{ranks} ranks need {ranks} GPUs, one each, and there are {count}")));
+        return Err(Error::Devices(format!(
+            "{ranks} ranks need {ranks} GPUs, one each, and there are {count}"
+        )));
     }
     for first in 0..ranks {
         for second in (0..ranks).filter(|&second| second != first) {
@@ -149,7 +151,8 @@ pub(crate) fn check_group(group: &Group, gpu: &Gpu) -> Result<(), Error> {
     let rank = group.rank();
     let own = gpu.identity()?;
     let identities: Vec<Identity> = super::gather(group, &own)?;
-    let found = (0..count()?).map(|ordinal| Ok((ordinal, uuid(ordinal)?))).collect::<Result<Vec<_>, Error>>()?;
+    let found =
+        (0..count()?).map(|ordinal| Ok((ordinal, uuid(ordinal)?))).collect::<Result<Vec<_>, Error>>()?;
     let reaches = |peer: &Identity| {
         // A GPU that this process does not see is left to the attempt to open its memory.
         let seen = found.iter().find(|(_, uuid)| *uuid == peer.uuid);

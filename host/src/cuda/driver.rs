@@ -142,7 +142,6 @@ functions! {
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize);
     fn cuMemAlloc_v2(address: *mut DevicePointer, bytes: usize);
     fn cuMemFree_v2(address: DevicePointer);
-    fn cuMemsetD8_v2(address: DevicePointer, value: u8, bytes: usize);
     fn cuMemsetD8Async(address: DevicePointer, value: u8, bytes: usize, stream: Handle);
     fn cuMemsetD32_v2(address: DevicePointer, value: c_uint, words: usize);
     fn cuMemcpyHtoD_v2(to: DevicePointer, from: *const c_void, bytes: usize);
@@ -329,10 +328,7 @@ mod tests {
         if load().is_ok() {
             return; // The machine has a driver: nothing to see.
         }
-        assert_eq!(
-            cust::init(cust::CudaFlags::empty()),
-            Err(cust::error::CudaError::NotInitialized)
-        );
+        assert_eq!(cust::init(cust::CudaFlags::empty()), Err(cust::error::CudaError::NotInitialized));
         let error = load().unwrap_err().to_string();
         assert!(error.starts_with("no CUDA driver here: "), "{error}");
     }

@@ -123,13 +123,7 @@ impl<'a> Engine<'a> {
     }
 
     /// What an operation with `norm` and `quantization` reads and writes, with its sum in `sum`.
-    fn operands(
-        &self,
-        problem: &Problem,
-        norm: bool,
-        quantization: Quantization,
-        sum: Tensor,
-    ) -> Tensors {
+    fn operands(&self, problem: &Problem, norm: bool, quantization: Quantization, sum: Tensor) -> Tensors {
         let tensor = |role| self.tensor(role, problem.dtype);
         let quantized = quantization != Quantization::None;
         let scale = self.scale.as_ref().map_or(Address::NULL, DeviceMemory::address);

@@ -44,8 +44,7 @@ pub(crate) fn with_epilogue(
         }
         Quantization::Fp8Static => {
             let part = Part { fused: "fp8", local: if norm.is_some() { "norm_fp8" } else { "fp8" } };
-            let quantizer =
-                Fp8Static { values: address(tensors.quant_out), scale: address(tensors.scale) };
+            let quantizer = Fp8Static { values: address(tensors.quant_out), scale: address(tensors.scale) };
             finish(norm, hidden, tensors, part, quantizer, with)
         }
         Quantization::NvFp4 { layout } => {

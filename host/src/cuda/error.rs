@@ -99,7 +99,9 @@ impl fmt::Display for Error {
             Error::NoDriver(why) => write!(f, "no CUDA driver here: {why}"),
             Error::Devices(what) | Error::Kernels(what) | Error::Group(what) => f.write_str(what),
             Error::Driver { doing, what } => write!(f, "could not {doing}: {what}"),
-            Error::Pair { rank, peer, why } => write!(f, "ranks {rank} and {peer} cannot share memory: {why}"),
+            Error::Pair { rank, peer, why } => {
+                write!(f, "ranks {rank} and {peer} cannot share memory: {why}")
+            }
             Error::Plan(error) => error.fmt(f),
             Error::Unsupported(what) => write!(f, "there are no GPU kernels for {what}"),
             Error::Tensor { tensor, why } => write!(f, "{tensor} {why}"),

@@ -36,8 +36,7 @@ impl Graph {
         let enqueued = enqueue();
         let mut graph = null_mut();
         // SAFETY: the capture was begun; this ends it, whatever became of it.
-        let ended =
-            check("capture a graph", unsafe { (driver.cuStreamEndCapture)(stream, &mut graph) });
+        let ended = check("capture a graph", unsafe { (driver.cuStreamEndCapture)(stream, &mut graph) });
         let instantiated = enqueued.and(ended).and_then(|()| {
             let mut executable = null_mut();
             // SAFETY: a graph that was captured, and room for what is made of it.

@@ -11,7 +11,7 @@ use std::{
     collections::{HashMap, hash_map::Entry as Slot},
     env,
     ffi::{CString, c_void},
-    fmt, fs,
+    fmt, fs, iter,
     path::{Path, PathBuf},
 };
 
@@ -116,24 +116,29 @@ pub(crate) struct Launch {
     threads: u32,
 }
 
-/// Threads of a block, and which version of a kernel, for rows of `row_packs` packs shared by `cluster` blocks. A
-/// version holds a share of a row in registers (`p1`, `p2`: packs of a thread) or, as the last resort, streams it.
-/// `max_threads` tells what each version allows.
+/// Which version of a kernel serves rows of `row_packs` packs, how many blocks share a row, and their threads.
+///
+/// A version holds a share of a row in registers (`p1`, `p2`: packs of a thread) or, as the last resort, streams it.
+/// `clusters` are the numbers of blocks that may share a row, the best first; `max_threads` tells what each version
+/// allows.
 fn choose_version(
     row_packs: u32,
-    cluster: u32,
+    clusters: impl Iterator<Item = u32>,
     mut max_threads: impl FnMut(&'static str) -> Result<u32, Error>,
-) -> Result<(&'static str, u32), Error> {
+) -> Result<(&'static str, u32, u32), Error> {
     const WARP: u32 = 32;
-    let share = row_packs.div_ceil(cluster);
-    for (version, packs) in [("p1", 1), ("p2", 2)] {
-        let threads = share.div_ceil(packs).next_multiple_of(WARP);
-        if threads <= max_threads(version)? {
-            return Ok((version, threads));
+    let mut widest = 1;
+    for cluster in clusters {
+        widest = cluster;
+        for (version, packs) in [("p1", 1), ("p2", 2)] {
+            let threads = row_packs.div_ceil(cluster * packs).next_multiple_of(WARP);
+            if threads <= max_threads(version)? {
+                return Ok((version, cluster, threads));
+            }
         }
     }
     let most = max_threads("streamed")? / WARP * WARP;
-    Ok(("streamed", share.next_multiple_of(WARP).min(most)))
+    Ok(("streamed", widest, row_packs.div_ceil(widest).next_multiple_of(WARP).min(most)))
 }
 
 /// The kernels for one GPU.
@@ -221,7 +226,8 @@ impl Kernels {
         }
     }
 
-    /// How to launch `family_part` on `tokens` rows of `row_packs` packs, with `cluster` blocks for each row.
+    /// How to launch a kernel that has versions on `tokens` rows of `row_packs` packs, with `cluster` blocks for each
+    /// row, or more if that many cannot hold it in registers.
     ///
     /// # Errors
     /// The kernel is missing, or not one cluster of it can be resident.
@@ -234,7 +240,10 @@ impl Kernels {
         tokens: u64,
     ) -> Result<Launch, Error> {
         let versioned = |version| Entry { packs: Some(version), ..entry };
-        let (version, threads) = choose_version(row_packs, cluster, |version| {
+        let most = self.max_cluster();
+        let clusters =
+            iter::successors(Some(cluster), |&cluster| (cluster * 2 <= most).then_some(cluster * 2));
+        let (version, cluster, threads) = choose_version(row_packs, clusters, |version| {
             Ok(self.function(dtype, versioned(version))?.max_threads)
         })?;
         self.launch_of(dtype, versioned(version), cluster, threads, tokens)
@@ -416,8 +425,7 @@ mod tests {
     fn files_and_entry_points_have_the_names_that_the_build_gives_them() {
         assert_eq!(file_name(DType::Bf16, Set::Group(4)), "bf16_w4.ptx");
         assert_eq!(file_name(DType::F32, Set::Local), "f32_local.ptx");
-        let entry =
-            Entry { set: Set::Group(2), family: "two_shot", part: "nvfp4", packs: Some("streamed") };
+        let entry = Entry { set: Set::Group(2), family: "two_shot", part: "nvfp4", packs: Some("streamed") };
         assert_eq!(entry.to_string(), "two_shot_nvfp4_streamed");
         let entry = Entry { set: Set::Local, family: "eager", part: "square", packs: None };
         assert_eq!(entry.to_string(), "eager_square");
@@ -453,7 +461,10 @@ mod tests {
     fn missing_kernels_are_an_error_that_says_where_and_what_to_do() {
         let root = tempfile::tempdir().unwrap();
         let error = find_folder(&[root.path().to_owned()], 90).unwrap_err().to_string();
-        assert!(error.contains("cargo xtask ptx") && error.contains(&root.path().display().to_string()), "{error}");
+        assert!(
+            error.contains("cargo xtask ptx") && error.contains(&root.path().display().to_string()),
+            "{error}"
+        );
         let error = find_folder(&[root.path().to_owned()], 75).unwrap_err().to_string();
         assert!(error.contains("7.5"), "{error}");
         fs::create_dir(root.path().join("sm_80")).unwrap();
@@ -462,13 +473,20 @@ mod tests {
 
     #[test]
     fn a_row_is_held_in_registers_where_threads_allow_it() {
-        let limits = |p1, p2| move |version| Ok(if version == "p1" { p1 } else { p2 });
+        let limits = |version| Ok(if version == "p1" { 1024 } else { 512 });
+        let choose =
+            |packs, clusters: &[u32]| choose_version(packs, clusters.iter().copied(), limits).unwrap();
         // 1,024 packs are a row of 8,192 elements of two bytes.
-        assert_eq!(choose_version(1024, 1, limits(1024, 512)).unwrap(), ("p1", 1024));
-        assert_eq!(choose_version(1024, 8, limits(1024, 512)).unwrap(), ("p1", 128));
-        assert_eq!(choose_version(1024, 1, limits(896, 512)).unwrap(), ("p2", 512));
-        assert_eq!(choose_version(1024, 1, limits(896, 480)).unwrap(), ("streamed", 480));
-        assert_eq!(choose_version(6, 1, limits(1024, 512)).unwrap(), ("p1", 32));
-        assert_eq!(choose_version(16_384, 1, limits(1024, 700)).unwrap(), ("streamed", 672));
+        assert_eq!(choose(1024, &[1, 2, 4, 8]), ("p1", 1, 1024));
+        assert_eq!(choose(1024, &[8]), ("p1", 8, 128));
+        assert_eq!(choose(6, &[1]), ("p1", 1, 32));
+        // What one block cannot hold, two can; without clusters it is streamed.
+        assert_eq!(choose(2048, &[1, 2, 4, 8]), ("p1", 2, 1024));
+        assert_eq!(choose(2048, &[1]), ("streamed", 1, 512));
+        assert_eq!(choose(16_384, &[1, 2, 4, 8]), ("streamed", 8, 512));
+        // Registers may allow fewer threads than the version was made for.
+        let tight = |version| Ok(if version == "p1" { 896 } else { 600 });
+        assert_eq!(choose_version(1024, [1].into_iter(), tight).unwrap(), ("p2", 1, 512));
+        assert_eq!(choose_version(4096, [1].into_iter(), tight).unwrap(), ("streamed", 1, 576));
     }
 }

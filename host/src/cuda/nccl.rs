@@ -10,15 +10,11 @@ use std::{
 
 use fused_collective_core::{dtype::DType, launch::Address};
 use nccl_sys::{
-    NCCL_UNIQUE_ID_BYTES, Nccl, ncclBfloat16, ncclComm_t, ncclFloat16, ncclFloat32, ncclResult_t, ncclSuccess,
-    ncclSum, ncclUniqueId,
+    NCCL_UNIQUE_ID_BYTES, Nccl, ncclBfloat16, ncclComm_t, ncclFloat16, ncclFloat32, ncclResult_t,
+    ncclSuccess, ncclSum, ncclUniqueId,
 };
 
-use super::{
-    Error,
-    device::Gpu,
-    driver::Handle,
-};
+use super::{Error, device::Gpu, driver::Handle};
 use crate::rendezvous::Group;
 
 /// The first release that captures into graphs what its all-reduce does there: 2.19.
@@ -62,7 +58,8 @@ impl NcclGroup {
         let bytes = bytemuck::cast_slice(&id.internal);
         let shared = group.broadcast((group.rank() == 0).then_some(bytes))?;
         let shared: &[i8] = bytemuck::cast_slice(&shared);
-        id.internal = shared.try_into().map_err(|_| Error::Nccl("has a name of another length".to_owned()))?;
+        id.internal =
+            shared.try_into().map_err(|_| Error::Nccl("has a name of another length".to_owned()))?;
 
         let comm = connect(&nccl, group, gpu, id, deadline)?;
         Ok(NcclGroup { nccl, comm, version, aborted: false })

@@ -49,8 +49,7 @@ impl Workspace {
     /// should be. The error names the ranks.
     pub(crate) fn share(group: &Group, layout: &Layout) -> Result<Workspace, Error> {
         let own = group.rank();
-        let header =
-            |rank| Header { world_size: layout.world_size(), rank, slot_bytes: layout.slot_bytes() };
+        let header = |rank| Header { world_size: layout.world_size(), rank, slot_bytes: layout.slot_bytes() };
 
         let region = make_region(layout, header(own))?;
         let handles = group.all_gather(&region.share()?.0)?;

@@ -7,14 +7,14 @@ mod inputs;
 mod variants;
 mod verify;
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 
 use fused_collective_core::fusion::Norm;
 
 use crate::{
     collective::{self, AllReduce, Collective, Problem, Step},
     rendezvous::{self, Group},
-    report::{Measurement, Trials, progress::Progress},
+    report::{Kind, Measurement, Trials, progress::Progress},
     settings::{Case, QuantMode, Settings},
 };
 pub use inputs::{Source, fill_row};
@@ -111,24 +111,24 @@ pub fn run(
             all_reduces.push((all_reduce.name, step));
             notes.extend(note);
         }
-        let mut measured = Vec::new();
+        let mut entrants = Vec::new();
         for variant in variants(case.quant_mode, settings.use_residual, settings.oneshot, &all_reduces) {
             progress.doing(format!("{} tokens, {}: {}", case.num_tokens, case.quant_mode, variant.name));
             let verdict = verify::verify(backend, group, &problem, &variant, settings.seed)?;
-            let result = match verdict {
-                Ok(max_error_ulp) => Ok(time(settings, group, backend, &variant.steps, max_error_ulp)?),
+            let trials = match verdict {
+                Ok(max_error_ulp) => Ok(first_trial(group, backend, &variant, max_error_ulp)?),
                 Err(why) => Err(why),
             };
-            measured.push(Measurement { variant: variant.name, kind: variant.kind, result });
+            entrants.push((variant, trials));
             progress.step();
         }
+        race(settings, group, backend, &mut entrants)?;
         let bytes = problem.activation_bytes();
         let copy = slowest(group, &[backend.copy_time(bytes)?])?[0];
-        notes.push(format!(
-            "copying the input once takes {copy:.2} µs ({:.2} GB/s read and written): fusing saves at least that, \
-             the all-reduced activation's way to memory and back",
-            2.0 * bytes as f64 / copy / 1e3
-        ));
+        notes.push(prediction(bytes, copy, &entrants));
+        let measurement =
+            |(variant, result): (Variant, _)| Measurement { variant: variant.name, kind: variant.kind, result };
+        let measured = entrants.into_iter().map(measurement).collect();
         done(Measured { case, notes, variants: measured });
     }
     Ok(())
@@ -170,24 +170,60 @@ fn choose_way(
     Ok((step, Some(format!("standard_{which} uses the {name} all-reduce ({})", figures.join(", ")))))
 }
 
-/// Times `steps`: warm-up trials, then those that count.
-fn time(
+/// What fusing is worth at least: separate operations write the all-reduced activation to memory and read it
+/// back, which is a copy of it, and the fused one does not.
+fn prediction(bytes: u64, copy: f64, entrants: &[(Variant, Result<Trials, String>)]) -> String {
+    let rate = 2.0 * bytes as f64 / copy / 1e3;
+    let mut note = format!("copying the input once takes {copy:.2} µs ({rate:.2} GB/s read and written)");
+    let fastest = |kind| {
+        let of_kind = entrants.iter().filter(|(variant, _)| variant.kind == kind);
+        of_kind.filter_map(|(_, trials)| trials.as_ref().ok()?.median_us()).min_by(f64::total_cmp)
+    };
+    if let (Some(standard), Some(fused)) = (fastest(Kind::Standard), fastest(Kind::Fused)) {
+        let predicted = standard - copy;
+        let _ = write!(
+            note,
+            ", as the all-reduced activation's way to memory and back does: fused should take at most \
+             {predicted:.2} µs, and takes {fused:.2} µs"
+        );
+    }
+    note
+}
+
+/// Runs `variant` once, to learn how many operations a trial of it should have.
+fn first_trial(
+    group: &Group,
+    backend: &mut dyn Collective,
+    variant: &Variant,
+    max_error_ulp: f64,
+) -> Result<Trials, Error> {
+    let time = slowest(group, &[backend.time(&variant.steps, 1)?])?[0];
+    Ok(Trials { max_error_ulp, operations_per_trial: backend.operations_per_trial(time), times_us: Vec::new() })
+}
+
+/// Times the verified variants: warm-up trials, then those that count. The variants take turns, so that whatever
+/// else the machine does meanwhile, and however its clock drifts, it does to all of them alike.
+fn race(
     settings: &Settings,
     group: &Group,
     backend: &mut dyn Collective,
-    steps: &[Step],
-    max_error_ulp: f64,
-) -> Result<Trials, Error> {
-    let first = slowest(group, &[backend.time(steps, 1)?])?[0];
-    let operations_per_trial = backend.operations_per_trial(first);
-    for _ in 0..settings.warmup {
-        backend.time(steps, operations_per_trial)?;
+    entrants: &mut [(Variant, Result<Trials, String>)],
+) -> Result<(), Error> {
+    for trial in 0..settings.warmup + settings.trials {
+        for (variant, trials) in entrants.iter_mut() {
+            let Ok(trials) = trials else { continue };
+            let time = backend.time(&variant.steps, trials.operations_per_trial)?;
+            if trial >= settings.warmup {
+                trials.times_us.push(time);
+            }
+        }
     }
-    let mut times = Vec::new();
-    for _ in 0..settings.trials {
-        times.push(backend.time(steps, operations_per_trial)?);
+    for (_, trials) in entrants {
+        if let Ok(trials) = trials {
+            trials.times_us = slowest(group, &trials.times_us)?;
+        }
     }
-    Ok(Trials { max_error_ulp, operations_per_trial, times_us: slowest(group, &times)? })
+    Ok(())
 }
 
 /// For each of this rank's times the largest that any rank has.

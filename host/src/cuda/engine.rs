@@ -50,8 +50,8 @@ pub struct Engine<'a> {
     problem: Option<Problem>,
     tensors: HashMap<Tensor, DeviceMemory>,
     scale: Option<DeviceMemory>,
-    /// The graph timed last, with what it runs.
-    graph: Option<(Vec<Step>, u32, Graph)>,
+    /// The graphs timed on the current problem, with what they run.
+    graphs: Vec<(Vec<Step>, u32, Graph)>,
     events: [Event; 2],
     nccl: Option<NcclGroup>,
     all_reduces: Vec<AllReduceChoice>,
@@ -93,7 +93,7 @@ impl<'a> Engine<'a> {
             problem: None,
             tensors: HashMap::new(),
             scale: None,
-            graph: None,
+            graphs: Vec::new(),
             events: [event()?, event()?],
             nccl,
             all_reduces: all_reduces.to_vec(),
@@ -281,13 +281,12 @@ impl<'a> Engine<'a> {
         Ok(settled?)
     }
 
-    /// Makes the graph of `steps`, `operations` times, unless it is the one that was timed last.
-    fn capture(&mut self, steps: &[Step], operations: u32) -> Result<(), Error> {
+    /// The index of the graph of `steps`, `operations` times, which is made when it is first timed.
+    fn capture(&mut self, steps: &[Step], operations: u32) -> Result<usize, Error> {
         let is_same = |(of, times, _): &(Vec<Step>, u32, Graph)| of == steps && *times == operations;
-        if self.graph.as_ref().is_some_and(is_same) {
-            return Ok(());
+        if let Some(index) = self.graphs.iter().position(is_same) {
+            return Ok(index);
         }
-        self.graph = None;
         // Whatever is set up at first use is so before the capture.
         self.run(steps)?;
         let stream = self.handle();
@@ -297,10 +296,10 @@ impl<'a> Engine<'a> {
                 error => CudaError::Group(error.to_string()),
             })
         };
-        // SAFETY: the engine's stream; the graph is dropped before the tensors.
+        // SAFETY: the engine's stream; the graphs are dropped before the tensors.
         let graph = unsafe { Graph::capture(stream, enqueue) }?;
-        self.graph = Some((steps.to_vec(), operations, graph));
-        Ok(())
+        self.graphs.push((steps.to_vec(), operations, graph));
+        Ok(self.graphs.len() - 1)
     }
 
     /// Microseconds on the device between the two events.
@@ -348,7 +347,7 @@ impl WithEpilogue for LocalPass<'_> {
 impl Collective for Engine<'_> {
     fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
         self.problem = None;
-        self.graph = None;
+        self.graphs.clear();
         self.tensors.clear();
         for tensor in Tensor::ALL {
             let bytes = problem.bytes(tensor).ok_or_else(|| {
@@ -383,12 +382,10 @@ impl Collective for Engine<'_> {
     }
 
     fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
-        self.capture(steps, operations)?;
+        let index = self.capture(steps, operations)?;
         self.barrier()?;
         let stream = self.handle();
-        let Some((_, _, graph)) = &self.graph else {
-            return Err(Error::Memory("the graph to time is gone".to_owned()));
-        };
+        let (_, _, graph) = &self.graphs[index];
         // SAFETY: the engine's stream; the tensors that were captured are there.
         unsafe {
             graph.launch(stream)?;

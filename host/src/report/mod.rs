@@ -149,6 +149,15 @@ pub struct Trials {
     pub times_us: Vec<f64>,
 }
 
+impl Trials {
+    /// The median of the times, as the report has it; `None` before the first trial.
+    pub fn median_us(&self) -> Option<f64> {
+        let mut sorted = self.times_us.clone();
+        sorted.sort_by(f64::total_cmp);
+        figures::median(&sorted)
+    }
+}
+
 impl Report {
     /// A report of this program on this machine, begun now, without configurations yet. `command` is the
     /// arguments without the program's name.

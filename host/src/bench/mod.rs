@@ -126,8 +126,11 @@ pub fn run(
         let bytes = problem.activation_bytes();
         let copy = slowest(group, &[backend.copy_time(bytes)?])?[0];
         notes.push(prediction(bytes, copy, &entrants));
-        let measurement =
-            |(variant, result): (Variant, _)| Measurement { variant: variant.name, kind: variant.kind, result };
+        let measurement = |(variant, result): (Variant, _)| Measurement {
+            variant: variant.name,
+            kind: variant.kind,
+            result,
+        };
         let measured = entrants.into_iter().map(measurement).collect();
         done(Measured { case, notes, variants: measured });
     }
@@ -198,7 +201,11 @@ fn first_trial(
     max_error_ulp: f64,
 ) -> Result<Trials, Error> {
     let time = slowest(group, &[backend.time(&variant.steps, 1)?])?[0];
-    Ok(Trials { max_error_ulp, operations_per_trial: backend.operations_per_trial(time), times_us: Vec::new() })
+    Ok(Trials {
+        max_error_ulp,
+        operations_per_trial: backend.operations_per_trial(time),
+        times_us: Vec::new(),
+    })
 }
 
 /// Times the verified variants: warm-up trials, then those that count. The variants take turns, so that whatever

@@ -294,3 +294,14 @@ pub struct NvFp4 {
     /// Keeps the struct free of padding.
     pub reserved: u32,
 }
+
+// Host and device are compiled by different compilers: neither may pad what the other does not.
+const _: () = {
+    assert!(size_of::<RankState>() == 64 && size_of::<Status>() == 64);
+    assert!(size_of::<Group>() == 48 && size_of::<Shape>() == 24 && size_of::<Activations>() == 24);
+    assert!(size_of::<Unquantized>() == 0 && size_of::<Fp8Static>() == 16 && size_of::<NvFp4>() == 32);
+    assert!(size_of::<Plain<NvFp4>>() == 32 && size_of::<RmsNorm<Unquantized>>() == 32);
+    assert!(size_of::<Fused<RmsNorm<NvFp4>>>() == 48 + 24 + 24 + 64);
+    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 24 + 24 + 48);
+    assert!(size_of::<Step>() == 40 && size_of::<Fill>() == 24 && size_of::<Conversions>() == 16);
+};

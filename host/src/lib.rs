@@ -68,7 +68,7 @@
 //! ```
 //!
 //! # The program
-//! [`program`] is a thin shell: [`cli`] makes [`settings`], [`launch`] starts ranks, [`bench`] measures variants on
+//! [`program`] is a thin shell: [`cli`] makes [`settings`], [`launch`] starts ranks, [`mod@bench`] measures variants on
 //! a [`collective`] backend, [`mod@report`] shows them.
 
 pub mod bench;

@@ -78,7 +78,7 @@ fn run() -> Result<u8, Failure> {
             print(&text)?;
             Ok(launch::SUCCESS)
         }
-        Invocation::Bench(settings) => Bench::new(settings)?.run(),
+        Invocation::Bench(settings) => Bench::new(*settings)?.run(),
     }
 }
 

@@ -121,8 +121,34 @@ impl Builder {
         cargo.env("RUSTFLAGS", format!("-Ctarget-cpu={} -Ctarget-feature=+{}", gpu.cpu, gpu.version));
         cargo.arg("--").arg(format!("--emit=asm={}", module.display()));
         cmd::run_quietly(&mut cargo)?;
+        let text =
+            fs::read_to_string(&module).with_context(|| format!("cannot read {}", module.display()))?;
+        let bounded = bound_blocks(&text, set);
+        fs::write(&module, bounded).with_context(|| format!("cannot write {}", module.display()))?;
         Ok(module)
     }
+}
+
+/// Adds to each entry point the size of its largest block, which tells the assembler how many registers it may use.
+/// rustc has no way to say so; the device crate's table of entry points has the sizes.
+fn bound_blocks(ptx: &str, set: &str) -> String {
+    let mut bounded = String::with_capacity(ptx.len());
+    let mut threads = None;
+    for line in ptx.lines() {
+        if let Some((_, name)) = line.split_once(".entry ") {
+            let name = name.trim_end_matches(['(', ')', ' ']);
+            let large = set == "w8" || name.ends_with("_p2") || name.ends_with("_streamed");
+            threads = Some(if large { 512 } else { 1024 });
+        }
+        if line.trim_start().starts_with('{')
+            && let Some(threads) = threads.take()
+        {
+            bounded += &format!(".maxntid {threads}, 1, 1\n.minnctapersm 1\n");
+        }
+        bounded += line;
+        bounded.push('\n');
+    }
+    bounded
 }
 
 /// The first trace of a path that panics in a module, if there is one: a function of `core` that panics, or the
@@ -147,6 +173,16 @@ fn panic_path(ptx: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn entry_points_are_told_their_largest_block_before_their_body() {
+        let ptx = ".visible .entry one_shot_norm_p1(\n\t.param .u64 a\n)\n{\n\t{\n\tret;\n\t}\n}\n.visible .entry fill_p2()\n{\n}\n";
+        let bounded = bound_blocks(ptx, "w4");
+        let expected = ".visible .entry one_shot_norm_p1(\n\t.param .u64 a\n)\n.maxntid 1024, 1, 1\n.minnctapersm 1\n{\n\t{\n\tret;\n\t}\n}\n\
+            .visible .entry fill_p2()\n.maxntid 512, 1, 1\n.minnctapersm 1\n{\n}\n";
+        assert_eq!(bounded, expected);
+        assert_eq!(bound_blocks(ptx, "w8").matches("maxntid 512").count(), 2);
+    }
 
     #[test]
     fn processors_are_known_by_name() {

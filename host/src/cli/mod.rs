@@ -59,7 +59,7 @@ impl std::error::Error for UsageError {}
 #[derive(Clone, Debug, PartialEq)]
 pub enum Invocation {
     /// Run the benchmark.
-    Bench(Settings),
+    Bench(Box<Settings>),
     /// Print this text (help, version) to stdout and end with status 0.
     Print(String),
 }
@@ -198,7 +198,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     };
     match top.command {
         _ if top.version => Ok(Invocation::Print(format!("{PROGRAM} {}\n", env!("CARGO_PKG_VERSION")))),
-        Some(Command::Bench(args)) => args.settings().map(Invocation::Bench),
+        Some(Command::Bench(args)) => args.settings().map(|settings| Invocation::Bench(Box::new(settings))),
         None => Err(UsageError::new(format_args!("no command given: use bench, or see {PROGRAM} --help"))),
     }
 }

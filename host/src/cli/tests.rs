@@ -3,7 +3,7 @@
 use fused_collective_core::dtype::DType;
 
 use super::*;
-use crate::settings::{BackendChoice, QuantMode};
+use crate::settings::{AllReduceChoice, BackendChoice, QuantMode};
 
 fn run(line: &str) -> Result<Invocation, UsageError> {
     parse(line.split(' ').filter(|arg| !arg.is_empty()).map(OsString::from))
@@ -11,7 +11,7 @@ fn run(line: &str) -> Result<Invocation, UsageError> {
 
 fn bench(options: &str) -> Settings {
     match run(&format!("bench {options}")).unwrap() {
-        Invocation::Bench(settings) => settings,
+        Invocation::Bench(settings) => *settings,
         Invocation::Print(text) => panic!("printed {text}"),
     }
 }
@@ -30,7 +30,7 @@ fn no_options_are_the_defaults() {
 fn every_option_reaches_its_setting() {
     let settings = bench(
         "--num-tokens 1 2 --hidden-dim 65536 --dtypes float16 --quant-modes fp4 --no-residual --no-oneshot \
-         --warmup 0 --trials 1 --seed 7 --backend cpu --nproc-per-node 16 --deadline 0.5 --output-file a.md \
+         --warmup 0 --trials 1 --seed 7 --backend cpu --allreduce custom --nproc-per-node 16 --deadline 0.5 --output-file a.md \
          --json a.json --plot a.svg --compare b.json --tolerance 2.5",
     );
     let expected = Settings {
@@ -45,6 +45,7 @@ fn every_option_reaches_its_setting() {
         seed: 7,
         deadline_seconds: 0.5,
         backend: BackendChoice::Cpu,
+        all_reduces: vec![AllReduceChoice::Custom],
         nproc_per_node: Some(16),
         tolerance_percent: 2.5,
         outputs: Outputs {

@@ -39,7 +39,8 @@ const SPINS: u32 = 10_000;
 /// One rank's end of a group of GPUs of one host, for fused operations on a caller's stream.
 ///
 /// All ranks enqueue the same operations in the same order, each on one stream, or on several that are ordered by
-/// events.
+/// events. A communicator is dropped when the operations of all ranks have ended: until then peers write into its
+/// memory.
 #[derive(Debug)]
 pub struct Communicator {
     rank: u32,

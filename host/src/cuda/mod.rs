@@ -5,7 +5,7 @@
 //! benchmark's side: tensors, and the separate operations besides.
 //!
 //! What must hold:
-//! - nothing here is needed to build or to start: the driver ([`driver`]), the kernels ([`kernels`]) and NCCL are
+//! - nothing here is needed to build or to start: the driver (`driver`), the kernels (`kernels`) and NCCL are
 //!   looked for when first used, and a missing one is an error that says what to do;
 //! - ranks find out at set-up whether they can share memory, and an error names the pair that cannot;
 //! - no wait is unbounded: not on the device, not on the host.

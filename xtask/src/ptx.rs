@@ -4,7 +4,12 @@
 //! file. Every module is then assembled, and held to what a kernel must not have: a path that panics, local memory,
 //! spilled registers.
 
-use std::{fs, panic::resume_unwind, path::PathBuf, thread};
+use std::{
+    fs,
+    panic::resume_unwind,
+    path::{Path, PathBuf},
+    thread,
+};
 
 use anyhow::{Context, Result, ensure};
 
@@ -44,67 +49,48 @@ pub(crate) fn parse_gpu(cpu: &str) -> Result<&'static Gpu, String> {
     })
 }
 
-/// What it takes to build and check kernels.
-pub(crate) struct Builder {
+/// The processor to build for, of [`GPUS`], to run on a GPU of compute capability `capability` (90 is 9.0).
+pub(crate) fn gpu_for(capability: u32) -> Option<&'static Gpu> {
+    let cpu = match capability {
+        120 => "sm_120a",
+        100 => "sm_100a",
+        90.. => "sm_90",
+        80.. => "sm_80",
+        _ => return None,
+    };
+    GPUS.iter().find(|gpu| gpu.cpu == cpu)
+}
+
+/// What it takes to build kernels.
+pub(crate) struct Compiler {
     toolchain: Toolchain,
-    ptxas: Ptxas,
     /// Where modules go: `sm_90/bf16_w4.ptx`, for instance.
     folder: PathBuf,
 }
 
-impl Builder {
-    /// Finds or installs the tools.
+impl Compiler {
+    /// Finds or installs the compiler.
     ///
     /// # Errors
-    /// When there is no compiler or no ptxas, and none can be had.
+    /// When there is none, and none can be had.
     pub(crate) fn new() -> Result<Self> {
-        let target_directory = cmd::metadata()?.target_directory.into_std_path_buf();
-        Ok(Builder {
-            toolchain: Toolchain::find(&[TARGET])?,
-            ptxas: Ptxas::find(&target_directory)?,
-            folder: target_directory.join("ptx"),
-        })
+        let folder = cmd::metadata()?.target_directory.into_std_path_buf().join("ptx");
+        Ok(Compiler { toolchain: Toolchain::find(&[TARGET])?, folder })
     }
 
-    /// Builds and checks every module for each of `gpus`, all at once. For each, a report of every kernel's registers.
+    /// Builds every module for each of `gpus`. Returns the folder that they are in.
     ///
     /// # Errors
-    /// For a GPU with a module that does not build, or a kernel that is not as it must be: what is wrong with each.
-    pub(crate) fn build<'a>(&self, gpus: &[&'a Gpu]) -> Vec<(&'a Gpu, Result<String>)> {
-        eprintln!("building for {}", gpus.iter().map(|gpu| gpu.cpu).collect::<Vec<_>>().join(", "));
-        thread::scope(|scope| {
-            let builds: Vec<_> =
-                gpus.iter().map(|&gpu| (gpu, scope.spawn(move || self.build_one(gpu)))).collect();
-            let joined = builds.into_iter().map(|(gpu, build)| {
-                let result = build.join().unwrap_or_else(|panic| resume_unwind(panic));
-                (gpu, result)
-            });
-            joined.collect()
-        })
-    }
-
-    fn build_one(&self, gpu: &Gpu) -> Result<String> {
-        let mut report = String::new();
-        let mut wrong = String::new();
-        for element in ELEMENTS {
-            for set in SETS {
-                let module = self.compile(gpu, element, set)?;
-                let text = fs::read_to_string(&module)
-                    .with_context(|| format!("cannot read {}", module.display()))?;
-                let name = format!("{}/{element}_{set}", gpu.cpu);
-                if let Some(what) = panic_path(&text) {
-                    wrong += &format!("\n  {name}: {what}");
-                }
-                for function in self.ptxas.assemble(&module, gpu.arch)? {
-                    report += &format!("{name}: {function}\n");
-                    if function.uses_local_memory() {
-                        wrong += &format!("\n  {name}: {function}");
-                    }
+    /// A module does not build.
+    pub(crate) fn build(&self, gpus: &[&Gpu]) -> Result<&Path> {
+        for gpu in gpus {
+            for element in ELEMENTS {
+                for set in SETS {
+                    self.compile(gpu, element, set)?;
                 }
             }
         }
-        ensure!(wrong.is_empty(), "\n{report}kernels must not panic, spill or use local memory:{wrong}");
-        Ok(report)
+        Ok(&self.folder)
     }
 
     /// Compiles one module to a file.
@@ -129,12 +115,72 @@ impl Builder {
     }
 }
 
+/// What it takes to build and check kernels.
+pub(crate) struct Builder {
+    compiler: Compiler,
+    ptxas: Ptxas,
+}
+
+impl Builder {
+    /// Finds or installs the tools.
+    ///
+    /// # Errors
+    /// When there is no compiler or no ptxas, and none can be had.
+    pub(crate) fn new() -> Result<Self> {
+        let target_directory = cmd::metadata()?.target_directory.into_std_path_buf();
+        Ok(Builder { compiler: Compiler::new()?, ptxas: Ptxas::find(&target_directory)? })
+    }
+
+    /// Builds and checks every module for each of `gpus`, all at once. For each, a report of every kernel's registers.
+    ///
+    /// # Errors
+    /// For a GPU with a module that does not build, or a kernel that is not as it must be: what is wrong with each.
+    pub(crate) fn build<'a>(&self, gpus: &[&'a Gpu]) -> Vec<(&'a Gpu, Result<String>)> {
+        eprintln!("building for {}", gpus.iter().map(|gpu| gpu.cpu).collect::<Vec<_>>().join(", "));
+        thread::scope(|scope| {
+            let builds: Vec<_> =
+                gpus.iter().map(|&gpu| (gpu, scope.spawn(move || self.build_one(gpu)))).collect();
+            let joined = builds.into_iter().map(|(gpu, build)| {
+                let result = build.join().unwrap_or_else(|panic| resume_unwind(panic));
+                (gpu, result)
+            });
+            joined.collect()
+        })
+    }
+
+    fn build_one(&self, gpu: &Gpu) -> Result<String> {
+        let mut report = String::new();
+        let mut wrong = String::new();
+        for element in ELEMENTS {
+            for set in SETS {
+                let module = self.compiler.compile(gpu, element, set)?;
+                let text = fs::read_to_string(&module)
+                    .with_context(|| format!("cannot read {}", module.display()))?;
+                let name = format!("{}/{element}_{set}", gpu.cpu);
+                if let Some(what) = panic_path(&text) {
+                    wrong += &format!("\n  {name}: {what}");
+                }
+                for function in self.ptxas.assemble(&module, gpu.arch)? {
+                    report += &format!("{name}: {function}\n");
+                    if function.uses_local_memory() {
+                        wrong += &format!("\n  {name}: {function}");
+                    }
+                }
+            }
+        }
+        ensure!(wrong.is_empty(), "\n{report}kernels must not panic, spill or use local memory:{wrong}");
+        Ok(report)
+    }
+}
+
 /// Adds to each entry point the size of its largest block, which tells the assembler how many registers it may use.
-/// rustc has no way to say so; the device crate's table of entry points has the sizes.
+/// rustc has no way to say so; the device crate's table of entry points has the sizes. A module that cargo found
+/// fresh has the lines already, and keeps them.
 fn bound_blocks(ptx: &str, set: &str) -> String {
     let mut bounded = String::with_capacity(ptx.len());
     let mut threads = None;
-    for line in ptx.lines() {
+    for line in ptx.lines().filter(|line| !line.starts_with(".maxntid") && !line.starts_with(".minnctapersm"))
+    {
         if let Some((_, name)) = line.split_once(".entry ") {
             let name = name.trim_end_matches(['(', ')', ' ']);
             let large = set == "w8" || name.ends_with("_p2") || name.ends_with("_streamed");
@@ -175,12 +221,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_gpu_gets_the_kernels_that_run_on_it() {
+        let cpu = |capability| gpu_for(capability).map(|gpu| gpu.cpu);
+        assert_eq!([75, 80, 89, 90].map(cpu), [None, Some("sm_80"), Some("sm_80"), Some("sm_90")]);
+        assert_eq!([100, 103, 120].map(cpu), [Some("sm_100a"), Some("sm_90"), Some("sm_120a")]);
+    }
+
+    #[test]
     fn entry_points_are_told_their_largest_block_before_their_body() {
         let ptx = ".visible .entry one_shot_norm_p1(\n\t.param .u64 a\n)\n{\n\t{\n\tret;\n\t}\n}\n.visible .entry fill_p2()\n{\n}\n";
         let bounded = bound_blocks(ptx, "w4");
         let expected = ".visible .entry one_shot_norm_p1(\n\t.param .u64 a\n)\n.maxntid 1024, 1, 1\n.minnctapersm 1\n{\n\t{\n\tret;\n\t}\n}\n\
             .visible .entry fill_p2()\n.maxntid 512, 1, 1\n.minnctapersm 1\n{\n}\n";
         assert_eq!(bounded, expected);
+        assert_eq!(bound_blocks(&bounded, "w4"), bounded);
         assert_eq!(bound_blocks(ptx, "w8").matches("maxntid 512").count(), 2);
     }
 

@@ -24,8 +24,8 @@ pub mod workspace;
 
 /// The largest group: ranks are numbered from 0 to at most 15.
 pub const MAX_WORLD_SIZE: u32 = 16;
-/// The smallest group: one rank has nothing to reduce.
-pub const MIN_WORLD_SIZE: u32 = 2;
+/// The smallest group: one rank, whose sum is its own input.
+pub const MIN_WORLD_SIZE: u32 = 1;
 /// Hidden sizes are multiples of this, so that rows split into 16-byte packs and quantization blocks.
 pub const HIDDEN_MULTIPLE: u64 = 16;
 /// The largest hidden size.

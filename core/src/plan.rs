@@ -142,7 +142,7 @@ impl Plan {
     pub fn new(operation: &Operation, limits: &Limits) -> Result<Plan, PlanError> {
         operation.validate()?;
         if !(crate::MIN_WORLD_SIZE..=MAX_WORLD_SIZE).contains(&limits.world_size) {
-            return Err(PlanError::Limits("the world size must be 2 to 16"));
+            return Err(PlanError::Limits("the world size must be 1 to 16"));
         }
         if limits.compute_units == 0 || limits.blocks_per_unit == 0 || limits.max_block_threads == 0 {
             return Err(PlanError::Limits("units, blocks and threads must not be 0"));

@@ -55,7 +55,7 @@ fn token_counts() -> impl Strategy<Value = u64> {
 
 fn any_limits() -> impl Strategy<Value = Limits> {
     let threads = prop_oneof![Just(1u32), (1u32..=32).prop_map(|warps| warps * 32)];
-    (2..=MAX_WORLD_SIZE, 12u32..50, 1u32..300, 1u32..4, threads, 0u32..4, any::<u64>()).prop_map(
+    (1..=MAX_WORLD_SIZE, 12u32..50, 1u32..300, 1u32..4, threads, 0u32..4, any::<u64>()).prop_map(
         |(
             world_size,
             slot_bits,
@@ -82,7 +82,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(4096))]
 
     #[test]
-    fn every_token_has_one_owner_and_one_place_with_it(tokens in 0u64..500, world_size in 2..=MAX_WORLD_SIZE) {
+    fn every_token_has_one_owner_and_one_place_with_it(tokens in 0u64..500, world_size in 1..=MAX_WORLD_SIZE) {
         let mut places = HashSet::new();
         for token in 0..tokens {
             let (rank, index) = (owner(token, world_size), owned_index(token, world_size));
@@ -152,7 +152,7 @@ proptest! {
 
     #[test]
     fn every_rank_makes_the_same_plan_however_different_the_ranks_are(
-        ranks in prop::collection::vec(any_limits(), 2..=16),
+        ranks in prop::collection::vec(any_limits(), 1..=16),
         tokens in 0u64..10_000,
         blocks in 1u64..1024,
         mode in modes(),
@@ -176,7 +176,7 @@ proptest! {
     fn rows_of_a_slot_neither_overlap_nor_leave_the_slot(
         tokens in 1u64..60,
         blocks in 1u64..64,
-        world_size in 2..=MAX_WORLD_SIZE,
+        world_size in 1..=MAX_WORLD_SIZE,
     ) {
         let rows = SlotRows { world_size, tokens, row_bytes: blocks * 32 };
         let mut one_shot = HashSet::new();
@@ -198,7 +198,7 @@ proptest! {
     }
 
     #[test]
-    fn slots_lie_in_the_region_one_after_the_other(world_size in 2..=MAX_WORLD_SIZE, slot_bytes in 0u64..1 << 50) {
+    fn slots_lie_in_the_region_one_after_the_other(world_size in 1..=MAX_WORLD_SIZE, slot_bytes in 0u64..1 << 50) {
         let layout = Layout::new(world_size, slot_bytes).unwrap();
         prop_assert!(layout.slot_bytes() >= slot_bytes && layout.slot_bytes() - slot_bytes < ALIGNMENT);
         prop_assert!(layout.control_offset(59) + 64 <= layout.slot_offset(0));
@@ -320,7 +320,7 @@ fn limits_that_no_group_can_have_are_refused() {
     let operation = operation(1, 64, DType::Bf16, Mode::Auto);
     let good = limits(2, 1 << 20);
     let bad = [
-        Limits { world_size: 1, ..good },
+        Limits { world_size: 0, ..good },
         Limits { world_size: 17, ..good },
         Limits { compute_units: 0, ..good },
         Limits { blocks_per_unit: 0, ..good },

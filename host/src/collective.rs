@@ -66,14 +66,9 @@ impl Problem {
         let activation = elements.checked_mul(self.dtype.bytes());
         let quantized = self.quantization != Quantization::None;
         match tensor {
-            Tensor::Input | Tensor::ResidualOut | Tensor::NormOut => activation,
-            Tensor::Residual | Tensor::Reduced => {
-                if self.residual {
-                    activation
-                } else {
-                    Some(0)
-                }
-            }
+            Tensor::Input | Tensor::Residual | Tensor::ResidualOut | Tensor::NormOut => activation,
+            Tensor::Reduced if self.residual => activation,
+            Tensor::Reduced => Some(0),
             Tensor::Gamma => Some(self.hidden * self.dtype.bytes()),
             Tensor::QuantOut if quantized => {
                 self.tokens.checked_mul(self.quantization.value_bytes_per_row(self.hidden))
@@ -96,7 +91,8 @@ impl Problem {
 pub enum Tensor {
     /// This rank's addend.
     Input,
-    /// The residual, the same on every rank.
+    /// The residual, the same on every rank. It is there in a problem without a residual too, full of NaN, so that
+    /// whoever reads it all the same is found out.
     Residual,
     /// RMSNorm's weight, `[hidden]`.
     Gamma,

@@ -69,7 +69,7 @@
 //!
 //! # The program
 //! [`program`] is a thin shell: [`cli`] makes [`settings`], [`launch`] starts ranks, [`mod@bench`] measures variants on
-//! a [`collective`] backend, [`mod@report`] shows them.
+//! a [`collective`] backend, [`mod@report`] shows them; [`mod@verify`] runs the matrix that shows a backend right.
 
 pub mod bench;
 pub mod cli;
@@ -82,3 +82,4 @@ pub mod rank_env;
 pub mod rendezvous;
 pub mod report;
 pub mod settings;
+pub mod verify;

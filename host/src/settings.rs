@@ -46,6 +46,18 @@ impl QuantMode {
             QuantMode::Fp4 => Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 },
         }
     }
+
+    /// The per-tensor or global scale for the [random inputs](crate::bench::fill_row).
+    ///
+    /// Inputs have variance 1 and so has the norm before the weight, whose magnitude is below 1.8. The scales put
+    /// almost all of it in range: FP8 is scaled to within 448, NVFP4 so that the largest block scale is near 448.
+    pub const fn scale(self) -> f32 {
+        match self {
+            QuantMode::None => 1.0,
+            QuantMode::Fp8 => 1.0 / 64.0,
+            QuantMode::Fp4 => 448.0,
+        }
+    }
 }
 
 impl fmt::Display for QuantMode {

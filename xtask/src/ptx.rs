@@ -178,18 +178,20 @@ impl Builder {
 /// fresh has the lines already, and keeps them.
 fn bound_blocks(ptx: &str, set: &str) -> String {
     let mut bounded = String::with_capacity(ptx.len());
-    let mut threads = None;
+    let mut bounds = None;
     for line in ptx.lines().filter(|line| !line.starts_with(".maxntid") && !line.starts_with(".minnctapersm"))
     {
         if let Some((_, name)) = line.split_once(".entry ") {
             let name = name.trim_end_matches(['(', ')', ' ']);
             let large = set == "w8" || name.ends_with("_p2") || name.ends_with("_streamed");
-            threads = Some(if large { 512 } else { 1024 });
+            // Twice on a multiprocessor where 64 registers do.
+            let twice = set == "w2" && name.ends_with("_p2") && !name.contains("nvfp4");
+            bounds = Some((if large { 512 } else { 1024 }, if twice { 2 } else { 1 }));
         }
         if line.trim_start().starts_with('{')
-            && let Some(threads) = threads.take()
+            && let Some((threads, blocks)) = bounds.take()
         {
-            bounded += &format!(".maxntid {threads}, 1, 1\n.minnctapersm 1\n");
+            bounded += &format!(".maxntid {threads}, 1, 1\n.minnctapersm {blocks}\n");
         }
         bounded += line;
         bounded.push('\n');
@@ -236,6 +238,7 @@ mod tests {
         assert_eq!(bounded, expected);
         assert_eq!(bound_blocks(&bounded, "w4"), bounded);
         assert_eq!(bound_blocks(ptx, "w8").matches("maxntid 512").count(), 2);
+        assert!(bound_blocks(ptx, "w2").ends_with(".maxntid 512, 1, 1\n.minnctapersm 2\n{\n}\n"));
     }
 
     #[test]

@@ -125,7 +125,8 @@ fn element_error<E: Element>(got: E, exact: f64) -> f64 {
 /// Checks what an implementation wrote for one token.
 ///
 /// Returns the largest error of any output, in units in the last place of its type (for a code: of its
-/// format, scaled): a correctly rounded output is within 0.5.
+/// format, scaled; for a sum: of `f32` at its addends, if that is larger): a correctly rounded output is
+/// within 0.5.
 ///
 /// # Errors
 /// The first output that the [allowance](super) does not cover.
@@ -215,7 +216,11 @@ impl<E: Element> Checker<'_, E> {
             if !allows(bounds, value) && !self.may_overflow(index) {
                 return Err(self.mismatch(Output::Residual, index, value, bounds));
             }
-            largest = largest.max(element_error(got, allowed.exact));
+            // Where addends cancel, the sum's own last place says nothing: `f32` works in that of its addends.
+            let unit_of_addends = spacing(self.magnitude(index), 24, -126);
+            let unit = spacing(allowed.exact, E::DTYPE.digits(), E::DTYPE.min_exponent());
+            let error = element_error(got, allowed.exact) * (unit / unit.max(unit_of_addends));
+            largest = largest.max(error);
         }
         Ok(largest)
     }
@@ -237,10 +242,16 @@ impl<E: Element> Checker<'_, E> {
         }
     }
 
+    /// The sum of the addends' magnitudes.
+    fn magnitude(&self, index: usize) -> f64 {
+        let inputs: f64 = self.token.inputs.iter().map(|row| f64::from(row[index].to_f32()).abs()).sum();
+        inputs + self.token.residual(index).abs()
+    }
+
     /// Whether a partial sum in `f32` may pass its largest number although the whole sum does not.
     fn may_overflow(&self, index: usize) -> bool {
-        let magnitude: f64 = self.token.inputs.iter().map(|row| f64::from(row[index].to_f32()).abs()).sum();
-        magnitude + self.token.residual(index).abs() > f64::from(f32::MAX) && magnitude.is_finite()
+        let magnitude = self.magnitude(index);
+        magnitude > f64::from(f32::MAX) && magnitude.is_finite()
     }
 
     fn norm(&self, parameters: Norm) -> TokenNorm {

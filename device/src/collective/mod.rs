@@ -2,10 +2,12 @@
 //!
 //! Arrival is seen in the data itself, by [`lamport`]'s rules. What a kernel does:
 //! 1. reads what is constant (gamma, scales, the table of regions);
-//! 2. waits for the kernels before it, then reads the [`RankState`] and its first input, and lets the next kernel
-//!    start;
-//! 3. pushes to its peers, waits for what they push, and completes its rows;
-//! 4. the last of its blocks to have read the state advances it.
+//! 2. waits for the kernels before it, then reads the [`RankState`] and its first input together, and lets the next
+//!    kernel start;
+//! 3. takes a ticket; the last of the blocks to take one advances the state as it ends;
+//! 4. pushes to its peers, waits for what they push, and completes its rows.
+//!
+//! One-shot takes the ticket before it pushes, two-shot after: the answer takes long, and nobody waits for it.
 //!
 //! # Order and scope
 //! - *Pushed data* is written and polled word by word, relaxed, at system scope. Each word says by itself whether it
@@ -19,8 +21,9 @@
 //! - *Inputs, residuals and outputs* are weak accesses: written by kernels before or after in the stream, and each
 //!   element touched by one thread.
 //! - *The state* is read by all threads of the grid before the last block writes it: each block takes a ticket after
-//!   a barrier that all its threads reach when they have used what they read, and tickets acquire and release at the
-//!   scope of the device. The next kernel reads it after its dependent-launch wait. One counter for the rank, not
+//!   a barrier that all its threads reach when they have read it, and tickets acquire and release at the scope of the
+//!   device. A wait that fails reads the operation's number later, atomically, and knows by its slot whether it has
+//!   been advanced. The next kernel reads the state after its dependent-launch wait. One counter for the rank, not
 //!   one for each block: grids of any size can follow each other, and none can fall out of step.
 //!
 //! # Programmatic dependent launch
@@ -39,12 +42,13 @@
 
 use core::num::NonZeroU32;
 
-use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SLOTS_OFFSET};
+use fused_collective_core::{dtype::Element, lamport::SLOTS, pack::Pack, workspace::SLOTS_OFFSET};
 
 use crate::{
     convert,
     epilogue::Place,
     params::{Address, Group, RankState},
+    row::Share,
     simt,
 };
 
@@ -59,8 +63,8 @@ use wait::Waiter;
 /// The state of the rank as this operation found it.
 struct Begun<'a> {
     group: &'a Group,
-    /// Where the operation's slot is in every region.
-    slot_offset: u64,
+    /// What [`take_ticket`](Self::take_ticket) drew: meaningful in a block's first thread.
+    ticket: u32,
     /// Bounds the waits of this thread.
     waiter: Waiter<'a>,
 }
@@ -74,11 +78,13 @@ impl<'a> Begun<'a> {
     unsafe fn read(group: &'a Group) -> Self {
         // SAFETY: the state's first 16 bytes. Relaxed, since another block may poison the rank meanwhile.
         let Pack([_, _, slot, poisoned]) = unsafe { simt::poll(group.state) };
-        Begun {
-            group,
-            slot_offset: SLOTS_OFFSET + slot as u64 * group.slot_bytes,
-            waiter: Waiter::new(group, poisoned != 0),
-        }
+        Begun { group, ticket: NO_TICKET, waiter: Waiter::new(group, slot, poisoned != 0) }
+    }
+
+    /// Where the operation's slot is in every region.
+    #[inline(always)]
+    fn slot_offset(&self) -> u64 {
+        SLOTS_OFFSET + self.waiter.slot as u64 * self.group.slot_bytes
     }
 
     /// Where the operation's slot is in rank `rank`'s region.
@@ -88,32 +94,42 @@ impl<'a> Begun<'a> {
     #[inline(always)]
     unsafe fn slot_of(&self, rank: u32) -> Address {
         // SAFETY: as this function's.
-        unsafe { region(self.group, rank) }.offset(self.slot_offset)
+        unsafe { region(self.group, rank) }.offset(self.slot_offset())
     }
 
-    /// Takes this block's ticket, and advances the state if all blocks have taken theirs. Every thread of the block
-    /// calls this, once, when it no longer needs the state.
+    /// Takes this block's ticket. Every thread of the block calls this once, after [`read`](Self::read).
+    #[inline(always)]
+    fn take_ticket(&mut self) {
+        simt::block_barrier();
+        if simt::thread() == 0 {
+            // SAFETY: the state's count of tickets. Nobody waits for the answer before `end`.
+            self.ticket = unsafe { simt::fetch_add(self.group.state.offset(RankState::TICKETS), 1) };
+        }
+    }
+
+    /// Advances the state, if all blocks had taken their tickets when this one took its own.
     ///
     /// # Safety
     /// As [`read`](Self::read).
     #[inline(always)]
     unsafe fn end(self) {
-        let state = self.group.state;
-        // SAFETY: the fields of the state. Nobody writes them before this block has its ticket, and past the last
-        // ticket no thread of this grid reads them.
-        unsafe {
-            let next = simt::load_value::<u64>(state) + 1;
-            simt::block_barrier();
-            if simt::thread() == 0
-                && simt::fetch_add(state.offset(RankState::TICKETS), 1) + 1 == simt::blocks()
-            {
-                simt::store_value(state, next);
-                simt::store_value(state.offset(RankState::SLOT), lamport::slot(next) as u32);
+        if self.ticket.wrapping_add(1) == simt::blocks() {
+            let state = self.group.state;
+            let slot = self.waiter.slot + 1;
+            let next = if slot as u64 == SLOTS { 0 } else { slot };
+            // SAFETY: the fields of the state. Past the last ticket no thread of this grid reads them, but for the
+            // number of the operation, which is atomic.
+            unsafe {
+                simt::add_u64(state, 1);
+                simt::store_value(state.offset(RankState::SLOT), next);
                 simt::store_value(state.offset(RankState::TICKETS), 0u32);
             }
         }
     }
 }
+
+/// The ticket of a thread that has taken none: one less than no number of blocks.
+const NO_TICKET: u32 = u32::MAX;
 
 /// How many peers there are, if a kernel for at most `N` ranks can serve the group. One launched for another ends
 /// at once, and its peers' waits say what is missing.
@@ -141,28 +157,43 @@ fn peer(group: &Group, distance: u32) -> u32 {
     if rank >= group.world_size { rank - group.world_size } else { rank }
 }
 
-/// A pack of a tensor that may be absent.
+/// This thread's packs of a chunk of a row, from a tensor that may be absent: then zero.
 ///
 /// # Safety
-/// `place` is inside the tensor if there is one, and nobody writes it.
+/// `place` gives places inside the tensor if there is one, and nobody writes it.
 #[inline(always)]
-unsafe fn load_optional(tensor: Address, place: Place) -> Option<Pack> {
-    // SAFETY: as this function's.
-    (!tensor.is_null()).then(|| unsafe { simt::load(place.of(tensor)) })
+unsafe fn load_row<const P: usize, const RESIDENT: bool>(
+    tensor: Address,
+    share: Share<P, RESIDENT>,
+    chunk: u32,
+    place: impl Fn(u32) -> Place,
+) -> [Pack; P] {
+    let mut packs = [Pack::default(); P];
+    // Opaque, so that addresses are computed here and not ahead of a loop, where they would take up registers.
+    let tensor = Address(simt::opaque_u64(tensor.0));
+    if !tensor.is_null() {
+        // SAFETY: as this function's.
+        share.for_each(chunk, |p, pack| packs[p] = unsafe { simt::load(place(pack).of(tensor)) });
+    }
+    packs
 }
 
-/// `residual_out`: the packs of all ranks summed in rank order, plus the residual, rounded, and stripped of the
-/// sentinel: two-shot must strip it before it sends it, and both modes give the same bits.
+/// `residual_out`: the packs of all ranks, `own` among the peers', summed in rank order, plus the residual, rounded,
+/// and stripped of the sentinel: two-shot must strip it before it sends it, and both modes give the same bits.
 #[inline(always)]
 fn residual_out<E: Element, const N: usize>(
-    world_size: u32,
-    packs: &[Pack; N],
+    group: &Group,
+    peers: &[Pack; N],
+    own: Pack,
     residual: Option<Pack>,
 ) -> Pack {
-    let mut sum = convert::widen::<E>(packs[0]);
-    for (rank, pack) in packs.iter().enumerate().skip(1) {
-        if (rank as u32) < world_size {
-            add::<E>(&mut sum, *pack);
+    // Peers stripped what they sent.
+    let own = own.strip();
+    let addend = |rank: usize| if rank as u32 == group.rank { own } else { peers[rank] };
+    let mut sum = convert::widen::<E>(addend(0));
+    for rank in 1..N {
+        if (rank as u32) < group.world_size {
+            add::<E>(&mut sum, addend(rank));
         }
     }
     if let Some(residual) = residual {

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 
-use super::{Begun, load_optional, peer, peers, region, residual_out, wait::Awaited};
+use super::{Begun, load_row, peer, peers, region, residual_out, wait::Awaited};
 use crate::{
     epilogue::{Epilogue, Place},
     params::{Address, Fused},
@@ -27,7 +27,9 @@ where
     }
     let Fused { group, shape, activations, epilogue } = params;
     let mut team = Team::join(X::ROW_SUM);
+    let team_index = team.index;
     let share = Share::<P, RESIDENT>::new(&team, shape);
+    let has_residual = !activations.residual.is_null();
     // SAFETY: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the tensors and the
     // slots, and by the launch rules this thread's alone. The same holds for the blocks below.
     let prepared = unsafe { Prepared::<E, X, P, RESIDENT>::new(epilogue, share) };
@@ -48,33 +50,36 @@ where
         }
     }
 
+    // SAFETY: see above.
+    let input =
+        |token, chunk| unsafe { load_row(activations.input, share, chunk, |pack| place(token, pack)) };
+
     simt::wait_for_prerequisites();
+    // Read together with the state, and kept, where there are registers for it. Every team has a token.
+    let keeps = const { RESIDENT && P == 1 && N == 2 };
+    let first = if keeps { input(team.index, 0) } else { [Pack::default(); P] };
     // SAFETY: see above.
     let mut begun = unsafe { Begun::read(group) };
     simt::launch_dependents();
+    begun.take_ticket();
 
+    let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
     let mut token = team.index;
     while token < shape.tokens {
-        let row = begun.slot_offset + rows.one_shot(group.rank, token as u64);
+        let row = begun.slot_offset() + rows.one_shot(group.rank, token as u64);
         share.for_chunks(|chunk| {
-            let mut packs = [Pack::default(); P];
+            let packs = own(token, chunk);
             share.for_each(chunk, |p, pack| {
-                // SAFETY: see above.
-                packs[p] = unsafe { simt::load(place(token, pack).of(activations.input)) };
-            });
-            share.for_each(chunk, |p, pack| {
-                let own = packs[p].strip();
                 for (distance, at) in regions.iter().enumerate().skip(1) {
                     if (distance as u32) < group.world_size {
                         // SAFETY: see above.
-                        unsafe { simt::push(at.offset(row + pack as u64 * Pack::BYTES), own) };
+                        unsafe { simt::push(at.offset(row + pack as u64 * Pack::BYTES), packs[p].strip()) };
                     }
                 }
             });
         });
         token += team.teams;
     }
-
     let mut token = team.index;
     while token < shape.tokens {
         let awaited = Awaited { token, hop: 1 };
@@ -83,14 +88,13 @@ where
             let stride = simt::opaque_u64(stride);
             let from_first = begun.slot_of(group.rank).offset(rows.one_shot(0, token as u64));
             prepared.complete(&mut team, shape, activations, token, |chunk, row| {
-                share.for_each(chunk, |p, pack| {
-                    // The input is in a cache still. It and the residual are read while the peers' packs are on
-                    // their way.
-                    let own = simt::load(place(token, pack).of(activations.input)).strip();
-                    let residual = load_optional(activations.residual, place(token, pack));
-                    let first = from_first.offset(pack as u64 * Pack::BYTES);
-                    let packs = begun.waiter.all::<N>(first, stride, own, awaited);
-                    row[p] = residual_out::<E, N>(group.world_size, &packs, residual);
+                // Both are read while the peers' packs are on their way.
+                let own = own(token, chunk);
+                let residual = load_row(activations.residual, share, chunk, |pack| place(token, pack));
+                let packs = begun.waiter.all::<N, P, RESIDENT>(from_first, stride, share, chunk, awaited);
+                share.for_each(chunk, |p, _| {
+                    row[p] =
+                        residual_out::<E, N>(group, &packs[p], own[p], has_residual.then_some(residual[p]));
                 });
             });
         }

@@ -1,19 +1,20 @@
 //! Two-shot: every token has an owner that sums it and pushes the result to all. Two hops, for many tokens.
 //!
-//! A team first pushes its share of the tokens that other ranks own, all of them, then takes its share of the work
-//! list: the tokens that this rank owns, then those that it gets from their owners. Both kinds are spread evenly
-//! over teams, so that owning is nobody's job alone.
-
-use core::num::NonZeroU32;
+//! A team first pushes its share of the tokens that other ranks own, all of them, then completes its share of all
+//! tokens, in their order: those that this rank owns it sums, the others it gets from their owners. The links carry
+//! the sums while the rows that came are normalized.
+//!
+//! Ranks cannot wait in a circle, whatever their grids are: an owner waits only for pushes that wait for nothing, a
+//! receiver of a token only for its owner, and before either a team completes only tokens that come before that one.
 
 use fused_collective_core::{
     dtype::Element,
     pack::Pack,
-    plan::{owned_token, owned_tokens},
+    plan::{owned_index, owner},
     workspace::SlotRows,
 };
 
-use super::{Begun, load_optional, peer, peers, residual_out, wait::Awaited};
+use super::{Begun, load_row, peer, peers, residual_out, wait::Awaited};
 use crate::{
     epilogue::{Epilogue, Place},
     params::Fused,
@@ -33,106 +34,117 @@ where
     E: Element,
     X: Epilogue<E>,
 {
-    let Some(peers) = peers::<N>(&params.group) else {
+    if peers::<N>(&params.group).is_none() {
         return;
-    };
+    }
     let Fused { group, shape, activations, epilogue } = params;
     let mut team = Team::join(X::ROW_SUM);
+    let (team_index, teams) = (team.index, team.teams);
     let share = Share::<P, RESIDENT>::new(&team, shape);
+    let has_residual = !activations.residual.is_null();
     // SAFETY: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the tensors and the
     // slots, and by the launch rules this thread's alone. The same holds for the blocks below.
     let prepared = unsafe { Prepared::<E, X, P, RESIDENT>::new(epilogue, share) };
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     let (row_bytes, stride) = (shape.row_bytes(), rows.first_hop(1, 0));
-    let owned = owned_tokens(shape.tokens as u64, group.rank, group.world_size) as u32;
     let place = |token: u32, pack| Place {
         token: shape.first_token + token as u64,
         pack,
         row_packs: shape.row_packs,
     };
 
+    // SAFETY: see above.
+    let input =
+        |token, chunk| unsafe { load_row(activations.input, share, chunk, |pack| place(token, pack)) };
+
     simt::wait_for_prerequisites();
+    // Read together with the state, and kept, where there are registers for it. Every team has a token.
+    let keeps = const { RESIDENT && P == 1 && N == 2 };
+    let first = if keeps { input(team.index, 0) } else { [Pack::default(); P] };
     // SAFETY: see above.
     let mut begun = unsafe { Begun::read(group) };
     simt::launch_dependents();
 
-    let mut work = team.index;
-    while work < shape.tokens {
-        if work >= owned {
-            let (token, owner) = received(group.rank, peers, work - owned);
-            // SAFETY: see above.
-            unsafe {
-                let row = begun
-                    .slot_of(owner)
-                    .offset(group.rank as u64 * stride + (token / group.world_size) as u64 * row_bytes);
-                share.for_chunks(|chunk| {
-                    let mut packs = [Pack::default(); P];
-                    share.for_each(chunk, |p, pack| {
-                        packs[p] = simt::load(place(token, pack).of(activations.input))
-                    });
-                    share.for_each(chunk, |p, pack| {
-                        simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip());
-                    });
-                });
-            }
+    let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
+    deal(team_index, teams, shape.tokens, |token| {
+        let (owner, index) = dealt(token, group.world_size);
+        if owner == group.rank {
+            return;
         }
-        work += team.teams;
-    }
+        // SAFETY: see above.
+        unsafe {
+            let row = begun.slot_of(owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
+            share.for_chunks(|chunk| {
+                let packs = own(token, chunk);
+                share.for_each(chunk, |p, pack| {
+                    simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip());
+                });
+            });
+        }
+    });
+    begun.take_ticket();
 
     // The second hop's rows follow the first's. Computed where it is used, so as to take up no registers before.
     let result = |token: u32| group.world_size as u64 * simt::opaque_u64(stride) + token as u64 * row_bytes;
-    let mut work = team.index;
-    while work < shape.tokens {
-        let own_work = work < owned;
-        let (token, owner) = if own_work {
-            (owned_token(work as u64, group.rank, group.world_size) as u32, group.rank)
-        } else {
-            received(group.rank, peers, work - owned)
-        };
+    deal(team_index, teams, shape.tokens, |token| {
+        let (owner, index) = dealt(token, group.world_size);
         // SAFETY: see above.
         unsafe {
             let slot = begun.slot_of(group.rank);
             prepared.complete(&mut team, shape, activations, token, |chunk, row| {
-                if !own_work {
+                if owner != group.rank {
                     let awaited = Awaited { token, hop: 2 };
                     *row = begun.waiter.row(slot.offset(result(token)), share, chunk, owner, awaited);
                     return;
                 }
+                let own = own(token, chunk);
+                let residual = load_row(activations.residual, share, chunk, |pack| place(token, pack));
+                let packs = begun.waiter.all::<N, P, RESIDENT>(
+                    slot.offset(index as u64 * row_bytes),
+                    simt::opaque_u64(stride),
+                    share,
+                    chunk,
+                    Awaited { token, hop: 1 },
+                );
                 share.for_each(chunk, |p, pack| {
-                    let own = simt::load(place(token, pack).of(activations.input)).strip();
-                    let residual = load_optional(activations.residual, place(token, pack));
-                    let bytes = pack as u64 * Pack::BYTES;
-                    let first = slot.offset(work as u64 * row_bytes + bytes);
-                    let packs = begun.waiter.all::<N>(
-                        first,
-                        simt::opaque_u64(stride),
-                        own,
-                        Awaited { token, hop: 1 },
-                    );
-                    row[p] = residual_out::<E, N>(group.world_size, &packs, residual);
+                    row[p] =
+                        residual_out::<E, N>(group, &packs[p], own[p], has_residual.then_some(residual[p]));
                     if !begun.waiter.failed {
-                        let result = result(token);
+                        let result = result(token) + pack as u64 * Pack::BYTES;
                         for distance in 1..group.world_size {
-                            let peer_slot = begun.slot_of(peer(group, distance));
-                            simt::push(peer_slot.offset(result + bytes), row[p]);
+                            simt::push(begun.slot_of(peer(group, distance)).offset(result), row[p]);
                         }
                     }
                 });
             });
         }
-        work += team.teams;
-    }
+    });
     team.leave();
     // SAFETY: see above.
     unsafe { begun.end() };
 }
 
-/// The `index`-th of the tokens that this rank does not own, and its owner. Tokens are dealt out in rows of one to
-/// each rank; this rank's is left out of each.
+/// Calls `each` for the tokens of team `team`: one of every `teams` in turn, each time the next one of them, so that a
+/// team is owner and receiver by turns whatever the numbers of teams and ranks have in common.
 #[inline(always)]
-fn received(rank: u32, peers: NonZeroU32, index: u32) -> (u32, u32) {
-    let (row, other) = (index / peers, index % peers);
-    let owner = if other < rank { other } else { other + 1 };
-    (row * (peers.get() + 1) + owner, owner)
+fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)) {
+    let (mut first, mut turn) = (0, team);
+    while first < tokens {
+        if turn < tokens - first {
+            each(first + turn);
+        }
+        first += teams;
+        turn += 1;
+        if turn == teams {
+            turn = 0;
+        }
+    }
+}
+
+/// A token's owner, and which of its tokens it is.
+#[inline(always)]
+fn dealt(token: u32, world_size: u32) -> (u32, u32) {
+    let (owner, index) = (owner(token as u64, world_size), owned_index(token as u64, world_size));
+    (owner, index as u32)
 }

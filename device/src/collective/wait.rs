@@ -6,7 +6,7 @@
 //! expect it, its outputs mean nothing, and it passes nothing on that it does not know to be right. The host
 //! finds [`Status::failed`] and gives the group up.
 
-use fused_collective_core::pack::Pack;
+use fused_collective_core::{lamport, pack::Pack};
 
 use crate::{
     params::{ABORTED, Address, Group, RankState, Status, TIMED_OUT},
@@ -24,6 +24,8 @@ pub(super) struct Awaited {
 /// The waits of one thread in one operation.
 pub(super) struct Waiter<'a> {
     group: &'a Group,
+    /// The operation's slot.
+    pub(super) slot: u32,
     /// Whether a wait of this thread failed, or the rank was poisoned before: nothing is waited for.
     pub(super) failed: bool,
 }
@@ -47,8 +49,8 @@ fn now() -> u32 {
 
 impl<'a> Waiter<'a> {
     #[inline(always)]
-    pub(super) fn new(group: &'a Group, poisoned: bool) -> Self {
-        Waiter { group, failed: poisoned }
+    pub(super) fn new(group: &'a Group, slot: u32, poisoned: bool) -> Self {
+        Waiter { group, slot, failed: poisoned }
     }
 
     /// Waits for this thread's packs of chunk `chunk` of the row at `row`, which `source` sends, and refills them
@@ -65,13 +67,15 @@ impl<'a> Waiter<'a> {
         source: u32,
         awaited: Awaited,
     ) -> [Pack; P] {
+        // Opaque for the same reason as in `all`.
+        let at = |pack: u32| Address(simt::opaque_u64(row.0)).offset(pack as u64 * Pack::BYTES);
         let mut packs = [Pack::default(); P];
         let mut patience = Patience::default();
         loop {
             // All loads are issued before the first is looked at.
             share.for_each(chunk, |p, pack| {
                 // SAFETY: as this function's.
-                packs[p] = unsafe { simt::poll(row.offset(pack as u64 * Pack::BYTES)) };
+                packs[p] = unsafe { simt::poll(at(pack)) };
             });
             if packs.iter().fold(true, |complete, pack| complete & pack.is_complete()) || self.failed {
                 break;
@@ -80,57 +84,63 @@ impl<'a> Waiter<'a> {
         }
         // SAFETY: as this function's. A push, since a peer given up on may still write.
         share.for_each(chunk, |_, pack| unsafe {
-            simt::push(row.offset(pack as u64 * Pack::BYTES), Pack::SENTINEL);
+            simt::push(at(pack), Pack::SENTINEL);
         });
         packs
     }
 
-    /// Waits for a pack from every peer: rank `r`'s at `first + r * stride`; this rank's is `own`. In rank order,
-    /// those past the group's size zero. Refills them with the sentinel.
+    /// Waits for this thread's packs of chunk `chunk` of a row from every peer: rank `r`'s row is at
+    /// `first + r * stride`. In rank order, this rank's and those past the group's size zero. Refills them with the
+    /// sentinel.
     ///
     /// # Safety
-    /// The addresses are in this rank's slot, and this thread alone reads them in this operation.
+    /// The rows are in this rank's slot, and this thread alone reads these packs in this operation.
     #[inline(always)]
-    pub(super) unsafe fn all<const N: usize>(
+    pub(super) unsafe fn all<const N: usize, const P: usize, const RESIDENT: bool>(
         &mut self,
         first: Address,
         stride: u64,
-        own: Pack,
+        share: Share<P, RESIDENT>,
+        chunk: u32,
         awaited: Awaited,
-    ) -> [Pack; N] {
+    ) -> [[Pack; N]; P] {
         let (rank, world_size) = (self.group.rank, self.group.world_size);
         let is_peer = |source: usize| source as u32 != rank && (source as u32) < world_size;
-        let mut packs = [Pack::default(); N];
-        for (source, pack) in packs.iter_mut().enumerate() {
-            if source as u32 == rank {
-                *pack = own;
-            }
-        }
+        // Opaque, so that addresses are computed in the loop: kept, they would take up registers.
+        let at = |source: usize, pack: u32| {
+            let row = Address(simt::opaque_u64(first.0)).offset(source as u64 * simt::opaque_u64(stride));
+            row.offset(pack as u64 * Pack::BYTES)
+        };
+        let mut packs = [[Pack::default(); N]; P];
         let mut patience = Patience::default();
         loop {
             // All loads are issued before the first is looked at.
-            for (source, pack) in packs.iter_mut().enumerate() {
-                if is_peer(source) {
-                    // SAFETY: as this function's.
-                    *pack = unsafe { simt::poll(first.offset(source as u64 * stride)) };
+            share.for_each(chunk, |p, pack| {
+                for (source, value) in packs[p].iter_mut().enumerate() {
+                    if is_peer(source) {
+                        // SAFETY: as this function's.
+                        *value = unsafe { simt::poll(at(source, pack)) };
+                    }
                 }
-            }
-            let complete = packs.iter().fold(true, |complete, pack| complete & pack.is_complete());
-            if complete || self.failed {
+            });
+            let all = packs.as_flattened();
+            if all.iter().fold(true, |complete, pack| complete & pack.is_complete()) || self.failed {
                 break;
             }
             let missing = || {
-                let incomplete = |source: &(usize, &Pack)| !source.1.is_complete();
-                packs.iter().enumerate().find(incomplete).map_or(rank, |(source, _)| source as u32)
+                let incomplete = |index: &(usize, &Pack)| !index.1.is_complete();
+                all.iter().enumerate().find(incomplete).map_or(rank, |(index, _)| (index % N) as u32)
             };
             self.check(&mut patience, missing, awaited);
         }
-        for source in 0..N {
-            if is_peer(source) {
-                // SAFETY: as this function's. A push, since a peer given up on may still write.
-                unsafe { simt::push(first.offset(source as u64 * stride), Pack::SENTINEL) };
+        share.for_each(chunk, |_, pack| {
+            for source in 0..N {
+                if is_peer(source) {
+                    // SAFETY: as this function's. A push, since a peer given up on may still write.
+                    unsafe { simt::push(at(source, pack), Pack::SENTINEL) };
+                }
             }
-        }
+        });
         packs
     }
 
@@ -165,7 +175,7 @@ impl<'a> Waiter<'a> {
             };
             self.failed = true;
             if simt::replace_zero(poisoned, reason) {
-                record(Address(state), Address(status), reason, missing(), awaited);
+                record(Address(state), Address(status), reason, self.slot, missing(), awaited);
             }
         }
     }
@@ -176,11 +186,21 @@ impl<'a> Waiter<'a> {
 /// # Safety
 /// The addresses are as [`Group`] says, and this is called once in the life of the group.
 #[inline(always)]
-unsafe fn record(state: Address, status: Address, reason: u32, missing_rank: u32, awaited: Awaited) {
-    // SAFETY: the number of the operation, which nobody writes before this block has its ticket; and the fields of
-    // the status, which the host reads after it has seen `failed` (acquire).
+unsafe fn record(
+    state: Address,
+    status: Address,
+    reason: u32,
+    slot: u32,
+    missing_rank: u32,
+    awaited: Awaited,
+) {
+    // SAFETY: the number of the operation, which one block at most advances by one meanwhile; and the fields of the
+    // status, which the host reads after it has seen `failed` (acquire).
     unsafe {
-        let operation: u64 = simt::load_value(state);
+        let current = simt::load_relaxed_u64(state);
+        // The remainder of the sum of both halves, since 2^32 leaves 1 when divided by the slots' number, 3.
+        let halves = lamport::slot(current >> 32) + lamport::slot(current & u64::from(u32::MAX));
+        let operation = current - u64::from(lamport::slot(halves) != u64::from(slot));
         simt::store_value(status.offset(Status::MISSING_RANK), missing_rank);
         simt::store_value(status.offset(Status::HOP), awaited.hop);
         simt::store_value(status.offset(Status::OPERATION), operation);

@@ -13,7 +13,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Condvar, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
     },
     thread::{Builder, ScopedJoinHandle, scope, yield_now},
     time::{Duration, Instant},
@@ -438,6 +438,29 @@ pub(super) unsafe fn replace_zero(address: Address, value: u32) -> bool {
 pub(super) unsafe fn load_relaxed(address: Address) -> u32 {
     // SAFETY: as this function's.
     unsafe { word(address) }.load(Ordering::Relaxed)
+}
+
+/// The double word at `address`, for atomic access.
+///
+/// # Safety
+/// `address` is valid for eight bytes and aligned to 8, for as long as the double word is used.
+unsafe fn double_word<'a>(address: Address) -> &'a AtomicU64 {
+    // SAFETY: as this function's.
+    unsafe { &*std::ptr::with_exposed_provenance::<AtomicU64>(address.0 as usize) }
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn load_relaxed_u64(address: Address) -> u64 {
+    // SAFETY: as this function's.
+    unsafe { double_word(address) }.load(Ordering::Relaxed)
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(super) unsafe fn add_u64(address: Address, value: u64) {
+    // SAFETY: as this function's.
+    unsafe { double_word(address) }.fetch_add(value, Ordering::Relaxed);
 }
 
 /// # Safety

@@ -313,6 +313,26 @@ pub unsafe fn load_relaxed(address: Address) -> u32 {
     unsafe { imp::load_relaxed(address) }
 }
 
+/// Reads a double word that another block may add to: relaxed, at system scope.
+///
+/// # Safety
+/// `address` is valid for a read of eight bytes and aligned to 8, and is written atomically only.
+#[inline(always)]
+pub unsafe fn load_relaxed_u64(address: Address) -> u64 {
+    // SAFETY: as this function's.
+    unsafe { imp::load_relaxed_u64(address) }
+}
+
+/// Adds to a double word, without waiting for it: relaxed, at system scope.
+///
+/// # Safety
+/// `address` is valid for a read and write of eight bytes and aligned to 8, and is accessed atomically only.
+#[inline(always)]
+pub unsafe fn add_u64(address: Address, value: u64) {
+    // SAFETY: as this function's.
+    unsafe { imp::add_u64(address, value) }
+}
+
 /// Writes a word that the host reads: release, at system scope. Who reads it (acquire) sees what this thread wrote
 /// before.
 ///

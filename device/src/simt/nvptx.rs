@@ -339,6 +339,24 @@ pub(super) unsafe fn load_relaxed(address: Address) -> u32 {
 /// # Safety
 /// As the public function of this name.
 #[inline(always)]
+pub(super) unsafe fn load_relaxed_u64(address: Address) -> u64 {
+    let value;
+    // SAFETY: as this function's.
+    unsafe { asm!("ld.relaxed.sys.global.u64 {0}, [{1}];", out(reg64) value, in(reg64) address.0) }
+    value
+}
+
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
+pub(super) unsafe fn add_u64(address: Address, value: u64) {
+    // SAFETY: as this function's.
+    unsafe { asm!("red.relaxed.sys.global.add.u64 [{0}], {1};", in(reg64) address.0, in(reg64) value) }
+}
+
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
 pub(super) unsafe fn store_release(address: Address, value: u32) {
     // SAFETY: as this function's.
     unsafe { asm!("st.release.sys.global.u32 [{0}], {1};", in(reg64) address.0, in(reg32) value) }

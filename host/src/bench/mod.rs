@@ -5,7 +5,7 @@
 
 mod inputs;
 mod variants;
-mod verify;
+pub(crate) mod verify;
 
 use std::fmt::{self, Write as _};
 
@@ -15,7 +15,7 @@ use crate::{
     collective::{self, AllReduce, Collective, Problem, Step},
     rendezvous::{self, Group},
     report::{Kind, Measurement, Trials, progress::Progress},
-    settings::{Case, QuantMode, Settings},
+    settings::{Case, Settings},
 };
 pub use inputs::{Source, fill_row};
 pub use variants::{Variant, variants};
@@ -59,9 +59,6 @@ impl From<collective::Error> for Error {
 const CHOICE_TRIALS: u32 = 5;
 
 /// The problem that a configuration measures.
-///
-/// Inputs have variance 1 and so has the norm before the weight, whose magnitude is below 1.8. The scales put
-/// almost all of it in range: FP8 is scaled to within 448, NVFP4 so that the largest block scale is near 448.
 pub fn problem(settings: &Settings, case: Case) -> Problem {
     Problem {
         dtype: case.dtype,
@@ -70,11 +67,7 @@ pub fn problem(settings: &Settings, case: Case) -> Problem {
         residual: settings.use_residual,
         norm: Norm::default(),
         quantization: case.quant_mode.quantization(),
-        scale: match case.quant_mode {
-            QuantMode::None => 1.0,
-            QuantMode::Fp8 => 1.0 / 64.0,
-            QuantMode::Fp4 => 448.0,
-        },
+        scale: case.quant_mode.scale(),
     }
 }
 
@@ -116,7 +109,7 @@ pub fn run(
             progress.doing(format!("{} tokens, {}: {}", case.num_tokens, case.quant_mode, variant.name));
             let verdict = verify::verify(backend, group, &problem, &variant, settings.seed)?;
             let trials = match verdict {
-                Ok(max_error_ulp) => Ok(first_trial(group, backend, &variant, max_error_ulp)?),
+                Ok(verified) => Ok(first_trial(group, backend, &variant, verified.max_error_ulp)?),
                 Err(why) => Err(why),
             };
             entrants.push((variant, trials));

@@ -18,6 +18,8 @@ use fused_collective_core::{
     reference::{Observed, Token, check_token},
 };
 
+use serde::{Serialize, de::DeserializeOwned};
+
 use super::{
     Error,
     inputs::{Source, fill_row},
@@ -30,10 +32,26 @@ use crate::{
 };
 
 /// What outputs hold before a run: a NaN in every element type, and no code that the inputs could give often.
-const POISON: u8 = 0xff;
+pub(crate) const POISON: u8 = 0xff;
+/// Bytes of a tensor that are poisoned at a time.
+const POISONED_AT_ONCE: u64 = 1 << 20;
 
-/// Writes the problem's inputs: those of this rank, and those that all ranks share.
-pub(super) fn write_inputs(
+/// Fills `tensor` with [`POISON`].
+pub(crate) fn poison(backend: &mut dyn Collective, problem: &Problem, tensor: Tensor) -> Result<(), Error> {
+    let bytes = problem.bytes(tensor).unwrap_or(0);
+    let poison = vec![POISON; bytes.min(POISONED_AT_ONCE) as usize];
+    let mut at = 0;
+    while at < bytes {
+        let length = (bytes - at).min(POISONED_AT_ONCE);
+        backend.write(tensor, at, &poison[..length as usize])?;
+        at += length;
+    }
+    Ok(())
+}
+
+/// Writes the problem's inputs: those of this rank, and those that all ranks share. A residual that the problem
+/// does not have is poisoned.
+pub(crate) fn write_inputs(
     backend: &mut dyn Collective,
     problem: &Problem,
     seed: u64,
@@ -61,8 +79,12 @@ fn write_typed_inputs<E: Plain>(
         })
     };
     write(Tensor::Input, Source::Input(rank), problem.tokens)?;
-    write(Tensor::Residual, Source::Residual, if problem.residual { problem.tokens } else { 0 })?;
     write(Tensor::Gamma, Source::Gamma, 1)?;
+    if problem.residual {
+        write(Tensor::Residual, Source::Residual, problem.tokens)?;
+    } else {
+        poison(backend, problem, Tensor::Residual)?;
+    }
     Ok(())
 }
 
@@ -77,15 +99,8 @@ struct Outputs {
 impl Outputs {
     /// Runs the variant on poisoned outputs.
     fn of(backend: &mut dyn Collective, problem: &Problem, variant: &Variant) -> Result<Self, Error> {
-        let poison = vec![POISON; problem.row_bytes() as usize];
         for tensor in Tensor::OUTPUTS {
-            let bytes = problem.bytes(tensor).unwrap_or(0);
-            let mut at = 0;
-            while at < bytes {
-                let length = (bytes - at).min(poison.len() as u64);
-                backend.write(tensor, at, &poison[..length as usize])?;
-                at += length;
-            }
+            poison(backend, problem, tensor)?;
         }
         backend.run(&variant.steps)?;
         Ok(Outputs {
@@ -96,64 +111,75 @@ impl Outputs {
         })
     }
 
-    fn digest(&self) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        for bytes in [&self.residual_out, &self.norm_out, &self.quant_out, &self.scale_out] {
-            hasher.write(bytes);
-        }
-        hasher.finish()
+    /// One digest for each output: `residual_out`, `norm_out`, `quant_out`, `scale_out`.
+    fn digests(&self) -> [u64; 4] {
+        [&self.residual_out, &self.norm_out, &self.quant_out, &self.scale_out].map(|bytes| digest(bytes))
     }
 }
 
-/// Verifies `variant` on the problem whose inputs `write_inputs` wrote: on every rank the largest error in units
-/// in the last place, or why the variant is wrong.
-pub(super) fn verify(
+/// Tells bytes from other bytes, in this build of the program: ranks that compare digests run the same one.
+pub(crate) fn digest(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
+}
+
+/// What is known of a variant that is right.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Verified {
+    /// The largest error of any output on any rank, in units in the last place.
+    pub(crate) max_error_ulp: f64,
+    /// [`digest`] of `ResidualOut`, which all ranks have alike.
+    pub(crate) residual_digest: u64,
+}
+
+/// Verifies `variant` on the problem whose inputs `write_inputs` wrote. Every rank learns the same: that it is right,
+/// or why it is wrong.
+pub(crate) fn verify(
     backend: &mut dyn Collective,
     group: &Group,
     problem: &Problem,
     variant: &Variant,
     seed: u64,
-) -> Result<Result<f64, String>, Error> {
+) -> Result<Result<Verified, String>, Error> {
     let outputs = Outputs::of(backend, problem, variant)?;
-    let digest = outputs.digest();
+    let digests = outputs.digests();
     let checked = match problem.dtype {
         DType::F32 => check::<f32>(&outputs, group, problem, variant, seed),
         DType::F16 => check::<f16>(&outputs, group, problem, variant, seed),
         DType::Bf16 => check::<bf16>(&outputs, group, problem, variant, seed),
     };
     drop(outputs);
-    let again = Outputs::of(backend, problem, variant)?.digest();
+    let again = Outputs::of(backend, problem, variant)?.digests();
     let checked = checked.and_then(|error| {
-        if again == digest { Ok(error) } else { Err("a repeated run gave other bits".to_owned()) }
+        if again == digests { Ok((digests, error)) } else { Err("a repeated run gave other bits".to_owned()) }
     });
-    gather_verdicts(group, digest, checked)
+    Ok(gather_verdicts(group, checked)?.and_then(|all| {
+        if let Some(rank) = all.iter().position(|(digests, _)| *digests != all[0].0) {
+            return Err(format!("rank {rank}'s outputs are not the same bits as rank 0's"));
+        }
+        let max_error_ulp = all.iter().fold(0.0f64, |largest, (_, error)| largest.max(*error));
+        Ok(Verified { max_error_ulp, residual_digest: digests[0] })
+    }))
 }
 
-/// Every rank's digest and verdict, made one verdict.
-fn gather_verdicts(
+/// What every rank found, in rank order, or the first rank's reason why something is wrong.
+pub(crate) fn gather_verdicts<T: Serialize + DeserializeOwned>(
     group: &Group,
-    digest: u64,
-    verdict: Result<f64, String>,
-) -> Result<Result<f64, String>, Error> {
-    let report = (digest, verdict);
-    let bytes = serde_json::to_vec(&report).map_err(|error| Error::Failed(error.to_string()))?;
-    let mut largest = 0.0f64;
-    let mut digests = Vec::new();
+    verdict: Result<T, String>,
+) -> Result<Result<Vec<T>, String>, Error> {
+    let bytes = serde_json::to_vec(&verdict).map_err(|error| Error::Failed(error.to_string()))?;
+    let mut found = Vec::new();
     for (rank, bytes) in group.all_gather(&bytes)?.iter().enumerate() {
-        let (digest, verdict): (u64, Result<f64, String>) =
-            serde_json::from_slice(bytes).map_err(|error| {
-                Error::Failed(format!("rank {rank} sent a verdict that cannot be read: {error}"))
-            })?;
+        let verdict: Result<T, String> = serde_json::from_slice(bytes).map_err(|error| {
+            Error::Failed(format!("rank {rank} sent a verdict that cannot be read: {error}"))
+        })?;
         match verdict {
-            Ok(error) => largest = largest.max(error),
+            Ok(result) => found.push(result),
             Err(why) => return Ok(Err(format!("rank {rank}: {why}"))),
         }
-        digests.push(digest);
     }
-    if let Some(rank) = digests.iter().position(|digest| *digest != digests[0]) {
-        return Ok(Err(format!("rank {rank}'s outputs are not the same bits as rank 0's")));
-    }
-    Ok(Ok(largest))
+    Ok(Ok(found))
 }
 
 /// Checks this rank's share of the tokens, on this rank's share of the processors.

@@ -1,4 +1,4 @@
-//! The command line: from arguments to [`Settings`], or one line that says what is wrong with them.
+//! The command line: from arguments to a command's settings, or one line that says what is wrong with them.
 //!
 //! argh splits the arguments into options and writes the help; every value is checked here, so that each
 //! error names the option, the value and what is valid. Nothing here touches the file system or starts
@@ -6,21 +6,27 @@
 //! [`OutputFiles`](crate::report::outputs::OutputFiles) to say.
 
 mod normalize;
+mod verify;
 
 use std::{ffi::OsString, fmt, path::PathBuf, str::FromStr};
 
 use argh::{ArgsInfo, FlagInfoKind, FromArgs, Optionality};
 use fused_collective_core::{
-    MAX_WORLD_SIZE, MIN_WORLD_SIZE,
-    fusion::{Mode, OperationError},
+    MAX_WORLD_SIZE,
+    fusion::{Mode, Operation, OperationError},
 };
 
-use crate::settings::{Outputs, Settings};
+use crate::{
+    rendezvous::MIN_RANKS,
+    settings::{Outputs, Settings},
+    verify::Settings as VerifySettings,
+};
 use normalize::{Takes, normalize};
+use verify::VerifyArgs;
 
 /// The program's name, which starts every line it writes to stderr.
 pub const PROGRAM: &str = "fused-collective";
-/// Exit status of a run in which something failed: a variant, a rank, or a comparison.
+/// Exit status of a run in which something failed: a variant, a case, a rank, or a comparison.
 pub const EXIT_FAILED: u8 = 1;
 /// Exit status of a run that was refused for what it was asked to do.
 pub const EXIT_USAGE: u8 = 2;
@@ -60,6 +66,8 @@ impl std::error::Error for UsageError {}
 pub enum Invocation {
     /// Run the benchmark.
     Bench(Box<Settings>),
+    /// Run the verification matrix.
+    Verify(VerifySettings),
     /// Print this text (help, version) to stdout and end with status 0.
     Print(String),
 }
@@ -82,8 +90,10 @@ struct TopLevel {
 
 #[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand)]
+#[expect(clippy::large_enum_variant, reason = "there is one of it, and argh does not parse into a box")]
 enum Command {
     Bench(BenchArgs),
+    Verify(VerifyArgs),
 }
 
 /// Benchmark fused operations against separate ones.
@@ -186,7 +196,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
             arg.into_string().map_err(|arg| UsageError::new(format_args!("{arg:?} is not valid UTF-8")))
         })
         .collect::<Result<_, _>>()?;
-    let args = normalize(&args, takes).map_err(UsageError::new)?;
+    let args = normalize(&args, |option| takes(command(&args), option)).map_err(UsageError::new)?;
     let args: Vec<&str> = args.iter().map(|arg| &**arg).collect();
     let top = match TopLevel::from_args(&[PROGRAM], &args) {
         Ok(top) => top,
@@ -199,14 +209,25 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     match top.command {
         _ if top.version => Ok(Invocation::Print(format!("{PROGRAM} {}\n", env!("CARGO_PKG_VERSION")))),
         Some(Command::Bench(args)) => args.settings().map(|settings| Invocation::Bench(Box::new(settings))),
-        None => Err(UsageError::new(format_args!("no command given: use bench, or see {PROGRAM} --help"))),
+        Some(Command::Verify(args)) => args.settings().map(Invocation::Verify),
+        None => {
+            let line = format_args!("no command given: use bench or verify, or see {PROGRAM} --help");
+            Err(UsageError::new(line))
+        }
     }
 }
 
-/// What an option of any command takes, as argh knows it. An option has the same meaning in every command.
-fn takes(option: &str) -> Takes {
+/// The command that `args` name: the first that is no option and not a help trigger. No option comes before it that
+/// has a value.
+fn command(args: &[String]) -> &str {
+    args.iter().map(String::as_str).find(|arg| !arg.starts_with('-') && *arg != "help").unwrap_or_default()
+}
+
+/// What an option of a command takes, as argh knows it.
+fn takes(command: &str, option: &str) -> Takes {
     let info = TopLevel::get_args_info();
-    let flag = info.commands.iter().flat_map(|sub| sub.command.flags).find(|flag| flag.long == option);
+    let mut commands = info.commands.iter().filter(|sub| sub.name == command);
+    let flag = commands.find_map(|sub| sub.command.flags.iter().find(|flag| flag.long == option));
     match flag {
         Some(flag) if matches!(flag.kind, FlagInfoKind::Switch) => Takes::Nothing,
         Some(flag) if flag.optionality == Optionality::Repeating => Takes::List,
@@ -230,12 +251,12 @@ pub fn world_size(nproc_per_node: Option<u32>, launched: Option<u32>) -> Result<
 }
 
 fn check_world_size(name: &str, ranks: u32) -> Result<(), UsageError> {
-    if (MIN_WORLD_SIZE..=MAX_WORLD_SIZE).contains(&ranks) {
+    if (MIN_RANKS..=MAX_WORLD_SIZE).contains(&ranks) {
         return Ok(());
     }
     let noun = if ranks == 1 { "rank" } else { "ranks" };
     Err(UsageError::new(format_args!(
-        "{name}: {ranks} {noun} cannot form a group: use {MIN_WORLD_SIZE} to {MAX_WORLD_SIZE}"
+        "{name}: {ranks} {noun} cannot form a group: use {MIN_RANKS} to {MAX_WORLD_SIZE}"
     )))
 }
 
@@ -243,13 +264,12 @@ impl BenchArgs {
     fn settings(self) -> Result<Settings, UsageError> {
         let default = Settings::default();
         let tokens = |text: &str| number("--num-tokens", text, "a number of tokens", 1, None);
-        let hidden = |text: &str| number("--hidden-dim", text, "a hidden size", 0, None);
         let trials = |option, from| {
             move |text: &str| number(option, text, "a number of trials", from, Some(MAX_TRIALS))
         };
         let settings = Settings {
             num_tokens: list("--num-tokens", &self.num_tokens, tokens, default.num_tokens)?,
-            hidden_dim: one(self.hidden_dim, hidden, default.hidden_dim)?,
+            hidden_dim: one(self.hidden_dim, hidden_dim, default.hidden_dim)?,
             dtypes: list("--dtypes", &self.dtypes, |text| name("--dtypes", text), default.dtypes)?,
             quant_modes: list(
                 "--quant-modes",
@@ -261,12 +281,8 @@ impl BenchArgs {
             oneshot: !self.no_oneshot,
             warmup: one(self.warmup, trials("--warmup", 0), default.warmup)?,
             trials: one(self.trials, trials("--trials", 1), default.trials)?,
-            seed: one(self.seed, |text| number("--seed", text, "a seed", 0, None), default.seed)?,
-            deadline_seconds: one(
-                self.deadline,
-                |text| positive("--deadline", text, "a number of seconds", Some(MAX_DEADLINE)),
-                default.deadline_seconds,
-            )?,
+            seed: one(self.seed, seed, default.seed)?,
+            deadline_seconds: one(self.deadline, deadline, default.deadline_seconds)?,
             backend: one(self.backend, |text| name("--backend", text), default.backend)?,
             all_reduces: list(
                 "--allreduce",
@@ -288,16 +304,33 @@ impl BenchArgs {
             },
         };
         for case in settings.cases() {
-            settings.operation(case, Mode::Auto).validate().map_err(|error| {
-                let option = match error {
-                    OperationError::TooLarge { .. } => "--num-tokens",
-                    _ => "--hidden-dim",
-                };
-                UsageError::new(format_args!("{option}: {error}"))
-            })?;
+            check_operation(&settings.operation(case, Mode::Auto))?;
         }
         Ok(settings)
     }
+}
+
+/// Refuses an operation that is none, and names the option that made it so.
+fn check_operation(operation: &Operation) -> Result<(), UsageError> {
+    operation.validate().map_err(|error| {
+        let option = match error {
+            OperationError::TooLarge { .. } => "--num-tokens",
+            _ => "--hidden-dim",
+        };
+        UsageError::new(format_args!("{option}: {error}"))
+    })
+}
+
+fn seed(text: &str) -> Result<u64, UsageError> {
+    number("--seed", text, "a seed", 0, None)
+}
+
+fn hidden_dim(text: &str) -> Result<u64, UsageError> {
+    number("--hidden-dim", text, "a hidden size", 0, None)
+}
+
+fn deadline(text: &str) -> Result<f64, UsageError> {
+    positive("--deadline", text, "a number of seconds", Some(MAX_DEADLINE))
 }
 
 fn one<T>(
@@ -364,7 +397,7 @@ fn ranks(text: String) -> Result<u32, UsageError> {
     let option = "--nproc-per-node";
     let ranks = text.parse().map_err(|_| {
         UsageError::new(format_args!(
-            "{option}: '{text}' is not a number of ranks: use {MIN_WORLD_SIZE} to {MAX_WORLD_SIZE}"
+            "{option}: '{text}' is not a number of ranks: use {MIN_RANKS} to {MAX_WORLD_SIZE}"
         ))
     })?;
     check_world_size(option, ranks).map(|()| ranks)

@@ -12,7 +12,14 @@ fn run(line: &str) -> Result<Invocation, UsageError> {
 fn bench(options: &str) -> Settings {
     match run(&format!("bench {options}")).unwrap() {
         Invocation::Bench(settings) => *settings,
-        Invocation::Print(text) => panic!("printed {text}"),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn verify(options: &str) -> VerifySettings {
+    match run(&format!("verify {options}")).unwrap() {
+        Invocation::Verify(settings) => settings,
+        other => panic!("{other:?}"),
     }
 }
 
@@ -72,21 +79,62 @@ fn lists_take_spaces_and_commas_and_drop_repeats() {
 
 #[test]
 fn help_at_both_levels_names_everything() {
-    let text = |line| match run(line) {
+    let text = |line: &str| match run(line) {
         Ok(Invocation::Print(text)) => text,
         other => panic!("{line}: {other:?}"),
     };
     for line in ["--help", "-h", "help"] {
         assert!(text(line).contains("\n  bench "), "{line}");
     }
-    for line in ["bench --help", "bench -h", "--help bench", "help bench"] {
-        let help = text(line);
-        for flag in TopLevel::get_args_info().commands[0].command.flags {
-            assert!(help.contains(&format!(" {}", flag.long)), "{line}: {}", flag.long);
+    for sub in TopLevel::get_args_info().commands {
+        let name = sub.name;
+        assert!(text("--help").contains(&format!("\n  {name} ")), "{name}");
+        for line in ["_ --help", "_ -h", "--help _", "help _"].map(|line| line.replace('_', name)) {
+            let help = text(&line);
+            for flag in sub.command.flags {
+                assert!(help.contains(&format!(" {}", flag.long)), "{line}: {}", flag.long);
+            }
+            let wide = help.lines().find(|line| line.chars().count() > 100);
+            assert_eq!(wide, None, "{line}");
         }
-        let wide = help.lines().find(|line| line.chars().count() > 100);
-        assert_eq!(wide, None, "{line}");
     }
+}
+
+#[test]
+fn every_option_of_verify_reaches_its_setting() {
+    assert_eq!(verify(""), VerifySettings::default());
+    assert_eq!(verify("--quick"), VerifySettings::quick());
+    let options =
+        "--num-tokens 0 17 --hidden-dim 48,64 80 --seed 7 --backend cpu --nproc-per-node 3 --deadline 2";
+    let expected = VerifySettings {
+        num_tokens: vec![0, 17],
+        hidden_dims: vec![48, 64, 80],
+        seed: 7,
+        deadline_seconds: 2.0,
+        backend: BackendChoice::Cpu,
+        nproc_per_node: Some(3),
+    };
+    assert_eq!(verify(options), expected);
+    assert_eq!(verify(&format!("{options} --quick")), expected);
+}
+
+#[test]
+fn the_help_of_verify_states_the_lists_that_hold() {
+    let Ok(Invocation::Print(help)) = run("verify --help") else { panic!("no help") };
+    let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
+    let words = |list: &[u64]| list.iter().map(u64::to_string).collect::<Vec<_>>().join(" ");
+    let (whole, quick) = (VerifySettings::default(), VerifySettings::quick());
+    for list in [&whole.num_tokens, &whole.hidden_dims] {
+        assert!(help.contains(&format!("(default: {})", words(list))), "{help}");
+    }
+    let lists = format!("tokens {}, hidden sizes {}", words(&quick.num_tokens), words(&quick.hidden_dims));
+    assert!(help.contains(&lists), "{help}");
+}
+
+#[test]
+fn a_list_of_verify_that_bench_takes_once_is_refused_there() {
+    let line = "bench --hidden-dim 48 64";
+    refused(line, "Unrecognized argument: 64; see fused-collective --help");
 }
 
 #[test]
@@ -122,7 +170,7 @@ fn the_version_is_the_crate_s() {
 
 #[test]
 fn what_is_not_a_command_or_option_is_refused() {
-    refused("", "no command given: use bench, or see fused-collective --help");
+    refused("", "no command given: use bench or verify, or see fused-collective --help");
     refused("bnch", "Unrecognized argument: bnch; see fused-collective --help");
     refused("bench --tokens 3", "Unrecognized argument: --tokens; see fused-collective --help");
     refused("bench 3", "Unrecognized argument: 3; see fused-collective --help");

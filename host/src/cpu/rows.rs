@@ -32,15 +32,25 @@ fn strip_row<E: Plain>(row: &[E], out: &mut [E]) {
 fn sum_rows<E: Plain>(rows: &[&[E]], residual: Option<&[E]>, strip: bool, out: &mut [E]) {
     /// Elements summed at once, in the nearest cache.
     const BLOCK: usize = 256;
-    let [first, second, rest @ ..] = rows else { return };
+    // The second addend is the residual where one rank is all there is.
+    let (first, second, rest, residual) = match rows {
+        [] => return,
+        [only] => (only, residual.as_ref(), &[][..], None),
+        [first, second, rest @ ..] => (first, Some(second), rest, residual),
+    };
     let mut sums = [0.0f32; BLOCK];
     let mut rounded = [E::default(); BLOCK];
     for (block, out) in out.chunks_mut(BLOCK).enumerate() {
         let range = block * BLOCK..block * BLOCK + out.len();
         let sums = &mut sums[..out.len()];
         let rounded = &mut rounded[..out.len()];
-        for ((sum, first), second) in sums.iter_mut().zip(&first[range.clone()]).zip(&second[range.clone()]) {
-            *sum = first.to_f32() + second.to_f32();
+        let firsts = sums.iter_mut().zip(&first[range.clone()]);
+        if let Some(second) = second {
+            for ((sum, first), second) in firsts.zip(&second[range.clone()]) {
+                *sum = first.to_f32() + second.to_f32();
+            }
+        } else {
+            firsts.for_each(|(sum, first)| *sum = first.to_f32());
         }
         for row in rest.iter().chain(residual.as_ref()) {
             for (sum, element) in sums.iter_mut().zip(&row[range.clone()]) {
@@ -70,7 +80,7 @@ impl<E: Plain> WithSimd for StripRow<'_, E> {
 }
 
 /// `out = round(rows[0] + rows[1] + ... + residual)`, in `f32` in that order, sent through [`lamport::strip`]
-/// if `strip`. There are two rows or more, all of one length.
+/// if `strip`. All have the same length.
 pub(crate) struct SumRows<'a, E> {
     pub(crate) rows: &'a [&'a [E]],
     pub(crate) residual: Option<&'a [E]>,

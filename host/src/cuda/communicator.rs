@@ -334,7 +334,7 @@ pub(crate) unsafe fn clear_padding(
 /// sends each byte to all peers, two-shot twice; with more peers the second hop pays sooner.
 fn one_shot_bytes(world_size: u32) -> u64 {
     match world_size {
-        2 => 2 << 20,
+        2 => 4 << 20,
         3 | 4 => 128 << 10,
         _ => 64 << 10,
     }

@@ -30,6 +30,8 @@ pub const FOLDER_VARIABLE: &str = "FUSED_COLLECTIVE_PTX";
 const FOLDER: &str = "ptx";
 /// The largest group that there are kernels for.
 pub const MAX_RANKS: u32 = 8;
+/// Threads of a warp.
+const WARP: u32 = 32;
 /// The first processor with clusters and programmatic dependent launch.
 const HOPPER: u32 = 90;
 
@@ -126,7 +128,6 @@ fn choose_version(
     clusters: impl Iterator<Item = u32>,
     mut max_threads: impl FnMut(&'static str) -> Result<u32, Error>,
 ) -> Result<(&'static str, u32, u32), Error> {
-    const WARP: u32 = 32;
     let mut widest = 1;
     for cluster in clusters {
         widest = cluster;
@@ -246,7 +247,20 @@ impl Kernels {
         let (version, cluster, threads) = choose_version(row_packs, clusters, |version| {
             Ok(self.function(dtype, versioned(version))?.max_threads)
         })?;
-        self.launch_of(dtype, versioned(version), cluster, threads, tokens)
+        let launch = self.launch_of(dtype, versioned(version), cluster, threads, tokens)?;
+        if version == "p1" && u64::from(launch.blocks / cluster) < tokens {
+            // More rows than places: narrower blocks, more of which are resident, overlap one row's waits with
+            // another's work.
+            let threads = row_packs.div_ceil(cluster * 2).next_multiple_of(WARP);
+            let narrow = versioned("p2");
+            if threads <= self.function(dtype, narrow)?.max_threads {
+                let narrow = self.launch_of(dtype, narrow, cluster, threads, tokens)?;
+                if narrow.blocks > launch.blocks {
+                    return Ok(narrow);
+                }
+            }
+        }
+        Ok(launch)
     }
 
     /// How to launch an entry point without versions on `tokens` rows, in blocks of about `threads`.

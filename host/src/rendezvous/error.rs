@@ -2,7 +2,9 @@
 
 use std::{fmt, io, time::Duration};
 
-use fused_collective_core::{MAX_WORLD_SIZE, MIN_WORLD_SIZE};
+use fused_collective_core::MAX_WORLD_SIZE;
+
+use super::MIN_RANKS;
 
 /// How a rank was lost to its group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,7 +131,7 @@ impl fmt::Display for Error {
             Error::Lost(lost) => lost.fmt(f),
             Error::Membership { rank, world_size } => write!(
                 f,
-                "there is no rank {rank} in a group of {world_size}: a group has {MIN_WORLD_SIZE} to {MAX_WORLD_SIZE} \
+                "there is no rank {rank} in a group of {world_size}: a group has {MIN_RANKS} to {MAX_WORLD_SIZE} \
                  ranks, numbered from 0"
             ),
             Error::TooLong { what, bytes, limit } => {

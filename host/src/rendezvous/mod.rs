@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fused_collective_core::{MAX_WORLD_SIZE, MIN_WORLD_SIZE};
+use fused_collective_core::MAX_WORLD_SIZE;
 
 mod channel;
 mod error;
@@ -35,6 +35,9 @@ pub use monitor::Alarm;
 
 use frame::{MAX_PAYLOAD, Operation};
 use monitor::{Command, Monitor, Part, Shared};
+
+/// The fewest ranks that meet: one alone has nobody to meet.
+pub const MIN_RANKS: u32 = 2;
 
 /// The most bytes that a rank may contribute to an operation.
 pub const MAX_MESSAGE: usize = MAX_PAYLOAD;
@@ -93,7 +96,7 @@ impl Group {
     /// version or configuration. Other errors are this rank's own.
     pub fn join(membership: &Membership<'_>) -> Result<Self, Error> {
         let &Membership { rank, world_size, config, deadline, .. } = membership;
-        if !(MIN_WORLD_SIZE..=MAX_WORLD_SIZE).contains(&world_size) || rank >= world_size {
+        if !(MIN_RANKS..=MAX_WORLD_SIZE).contains(&world_size) || rank >= world_size {
             return Err(Error::Membership { rank, world_size });
         }
         check_length("a configuration", config, join::MAX_CONFIG)?;

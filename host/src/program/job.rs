@@ -1,0 +1,298 @@
+//! A group of ranks that does one thing: how it is started, how ranks join it, and how it ends.
+
+use std::{fmt, os::fd::AsFd, time::Duration};
+
+use fused_collective_core::fusion::Mode;
+use serde::Serialize;
+
+use super::{Failure, complain, print};
+use crate::{
+    bench::Error,
+    cli,
+    collective::{self, Collective, Problem},
+    cpu::{self, Communicator, Engine, Watch},
+    cuda,
+    launch::{self, Launcher},
+    rank_env::RankEnv,
+    rendezvous::{self, Group, Membership},
+    report::{machine, progress::Progress},
+    settings::{AllReduceChoice, BackendChoice},
+};
+
+/// Ranks that are started where nobody says how many.
+const DEFAULT_RANKS: u32 = 2;
+
+/// The group that a command asks for, and what it will compute.
+pub(super) struct Request {
+    pub(super) backend: BackendChoice,
+    /// Ranks; `None` leaves it to the launcher or to the backend.
+    pub(super) nproc_per_node: Option<u32>,
+    pub(super) all_reduces: Vec<AllReduceChoice>,
+    /// Longest wait for a peer.
+    pub(super) deadline: Duration,
+    /// Everything that the backend will be asked to prepare.
+    pub(super) problems: Vec<Problem>,
+}
+
+/// A request that can be met.
+pub(super) struct Job {
+    request: Request,
+    environment: Option<RankEnv>,
+    backend: Backend,
+    world_size: u32,
+}
+
+/// The backend that runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Backend {
+    Cpu,
+    Cuda,
+}
+
+impl Backend {
+    fn name(self) -> &'static str {
+        match self {
+            Backend::Cpu => "cpu",
+            Backend::Cuda => "cuda",
+        }
+    }
+}
+
+impl Job {
+    /// Settles on a backend and a number of ranks.
+    pub(super) fn new(request: Request) -> Result<Self, Failure> {
+        let environment = RankEnv::from_env().map_err(|error| Failure::Usage(error.to_string()))?;
+        let launched = environment.as_ref().map(|environment| environment.world_size);
+        let asked = cli::world_size(request.nproc_per_node, launched)?;
+        let (backend, world_size) = choose_backend(&request, asked, launched.is_some())?;
+        Ok(Job { request, environment, backend, world_size })
+    }
+
+    pub(super) fn backend_name(&self) -> &'static str {
+        self.backend.name()
+    }
+
+    pub(super) fn world_size(&self) -> u32 {
+        self.world_size
+    }
+
+    /// Starts the ranks and waits for them, or is one of them: then does the `work`, and on rank 0 ends with
+    /// `conclude`, which makes an exit status of it. Ranks must agree on the `config`.
+    pub(super) fn run<T>(
+        &self,
+        config: &impl Serialize,
+        work: impl FnOnce(&Group, &mut dyn Collective) -> Result<T, Error>,
+        conclude: impl FnOnce(T) -> Result<u8, Failure>,
+    ) -> Result<u8, Failure> {
+        let Some(environment) = &self.environment else { return self.launch() };
+        let rank = environment.rank;
+        let config = serde_json::to_vec(config).map_err(|error| Failure::Failed(error.to_string()))?;
+        let membership = Membership {
+            rank,
+            world_size: self.world_size,
+            key: &environment.key,
+            config: &config,
+            deadline: self.request.deadline,
+        };
+        let group = Group::join(&membership).map_err(|error| rendezvous_failure(&error, rank))?;
+        let outcome = match self.backend {
+            Backend::Cpu => self.join_cpu(&group).and_then(|mut engine| work(&group, &mut engine)),
+            Backend::Cuda => self
+                .join_cuda(&group, environment.local_rank)
+                .and_then(|mut engine| work(&group, &mut engine)),
+        };
+        match outcome {
+            Ok(outcome) => {
+                let status = if rank == 0 { conclude(outcome)? } else { launch::SUCCESS };
+                // A rank that waits at the farewell waits for rank 0's files, too.
+                group.farewell().map_err(|error| rendezvous_failure(&error, rank))?;
+                Ok(status)
+            }
+            Err(error) => Err(give_up(&group, &error)),
+        }
+    }
+
+    fn launch(&self) -> Result<u8, Failure> {
+        let failed = |error: launch::Error| Failure::Failed(error.to_string());
+        let launcher = Launcher::new(self.world_size).map_err(failed)?.grace(self.request.deadline);
+        let outcome = launcher.run().map_err(failed)?;
+        if let Some(message) = outcome.message {
+            complain(&message);
+        }
+        Ok(outcome.status)
+    }
+
+    /// Refuses what would not fit in memory. A GPU's memory says so itself.
+    pub(super) fn check_memory(&self) -> Result<(), Failure> {
+        if self.backend == Backend::Cuda {
+            return Ok(());
+        }
+        let needed = |problem: &Problem| self.memory_needed(problem).unwrap_or(u64::MAX);
+        let Some(largest) = self.request.problems.iter().max_by_key(|problem| needed(problem)) else {
+            return Ok(());
+        };
+        match (self.memory_needed(largest), machine::available_memory()) {
+            (Some(needed), Some(available)) if needed <= available => Ok(()),
+            (Some(_), None) => Ok(()),
+            (needed, available) => {
+                let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / (1u64 << 30) as f64);
+                Err(Failure::Usage(format!(
+                    "--num-tokens: {} tokens of hidden size {} on {} ranks need {} of memory, and {} are free: use fewer tokens or ranks",
+                    largest.tokens,
+                    largest.hidden,
+                    self.world_size,
+                    needed.map_or_else(|| "more than 64 bits count".to_owned(), gib),
+                    available.map_or_else(|| "not so many".to_owned(), gib),
+                )))
+            }
+        }
+    }
+
+    /// Bytes that a problem takes on all ranks; `None` past 64 bits.
+    fn memory_needed(&self, problem: &Problem) -> Option<u64> {
+        let outputs = collective::Tensor::OUTPUTS
+            .iter()
+            .try_fold(0u64, |total, &tensor| total.checked_add(problem.bytes(tensor)?))?;
+        // Tensors, and while they are verified a copy of the outputs.
+        let on_each = problem.total_bytes()?.checked_add(outputs)?;
+        let shared = cpu::layout(self.world_size, self.longest_row()).ok()?.total_bytes();
+        on_each.checked_mul(u64::from(self.world_size))?.checked_add(shared)
+    }
+
+    /// Bytes of the longest row of any problem.
+    fn longest_row(&self) -> u64 {
+        self.request.problems.iter().map(Problem::row_bytes).max().unwrap_or(0)
+    }
+
+    /// Sets up the group's shared memory.
+    fn join_cpu(&self, group: &Group) -> Result<Engine, Error> {
+        let failed = |what: &dyn fmt::Display| Error::Failed(format!("the group's shared memory: {what}"));
+        let layout = cpu::layout(group.world_size(), self.longest_row()).map_err(|error| failed(&error))?;
+        let own = match group.rank() {
+            0 => Some(cpu::create_shared_memory(&layout).map_err(|error| failed(&error))?),
+            _ => None,
+        };
+        let memory = group.share_fd(own.as_ref().map(AsFd::as_fd))?;
+        let alarm = group.alarm();
+        let watch = Watch::new(move || alarm.lost_rank().map(|rank| format!("rank {rank} was lost")));
+        let deadline = self.request.deadline;
+        let communicator = Communicator::join(memory.as_fd(), layout, group.rank(), deadline, watch)
+            .map_err(collective::Error::from)?;
+        Ok(Engine::new(communicator))
+    }
+
+    /// Makes the group's workspace on the GPUs.
+    fn join_cuda<'a>(&self, group: &'a Group, local_rank: u32) -> Result<cuda::Engine<'a>, Error> {
+        let deadline = self.request.deadline;
+        let slot_bytes =
+            |problem: &Problem| cuda::slot_bytes(group.world_size(), &problem.operation(Mode::Auto));
+        let slot_bytes = self.request.problems.iter().map(slot_bytes).max().unwrap_or(0);
+        let engine =
+            cuda::Communicator::join(group, local_rank, slot_bytes, deadline).and_then(|communicator| {
+                cuda::Engine::new(group, communicator, &self.request.all_reduces, deadline)
+            });
+        Ok(engine.map_err(collective::Error::from)?)
+    }
+}
+
+/// What the user sees while a job runs: rank 0's lines. A reader who goes away fails the job, at its end.
+pub(super) struct Screen {
+    shows: bool,
+    shown: Result<(), Failure>,
+}
+
+impl Screen {
+    pub(super) fn new(group: &Group) -> Self {
+        Screen { shows: group.rank() == 0, shown: Ok(()) }
+    }
+
+    /// A progress bar over so many steps.
+    pub(super) fn progress(&self, steps: u64) -> Progress {
+        if self.shows { Progress::new(steps) } else { Progress::hidden() }
+    }
+
+    /// Shows `text` above the bar.
+    pub(super) fn show(&mut self, progress: &Progress, text: &str) {
+        if self.shows && self.shown.is_ok() {
+            self.shown = progress.suspend(|| print(text));
+        }
+    }
+
+    /// Whether everything could be shown.
+    pub(super) fn finish(self) -> Result<(), Error> {
+        match self.shown {
+            Err(Failure::Failed(line) | Failure::Usage(line)) => Err(Error::Failed(line)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Tells the others, unless it was one of them, and the user.
+fn give_up(group: &Group, error: &Error) -> Failure {
+    if let Some(lost) = group.lost() {
+        return loss(&lost, group.rank());
+    }
+    if let Error::Group(error) = error {
+        return rendezvous_failure(error, group.rank());
+    }
+    let line = format!("rank {}: {error}", group.rank());
+    group.abort(&error.to_string());
+    // Another rank may have been first.
+    match group.lost() {
+        Some(lost) if lost.rank != group.rank() => loss(&lost, group.rank()),
+        _ => Failure::Failed(line),
+    }
+}
+
+fn loss(lost: &rendezvous::Lost, rank: u32) -> Failure {
+    if launch::reports(lost, rank, launch::is_launched()) {
+        Failure::Failed(lost.to_string())
+    } else {
+        Failure::Elsewhere
+    }
+}
+
+fn rendezvous_failure(error: &rendezvous::Error, rank: u32) -> Failure {
+    match error {
+        rendezvous::Error::Lost(lost) => loss(lost, rank),
+        error => Failure::Failed(format!("rank {rank}: {error}")),
+    }
+}
+
+/// The backend and the number of ranks, from what was `asked` for. `launched`: something else has started the ranks.
+fn choose_backend(request: &Request, asked: Option<u32>, launched: bool) -> Result<(Backend, u32), Failure> {
+    let chosen = match request.backend {
+        BackendChoice::Cpu => (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS)),
+        BackendChoice::Auto => {
+            match gpu_ranks(asked).and_then(|ranks| cuda::check_peers(ranks).map(|()| ranks)) {
+                Ok(ranks) => (Backend::Cuda, ranks),
+                Err(_) => (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS)),
+            }
+        }
+        BackendChoice::Cuda => {
+            // A launcher may show each rank its own GPU alone: then the ranks find out together.
+            let check = |ranks| if launched { Ok(ranks) } else { cuda::check_peers(ranks).map(|()| ranks) };
+            let ranks = gpu_ranks(asked).and_then(check).map_err(|error| {
+                Failure::Usage(format!("--backend: cuda: {error}: use cpu, or leave the option out"))
+            })?;
+            (Backend::Cuda, ranks)
+        }
+    };
+    if chosen.0 == Backend::Cpu && !request.all_reduces.contains(&AllReduceChoice::Custom) {
+        return Err(Failure::Usage(
+            "--allreduce: nccl needs the cuda backend: use custom, or leave the option out".to_owned(),
+        ));
+    }
+    Ok(chosen)
+}
+
+/// The ranks of a group of GPUs: as many as `asked` for, or one for each GPU.
+fn gpu_ranks(asked: Option<u32>) -> Result<u32, cuda::Error> {
+    let count = cuda::count()?;
+    let ranks = asked.unwrap_or(count.min(cuda::MAX_RANKS));
+    if (DEFAULT_RANKS..=cuda::MAX_RANKS).contains(&ranks) {
+        return Ok(ranks);
+    }
+    let most = cuda::MAX_RANKS;
+    Err(cuda::Error::Devices(format!("{ranks} GPUs cannot form a group: {DEFAULT_RANKS} to {most} can")))
+}

@@ -1,6 +1,6 @@
 //! The collectives, each with an epilogue: one-shot and two-shot.
 //!
-//! Arrival is seen in the data itself, by [`lamport`]'s rules. What a kernel does:
+//! Arrival is seen in the data itself, by [`lamport`](fused_collective_core::lamport)'s rules. What a kernel does:
 //! 1. reads what is constant (gamma, scales, the table of regions);
 //! 2. waits for the kernels before it, then reads the [`RankState`] and its first input together, and lets the next
 //!    kernel start;
@@ -191,11 +191,16 @@ fn residual_out<E: Element, const N: usize>(
     let own = own.strip();
     let addend = |rank: usize| if rank as u32 == group.rank { own } else { peers[rank] };
     let mut sum = convert::widen::<E>(addend(0));
-    for rank in 1..N {
-        if (rank as u32) < group.world_size {
-            add::<E>(&mut sum, addend(rank));
-        }
+    // Written out: an array of registers needs constant indices, and a compiler may leave a long loop a loop.
+    const { assert!(N <= 8) };
+    macro_rules! add_rank {
+        ($($rank:literal)*) => {$(
+            if $rank < N && $rank < group.world_size {
+                add::<E>(&mut sum, addend(if $rank < N { $rank } else { 0 }));
+            }
+        )*};
     }
+    add_rank!(1 2 3 4 5 6 7);
     if let Some(residual) = residual {
         add::<E>(&mut sum, residual);
     }

@@ -37,8 +37,8 @@
 /// 64, and up to 128 those named `p2` or `streamed` in either kind of module and all of the collectives for more than 4
 /// ranks. Those named `p2` of the collectives for 2 ranks, but for `nvfp4`, do with 64, so that two blocks of 512
 /// threads are resident. rustc cannot say so in PTX, so whoever builds the PTX adds two lines after the parameters of
-/// each entry point: `.maxntid 1024, 1, 1` (or `512, 1, 1`) and `.minnctapersm 1` (or `2`). Larger blocks are not
-/// launched.
+/// each entry point: `.maxntid 1024, 1, 1` (or `512, 1, 1`) and `.minnctapersm 1` (or `2`). Kernels for `sm_80`
+/// need more: 128 registers, and 255 for more than 4 ranks. Larger blocks are not launched.
 #[macro_export]
 macro_rules! entries {
     (collectives, $element:ident, $ranks:literal) => {

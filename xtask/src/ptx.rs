@@ -109,7 +109,7 @@ impl Compiler {
         cmd::run_quietly(&mut cargo)?;
         let text =
             fs::read_to_string(&module).with_context(|| format!("cannot read {}", module.display()))?;
-        let bounded = bound_blocks(&text, set);
+        let bounded = bound_blocks(&text, gpu.cpu, set);
         fs::write(&module, bounded).with_context(|| format!("cannot write {}", module.display()))?;
         Ok(module)
     }
@@ -176,7 +176,9 @@ impl Builder {
 /// Adds to each entry point the size of its largest block, which tells the assembler how many registers it may use.
 /// rustc has no way to say so; the device crate's table of entry points has the sizes. A module that cargo found
 /// fresh has the lines already, and keeps them.
-fn bound_blocks(ptx: &str, set: &str) -> String {
+fn bound_blocks(ptx: &str, cpu: &str, set: &str) -> String {
+    // Without clusters and dependent launch, addresses and indices take up more registers.
+    let ampere = cpu == "sm_80";
     let mut bounded = String::with_capacity(ptx.len());
     let mut bounds = None;
     for line in ptx.lines().filter(|line| !line.starts_with(".maxntid") && !line.starts_with(".minnctapersm"))
@@ -186,7 +188,13 @@ fn bound_blocks(ptx: &str, set: &str) -> String {
             let large = set == "w8" || name.ends_with("_p2") || name.ends_with("_streamed");
             // Twice on a multiprocessor where 64 registers do.
             let twice = set == "w2" && name.ends_with("_p2") && !name.contains("nvfp4");
-            bounds = Some((if large { 512 } else { 1024 }, if twice { 2 } else { 1 }));
+            let threads = match (ampere, set) {
+                (true, "w8") => 256,
+                (true, "w2" | "w4") => 512,
+                _ if large => 512,
+                _ => 1024,
+            };
+            bounds = Some((threads, if twice && !ampere { 2 } else { 1 }));
         }
         if line.trim_start().starts_with('{')
             && let Some((threads, blocks)) = bounds.take()
@@ -232,13 +240,14 @@ mod tests {
     #[test]
     fn entry_points_are_told_their_largest_block_before_their_body() {
         let ptx = ".visible .entry one_shot_norm_p1(\n\t.param .u64 a\n)\n{\n\t{\n\tret;\n\t}\n}\n.visible .entry fill_p2()\n{\n}\n";
-        let bounded = bound_blocks(ptx, "w4");
+        let bounded = bound_blocks(ptx, "sm_90", "w4");
         let expected = ".visible .entry one_shot_norm_p1(\n\t.param .u64 a\n)\n.maxntid 1024, 1, 1\n.minnctapersm 1\n{\n\t{\n\tret;\n\t}\n}\n\
             .visible .entry fill_p2()\n.maxntid 512, 1, 1\n.minnctapersm 1\n{\n}\n";
         assert_eq!(bounded, expected);
-        assert_eq!(bound_blocks(&bounded, "w4"), bounded);
-        assert_eq!(bound_blocks(ptx, "w8").matches("maxntid 512").count(), 2);
-        assert!(bound_blocks(ptx, "w2").ends_with(".maxntid 512, 1, 1\n.minnctapersm 2\n{\n}\n"));
+        assert_eq!(bound_blocks(&bounded, "sm_90", "w4"), bounded);
+        assert_eq!(bound_blocks(ptx, "sm_80", "w8").matches("maxntid 256, 1, 1\n.minnctapersm 1").count(), 2);
+        assert_eq!(bound_blocks(ptx, "sm_90", "w8").matches("maxntid 512").count(), 2);
+        assert!(bound_blocks(ptx, "sm_90", "w2").ends_with(".maxntid 512, 1, 1\n.minnctapersm 2\n{\n}\n"));
     }
 
     #[test]

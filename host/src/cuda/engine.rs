@@ -24,7 +24,7 @@ use super::{
     epilogue::{Part, WithEpilogue, with_epilogue},
     graph::Graph,
     kernels::{Entry, Kernels, Set},
-    memory::DeviceMemory,
+    memory::{DeviceMemory, require},
     nccl::NcclGroup,
     tensors::{DeviceTensor, TensorType, Tensors},
 };
@@ -349,6 +349,9 @@ impl Collective for Engine<'_> {
         self.problem = None;
         self.graphs.clear();
         self.tensors.clear();
+        let (tokens, hidden) = (problem.tokens, problem.hidden);
+        let needed = problem.total_bytes().unwrap_or(u64::MAX);
+        require(&format!("a problem of {tokens} tokens of hidden size {hidden}"), needed)?;
         for tensor in Tensor::ALL {
             let bytes = problem.bytes(tensor).ok_or_else(|| {
                 Error::Memory(format!(

@@ -42,6 +42,15 @@ pub enum Error {
         /// What is wrong with it.
         why: String,
     },
+    /// The GPU's memory has no room.
+    Memory {
+        /// For what.
+        what: String,
+        /// Bytes that it takes.
+        needed: u64,
+        /// Bytes that the GPU has free.
+        free: u64,
+    },
     /// An operation failed while it ran.
     Operation(Failure),
     /// An earlier operation failed, and what peers sent for it may lie in any slot: make a new communicator.
@@ -74,21 +83,19 @@ pub struct Failure {
     pub deadline: Option<Duration>,
 }
 
+/// Without the rank that waited: whoever shows it knows which one that is.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Failure { rank, missing_rank, operation, token, hop, deadline } = self;
+        let Failure { missing_rank, operation, token, hop, deadline, .. } = self;
         let what = if *hop == 2 { "sum" } else { "input" };
+        let awaited = format_args!("rank {missing_rank}'s {what} of token {token} in operation {operation}");
         match deadline {
             Some(deadline) => write!(
                 f,
-                "rank {rank} waited {:.1} s for rank {missing_rank}'s {what} of token {token} in operation {operation}",
+                "waited {:.1} s for {awaited}: it is stuck, or slower than the deadline",
                 deadline.as_secs_f64()
             ),
-            None => write!(
-                f,
-                "the group was aborted while rank {rank} waited for rank {missing_rank}'s {what} of token {token} in \
-                 operation {operation}"
-            ),
+            None => write!(f, "the group was aborted while this rank waited for {awaited}"),
         }
     }
 }
@@ -105,11 +112,20 @@ impl fmt::Display for Error {
             Error::Plan(error) => error.fmt(f),
             Error::Unsupported(what) => write!(f, "there are no GPU kernels for {what}"),
             Error::Tensor { tensor, why } => write!(f, "{tensor} {why}"),
+            Error::Memory { what, needed, free } => {
+                let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
+                write!(
+                    f,
+                    "{what} takes {needed} bytes of GPU memory ({:.1} GiB), and {free} are free ({:.1} GiB)",
+                    gib(*needed),
+                    gib(*free)
+                )
+            }
             Error::Operation(failure) => failure.fmt(f),
             Error::Poisoned(failure) => write!(f, "an earlier operation failed: {failure}"),
-            Error::Stuck { rank, waited } => write!(
+            Error::Stuck { waited, .. } => write!(
                 f,
-                "rank {rank}'s GPU did not finish within {:.1} s, though told to stop",
+                "this rank's GPU did not finish within {:.1} s, though told to stop",
                 waited.as_secs_f64()
             ),
             Error::Nccl(what) => write!(f, "NCCL {what}"),
@@ -128,5 +144,41 @@ impl From<PlanError> for Error {
 impl From<crate::rendezvous::Error> for Error {
     fn from(error: crate::rendezvous::Error) -> Self {
         Error::Group(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_names_all_but_the_rank_that_tells_of_it() {
+        let failure = Failure {
+            rank: 1,
+            missing_rank: 3,
+            operation: 7,
+            token: 5,
+            hop: 2,
+            deadline: Some(Duration::from_millis(2500)),
+        };
+        assert_eq!(
+            Error::Operation(failure).to_string(),
+            "waited 2.5 s for rank 3's sum of token 5 in operation 7: it is stuck, or slower than the deadline"
+        );
+        let aborted = Failure { hop: 1, deadline: None, ..failure };
+        assert_eq!(
+            Error::Poisoned(aborted).to_string(),
+            "an earlier operation failed: the group was aborted while this rank waited for rank 3's input of token 5 \
+             in operation 7"
+        );
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_told_in_bytes() {
+        let error = Error::Memory { what: "the workspace".to_owned(), needed: 3 << 30, free: 1 << 29 };
+        assert_eq!(
+            error.to_string(),
+            "the workspace takes 3221225472 bytes of GPU memory (3.0 GiB), and 536870912 are free (0.5 GiB)"
+        );
     }
 }

@@ -13,6 +13,26 @@ use super::{
 const HOST_MAPPED: u32 = 1 | 2;
 /// `CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS`: opening a handle enables access between the two GPUs.
 const ENABLE_PEER_ACCESS: u32 = 1;
+/// `CUDA_ERROR_OUT_OF_MEMORY`.
+const OUT_OF_MEMORY: u32 = 2;
+
+/// Bytes that the current device has free.
+fn free_bytes() -> Result<u64, Error> {
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: room for both numbers.
+    let code = unsafe { (load()?.cuMemGetInfo_v2)(&mut free, &mut total) };
+    check("ask for the GPU's free memory", code)?;
+    Ok(free as u64)
+}
+
+/// Refuses what the current device has no room for: `needed` bytes for `what`.
+///
+/// # Errors
+/// [`Error::Memory`], or the driver's.
+pub(crate) fn require(what: &str, needed: u64) -> Result<(), Error> {
+    let free = free_bytes()?;
+    if needed <= free { Ok(()) } else { Err(Error::Memory { what: what.to_owned(), needed, free }) }
+}
 
 /// An allocation on the current device. Plain `cuMemAlloc`, which other processes can open.
 #[derive(Debug)]
@@ -33,6 +53,10 @@ impl DeviceMemory {
         if bytes > 0 {
             // SAFETY: the address is written where there is room for it.
             let code = unsafe { (driver.cuMemAlloc_v2)(&mut address, bytes as usize) };
+            if code == OUT_OF_MEMORY {
+                let what = "an allocation".to_owned();
+                return Err(Error::Memory { what, needed: bytes, free: free_bytes()? });
+            }
             check("allocate memory on the GPU", code)?;
         }
         Ok(DeviceMemory { driver, address, bytes })

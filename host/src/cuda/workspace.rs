@@ -9,8 +9,8 @@ use fused_collective_core::{
 
 use super::{
     Error,
-    driver::{IpcHandle, check, load},
-    memory::{DeviceMemory, PeerMemory},
+    driver::IpcHandle,
+    memory::{DeviceMemory, PeerMemory, require},
 };
 use crate::rendezvous::Group;
 
@@ -97,15 +97,7 @@ impl Workspace {
 /// A region with its header and with slots full of the sentinel.
 fn make_region(layout: &Layout, header: Header) -> Result<DeviceMemory, Error> {
     let bytes = layout.region_bytes().next_multiple_of(PAGE);
-    let (mut free, mut total) = (0, 0);
-    // SAFETY: room for both numbers.
-    let code = unsafe { (load()?.cuMemGetInfo_v2)(&mut free, &mut total) };
-    check("ask for the GPU's free memory", code)?;
-    if bytes > free as u64 {
-        let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
-        let why = format!("takes {:.1} GiB, and the GPU has {:.1} GiB free", gib(bytes), gib(free as u64));
-        return Err(Error::Tensor { tensor: "the workspace", why });
-    }
+    require("the workspace", bytes)?;
     let mut region = DeviceMemory::new(bytes)?;
     region.fill_from(0, 0)?;
     region.fill_from(SLOTS_OFFSET, SENTINEL)?;

@@ -1,7 +1,8 @@
 //! What a kernel is launched with: parameter structs, and the memory that they point to.
 //!
 //! The host fills these and passes the struct by value as the kernel's only parameter. Host and device share them
-//! through this crate: all are `repr(C)`, without padding, and hold no Rust pointer.
+//! through this crate: all are `repr(C)`, without padding, and hold no Rust pointer. [`LAYOUT`] tells builds in which
+//! they differ apart.
 //!
 //! # Launch rules
 //! - The grid has at most as many blocks as can be resident at once, and at most as many clusters as the round
@@ -16,6 +17,10 @@
 //!   `griddepcontrol.wait`, as all kernels here do.
 //! - Every rank of a group launches the same sequence of operations, with the same [`Shape`] and mode. Grids may
 //!   differ.
+
+mod layout;
+
+pub use layout::{LAYOUT, LAYOUT_SYMBOL, layout_of};
 
 /// The most threads of a block.
 pub const MAX_BLOCK_THREADS: u32 = 1024;

@@ -49,6 +49,12 @@ extern crate std;
 
 pub use fused_collective_core::{dtype, pack};
 
+/// What this module was built for, in every module that has device functions of this crate: who loads it compares.
+#[cfg(target_arch = "nvptx64")]
+#[unsafe(export_name = "fused_collective_layout")]
+#[used]
+pub static LAYOUT: u32 = params::LAYOUT;
+
 pub mod baseline;
 pub mod collective;
 pub mod convert;

@@ -66,7 +66,7 @@ fn kinds(capabilities: &str) -> Vec<&'static ptx::Gpu> {
 
 fn kernels(gpus: &[&ptx::Gpu]) -> Result<PathBuf> {
     eprintln!("building the kernels (a few minutes the first time)");
-    Ok(ptx::Compiler::new()?.build(gpus)?.to_owned())
+    ptx::Compiler::new()?.build(gpus)
 }
 
 #[cfg(test)]

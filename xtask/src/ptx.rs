@@ -2,24 +2,60 @@
 //!
 //! rustc compiles the crate in `device/ptx`, of type `staticlib`, and `--emit=asm` gives all of it linked as one PTX
 //! file. Every module is then assembled, and held to what a kernel must not have: a path that panics, local memory,
-//! spilled registers.
+//! spilled registers. The examples in `device/examples` are built and held to the same, so that what they show is true.
 
-use std::{
-    fs,
-    panic::resume_unwind,
-    path::{Path, PathBuf},
-    thread,
-};
+use std::{fs, panic::resume_unwind, path::PathBuf, thread};
 
 use anyhow::{Context, Result, ensure};
+use fused_collective_core::launch::{LAYOUT, layout_of};
 
 use crate::{cmd, ptxas::Ptxas, toolchain::Toolchain};
 
-const TARGET: &str = "nvptx64-nvidia-cuda";
+/// The GPU, as rustc calls it.
+pub(crate) const TARGET: &str = "nvptx64-nvidia-cuda";
 /// The features of `device/ptx` that choose a module: the element type ...
 const ELEMENTS: [&str; 3] = ["f32", "f16", "bf16"];
 /// ... and the set of kernels.
 const SETS: [&str; 4] = ["w2", "w4", "w8", "local"];
+
+/// One PTX file to make.
+struct Module {
+    /// The file's name, without `.ptx`.
+    name: String,
+    /// The crate that it is made of, from the workspace's root.
+    manifest: &'static str,
+    /// The crate's features.
+    features: Option<String>,
+    /// The set of kernels that its registers are those of.
+    set: &'static str,
+    /// The folder under `target` that has a folder for each processor.
+    folder: &'static str,
+}
+
+/// What programs load: `target/ptx/sm_90/bf16_w4.ptx`, for instance.
+fn kernels() -> impl Iterator<Item = Module> {
+    let of_element = |element| SETS.map(|set| (element, set));
+    ELEMENTS.into_iter().flat_map(of_element).map(|(element, set)| Module {
+        name: format!("{element}_{set}"),
+        manifest: "device/ptx/Cargo.toml",
+        features: Some(format!("{element},{set}")),
+        set,
+        folder: "ptx",
+    })
+}
+
+/// What shows how to write kernels of one's own. In another folder, since no program loads it.
+fn examples() -> impl Iterator<Item = Module> {
+    [Module {
+        name: "custom_epilogue".to_owned(),
+        manifest: "device/examples/custom-epilogue/Cargo.toml",
+        features: None,
+        // Its kernel is for four ranks.
+        set: "w4",
+        folder: "ptx-examples",
+    }]
+    .into_iter()
+}
 
 /// A kind of GPU to build for.
 #[derive(Debug, PartialEq, Eq)]
@@ -64,8 +100,8 @@ pub(crate) fn gpu_for(capability: u32) -> Option<&'static Gpu> {
 /// What it takes to build kernels.
 pub(crate) struct Compiler {
     toolchain: Toolchain,
-    /// Where modules go: `sm_90/bf16_w4.ptx`, for instance.
-    folder: PathBuf,
+    /// Where the folders with the modules are.
+    target_directory: PathBuf,
 }
 
 impl Compiler {
@@ -74,44 +110,44 @@ impl Compiler {
     /// # Errors
     /// When there is none, and none can be had.
     pub(crate) fn new() -> Result<Self> {
-        let folder = cmd::metadata()?.target_directory.into_std_path_buf().join("ptx");
-        Ok(Compiler { toolchain: Toolchain::find(&[TARGET])?, folder })
+        let target_directory = cmd::metadata()?.target_directory.into_std_path_buf();
+        Ok(Compiler { toolchain: Toolchain::find(&[TARGET])?, target_directory })
     }
 
-    /// Builds every module for each of `gpus`. Returns the folder that they are in.
+    /// Builds every module that programs load for each of `gpus`. Returns the folder that they are in.
     ///
     /// # Errors
     /// A module does not build.
-    pub(crate) fn build(&self, gpus: &[&Gpu]) -> Result<&Path> {
+    pub(crate) fn build(&self, gpus: &[&Gpu]) -> Result<PathBuf> {
         for gpu in gpus {
-            for element in ELEMENTS {
-                for set in SETS {
-                    self.compile(gpu, element, set)?;
-                }
+            for module in kernels() {
+                self.compile(gpu, &module)?;
             }
         }
-        Ok(&self.folder)
+        Ok(self.target_directory.join("ptx"))
     }
 
     /// Compiles one module to a file.
-    fn compile(&self, gpu: &Gpu, element: &str, set: &str) -> Result<PathBuf> {
-        let folder = self.folder.join(gpu.cpu);
+    fn compile(&self, gpu: &Gpu, module: &Module) -> Result<PathBuf> {
+        let folder = self.target_directory.join(module.folder).join(gpu.cpu);
         fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let module = folder.join(format!("{element}_{set}.ptx"));
-        let manifest = cmd::root().join("device/ptx/Cargo.toml");
+        let file = folder.join(format!("{}.ptx", module.name));
+        let manifest = cmd::root().join(module.manifest);
         let mut cargo = self.toolchain.cargo(&manifest, "rustc", TARGET, gpu.cpu)?;
-        cargo.args(["--release", "--features", &format!("{element},{set}")]);
+        cargo.arg("--release");
+        if let Some(features) = &module.features {
+            cargo.args(["--features", features]);
+        }
         // Kernels use unstable features of the language. The flags are for `core` and every other crate as well: a
         // function compiled for another processor would not be inlined.
         cargo.env("RUSTC_BOOTSTRAP", "1");
         cargo.env("RUSTFLAGS", format!("-Ctarget-cpu={} -Ctarget-feature=+{}", gpu.cpu, gpu.version));
-        cargo.arg("--").arg(format!("--emit=asm={}", module.display()));
+        cargo.arg("--").arg(format!("--emit=asm={}", file.display()));
         cmd::run_quietly(&mut cargo)?;
-        let text =
-            fs::read_to_string(&module).with_context(|| format!("cannot read {}", module.display()))?;
-        let bounded = bound_blocks(&text, gpu.cpu, set);
-        fs::write(&module, bounded).with_context(|| format!("cannot write {}", module.display()))?;
-        Ok(module)
+        let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let bounded = bound_blocks(&text, gpu.cpu, module.set);
+        fs::write(&file, bounded).with_context(|| format!("cannot write {}", file.display()))?;
+        Ok(file)
     }
 }
 
@@ -151,24 +187,28 @@ impl Builder {
     fn build_one(&self, gpu: &Gpu) -> Result<String> {
         let mut report = String::new();
         let mut wrong = String::new();
-        for element in ELEMENTS {
-            for set in SETS {
-                let module = self.compiler.compile(gpu, element, set)?;
-                let text = fs::read_to_string(&module)
-                    .with_context(|| format!("cannot read {}", module.display()))?;
-                let name = format!("{}/{element}_{set}", gpu.cpu);
-                if let Some(what) = panic_path(&text) {
-                    wrong += &format!("\n  {name}: {what}");
-                }
-                for function in self.ptxas.assemble(&module, gpu.arch)? {
-                    report += &format!("{name}: {function}\n");
-                    if function.uses_local_memory() {
-                        wrong += &format!("\n  {name}: {function}");
-                    }
+        for module in kernels().chain(examples()) {
+            let file = self.compiler.compile(gpu, &module)?;
+            let text =
+                fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+            let name = format!("{}/{}", gpu.cpu, module.name);
+            if let Some(what) = panic_path(&text) {
+                wrong += &format!("\n  {name}: {what}");
+            }
+            if layout_of(&text) != Some(LAYOUT) {
+                wrong += &format!("\n  {name}: its launch layout is {:?}, not {LAYOUT}", layout_of(&text));
+            }
+            for function in self.ptxas.assemble(&file, gpu.arch)? {
+                report += &format!("{name}: {function}\n");
+                if function.uses_local_memory() {
+                    wrong += &format!("\n  {name}: {function}");
                 }
             }
         }
-        ensure!(wrong.is_empty(), "\n{report}kernels must not panic, spill or use local memory:{wrong}");
+        ensure!(
+            wrong.is_empty(),
+            "\n{report}kernels must not panic, spill or use local memory, and must say their layout:{wrong}"
+        );
         Ok(report)
     }
 }
@@ -229,6 +269,14 @@ fn panic_path(ptx: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_example_is_built() {
+        let folders = fs::read_dir(cmd::root().join("device/examples")).unwrap();
+        let found: Vec<PathBuf> = folders.map(|folder| folder.unwrap().path().join("Cargo.toml")).collect();
+        let built: Vec<PathBuf> = examples().map(|module| cmd::root().join(module.manifest)).collect();
+        assert_eq!(built, found);
+    }
 
     #[test]
     fn a_gpu_gets_the_kernels_that_run_on_it() {

@@ -3,6 +3,9 @@
 //! `cargo xtask ptx` makes a folder for each kind of GPU and in it a file for each element type and set of kernels:
 //! `sm_90/bf16_w4.ptx`. The entry points' names are those of the device crate's table.
 //!
+//! A file says what layout of the launch structs it was built for, and one of another layout is refused: kernels that
+//! read their parameters in the wrong places reach memory that is not theirs.
+//!
 //! What must hold: no grid is larger than what is resident at once, and a kernel is launched as a programmatic
 //! dependent, or in clusters, only if it was compiled for a processor that has these (`sm_90`): PTX for an older one
 //! runs on a new GPU, but does not wait for the kernel before it.
@@ -16,7 +19,10 @@ use std::{
 };
 
 use cust::{function::FunctionAttribute, module::Module};
-use fused_collective_core::dtype::DType;
+use fused_collective_core::{
+    dtype::DType,
+    launch::{LAYOUT, layout_of},
+};
 
 use super::{
     Error,
@@ -193,11 +199,12 @@ impl Kernels {
     pub(crate) fn load(&mut self, dtype: DType, set: Set) -> Result<(), Error> {
         let Slot::Vacant(slot) = self.modules.entry((dtype, set)) else { return Ok(()) };
         let file = self.folder.join(file_name(dtype, set));
-        let remedy = "run `cargo xtask ptx`, which builds them";
+        let remedy = "run `cargo xtask ptx`, which builds them, or use those that came with this program";
         let unusable = |why: &dyn fmt::Display| {
             Error::Kernels(format!("the kernels in {} cannot be used: {why}; {remedy}", file.display()))
         };
-        let text = fs::read(&file).map_err(|error| unusable(&error))?;
+        let text = fs::read_to_string(&file).map_err(|error| unusable(&error))?;
+        check_layout(&text).map_err(|why| unusable(&why))?;
         let text = CString::new(text).map_err(|_| unusable(&"it holds a zero byte"))?;
         let module = Module::from_ptx_cstr(&text, &[]);
         slot.insert(module.map_err(failed("load the kernels")).map_err(|error| unusable(&error))?);
@@ -396,6 +403,21 @@ fn resident(
     }
 }
 
+/// Checks that a module's kernels take what this program launches them with.
+fn check_layout(ptx: &str) -> Result<(), String> {
+    match layout_of(ptx) {
+        Some(LAYOUT) => Ok(()),
+        Some(other) => Err(format!(
+            "they were built for launch layout {other:#010x} and this program has {LAYOUT:#010x}, so they are of \
+             another version"
+        )),
+        None => {
+            Err("they do not say which launch layout they were built for, as those of this version do"
+                .to_owned())
+        }
+    }
+}
+
 /// Where kernels may be: the folder that was named, or else beside the program, or beside its folder, where `cargo`
 /// has them.
 fn places(named: Option<PathBuf>, program: Option<&Path>) -> Vec<PathBuf> {
@@ -483,6 +505,32 @@ mod tests {
         assert!(error.contains("7.5"), "{error}");
         fs::create_dir(root.path().join("sm_80")).unwrap();
         assert_eq!(find_folder(&[root.path().to_owned()], 90).unwrap(), (root.path().join("sm_80"), 80));
+    }
+
+    #[test]
+    fn kernels_of_another_layout_are_refused() {
+        let module =
+            |layout: u32| format!(".visible .global .align 4 .u32 fused_collective_layout = {layout};\n");
+        assert_eq!(check_layout(&module(LAYOUT)), Ok(()));
+        let other = check_layout(&module(LAYOUT ^ 1)).unwrap_err();
+        assert!(other.contains("another version") && other.contains(&format!("{LAYOUT:#010x}")), "{other}");
+        let none = check_layout(".version 8.6\n.visible .entry fill()\n").unwrap_err();
+        assert!(none.contains("do not say"), "{none}");
+
+        // Before the driver sees any of it: there is none in this test.
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("bf16_w2.ptx"), module(LAYOUT ^ 1)).unwrap();
+        let mut kernels = Kernels {
+            folder: folder.path().to_owned(),
+            compiled_for: HOPPER,
+            units: 1,
+            launcher: None,
+            functions: HashMap::new(),
+            modules: HashMap::new(),
+        };
+        let error = kernels.load(DType::Bf16, Set::Group(2)).unwrap_err().to_string();
+        assert!(error.contains("bf16_w2.ptx") && error.contains("another version"), "{error}");
+        assert!(error.contains("run `cargo xtask ptx`"), "{error}");
     }
 
     #[test]

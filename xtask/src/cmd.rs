@@ -3,7 +3,7 @@
 use std::{
     env,
     ffi::{OsStr, OsString},
-    io::{BufRead, BufReader},
+    io::{BufRead, BufReader, Read},
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
     thread,
@@ -52,18 +52,8 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 /// Like [`run`], but ends the program after `limit`: for what waits on a network.
 pub(crate) fn run_within(command: &mut Command, limit: Duration) -> Result<()> {
     let mut child = start(command)?;
-    let deadline = Instant::now() + limit;
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return check(command, status);
-        }
-        if Instant::now() >= deadline {
-            child.kill()?;
-            child.wait()?;
-            bail!("`{}` had not ended after {} s", line(command), limit.as_secs());
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
+    let status = wait_within(command, &mut child, limit)?;
+    check(command, status)
 }
 
 /// Like [`run`], and gives each line of the program's standard output to `read` as it passes through.
@@ -87,6 +77,31 @@ pub(crate) fn run_quietly(command: &mut Command) -> Result<()> {
     check(command, output.status).with_context(|| String::from_utf8_lossy(&printed).into_owned())
 }
 
+/// Runs for at most `limit` and returns what the program wrote to its standard output; its standard error is part of the
+/// error, if it fails.
+///
+/// # Errors
+/// As [`run`], and past the limit.
+pub(crate) fn output_within(command: &mut Command, limit: Duration) -> Result<String> {
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let mut child = child.with_context(|| cannot_start(command))?;
+    // Read on threads of their own: a program that fills one pipe must not be waited for at the other.
+    let reader = |pipe: Option<Box<dyn Read + Send>>| {
+        thread::spawn(move || {
+            let mut bytes = Vec::new();
+            // What was read before an error is kept.
+            let _ = pipe.map(|mut pipe| pipe.read_to_end(&mut bytes));
+            String::from_utf8_lossy(&bytes).into_owned()
+        })
+    };
+    let out = reader(child.stdout.take().map(|pipe| Box::new(pipe) as _));
+    let err = reader(child.stderr.take().map(|pipe| Box::new(pipe) as _));
+    let status = wait_within(command, &mut child, limit)?;
+    let whole = |reader: thread::JoinHandle<String>| reader.join().unwrap_or_default();
+    check(command, status).with_context(|| whole(err))?;
+    Ok(whole(out))
+}
+
 /// Runs to the end and returns what the program wrote to its standard output; its standard error goes to ours.
 ///
 /// # Errors
@@ -95,6 +110,22 @@ pub(crate) fn read(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::inherit()).output().with_context(|| cannot_start(command))?;
     check(command, output.status)?;
     String::from_utf8(output.stdout).with_context(|| format!("`{}` printed what is not UTF-8", line(command)))
+}
+
+/// Waits for the end of a command's process, and ends it after `limit`.
+fn wait_within(command: &Command, child: &mut Child, limit: Duration) -> Result<ExitStatus> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            bail!("`{}` had not ended after {} s", line(command), limit.as_secs());
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// Shows the command and starts it.
@@ -155,6 +186,16 @@ mod tests {
         let begun = Instant::now();
         let error = run_within(Command::new("sleep").arg("600"), Duration::from_millis(1)).unwrap_err();
         assert_eq!(error.to_string(), "`sleep 600` had not ended after 0 s");
+        let error = output_within(Command::new("sleep").arg("600"), Duration::from_millis(1)).unwrap_err();
+        assert_eq!(error.to_string(), "`sleep 600` had not ended after 0 s");
         assert!(begun.elapsed() < Duration::from_secs(60));
+    }
+
+    #[test]
+    fn what_a_program_says_is_returned_or_part_of_the_error() {
+        let shell = |script| output_within(Command::new("sh").args(["-c", script]), Duration::from_secs(60));
+        assert_eq!(shell("echo this; echo that >&2").unwrap(), "this\n");
+        let error = format!("{:#}", shell("echo this; echo that >&2; exit 3").unwrap_err());
+        assert_eq!(error, "that\n: `sh -c 'echo this; echo that >&2; exit 3'` ended with exit status: 3");
     }
 }

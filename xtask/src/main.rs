@@ -2,6 +2,8 @@
 
 mod bench;
 mod cmd;
+mod dist;
+mod doctor;
 mod ptx;
 mod ptxas;
 mod structure;
@@ -11,6 +13,7 @@ mod toolchain;
 use std::{
     env,
     io::{self, Write},
+    path::PathBuf,
     process::ExitCode,
 };
 
@@ -28,6 +31,8 @@ struct Args {
 #[argh(subcommand)]
 enum Task {
     Bench(Bench),
+    Dist(Dist),
+    Doctor(Doctor),
     Ptx(Ptx),
     Test(Test),
 }
@@ -40,6 +45,24 @@ struct Bench {
     #[argh(positional, greedy)]
     options: Vec<String>,
 }
+
+/// Make a folder, and an archive of it, that runs on a machine with NVIDIA's driver and nothing else.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "dist")]
+struct Dist {
+    /// where to put both (default: target/distribution)
+    #[argh(option, arg_name = "folder")]
+    output: Option<PathBuf>,
+
+    /// a processor to have kernels for: sm_80, sm_90, sm_100a or sm_120a; may be repeated (default: all)
+    #[argh(option, long = "cpu", arg_name = "cpu", from_str_fn(ptx::parse_gpu))]
+    gpus: Vec<&'static ptx::Gpu>,
+}
+
+/// Show what this machine has of what the project can use, and what each missing thing would enable.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "doctor")]
+struct Doctor {}
 
 /// Build the kernels as PTX into target/ptx, and show the registers of each.
 #[derive(FromArgs)]
@@ -86,8 +109,10 @@ fn parse(mut args: Vec<String>) -> Result<Task, EarlyExit> {
 fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Bench(Bench { options }) => Err(bench::exec(&options)),
+        Task::Dist(Dist { output, gpus }) => dist::make(output, &chosen(gpus)).map(|()| ExitCode::SUCCESS),
+        Task::Doctor(Doctor {}) => doctor::run().map(|()| ExitCode::SUCCESS),
         Task::Ptx(Ptx { gpus }) => {
-            let gpus = if gpus.is_empty() { ptx::GPUS.iter().collect() } else { gpus };
+            let gpus = chosen(gpus);
             let mut code = ExitCode::SUCCESS;
             for (gpu, result) in ptx::Builder::new()?.build(&gpus) {
                 match result {
@@ -102,6 +127,11 @@ fn run(task: Task) -> Result<ExitCode> {
         }
         Task::Test(Test {}) => Ok(test::run()),
     }
+}
+
+/// The processors that were named, or all.
+fn chosen(gpus: Vec<&'static ptx::Gpu>) -> Vec<&'static ptx::Gpu> {
+    if gpus.is_empty() { ptx::GPUS.iter().collect() } else { gpus }
 }
 
 #[cfg(test)]
@@ -128,7 +158,7 @@ mod tests {
     fn help_names_every_task_and_an_unknown_one_is_an_error() {
         let Err(help) = parse_words(&["--help"]) else { panic!("--help is taken for a task") };
         assert!(help.status.is_ok());
-        for task in ["bench", "ptx", "test"] {
+        for task in ["bench", "dist", "doctor", "ptx", "test"] {
             assert!(help.output.contains(task), "{}", help.output);
         }
         let Err(error) = parse_words(&["tset"]) else { panic!("tset is taken for a task") };

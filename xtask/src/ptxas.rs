@@ -17,6 +17,11 @@ const MIN_RELEASE: (u32, u32) = (12, 8);
 /// Where PyPI has it.
 const PYPI_PACKAGE: &str = "nvidia-cuda-nvcc==13.0.*";
 
+/// Where it is kept under the target directory, ...
+const FETCHED: &str = "ptxas";
+/// ... and where in there: the wheel's path of it, with the major release in it.
+const WHEEL_PATH: &str = "nvidia/cu13/bin/ptxas";
+
 /// A ptxas that is recent enough.
 pub(crate) struct Ptxas(PathBuf);
 
@@ -56,19 +61,31 @@ impl fmt::Display for Function {
     }
 }
 
+impl fmt::Display for Ptxas {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0.display())
+    }
+}
+
 impl Ptxas {
-    /// The ptxas on `PATH`, or that of the toolkit in `CUDA_HOME`, or else the one from PyPI, kept in
+    /// The ptxas on `PATH`, or that of the toolkit in `CUDA_HOME`, or the one that was fetched from PyPI into
     /// `target_directory`.
+    pub(crate) fn installed(target_directory: &Path) -> Option<Self> {
+        let toolkit = env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin/ptxas"));
+        let fetched = target_directory.join(FETCHED).join(WHEEL_PATH);
+        let known = [Some("ptxas".into()), toolkit, Some(fetched)];
+        known.into_iter().flatten().find(|ptxas| is_recent(ptxas)).map(Ptxas)
+    }
+
+    /// The one that is [installed](Self::installed), or else the one from PyPI, kept in `target_directory`.
     ///
     /// # Errors
     /// When none is recent enough and PyPI's cannot be had: why, and what to install.
     pub(crate) fn find(target_directory: &Path) -> Result<Self> {
-        let toolkit = env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin/ptxas"));
-        let installed = [Some("ptxas".into()), toolkit];
-        if let Some(ptxas) = installed.into_iter().flatten().find(|ptxas| is_recent(ptxas)) {
-            return Ok(Ptxas(ptxas));
+        if let Some(ptxas) = Self::installed(target_directory) {
+            return Ok(ptxas);
         }
-        let ptxas = from_pypi(&target_directory.join("ptxas")).with_context(|| {
+        let ptxas = from_pypi(&target_directory.join(FETCHED)).with_context(|| {
             let (major, minor) = MIN_RELEASE;
             format!(
                 "no ptxas of CUDA {major}.{minor} or later: put one on PATH, set CUDA_HOME, or have python3 with pip \
@@ -115,13 +132,9 @@ fn release(version: &str) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-/// PyPI's ptxas, downloaded to `folder` unless it is there.
+/// PyPI's ptxas, downloaded to `folder`.
 fn from_pypi(folder: &Path) -> Result<PathBuf> {
-    // The wheel's path of it, with the major release in it.
-    let ptxas = folder.join("nvidia/cu13/bin/ptxas");
-    if is_recent(&ptxas) {
-        return Ok(ptxas);
-    }
+    let ptxas = folder.join(WHEEL_PATH);
     let mut pip = Command::new("python3");
     pip.args(["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest"])
         .arg(folder)

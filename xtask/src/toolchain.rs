@@ -10,7 +10,7 @@
 use std::{
     env,
     ffi::OsString,
-    fs,
+    fmt, fs,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
@@ -34,6 +34,16 @@ pub(crate) struct Toolchain {
     rustc: Option<PathBuf>,
     /// Whether `core` is built from source. On a stable compiler that needs `RUSTC_BOOTSTRAP`.
     build_core: bool,
+}
+
+impl fmt::Display for Toolchain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.rustc {
+            Some(rustc) => write!(f, "{}", rustc.display())?,
+            None => f.write_str("the active toolchain")?,
+        }
+        if self.build_core { f.write_str(", building `core` from its source") } else { Ok(()) }
+    }
 }
 
 impl Toolchain {
@@ -63,6 +73,16 @@ impl Toolchain {
             targets.join(" "),
             DEBIAN_PACKAGES.join(" "),
         )
+    }
+
+    /// A toolchain for all of `targets` that is there already.
+    ///
+    /// # Errors
+    /// Why the active toolchain is none, and why Debian's is none.
+    pub(crate) fn installed(targets: &[&str]) -> Result<Self> {
+        let debian =
+            || debian_installed().map(|()| Toolchain { rustc: Some(DEBIAN_RUSTC.into()), build_core: true });
+        active(targets).or_else(|why| debian().with_context(|| format!("{why:#}")))
     }
 
     /// `cargo SUBCOMMAND` for `target` with this toolchain, on the package or workspace of `manifest`. The outputs are

@@ -1,0 +1,396 @@
+//! `cargo xtask dist`: a folder, and an archive of it, that runs on a machine with nothing but a driver (or, on the CPU
+//! backend, with nothing): the stripped program, the kernels for every kind of GPU, the licences of all that is in it.
+//!
+//! The program looks for `ptx/` beside itself, so the folder works wherever it is unpacked. The one thing that it does
+//! need is a C library that is recent enough: the program's own list of symbol versions says how recent.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    env, fmt,
+    fs::{self, File},
+    io::Write,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+use cargo_metadata::{DependencyKind, MetadataCommand, Package};
+use flate2::{Compression, write::GzEncoder};
+use object::{Endianness, elf::FileHeader64, read::elf::FileHeader};
+
+use crate::{cmd, ptx};
+
+const PACKAGE: &str = "fused-collective";
+/// The profile in the workspace's `Cargo.toml`, and the folder that cargo gives it.
+const PROFILE: &str = "dist";
+/// Files from the workspace's root that go along as they are.
+const LICENSES: [&str; 2] = ["LICENSE-APACHE", "LICENSE-MIT"];
+
+/// Builds everything and leaves it in `output` (`target/distribution` if there is none). Prints where.
+///
+/// # Errors
+/// Something does not build, or cannot be written.
+pub(crate) fn make(output: Option<PathBuf>, gpus: &[&ptx::Gpu]) -> Result<()> {
+    let target = cmd::metadata()?.target_directory.into_std_path_buf();
+    let output = output.unwrap_or_else(|| target.join("distribution"));
+    eprintln!("building the kernels (minutes the first time)");
+    let kernels = ptx::Compiler::new()?.build(gpus)?;
+    let program = program(&target)?;
+    let contents = Contents {
+        version: version()?,
+        glibc: glibc_needed(&program)?,
+        program,
+        kernels: gpus.iter().map(|gpu| (gpu.cpu, kernels.join(gpu.cpu))).collect(),
+        third_party: third_party()?,
+    };
+    let (folder, archive) = contents.write(&output)?;
+    let size = fs::metadata(&archive)?.len() as f64 / f64::from(1 << 20);
+    println!("{}\n{} ({size:.1} MiB)", folder.display(), archive.display());
+    println!("needs {}, and for GPUs NVIDIA's driver; nothing else", contents.needs());
+    Ok(())
+}
+
+/// The program, built with [`PROFILE`]. Paths of this machine are left out of it.
+fn program(target: &Path) -> Result<PathBuf> {
+    let mut flags = vec![format!("--remap-path-prefix={}=.", cmd::root().display())];
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    if let Some(cargo) = home.or_else(|| env::home_dir().map(|home| home.join(".cargo"))) {
+        flags.push(format!("--remap-path-prefix={}=cargo", cargo.display()));
+    }
+    let mut cargo = cmd::cargo("build");
+    cargo.args(["--profile", PROFILE, "--package", PACKAGE, "--bin", PACKAGE]);
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    cmd::run(&mut cargo)?;
+    Ok(target.join(PROFILE).join(PACKAGE))
+}
+
+fn version() -> Result<String> {
+    let packages = cmd::metadata()?.packages;
+    let package = packages.iter().find(|package| package.name.as_str() == PACKAGE);
+    Ok(package.with_context(|| format!("the workspace has no package {PACKAGE}"))?.version.to_string())
+}
+
+/// A version of the C library: 2.34.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Glibc(u32, u32);
+
+impl fmt::Display for Glibc {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.0, self.1)
+    }
+}
+
+/// The latest version of glibc whose symbols a program asks for; `None` if it asks for none.
+fn glibc_needed(program: &Path) -> Result<Option<Glibc>> {
+    let bytes = fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
+    needed(&bytes).with_context(|| format!("{} is not a program for Linux", program.display()))
+}
+
+fn needed(bytes: &[u8]) -> Result<Option<Glibc>> {
+    let header = FileHeader64::<Endianness>::parse(bytes)?;
+    let endian = header.endian()?;
+    let sections = header.sections(endian, bytes)?;
+    let mut latest = None;
+    let Some((mut libraries, strings)) = sections.gnu_verneed(endian, bytes)? else { return Ok(None) };
+    let strings = sections.strings(endian, bytes, strings)?;
+    while let Some((_, mut versions)) = libraries.next()? {
+        while let Some(version) = versions.next()? {
+            let name = String::from_utf8_lossy(version.name(endian, strings)?);
+            latest = latest.max(parse_glibc(&name));
+        }
+    }
+    Ok(latest)
+}
+
+/// `GLIBC_2.34`, or `GLIBC_2.2.5`, whose last part matters to nobody.
+fn parse_glibc(version: &str) -> Option<Glibc> {
+    let mut parts = version.strip_prefix("GLIBC_")?.split('.');
+    Some(Glibc(parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}
+
+/// What goes into the folder.
+struct Contents {
+    version: String,
+    program: PathBuf,
+    /// The folder of modules for each processor.
+    kernels: Vec<(&'static str, PathBuf)>,
+    glibc: Option<Glibc>,
+    third_party: String,
+}
+
+impl Contents {
+    /// `fused-collective-0.1.0-x86_64-linux`.
+    fn name(&self) -> String {
+        format!("{PACKAGE}-{}-{}-{}", self.version, env::consts::ARCH, env::consts::OS)
+    }
+
+    fn needs(&self) -> String {
+        let linux = format!("Linux on {}", env::consts::ARCH);
+        self.glibc.map_or_else(|| linux.clone(), |glibc| format!("{linux} with glibc {glibc} or later"))
+    }
+
+    /// Writes the folder and its archive into `output`, in place of those that are there, and returns both.
+    fn write(&self, output: &Path) -> Result<(PathBuf, PathBuf)> {
+        fs::create_dir_all(output).with_context(|| format!("cannot create {}", output.display()))?;
+        // What is being written has another name until it is whole.
+        let scratch = tempfile::Builder::new().prefix(".dist-").tempdir_in(output)?;
+        let making = scratch.path().join(self.name());
+        self.fill(&making)?;
+        let archive_name = format!("{}.tar.gz", self.name());
+        let packed = scratch.path().join(&archive_name);
+        pack(&making, &self.name(), &packed)?;
+
+        let (folder, archive) = (output.join(self.name()), output.join(archive_name));
+        if folder.exists() {
+            fs::remove_dir_all(&folder).with_context(|| format!("cannot replace {}", folder.display()))?;
+        }
+        fs::rename(making, &folder)?;
+        fs::rename(packed, &archive)?;
+        Ok((folder, archive))
+    }
+
+    fn fill(&self, folder: &Path) -> Result<()> {
+        let put = |name: &str, text: &str| write_file(&folder.join(name), text.as_bytes(), 0o644);
+        copy(&self.program, &folder.join(PACKAGE), 0o755)?;
+        for (cpu, modules) in &self.kernels {
+            let mut copied = 0;
+            for module in files(modules)? {
+                if module.extension().is_some_and(|extension| extension == "ptx") {
+                    let name = module.file_name().context("a file has a name")?;
+                    copy(&module, &folder.join("ptx").join(cpu).join(name), 0o644)?;
+                    copied += 1;
+                }
+            }
+            ensure!(copied > 0, "{} has no kernels", modules.display());
+        }
+        for license in LICENSES {
+            copy(&cmd::root().join(license), &folder.join(license), 0o644)?;
+        }
+        put("THIRD-PARTY.txt", &self.third_party)?;
+        put("README.md", &self.readme())
+    }
+
+    fn readme(&self) -> String {
+        let cpus: Vec<&str> = self.kernels.iter().map(|(cpu, _)| *cpu).collect();
+        format!(
+            "\
+# fused-collective {version}
+
+Fused all-reduce + residual add + RMSNorm + FP8/FP4 quantization: the program that verifies and benchmarks it, and its
+kernels for GPUs ({cpus}, and what runs their PTX).
+
+It needs {needs}. On GPUs it needs NVIDIA's driver (CUDA 12 or later for all of its speed) and two
+or more GPUs with peer access to each other; no CUDA toolkit, no Rust, no Python. NCCL is used for comparison where it is
+found.
+
+```sh
+./{PACKAGE} verify --quick       # is it right on this machine?
+./{PACKAGE} bench                # is it fast? on the GPUs, if there are two or more
+./{PACKAGE} bench --backend cpu  # on two processes of this machine's CPU
+./{PACKAGE} bench --help
+```
+
+The program finds its kernels in `ptx` beside itself, or in the folder that `FUSED_COLLECTIVE_PTX` names.
+
+Licensed under MIT or Apache 2.0, at your choice: `LICENSE-MIT`, `LICENSE-APACHE`. What it is built from has the licences
+in `THIRD-PARTY.txt`.
+",
+            version = self.version,
+            cpus = cpus.join(", "),
+            needs = self.needs(),
+        )
+    }
+}
+
+fn copy(from: &Path, to: &Path, mode: u32) -> Result<()> {
+    let bytes = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+    write_file(to, &bytes, mode)
+}
+
+fn write_file(path: &Path, bytes: &[u8], mode: u32) -> Result<()> {
+    let written = path.parent().map_or(Ok(()), fs::create_dir_all).and_then(|()| fs::write(path, bytes));
+    written
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// What `folder` holds, by name.
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>>>()?;
+    paths.sort();
+    Ok(paths)
+}
+
+/// Packs `folder` into `archive`, as a folder called `name`. The same files make the same bytes.
+fn pack(folder: &Path, name: &str, archive: &Path) -> Result<()> {
+    let file = File::create(archive).with_context(|| format!("cannot write {}", archive.display()))?;
+    let mut tar = tar::Builder::new(GzEncoder::new(file, Compression::best()));
+    // Without times and owners.
+    tar.mode(tar::HeaderMode::Deterministic);
+    let mut folders = vec![(folder.to_owned(), PathBuf::from(name))];
+    while let Some((from, to)) = folders.pop() {
+        tar.append_dir(&to, &from)?;
+        for path in files(&from)? {
+            let place = to.join(path.file_name().context("a file has a name")?);
+            if path.is_dir() {
+                folders.push((path, place));
+            } else {
+                tar.append_path_with_name(&path, &place)?;
+            }
+        }
+    }
+    tar.into_inner()?.finish()?.flush()?;
+    Ok(())
+}
+
+/// The licences of every package that is linked into the program, each text once.
+fn third_party() -> Result<String> {
+    let metadata = MetadataCommand::new()
+        .manifest_path(cmd::root().join("Cargo.toml"))
+        .other_options(["--filter-platform".to_owned(), host()?])
+        .exec()?;
+    let resolve = metadata.resolve.as_ref().context("cargo names no dependencies")?;
+    let nodes: HashMap<_, _> = resolve.nodes.iter().map(|node| (&node.id, node)).collect();
+    let is_program = |package: &&Package| package.name.as_str() == PACKAGE && package.source.is_none();
+    let program = metadata.packages.iter().find(is_program).context("the workspace has no program")?;
+    let mut seen = HashSet::from([&program.id]);
+    let mut waiting = vec![&program.id];
+    while let Some(id) = waiting.pop() {
+        let node = nodes.get(id).context("cargo's dependencies have a hole")?;
+        for dependency in &node.deps {
+            let linked = dependency.dep_kinds.iter().any(|kind| kind.kind == DependencyKind::Normal);
+            if linked && seen.insert(&dependency.pkg) {
+                waiting.push(&dependency.pkg);
+            }
+        }
+    }
+    let mut packages: Vec<&Package> =
+        metadata.packages.iter().filter(|it| it.source.is_some() && seen.contains(&it.id)).collect();
+    packages.sort_by_key(|package| (package.name.to_string(), package.version.clone()));
+
+    let mut list = String::from(
+        "What fused-collective is built from, each with its licence, and the licences' texts.\n\n",
+    );
+    list += "Rust's standard library: MIT OR Apache-2.0, https://github.com/rust-lang/rust\n";
+    let mut texts: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for package in packages {
+        let name = format!("{} {}", package.name, package.version);
+        let license = package.license.as_deref().unwrap_or("see its licence file");
+        list += &format!("{name}: {license}, {}\n", package.repository.as_deref().unwrap_or("no repository"));
+        for text in license_texts(package)? {
+            texts.entry(text).or_default().push(name.clone());
+        }
+    }
+    for (text, names) in texts {
+        list += &format!("\n{}\n{}\n\n{}\n", "=".repeat(80), names.join(", "), text.trim_end());
+    }
+    Ok(list)
+}
+
+/// The licence files in a package's folder.
+fn license_texts(package: &Package) -> Result<Vec<String>> {
+    let folder = package.manifest_path.parent().context("a manifest is in a folder")?;
+    let is_license = |path: &PathBuf| {
+        let name = path.file_name().map(|name| name.to_string_lossy().to_uppercase()).unwrap_or_default();
+        let known = ["LICENSE", "LICENCE", "COPYING", "NOTICE", "UNLICENSE"];
+        path.is_file() && known.iter().any(|known| name.starts_with(known))
+    };
+    let read = |path: PathBuf| {
+        let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        Ok(String::from_utf8_lossy(&bytes).replace("\r\n", "\n"))
+    };
+    files(folder.as_std_path())?.into_iter().filter(is_license).map(read).collect()
+}
+
+/// This machine, as rustc calls it.
+fn host() -> Result<String> {
+    let mut rustc = std::process::Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
+    let version = cmd::read(rustc.args(["--version", "--verbose"]))?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    Ok(host.context("rustc does not name its host")?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn contents(folder: &Path) -> Contents {
+        let program = folder.join("built");
+        write_file(&program, b"#!/bin/sh\necho \"$@\" from \"$(ls ptx)\"\n", 0o755).unwrap();
+        let modules = folder.join("modules");
+        write_file(&modules.join("bf16_w2.ptx"), b".version 8.6\n", 0o600).unwrap();
+        write_file(&modules.join("notes.txt"), b"not a module\n", 0o600).unwrap();
+        Contents {
+            version: "1.2.3".to_owned(),
+            program,
+            kernels: vec![("sm_90", modules)],
+            glibc: Some(Glibc(2, 34)),
+            third_party: "everyone\n".to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_archive_unpacks_elsewhere_into_a_program_with_its_kernels_beside_it() {
+        let temporary = tempfile::tempdir().unwrap();
+        let contents = contents(temporary.path());
+        let output = temporary.path().join("a/b");
+        let (folder, archive) = contents.write(&output).unwrap();
+        assert!(
+            folder.join("ptx/sm_90/bf16_w2.ptx").is_file() && !folder.join("ptx/sm_90/notes.txt").exists()
+        );
+        for name in LICENSES.iter().chain(&["README.md", "THIRD-PARTY.txt"]) {
+            assert!(folder.join(name).is_file(), "{name}");
+        }
+        let readme = fs::read_to_string(folder.join("README.md")).unwrap();
+        assert!(readme.contains("with glibc 2.34 or later") && readme.contains("sm_90"), "{readme}");
+
+        let elsewhere = temporary.path().join("elsewhere");
+        let unpacked = flate2::read::GzDecoder::new(File::open(&archive).unwrap());
+        tar::Archive::new(unpacked).unpack(&elsewhere).unwrap();
+        let root = elsewhere.join(contents.name());
+        let mut program = std::process::Command::new(format!("./{PACKAGE}"));
+        let said = cmd::read(program.arg("hello").current_dir(&root)).unwrap();
+        assert_eq!(said, "hello from sm_90\n");
+
+        // Again, over what is there: the same bytes, and nothing else is left.
+        let before = fs::read(&archive).unwrap();
+        contents.write(&output).unwrap();
+        assert!(fs::read(&archive).unwrap() == before, "the archive differs from one run to the next");
+        assert_eq!(files(&output).unwrap(), [folder, archive]);
+    }
+
+    #[test]
+    fn a_folder_without_kernels_is_no_distribution() {
+        let temporary = tempfile::tempdir().unwrap();
+        let mut contents = contents(temporary.path());
+        let empty = temporary.path().join("empty");
+        fs::create_dir(&empty).unwrap();
+        contents.kernels.push(("sm_80", empty.clone()));
+        let error = contents.write(temporary.path()).unwrap_err().to_string();
+        assert_eq!(error, format!("{} has no kernels", empty.display()));
+    }
+
+    #[test]
+    fn the_c_library_that_a_program_needs_is_read_from_it() {
+        let needed = glibc_needed(&env::current_exe().unwrap()).unwrap();
+        assert!(needed >= Some(Glibc(2, 2)), "{needed:?}");
+        assert_eq!(parse_glibc("GLIBC_2.34"), Some(Glibc(2, 34)));
+        assert_eq!(parse_glibc("GLIBC_2.2.5"), Some(Glibc(2, 2)));
+        assert_eq!(parse_glibc("GCC_3.0"), None);
+        assert!(Glibc(2, 34) > Glibc(2, 4));
+        let error = glibc_needed(Path::new("/proc/version")).unwrap_err().to_string();
+        assert_eq!(error, "/proc/version is not a program for Linux");
+    }
+
+    #[test]
+    fn every_linked_package_is_named_and_no_licence_is_left_out() {
+        let text = third_party().unwrap();
+        for package in ["half ", "libloading ", "serde_json ", "cust "] {
+            assert!(text.lines().any(|line| line.starts_with(package)), "{package}");
+        }
+        assert!(text.contains("Permission is hereby granted") && text.contains("Apache License"));
+        // For tests only.
+        assert!(!text.lines().any(|line| line.starts_with("proptest ")));
+    }
+}

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0                  header: who made it, for which group (HEADER_BYTES)
-//! HEADER_BYTES       control: one 64-byte line for each flag that peers write (CONTROL_BYTES)
+//! HEADER_BYTES       control: one 64-byte line for each thing that ranks tell each other (CONTROL_BYTES)
 //! SLOTS_OFFSET       slot 0, slot 1, slot 2, each slot_bytes long, filled with the Lamport sentinel
 //! ```
 //! A slot holds one round of one operation, in one of two ways; `R` is the bytes of a row:
@@ -19,7 +19,19 @@ use crate::{MAX_WORLD_SIZE, MIN_WORLD_SIZE, lamport::SLOTS};
 /// First word of every region: `FUSEDCOL` in ASCII, little-endian.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"FUSEDCOL");
 /// Layout version: a peer with another one is refused.
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
+/// This library's version, as a header tells it: a peer with another one is refused. 16 bits a part.
+pub const LIBRARY: u64 = {
+    const fn part(text: &str) -> u64 {
+        match u64::from_str_radix(text, 10) {
+            Ok(part) => part,
+            Err(_) => panic!("a package's version is made of numbers"),
+        }
+    }
+    part(env!("CARGO_PKG_VERSION_MAJOR")) << 32
+        | part(env!("CARGO_PKG_VERSION_MINOR")) << 16
+        | part(env!("CARGO_PKG_VERSION_PATCH"))
+};
 /// Bytes of the header.
 pub const HEADER_BYTES: u64 = 256;
 /// Bytes of a control line: a flag has a cache line to itself.
@@ -81,7 +93,7 @@ impl core::error::Error for HeaderError {}
 impl Header {
     /// The words to write at the region's start. Write the magic (first word) last: it publishes the rest.
     pub const fn to_words(self) -> [u64; 8] {
-        [MAGIC, VERSION, self.world_size as u64, self.rank as u64, self.slot_bytes, SLOTS, 0, 0]
+        [MAGIC, VERSION, self.world_size as u64, self.rank as u64, self.slot_bytes, SLOTS, LIBRARY, 0]
     }
 
     /// Checks the words at the start of a peer's region against what it should be.
@@ -93,7 +105,9 @@ impl Header {
             return Err(HeaderError::Version(words[1]));
         }
         let expected = self.to_words();
-        for (index, field) in [(2, "world size"), (3, "rank"), (4, "slot size"), (5, "slot count")] {
+        let fields =
+            [(6, "library version"), (2, "world size"), (3, "rank"), (4, "slot size"), (5, "slot count")];
+        for (index, field) in fields {
             if words[index] != expected[index] {
                 return Err(HeaderError::Mismatch { field, found: words[index], expected: expected[index] });
             }

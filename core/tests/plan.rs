@@ -11,7 +11,7 @@ use fused_collective_core::{
     pack::Pack,
     plan::{Algorithm, Limits, Plan, PlanError, owned_index, owned_token, owned_tokens, owner},
     quant::{Quantization, ScaleLayout},
-    workspace::{ALIGNMENT, Header, HeaderError, Layout, LayoutError, MAGIC, SlotRows, VERSION},
+    workspace::{ALIGNMENT, Header, HeaderError, LIBRARY, Layout, LayoutError, MAGIC, SlotRows, VERSION},
 };
 use proptest::prelude::*;
 
@@ -346,10 +346,33 @@ fn a_header_is_checked_field_by_field() {
     };
     assert_eq!(with(0, 0), Err(HeaderError::Magic(0)));
     assert_eq!(with(1, VERSION + 1), Err(HeaderError::Version(VERSION + 1)));
-    for (index, field, expected) in
-        [(2, "world size", 4), (3, "rank", 2), (4, "slot size", 1 << 20), (5, "slot count", lamport::SLOTS)]
-    {
+    let fields = [
+        (2, "world size", 4),
+        (3, "rank", 2),
+        (4, "slot size", 1 << 20),
+        (5, "slot count", lamport::SLOTS),
+        (6, "library version", LIBRARY),
+    ];
+    for (index, field, expected) in fields {
         assert_eq!(with(index, 9), Err(HeaderError::Mismatch { field, found: 9, expected }));
     }
     assert_eq!(MAGIC.to_le_bytes(), *b"FUSEDCOL");
+    let [.., high, low] = [LIBRARY >> 32, LIBRARY >> 16 & 0xffff, LIBRARY & 0xffff];
+    assert_eq!(format!("{}.{high}.{low}", LIBRARY >> 32), env!("CARGO_PKG_VERSION"));
+}
+
+proptest! {
+    /// Whatever a peer wrote in its header, it is taken without a panic, and only the right words pass.
+    #[test]
+    fn any_header_words_are_checked_without_a_panic(words: [u64; 8], index in 0usize..8) {
+        let header = Header { world_size: 4, rank: 2, slot_bytes: 1 << 20 };
+        prop_assert!(header.check(words).is_err());
+        let mut one = header.to_words();
+        one[index] = words[index];
+        let same = one[..7] == header.to_words()[..7];
+        prop_assert_eq!(header.check(one).is_ok(), same);
+        if let Err(error) = header.check(one) {
+            prop_assert!(error.to_string().contains("region"));
+        }
+    }
 }

@@ -72,14 +72,17 @@
 //! a [`collective`] backend, [`mod@report`] shows them; [`mod@verify`] runs the matrix that shows a backend right.
 
 pub mod bench;
+mod board;
 pub mod cli;
 pub mod collective;
 pub mod cpu;
 pub mod cuda;
+pub mod failure;
 pub mod launch;
 pub mod program;
 pub mod rank_env;
 pub mod rendezvous;
 pub mod report;
 pub mod settings;
+mod shared_memory;
 pub mod verify;

@@ -9,21 +9,19 @@
 //!   processor could let `b`'s later store to a word be overwritten by `a`'s earlier refill of it. On x86
 //!   both are free.
 
-use std::{
-    sync::atomic::{
-        AtomicU64,
-        Ordering::{Acquire, Relaxed, Release},
-        fence,
-    },
-    time::Duration,
+use std::sync::atomic::{
+    AtomicU64,
+    Ordering::{Acquire, Relaxed, Release},
+    fence,
 };
 
 use fused_collective_core::{lamport, workspace::Header};
 
 use super::{
     region::Regions,
-    wait::{Late, Wait, Watch},
+    wait::{Vigil, Wait},
 };
+use crate::failure::{Failure, What};
 
 /// Two sentinel words: what an empty 64-bit word of a slot holds.
 const EMPTY: u64 = lamport::SENTINEL as u64 | (lamport::SENTINEL as u64) << 32;
@@ -38,20 +36,30 @@ pub(crate) struct Exchange {
     rank: u32,
     /// Operations (rounds) begun so far, counted alike on every rank.
     operation: u64,
-    deadline: Duration,
-    watch: Watch,
+    vigil: Vigil,
 }
 
 impl Exchange {
     /// Fills this rank's slots with the sentinel. Peers may send once they have seen its header.
-    pub(crate) fn new(regions: Regions, rank: u32, deadline: Duration, watch: Watch) -> Self {
+    pub(crate) fn new(regions: Regions, vigil: Vigil) -> Self {
+        let rank = vigil.rank;
         let layout = *regions.layout();
         for slot in 0..lamport::SLOTS {
             for word in regions.words(rank, layout.slot_offset(slot), layout.slot_bytes()) {
                 word.store(EMPTY, Relaxed);
             }
         }
-        Exchange { regions, rank, operation: 0, deadline, watch }
+        Exchange { regions, rank, operation: 0, vigil }
+    }
+
+    /// What ends waits.
+    pub(crate) fn vigil(&self) -> &Vigil {
+        &self.vigil
+    }
+
+    /// What ends waits.
+    pub(crate) fn vigil_mut(&mut self) -> &mut Vigil {
+        &mut self.vigil
     }
 
     /// Says that this rank's region is ready.
@@ -66,9 +74,9 @@ impl Exchange {
     }
 
     /// The header of rank `peer`, once its region is ready.
-    pub(crate) fn wait_for_header(&self, peer: u32) -> Result<[u64; 8], Late> {
+    pub(crate) fn wait_for_header(&self, peer: u32) -> Result<[u64; 8], Box<Failure>> {
         let words = self.regions.words(peer, 0, 64);
-        let mut wait = self.wait(peer);
+        let mut wait = self.wait(peer, What::Region);
         while words[0].load(Acquire) == 0 {
             wait.pause()?;
         }
@@ -103,18 +111,24 @@ impl Exchange {
         }
     }
 
-    /// Waits for the row at `offset` of this rank's current slot, written by rank `from`, and takes it out. `row` is
-    /// whole words.
-    pub(crate) fn receive(&self, from: u32, offset: u64, row: &mut [u8]) -> Result<(), Late> {
+    /// Waits for the row at `offset` of this rank's current slot, which is `what` rank `from` has written there, and
+    /// takes it out. `row` is whole words.
+    pub(crate) fn receive(
+        &self,
+        from: u32,
+        what: What,
+        offset: u64,
+        row: &mut [u8],
+    ) -> Result<(), Box<Failure>> {
         let row = row.as_chunks_mut().0;
         let words = self.slot_words(self.operation, self.rank, offset, row.len());
         let (groups, rest) = words.as_chunks::<GROUP>();
         let (row_groups, row_rest) = row.as_chunks_mut::<GROUP>();
         for (words, row) in groups.iter().zip(row_groups) {
-            self.take(from, words, row)?;
+            self.take(from, what, words, row)?;
         }
         for (word, value) in rest.iter().zip(row_rest) {
-            self.take(from, std::array::from_ref(word), std::array::from_mut(value))?;
+            self.take(from, what, std::array::from_ref(word), std::array::from_mut(value))?;
         }
         fence(Acquire);
         Ok(())
@@ -124,9 +138,10 @@ impl Exchange {
     fn take<const N: usize>(
         &self,
         from: u32,
+        what: What,
         words: &[AtomicU64; N],
         row: &mut [[u8; 8]; N],
-    ) -> Result<(), Late> {
+    ) -> Result<(), Box<Failure>> {
         let load = |row: &mut [[u8; 8]; N]| {
             let mut complete = true;
             for (bytes, word) in row.iter_mut().zip(words) {
@@ -137,7 +152,7 @@ impl Exchange {
             complete
         };
         if !load(row) {
-            let mut wait = self.wait(from);
+            let mut wait = self.wait(from, what);
             while !load(row) {
                 wait.pause()?;
             }
@@ -148,17 +163,17 @@ impl Exchange {
         Ok(())
     }
 
-    pub(crate) fn wait(&self, from: u32) -> Wait<'_> {
-        Wait::new(self.rank, from, self.operation, self.deadline, &self.watch)
+    fn wait(&self, from: u32, what: What) -> Wait<'_> {
+        Wait::new(&self.vigil, from, what, self.operation)
     }
 
     /// Returns once every rank has called it as often as this one. `epoch` is that count, from 1.
-    pub(crate) fn barrier(&self, epoch: u64) -> Result<(), Late> {
+    pub(crate) fn barrier(&self, epoch: u64) -> Result<(), Box<Failure>> {
         let line = self.regions.layout().control_offset(0);
         self.regions.words(self.rank, line, 8)[0].store(epoch, Release);
         for peer in (0..self.regions.layout().world_size()).filter(|&peer| peer != self.rank) {
             let word = &self.regions.words(peer, line, 8)[0];
-            let mut wait = self.wait(peer);
+            let mut wait = self.wait(peer, What::Barrier);
             while word.load(Acquire) < epoch {
                 wait.pause()?;
             }

@@ -15,8 +15,8 @@ use pulp::Arch;
 use super::{
     exchange::Exchange,
     rows::{Finish, FinishRow, Plain, RowOutputs, StripRow, SumRows},
-    wait::Late,
 };
+use crate::failure::{Failure, What};
 
 const MAX_WORLD: usize = fused_collective_core::MAX_WORLD_SIZE as usize;
 
@@ -104,7 +104,7 @@ pub(crate) fn run<E: Plain>(
     mut job: Job<'_, E>,
     staging: &mut Staging,
     arch: Arch,
-) -> Result<(), Late> {
+) -> Result<(), Box<Failure>> {
     staging.reserve(plan.world_size, plan.row_bytes);
     let mut rounds = plan.rounds().peekable();
     let mut first_hop_done = false;
@@ -156,9 +156,11 @@ impl<E: Plain> Step<'_, '_, E> {
     }
 
     /// Adds up `token`, once every other rank's row for it is where `offset` says.
-    fn sum(&mut self, token: u64, offset: impl Fn(&SlotRows, u32) -> u64) -> Result<(), Late> {
+    fn sum(&mut self, token: u64, offset: impl Fn(&SlotRows, u32) -> u64) -> Result<(), Box<Failure>> {
+        let input = What::Input(self.round.first_token + token);
         for source in self.peers() {
-            self.exchange.receive(source, offset(&self.rows(), source), self.staging.row_mut(source))?;
+            let at = offset(&self.rows(), source);
+            self.exchange.receive(source, input, at, self.staging.row_mut(source))?;
         }
         self.stage_input(self.round.first_token + token);
         let rows: FixedVec<&[E], MAX_WORLD> =
@@ -172,7 +174,7 @@ impl<E: Plain> Step<'_, '_, E> {
         self.job.finish(self.round.first_token + token, scratch, self.arch);
     }
 
-    fn one_shot(&mut self) -> Result<(), Late> {
+    fn one_shot(&mut self) -> Result<(), Box<Failure>> {
         let rows = self.rows();
         for token in 0..rows.tokens {
             self.stage_input(self.round.first_token + token);
@@ -199,7 +201,7 @@ impl<E: Plain> Step<'_, '_, E> {
     }
 
     /// Returns whether it did the first hop of the `next` round too, so that nobody has to wait for it there.
-    fn two_shot(&mut self, first_hop_done: bool, next: Option<&Round>) -> Result<bool, Late> {
+    fn two_shot(&mut self, first_hop_done: bool, next: Option<&Round>) -> Result<bool, Box<Failure>> {
         let exchange = self.exchange;
         let operation = exchange.operation();
         let rows = self.rows();
@@ -230,8 +232,9 @@ impl<E: Plain> Step<'_, '_, E> {
 
         // Second hop: everybody else's sums.
         for token in (0..rows.tokens).filter(|&token| owner(token, world) != rank) {
+            let sum = What::Sum(self.round.first_token + token);
             let row = bytemuck::cast_slice_mut(self.residual_out(token));
-            exchange.receive(owner(token, world), rows.second_hop(token), row)?;
+            exchange.receive(owner(token, world), sum, rows.second_hop(token), row)?;
             self.finish(token);
         }
         Ok(early.is_some())

@@ -1,7 +1,9 @@
 //! The CPU backend: ranks are processes, or threads, that share memory.
 //!
 //! [`Communicator`] is one rank's end. It runs fused operations ([`Communicator::all_reduce`]) on slices.
-//! Every rank of the group must call the same operations in the same order.
+//! Every rank of the group must call the same operations in the same order. Where one does not, where one is late,
+//! gone, or [aborted](Aborter), every rank's call fails and says why; the group is then over, and a new one can be
+//! made in the same processes.
 
 mod engine;
 mod exchange;
@@ -13,10 +15,12 @@ mod wait;
 use std::{
     fmt, io,
     os::fd::{BorrowedFd, OwnedFd},
+    sync::Arc,
     time::Duration,
 };
 
 use fused_collective_core::{
+    agreement::Call,
     dtype::DType,
     fusion::Operation,
     norm::Gamma,
@@ -26,13 +30,20 @@ use fused_collective_core::{
 };
 use pulp::Arch;
 
+pub use crate::board::Aborter;
+use crate::{
+    board::{Board, Place},
+    failure::{Cause, Failure, Fault},
+    shared_memory::SharedMemory,
+};
 pub use engine::Engine;
 use exchange::Exchange;
 use fused::{Job, Staging};
 use region::Regions;
 pub use rows::Plain;
 use rows::{Finish, RowOutputs};
-pub use wait::{Late, LateCause, Watch};
+use wait::Vigil;
+pub use wait::Watch;
 
 /// What an operation reads on one rank.
 #[derive(Clone, Copy, Debug)]
@@ -96,10 +107,10 @@ pub enum Error {
         /// What is wrong with it.
         error: HeaderError,
     },
-    /// A peer did not come in time.
-    Late(Late),
-    /// An earlier call failed, and what peers sent for it may lie in any slot: create a new communicator.
-    Poisoned(Late),
+    /// The call failed while it ran, or because the group is known to be over.
+    Failed(Box<Failure>),
+    /// An earlier call failed so, and what peers sent for it may lie in any slot: create a new communicator.
+    Poisoned(Box<Failure>),
 }
 
 impl fmt::Display for Error {
@@ -120,8 +131,8 @@ impl fmt::Display for Error {
             }
             Error::Memory(what) => write!(f, "the group's shared memory: {what}"),
             Error::Peer { rank, error } => write!(f, "rank {rank}: {error}"),
-            Error::Late(late) => late.fmt(f),
-            Error::Poisoned(late) => write!(f, "an earlier operation failed: {late}"),
+            Error::Failed(failure) => failure.fmt(f),
+            Error::Poisoned(failure) => write!(f, "an earlier operation failed: {failure}"),
         }
     }
 }
@@ -137,6 +148,11 @@ impl From<PlanError> for Error {
 /// Bytes of a slot for each rank, unless one token needs more. What a round moves stays in a core's own caches, and
 /// in a two-shot round of usual rows every rank owns a few tokens.
 const SLOT_BYTES_PER_RANK: u64 = 128 << 10;
+
+/// The first control line of what ranks tell each other; line 0 is the barriers'.
+const BOARD_LINE: u64 = 1;
+/// Announced calls that are kept. A rank cannot be more than two rounds ahead of another.
+const CALLS_KEPT: u64 = 4;
 
 /// The layout of a group's memory for rows of at most `row_bytes`.
 ///
@@ -156,7 +172,7 @@ pub fn layout(
 /// # Errors
 /// The system's.
 pub fn create_shared_memory(layout: &Layout) -> io::Result<OwnedFd> {
-    region::create(layout)
+    SharedMemory::create(layout.total_bytes())
 }
 
 /// One rank's end of a group.
@@ -164,10 +180,11 @@ pub fn create_shared_memory(layout: &Layout) -> io::Result<OwnedFd> {
 pub struct Communicator {
     rank: u32,
     exchange: Exchange,
+    aborter: Aborter,
     limits: Limits,
     staging: Staging,
     barriers: u64,
-    failed: Option<Late>,
+    failed: Option<Box<Failure>>,
     arch: Arch,
 }
 
@@ -191,12 +208,25 @@ impl Communicator {
             return Err(Error::Memory(format!("rank {rank} is not in a group of {}", layout.world_size())));
         }
         let regions = Regions::map(memory, layout).map_err(|error| Error::Memory(error.to_string()))?;
-        let exchange = Exchange::new(regions, rank, deadline, watch);
+        let place = Place {
+            first: layout.control_offset(BOARD_LINE),
+            stride: layout.region_bytes(),
+            calls: CALLS_KEPT,
+        };
+        let board = Board::new(Arc::clone(regions.memory()), place, rank, layout.world_size());
+        let aborter = board.aborter();
+        let exchange = Exchange::new(regions, Vigil { rank, deadline, watch, board: Some(board) });
         let header = |rank| Header { world_size: layout.world_size(), rank, slot_bytes: layout.slot_bytes() };
         exchange.publish_header(header(rank));
         for peer in 0..layout.world_size() {
-            let words = exchange.wait_for_header(peer).map_err(Error::Late)?;
-            header(peer).check(words).map_err(|error| Error::Peer { rank: peer, error })?;
+            let words = exchange.wait_for_header(peer).map_err(Error::Failed)?;
+            header(peer).check(words).map_err(|error| {
+                // The others need not wait for this rank either.
+                if let Some(board) = &exchange.vigil().board {
+                    board.give_up(Fault::OutOfStep, peer);
+                }
+                Error::Peer { rank: peer, error }
+            })?;
         }
         let limits = Limits {
             world_size: layout.world_size(),
@@ -208,7 +238,16 @@ impl Communicator {
             one_shot_bytes: ONE_SHOT_BYTES,
         };
         let staging = Staging::default();
-        Ok(Communicator { rank, exchange, limits, staging, barriers: 0, failed: None, arch: Arch::new() })
+        Ok(Communicator {
+            rank,
+            exchange,
+            aborter,
+            limits,
+            staging,
+            barriers: 0,
+            failed: None,
+            arch: Arch::new(),
+        })
     }
 
     /// This rank.
@@ -230,7 +269,8 @@ impl Communicator {
     ///
     /// # Errors
     /// Before anything is sent: what [`Plan::new`] refuses, and tensors that do not fit the operation. After
-    /// [`Error::Late`] the communicator is poisoned: every later call fails at once.
+    /// [`Error::Failed`] the communicator is poisoned: every later call fails at once, and outputs mean nothing.
+    /// The other ranks' calls fail too.
     pub fn all_reduce<E: Plain>(
         &mut self,
         operation: &Operation,
@@ -239,9 +279,14 @@ impl Communicator {
     ) -> Result<(), Error> {
         self.check_usable()?;
         let plan = Plan::new(operation, &self.limits)?;
+        let call = Call::operation(operation, plan.algorithm, Some(inputs.scale));
         let job = check(operation, inputs, outputs)?;
+        // An operation without tokens waits for nobody, so there is nobody to compare it with yet.
+        let alone = operation.tokens == 0;
+        self.announce(call, alone);
         fused::run(&mut self.exchange, self.rank, &plan, job, &mut self.staging, self.arch)
-            .map_err(|late| self.poison(late))
+            .and_then(|()| if alone { Ok(()) } else { self.agree() })
+            .map_err(|failure| self.poison(failure))
     }
 
     /// Returns once every rank of the group has called it as often.
@@ -251,20 +296,54 @@ impl Communicator {
     pub fn barrier(&mut self) -> Result<(), Error> {
         self.check_usable()?;
         self.barriers += 1;
-        self.exchange.barrier(self.barriers).map_err(|late| self.poison(late))
+        self.announce(Call::Barrier, false);
+        self.exchange
+            .barrier(self.barriers)
+            .and_then(|()| self.agree())
+            .map_err(|failure| self.poison(failure))
+    }
+
+    /// For other threads: ends the group's operations, on all ranks. It may outlive the communicator.
+    pub fn aborter(&self) -> Aborter {
+        self.aborter.clone()
     }
 
     pub(crate) fn arch(&self) -> Arch {
         self.arch
     }
 
-    fn check_usable(&self) -> Result<(), Error> {
-        self.failed.clone().map_or(Ok(()), |late| Err(Error::Poisoned(late)))
+    fn check_usable(&mut self) -> Result<(), Error> {
+        if let Some(failure) = &self.failed {
+            return Err(Error::Poisoned(failure.clone()));
+        }
+        if self.exchange.vigil().board.as_ref().is_some_and(Board::is_aborted) {
+            let failure = Failure { rank: self.rank, wait: None, cause: Cause::Aborted };
+            return Err(self.poison(Box::new(failure)));
+        }
+        Ok(())
     }
 
-    fn poison(&mut self, late: Late) -> Error {
-        self.failed = Some(late.clone());
-        Error::Late(late)
+    /// Tells the others what is called, before anything is sent for it.
+    fn announce(&mut self, call: Call, alone: bool) {
+        if let Some(board) = &mut self.exchange.vigil_mut().board {
+            if alone { board.pass(&call) } else { board.announce(call) }
+        }
+    }
+
+    /// Whether all ranks made this call. Data of every one of them has come, and what they announced before it.
+    fn agree(&self) -> Result<(), Box<Failure>> {
+        let disagreement = self.exchange.vigil().board.as_ref().and_then(Board::disagreement_at_end);
+        disagreement.map_or(Ok(()), |disagreement| {
+            Err(Box::new(Failure { rank: self.rank, wait: None, cause: Cause::OutOfStep(disagreement) }))
+        })
+    }
+
+    fn poison(&mut self, failure: Box<Failure>) -> Error {
+        if let (Some(board), Some((fault, because_of))) = (&self.exchange.vigil().board, failure.fault()) {
+            board.give_up(fault, because_of);
+        }
+        self.failed = Some(failure.clone());
+        Error::Failed(failure)
     }
 }
 

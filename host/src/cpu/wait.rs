@@ -1,4 +1,7 @@
 //! Bounded waiting: spin, then yield, and never past a deadline.
+//!
+//! A wait ends when its data is there, when the deadline has passed, when a rank is known to be lost or has given up,
+//! when ranks are found to make different calls, or when this rank is told to give up.
 
 use std::{
     fmt, hint,
@@ -7,46 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A wait that ended without what it waited for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Late {
-    /// The rank that waited.
-    pub rank: u32,
-    /// The rank whose data did not come.
-    pub waited_for: u32,
-    /// The operation of the group, counted from 0; a round of a large operation counts as one.
-    pub operation: u64,
-    /// Why it ended.
-    pub cause: LateCause,
-}
-
-/// Why a wait ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LateCause {
-    /// The deadline passed.
-    Deadline(Duration),
-    /// A rank of the group is known to be gone.
-    Lost(String),
-}
-
-/// Without the rank that waited: whoever shows it knows which one that is.
-impl fmt::Display for Late {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Late { waited_for, operation, cause, .. } = self;
-        match cause {
-            LateCause::Deadline(deadline) => write!(
-                f,
-                "waited {:.1} s for rank {waited_for} in operation {operation}: it is stuck, or slower than the deadline",
-                deadline.as_secs_f64()
-            ),
-            LateCause::Lost(how) => {
-                write!(f, "{how}; this rank waited for rank {waited_for} in operation {operation}")
-            }
-        }
-    }
-}
-
-impl std::error::Error for Late {}
+use crate::{
+    board::Board,
+    failure::{Awaited, Cause, Failure, What},
+};
 
 /// Tells whether a rank of the group is known to be gone, and how that reads: `rank 2 was lost: ...`.
 #[derive(Clone)]
@@ -70,36 +37,58 @@ impl fmt::Debug for Watch {
     }
 }
 
+/// What ends a rank's waits.
+#[derive(Debug)]
+pub(crate) struct Vigil {
+    pub(crate) rank: u32,
+    pub(crate) deadline: Duration,
+    pub(crate) watch: Watch,
+    /// What the ranks tell each other, where they can.
+    pub(crate) board: Option<Board>,
+}
+
+impl Vigil {
+    /// Why not to wait any longer, if there is a reason other than the deadline.
+    fn look(&self) -> Option<Cause> {
+        if let Some(board) = &self.board {
+            if board.is_aborted() {
+                return Some(Cause::Aborted);
+            }
+            // Ahead of who has given up because of it: every rank should name the calls.
+            if let Some(disagreement) = board.disagreement() {
+                return Some(Cause::OutOfStep(disagreement));
+            }
+            if let Some(peer) = board.gave_up() {
+                return Some(Cause::GaveUp(peer));
+            }
+        }
+        (self.watch.0)().map(Cause::Lost)
+    }
+}
+
 /// Pauses before the processor is offered to another process: a peer on a core of its own answers in less.
 const SPINS: u32 = 2_000;
-/// Pauses between looks at the clock and the watch.
+/// Pauses between looks at the clock and at the others.
 const LOOK_EVERY: u32 = 64;
 
 /// One wait of one rank for another.
 pub(crate) struct Wait<'a> {
-    rank: u32,
-    waited_for: u32,
+    vigil: &'a Vigil,
+    from: u32,
+    what: What,
     operation: u64,
     pauses: u32,
-    deadline: Duration,
     began: Option<Instant>,
-    watch: &'a Watch,
 }
 
 impl<'a> Wait<'a> {
-    pub(crate) fn new(
-        rank: u32,
-        waited_for: u32,
-        operation: u64,
-        deadline: Duration,
-        watch: &'a Watch,
-    ) -> Self {
-        Wait { rank, waited_for, operation, pauses: 0, deadline, began: None, watch }
+    pub(crate) fn new(vigil: &'a Vigil, from: u32, what: What, operation: u64) -> Self {
+        Wait { vigil, from, what, operation, pauses: 0, began: None }
     }
 
-    /// Lets some time pass; an error once the deadline has passed or a rank is lost.
+    /// Lets some time pass; an error once there is a reason to wait no longer.
     #[cold]
-    pub(crate) fn pause(&mut self) -> Result<(), Late> {
+    pub(crate) fn pause(&mut self) -> Result<(), Box<Failure>> {
         self.pauses = self.pauses.wrapping_add(1);
         if self.pauses < SPINS {
             hint::spin_loop();
@@ -107,18 +96,20 @@ impl<'a> Wait<'a> {
         }
         if self.pauses.is_multiple_of(LOOK_EVERY) {
             let began = *self.began.get_or_insert_with(Instant::now);
-            if let Some(how) = (self.watch.0)() {
-                return Err(self.late(LateCause::Lost(how)));
+            if let Some(cause) = self.vigil.look() {
+                return Err(self.failure(cause));
             }
-            if began.elapsed() >= self.deadline {
-                return Err(self.late(LateCause::Deadline(self.deadline)));
+            if began.elapsed() >= self.vigil.deadline {
+                return Err(self.failure(Cause::Deadline(self.vigil.deadline)));
             }
         }
         thread::yield_now();
         Ok(())
     }
 
-    fn late(&self, cause: LateCause) -> Late {
-        Late { rank: self.rank, waited_for: self.waited_for, operation: self.operation, cause }
+    fn failure(&self, cause: Cause) -> Box<Failure> {
+        let call = self.vigil.board.as_ref().and_then(Board::call);
+        let wait = Awaited { from: self.from, what: self.what, operation: self.operation, call };
+        Box::new(Failure { rank: self.vigil.rank, wait: Some(wait), cause })
     }
 }

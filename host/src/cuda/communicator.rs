@@ -2,12 +2,17 @@
 
 use std::{
     hint,
-    sync::atomic::Ordering::{Acquire, Relaxed},
+    os::fd::AsFd,
+    sync::{
+        Arc,
+        atomic::Ordering::{Acquire, Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use fused_collective_core::{
+    agreement::{Call, Chain},
     fusion::Operation,
     launch::{self, ABORTED, Fused, MAX_BLOCK_THREADS, Shape, Status},
     pack::Pack,
@@ -17,7 +22,8 @@ use fused_collective_core::{
 };
 
 use super::{
-    Error, Failure,
+    Aborter, Error,
+    abort::Switch,
     device::{self, Gpu},
     driver::{Handle, check, is_ready, load},
     epilogue::{Part, WithEpilogue, with_epilogue},
@@ -27,12 +33,19 @@ use super::{
     tensors::Tensors,
     workspace::Workspace,
 };
-use crate::rendezvous::{Alarm, Group};
+use crate::{
+    board::{Board, Disagreement, Place},
+    failure::{Awaited, Cause, Failure, What},
+    rendezvous::{Control, Group, OnLoss},
+    shared_memory::SharedMemory,
+};
 
 /// The longest wait that kernels count, a little under their clock's turn.
 const MAX_DEADLINE: Duration = Duration::from_secs(3600);
 /// Beyond the deadline, how long a host waits for its GPU: several kernels may each wait for almost as long.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Announced calls that are kept: more than a GPU's queue holds, and so than a host can be ahead of its results.
+const CALLS_KEPT: u64 = 4096;
 /// Looks at the stream before the host's processor is offered to others.
 const SPINS: u32 = 10_000;
 
@@ -46,9 +59,15 @@ pub struct Communicator {
     rank: u32,
     limits: Limits,
     deadline: Duration,
-    alarm: Alarm,
-    failed: Option<Failure>,
-    status: MappedStatus,
+    control: Control,
+    failed: Option<Box<Failure>>,
+    board: Board,
+    /// Captured since the last [`captured`](Self::captured).
+    captured: Captured,
+    switch: Arc<Switch>,
+    // A loss throws the switch, whatever this process does meanwhile.
+    _on_loss: OnLoss,
+    status: Arc<MappedStatus>,
     workspace: Workspace,
     kernels: Kernels,
     set: Set,
@@ -97,14 +116,22 @@ impl Communicator {
         )?;
         let layout =
             Layout::new(world_size, limits.slot_bytes).map_err(|error| Error::Devices(error.to_string()))?;
+        let board = share_board(group)?;
         let workspace = Workspace::share(group, &layout)?;
+        let status = Arc::new(MappedStatus::new()?);
+        let switch = Switch::new(&status);
+        let on_loss = Arc::clone(&switch);
         Ok(Communicator {
             rank,
             limits,
             deadline: deadline.min(MAX_DEADLINE),
-            alarm: group.alarm(),
+            control: group.control(),
             failed: None,
-            status: MappedStatus::new()?,
+            board,
+            captured: Captured::default(),
+            switch,
+            _on_loss: group.on_loss(move || on_loss.throw()),
+            status,
             workspace,
             kernels,
             set,
@@ -171,6 +198,7 @@ impl Communicator {
         self.check_usable()?;
         let plan = Plan::new(operation, &self.limits)?;
         tensors.check(operation)?;
+        self.announce(Call::operation(operation, plan.algorithm, None), stream)?;
         // SAFETY: as this function's.
         unsafe { clear_padding(operation.quantization, operation.tokens, tensors, stream)? };
         for round in plan.rounds() {
@@ -180,40 +208,93 @@ impl Communicator {
         Ok(())
     }
 
-    /// Whether all operations that have ended did so well. Call it after the stream was synchronized and before
-    /// results are used.
+    /// What was captured since this was last called, for [`replay`](Self::replay). Call it when a capture has ended.
+    pub fn captured(&mut self) -> Captured {
+        std::mem::take(&mut self.captured)
+    }
+
+    /// Says that a graph with these operations is about to be launched, so that the ranks' calls can be compared:
+    /// nothing else sees a graph's launches. Where no rank ever says so, they are not compared.
     ///
     /// # Errors
-    /// [`Error::Operation`]: who waited for whom, in which operation. From then on the communicator is poisoned:
-    /// every later call fails at once.
+    /// A group that has failed.
+    pub fn replay(&mut self, captured: Captured) -> Result<(), Error> {
+        self.check_usable()?;
+        if captured.calls > 0 {
+            self.board.announce(Call::Replay { captured: captured.chain.digest(), calls: captured.calls });
+        }
+        Ok(())
+    }
+
+    /// Whether all operations that have ended did so well, and were the same on every rank. Call it after the stream was
+    /// synchronized and before results are used.
+    ///
+    /// # Errors
+    /// [`Error::Failed`]: who waited for whom, in which operation, or who called something else. From then on the
+    /// communicator is poisoned: every later call fails at once. The other ranks' operations end, too.
     pub fn check(&mut self) -> Result<(), Error> {
         self.check_usable()?;
+        // Ahead of a wait that failed because of it.
+        if let Some(disagreement) = self.board.disagreement() {
+            return Err(self.poison(self.out_of_step(disagreement)));
+        }
+        if let Some(failure) = self.failed_wait() {
+            return Err(self.poison(failure));
+        }
+        // What has ended here has begun on every rank, so each has announced it.
+        if let Some(disagreement) = self.board.disagreement_at_end() {
+            return Err(self.poison(self.out_of_step(disagreement)));
+        }
+        Ok(())
+    }
+
+    /// The wait that failed on the device, if one did.
+    fn failed_wait(&self) -> Option<Failure> {
         // Acquire: the kernel wrote the rest before this.
         let reason = self.status.word(Status::FAILED).load(Acquire);
         if reason == 0 {
-            return Ok(());
+            return None;
         }
         let word = |offset| u64::from(self.status.word(offset).load(Relaxed));
         let long = |offset| word(offset) | word(offset + 4) << 32;
-        let failure = Failure {
-            rank: self.rank,
-            missing_rank: word(Status::MISSING_RANK) as u32,
+        let token = long(Status::TOKEN);
+        let wait = Awaited {
+            from: word(Status::MISSING_RANK) as u32,
+            what: if word(Status::HOP) == 2 { What::Sum(token) } else { What::Input(token) },
             operation: long(Status::OPERATION),
-            token: long(Status::TOKEN),
-            hop: word(Status::HOP) as u32,
-            deadline: (reason != ABORTED).then_some(self.deadline),
+            call: None,
         };
-        self.failed = Some(failure);
-        Err(Error::Operation(failure))
+        let cause = if reason == ABORTED { self.end() } else { Cause::Deadline(self.deadline) };
+        Some(Failure { rank: self.rank, wait: Some(wait), cause })
     }
 
-    /// Ends all waits of this rank's kernels, running and to come. The communicator cannot be used afterwards.
-    pub fn abort(&self) {
-        self.status.word(Status::ABORT).store(1, Relaxed);
+    /// Why waits were ended.
+    fn end(&self) -> Cause {
+        match self.control.lost() {
+            Some(lost) if lost.rank != self.rank => Cause::Lost(lost.to_string()),
+            _ => Cause::Aborted,
+        }
+    }
+
+    fn out_of_step(&self, disagreement: Disagreement) -> Failure {
+        Failure { rank: self.rank, wait: None, cause: Cause::OutOfStep(disagreement) }
+    }
+
+    fn poison(&mut self, failure: Failure) -> Error {
+        let failure = Box::new(failure);
+        self.failed = Some(failure.clone());
+        self.switch.throw();
+        self.control.abort(&failure.to_string());
+        Error::Failed(failure)
+    }
+
+    /// For other threads: ends the group's operations, on all ranks. It may outlive the communicator.
+    pub fn aborter(&self) -> Aborter {
+        Aborter { switch: Arc::clone(&self.switch), control: self.control.clone() }
     }
 
     /// Waits until everything on `stream` has ended, and [checks](Self::check) it. If a rank of the group is lost
-    /// meanwhile, or the GPU takes longer than its deadlines allow, operations are [aborted](Self::abort).
+    /// meanwhile, has made another call, or the GPU takes longer than its deadlines allow, all waits are ended.
     ///
     /// # Errors
     /// As [`check`](Self::check); [`Error::Stuck`] if the GPU does not end.
@@ -224,7 +305,7 @@ impl Communicator {
         let driver = load()?;
         let began = Instant::now();
         let limit = 2 * self.deadline + PATIENCE;
-        let mut aborted: Option<Instant> = None;
+        let mut ended: Option<Instant> = None;
         let mut looks = 0u32;
         // SAFETY: as this function's.
         while !is_ready("wait for the GPU", unsafe { (driver.cuStreamQuery)(stream) })? {
@@ -233,10 +314,16 @@ impl Communicator {
                 hint::spin_loop();
                 continue;
             }
-            match aborted {
-                None if self.alarm.lost_rank().is_some() || began.elapsed() > limit => {
-                    self.abort();
-                    aborted = Some(Instant::now());
+            let over = || {
+                self.control.lost_rank().is_some()
+                    || self.switch.is_thrown()
+                    || self.board.disagreement().is_some()
+                    || began.elapsed() > limit
+            };
+            match ended {
+                None if over() => {
+                    self.switch.throw();
+                    ended = Some(Instant::now());
                 }
                 Some(since) if since.elapsed() > PATIENCE => {
                     return Err(Error::Stuck { rank: self.rank, waited: began.elapsed() });
@@ -247,8 +334,39 @@ impl Communicator {
         self.check()
     }
 
-    fn check_usable(&self) -> Result<(), Error> {
-        self.failed.map_or(Ok(()), |failure| Err(Error::Poisoned(failure)))
+    fn check_usable(&mut self) -> Result<(), Error> {
+        if let Some(failure) = &self.failed {
+            return Err(Error::Poisoned(failure.clone()));
+        }
+        if self.switch.is_thrown() && self.status.word(Status::FAILED).load(Acquire) == 0 {
+            // No wait was under way, so none has told of it.
+            let failure = match self.board.disagreement() {
+                Some(disagreement) => self.out_of_step(disagreement),
+                None => Failure { rank: self.rank, wait: None, cause: self.end() },
+            };
+            return Err(self.poison(failure));
+        }
+        Ok(())
+    }
+
+    /// Tells the others what is called, before it is launched. What is captured is told of when it is replayed.
+    fn announce(&mut self, call: Call, stream: Handle) -> Result<(), Error> {
+        let mut capturing = 0;
+        // SAFETY: a stream of this rank's context, as `enqueue`'s caller says, and room for the answer.
+        let code = unsafe { (load()?.cuStreamIsCapturing)(stream, &mut capturing) };
+        check("ask whether the stream is being captured", code)?;
+        if matches!(call, Call::Operation { operation: Operation { tokens: 0, .. }, .. }) {
+            // No rank takes part in it, so it is compared with the next call.
+            if capturing == 0 {
+                self.board.pass(&call);
+            }
+        } else if capturing == 0 {
+            self.board.announce(call);
+        } else {
+            self.captured.chain = self.captured.chain.then(&call);
+            self.captured.calls += 1;
+        }
+        Ok(())
     }
 
     fn group(&self) -> launch::Group {
@@ -262,6 +380,33 @@ impl Communicator {
             rank: self.rank,
         }
     }
+}
+
+impl Drop for Communicator {
+    fn drop(&mut self) {
+        self.switch.part();
+    }
+}
+
+/// Operations that were captured into a graph: see [`Communicator::replay`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Captured {
+    chain: Chain,
+    calls: u64,
+}
+
+/// The memory in which the ranks' hosts tell each other what they call.
+fn share_board(group: &Group) -> Result<Board, Error> {
+    let failed = |error: std::io::Error| Error::Group(format!("the group's shared host memory: {error}"));
+    let place = Place::alone(CALLS_KEPT);
+    let bytes = place.bytes(group.world_size());
+    let own = match group.rank() {
+        0 => Some(SharedMemory::create(bytes).map_err(failed)?),
+        _ => None,
+    };
+    let file = group.share_fd(own.as_ref().map(AsFd::as_fd))?;
+    let memory = Arc::new(SharedMemory::map(file.as_fd(), bytes).map_err(failed)?);
+    Ok(Board::new(memory, place, group.rank(), group.world_size()))
 }
 
 /// Launches one round of an operation.

@@ -154,6 +154,7 @@ functions! {
     fn cuIpcOpenMemHandle_v2(address: *mut DevicePointer, handle: IpcHandle, flags: c_uint);
     fn cuIpcCloseMemHandle(address: DevicePointer);
     fn cuStreamQuery(stream: Handle);
+    fn cuStreamIsCapturing(stream: Handle, status: *mut c_uint);
     fn cuStreamBeginCapture_v2(stream: Handle, mode: c_uint);
     fn cuStreamEndCapture(stream: Handle, graph: *mut Handle);
     fn cuGraphInstantiateWithFlags(executable: *mut Handle, graph: Handle, flags: u64);

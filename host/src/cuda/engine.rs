@@ -18,7 +18,7 @@ use fused_collective_core::{
 };
 
 use super::{
-    Communicator, Error as CudaError,
+    Captured, Communicator, Error as CudaError,
     communicator::{clear_padding, shape},
     driver::{Handle, check, failed, load},
     epilogue::{Part, WithEpilogue, with_epilogue},
@@ -51,7 +51,7 @@ pub struct Engine<'a> {
     tensors: HashMap<Tensor, DeviceMemory>,
     scale: Option<DeviceMemory>,
     /// The graphs timed on the current problem, with what they run.
-    graphs: Vec<(Vec<Step>, u32, Graph)>,
+    graphs: Vec<(Vec<Step>, u32, Graph, Captured)>,
     events: [Event; 2],
     nccl: Option<NcclGroup>,
     all_reduces: Vec<AllReduceChoice>,
@@ -283,7 +283,8 @@ impl<'a> Engine<'a> {
 
     /// The index of the graph of `steps`, `operations` times, which is made when it is first timed.
     fn capture(&mut self, steps: &[Step], operations: u32) -> Result<usize, Error> {
-        let is_same = |(of, times, _): &(Vec<Step>, u32, Graph)| of == steps && *times == operations;
+        let is_same =
+            |(of, times, ..): &(Vec<Step>, u32, Graph, Captured)| of == steps && *times == operations;
         if let Some(index) = self.graphs.iter().position(is_same) {
             return Ok(index);
         }
@@ -298,7 +299,8 @@ impl<'a> Engine<'a> {
         };
         // SAFETY: the engine's stream; the graphs are dropped before the tensors.
         let graph = unsafe { Graph::capture(stream, enqueue) }?;
-        self.graphs.push((steps.to_vec(), operations, graph));
+        let captured = self.communicator.captured();
+        self.graphs.push((steps.to_vec(), operations, graph, captured));
         Ok(self.graphs.len() - 1)
     }
 
@@ -388,7 +390,10 @@ impl Collective for Engine<'_> {
         let index = self.capture(steps, operations)?;
         self.barrier()?;
         let stream = self.handle();
-        let (_, _, graph) = &self.graphs[index];
+        let (_, _, graph, captured) = &self.graphs[index];
+        // Both ahead of the first: nothing should come between the launches.
+        self.communicator.replay(*captured)?;
+        self.communicator.replay(*captured)?;
         // SAFETY: the engine's stream; the tensors that were captured are there.
         unsafe {
             graph.launch(stream)?;

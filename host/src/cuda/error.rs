@@ -4,6 +4,8 @@ use std::{fmt, time::Duration};
 
 use fused_collective_core::plan::PlanError;
 
+use crate::failure::Failure;
+
 /// Why a call of the CUDA backend failed.
 #[derive(Clone, Debug)]
 pub enum Error {
@@ -51,10 +53,10 @@ pub enum Error {
         /// Bytes that the GPU has free.
         free: u64,
     },
-    /// An operation failed while it ran.
-    Operation(Failure),
-    /// An earlier operation failed, and what peers sent for it may lie in any slot: make a new communicator.
-    Poisoned(Failure),
+    /// An operation failed while it ran, or the group is known to be over.
+    Failed(Box<Failure>),
+    /// An earlier operation failed so, and what peers sent for it may lie in any slot: make a new communicator.
+    Poisoned(Box<Failure>),
     /// The GPU did not finish what it was given, although all waits in it are bounded.
     Stuck {
         /// This rank.
@@ -64,40 +66,6 @@ pub enum Error {
     },
     /// NCCL failed; the text says at what.
     Nccl(String),
-}
-
-/// How an operation failed: who waited for whom, and for what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Failure {
-    /// The rank that waited.
-    pub rank: u32,
-    /// The rank whose data did not come.
-    pub missing_rank: u32,
-    /// The operation, counted from 0; a round of a large operation counts as one.
-    pub operation: u64,
-    /// The token, counted from the round's first.
-    pub token: u64,
-    /// 1: an input was waited for; 2: a token's sum, from its owner.
-    pub hop: u32,
-    /// How long the wait may have lasted; `None` if the group was aborted before.
-    pub deadline: Option<Duration>,
-}
-
-/// Without the rank that waited: whoever shows it knows which one that is.
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Failure { missing_rank, operation, token, hop, deadline, .. } = self;
-        let what = if *hop == 2 { "sum" } else { "input" };
-        let awaited = format_args!("rank {missing_rank}'s {what} of token {token} in operation {operation}");
-        match deadline {
-            Some(deadline) => write!(
-                f,
-                "waited {:.1} s for {awaited}: it is stuck, or slower than the deadline",
-                deadline.as_secs_f64()
-            ),
-            None => write!(f, "the group was aborted while this rank waited for {awaited}"),
-        }
-    }
 }
 
 impl fmt::Display for Error {
@@ -121,7 +89,7 @@ impl fmt::Display for Error {
                     gib(*free)
                 )
             }
-            Error::Operation(failure) => failure.fmt(f),
+            Error::Failed(failure) => failure.fmt(f),
             Error::Poisoned(failure) => write!(f, "an earlier operation failed: {failure}"),
             Error::Stuck { waited, .. } => write!(
                 f,
@@ -150,28 +118,6 @@ impl From<crate::rendezvous::Error> for Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_failure_names_all_but_the_rank_that_tells_of_it() {
-        let failure = Failure {
-            rank: 1,
-            missing_rank: 3,
-            operation: 7,
-            token: 5,
-            hop: 2,
-            deadline: Some(Duration::from_millis(2500)),
-        };
-        assert_eq!(
-            Error::Operation(failure).to_string(),
-            "waited 2.5 s for rank 3's sum of token 5 in operation 7: it is stuck, or slower than the deadline"
-        );
-        let aborted = Failure { hop: 1, deadline: None, ..failure };
-        assert_eq!(
-            Error::Poisoned(aborted).to_string(),
-            "an earlier operation failed: the group was aborted while this rank waited for rank 3's input of token 5 \
-             in operation 7"
-        );
-    }
 
     #[test]
     fn memory_that_is_not_there_is_told_in_bytes() {

@@ -13,6 +13,7 @@
 //! A program outside this workspace that depends on this crate builds like `cust`: `CUDA_LIBRARY_PATH` must name a
 //! CUDA toolkit, or this crate's folder `cuda-link`, which stands in for one.
 
+mod abort;
 mod communicator;
 mod device;
 mod driver;
@@ -30,10 +31,11 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::rendezvous::Group;
 
-pub use communicator::Communicator;
+pub use abort::Aborter;
+pub use communicator::{Captured, Communicator};
 pub use device::{check_peers, count};
 pub use engine::Engine;
-pub use error::{Error, Failure};
+pub use error::Error;
 pub use kernels::{FOLDER_VARIABLE, MAX_RANKS};
 pub use tensors::{DeviceTensor, TensorType, Tensors};
 pub use workspace::slot_bytes;

@@ -1,6 +1,11 @@
 //! A group of ranks that does one thing: how it is started, how ranks join it, and how it ends.
 
-use std::{fmt, os::fd::AsFd, time::Duration};
+use std::{
+    fmt,
+    os::fd::AsFd,
+    thread,
+    time::{Duration, Instant},
+};
 
 use fused_collective_core::fusion::Mode;
 use serde::Serialize;
@@ -12,6 +17,7 @@ use crate::{
     collective::{self, Collective, Problem},
     cpu::{self, Communicator, Engine, Watch},
     cuda,
+    failure::Cause,
     launch::{self, Launcher},
     rank_env::RankEnv,
     rendezvous::{self, Group, Membership},
@@ -21,6 +27,9 @@ use crate::{
 
 /// Ranks that are started where nobody says how many.
 const DEFAULT_RANKS: u32 = 2;
+
+/// How long a rank waits for another, which has given up, to say why.
+const FIRST_HAND: Duration = Duration::from_secs(1);
 
 /// The group that a command asks for, and what it will compute.
 pub(super) struct Request {
@@ -235,12 +244,32 @@ fn give_up(group: &Group, error: &Error) -> Failure {
     if let Error::Group(error) = error {
         return rendezvous_failure(error, group.rank());
     }
+    if is_anothers(error) {
+        // That rank is about to tell all, and knows best.
+        let until = Instant::now() + FIRST_HAND;
+        while group.lost().is_none() && Instant::now() < until {
+            thread::sleep(Duration::from_millis(1));
+        }
+        if let Some(lost) = group.lost() {
+            return loss(&lost, group.rank());
+        }
+    }
     let line = format!("rank {}: {error}", group.rank());
     group.abort(&error.to_string());
     // Another rank may have been first.
     match group.lost() {
         Some(lost) if lost.rank != group.rank() => loss(&lost, group.rank()),
         _ => Failure::Failed(line),
+    }
+}
+
+/// Whether a call failed only because another rank has given up.
+fn is_anothers(error: &Error) -> bool {
+    match error {
+        Error::Collective(collective::Error::Cpu(cpu::Error::Failed(failure))) => {
+            matches!(failure.cause, Cause::GaveUp(_))
+        }
+        _ => false,
     }
 }
 

@@ -167,7 +167,7 @@ impl Group {
 
     /// The rank that was lost, if one was. One atomic load while none is.
     pub fn lost(&self) -> Option<Lost> {
-        self.shared.alarm.lost_rank().and_then(|_| self.shared.lock().lost.clone())
+        self.control().lost()
     }
 
     /// For code that waits for peers by other means than this group's operations.
@@ -175,15 +175,21 @@ impl Group {
         self.shared.alarm.clone()
     }
 
-    /// Ends the group for all: every rank's operations fail with [`How::GaveUp`] and this reason, of which the
-    /// first 4 KiB are sent. Returns when the message is on its way, so the process may exit. Does nothing if
-    /// a rank has been lost already.
+    /// Ends the group for all: see [`Control::abort`].
     pub fn abort(&self, reason: &str) {
-        let detail = reason[..reason.floor_char_boundary(4096)].to_owned();
-        self.shared.command(Command::Fail(Lost { rank: self.rank, how: How::GaveUp, detail }));
-        let waiting = |state: &mut monitor::State| !(state.flushed && state.lost.is_some());
-        // Past the time limit the connection's end tells the others as much.
-        drop(self.shared.changed.wait_timeout_while(self.shared.lock(), monitor::FLUSH, waiting));
+        self.control().abort(reason);
+    }
+
+    /// For other threads, and for what may live longer than the group.
+    pub fn control(&self) -> Control {
+        Control { rank: self.rank, shared: Arc::clone(&self.shared) }
+    }
+
+    /// Has `act` called, by a thread of the group's, as soon as a rank is lost; now, if one was. It should be short, and
+    /// is never called after the value returned was dropped.
+    pub fn on_loss(&self, act: impl Fn() + Send + 'static) -> OnLoss {
+        let number = self.shared.add_action(Box::new(act));
+        OnLoss { number, shared: Arc::clone(&self.shared) }
     }
 
     /// Leaves the group together with all others, after which nobody's end is a loss.
@@ -259,6 +265,53 @@ impl Drop for Group {
             // A monitor that panicked has closed its connections, which is all that is wanted here.
             let _ = monitor.join();
         }
+    }
+}
+
+/// Tells of a group's end, and brings it about, from any thread.
+#[derive(Clone, Debug)]
+pub struct Control {
+    rank: u32,
+    shared: Arc<Shared>,
+}
+
+impl Control {
+    /// The rank that was lost, if one was. Fit for a spin loop: one atomic load.
+    #[inline]
+    pub fn lost_rank(&self) -> Option<u32> {
+        self.shared.alarm.lost_rank()
+    }
+
+    /// The first loss.
+    pub fn lost(&self) -> Option<Lost> {
+        self.lost_rank().and_then(|_| self.shared.lock().lost.clone())
+    }
+
+    /// Ends the group for all: every rank's operations fail with [`How::GaveUp`] and this reason, of which the
+    /// first 4 KiB are sent. Returns when the message is on its way, so the process may exit. Does nothing if
+    /// a rank has been lost already.
+    pub fn abort(&self, reason: &str) {
+        if self.lost_rank().is_some() {
+            return;
+        }
+        let detail = reason[..reason.floor_char_boundary(4096)].to_owned();
+        self.shared.command(Command::Fail(Lost { rank: self.rank, how: How::GaveUp, detail }));
+        let waiting = |state: &mut monitor::State| !(state.flushed && state.lost.is_some());
+        // Past the time limit the connection's end tells the others as much.
+        drop(self.shared.changed.wait_timeout_while(self.shared.lock(), monitor::FLUSH, waiting));
+    }
+}
+
+/// Something to be done at a loss: see [`Group::on_loss`].
+#[derive(Debug)]
+pub struct OnLoss {
+    number: u64,
+    shared: Arc<Shared>,
+}
+
+impl Drop for OnLoss {
+    fn drop(&mut self) {
+        self.shared.remove_action(self.number);
     }
 }
 

@@ -73,7 +73,17 @@ pub(super) struct Shared {
     pub(super) changed: Condvar,
     /// Raised after `State::lost` is set.
     pub(super) alarm: Alarm,
+    /// What to do at a loss.
+    actions: Mutex<Actions>,
     wake: OwnedFd,
+}
+
+#[derive(Default)]
+struct Actions {
+    /// Done already, or to be done at once.
+    lost: bool,
+    next: u64,
+    all: Vec<(u64, Box<dyn Fn() + Send>)>,
 }
 
 #[derive(Default)]
@@ -93,6 +103,7 @@ impl Shared {
             state: Mutex::default(),
             changed: Condvar::new(),
             alarm: Alarm::default(),
+            actions: Mutex::default(),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
     }
@@ -131,7 +142,32 @@ impl Shared {
             state.lost = Some(lost);
             self.alarm.raise(rank);
             self.changed.notify_all();
+            drop(state);
+            let mut actions = self.lock_actions();
+            actions.lost = true;
+            actions.all.iter().for_each(|(_, act)| act());
         }
+    }
+
+    fn lock_actions(&self) -> MutexGuard<'_, Actions> {
+        self.actions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has `act` called at the first loss, or now if there was one. Returns its number.
+    pub(super) fn add_action(&self, act: Box<dyn Fn() + Send>) -> u64 {
+        let mut actions = self.lock_actions();
+        if actions.lost {
+            act();
+        }
+        actions.next += 1;
+        let number = actions.next;
+        actions.all.push((number, act));
+        number
+    }
+
+    /// When this returns, the action does not run and will not.
+    pub(super) fn remove_action(&self, number: u64) {
+        self.lock_actions().all.retain(|(other, _)| *other != number);
     }
 }
 

@@ -222,6 +222,46 @@ fn a_group_dropped_without_farewell_raises_the_alarm() {
 }
 
 #[test]
+fn any_thread_can_end_the_group_and_every_rank_acts_on_it_once() {
+    let acted = [const { AtomicU32::new(0) }; 3];
+    let results = on_ranks(3, |group| {
+        let rank = group.rank() as usize;
+        // What is shared with the group's thread must live as long as it does.
+        let counter = |count: &Arc<AtomicU32>| {
+            let count = Arc::clone(count);
+            move || {
+                count.fetch_add(1, Ordering::SeqCst);
+            }
+        };
+        let (count, dropped, late) = (Arc::default(), Arc::default(), Arc::default());
+        let act = group.on_loss(counter(&count));
+        drop(group.on_loss(counter(&dropped)));
+        let control = group.control();
+        thread::scope(|scope| {
+            if rank == 1 {
+                scope.spawn(move || {
+                    control.abort("told to");
+                    control.abort("told to again");
+                });
+            }
+            let result = group.barrier().and_then(|()| group.barrier());
+            let until = Instant::now() + DEADLINE;
+            while count.load(Ordering::SeqCst) == 0 && Instant::now() < until {
+                thread::yield_now();
+            }
+            acted[rank].fetch_add(count.load(Ordering::SeqCst), Ordering::SeqCst);
+            drop(act);
+            // After a loss, at once.
+            drop(group.on_loss(counter(&late)));
+            assert_eq!((late.load(Ordering::SeqCst), dropped.load(Ordering::SeqCst)), (1, 0));
+            result
+        })
+    });
+    assert_all_lose(results, 1, How::GaveUp, "told to");
+    assert!(acted.iter().all(|count| count.load(Ordering::SeqCst) == 1), "{acted:?}");
+}
+
+#[test]
 fn a_late_rank_is_named_to_all_within_the_deadline() {
     for late in [0, 2] {
         let started = Instant::now();

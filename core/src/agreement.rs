@@ -1,0 +1,252 @@
+//! What the ranks of a group must agree on: the same calls, in the same order, with the same parameters.
+//!
+//! A rank writes each [`Call`] as [words](Call::to_words) to where its peers can read them, together with a
+//! [`Chain`]: a digest of this call and of all before it. Equal chains at the same number of calls mean that
+//! the ranks have made the same calls all along, so a comparison may skip calls and still misses none.
+//!
+//! What differs between ranks by right (addresses, launch geometry, the contents of tensors) is no part of a
+//! call. A scale is one where it is a number; where it lies in a tensor it is contents.
+
+use core::fmt;
+
+use crate::{
+    dtype::DType,
+    fusion::{GammaType, Mode, Norm, Operation},
+    plan::Algorithm,
+    quant::{Quantization, ScaleLayout},
+};
+
+/// Words that a call is written as.
+pub const CALL_WORDS: usize = 7;
+
+/// One call on a rank's end of a group.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Call {
+    /// A fused operation.
+    Operation {
+        /// The operation, with the mode that its plan has settled on.
+        operation: Operation,
+        /// The per-tensor or global scale, if the quantization reads one and the caller gave a number.
+        scale: Option<f32>,
+    },
+    /// A barrier.
+    Barrier,
+    /// A launch of operations that were captured before.
+    Replay {
+        /// The [chain](Chain::digest) of the captured calls.
+        captured: u64,
+        /// How many they are.
+        calls: u64,
+    },
+}
+
+const OPERATION: u64 = 1;
+const BARRIER: u64 = 2;
+const REPLAY: u64 = 3;
+
+/// Where the fields of an operation's first word start.
+const DTYPE_SHIFT: u32 = 8;
+const QUANTIZATION_SHIFT: u32 = 16;
+const GROUP_SHIFT: u32 = 24;
+const FLAGS_SHIFT: u32 = 40;
+
+/// The flags of an operation.
+const RESIDUAL: u64 = 1;
+const NORM: u64 = 2;
+const KEEP_NORM: u64 = 4;
+const F32_GAMMA: u64 = 8;
+const SWIZZLED: u64 = 16;
+const SCALE: u64 = 32;
+const TWO_SHOT: u64 = 64;
+const ALL_FLAGS: u64 = 127;
+
+impl Call {
+    /// The call of `operation`, which was planned as `algorithm`. `scale` is left out where nothing reads it.
+    pub fn operation(operation: &Operation, algorithm: Algorithm, scale: Option<f32>) -> Call {
+        let mode = match algorithm {
+            Algorithm::OneShot => Mode::OneShot,
+            Algorithm::TwoShot => Mode::TwoShot,
+        };
+        let reads_scale =
+            matches!(operation.quantization, Quantization::Fp8Static | Quantization::NvFp4 { .. });
+        Call::Operation { operation: Operation { mode, ..*operation }, scale: scale.filter(|_| reads_scale) }
+    }
+
+    /// The call as words. Calls that differ have different words.
+    pub fn to_words(&self) -> [u64; CALL_WORDS] {
+        match self {
+            Call::Operation { operation, scale } => {
+                let Operation { dtype, tokens, hidden, residual, norm, quantization, keep_norm, mode } =
+                    *operation;
+                let (kind, group) = quantization_code(quantization);
+                let flags = flag(residual, RESIDUAL)
+                    | flag(norm.is_some(), NORM)
+                    | flag(keep_norm, KEEP_NORM)
+                    | flag(norm.is_some_and(|norm| norm.gamma == GammaType::F32), F32_GAMMA)
+                    | flag(quantization.scale_layout() == Some(ScaleLayout::Swizzled128x4), SWIZZLED)
+                    | flag(scale.is_some(), SCALE)
+                    | flag(mode == Mode::TwoShot, TWO_SHOT);
+                let head = OPERATION
+                    | dtype_code(dtype) << DTYPE_SHIFT
+                    | kind << QUANTIZATION_SHIFT
+                    | u64::from(group as u16) << GROUP_SHIFT
+                    | flags << FLAGS_SHIFT;
+                let (epsilon, bias) = norm.map_or((0.0, 0.0), |norm| (norm.epsilon, norm.weight_bias));
+                let numbers = u64::from(epsilon.to_bits()) | u64::from(bias.to_bits()) << 32;
+                [head, tokens, hidden, numbers, u64::from(scale.map_or(0, f32::to_bits)), 0, 0]
+            }
+            Call::Barrier => [BARRIER, 0, 0, 0, 0, 0, 0],
+            Call::Replay { captured, calls } => [REPLAY, *captured, *calls, 0, 0, 0, 0],
+        }
+    }
+
+    /// The call that these words are, if they are one: they may come from another process.
+    pub fn from_words(words: &[u64; CALL_WORDS]) -> Option<Call> {
+        let &[head, tokens, hidden, numbers, scale, ..] = words;
+        let call = match head & 0xff {
+            OPERATION => {
+                let field = |shift: u32, bits: u32| head >> shift & ((1 << bits) - 1);
+                let flags = field(FLAGS_SHIFT, 24);
+                let is = |flag| flags & flag != 0;
+                let layout = if is(SWIZZLED) { ScaleLayout::Swizzled128x4 } else { ScaleLayout::Linear };
+                let norm = Norm {
+                    epsilon: f32::from_bits(numbers as u32),
+                    weight_bias: f32::from_bits((numbers >> 32) as u32),
+                    gamma: if is(F32_GAMMA) { GammaType::F32 } else { GammaType::Element },
+                };
+                let operation = Operation {
+                    dtype: *DType::ALL.iter().find(|dtype| dtype_code(**dtype) == field(DTYPE_SHIFT, 8))?,
+                    tokens,
+                    hidden,
+                    residual: is(RESIDUAL),
+                    norm: is(NORM).then_some(norm),
+                    quantization: quantization(
+                        field(QUANTIZATION_SHIFT, 8),
+                        field(GROUP_SHIFT, 16) as u32,
+                        layout,
+                    )?,
+                    keep_norm: is(KEEP_NORM),
+                    mode: if is(TWO_SHOT) { Mode::TwoShot } else { Mode::OneShot },
+                };
+                if flags & !ALL_FLAGS != 0 {
+                    return None;
+                }
+                Call::Operation { operation, scale: is(SCALE).then_some(f32::from_bits(scale as u32)) }
+            }
+            BARRIER => Call::Barrier,
+            REPLAY => Call::Replay { captured: tokens, calls: hidden },
+            _ => return None,
+        };
+        // Words that say more than the call does are nobody's.
+        (call.to_words() == *words).then_some(call)
+    }
+}
+
+fn flag(is: bool, flag: u64) -> u64 {
+    if is { flag } else { 0 }
+}
+
+fn dtype_code(dtype: DType) -> u64 {
+    match dtype {
+        DType::F32 => 1,
+        DType::F16 => 2,
+        DType::Bf16 => 3,
+    }
+}
+
+/// A quantization's number, and its group where it has one of its own choice.
+fn quantization_code(quantization: Quantization) -> (u64, u32) {
+    match quantization {
+        Quantization::None => (0, 0),
+        Quantization::Fp8Static => (1, 0),
+        Quantization::Fp8PerToken => (2, 0),
+        Quantization::Fp8PerGroup { group, .. } => (3, group),
+        Quantization::NvFp4 { .. } => (4, 0),
+        Quantization::MxFp8 { .. } => (5, 0),
+        Quantization::MxFp4 { .. } => (6, 0),
+    }
+}
+
+fn quantization(code: u64, group: u32, layout: ScaleLayout) -> Option<Quantization> {
+    Some(match code {
+        0 => Quantization::None,
+        1 => Quantization::Fp8Static,
+        2 => Quantization::Fp8PerToken,
+        3 => Quantization::Fp8PerGroup { group, layout },
+        4 => Quantization::NvFp4 { layout },
+        5 => Quantization::MxFp8 { layout },
+        6 => Quantization::MxFp4 { layout },
+        _ => return None,
+    })
+}
+
+/// As an operation reads in a message: `two-shot, 17 tokens of 4096 bfloat16, residual, norm, fp8`.
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Call::Operation { operation, scale } => {
+                let Operation { dtype, tokens, hidden, residual, norm, quantization, keep_norm, mode } =
+                    operation;
+                let mode = if *mode == Mode::TwoShot { "two-shot" } else { "one-shot" };
+                write!(f, "{mode}, {tokens} tokens of {hidden} {dtype}")?;
+                if *residual {
+                    f.write_str(", residual")?;
+                }
+                if let Some(Norm { epsilon, weight_bias, gamma }) = norm {
+                    write!(f, ", norm (epsilon {epsilon:e}")?;
+                    if *weight_bias != 0.0 {
+                        write!(f, ", weight bias {weight_bias}")?;
+                    }
+                    f.write_str(if *gamma == GammaType::F32 { ", float32 gamma)" } else { ")" })?;
+                }
+                match quantization {
+                    Quantization::None => Ok(()),
+                    Quantization::Fp8Static => f.write_str(", fp8"),
+                    Quantization::Fp8PerToken => f.write_str(", fp8 per token"),
+                    Quantization::Fp8PerGroup { group, .. } => write!(f, ", fp8 per group of {group}"),
+                    Quantization::NvFp4 { .. } => f.write_str(", nvfp4"),
+                    Quantization::MxFp8 { .. } => f.write_str(", mxfp8"),
+                    Quantization::MxFp4 { .. } => f.write_str(", mxfp4"),
+                }?;
+                match quantization.scale_layout() {
+                    Some(ScaleLayout::Swizzled128x4) => f.write_str(", swizzled scales")?,
+                    Some(ScaleLayout::Linear) => f.write_str(", linear scales")?,
+                    None => {}
+                }
+                if let Some(scale) = scale {
+                    write!(f, ", scale {scale:e}")?;
+                }
+                if *keep_norm { f.write_str(", norm kept") } else { Ok(()) }
+            }
+            Call::Barrier => f.write_str("a barrier"),
+            Call::Replay { calls, .. } => write!(f, "a replay of {calls} captured operations"),
+        }
+    }
+}
+
+/// A digest of a sequence of calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Chain {
+    digest: u64,
+}
+
+impl Chain {
+    /// The digest of the sequence with one call more.
+    #[must_use]
+    pub fn then(self, call: &Call) -> Chain {
+        Chain { digest: call.to_words().iter().fold(self.digest, |digest, word| mix(digest ^ word)) }
+    }
+
+    /// The digest. Sequences that differ by chance have the same one in 2^64 cases.
+    pub const fn digest(self) -> u64 {
+        self.digest
+    }
+}
+
+/// The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): a bijection in which every bit depends on every other.
+const fn mix(number: u64) -> u64 {
+    let number = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let number = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let number = (number ^ number >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    number ^ number >> 31
+}

@@ -1,0 +1,140 @@
+//! Calls as words and chains: whatever differs between two calls shows, and no words from elsewhere do harm.
+
+use std::collections::HashMap;
+
+use fused_collective_core::{
+    agreement::{CALL_WORDS, Call, Chain},
+    dtype::DType,
+    fusion::{GammaType, Mode, Norm, Operation},
+    plan::Algorithm,
+    quant::{Quantization, ScaleLayout},
+};
+use proptest::prelude::*;
+
+fn quantizations() -> impl Strategy<Value = Quantization> {
+    let layout = prop_oneof![Just(ScaleLayout::Linear), Just(ScaleLayout::Swizzled128x4)];
+    (layout, 0usize..7, 0usize..3).prop_map(|(layout, kind, group)| match kind {
+        0 => Quantization::None,
+        1 => Quantization::Fp8Static,
+        2 => Quantization::Fp8PerToken,
+        3 => Quantization::Fp8PerGroup { group: [32, 64, 128][group], layout },
+        4 => Quantization::NvFp4 { layout },
+        5 => Quantization::MxFp8 { layout },
+        _ => Quantization::MxFp4 { layout },
+    })
+}
+
+fn calls() -> impl Strategy<Value = Call> {
+    let norm = (0.0f32..1.0, -1.0f32..1.0, any::<bool>()).prop_map(|(epsilon, weight_bias, wide)| Norm {
+        epsilon,
+        weight_bias,
+        gamma: if wide { GammaType::F32 } else { GammaType::Element },
+    });
+    let shape = (any::<u64>(), any::<u64>(), 0usize..3);
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+    let operation = (shape, flags, proptest::option::of(norm), quantizations(), 0.0f32..9.0).prop_map(
+        |((tokens, hidden, dtype), (residual, keep_norm, two_shot), norm, quantization, scale)| {
+            let operation = Operation {
+                dtype: DType::ALL[dtype],
+                tokens,
+                hidden,
+                residual,
+                norm,
+                quantization,
+                keep_norm,
+                mode: Mode::Auto,
+            };
+            let algorithm = if two_shot { Algorithm::TwoShot } else { Algorithm::OneShot };
+            Call::operation(&operation, algorithm, Some(scale))
+        },
+    );
+    prop_oneof![
+        8 => operation,
+        1 => Just(Call::Barrier),
+        1 => (any::<u64>(), any::<u64>()).prop_map(|(captured, calls)| Call::Replay { captured, calls }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn a_call_is_read_back_from_its_words(call in calls()) {
+        prop_assert_eq!(Call::from_words(&call.to_words()), Some(call));
+    }
+
+    #[test]
+    fn calls_that_differ_have_other_words_and_chains(a in calls(), b in calls()) {
+        prop_assert_eq!(a == b, a.to_words() == b.to_words());
+        prop_assert_eq!(a == b, Chain::default().then(&a) == Chain::default().then(&b));
+    }
+
+    #[test]
+    fn any_words_are_taken_without_a_panic_and_are_one_call_at_most(words: [u64; CALL_WORDS]) {
+        if let Some(call) = Call::from_words(&words) {
+            prop_assert_eq!(call.to_words(), words);
+        }
+    }
+
+    /// Random words are hardly ever a call: change one bit of those that are.
+    #[test]
+    fn words_with_a_bit_changed_are_another_call_or_none(call in calls(), word in 0..CALL_WORDS, bit in 0u32..64) {
+        let mut words = call.to_words();
+        words[word] ^= 1u64 << bit;
+        if let Some(other) = Call::from_words(&words) {
+            prop_assert_eq!(other.to_words(), words);
+            prop_assert_ne!(Chain::default().then(&other), Chain::default().then(&call));
+            // It reads as something, whatever it is.
+            prop_assert!(!other.to_string().is_empty());
+        }
+    }
+
+    #[test]
+    fn calls_in_another_order_have_another_chain(a in calls(), b in calls()) {
+        let (ab, ba) = (Chain::default().then(&a).then(&b), Chain::default().then(&b).then(&a));
+        prop_assert_eq!(a == b, ab == ba);
+    }
+}
+
+#[test]
+fn chains_of_like_calls_do_not_meet() {
+    let mut seen = HashMap::new();
+    for tokens in 0..2000 {
+        let operation = Operation {
+            dtype: DType::Bf16,
+            tokens,
+            hidden: 64,
+            residual: true,
+            norm: Some(Norm::default()),
+            quantization: Quantization::None,
+            keep_norm: false,
+            mode: Mode::Auto,
+        };
+        let mut chain = Chain::default();
+        for length in 1..20 {
+            chain = chain.then(&Call::operation(&operation, Algorithm::OneShot, None));
+            assert_eq!(seen.insert(chain.digest(), (tokens, length)), None);
+        }
+    }
+}
+
+#[test]
+fn a_call_names_what_ranks_can_differ_in() {
+    let operation = Operation {
+        dtype: DType::Bf16,
+        tokens: 17,
+        hidden: 4096,
+        residual: true,
+        norm: Some(Norm { weight_bias: 1.0, ..Norm::default() }),
+        quantization: Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 },
+        keep_norm: true,
+        mode: Mode::Auto,
+    };
+    let named = |operation, scale| Call::operation(&operation, Algorithm::TwoShot, scale).to_string();
+    assert_eq!(
+        named(operation, Some(448.0)),
+        "two-shot, 17 tokens of 4096 bfloat16, residual, norm (epsilon 1e-6, weight bias 1), nvfp4, swizzled scales, \
+         scale 4.48e2, norm kept"
+    );
+    // A scale that nothing reads is no part of the call.
+    let alone = Operation { residual: false, norm: None, quantization: Quantization::None, ..operation };
+    assert_eq!(named(alone, Some(448.0)), named(alone, None));
+}

@@ -20,6 +20,8 @@
 //! - Two slots would do without sending ahead. One would not: `a`, done with `n`, may send for `n + 1` while `b`
 //!   still reads `n`.
 //!
+//! The CPU backend's tests put this under model checkers, and show of each rule what goes wrong without it.
+//!
 //! The argument needs a rank that ended an operation to have received something of every peer's: so it is with
 //! one token or more. An operation without tokens is none: it takes no slot.
 

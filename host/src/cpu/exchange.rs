@@ -10,12 +10,14 @@
 //!   both are free.
 
 use std::sync::atomic::{
-    AtomicU64,
-    Ordering::{Acquire, Relaxed, Release},
-    fence,
+    self, AtomicU64,
+    Ordering::{self, Acquire, Relaxed, Release},
 };
 
-use fused_collective_core::{lamport, workspace::Header};
+use fused_collective_core::{
+    lamport,
+    workspace::{Header, Layout},
+};
 
 use super::{
     region::Regions,
@@ -24,24 +26,97 @@ use super::{
 use crate::failure::{Failure, What};
 
 /// Two sentinel words: what an empty 64-bit word of a slot holds.
-const EMPTY: u64 = lamport::SENTINEL as u64 | (lamport::SENTINEL as u64) << 32;
+pub(super) const EMPTY: u64 = lamport::SENTINEL as u64 | (lamport::SENTINEL as u64) << 32;
 
 /// Words that are checked together.
 const GROUP: usize = 8;
 
+/// What an [`Exchange`] runs over: the memory that ranks share, or a model checker's, which tries every order of
+/// events that the memory model allows.
+///
+/// The provided methods are the rules. A model replaces one of them to show that the protocol needs it.
+pub(crate) trait Medium {
+    /// A 64-bit word that all ranks may access at any time.
+    type Word: Word;
+
+    /// Where things are in a region.
+    fn layout(&self) -> &Layout;
+
+    /// The words of `bytes` bytes at `offset` of rank `rank`'s region.
+    fn words(&self, rank: u32, offset: u64, bytes: u64) -> &[Self::Word];
+
+    /// Orders what this thread does before and after, as [`atomic::fence`].
+    #[inline(always)]
+    fn fence(&self, order: Ordering) {
+        atomic::fence(order);
+    }
+
+    /// The slot that `operation` uses.
+    #[inline(always)]
+    fn slot(&self, operation: u64) -> u64 {
+        lamport::slot(operation)
+    }
+
+    /// Empties a word that was read.
+    #[inline(always)]
+    fn refill(&self, word: &Self::Word) {
+        word.store(EMPTY, Relaxed);
+    }
+
+    /// Lets some time pass in `wait`.
+    #[inline(always)]
+    fn pause(&self, wait: &mut Wait<'_>) -> Result<(), Box<Failure>> {
+        wait.pause()
+    }
+}
+
+/// An atomic 64-bit word.
+pub(crate) trait Word {
+    /// As [`AtomicU64::load`].
+    fn load(&self, order: Ordering) -> u64;
+    /// As [`AtomicU64::store`].
+    fn store(&self, value: u64, order: Ordering);
+}
+
+impl Word for AtomicU64 {
+    #[inline(always)]
+    fn load(&self, order: Ordering) -> u64 {
+        self.load(order)
+    }
+
+    #[inline(always)]
+    fn store(&self, value: u64, order: Ordering) {
+        self.store(value, order);
+    }
+}
+
+impl Medium for Regions {
+    type Word = AtomicU64;
+
+    #[inline(always)]
+    fn layout(&self) -> &Layout {
+        self.layout()
+    }
+
+    #[inline(always)]
+    fn words(&self, rank: u32, offset: u64, bytes: u64) -> &[AtomicU64] {
+        self.words(rank, offset, bytes)
+    }
+}
+
 /// One rank's end of the shared regions.
 #[derive(Debug)]
-pub(crate) struct Exchange {
-    regions: Regions,
+pub(crate) struct Exchange<M = Regions> {
+    regions: M,
     rank: u32,
     /// Operations (rounds) begun so far, counted alike on every rank.
     operation: u64,
     vigil: Vigil,
 }
 
-impl Exchange {
+impl<M: Medium> Exchange<M> {
     /// Fills this rank's slots with the sentinel. Peers may send once they have seen its header.
-    pub(crate) fn new(regions: Regions, vigil: Vigil) -> Self {
+    pub(crate) fn new(regions: M, vigil: Vigil) -> Self {
         let rank = vigil.rank;
         let layout = *regions.layout();
         for slot in 0..lamport::SLOTS {
@@ -78,7 +153,7 @@ impl Exchange {
         let words = self.regions.words(peer, 0, 64);
         let mut wait = self.wait(peer, What::Region);
         while words[0].load(Acquire) == 0 {
-            wait.pause()?;
+            self.regions.pause(&mut wait)?;
         }
         Ok(std::array::from_fn(|index| words[index].load(Relaxed)))
     }
@@ -93,8 +168,8 @@ impl Exchange {
         self.operation += 1;
     }
 
-    fn slot_words(&self, operation: u64, rank: u32, offset: u64, words: usize) -> &[AtomicU64] {
-        let slot = self.regions.layout().slot_offset(lamport::slot(operation));
+    fn slot_words(&self, operation: u64, rank: u32, offset: u64, words: usize) -> &[M::Word] {
+        let slot = self.regions.layout().slot_offset(self.regions.slot(operation));
         self.regions.words(rank, slot + offset, words as u64 * 8)
     }
 
@@ -105,7 +180,7 @@ impl Exchange {
         let row = row.as_chunks().0;
         debug_assert!(row.iter().all(|&word| is_complete(u64::from_ne_bytes(word))));
         let words = self.slot_words(operation, peer, offset, row.len());
-        fence(Release);
+        self.regions.fence(Release);
         for (word, &value) in words.iter().zip(row) {
             word.store(u64::from_ne_bytes(value), Relaxed);
         }
@@ -130,7 +205,7 @@ impl Exchange {
         for (word, value) in rest.iter().zip(row_rest) {
             self.take(from, what, std::array::from_ref(word), std::array::from_mut(value))?;
         }
-        fence(Acquire);
+        self.regions.fence(Acquire);
         Ok(())
     }
 
@@ -139,7 +214,7 @@ impl Exchange {
         &self,
         from: u32,
         what: What,
-        words: &[AtomicU64; N],
+        words: &[M::Word; N],
         row: &mut [[u8; 8]; N],
     ) -> Result<(), Box<Failure>> {
         let load = |row: &mut [[u8; 8]; N]| {
@@ -154,11 +229,11 @@ impl Exchange {
         if !load(row) {
             let mut wait = self.wait(from, what);
             while !load(row) {
-                wait.pause()?;
+                self.regions.pause(&mut wait)?;
             }
         }
         for word in words {
-            word.store(EMPTY, Relaxed);
+            self.regions.refill(word);
         }
         Ok(())
     }
@@ -175,7 +250,7 @@ impl Exchange {
             let word = &self.regions.words(peer, line, 8)[0];
             let mut wait = self.wait(peer, What::Barrier);
             while word.load(Acquire) < epoch {
-                wait.pause()?;
+                self.regions.pause(&mut wait)?;
             }
         }
         Ok(())

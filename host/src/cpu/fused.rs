@@ -13,7 +13,7 @@ use heapless::Vec as FixedVec;
 use pulp::Arch;
 
 use super::{
-    exchange::Exchange,
+    exchange::{Exchange, Medium},
     rows::{Finish, FinishRow, Plain, RowOutputs, StripRow, SumRows},
 };
 use crate::failure::{Failure, What};
@@ -97,8 +97,8 @@ impl Staging {
 }
 
 /// Runs `plan` on this rank.
-pub(crate) fn run<E: Plain>(
-    exchange: &mut Exchange,
+pub(crate) fn run<E: Plain, M: Medium>(
+    exchange: &mut Exchange<M>,
     rank: u32,
     plan: &Plan,
     mut job: Job<'_, E>,
@@ -123,8 +123,8 @@ pub(crate) fn run<E: Plain>(
 }
 
 /// One round of one operation.
-struct Step<'a, 'b, E> {
-    exchange: &'a Exchange,
+struct Step<'a, 'b, E, M> {
+    exchange: &'a Exchange<M>,
     rank: u32,
     round: Round,
     job: &'a mut Job<'b, E>,
@@ -132,13 +132,13 @@ struct Step<'a, 'b, E> {
     arch: Arch,
 }
 
-impl<E: Plain> Step<'_, '_, E> {
+impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
     fn rows(&self) -> SlotRows {
         self.round.rows
     }
 
     /// The other ranks, the next one first: everyone starts with another destination.
-    fn peers(&self) -> impl Iterator<Item = u32> + use<E> {
+    fn peers(&self) -> impl Iterator<Item = u32> + use<E, M> {
         let (rank, world) = (self.rank, self.round.rows.world_size);
         (1..world).map(move |step| (rank + step) % world)
     }

@@ -8,6 +8,8 @@
 mod engine;
 mod exchange;
 mod fused;
+#[cfg(test)]
+mod model;
 mod region;
 mod rows;
 mod wait;

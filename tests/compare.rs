@@ -3,7 +3,9 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
     sync::OnceLock,
+    thread,
 };
 
 use fused_collective_tests::{Outcome, bench, report::Report, run};
@@ -215,4 +217,19 @@ fn a_report_of_another_configuration_is_refused_before_anything_runs() {
     let mut elsewhere = earlier();
     elsewhere["backend"] = "cuda".into();
     refused(OPTIONS, &elsewhere, &other("backend cuda", "backend cpu"));
+}
+
+#[test]
+fn an_earlier_report_may_come_through_a_pipe() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("earlier");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let text = earlier().to_string();
+    // Whoever opens it a second time waits for a writer that never comes.
+    let (named, written) = (pipe.clone(), text.clone());
+    let writer = thread::spawn(move || fs::write(named, written));
+    let outcome = run(bench(OPTIONS).arg("--compare").arg(&pipe).args(["--tolerance", "100000000"]));
+    outcome.assert_success();
+    assert!(outcome.stdout.contains("0 of 10 rows lost more than"), "{outcome}");
+    writer.join().unwrap().unwrap();
 }

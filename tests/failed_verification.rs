@@ -16,6 +16,7 @@ use fused_collective::{
     bench,
     collective::{Collective, Error, Problem, Step, Tensor},
     cpu::{self, Communicator, Engine, Watch},
+    peers::Peers,
     rendezvous::{Group, Membership},
     report::{Outcome, Report, json, markdown, plot, progress::Progress, table},
     settings::{QuantMode, Settings},
@@ -78,6 +79,14 @@ impl Collective for Faulty {
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
         self.engine.copy_time(bytes)
     }
+
+    fn set_cold(&mut self, cold: bool) {
+        self.engine.set_cold(cold);
+    }
+
+    fn cache_bytes(&self) -> u64 {
+        self.engine.cache_bytes()
+    }
 }
 
 fn settings(quant_mode: QuantMode) -> Settings {
@@ -105,7 +114,8 @@ fn report(settings: &Settings, fault: Fault) -> Report {
         let here = fault.rank.is_none_or(|only| only == rank);
         let mut backend = Faulty { engine: Engine::new(communicator), fault, here, runs: 0 };
         let mut report = Report::new(vec!["bench".to_owned()], "cpu", RANKS, settings.clone());
-        bench::run(settings, &group, &mut backend, &Progress::hidden(), |measured| {
+        let mut peers = Peers::default();
+        bench::run(settings, &group, &mut backend, &mut peers, &Progress::hidden(), |measured| {
             report.push(measured.case, measured.notes, measured.variants);
         })
         .unwrap();

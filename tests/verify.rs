@@ -134,6 +134,14 @@ impl Collective for Faulty {
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
         self.engine.copy_time(bytes)
     }
+
+    fn set_cold(&mut self, cold: bool) {
+        self.engine.set_cold(cold);
+    }
+
+    fn cache_bytes(&self) -> u64 {
+        self.engine.cache_bytes()
+    }
 }
 
 /// What the matrix of one small shape gives with a fault on both of two ranks, which are threads, and the lines of the

@@ -268,7 +268,16 @@ impl AllReduce {
 /// do not show in it.
 const TRIAL_US: f64 = 500.0;
 /// The most operations of a trial.
-const MAX_OPERATIONS: u32 = 200;
+pub(crate) const MAX_OPERATIONS: u32 = 200;
+
+/// Copies of a problem's tensors that operations take turns on so that none finds its own in a cache of `cache_bytes`;
+/// no more than a trial has operations, since the cache is flushed in between.
+pub fn copies(problem: &Problem, cache_bytes: u64, operations: u32) -> u32 {
+    // Every variant reads its input and writes an output of that size, or half of it.
+    let bytes = problem.activation_bytes().saturating_mul(2).max(1);
+    let enough = cache_bytes.saturating_mul(2).div_ceil(bytes).saturating_add(1);
+    enough.min(u64::from(operations.max(1))) as u32
+}
 
 /// One rank's end of a backend.
 pub trait Collective {
@@ -317,6 +326,19 @@ pub trait Collective {
     /// Operations of a trial of steps of which one operation took `microseconds`.
     fn operations_per_trial(&self, microseconds: f64) -> u32 {
         (TRIAL_US / microseconds).clamp(1.0, f64::from(MAX_OPERATIONS)) as u32
+    }
+
+    /// From the next [`prepare`](Self::prepare) on, whether operations of a trial find their tensors in main memory, and
+    /// in no cache: they take turns on so many copies of them that what one left in the cache is gone when its turn comes
+    /// again, and the cache is flushed before each trial. Not so unless asked for.
+    fn set_cold(&mut self, cold: bool);
+
+    /// Bytes of the last cache before main memory.
+    fn cache_bytes(&self) -> u64;
+
+    /// The rank's GPUs by name, in rank order; none if they are not what is measured.
+    fn gpus(&self) -> Vec<String> {
+        Vec::new()
     }
 
     /// What a reader should know of the backend, a sentence each.

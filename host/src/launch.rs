@@ -16,9 +16,11 @@
 use std::{
     env,
     ffi::OsString,
-    fmt, io,
+    fmt,
+    fs::File,
+    io::{self, Write},
     os::{
-        fd::AsFd,
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::{net::UnixStream, process::ExitStatusExt},
     },
     path::PathBuf,
@@ -32,6 +34,7 @@ use std::{
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
+    fs::{MemfdFlags, memfd_create},
     io::Errno,
     process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal},
     rand::{GetRandomFlags, getrandom},
@@ -122,6 +125,13 @@ pub fn tie_to_parent() -> Result<(), Error> {
     if adopted { Err(Error::Orphan) } else { Ok(()) }
 }
 
+/// What the launcher of this rank has [handed over](Launcher::hand_over) as `variable`: a path to open.
+pub fn handed_over(variable: &str) -> Option<PathBuf> {
+    let descriptor: u32 = env::var(variable).ok()?.parse().ok()?;
+    // Opened anew, so that every rank reads from the start.
+    is_launched().then(|| format!("/proc/self/fd/{descriptor}").into())
+}
+
 /// Whether a [`Launcher`] started this process.
 pub fn is_launched() -> bool {
     env::var_os(PARENT).is_some()
@@ -134,12 +144,14 @@ pub fn reports(lost: &Lost, rank: u32, launched: bool) -> bool {
 }
 
 /// Starts the ranks of one job. See the [module](self).
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Launcher {
     program: PathBuf,
     arguments: Vec<OsString>,
     ranks: u32,
     grace: Duration,
+    /// Files that ranks inherit, each with the variable that tells its descriptor.
+    files: Vec<(&'static str, OwnedFd)>,
 }
 
 /// How a job ended.
@@ -163,6 +175,7 @@ impl Launcher {
             arguments: env::args_os().skip(1).collect(),
             ranks,
             grace: Duration::from_secs(10),
+            files: Vec::new(),
         })
     }
 
@@ -170,6 +183,21 @@ impl Launcher {
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
+    }
+
+    /// Gives every rank `content` to read, as a file without a name: [`handed_over`] opens it under the same `variable`.
+    /// What this process has read from a pipe no other can read again.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn hand_over(mut self, variable: &'static str, content: &[u8]) -> Result<Self, Error> {
+        let doing = "hand a file to the ranks";
+        // Inherited: not closed where a rank's program starts.
+        let file = memfd_create(variable, MemfdFlags::empty()).map_err(Error::system(doing))?;
+        let mut file = File::from(file);
+        file.write_all(content).map_err(Error::system(doing))?;
+        self.files.push((variable, file.into()));
+        Ok(self)
     }
 
     /// Starts all ranks and waits until the last has ended.
@@ -201,8 +229,10 @@ impl Launcher {
         let mut ranks = Vec::new();
         for rank in 0..self.ranks {
             let number = rank.to_string();
+            let files = self.files.iter().map(|(variable, file)| (variable, file.as_raw_fd().to_string()));
             let child = Command::new(&self.program)
                 .args(&self.arguments)
+                .envs(files)
                 .env("RANK", &number)
                 .env("LOCAL_RANK", &number)
                 .env("WORLD_SIZE", &size)

@@ -69,7 +69,7 @@
 //!
 //! # The program
 //! [`program`] is a thin shell: [`cli`] makes [`settings`], [`launch`] starts ranks, [`mod@bench`] measures variants on
-//! a [`collective`] backend, [`mod@report`] shows them; [`mod@verify`] runs the matrix that shows a backend right.
+//! a [`collective`] backend and has [`peers`] measure theirs, [`mod@report`] shows them; [`mod@verify`] runs the matrix that shows a backend right.
 
 pub mod bench;
 mod board;
@@ -79,6 +79,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod failure;
 pub mod launch;
+pub mod peers;
 pub mod program;
 pub mod rank_env;
 pub mod rendezvous;

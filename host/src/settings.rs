@@ -165,6 +165,56 @@ impl fmt::Display for UnknownAllReduce {
 
 impl std::error::Error for UnknownAllReduce {}
 
+/// Other packages that the benchmark can measure in the same run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PeerChoice {
+    /// FlashInfer's fused all-reduce.
+    FlashInfer,
+    /// PyTorch's all-reduce with eager and with compiled operations after it.
+    Torch,
+}
+
+impl PeerChoice {
+    /// All of them.
+    pub const ALL: [PeerChoice; 2] = [PeerChoice::FlashInfer, PeerChoice::Torch];
+
+    /// The name on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            PeerChoice::FlashInfer => "flashinfer",
+            PeerChoice::Torch => "torch",
+        }
+    }
+}
+
+impl fmt::Display for PeerChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for PeerChoice {
+    type Err = UnknownPeer;
+
+    /// Reads `flashinfer` or `torch`.
+    fn from_str(text: &str) -> Result<Self, UnknownPeer> {
+        PeerChoice::ALL.into_iter().find(|peer| peer.name() == text).ok_or(UnknownPeer)
+    }
+}
+
+/// The text names no peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnknownPeer;
+
+impl fmt::Display for UnknownPeer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not a peer: use flashinfer or torch")
+    }
+}
+
+impl std::error::Error for UnknownPeer {}
+
 /// Where results go besides the terminal, and what they are compared with.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outputs {
@@ -201,7 +251,7 @@ pub struct Settings {
     pub trials: u32,
     /// Seed of the random inputs.
     pub seed: u64,
-    /// Longest wait for a peer, in seconds; finite and above 0.
+    /// Longest wait for another rank, in seconds; finite and above 0.
     pub deadline_seconds: f64,
     /// The backend asked for.
     pub backend: BackendChoice,
@@ -209,6 +259,18 @@ pub struct Settings {
     pub all_reduces: Vec<AllReduceChoice>,
     /// Ranks asked for; `None` leaves it to the launcher or to the backend.
     pub nproc_per_node: Option<u32>,
+    /// Whether operations find their tensors in main memory, and in no cache.
+    #[serde(default)]
+    pub cold: bool,
+    /// Other packages to measure.
+    #[serde(default)]
+    pub peers: Vec<PeerChoice>,
+    /// Longest silence of a peer, in seconds; finite and above 0.
+    #[serde(default = "default_peer_deadline")]
+    pub peer_deadline_seconds: f64,
+    /// Python for the peers. Where it lies says nothing about the measurement, so reports leave it out.
+    #[serde(skip, default = "default_python")]
+    pub python: PathBuf,
     /// Loss in percent past which a comparison fails; finite and above 0.
     pub tolerance_percent: f64,
     /// Files. They say nothing about the measurement, so reports leave them out.
@@ -233,6 +295,10 @@ impl Default for Settings {
             backend: BackendChoice::Auto,
             all_reduces: AllReduceChoice::ALL.to_vec(),
             nproc_per_node: None,
+            cold: false,
+            peers: Vec::new(),
+            peer_deadline_seconds: default_peer_deadline(),
+            python: default_python(),
             tolerance_percent: 10.0,
             outputs: Outputs::default(),
         }
@@ -274,10 +340,24 @@ impl Settings {
         }
     }
 
-    /// Longest wait for a peer.
+    /// Longest wait for another rank.
     pub fn deadline(&self) -> Duration {
         Duration::from_secs_f64(self.deadline_seconds)
     }
+
+    /// Longest silence of a peer.
+    pub fn peer_deadline(&self) -> Duration {
+        Duration::from_secs_f64(self.peer_deadline_seconds)
+    }
+}
+
+fn default_python() -> PathBuf {
+    "python3".into()
+}
+
+/// Enough for a package to compile its kernels.
+const fn default_peer_deadline() -> f64 {
+    300.0
 }
 
 /// Serializes an element type as its PyTorch name. `core` does not depend on serde.
@@ -346,8 +426,10 @@ mod tests {
         let mut settings =
             Settings { dtypes: DType::ALL.to_vec(), nproc_per_node: Some(4), ..Settings::default() };
         settings.outputs.json = Some("a.json".into());
+        settings.peers = PeerChoice::ALL.to_vec();
         let text = serde_json::to_string(&settings).unwrap();
         assert!(text.contains(r#""dtypes":["float32","float16","bfloat16"]"#), "{text}");
+        assert!(text.contains(r#""peers":["flashinfer","torch"]"#), "{text}");
         let back: Settings = serde_json::from_str(&text).unwrap();
         assert_eq!(back, Settings { outputs: Outputs::default(), ..settings });
     }

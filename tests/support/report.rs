@@ -33,6 +33,10 @@ pub struct Machine {
     pub os: String,
     pub kernel: String,
     pub arch: String,
+    #[serde(default)]
+    pub gpus: Vec<String>,
+    #[serde(default)]
+    pub driver: Option<String>,
 }
 
 /// What was asked for.
@@ -53,6 +57,9 @@ pub struct Settings {
     pub backend: String,
     pub all_reduces: Vec<String>,
     pub nproc_per_node: Option<u32>,
+    pub cold: bool,
+    pub peers: Vec<String>,
+    pub peer_deadline_seconds: f64,
     pub tolerance_percent: f64,
 }
 

@@ -13,6 +13,7 @@ use fused_collective_core::fusion::Norm;
 
 use crate::{
     collective::{self, AllReduce, Collective, Problem, Step},
+    peers::Peers,
     rendezvous::{self, Group},
     report::{Kind, Measurement, Trials, progress::Progress},
     settings::{Case, Settings},
@@ -82,7 +83,8 @@ pub struct Measured {
     pub variants: Vec<Measurement>,
 }
 
-/// Measures every configuration of `settings` and hands each to `done`; every rank is given the same figures.
+/// Measures every configuration of `settings`, with what `peers` there are, and hands each to `done`; every rank is given
+/// the same figures.
 ///
 /// # Errors
 /// The group or the backend failed. A variant that is wrong is no error but a measurement that says so.
@@ -90,9 +92,12 @@ pub fn run(
     settings: &Settings,
     group: &Group,
     backend: &mut dyn Collective,
+    peers: &mut Peers,
     progress: &Progress,
     mut done: impl FnMut(Measured),
 ) -> Result<(), Error> {
+    backend.set_cold(settings.cold);
+    let cache_bytes = if settings.cold { backend.cache_bytes() } else { 0 };
     for case in settings.cases() {
         let problem = problem(settings, case);
         backend.prepare(&problem)?;
@@ -116,15 +121,29 @@ pub fn run(
             progress.step();
         }
         race(settings, group, backend, &mut entrants)?;
-        let bytes = problem.activation_bytes();
-        let copy = slowest(group, &[backend.copy_time(bytes)?])?[0];
-        notes.push(prediction(bytes, copy, &entrants));
+        if settings.cold {
+            let mib = cache_bytes as f64 / f64::from(1 << 20);
+            notes.push(format!(
+                "cold: operations find their tensors in memory, not in the cache of {mib:.0} MiB"
+            ));
+        } else {
+            // From memory or from a cache, as the operations found their tensors.
+            let bytes = problem.activation_bytes();
+            let copy = slowest(group, &[backend.copy_time(bytes)?])?[0];
+            notes.push(prediction(bytes, copy, &entrants));
+        }
         let measurement = |(variant, result): (Variant, _)| Measurement {
             variant: variant.name,
             kind: variant.kind,
             result,
         };
-        let measured = entrants.into_iter().map(measurement).collect();
+        let mut measured: Vec<Measurement> = entrants.into_iter().map(measurement).collect();
+        if !settings.peers.is_empty() {
+            progress.doing(format!("{} tokens, {}: peers", case.num_tokens, case.quant_mode));
+            let (of_peers, notes_of_peers) = peers.measure(settings, group, case, cache_bytes)?;
+            measured.extend(of_peers);
+            notes.extend(notes_of_peers);
+        }
         done(Measured { case, notes, variants: measured });
     }
     Ok(())
@@ -226,8 +245,13 @@ fn race(
     Ok(())
 }
 
+/// Whether `holds` on every rank.
+pub(crate) fn all(group: &Group, holds: bool) -> Result<bool, Error> {
+    Ok(group.all_gather(&[u8::from(holds)])?.iter().all(|answer| answer == &[1]))
+}
+
 /// For each of this rank's times the largest that any rank has.
-fn slowest(group: &Group, times: &[f64]) -> Result<Vec<f64>, Error> {
+pub(crate) fn slowest(group: &Group, times: &[f64]) -> Result<Vec<f64>, Error> {
     let mut slowest = Vec::with_capacity(times.len());
     for times in times.chunks(rendezvous::MAX_MESSAGE / size_of::<f64>()) {
         let mut worst = vec![0.0f64; times.len()];

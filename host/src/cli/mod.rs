@@ -106,6 +106,7 @@ enum Command {
     example = "{command_name} --num-tokens 128 512 --dtypes float16 bfloat16 --nproc-per-node 4",
     example = "{command_name} --quant-modes none,fp8 --output-file results.md --plot results.svg",
     example = "{command_name} --json today.json --compare yesterday.json --tolerance 5",
+    example = "{command_name} --peers flashinfer,torch --python ~/venv/bin/python",
     example = "torchrun --no-python --nproc_per_node=4 {command_name}",
     note = "Every variant is verified before it is timed; its row says by how much it was off at most.",
     note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is one.",
@@ -166,6 +167,22 @@ struct BenchArgs {
     /// longest wait for another rank, in seconds (default: 10)
     #[argh(option, arg_name = "seconds")]
     deadline: Option<String>,
+
+    /// tensors come from memory, not from a cache: operations of a trial take turns on copies of them
+    #[argh(switch)]
+    cold: bool,
+
+    /// packages of Python to measure as well, where they are installed: flashinfer, torch (default: none)
+    #[argh(option, arg_name = "name")]
+    peers: Vec<String>,
+
+    /// python for the peers (default: python3)
+    #[argh(option, arg_name = "program")]
+    python: Option<String>,
+
+    /// longest silence of a peer, in seconds: some compile their kernels first (default: 300)
+    #[argh(option, arg_name = "seconds")]
+    peer_deadline: Option<String>,
 
     /// write a Markdown report to this file
     #[argh(option, arg_name = "file")]
@@ -291,6 +308,14 @@ impl BenchArgs {
                 default.all_reduces,
             )?,
             nproc_per_node: self.nproc_per_node.map(ranks).transpose()?,
+            cold: self.cold,
+            peers: list("--peers", &self.peers, |text| name("--peers", text), default.peers)?,
+            peer_deadline_seconds: one(
+                self.peer_deadline,
+                |text| positive("--peer-deadline", text, "a number of seconds", Some(MAX_DEADLINE)),
+                default.peer_deadline_seconds,
+            )?,
+            python: file("--python", self.python)?.unwrap_or(default.python),
             tolerance_percent: one(
                 self.tolerance,
                 |text| positive("--tolerance", text, "a percentage", None),

@@ -3,7 +3,7 @@
 use fused_collective_core::dtype::DType;
 
 use super::*;
-use crate::settings::{AllReduceChoice, BackendChoice, QuantMode};
+use crate::settings::{AllReduceChoice, BackendChoice, PeerChoice, QuantMode};
 
 fn run(line: &str) -> Result<Invocation, UsageError> {
     parse(line.split(' ').filter(|arg| !arg.is_empty()).map(OsString::from))
@@ -38,6 +38,7 @@ fn every_option_reaches_its_setting() {
     let settings = bench(
         "--num-tokens 1 2 --hidden-dim 65536 --dtypes float16 --quant-modes fp4 --no-residual --no-oneshot \
          --warmup 0 --trials 1 --seed 7 --backend cpu --allreduce custom --nproc-per-node 16 --deadline 0.5 --output-file a.md \
+         --cold --peers torch,flashinfer torch --python a/python --peer-deadline 2.5 \
          --json a.json --plot a.svg --compare b.json --tolerance 2.5",
     );
     let expected = Settings {
@@ -54,6 +55,10 @@ fn every_option_reaches_its_setting() {
         backend: BackendChoice::Cpu,
         all_reduces: vec![AllReduceChoice::Custom],
         nproc_per_node: Some(16),
+        cold: true,
+        peers: vec![PeerChoice::Torch, PeerChoice::FlashInfer],
+        peer_deadline_seconds: 2.5,
+        python: "a/python".into(),
         tolerance_percent: 2.5,
         outputs: Outputs {
             output_file: Some("a.md".into()),
@@ -153,6 +158,8 @@ fn the_help_states_the_defaults_that_hold() {
         ("--backend", "auto"),
         ("--deadline", "10"),
         ("--tolerance", "10"),
+        ("--peer-deadline", "300"),
+        ("--python", "python3"),
     ];
     for (option, value) in defaults {
         let (_, after) = help.split_once(&format!(" {option} ")).unwrap();
@@ -204,6 +211,8 @@ fn bad_names_are_refused() {
         "bench --quant-modes none,fp6",
         "--quant-modes: 'fp6' is not a quantization mode: use none, fp8 or fp4",
     );
+    refused("bench --peers vllm", "--peers: 'vllm' is not a peer: use flashinfer or torch");
+    refused("bench --python=", "--python: '' is not a file name");
     refused("bench --backend rocm", "--backend: 'rocm' is not a backend: use auto, cpu or cuda");
 }
 
@@ -238,6 +247,10 @@ fn bad_counts_and_limits_are_refused() {
             &format!("--deadline: '{bad}' is not a number of seconds: use a number above 0 and up to 86400"),
         );
     }
+    refused(
+        "bench --peer-deadline 0",
+        "--peer-deadline: '0' is not a number of seconds: use a number above 0 and up to 86400",
+    );
     for bad in ["0", "-1", "nan", "inf", "10%"] {
         let line = format!("bench --tolerance {bad}");
         refused(&line, &format!("--tolerance: '{bad}' is not a percentage: use a number above 0"));

@@ -17,7 +17,7 @@ use super::{
     Communicator, Finish, Inputs, Outputs, Plain, RowOutputs,
     rows::{FinishRow, QuantizeRow, SumRows},
 };
-use crate::collective::{Collective, Eager, Error, Problem, Step, Tensor};
+use crate::collective::{self, Collective, Eager, Error, MAX_OPERATIONS, Problem, Step, Tensor};
 
 /// A tensor: bytes that start with a cache line. Some processors copy to anywhere else several times slower.
 #[derive(Debug, Default)]
@@ -98,14 +98,28 @@ impl Tensors {
 pub struct Engine {
     communicator: Communicator,
     problem: Option<Problem>,
-    tensors: Tensors,
+    /// The tensors, and the copies that operations of a cold trial take turns on.
+    sets: Vec<Tensors>,
+    /// The ones in use.
+    set: usize,
+    cold: bool,
+    /// Written before a cold trial, to have the cache full of it.
+    flush: Vec<u64>,
     scratch: Vec<u64>,
 }
 
 impl Engine {
     /// An engine without a problem yet.
     pub fn new(communicator: Communicator) -> Self {
-        Engine { communicator, problem: None, tensors: Tensors::default(), scratch: Vec::new() }
+        Engine {
+            communicator,
+            problem: None,
+            sets: vec![Tensors::default()],
+            set: 0,
+            cold: false,
+            flush: Vec::new(),
+            scratch: Vec::new(),
+        }
     }
 
     fn step(&mut self, step: Step) -> Result<(), Error> {
@@ -128,8 +142,12 @@ impl Engine {
             Step::AddRmsNormQuantize => self.add_rms_norm::<E>(problem, problem.quantization),
             Step::Quantize => self.quantize::<E>(problem),
             Step::Eager(eager) => {
-                let pass =
-                    EagerPass { eager, problem, tensors: &mut self.tensors, element: PhantomData::<E> };
+                let pass = EagerPass {
+                    eager,
+                    problem,
+                    tensors: &mut self.sets[self.set],
+                    element: PhantomData::<E>,
+                };
                 self.communicator.arch().dispatch(pass);
                 Ok(())
             }
@@ -137,7 +155,7 @@ impl Engine {
     }
 
     fn fused<E: Plain>(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {
-        let tensors = &mut self.tensors;
+        let tensors = &mut self.sets[self.set];
         let inputs = Inputs {
             input: tensors.input.elements(),
             residual: problem.residual.then(|| tensors.residual.elements()),
@@ -154,7 +172,7 @@ impl Engine {
     }
 
     fn all_reduce<E: Plain>(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {
-        let tensors = &mut self.tensors;
+        let tensors = &mut self.sets[self.set];
         let sum = if problem.residual { &mut tensors.reduced } else { &mut tensors.residual_out };
         let inputs = Inputs {
             input: tensors.input.elements(),
@@ -189,7 +207,7 @@ impl Engine {
     fn add_rms_norm<E: Plain>(&mut self, problem: &Problem, quantization: Quantization) -> Result<(), Error> {
         let arch = self.communicator.arch();
         let hidden = problem.hidden as usize;
-        let tensors = &mut self.tensors;
+        let tensors = &mut self.sets[self.set];
         let finish = Self::finish::<E>(&tensors.gamma, problem, quantization);
         let row_bytes = quantization.value_bytes_per_row(problem.hidden) as usize;
         self.scratch.resize(problem.hidden as usize, 0);
@@ -221,7 +239,7 @@ impl Engine {
     fn quantize<E: Plain>(&mut self, problem: &Problem) -> Result<(), Error> {
         let arch = self.communicator.arch();
         let hidden = problem.hidden as usize;
-        let tensors = &mut self.tensors;
+        let tensors = &mut self.sets[self.set];
         let finish = Self::finish::<E>(&tensors.gamma, problem, problem.quantization);
         let row_bytes = problem.quantization.value_bytes_per_row(problem.hidden) as usize;
         for token in 0..problem.tokens {
@@ -323,36 +341,45 @@ fn map<A: Copy, B>(from: &[A], to: &mut [B], convert: impl Fn(A) -> B) {
 impl Collective for Engine {
     fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
         self.problem = None;
-        self.tensors = Tensors::default();
-        for tensor in Tensor::ALL {
-            let bytes = problem.bytes(tensor).ok_or_else(|| {
-                Error::Memory(format!(
-                    "{tensor:?} of {} tokens is more bytes than 64 bits count",
-                    problem.tokens
-                ))
-            })?;
-            *self.tensors.get_mut(tensor) = Buffer::new(bytes)?;
+        self.sets.clear();
+        self.flush = vec![0; if self.cold { 2 * self.cache_bytes() as usize / 8 } else { 0 }];
+        for _ in 0..sets(problem, self.cold) {
+            let mut tensors = Tensors::default();
+            for tensor in Tensor::ALL {
+                let bytes = problem.bytes(tensor).ok_or_else(|| {
+                    Error::Memory(format!(
+                        "{tensor:?} of {} tokens is more bytes than 64 bits count",
+                        problem.tokens
+                    ))
+                })?;
+                *tensors.get_mut(tensor) = Buffer::new(bytes)?;
+            }
+            self.sets.push(tensors);
         }
+        self.set = 0;
         self.problem = Some(*problem);
         Ok(())
     }
 
     fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        let buffer = self.tensors.get_mut(tensor).bytes_mut();
-        let length = buffer.len();
-        let range = usize::try_from(offset)
-            .ok()
-            .and_then(|start| buffer.get_mut(start..start.checked_add(bytes.len())?));
-        let Some(range) = range else {
-            let what = format!("{} bytes at {offset} do not fit {tensor:?} of {length} bytes", bytes.len());
-            return Err(Error::Memory(what));
-        };
-        range.copy_from_slice(bytes);
+        for tensors in &mut self.sets {
+            let buffer = tensors.get_mut(tensor).bytes_mut();
+            let length = buffer.len();
+            let range = usize::try_from(offset)
+                .ok()
+                .and_then(|start| buffer.get_mut(start..start.checked_add(bytes.len())?));
+            let Some(range) = range else {
+                let what =
+                    format!("{} bytes at {offset} do not fit {tensor:?} of {length} bytes", bytes.len());
+                return Err(Error::Memory(what));
+            };
+            range.copy_from_slice(bytes);
+        }
         Ok(())
     }
 
     fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
-        Ok(self.tensors.get_mut(tensor).bytes().to_vec())
+        Ok(self.sets.first_mut().map_or_else(Vec::new, |tensors| tensors.get_mut(tensor).bytes().to_vec()))
     }
 
     fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
@@ -360,12 +387,29 @@ impl Collective for Engine {
     }
 
     fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
+        if self.cold {
+            // Other numbers each time, so that it is really written.
+            let number = std::hint::black_box(operations).into();
+            self.flush.fill(number);
+            std::hint::black_box(&mut self.flush);
+        }
         self.communicator.barrier()?;
         let began = Instant::now();
         for _ in 0..operations {
             self.run(steps)?;
+            self.set = (self.set + 1) % self.sets.len();
         }
-        Ok(began.elapsed().as_secs_f64() * 1e6 / f64::from(operations))
+        let time = began.elapsed().as_secs_f64() * 1e6 / f64::from(operations);
+        self.set = 0;
+        Ok(time)
+    }
+
+    fn set_cold(&mut self, cold: bool) {
+        self.cold = cold;
+    }
+
+    fn cache_bytes(&self) -> u64 {
+        super::cache_bytes()
     }
 
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
@@ -381,6 +425,11 @@ impl Collective for Engine {
         times.sort_by(f64::total_cmp);
         Ok(times[times.len() / 2])
     }
+}
+
+/// Sets of tensors that operations take turns on.
+pub(crate) fn sets(problem: &Problem, cold: bool) -> u32 {
+    if cold { collective::copies(problem, super::cache_bytes(), MAX_OPERATIONS) } else { 1 }
 }
 
 /// Copies that [`Engine::copy_time`] takes the median of.

@@ -5,6 +5,7 @@
 //! gone, or [aborted](Aborter), every rank's call fails and says why; the group is then over, and a new one can be
 //! made in the same processes.
 
+mod cache;
 mod engine;
 mod exchange;
 mod fused;
@@ -38,7 +39,9 @@ use crate::{
     failure::{Cause, Failure, Fault},
     shared_memory::SharedMemory,
 };
+pub(crate) use cache::cache_bytes;
 pub use engine::Engine;
+pub(crate) use engine::sets;
 use exchange::Exchange;
 use fused::{Job, Staging};
 use region::Regions;

@@ -28,6 +28,8 @@ pub(crate) struct Gpu {
     pub(crate) capability: u32,
     /// Multiprocessors.
     pub(crate) units: u32,
+    /// Bytes of the cache that all multiprocessors share.
+    pub(crate) cache_bytes: u64,
     /// Threads that one multiprocessor holds at once.
     pub(crate) threads_per_unit: u32,
     context: Context,
@@ -68,6 +70,7 @@ impl Gpu {
             name: device.name().map_err(failed("ask for the GPU's name"))?,
             capability: major * 10 + minor,
             units: attribute(DeviceAttribute::MultiprocessorCount)?,
+            cache_bytes: attribute(DeviceAttribute::L2CacheSize)?.into(),
             threads_per_unit: attribute(DeviceAttribute::MaxThreadsPerMultiprocessor)?,
             context,
         })

@@ -2,7 +2,8 @@
 //!
 //! A trial is timed as inference runs it: a CUDA graph of several operations, launched twice back to back, of which
 //! the second is timed by events on the device. The first hides the launch, and by the data that its operations wait
-//! for brings all ranks to the same point.
+//! for brings all ranks to the same point. In a cold trial the cache is flushed in between, and each operation has
+//! tensors of its own.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -22,6 +23,7 @@ use super::{
     communicator::{clear_padding, shape},
     driver::{Handle, check, failed, load},
     epilogue::{Part, WithEpilogue, with_epilogue},
+    gather,
     graph::Graph,
     kernels::{Entry, Kernels, Set},
     memory::{DeviceMemory, require},
@@ -29,7 +31,7 @@ use super::{
     tensors::{DeviceTensor, TensorType, Tensors},
 };
 use crate::{
-    collective::{AllReduce, Collective, Eager, Error, Problem, Step, Tensor},
+    collective::{self, AllReduce, Collective, Eager, Error, Problem, Step, Tensor},
     rendezvous::Group,
     settings::AllReduceChoice,
 };
@@ -48,7 +50,13 @@ const EAGER_GROUP: u64 = 4;
 pub struct Engine<'a> {
     group: &'a Group,
     problem: Option<Problem>,
-    tensors: HashMap<Tensor, DeviceMemory>,
+    /// The tensors, and the copies that operations of a cold trial take turns on.
+    sets: Vec<HashMap<Tensor, DeviceMemory>>,
+    /// The ones in use.
+    set: usize,
+    cold: bool,
+    /// Written before a cold trial, to have the cache full of it.
+    flush: Option<DeviceMemory>,
     scale: Option<DeviceMemory>,
     /// The graphs timed on the current problem, with what they run.
     graphs: Vec<(Vec<Step>, u32, Graph, Captured)>,
@@ -56,6 +64,7 @@ pub struct Engine<'a> {
     nccl: Option<NcclGroup>,
     all_reduces: Vec<AllReduceChoice>,
     notes: Vec<String>,
+    gpus: Vec<String>,
     stream: Stream,
     // Dropped last: the context that everything above lives in.
     communicator: Communicator,
@@ -91,13 +100,17 @@ impl<'a> Engine<'a> {
         Ok(Engine {
             group,
             problem: None,
-            tensors: HashMap::new(),
+            sets: vec![HashMap::new()],
+            set: 0,
+            cold: false,
+            flush: None,
             scale: None,
             graphs: Vec::new(),
             events: [event()?, event()?],
             nccl,
             all_reduces: all_reduces.to_vec(),
             notes,
+            gpus: gather(group, &communicator.gpu().name)?,
             stream: Stream::new(StreamFlags::DEFAULT, None).map_err(failed("make a stream"))?,
             communicator,
         })
@@ -107,9 +120,13 @@ impl<'a> Engine<'a> {
         self.stream.as_inner().cast()
     }
 
+    fn tensors(&self) -> &HashMap<Tensor, DeviceMemory> {
+        &self.sets[self.set]
+    }
+
     /// Where `tensor` is; null if the problem has no use for it.
     fn address(&self, tensor: Tensor) -> Address {
-        self.tensors.get(&tensor).map_or(Address::NULL, DeviceMemory::address)
+        self.tensors().get(&tensor).map_or(Address::NULL, DeviceMemory::address)
     }
 
     /// The tensor as an operation takes it.
@@ -118,7 +135,7 @@ impl<'a> Engine<'a> {
             Tensor::QuantOut | Tensor::ScaleOut => (TensorType::Code, 1),
             _ => (TensorType::Element(dtype), dtype.bytes()),
         };
-        let bytes = self.tensors.get(&tensor).map_or(0, DeviceMemory::bytes);
+        let bytes = self.tensors().get(&tensor).map_or(0, DeviceMemory::bytes);
         DeviceTensor { address: self.address(tensor).0, length: bytes / size, element }
     }
 
@@ -292,7 +309,12 @@ impl<'a> Engine<'a> {
         self.run(steps)?;
         let stream = self.handle();
         let enqueue = || {
-            (0..operations).try_for_each(|_| self.enqueue_all(steps)).map_err(|error| match error {
+            let enqueued = (0..operations as usize).try_for_each(|operation| {
+                self.set = operation % self.sets.len();
+                self.enqueue_all(steps)
+            });
+            self.set = 0;
+            enqueued.map_err(|error| match error {
                 Error::Cuda(error) => error,
                 error => CudaError::Group(error.to_string()),
             })
@@ -350,18 +372,30 @@ impl Collective for Engine<'_> {
     fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
         self.problem = None;
         self.graphs.clear();
-        self.tensors.clear();
+        self.sets.clear();
+        self.set = 0;
+        self.flush = None;
         let (tokens, hidden) = (problem.tokens, problem.hidden);
         let needed = problem.total_bytes().unwrap_or(u64::MAX);
         require(&format!("a problem of {tokens} tokens of hidden size {hidden}"), needed)?;
-        for tensor in Tensor::ALL {
-            let bytes = problem.bytes(tensor).ok_or_else(|| {
-                Error::Memory(format!(
-                    "{tensor:?} of {} tokens is more bytes than 64 bits count",
-                    problem.tokens
-                ))
-            })?;
-            self.tensors.insert(tensor, DeviceMemory::new(bytes)?);
+        let copies = if self.cold {
+            self.flush = Some(DeviceMemory::new(2 * self.cache_bytes())?);
+            collective::copies(problem, self.cache_bytes(), OPERATIONS_PER_TRIAL)
+        } else {
+            1
+        };
+        for _ in 0..copies {
+            let mut tensors = HashMap::new();
+            for tensor in Tensor::ALL {
+                let bytes = problem.bytes(tensor).ok_or_else(|| {
+                    Error::Memory(format!(
+                        "{tensor:?} of {} tokens is more bytes than 64 bits count",
+                        problem.tokens
+                    ))
+                })?;
+                tensors.insert(tensor, DeviceMemory::new(bytes)?);
+            }
+            self.sets.push(tensors);
         }
         self.scale = Some(DeviceMemory::holding(&problem.scale.to_ne_bytes())?);
         self.communicator.prepare(&problem.operation(Mode::Auto))?;
@@ -372,11 +406,15 @@ impl Collective for Engine<'_> {
 
     fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         let too_long = || Error::Memory(format!("{tensor:?} has no bytes to write"));
-        Ok(self.tensors.get_mut(&tensor).ok_or_else(too_long)?.write(offset, bytes)?)
+        for tensors in &mut self.sets {
+            tensors.get_mut(&tensor).ok_or_else(too_long)?.write(offset, bytes)?;
+        }
+        Ok(())
     }
 
     fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
-        Ok(self.tensors.get(&tensor).map_or(Ok(Vec::new()), DeviceMemory::read)?)
+        let tensor = self.sets.first().and_then(|tensors| tensors.get(&tensor));
+        Ok(tensor.map_or(Ok(Vec::new()), DeviceMemory::read)?)
     }
 
     fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
@@ -395,11 +433,16 @@ impl Collective for Engine<'_> {
         self.communicator.replay(*captured)?;
         self.communicator.replay(*captured)?;
         // SAFETY: the engine's stream; the tensors that were captured are there.
-        unsafe {
-            graph.launch(stream)?;
-            self.record(0)?;
-            graph.launch(stream)?;
+        unsafe { graph.launch(stream)? };
+        if let Some(flush) = &self.flush {
+            // SAFETY: inside the allocation, which lives as long as this problem.
+            let code =
+                unsafe { (load()?.cuMemsetD8Async)(flush.address().0, 1, flush.bytes() as usize, stream) };
+            check("flush the cache", code)?;
         }
+        self.record(0)?;
+        // SAFETY: as above.
+        unsafe { graph.launch(stream)? };
         self.record(1)?;
         self.settle()?;
         Ok(self.elapsed()? / f64::from(operations))
@@ -444,6 +487,18 @@ impl Collective for Engine<'_> {
             all.push(AllReduce::of_both_modes("custom_allreduce"));
         }
         all
+    }
+
+    fn set_cold(&mut self, cold: bool) {
+        self.cold = cold;
+    }
+
+    fn cache_bytes(&self) -> u64 {
+        self.communicator.gpu().cache_bytes
+    }
+
+    fn gpus(&self) -> Vec<String> {
+        self.gpus.clone()
     }
 
     fn operations_per_trial(&self, _microseconds: f64) -> u32 {

@@ -1,6 +1,6 @@
 //! `fused-collective bench`.
 
-use std::{env, io};
+use std::{env, io, path::Path};
 
 use super::{
     Failure, complain,
@@ -11,6 +11,7 @@ use crate::{
     bench,
     collective::Collective,
     launch,
+    peers::Peers,
     rendezvous::Group,
     report::{Report, compare, outputs::OutputFiles, table},
     settings::Settings,
@@ -27,20 +28,17 @@ pub(super) struct Bench {
 impl Bench {
     /// Checks all that can be checked before anything runs.
     pub(super) fn new(settings: Settings) -> Result<Self, Failure> {
-        let job = Job::new(Request {
+        let mut job = Job::new(Request {
             backend: settings.backend,
             nproc_per_node: settings.nproc_per_node,
             all_reduces: settings.all_reduces.clone(),
             deadline: settings.deadline(),
             problems: settings.cases().map(|case| bench::problem(&settings, case)).collect(),
+            cold: settings.cold,
         })?;
         let outputs = OutputFiles::check(&settings.outputs)?;
         let earlier = match &settings.outputs.compare {
-            Some(path) => {
-                let earlier = compare::read(path)?;
-                compare::check(&earlier, &settings, job.backend_name(), job.world_size())?;
-                Some(earlier)
-            }
+            Some(path) => earlier(path, &settings, &mut job)?,
             None => None,
         };
         job.check_memory()?;
@@ -57,10 +55,12 @@ impl Bench {
         let settings = &self.settings;
         let (name, world_size) = (self.job.backend_name(), self.job.world_size());
         let mut report = Report::new(env::args().skip(1).collect(), name, world_size, settings.clone());
+        report.machine.set_gpus(backend.gpus());
+        let mut peers = Peers::start(settings, group, self.job.cuda())?;
         let mut screen = Screen::new(group);
         let progress = screen.progress(bench::count(settings, backend.all_reduces().len()));
         screen.show(&progress, &table::heading(&report));
-        bench::run(settings, group, backend, &progress, |measured| {
+        bench::run(settings, group, backend, &mut peers, &progress, |measured| {
             report.push(measured.case, measured.notes, measured.variants);
             if let Some(configuration) = report.configurations.last() {
                 screen.show(&progress, &format!("\n{}", table::configuration(configuration, width())));
@@ -89,6 +89,26 @@ impl Bench {
         Ok(status)
     }
 }
+
+/// The report to compare with, which must be of such a run. A pipe can be read once: whoever starts ranks reads it for
+/// them, and where nobody does rank 0 alone reads what is no ordinary file.
+fn earlier(path: &Path, settings: &Settings, job: &mut Job) -> Result<Option<Report>, Failure> {
+    let handed_over = launch::handed_over(EARLIER);
+    let is_file = || path.metadata().is_ok_and(|metadata| metadata.is_file());
+    if handed_over.is_none() && job.rank().is_some_and(|rank| rank > 0) && !is_file() {
+        return Ok(None);
+    }
+    let text = compare::read_text(handed_over.as_deref().unwrap_or(path), path)?;
+    let earlier = compare::parse(&text, path)?;
+    compare::check(&earlier, settings, job.backend_name(), job.world_size())?;
+    if job.rank().is_none() {
+        job.hand_over(EARLIER, text.into_bytes());
+    }
+    Ok(Some(earlier))
+}
+
+/// Tells a rank where it finds the report that `--compare` names.
+const EARLIER: &str = "FUSED_COLLECTIVE_EARLIER";
 
 /// Columns of the terminal, or of the tables where there is none.
 fn width() -> u16 {

@@ -41,6 +41,8 @@ pub(super) struct Request {
     pub(super) deadline: Duration,
     /// Everything that the backend will be asked to prepare.
     pub(super) problems: Vec<Problem>,
+    /// Whether it will have copies of the tensors, so that none is found in a cache.
+    pub(super) cold: bool,
 }
 
 /// A request that can be met.
@@ -49,6 +51,8 @@ pub(super) struct Job {
     environment: Option<RankEnv>,
     backend: Backend,
     world_size: u32,
+    /// What the ranks are given to read, by variable.
+    handed_over: Vec<(&'static str, Vec<u8>)>,
 }
 
 /// The backend that runs.
@@ -74,7 +78,7 @@ impl Job {
         let launched = environment.as_ref().map(|environment| environment.world_size);
         let asked = cli::world_size(request.nproc_per_node, launched)?;
         let (backend, world_size) = choose_backend(&request, asked, launched.is_some())?;
-        Ok(Job { request, environment, backend, world_size })
+        Ok(Job { request, environment, backend, world_size, handed_over: Vec::new() })
     }
 
     pub(super) fn backend_name(&self) -> &'static str {
@@ -83,6 +87,22 @@ impl Job {
 
     pub(super) fn world_size(&self) -> u32 {
         self.world_size
+    }
+
+    /// This rank's GPU, if the backend has one.
+    pub(super) fn cuda(&self) -> Option<u32> {
+        let environment = self.environment.as_ref()?;
+        (self.backend == Backend::Cuda).then_some(environment.local_rank)
+    }
+
+    /// This process's rank; `None` in one that will start the ranks.
+    pub(super) fn rank(&self) -> Option<u32> {
+        self.environment.as_ref().map(|environment| environment.rank)
+    }
+
+    /// Gives the ranks that this process will start `content` to read: see [`launch::handed_over`].
+    pub(super) fn hand_over(&mut self, variable: &'static str, content: Vec<u8>) {
+        self.handed_over.push((variable, content));
     }
 
     /// Starts the ranks and waits for them, or is one of them: then does the `work`, and on rank 0 ends with
@@ -123,7 +143,10 @@ impl Job {
 
     fn launch(&self) -> Result<u8, Failure> {
         let failed = |error: launch::Error| Failure::Failed(error.to_string());
-        let launcher = Launcher::new(self.world_size).map_err(failed)?.grace(self.request.deadline);
+        let mut launcher = Launcher::new(self.world_size).map_err(failed)?.grace(self.request.deadline);
+        for (variable, content) in &self.handed_over {
+            launcher = launcher.hand_over(variable, content).map_err(failed)?;
+        }
         let outcome = launcher.run().map_err(failed)?;
         if let Some(message) = outcome.message {
             complain(&message);
@@ -165,6 +188,11 @@ impl Job {
         // Tensors, and while they are verified a copy of the outputs.
         let on_each = problem.total_bytes()?.checked_add(outputs)?;
         let shared = cpu::layout(self.world_size, self.longest_row()).ok()?.total_bytes();
+        let (copies, flush) = match self.request.cold {
+            true => (cpu::sets(problem, true), 2 * cpu::cache_bytes()),
+            false => (1, 0),
+        };
+        let on_each = on_each.checked_mul(copies.into())?.checked_add(flush)?;
         on_each.checked_mul(u64::from(self.world_size))?.checked_add(shared)
     }
 

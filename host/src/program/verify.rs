@@ -32,6 +32,7 @@ impl Verify {
             all_reduces: vec![AllReduceChoice::Custom],
             deadline: settings.deadline(),
             problems: settings.problems().collect(),
+            cold: false,
         })?;
         job.check_memory()?;
         Ok(Verify { settings, job })

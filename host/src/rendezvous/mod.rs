@@ -123,6 +123,11 @@ impl Group {
         self.world_size
     }
 
+    /// How long any rank waits for the others at each operation.
+    pub fn deadline(&self) -> Duration {
+        self.deadline
+    }
+
     /// Gives every rank what every rank contributes, by rank.
     ///
     /// # Errors

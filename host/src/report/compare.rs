@@ -5,7 +5,7 @@
 //! measured, so [`check`] refuses before a benchmark runs for nothing. A row without a counterpart is named
 //! and costs nothing: variants come and go.
 
-use std::{fmt::Write, path::Path};
+use std::{fmt::Write, fs, path::Path};
 
 use super::{Configuration, Report, json, table};
 use crate::{cli::UsageError, settings::Settings};
@@ -41,10 +41,18 @@ impl Compared {
     }
 }
 
-/// Reads the report that `--compare` names.
-pub fn read(path: &Path) -> Result<Report, UsageError> {
-    json::read(path)
-        .map_err(|error| UsageError::new(format_args!("--compare: cannot use '{}': {error}", path.display())))
+/// The text of the report at `path`, which the user knows as `named`.
+pub fn read_text(path: &Path, named: &Path) -> Result<String, UsageError> {
+    fs::read_to_string(path).map_err(|error| unusable(named, &json::ReadError::Io(error)))
+}
+
+/// The report that `text` holds, which the user knows as `named`.
+pub fn parse(text: &str, named: &Path) -> Result<Report, UsageError> {
+    json::parse(text).map_err(|error| unusable(named, &error))
+}
+
+fn unusable(named: &Path, error: &json::ReadError) -> UsageError {
+    UsageError::new(format_args!("--compare: cannot use '{}': {error}", named.display()))
 }
 
 /// Whether a run of `settings` on `backend` with `world_size` ranks can be compared with `earlier`.
@@ -55,6 +63,7 @@ pub fn check(
     world_size: u32,
 ) -> Result<(), UsageError> {
     let residual = |with| if with { "with residual" } else { "no residual" };
+    let caches = |cold| if cold { "cold caches" } else { "warm caches" };
     let facts = [
         (format!("backend {}", earlier.backend), format!("backend {backend}")),
         (format!("{} ranks", earlier.world_size), format!("{world_size} ranks")),
@@ -63,6 +72,7 @@ pub fn check(
             format!("hidden size {}", settings.hidden_dim),
         ),
         (residual(earlier.settings.use_residual).to_owned(), residual(settings.use_residual).to_owned()),
+        (caches(earlier.settings.cold).to_owned(), caches(settings.cold).to_owned()),
     ];
     for (then, now) in facts {
         if then != now {
@@ -246,6 +256,8 @@ SLOWER by 25.0%: standard_allreduce_native_rms_norm (num_tokens=128, dtype=bfloa
         assert_eq!(check(&earlier, &wide, "cpu", 2), refused("hidden size 8192", "hidden size 4096"));
         let bare = Settings { use_residual: false, ..settings.clone() };
         assert_eq!(check(&earlier, &bare, "cpu", 2), refused("with residual", "no residual"));
+        let cold = Settings { cold: true, ..settings.clone() };
+        assert_eq!(check(&earlier, &cold, "cpu", 2), refused("warm caches", "cold caches"));
     }
 
     #[test]
@@ -260,7 +272,10 @@ SLOWER by 25.0%: standard_allreduce_native_rms_norm (num_tokens=128, dtype=bfloa
 
     #[test]
     fn a_file_that_is_no_report_is_refused() {
-        let error = read(Path::new("no such\nfile.json")).unwrap_err().to_string();
+        let path = Path::new("no such\nfile.json");
+        let error = read_text(path, path).unwrap_err().to_string();
         assert_eq!(error, "--compare: cannot use 'no such\\nfile.json': there is no such file");
+        let error = parse("# Markdown", Path::new("a.md")).unwrap_err().to_string();
+        assert!(error.starts_with("--compare: cannot use 'a.md': it is not a JSON report: "), "{error}");
     }
 }

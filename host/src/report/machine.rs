@@ -1,5 +1,7 @@
 //! The machine that a report was measured on.
 
+use std::fs;
+
 use serde::{Deserialize, Serialize};
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
@@ -19,7 +21,16 @@ pub struct Machine {
     pub kernel: String,
     /// Processor architecture: `x86_64`, `aarch64`, ...
     pub arch: String,
+    /// The ranks' GPUs by name, in rank order; none if the ranks ran on the processor.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<String>,
+    /// The version of the GPUs' driver.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
 }
+
+/// Where the driver tells its version.
+const DRIVER_VERSION: &str = "/proc/driver/nvidia/version";
 
 impl Machine {
     /// This machine. What the system does not tell is `unknown`, or 0.
@@ -39,16 +50,42 @@ impl Machine {
             os: or_unknown(System::long_os_version().ok()),
             kernel: or_unknown(System::kernel_version().ok()),
             arch: std::env::consts::ARCH.to_owned(),
+            gpus: Vec::new(),
+            driver: None,
         }
     }
 
-    /// `Some CPU, 8 cores, 31.3 GiB, Some Linux 1.2 (kernel 6.1.0, x86_64)`.
+    /// Names the ranks' GPUs, and their driver.
+    pub fn set_gpus(&mut self, gpus: Vec<String>) {
+        self.driver = (!gpus.is_empty())
+            .then(|| fs::read_to_string(DRIVER_VERSION).ok().and_then(|text| driver_version(&text)))
+            .flatten();
+        self.gpus = gpus;
+    }
+
+    /// `Some CPU, 8 cores, 31.3 GiB, Some Linux 1.2 (kernel 6.1.0, x86_64)`, and with GPUs
+    /// `, 2 x NVIDIA H200 (driver 580.95.05)`.
     pub fn summary(&self) -> String {
-        let Machine { cpu, cores, memory_bytes, os, kernel, arch } = self;
+        let Machine { cpu, cores, memory_bytes, os, kernel, arch, gpus, driver } = self;
         let plural = if *cores == 1 { "" } else { "s" };
         let gib = *memory_bytes as f64 / f64::from(1 << 30);
-        format!("{cpu}, {cores} core{plural}, {gib:.1} GiB, {os} (kernel {kernel}, {arch})")
+        let mut line = format!("{cpu}, {cores} core{plural}, {gib:.1} GiB, {os} (kernel {kernel}, {arch})");
+        for alike in gpus.chunk_by(|a, b| a == b) {
+            line += &format!(", {} x {}", alike.len(), alike[0]);
+        }
+        if let Some(driver) = driver {
+            line += &format!(" (driver {driver})");
+        }
+        line
     }
+}
+
+/// The `580.95.05` of `NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build ...`.
+fn driver_version(text: &str) -> Option<String> {
+    let line = text.lines().find(|line| line.starts_with("NVRM version:"))?;
+    let is_version =
+        |word: &&str| word.contains('.') && word.split('.').all(|part| part.parse::<u32>().is_ok());
+    line.split_whitespace().find(is_version).map(str::to_owned)
 }
 
 /// Bytes that processes can still take without swapping, within the limit of this process's control group.
@@ -82,7 +119,22 @@ mod tests {
             os: "Linux 1".to_owned(),
             kernel: "6.1".to_owned(),
             arch: "x86_64".to_owned(),
+            gpus: Vec::new(),
+            driver: None,
         };
-        assert_eq!(machine.summary(), "Test CPU, 1 core, 1.5 GiB, Linux 1 (kernel 6.1, x86_64)");
+        let expected = "Test CPU, 1 core, 1.5 GiB, Linux 1 (kernel 6.1, x86_64)";
+        assert_eq!(machine.summary(), expected);
+        let gpus = ["GPU A", "GPU A", "GPU B"].map(str::to_owned).to_vec();
+        let machine = Machine { gpus, driver: Some("580.1".to_owned()), ..machine };
+        assert_eq!(machine.summary(), format!("{expected}, 2 x GPU A, 1 x GPU B (driver 580.1)"));
+    }
+
+    #[test]
+    fn the_driver_s_version_is_read_from_what_it_says() {
+        let text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (root@a)\n\
+                    GCC version:  gcc version 13.3.0\n";
+        assert_eq!(driver_version(text).as_deref(), Some("580.95.05"));
+        assert_eq!(driver_version("GCC version:  gcc version 13.3.0\n"), None);
+        assert_eq!(driver_version("NVRM version: unknown\n"), None);
     }
 }

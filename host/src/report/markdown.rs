@@ -10,6 +10,7 @@ pub fn to_string(report: &Report) -> String {
     let Report { settings, .. } = report;
     let modes: Vec<&str> = settings.quant_modes.iter().map(|mode| mode.name()).collect();
     let mut out = String::from("# Fused Collective Operations Benchmark Results\n\n");
+    let cold = settings.cold.then(|| ("Caches", "cold: tensors come from memory".to_owned()));
     let settings = [
         ("World Size", report.world_size.to_string()),
         ("Hidden Dimension", settings.hidden_dim.to_string()),
@@ -21,7 +22,7 @@ pub fn to_string(report: &Report) -> String {
         ("Version", report.version.clone()),
         ("Date", report.created.clone()),
     ];
-    for (name, value) in settings {
+    for (name, value) in settings.into_iter().chain(cold) {
         // Two spaces at the end break the line.
         let _ = writeln!(out, "**{name}:** {value}  ");
     }
@@ -118,5 +119,11 @@ Time is the slowest rank's, per operation: the median of the trials. Every varia
 - More ranks than cores: times include waiting for a core.
 ";
         assert_eq!(to_string(&fixture::report()), expected);
+        let mut cold = fixture::report();
+        cold.settings.cold = true;
+        assert!(
+            to_string(&cold)
+                .contains("**Date:** 2026-01-02T03:04:05Z  \n**Caches:** cold: tensors come from memory  \n")
+        );
     }
 }

@@ -21,14 +21,18 @@ pub type PlotError = DrawingAreaErrorKind<io::Error>;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-const PANEL_WIDTH: u32 = 1040;
+/// Of a panel, without the names right of it.
+const PANEL_WIDTH: i32 = 550;
 const HEADING_HEIGHT: u32 = 74;
 /// Round everything.
 const MARGIN: i32 = 20;
 /// Left of a panel's axis: the time labels.
 const LEFT: i32 = 84;
-/// Right of a panel's axis: the variants' names.
-const RIGHT: i32 = 490;
+/// Right of a panel's axis: the variants' names take so much at least, ...
+const LEAST_RIGHT: i32 = 490;
+/// ... and with so much for a character of the longest one, bold, and for what joins it to its line.
+const CHARACTER: f64 = 8.4;
+const JOINT: i32 = 34;
 /// Above and below a panel's axes.
 const TOP: i32 = 40;
 const BOTTOM: i32 = 50;
@@ -67,6 +71,16 @@ struct Line<'a> {
     points: Vec<(f64, f64)>,
 }
 
+impl Line<'_> {
+    /// The variant's name, with the time that its line ends at.
+    fn label(&self) -> String {
+        match self.points.last() {
+            Some((_, time)) => format!("{}: {time:.2}", self.variant),
+            None => format!("{}: FAILED", self.variant),
+        }
+    }
+}
+
 struct Panel<'a> {
     dtype: DType,
     quant_mode: QuantMode,
@@ -91,7 +105,10 @@ pub fn to_svg(report: &Report) -> Result<String, PlotError> {
     }
     let most_lines = panels.iter().map(|panel| panel.lines.len()).max().unwrap_or(0) as u32;
     let height = 400.max(most_lines * NAME_HEIGHT as u32 + (TOP + BOTTOM) as u32);
-    let size = (PANEL_WIDTH * dtypes.len().max(1) as u32, HEADING_HEIGHT + height * modes.len() as u32);
+    let longest = panels.iter().flat_map(|panel| &panel.lines).map(|line| line.label().chars().count()).max();
+    let right = ((longest.unwrap_or(0) as f64 * CHARACTER) as i32 + JOINT).max(LEAST_RIGHT);
+    let width = (PANEL_WIDTH + right) as u32;
+    let size = (width * dtypes.len().max(1) as u32, HEADING_HEIGHT + height * modes.len() as u32);
 
     let mut svg = String::new();
     {
@@ -101,7 +118,8 @@ pub fn to_svg(report: &Report) -> Result<String, PlotError> {
         for panel in &panels {
             let column = dtypes.iter().position(|dtype| *dtype == panel.dtype).unwrap_or(0) as u32;
             let row = modes.iter().position(|mode| *mode == panel.quant_mode).unwrap_or(0) as u32;
-            panel.draw(&root, column * PANEL_WIDTH, HEADING_HEIGHT + row * height, height)?;
+            let area = root.clone().shrink((column * width, HEADING_HEIGHT + row * height), (width, height));
+            panel.draw(&root, &area, right)?;
         }
         root.present()?;
     }
@@ -167,20 +185,19 @@ impl<'a> Panel<'a> {
         &mut self.lines[index]
     }
 
-    /// Draws at the pixel `(left, top)` of `root`.
-    fn draw(&self, root: &Area<'_>, left: u32, top: u32, height: u32) -> Result<(), PlotError> {
-        let area = root.clone().shrink((left, top), (PANEL_WIDTH, height));
+    /// Draws on `area` of `root`, of which `right` pixels at the right are for the names.
+    fn draw(&self, root: &Area<'_>, area: &Area<'_>, right: i32) -> Result<(), PlotError> {
         let title = format!("{}, quantization {}", self.dtype, self.quant_mode);
         area.draw_text(&title, &text(18, INK, HPos::Left, VPos::Top), (MARGIN, 14))?;
 
         let (x, y) = (self.token_range(), self.time_range());
-        let ticks = visible_ticks(&self.tokens, &x, PANEL_WIDTH as i32 - LEFT - RIGHT);
+        let ticks = visible_ticks(&self.tokens, &x, PANEL_WIDTH - LEFT);
         let x_axis = (x.start..x.end).log_scale().with_key_points(self.tokens.clone());
         let y_axis = (y.start..y.end).log_scale().with_key_points(time_ticks(y.start, y.end));
-        let mut chart = ChartBuilder::on(&area)
+        let mut chart = ChartBuilder::on(area)
             .margin_top(TOP)
             .margin_left(MARGIN)
-            .margin_right(RIGHT)
+            .margin_right(right)
             .set_label_area_size(LabelAreaPosition::Left, LEFT - MARGIN)
             .set_label_area_size(LabelAreaPosition::Bottom, BOTTOM)
             .build_cartesian_2d(x_axis, y_axis)?;
@@ -218,8 +235,8 @@ impl<'a> Panel<'a> {
             .iter()
             .map(|line| line.points.last().map(|point| chart.backend_coord(point)))
             .collect();
-        let bounds = (top as i32 + TOP, (top + height) as i32 - BOTTOM);
-        self.draw_names(root, &ends, (left + PANEL_WIDTH) as i32 - RIGHT, bounds)
+        let ((left, top), height) = (area.get_base_pixel(), area.dim_in_pixel().1 as i32);
+        self.draw_names(root, &ends, left + PANEL_WIDTH, (top + TOP, top + height - BOTTOM))
     }
 
     /// Writes every variant's name right of the axis at pixel `x`, between the pixels `bounds`, each as near
@@ -236,19 +253,19 @@ impl<'a> Panel<'a> {
         lines.sort_by_key(|(_, end)| end.map_or(i32::MAX, |(_, y)| y));
         let wanted: Vec<i32> = lines.iter().map(|(_, end)| end.map_or(bounds.1, |(_, y)| y)).collect();
         for ((line, end), y) in lines.into_iter().zip(spread(&wanted, bounds)) {
-            let (label, color) = match (end, line.points.last()) {
-                (Some(end), Some((_, time))) => {
+            let color = match end {
+                Some(end) => {
                     let leader = vec![(end.0 + 6, end.1), (x + 2, end.1), (x + 20, y), (x + 24, y)];
                     root.draw(&PathElement::new(leader, line.color.mix(0.7).stroke_width(1)))?;
-                    (format!("{}: {time:.2}", line.variant), line.color)
+                    line.color
                 }
-                _ => (format!("{}: FAILED", line.variant), FAILED),
+                None => FAILED,
             };
             let mut style = text(15, color, HPos::Left, VPos::Center);
             if line.kind == Kind::Fused {
                 style.font = style.font.style(FontStyle::Bold);
             }
-            root.draw_text(&label, &style, (x + 28, y))?;
+            root.draw_text(&line.label(), &style, (x + 28, y))?;
         }
         Ok(())
     }
@@ -381,6 +398,26 @@ mod tests {
             .filter(|node| node.has_tag_name("circle") && node.attribute("r") == Some("4"));
         assert_eq!(dots.count(), 6);
         assert!(texts(&svg).contains(&"128".to_owned()));
+    }
+
+    #[test]
+    fn a_long_name_has_room_right_of_its_line() {
+        let width = |svg: &str| {
+            roxmltree::Document::parse(svg)
+                .unwrap()
+                .root_element()
+                .attribute("width")
+                .unwrap()
+                .parse()
+                .unwrap()
+        };
+        let mut report = scaling(&[128]);
+        let usual: u32 = width(&to_svg(&report).unwrap());
+        assert_eq!(usual, (PANEL_WIDTH + LEAST_RIGHT) as u32);
+        let name = "a_peer_whose_variants_have_names_of_more_characters_than_fit_there_otherwise";
+        report.push(case(128, QuantMode::None), Vec::new(), vec![measurement(name, trials(&[12_345.0]))]);
+        let wide: u32 = width(&to_svg(&report).unwrap());
+        assert!(wide > usual + 8 * (name.len() as u32 - 60), "{wide}");
     }
 
     #[test]

@@ -13,8 +13,9 @@ pub const WIDTH: u16 = 100;
 pub fn heading(report: &Report) -> String {
     let Report { backend, world_size, settings, .. } = report;
     let (warmup, trials, hidden) = (settings.warmup, settings.trials, settings.hidden_dim);
+    let caches = if settings.cold { ", cold caches" } else { "" };
     format!(
-        "{backend} backend, {world_size} ranks, hidden size {hidden}, {trials} trials after {warmup} to warm up\n{}\n",
+        "{backend} backend, {world_size} ranks, hidden size {hidden}, {trials} trials after {warmup} to warm up{caches}\n{}\n",
         report.machine.summary()
     )
 }
@@ -135,5 +136,8 @@ note: More ranks than cores: times include waiting for a core.
         let expected = "cpu backend, 2 ranks, hidden size 8192, 3 trials after 5 to warm up\n\
                         Test CPU, 2 cores, 16.0 GiB, Linux (Test 1) (kernel 6.1.0, x86_64)\n";
         assert_eq!(heading(&fixture::report()), expected);
+        let mut cold = fixture::report();
+        cold.settings.cold = true;
+        assert!(heading(&cold).contains("5 to warm up, cold caches\n"));
     }
 }

@@ -1,0 +1,519 @@
+"""One rank of a peer: another package's all-reduce, residual add, RMSNorm and quantization, to compare with.
+
+fused-collective starts this program once for each rank, writes requests to its standard input and reads replies from its
+standard output, both one JSON object a line (peers/protocol.rs has them). Whatever a package prints goes to standard
+error. Every variant is checked against a reference in float64 before it is timed, and timed as fused-collective times its
+own: on GPUs a CUDA graph of 20 operations, launched twice, of which the second is timed by events; on CPUs wall-clock
+time from a barrier. The slowest rank's time is taken by whoever reads the replies.
+"""
+
+import importlib
+import importlib.metadata
+import inspect
+import json
+import math
+import os
+import sys
+import time
+from datetime import timedelta
+
+# Only this program writes replies; everything else that prints, at any level, prints to standard error.
+REPLIES = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+
+OPERATIONS_PER_GRAPH = 20
+# On CPUs a trial is made of as many operations as take about so long, and of at most so many.
+TRIAL_US, MAX_OPERATIONS = 500.0, 200
+E4M3_MAX = 448.0
+
+
+def reply(kind, **fields):
+    REPLIES.write(json.dumps({"reply": kind, **fields}) + "\n")
+    REPLIES.flush()
+
+
+class Unavailable(Exception):
+    """The peer cannot run here: why, and what would help."""
+
+    def __init__(self, why, remedy=None):
+        super().__init__(why)
+        self.remedy = remedy
+
+
+def load(module, package):
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # A package that is broken, not only one that is missing, may raise anything.
+        remedy = f"pip install {package}"
+        why = f"{sys.executable} cannot import {module}: {type(error).__name__}: {error}"
+        raise Unavailable(why, remedy) from error
+
+
+class Variant:
+    """One way to solve a problem. `run` takes the set of tensors to use and leaves its outputs in it."""
+
+    def __init__(self, name, kind, run):
+        self.name, self.kind, self.run = name, kind, run
+        self.trials, self.operations = [], 0
+        # On GPUs: what is launched, and what it writes to.
+        self.graph, self.outputs = None, []
+
+
+class Tensors:
+    """The tensors of one operation. What a variant does not write stays None."""
+
+    def __init__(self, input, residual, gamma):
+        self.input, self.residual, self.gamma = input, residual, gamma
+        # The input of an all-reduce in place, which the next trial needs again.
+        self.reduced = input.clone()
+        self.set_outputs(None, None, None, None)
+
+    def outputs(self):
+        return self.residual_out, self.norm_out, self.quant_out, self.scale_out
+
+    def set_outputs(self, residual_out, norm_out, quant_out, scale_out):
+        self.residual_out, self.norm_out = residual_out, norm_out
+        self.quant_out, self.scale_out = quant_out, scale_out
+
+    def reset(self):
+        self.reduced.copy_(self.input)
+        self.set_outputs(None, None, None, None)
+
+
+class Problem:
+    """What is computed: the inputs of every rank, and the reference."""
+
+    def __init__(self, peer, request):
+        torch = peer.torch
+        self.peer, self.torch, self.device = peer, torch, peer.device
+        self.tokens, self.hidden = request["num_tokens"], request["hidden_dim"]
+        self.dtype = getattr(torch, request["dtype"])
+        self.has_residual, self.quant_mode = request["use_residual"], request["quant_mode"]
+        self.epsilon, self.scale = request["epsilon"], request["scale"]
+        self.scale_tensor = torch.tensor([self.scale], dtype=torch.float32, device=self.device)
+        self.inverse_scale = 1.0 / self.scale_tensor
+        self.seed = request["seed"]
+        first = Tensors(self.input(peer.rank), self.residual(), self.gamma())
+        self.sets = [first]
+        if request["cache_bytes"]:
+            # What every variant moves at least: its input and one output.
+            bytes_of_a_set = 2 * self.tokens * self.hidden * first.input.element_size()
+            most = OPERATIONS_PER_GRAPH if self.device.type == "cuda" else MAX_OPERATIONS
+            count = min(most, 1 + math.ceil(2 * request["cache_bytes"] / bytes_of_a_set))
+            copy = lambda tensor: None if tensor is None else tensor.clone()
+            self.sets += [Tensors(copy(first.input), copy(first.residual), copy(first.gamma)) for _ in range(count - 1)]
+            self.flush = torch.empty(2 * request["cache_bytes"], dtype=torch.uint8, device=self.device)
+
+    def random(self, stream, *shape):
+        """Uniform with mean 0 and variance 1, the same on every rank."""
+        generator = self.torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + stream)
+        uniform = self.torch.rand(*shape, generator=generator, device=self.device)
+        return ((uniform * 2 - 1) * math.sqrt(3)).to(self.dtype)
+
+    def input(self, rank):
+        return self.random(2 + rank, self.tokens, self.hidden)
+
+    def residual(self):
+        return self.random(0, self.tokens, self.hidden) if self.has_residual else None
+
+    def gamma(self):
+        return self.random(1, self.hidden)
+
+    def check(self, variant):
+        """The largest error of any output, in units in the last place of its type; or why the variant is wrong.
+
+        Each output is held to what comes before it as the variant has it. Sums may be rounded after each addend, so their
+        unit is that of the addends' magnitudes together.
+        """
+        torch, found = self.torch, self.sets[0]
+        addends = [self.input(rank).double() for rank in range(self.peer.world_size)]
+        if self.has_residual:
+            addends.append(self.residual().double())
+        total, magnitude = sum(addends), sum(addend.abs() for addend in addends)
+        results = [self.error("residual_out", found.residual_out, total, magnitude, self.dtype, 0.5 * len(addends))]
+        row = found.residual_out.double()
+        norm = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + self.epsilon) * self.gamma().double()
+        if self.quant_mode == "none":
+            # The sum of squares is in float32: of up to 65536 addends, in whatever order.
+            allowed = 64.0 if self.dtype == torch.float32 else 2.0
+            results.append(self.error("norm_out", found.norm_out, norm, norm.abs(), self.dtype, allowed))
+        elif self.quant_mode == "fp8":
+            target = (norm / self.scale).clamp(-E4M3_MAX, E4M3_MAX)
+            results.append(self.error("quant_out", found.quant_out, target, target.abs(), torch.float8_e4m3fn, 1.0))
+        else:
+            results.append(self.fp4_error(found, norm))
+        return max(results)
+
+    def error(self, name, found, expected, magnitude, dtype, allowed):
+        torch = self.torch
+        digits, least = {
+            torch.float32: (23, -126),
+            torch.float16: (10, -14),
+            torch.bfloat16: (7, -126),
+            torch.float8_e4m3fn: (3, -6),
+        }[dtype]
+        exponent = torch.frexp(magnitude.clamp(min=2.0**least)).exponent.double() - 1
+        return self.largest(name, (found.double() - expected).abs() / torch.exp2(exponent - digits), allowed)
+
+    def fp4_error(self, found, norm):
+        """Of NVFP4 in units of E2M1 under the block scale that was stored; scales in the layout of 128 x 4 tiles."""
+        torch = self.torch
+        columns = self.hidden // 16
+        row = torch.arange(self.tokens, device=self.device)[:, None]
+        column = torch.arange(columns, device=self.device)[None, :]
+        tile = row // 128 * ((columns + 3) // 4) + column // 4
+        place = tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
+        codes = found.scale_out.view(torch.uint8).flatten()[place]
+        scales = codes.view(torch.float8_e4m3fn).double() / self.scale
+        values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64, device=self.device)
+        values = torch.cat([values, -values])
+        packed = found.quant_out.view(torch.uint8).reshape(self.tokens, -1).long()
+        decoded = torch.stack([values[packed & 15], values[packed >> 4]], dim=-1).reshape(self.tokens, columns, 16)
+        target = norm.reshape(self.tokens, columns, 16) / scales[..., None]
+        target = torch.where(scales[..., None] == 0, decoded, target).clamp(-6.0, 6.0)
+        exponent = torch.frexp(target.abs().clamp(min=1.0)).exponent.double() - 1
+        return self.largest("quant_out", (decoded - target).abs() / torch.exp2(exponent - 1), 1.0)
+
+    def largest(self, name, errors, allowed):
+        wrong = ~(errors <= allowed)  # NaN is wrong.
+        count = int(wrong.sum())
+        if count:
+            place = [int(index) for index in wrong.nonzero()[0]]
+            raise AssertionError(
+                f"{name}: {count} of {errors.numel()} elements are off by more than {allowed} ulp, the first at {place} "
+                f"by {float(errors[tuple(place)]):.3g}"
+            )
+        return float(errors.max())
+
+
+class Peer:
+    """What all peers have in common: the ranks, and how an operation is timed."""
+
+    def __init__(self, request):
+        self.rank, self.world_size = request["rank"], request["world_size"]
+        self.start = request
+        self.torch = load("torch", "torch")
+        if request["device"] == "cuda":
+            if not self.torch.cuda.is_available():
+                raise Unavailable("torch finds no GPU: it was built without CUDA, or for a later driver", "pip install torch")
+            self.torch.cuda.set_device(request["local_rank"])
+            self.device = self.torch.device("cuda", request["local_rank"])
+        else:
+            self.device = self.torch.device("cpu")
+            threads = max(1, len(os.sched_getaffinity(0)) // self.world_size)
+            self.torch.set_num_threads(threads)
+        self.dist = importlib.import_module("torch.distributed")
+        self.timeout = timedelta(seconds=request["timeout_seconds"])
+        self.store = self.dist.TCPStore("127.0.0.1", 0, self.world_size, True, self.timeout, False) if self.rank == 0 else None
+
+    def port(self):
+        return self.store.port if self.store else None
+
+    def join(self, port):
+        store = self.store or self.dist.TCPStore("127.0.0.1", port, self.world_size, False, self.timeout)
+        # All ranks are on this host, whose name may resolve to nothing.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        self.dist.init_process_group(
+            self.backend(), store=store, rank=self.rank, world_size=self.world_size, timeout=self.timeout
+        )
+        self.hosts = self.dist.new_group(backend="gloo", timeout=self.timeout)
+        self.dist.barrier(self.hosts)
+
+    def backend(self):
+        return "gloo"
+
+    def measure(self, request):
+        problem = Problem(self, request)
+        notes, order, failed, entrants = [], [], {}, []
+        for variant in self.variants(problem, request, notes):
+            reply("working", on=variant.name)
+            order.append(variant.name)
+            for tensors in problem.sets:
+                tensors.reset()
+            try:
+                self.prepare(problem, variant)
+            except Exception as error:  # Whatever a package raises is its answer to this problem.
+                notes.append(f"{variant.name} was not measured: {type(error).__name__}: {first_line(error)}")
+                # Ranks that fail in different ways would wait for each other: they are told apart here, at once.
+                self.all_agree(False)
+                continue
+            if not self.all_agree(True):
+                notes.append(f"{variant.name} was not measured: it failed on another rank")
+                continue
+            try:
+                variant.max_error = problem.check(variant)
+            except AssertionError as wrong:
+                failed[variant.name] = {"variant": variant.name, "kind": variant.kind, "failed": str(wrong)}
+            if self.all_agree(variant.name not in failed):
+                entrants.append(variant)
+            else:
+                other = {"variant": variant.name, "kind": variant.kind, "failed": "it is wrong on another rank"}
+                failed.setdefault(variant.name, other)
+        for trial in range(request["warmup"] + request["trials"]):
+            for variant in entrants:
+                elapsed = self.trial(problem, variant)
+                if trial >= request["warmup"]:
+                    variant.trials.append(elapsed)
+        timed = {}
+        for variant in entrants:
+            # Graphs hold on to communicators, which must outlive them.
+            variant.graph = None
+            timed[variant.name] = {
+                "variant": variant.name,
+                "kind": variant.kind,
+                "max_error_ulp": variant.max_error,
+                "operations_per_trial": variant.operations,
+                "times_us": variant.trials,
+            }
+        rows = timed | failed
+        del problem, entrants
+        if self.device.type == "cuda":
+            # Other processes share the GPU.
+            self.torch.cuda.empty_cache()
+        return {"rows": [rows[name] for name in order if name in rows], "notes": notes}
+
+    def all_agree(self, well):
+        answer = self.torch.tensor([int(well)])
+        self.dist.all_reduce(answer, op=self.dist.ReduceOp.MIN, group=self.hosts)
+        return bool(answer.item())
+
+    def prepare(self, problem, variant):
+        """Runs the variant once, for its outputs to be checked, and then makes it ready to be timed."""
+        torch = self.torch
+        if self.device.type == "cpu":
+            variant.run(problem.sets[0])
+            return
+        # What is set up at first use is set up before the capture, on a stream that is not the default one.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for tensors in problem.sets[1:] + problem.sets[:1]:
+                variant.run(tensors)
+        stream.synchronize()
+        checked = [None if output is None else output.clone() for output in problem.sets[0].outputs()]
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's watchdog, for one) do as they like meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for index in range(OPERATIONS_PER_GRAPH):
+                variant.run(problem.sets[index % len(problem.sets)])
+        variant.graph, variant.operations = graph, OPERATIONS_PER_GRAPH
+        # The graph writes there, whatever other variants do with the sets.
+        variant.outputs = [tensors.outputs() for tensors in problem.sets]
+        # What was captured has not run: what is checked is what ran before.
+        problem.sets[0].set_outputs(*checked)
+
+    def trial(self, problem, variant):
+        """Microseconds per operation on this rank."""
+        for tensors in problem.sets:
+            tensors.reduced.copy_(tensors.input)
+        if self.device.type == "cuda":
+            return self.trial_on_gpu(problem, variant)
+        if not variant.operations:
+            once = self.torch.tensor([self.time_on_cpu(problem, variant, 1)])
+            self.dist.all_reduce(once, op=self.dist.ReduceOp.MAX, group=self.hosts)
+            variant.operations = int(min(max(TRIAL_US / once.item(), 1.0), MAX_OPERATIONS))
+            for tensors in problem.sets:
+                tensors.reduced.copy_(tensors.input)
+        return self.time_on_cpu(problem, variant, variant.operations)
+
+    def time_on_cpu(self, problem, variant, operations):
+        if len(problem.sets) > 1:
+            problem.flush.fill_(1)
+        self.dist.barrier(self.hosts)
+        begin = time.perf_counter()
+        for index in range(operations):
+            variant.run(problem.sets[index % len(problem.sets)])
+        return (time.perf_counter() - begin) * 1e6 / operations
+
+    def trial_on_gpu(self, problem, variant):
+        begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.torch.cuda.synchronize()
+        self.dist.barrier(self.hosts)
+        # The first launch hides what launching takes, and brings the ranks to the same point.
+        variant.graph.replay()
+        if len(problem.sets) > 1:
+            problem.flush.fill_(1)
+        begin.record()
+        variant.graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e3 / OPERATIONS_PER_GRAPH
+
+
+class Torch(Peer):
+    """torch.distributed's all-reduce, then eager steps, or one compiled function."""
+
+    def backend(self):
+        return "nccl" if self.device.type == "cuda" else "gloo"
+
+    def about(self):
+        how = "gloo, {} threads a rank".format(self.torch.get_num_threads())
+        if self.device.type == "cuda":
+            how = "NCCL " + ".".join(map(str, self.torch.cuda.nccl.version()))
+        return f"torch {self.torch.__version__}, {how}"
+
+    def variants(self, problem, request, notes):
+        torch, dist, dtype, epsilon = self.torch, self.dist, problem.dtype, problem.epsilon
+
+        def rms_norm(summed, residual, gamma):
+            if residual is not None:
+                summed = (summed.float() + residual.float()).to(dtype)
+            row = summed.float()
+            row = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + epsilon)
+            return (row * gamma.float()).to(dtype), summed
+
+        def rms_norm_fp8(summed, residual, gamma, inverse_scale):
+            norm, summed = rms_norm(summed, residual, gamma)
+            scaled = norm.float() * inverse_scale
+            return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), summed
+
+        def with_norm(function):
+            def run(tensors):
+                dist.all_reduce(tensors.reduced)
+                tensors.norm_out, tensors.residual_out = function(tensors.reduced, tensors.residual, tensors.gamma)
+            return run
+
+        def with_fp8(function):
+            def run(tensors):
+                dist.all_reduce(tensors.reduced)
+                tensors.quant_out, tensors.residual_out = function(
+                    tensors.reduced, tensors.residual, tensors.gamma, problem.inverse_scale
+                )
+            return run
+
+        # One shape at a time: the compiled function is that of this problem alone.
+        torch._dynamo.reset()
+        compiled = lambda function: torch.compile(function, fullgraph=True, dynamic=False)
+        start = "torch_standard_allreduce"
+        if problem.quant_mode == "none":
+            yield Variant(f"{start}_native_rms_norm", "standard", with_norm(rms_norm))
+            yield Variant(f"{start}_rmsnorm_native_compiled", "standard", with_norm(compiled(rms_norm)))
+        elif problem.quant_mode == "fp8":
+            yield Variant(f"{start}_native_rms_norm_native_quant_fp8", "standard", with_fp8(rms_norm_fp8))
+            yield Variant(f"{start}_rmsnorm_fp8_quant_native_compiled", "standard", with_fp8(compiled(rms_norm_fp8)))
+        else:
+            notes.append("torch has no NVFP4 quantization")
+
+
+class FlashInfer(Peer):
+    """FlashInfer's kernels of TensorRT-LLM: fused, over CUDA IPC. Its kernels over multicast are never used."""
+
+    def __init__(self, request):
+        if request["device"] != "cuda":
+            raise Unavailable("flashinfer has kernels for GPUs only: use --backend cuda")
+        super().__init__(request)
+        self.comm = load("flashinfer.comm", "flashinfer-python")
+        self.workspaces = {}
+
+    def about(self):
+        return f"flashinfer {importlib.import_module('flashinfer').__version__}, TensorRT-LLM's kernels over CUDA IPC"
+
+    def workspace(self, dtype):
+        """Memory of all ranks for the largest problem. The kernels tell float32 from the 16-bit types."""
+        wide = dtype == self.torch.float32
+        if wide not in self.workspaces:
+            # Sizes are reckoned in 16-bit elements.
+            tokens = self.start["max_tokens"] * (2 if wide else 1)
+            _, workspace = self.comm.trtllm_create_ipc_workspace_for_all_reduce_fusion(
+                self.rank, self.world_size, tokens, self.start["hidden_dim"], use_fp32_lamport=wide, group=self.hosts
+            )[:2]
+            self.workspaces[wide] = workspace
+        return self.workspaces[wide]
+
+    def variants(self, problem, request, notes):
+        torch, comm = self.torch, self.comm
+        pattern = comm.AllReduceFusionPattern
+        name, code = {
+            "none": ("", pattern.kARResidualRMSNorm),
+            "fp8": ("_fp8_quant", pattern.kARResidualRMSNormFP8Quant),
+            "fp4": ("_fp4_quant", pattern.kARResidualRMSNormFP4Quant),
+        }[problem.quant_mode]
+        start = f"flashinfer_trtllm_fused_allreduce_rmsnorm{name}"
+        if problem.quant_mode == "fp4" and torch.cuda.get_device_capability() < (10, 0):
+            notes.append(f"{start}_* were not measured: FlashInfer's FP4 kernels need compute capability 10.0")
+            return
+        workspace = self.workspace(problem.dtype)
+        # The kernels have no version without a residual: vLLM gives them zeros.
+        zeros = None if problem.has_residual else torch.zeros_like(problem.sets[0].input)
+        rows, columns = problem.tokens, problem.hidden
+        known = inspect.signature(comm.trtllm_allreduce_fusion).parameters
+
+        def runner(oneshot):
+            def run(tensors):
+                if tensors.residual_out is None:
+                    tensors.residual_out = torch.empty_like(tensors.input)
+                    if problem.quant_mode == "none":
+                        tensors.norm_out = torch.empty_like(tensors.input)
+                    elif problem.quant_mode == "fp8":
+                        tensors.quant_out = torch.empty_like(tensors.input, dtype=torch.float8_e4m3fn)
+                    else:
+                        size = comm.compute_fp4_swizzled_layout_sf_size(rows, columns // 16)
+                        tensors.quant_out = torch.empty(rows, columns // 2, dtype=torch.uint8, device=self.device)
+                        tensors.scale_out = torch.zeros(size, dtype=torch.uint8, device=self.device)
+                arguments = dict(
+                    allreduce_in=tensors.input,
+                    world_size=self.world_size,
+                    world_rank=self.rank,
+                    token_num=rows,
+                    hidden_dim=columns,
+                    workspace_ptrs=workspace,
+                    launch_with_pdl=torch.cuda.get_device_capability() >= (9, 0),
+                    trigger_completion_at_end=True,
+                    fp32_acc=True,
+                    pattern_code=code,
+                    use_oneshot=oneshot,
+                    allreduce_out=None,
+                    residual_in=tensors.residual if problem.has_residual else zeros,
+                    residual_out=tensors.residual_out,
+                    norm_out=tensors.norm_out,
+                    quant_out=tensors.quant_out,
+                    scale_out=tensors.scale_out,
+                    rms_gamma=tensors.gamma,
+                    rms_eps=problem.epsilon,
+                    scale_factor=None if problem.quant_mode == "none" else problem.scale_tensor,
+                    layout_code=comm.QuantizationSFLayout.SWIZZLED_128x4 if problem.quant_mode == "fp4" else None,
+                )
+                comm.trtllm_allreduce_fusion(**{key: value for key, value in arguments.items() if key in known})
+            return run
+
+        most = getattr(sys.modules[comm.trtllm_allreduce_fusion.__module__], "MAX_COMM_SIZE", 1 << 31)
+        if request["oneshot"]:
+            # Past this size the package would run two-shot instead, without a word.
+            if rows * columns * max(2, problem.dtype.itemsize) * self.world_size <= most:
+                yield Variant(f"{start}_oneshot", "fused", runner(True))
+            else:
+                notes.append(f"{start}_oneshot was not measured: the problem is larger than its workspace may be")
+        if rows > self.world_size:
+            yield Variant(f"{start}_twoshot", "fused", runner(False))
+        else:
+            notes.append(f"{start}_twoshot was not measured: it takes more tokens than ranks")
+
+
+def first_line(error):
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else ""
+
+
+def main():
+    peer = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        kind = request.pop("request")
+        if kind == "start":
+            try:
+                peer = {"torch": Torch, "flashinfer": FlashInfer}[request["peer"]](request)
+            except Unavailable as error:
+                reply("unavailable", why=first_line(error), remedy=error.remedy)
+                continue
+            reply("started", port=peer.port())
+        elif kind == "join":
+            peer.join(request["port"])
+            reply("joined", about=peer.about())
+        elif kind == "measure":
+            reply("measured", **peer.measure(request))
+    # Nothing is left to do that is worth waiting for: packages' destructors have hung before.
+    REPLIES.flush()
+    os._exit(0)
+
+
+main()

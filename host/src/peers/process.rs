@@ -1,0 +1,200 @@
+//! One rank's process of a peer.
+//!
+//! What must hold: it cannot hang this program, whatever it does or does not say; it does not outlive this process; and
+//! when it ends early, its last words reach the user.
+
+use std::{
+    fs::File,
+    io::{BufRead, BufReader, Read, Write},
+    os::{fd::AsRawFd, unix::process::CommandExt},
+    path::Path,
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{Receiver, RecvTimeoutError, sync_channel},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    fs::{MemfdFlags, memfd_create},
+    process::{
+        Pid, Signal, WaitId, WaitIdOptions, WaitIdStatus, kill_process_group,
+        set_parent_process_death_signal, waitid,
+    },
+};
+
+use super::protocol::{Reply, Request};
+
+/// The peers' program.
+const PROGRAM: &str = include_str!("peer.py");
+/// The longest line that is read: the times of a million trials of each variant.
+const MAX_LINE: u64 = 256 << 20;
+/// How often a peer may say that it is still working before it must have an answer.
+const MAX_WORKING: u32 = 10_000;
+/// How long a process that has closed its output may take to end.
+const LAST_MOMENT: Duration = Duration::from_secs(2);
+
+/// A peer's process, and everything that it starts. Dropping it ends them.
+#[derive(Debug)]
+pub(super) struct Process {
+    child: Child,
+    input: ChildStdin,
+    lines: Receiver<String>,
+    /// The last line on its standard error.
+    last_words: Arc<Mutex<String>>,
+    /// When it said something last, or was asked.
+    heard: Instant,
+    working: u32,
+}
+
+impl Process {
+    /// Has `python` run the peers' program.
+    ///
+    /// # Errors
+    /// Why it does not start, for the user.
+    pub(super) fn start(python: &Path) -> Result<Process, String> {
+        let program =
+            program_file().map_err(|error| format!("cannot pass on the peers' program: {error}"))?;
+        let mut command = Command::new(python);
+        command
+            .arg("-u")
+            .arg(format!("/proc/self/fd/{}", program.as_raw_fd()))
+            // What it starts ends with it, by the group's number.
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        // SAFETY: one system call, which allocates nothing and touches no lock.
+        unsafe {
+            command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?));
+        }
+        let mut child = command.spawn().map_err(|error| {
+            format!("cannot start '{}': {error}: name another Python with --python", python.display())
+        })?;
+        let (Some(input), Some(output), Some(errors)) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take())
+        else {
+            unreachable!("all three were asked for");
+        };
+        let (sender, lines) = sync_channel(16);
+        // Both threads end with the process, which holds the other ends.
+        thread::spawn(move || for_each_line(output, |line| sender.send(line).is_ok()));
+        let last_words = Arc::<Mutex<String>>::default();
+        let said = Arc::clone(&last_words);
+        thread::spawn(move || {
+            for_each_line(errors, |line| {
+                let line = line.trim();
+                if !line.is_empty() {
+                    let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+                    *said = clipped(line);
+                }
+                true
+            });
+        });
+        Ok(Process { child, input, lines, last_words, heard: Instant::now(), working: 0 })
+    }
+
+    /// Sends a request.
+    ///
+    /// # Errors
+    /// Why the process is of no more use, for the user.
+    pub(super) fn send(&mut self, request: &Request<'_>) -> Result<(), String> {
+        self.heard = Instant::now();
+        self.working = 0;
+        let mut line = serde_json::to_vec(request).map_err(|error| error.to_string())?;
+        line.push(b'\n');
+        // A pipe takes a request whole even if nobody reads; one whose reader has gone is an error.
+        self.input.write_all(&line).map_err(|_| self.end())
+    }
+
+    /// The answer to the last request, if it comes within `wait`.
+    ///
+    /// # Errors
+    /// Why the process is of no more use, for the user: it has ended, it says what is no reply, or it has said nothing
+    /// for `limit`.
+    pub(super) fn poll(&mut self, wait: Duration, limit: Duration) -> Result<Option<Reply>, String> {
+        match self.lines.recv_timeout(wait) {
+            Ok(line) => {
+                self.heard = Instant::now();
+                match serde_json::from_str(&line) {
+                    Ok(Reply::Working { .. }) if self.working == MAX_WORKING => {
+                        Err(format!("it has been working in {MAX_WORKING} steps, without an answer"))
+                    }
+                    Ok(Reply::Working { .. }) => {
+                        self.working += 1;
+                        Ok(None)
+                    }
+                    Ok(reply) => Ok(Some(reply)),
+                    Err(_) => Err(format!("it wrote {:?}, which is no reply", clipped(&line))),
+                }
+            }
+            Err(RecvTimeoutError::Timeout) if self.heard.elapsed() > limit => {
+                Err(format!("it said nothing for {:.1} s", limit.as_secs_f64()))
+            }
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(self.end()),
+        }
+    }
+
+    /// How the process ended, as a reason. Its number stays its own: it is looked at, and not yet waited for.
+    fn end(&mut self) -> String {
+        let deadline = Instant::now() + LAST_MOMENT;
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let status = loop {
+            match waitid(WaitId::Pid(Pid::from_child(&self.child)), options) {
+                Ok(None) if Instant::now() < deadline => thread::sleep(Duration::from_millis(5)),
+                Ok(status) => break status,
+                Err(_) => break None,
+            }
+        };
+        // What it wrote before it ended may still be on its way.
+        thread::sleep(Duration::from_millis(50));
+        let how = status.and_then(|status| describe(&status));
+        let how = how.unwrap_or_else(|| "it closed its output".to_owned());
+        let words = self.last_words.lock().unwrap_or_else(PoisonError::into_inner);
+        if words.is_empty() { how } else { format!("{how}: {words}") }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Until it is waited for, its number, and so the group's, is no one else's.
+        let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The peers' program as a file without a name, which children inherit and which is gone with its last user.
+fn program_file() -> std::io::Result<File> {
+    let mut file = File::from(memfd_create("fused-collective-peer.py", MemfdFlags::empty())?);
+    file.write_all(PROGRAM.as_bytes())?;
+    Ok(file)
+}
+
+/// Calls `each` with every line of `pipe` until it returns false, or until there are no more.
+fn for_each_line(pipe: impl Read, mut each: impl FnMut(String) -> bool) {
+    let mut pipe = BufReader::new(pipe);
+    loop {
+        let mut line = Vec::new();
+        match pipe.by_ref().take(MAX_LINE).read_until(b'\n', &mut line) {
+            Ok(1..) if each(String::from_utf8_lossy(&line).into_owned()) => {}
+            _ => return,
+        }
+    }
+}
+
+fn describe(status: &WaitIdStatus) -> Option<String> {
+    let exited = status.exit_status().map(|code| format!("it exited with status {code}"));
+    exited.or_else(|| status.terminating_signal().map(|signal| format!("it was killed by signal {signal}")))
+}
+
+/// The start of a line, for an error.
+fn clipped(line: &str) -> String {
+    const LENGTH: usize = 300;
+    let line = line.trim();
+    let end = line.floor_char_boundary(LENGTH);
+    if end < line.len() { format!("{}...", &line[..end]) } else { line.to_owned() }
+}

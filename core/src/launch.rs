@@ -190,6 +190,24 @@ pub struct Fill {
     pub reserved: u32,
 }
 
+/// The parameters of the kernel `audit`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Audit {
+    /// What the kernel before wrote, 16-byte aligned.
+    pub actual: Address,
+    /// What it should have written, 16-byte aligned.
+    pub expected: Address,
+    /// One `u32`, 0: where a pack differs, it gets which one, counted from 1. The first to be found stays.
+    pub found: Address,
+    /// 16-byte packs to compare.
+    pub packs: u64,
+    /// The word that is written over what was compared.
+    pub poison: u32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}
+
 /// The parameters of the kernels `encode_*`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -308,5 +326,10 @@ const _: () = {
     assert!(size_of::<Plain<NvFp4>>() == 32 && size_of::<RmsNorm<Unquantized>>() == 32);
     assert!(size_of::<Fused<RmsNorm<NvFp4>>>() == 48 + 24 + 24 + 64);
     assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 24 + 24 + 48);
-    assert!(size_of::<Step>() == 40 && size_of::<Fill>() == 24 && size_of::<Conversions>() == 16);
+    assert!(
+        size_of::<Step>() == 40
+            && size_of::<Fill>() == 24
+            && size_of::<Audit>() == 40
+            && size_of::<Conversions>() == 16
+    );
 };

@@ -5,7 +5,7 @@ mod support;
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     fusion::Operation,
-    quant::{Quantization, ScaleLayout, e2m1, e4m3},
+    quant::{ScaleLayout, e2m1, e4m3},
     reference::Rounding,
 };
 use fused_collective_device::{
@@ -36,19 +36,7 @@ fn compiled<E: Element>(seed: u64) {
             let hidden = 16 * (1 + random.below(12));
             let case = Case::<E>::new(&mut random, 1, 3, hidden, residual, what);
             let tensors = Tensors::new(&case, 0);
-            let (operation, activations) = (&case.operation, tensors.activations());
-            match operation.quantization {
-                _ if operation.norm.is_none() => {
-                    run_local::<E, _>(operation, activations, Plain { quantizer: Unquantized });
-                }
-                Quantization::Fp8Static => {
-                    run_local::<E, _>(operation, activations, tensors.norm(&case, tensors.fp8()))
-                }
-                Quantization::NvFp4 { layout } => {
-                    run_local::<E, _>(operation, activations, tensors.norm(&case, tensors.nvfp4(layout)));
-                }
-                _ => run_local::<E, _>(operation, activations, tensors.norm(&case, Unquantized)),
-            }
+            support::run_local(&case, &tensors);
             tensors.check(&case, Rounding::Once);
         }
     }

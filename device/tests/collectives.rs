@@ -3,17 +3,28 @@
 mod support;
 
 use std::{
+    array, env,
     sync::atomic::Ordering,
     thread,
     time::{Duration, Instant},
 };
 
-use fused_collective_core::dtype::{Element, bf16, f16};
-use fused_collective_device::{
-    params::{ABORTED, RankState, Status, TIMED_OUT},
-    simt::host::Launch,
+use fused_collective_core::{
+    dtype::{Element, bf16, f16},
+    fusion::Operation,
+    quant::{Quantization, ScaleLayout},
+    reference::Special,
 };
-use support::{Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, geometry, run_case, run_rank};
+use fused_collective_device::{
+    baseline,
+    params::{ABORTED, Audit, RankState, Status, TIMED_OUT},
+    simt::host::{Launch, Stream, launch},
+};
+use support::{
+    Buffer, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, geometry, run_case, run_local,
+    run_rank,
+    sequence::{Member, random_member},
+};
 
 const KERNELS: [Kernel; 2] = [Kernel::OneShot, Kernel::TwoShot];
 
@@ -177,19 +188,155 @@ fn ranks_may_run_ahead_of_each_other() {
     world.assert_clean();
 }
 
+/// How many random sequences a test tries.
+fn sequences() -> u64 {
+    env::var("DISTURBED_SEQUENCES").map_or(14, |number| number.parse().expect("a number of sequences"))
+}
+
+fn random_sequence(seed: u64, ranks: u32, length: usize) -> Vec<Box<dyn Member>> {
+    let mut random = Random(seed + 1000);
+    (0..length).map(|_| random_member(&mut random, ranks)).collect()
+}
+
+/// Each kernel starts as a programmatic dependent of the one before, threads are held up anywhere, and ranks run ahead
+/// of each other as far as the protocol lets them.
 #[test]
-fn nan_and_infinity_stay_in_their_rows() {
-    let mut random = Random(12);
-    let world = World::new(2, 1 << 16);
-    for kernel in KERNELS {
-        let mut case = Case::<f16>::new(&mut random, 2, 4, 64, true, What::Fp8);
-        case.inputs[0][5] = f16::NAN;
-        case.inputs[1][64 * 2 + 7] = f16::INFINITY;
-        let launch = geometry(&case.operation, Rows::P1, 1, 2);
-        // The reference holds rows 1 and 3 to numbers.
-        run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);
+fn operations_may_follow_each_other_on_any_schedule() {
+    for seed in 0..sequences() {
+        let ranks = 2 + (seed % 7) as u32;
+        let world = World::new(ranks, 1 << 15);
+        let sequence = random_sequence(seed, ranks, 5);
+        world.run(|rank| {
+            let mut stream = Stream::with_delays(seed << 8 | u64::from(rank));
+            sequence.iter().for_each(|member| member.enqueue(&world, rank, &mut stream));
+            stream.run();
+        });
+        for rank in 0..ranks {
+            assert_eq!(world.failed(rank), 0, "rank {rank} failed (sequence {seed})");
+        }
+        sequence.iter().for_each(|member| member.check());
+        world.assert_clean();
+    }
+}
+
+/// A kernel that is launched as a programmatic dependent and waits for its prerequisites reads what the one before
+/// wrote, all of it, and nothing that the one after writes.
+#[test]
+fn a_dependent_kernel_reads_finished_outputs() {
+    for seed in 0..sequences() / 2 {
+        let world = World::new(2, 1 << 15);
+        let sequence = random_sequence(seed + 100, 2, 3);
+        world.run(|rank| {
+            let mut stream = Stream::new();
+            sequence.iter().for_each(|member| member.enqueue(&world, rank, &mut stream));
+            stream.run();
+        });
+        sequence.iter().for_each(|member| member.check());
+        let expected: Vec<[Buffer; 4]> =
+            sequence.iter().map(|member| member.outputs().map(|bytes| Buffer::of(&bytes))).collect();
+        let found: [Buffer; 2] = array::from_fn(|_| Buffer::of(&[0u32; 4]));
+        world.run(|rank| {
+            let mut stream = Stream::with_delays(seed << 8 | u64::from(rank));
+            for _ in 0..2 {
+                for (member, expected) in sequence.iter().zip(&expected) {
+                    member.enqueue(&world, rank, &mut stream);
+                    member.enqueue_audit(rank, expected, &found[rank as usize], &mut stream);
+                }
+            }
+            stream.run();
+        });
+        for (rank, found) in found.iter().enumerate() {
+            assert_eq!(found.get::<u32>(), [0; 4], "rank {rank} read something unfinished (sequence {seed})");
+        }
+        world.assert_clean();
+    }
+}
+
+/// Neither its own order nor a stream's lets the audit pass: it does find what is wrong.
+#[test]
+fn the_audit_finds_what_is_wrong_and_writes_over_it() {
+    let words: Vec<u32> = (0..1000).collect();
+    let (actual, expected, found) = (Buffer::of(&words), Buffer::of(&words), Buffer::of(&[0u32]));
+    let audit = || {
+        let params = Audit {
+            actual: actual.address(),
+            expected: expected.address(),
+            found: found.address(),
+            packs: 250,
+            poison: 7,
+            reserved: 0,
+        };
+        // SAFETY: the parameters are as their documentation says.
+        launch(Launch { blocks: 2, cluster: 1, threads: 32 }, || unsafe { baseline::audit(&params) });
+    };
+    audit();
+    assert_eq!(found.get::<u32>(), [0]);
+    assert!(actual.get::<u32>().iter().all(|word| *word == 7));
+    audit();
+    assert_ne!(found.get::<u32>(), [0]);
+}
+
+/// A case with special numbers in every other row, or in none.
+fn special_case<E: Element>(random: &mut Random, what: What, special: bool) -> Case<E> {
+    let (ranks, hidden) = (2, 48);
+    let mut case = Case::<E>::new(random, ranks, 2 * Special::ALL.len() as u64, hidden, false, what);
+    for (rank, input) in (0..).zip(&mut case.inputs) {
+        for (token, row) in (0..).zip(input.chunks_mut(hidden as usize)) {
+            let kind = if special { Special::of_token(token) } else { Special::Ordinary };
+            kind.fill(rank, token, row);
+        }
+    }
+    case
+}
+
+/// One-shot, two-shot, and the same in two kernels: the all-reduce, then the rest.
+fn special_numbers<E: Element>(seed: u64) {
+    let world = World::new(2, 1 << 14);
+    for what in [What::Norm, What::Fp8, What::NvFp4(ScaleLayout::Linear)] {
+        let mut random = Random(seed);
+        let case = special_case::<E>(&mut random, what, true);
+        let run = |random: &mut Random, case: &Case<E>, kernel| {
+            let launch = geometry(&case.operation, Rows::P1, 1, 3);
+            run_case(random, &world, case, kernel, Rows::P1, |_| launch)
+        };
+        // The reference says what becomes of each row, and that ordinary ones hold numbers.
+        let [one_shot, two_shot] = KERNELS.map(|kernel| run(&mut random, &case, kernel));
+        assert!(one_shot == two_shot, "{what:?}");
+
+        let all_reduce =
+            Operation { norm: None, quantization: Quantization::None, keep_norm: false, ..case.operation };
+        let reduced = Case {
+            operation: all_reduce,
+            inputs: case.inputs.clone(),
+            residual: None,
+            gamma: case.gamma.clone(),
+            scale: case.scale,
+        };
+        let [sum, ..] = run(&mut random, &reduced, Kernel::OneShot);
+        let mut tensors = Tensors::new(&case, 0);
+        tensors.input = Buffer::of(&sum);
+        run_local(&case, &tensors);
+        assert!(tensors.outputs() == one_shot, "separate operations differ ({what:?})");
+
+        let ordinary = special_case::<E>(&mut Random(seed), what, false);
+        let ordinary = run(&mut random, &ordinary, Kernel::OneShot);
+        for (special, ordinary) in one_shot.iter().zip(&ordinary) {
+            let row_bytes = special.len() / case.operation.tokens as usize;
+            for token in (0..case.operation.tokens as usize).step_by(2) {
+                let range = token * row_bytes..(token + 1) * row_bytes;
+                assert!(special[range.clone()] == ordinary[range], "token {token} was touched ({what:?})");
+            }
+        }
+        assert!(one_shot != ordinary, "the special rows made no difference");
     }
     world.assert_clean();
+}
+
+#[test]
+fn special_numbers_come_through_as_in_separate_kernels_and_stay_in_their_rows() {
+    special_numbers::<f32>(31);
+    special_numbers::<f16>(32);
+    special_numbers::<bf16>(33);
 }
 
 /// Sums of `(1, -0)` and `(-1, -0)` are `(+0, -0)`, which is the sentinel in two-byte elements.
@@ -284,7 +431,6 @@ fn a_kernel_for_too_few_ranks_ends_at_once() {
     use fused_collective_device::{
         collective,
         params::{Fused, Plain, Unquantized},
-        simt::host::launch,
     };
     let world = World::new(3, 1 << 14);
     let case = Case::<f32>::new(&mut Random(16), 3, 1, 64, false, What::Sum);

@@ -258,6 +258,32 @@ fn operations_follow_each_other_in_any_order() {
 }
 
 #[test]
+fn a_gamma_of_another_type_is_refused_before_anything_is_sent() {
+    let norm = Norm { gamma: GammaType::F32, ..Norm::default() };
+    let case = Case::<bf16>::new(Operation { norm: Some(norm), ..operation::<bf16>(4, 64) }, 2, 6);
+    let wrong = Case::<bf16>::new(operation::<bf16>(4, 64), 2, 6);
+    group(2, 128, PATIENT, |mut communicator| {
+        let inputs = Inputs {
+            input: &case.inputs[0][..],
+            residual: Some(&case.residual[..]),
+            gamma: wrong.gamma(),
+            scale: 1.0,
+        };
+        let (mut out, mut norm_out) = (vec![bf16::ZERO; 4 * 64], vec![bf16::ZERO; 4 * 64]);
+        let outputs = Outputs {
+            residual_out: &mut out,
+            norm_out: &mut norm_out,
+            quant_out: &mut [],
+            scale_out: &mut [],
+        };
+        let error = communicator.all_reduce(&case.operation, inputs, outputs).unwrap_err();
+        assert_eq!(error.to_string(), "gamma is given in the element type, the operation has it in float32");
+        // Nothing was sent: the next operation is right.
+        case.check(&case.run(&mut communicator, Mode::OneShot).unwrap());
+    });
+}
+
+#[test]
 fn tensors_that_do_not_fit_the_operation_are_refused_before_anything_is_sent() {
     let case = Case::<bf16>::new(operation::<bf16>(4, 64), 2, 5);
     group(2, 128, PATIENT, |mut communicator| {

@@ -8,8 +8,8 @@
 use core::mem::offset_of;
 
 use super::{
-    Activations, Conversions, Fill, Fp8Static, Fused, Group, Local, NvFp4, Plain, RankState, RmsNorm, Shape,
-    Status, Step, Unquantized,
+    Activations, Audit, Conversions, Fill, Fp8Static, Fused, Group, Local, NvFp4, Plain, RankState, RmsNorm,
+    Shape, Status, Step, Unquantized,
 };
 use crate::{
     lamport::{SENTINEL, SLOTS},
@@ -81,6 +81,7 @@ const fn structs(mut hash: u64) -> u64 {
         Shape { first_token, total_tokens, tokens, row_packs }
         Step { a, b, out, tokens, hidden, value, reserved }
         Fill { out, packs, word, reserved }
+        Audit { actual, expected, found, packs, poison, reserved }
         Conversions { out, first, count }
         Activations { input, residual, residual_out }
         AnyFused { group, shape, activations, epilogue }

@@ -15,8 +15,10 @@
 //! - quantization is exact in `f32` and gets none: equal norms give equal codes.
 
 mod check;
+mod special;
 
 pub use check::{Mismatch, Observed, Output, check_token};
+pub use special::Special;
 
 use crate::{
     dtype::Element,

@@ -25,6 +25,11 @@ use fused_collective_core::pack::Pack;
 use super::{SHARED_FLOATS, WARP};
 use crate::params::{Address, MAX_BLOCK_THREADS, MAX_CLUSTER};
 
+mod stream;
+
+pub use stream::Stream;
+use stream::{Delays, InStream};
+
 pub(super) const POLLS_PER_CHECK: u32 = 4;
 pub(super) const CHECKS_PER_ABORT_LOOK: u32 = 4;
 
@@ -47,6 +52,11 @@ pub struct Launch {
 /// # Panics
 /// If the geometry is none that a GPU takes, or if the kernel panics in any thread.
 pub fn launch(geometry: Launch, kernel: impl Fn() + Sync) {
+    launch_in(&InStream::default(), geometry, kernel);
+}
+
+/// [`launch`], at a place in a stream.
+fn launch_in(place: &InStream, geometry: Launch, kernel: impl Fn() + Sync) {
     let Launch { blocks, cluster, threads } = geometry;
     assert!(threads > 0 && threads.is_multiple_of(WARP) && threads <= MAX_BLOCK_THREADS, "{geometry:?}");
     assert!(
@@ -61,8 +71,10 @@ pub fn launch(geometry: Launch, kernel: impl Fn() + Sync) {
             let (cluster_state, ended, kernel) =
                 (Arc::clone(&clusters[(block / cluster) as usize]), &ended, &kernel);
             let run = move || {
-                let context = Context { thread, block, geometry, cluster: cluster_state };
+                let (place, delays) = (place.clone(), place.delays(geometry, block, thread));
+                let context = Context { thread, block, geometry, cluster: cluster_state, place, delays };
                 CONTEXT.with_borrow_mut(|current| *current = Some(context));
+                pass();
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(kernel)) {
                     // The others would wait at a barrier for this thread: end them too.
                     ended.store(true, Ordering::Relaxed);
@@ -88,6 +100,8 @@ struct Context {
     block: u32,
     geometry: Launch,
     cluster: Arc<ClusterState>,
+    place: InStream,
+    delays: Option<Delays>,
 }
 
 std::thread_local! {
@@ -96,6 +110,15 @@ std::thread_local! {
 
 fn with<R>(read: impl FnOnce(&Context) -> R) -> R {
     CONTEXT.with_borrow(|context| read(context.as_ref().expect("called inside a launched kernel")))
+}
+
+/// A place where the schedule may be disturbed: see [`Stream::with_delays`].
+fn pass() {
+    with(|context| {
+        if let Some(delays) = &context.delays {
+            delays.pass();
+        }
+    });
 }
 
 struct ClusterState {
@@ -234,6 +257,7 @@ fn own_block(context: &Context) -> &BlockState {
 }
 
 pub(super) fn block_barrier() {
+    pass();
     with(|context| own_block(context).barrier.arrive_and_wait());
 }
 
@@ -314,10 +338,16 @@ impl Shared {
     }
 }
 
-/// A launch starts when the one before has ended.
-pub(super) fn wait_for_prerequisites() {}
+/// At once outside a [`Stream`], where a launch starts when the one before has ended.
+pub(super) fn wait_for_prerequisites() {
+    with(|context| context.place.wait());
+    pass();
+}
 
-pub(super) fn launch_dependents() {}
+pub(super) fn launch_dependents() {
+    pass();
+    with(|context| context.place.trigger(context.block));
+}
 
 pub(super) fn nanoseconds() -> u64 {
     static START: OnceLock<Instant> = OnceLock::new();
@@ -391,6 +421,7 @@ pub(super) unsafe fn load(address: Address) -> Pack {
 /// # Safety
 /// As the public function of this name.
 pub(super) unsafe fn store(address: Address, pack: Pack) {
+    pass();
     debug_assert!(address.0.is_multiple_of(16));
     // SAFETY: as this function's.
     unsafe { super::store_value(address, pack) }
@@ -399,6 +430,7 @@ pub(super) unsafe fn store(address: Address, pack: Pack) {
 /// # Safety
 /// As the public function of this name.
 pub(super) unsafe fn push(address: Address, pack: Pack) {
+    pass();
     // SAFETY: as this function's.
     let words = unsafe { words(address) };
     for (word, value) in words.iter().zip(pack.0) {
@@ -409,6 +441,7 @@ pub(super) unsafe fn push(address: Address, pack: Pack) {
 /// # Safety
 /// As the public function of this name.
 pub(super) unsafe fn poll(address: Address) -> Pack {
+    pass();
     // SAFETY: as this function's.
     let words = unsafe { words(address) };
     let pack = Pack(std::array::from_fn(|index| words[index].load(Ordering::Acquire)));

@@ -20,14 +20,16 @@ use fused_collective_core::{
     workspace::{Layout, SLOTS_OFFSET},
 };
 use fused_collective_device::{
-    collective,
+    baseline, collective,
     epilogue::Epilogue,
     params::{
-        Activations, Address, Fp8Static, Fused, Group, NvFp4, Plain, RankState, RmsNorm, Shape, Status,
-        Unquantized,
+        Activations, Address, Fp8Static, Fused, Group, Local, NvFp4, Plain, RankState, RmsNorm, Shape,
+        Status, Unquantized,
     },
     simt::host::{Launch, launch},
 };
+
+pub mod sequence;
 
 /// Packs before and after each buffer that nobody may touch.
 const GUARD: usize = 4;
@@ -385,7 +387,28 @@ pub enum Rows {
     Streamed,
 }
 
-/// Runs one rank's part of a case: launches the kernel that the entry points' table has for it.
+/// A kernel with its parameters.
+pub type Launched = Box<dyn Fn() + Send + Sync>;
+
+/// One rank's part of a case: the kernel that the entry points' table has for it, with its parameters.
+pub fn kernel_of<E: Element>(
+    world: &World,
+    rank: u32,
+    case: &Case<E>,
+    tensors: &Tensors,
+    kernel: Kernel,
+    rows: Rows,
+) -> Launched {
+    let run = Run { group: world.group(rank), operation: &case.operation, tensors, kernel, rows };
+    match case.operation.quantization {
+        _ if case.operation.norm.is_none() => run.epilogue::<E, _>(Plain { quantizer: Unquantized }),
+        Quantization::Fp8Static => run.epilogue::<E, _>(tensors.norm(case, tensors.fp8())),
+        Quantization::NvFp4 { layout } => run.epilogue::<E, _>(tensors.norm(case, tensors.nvfp4(layout))),
+        _ => run.epilogue::<E, _>(tensors.norm(case, Unquantized)),
+    }
+}
+
+/// Runs one rank's part of a case.
 pub fn run_rank<E: Element>(
     world: &World,
     rank: u32,
@@ -395,12 +418,26 @@ pub fn run_rank<E: Element>(
     rows: Rows,
     geometry: Launch,
 ) {
-    let run = Run { group: world.group(rank), operation: &case.operation, tensors, kernel, rows, geometry };
-    match case.operation.quantization {
-        _ if case.operation.norm.is_none() => run.epilogue::<E, _>(Plain { quantizer: Unquantized }),
-        Quantization::Fp8Static => run.epilogue::<E, _>(tensors.norm(case, tensors.fp8())),
-        Quantization::NvFp4 { layout } => run.epilogue::<E, _>(tensors.norm(case, tensors.nvfp4(layout))),
-        _ => run.epilogue::<E, _>(tensors.norm(case, Unquantized)),
+    launch(geometry, kernel_of(world, rank, case, tensors, kernel, rows));
+}
+
+/// Runs everything after the all-reduce, as one kernel.
+pub fn run_local<E: Element>(case: &Case<E>, tensors: &Tensors) {
+    fn with<E: Element, X: Epilogue<E> + Sync>(operation: &Operation, tensors: &Tensors, epilogue: X) {
+        let params = Local { shape: shape(operation), activations: tensors.activations(), epilogue };
+        // SAFETY: the parameters are as their documentation says, and the geometry covers a row.
+        launch(geometry(operation, Rows::P1, 1, 2), || unsafe { baseline::local::<E, X, 1, true>(&params) });
+    }
+    let operation = &case.operation;
+    match operation.quantization {
+        _ if operation.norm.is_none() => {
+            with::<E, _>(operation, tensors, Plain { quantizer: Unquantized });
+        }
+        Quantization::Fp8Static => with::<E, _>(operation, tensors, tensors.norm(case, tensors.fp8())),
+        Quantization::NvFp4 { layout } => {
+            with::<E, _>(operation, tensors, tensors.norm(case, tensors.nvfp4(layout)));
+        }
+        _ => with::<E, _>(operation, tensors, tensors.norm(case, Unquantized)),
     }
 }
 
@@ -410,45 +447,41 @@ struct Run<'a> {
     tensors: &'a Tensors,
     kernel: Kernel,
     rows: Rows,
-    geometry: Launch,
 }
 
 impl Run<'_> {
-    fn epilogue<E: Element, X: Epilogue<E> + Sync>(&self, epilogue: X) {
+    fn epilogue<E: Element, X: Epilogue<E> + Send + Sync + 'static>(&self, epilogue: X) -> Launched {
         let params = Fused {
             group: self.group,
             shape: shape(self.operation),
             activations: self.tensors.activations(),
             epilogue,
         };
-        match self.group.world_size {
-            2 => self.any_rows::<E, X, 2>(&params),
-            3 | 4 => self.one_pack::<E, X, 4>(&params),
-            _ => self.one_pack::<E, X, 8>(&params),
-        }
+        let kernel = match self.group.world_size {
+            2 => self.any_rows::<E, X, 2>(),
+            3 | 4 => self.one_pack::<E, X, 4>(),
+            _ => self.one_pack::<E, X, 8>(),
+        };
+        // SAFETY: the parameters are as their documentation says, and geometries cover a row.
+        Box::new(move || unsafe { kernel(&params) })
     }
 
-    fn any_rows<E: Element, X: Epilogue<E> + Sync, const N: usize>(&self, params: &Fused<X>) {
-        // SAFETY: the parameters are as their documentation says, and the geometry covers a row.
-        let run = |kernel: unsafe fn(&Fused<X>)| launch(self.geometry, || unsafe { kernel(params) });
+    fn any_rows<E: Element, X: Epilogue<E>, const N: usize>(&self) -> unsafe fn(&Fused<X>) {
         match (self.kernel, self.rows) {
-            (_, Rows::P1) => self.one_pack::<E, X, N>(params),
-            (Kernel::OneShot, Rows::P2) => run(collective::one_shot::<E, X, N, 2, true>),
-            (Kernel::OneShot, Rows::Streamed) => run(collective::one_shot::<E, X, N, 1, false>),
-            (Kernel::TwoShot, Rows::P2) => run(collective::two_shot::<E, X, N, 2, true>),
-            (Kernel::TwoShot, Rows::Streamed) => run(collective::two_shot::<E, X, N, 1, false>),
+            (_, Rows::P1) => self.one_pack::<E, X, N>(),
+            (Kernel::OneShot, Rows::P2) => collective::one_shot::<E, X, N, 2, true>,
+            (Kernel::OneShot, Rows::Streamed) => collective::one_shot::<E, X, N, 1, false>,
+            (Kernel::TwoShot, Rows::P2) => collective::two_shot::<E, X, N, 2, true>,
+            (Kernel::TwoShot, Rows::Streamed) => collective::two_shot::<E, X, N, 1, false>,
         }
     }
 
-    fn one_pack<E: Element, X: Epilogue<E> + Sync, const N: usize>(&self, params: &Fused<X>) {
+    fn one_pack<E: Element, X: Epilogue<E>, const N: usize>(&self) -> unsafe fn(&Fused<X>) {
         assert_eq!(self.rows, Rows::P1, "larger groups are tested with one pack a thread, to compile less");
-        // SAFETY: as above.
-        launch(self.geometry, || unsafe {
-            match self.kernel {
-                Kernel::OneShot => collective::one_shot::<E, X, N, 1, true>(params),
-                Kernel::TwoShot => collective::two_shot::<E, X, N, 1, true>(params),
-            }
-        });
+        match self.kernel {
+            Kernel::OneShot => collective::one_shot::<E, X, N, 1, true>,
+            Kernel::TwoShot => collective::two_shot::<E, X, N, 1, true>,
+        }
     }
 }
 

@@ -25,7 +25,7 @@ use std::{
 use fused_collective_core::{
     agreement::Call,
     dtype::DType,
-    fusion::Operation,
+    fusion::{GammaType, Operation},
     norm::Gamma,
     plan::{Limits, Plan, PlanError},
     quant::Quantization,
@@ -89,6 +89,13 @@ pub enum Error {
         /// The slices'.
         slices: DType,
     },
+    /// Gamma is not of the type that the operation's norm says.
+    Gamma {
+        /// The norm's.
+        operation: GammaType,
+        /// The slice's.
+        given: GammaType,
+    },
     /// A tensor has another length than the operation says.
     Length {
         /// Which tensor.
@@ -124,6 +131,13 @@ impl fmt::Display for Error {
             Error::Plan(error) => error.fmt(f),
             Error::DType { operation, slices } => {
                 write!(f, "the operation is {operation}, its tensors are {slices}")
+            }
+            Error::Gamma { operation, given } => {
+                let name = |gamma| match gamma {
+                    GammaType::Element => "the element type",
+                    GammaType::F32 => "float32",
+                };
+                write!(f, "gamma is given in {}, the operation has it in {}", name(*given), name(*operation))
             }
             Error::Length { tensor, given, needed } => {
                 write!(f, "{tensor} has length {given}, the operation needs {needed}")
@@ -379,7 +393,14 @@ fn check<'a, E: Plain>(
     if let Some(residual) = inputs.residual {
         length("residual", residual.len(), elements)?;
     }
-    if operation.norm.is_some() {
+    if let Some(norm) = operation.norm {
+        let given = match inputs.gamma {
+            Gamma::Element(_) => GammaType::Element,
+            Gamma::F32(_) => GammaType::F32,
+        };
+        if norm.gamma != given {
+            return Err(Error::Gamma { operation: norm.gamma, given });
+        }
         length("gamma", inputs.gamma.len(), operation.hidden)?;
     }
     length("residual_out", outputs.residual_out.len(), elements)?;

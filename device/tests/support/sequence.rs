@@ -1,0 +1,110 @@
+//! Operations that follow each other in each rank's stream, each perhaps with a dependent kernel that reads its outputs.
+
+use fused_collective_core::{
+    dtype::{Element, bf16, f16},
+    pack::Pack,
+    reference::Rounding,
+};
+use fused_collective_device::{
+    baseline,
+    params::Audit,
+    simt::host::{Launch, Stream},
+};
+
+use super::{Buffer, Case, EVERYTHING, Kernel, POISON, Random, Rows, Tensors, World, geometry, kernel_of};
+
+/// One operation of a sequence, whatever its element type.
+pub trait Member: Sync {
+    /// Adds rank `rank`'s part to its stream.
+    fn enqueue(&self, world: &World, rank: u32, stream: &mut Stream<'_>);
+
+    /// Adds kernels that hold each output to `expected`, [`outputs`](Self::outputs) of an earlier run, and write
+    /// poison over it. Where one found something else, its word of `found` says in which pack, counted from 1.
+    fn enqueue_audit(&self, rank: u32, expected: &[Buffer; 4], found: &Buffer, stream: &mut Stream<'_>);
+
+    /// Holds all ranks' outputs to the reference and to each other.
+    fn check(&self);
+
+    /// All ranks' outputs.
+    fn outputs(&self) -> [Vec<u8>; 4];
+}
+
+struct Typed<E: Element> {
+    case: Case<E>,
+    tensors: Vec<Tensors>,
+    kernel: Kernel,
+    /// For each rank: grids may differ.
+    geometries: Vec<Launch>,
+}
+
+impl<E: Element> Typed<E> {
+    fn new(random: &mut Random, ranks: u32) -> Self {
+        let (tokens, hidden) = (1 + random.below(6), 16 * (1 + random.below(6)));
+        let residual = random.below(2) == 1;
+        let what = EVERYTHING[random.below(EVERYTHING.len() as u64) as usize];
+        let case = Case::new(random, ranks, tokens, hidden, residual, what);
+        let tensors = (0..ranks).map(|rank| Tensors::new(&case, rank)).collect();
+        let teams = |random: &mut Random| 1 + random.below(tokens.min(2)) as u32;
+        let geometries = (0..ranks).map(|_| geometry(&case.operation, Rows::P1, 1, teams(random))).collect();
+        let kernel = [Kernel::OneShot, Kernel::TwoShot][random.below(2) as usize];
+        Typed { case, tensors, kernel, geometries }
+    }
+}
+
+impl<E: Element + Send + Sync> Member for Typed<E> {
+    fn enqueue(&self, world: &World, rank: u32, stream: &mut Stream<'_>) {
+        let tensors = &self.tensors[rank as usize];
+        let kernel = kernel_of(world, rank, &self.case, tensors, self.kernel, Rows::P1);
+        stream.launch(self.geometries[rank as usize], kernel);
+    }
+
+    fn enqueue_audit(&self, rank: u32, expected: &[Buffer; 4], found: &Buffer, stream: &mut Stream<'_>) {
+        let tensors = &self.tensors[rank as usize];
+        let outputs = [&tensors.residual_out, &tensors.norm_out, &tensors.values, &tensors.scales];
+        let operation = &self.case.operation;
+        let padded = operation
+            .quantization
+            .scale_layout()
+            .is_some_and(|layout| layout.rows_padded(operation.tokens) != operation.tokens);
+        for (index, (actual, expected)) in outputs.into_iter().zip(expected).enumerate() {
+            if padded && index == 3 {
+                continue; // Nobody wrote the rows that pad the scales, so they would not come back.
+            }
+            let params = Audit {
+                actual: actual.address(),
+                expected: expected.address(),
+                found: found.address().offset(index as u64 * 4),
+                packs: actual.bytes as u64 / Pack::BYTES,
+                poison: POISON,
+                reserved: 0,
+            };
+            // SAFETY: the parameters are as their documentation says.
+            let kernel = move || unsafe { baseline::audit(&params) };
+            stream.launch(Launch { blocks: 2, cluster: 1, threads: 32 }, kernel);
+        }
+    }
+
+    fn check(&self) {
+        for tensors in &self.tensors {
+            tensors.check(&self.case, Rounding::Once);
+            assert!(
+                tensors.outputs() == self.tensors[0].outputs(),
+                "ranks differ ({:?})",
+                self.case.operation
+            );
+        }
+    }
+
+    fn outputs(&self) -> [Vec<u8>; 4] {
+        self.tensors[0].outputs()
+    }
+}
+
+/// A random operation: element type, fusion, shape, mode and grids.
+pub fn random_member(random: &mut Random, ranks: u32) -> Box<dyn Member> {
+    match random.below(3) {
+        0 => Box::new(Typed::<f32>::new(random, ranks)),
+        1 => Box::new(Typed::<f16>::new(random, ranks)),
+        _ => Box::new(Typed::<bf16>::new(random, ranks)),
+    }
+}

@@ -87,6 +87,10 @@ impl Collective for Faulty {
     fn cache_bytes(&self) -> u64 {
         self.engine.cache_bytes()
     }
+
+    fn find_stray_write(&mut self, thorough: bool) -> Result<Option<String>, Error> {
+        self.engine.find_stray_write(thorough)
+    }
 }
 
 fn settings(quant_mode: QuantMode) -> Settings {

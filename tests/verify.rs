@@ -13,13 +13,18 @@ use std::{
 };
 
 use fused_collective::{
-    collective::{Collective, Error, Problem, Step, Tensor},
+    bench,
+    collective::{Collective, Conversion, Error, Problem, Step, Tensor},
     cpu::{self, Communicator, Engine, Watch},
     rendezvous::{Group, Membership},
     report::progress::Progress,
-    verify::{self, Settings, Tally},
+    verify::{self, Place, Settings, Tally},
 };
-use fused_collective_core::{dtype::DType, fusion::Mode};
+use fused_collective_core::{
+    dtype::DType,
+    fusion::Mode,
+    quant::{Quantization, e2m1, e4m3},
+};
 use fused_collective_tests::{command, run};
 
 /// `verify` on the CPU backend with `options`, which spaces separate.
@@ -29,6 +34,8 @@ fn verify(options: &str) -> Command {
     command
 }
 
+const CONVERSIONS: &str = "conversions are core's own, which its tests compare for every float32";
+
 /// Runs the program, which must find everything right, and returns the lines between the first and the last.
 #[track_caller]
 fn verified(options: &str, ranks: u32, cases: u64) -> Vec<String> {
@@ -37,6 +44,8 @@ fn verified(options: &str, ranks: u32, cases: u64) -> Vec<String> {
     let mut lines: Vec<String> = outcome.stdout.lines().map(str::to_owned).collect();
     assert_eq!(lines.remove(0), format!("cpu backend, {ranks} ranks, {cases} cases, seed 0"));
     assert_eq!(lines.pop(), Some(format!("{cases} cases verified, 0 FAILED")), "{outcome}");
+    // The CPU has no conversions of its own, and a quick verification does not ask.
+    assert_eq!(lines.pop_if(|line| line == CONVERSIONS).is_none(), options.contains("--quick"), "{outcome}");
     lines
 }
 
@@ -45,8 +54,8 @@ fn the_matrix_is_told_of_by_element_type_quantization_and_hidden_size() {
     let lines = verified("--num-tokens 0 1 5 --hidden-dim 48,64 --nproc-per-node 2", 2, 216);
     let mut expected = Vec::new();
     for dtype in ["float32", "float16", "bfloat16"] {
-        for quant_mode in ["none", "fp8", "fp4"] {
-            for hidden in [48, 64] {
+        for hidden in [48, 64] {
+            for quant_mode in ["none", "fp8", "fp4"] {
                 expected.push(format!(
                     "{dtype:<8}  {quant_mode:<4}  hidden {hidden:>5}   12 cases, largest error "
                 ));
@@ -66,6 +75,56 @@ fn the_matrix_is_told_of_by_element_type_quantization_and_hidden_size() {
 fn lists_replace_those_of_quick_and_three_ranks_are_right() {
     let lines = verified("--quick --num-tokens 2 7 --hidden-dim 80 --nproc-per-node 3", 3, 72);
     assert_eq!(lines.len(), 9);
+}
+
+#[test]
+fn group_sizes_are_verified_one_after_the_other() {
+    let outcome = run(&mut verify("--num-tokens 3 --hidden-dim 48 --nproc-per-node 2,3"));
+    outcome.assert_success();
+    let lines: Vec<&str> = outcome.stdout.lines().collect();
+    let of_size = |size: usize| {
+        let mut expected = vec![format!("cpu backend, {size} ranks, 36 cases, seed 0")];
+        for dtype in ["float32", "float16", "bfloat16"] {
+            expected.extend(
+                ["none", "fp8", "fp4"].map(|mode| format!("{dtype:<8}  {mode:<4}  hidden    48    4 cases")),
+            );
+        }
+        // Once, where no rank is left over.
+        expected.extend((size == 3).then(|| CONVERSIONS.to_owned()));
+        expected.extend([format!("{size} ranks: 36 cases verified, 0 FAILED"), String::new()]);
+        expected
+    };
+    let expected = [of_size(2), of_size(3), vec!["72 cases verified, 0 FAILED".to_owned()]].concat();
+    assert_eq!(lines.len(), expected.len(), "{outcome}");
+    for (line, expected) in lines.iter().zip(&expected) {
+        assert!(line.starts_with(expected), "{line}");
+    }
+}
+
+#[test]
+fn groups_run_at_the_same_time_and_each_is_verified() {
+    let outcome = run(&mut verify("--num-tokens 0 5 --hidden-dim 48 --nproc-per-node 3 2 --groups 2"));
+    outcome.assert_success();
+    for line in [
+        "cpu backend, 2 groups of 3 ranks, 144 cases, seed 0",
+        "2 groups of 3 ranks: 144 cases verified, 0 FAILED",
+        "cpu backend, 2 groups of 2 ranks, 144 cases, seed 0",
+        "2 groups of 2 ranks: 144 cases verified, 0 FAILED",
+        "288 cases verified, 0 FAILED",
+    ] {
+        assert_eq!(outcome.stdout.lines().filter(|other| *other == line).count(), 1, "{line}: {outcome}");
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_come_is_missed_by_all_others_in_time() {
+    let outcome = run(&mut verify("--num-tokens 1 --hidden-dim 48 --nproc-per-node 2 --groups 2 --faults"));
+    outcome.assert_success();
+    for mode in ["oneshot", "twoshot"] {
+        let line = format!("fused_allreduce_rmsnorm_{mode}, a rank kept back    4 cases, largest error ");
+        assert_eq!(outcome.stdout.lines().filter(|other| other.starts_with(&line)).count(), 1, "{outcome}");
+    }
+    assert!(outcome.stdout.ends_with("\n80 cases verified, 0 FAILED\n"), "{outcome}");
 }
 
 #[test]
@@ -101,6 +160,9 @@ struct Faulty {
     engine: Engine,
     fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
     problem: Option<Problem>,
+    /// What is found of stray writes after a fused two-shot operation: no safe call of the engine makes one.
+    stray: Option<&'static str>,
+    two_shot: bool,
 }
 
 impl Collective for Faulty {
@@ -119,6 +181,7 @@ impl Collective for Faulty {
 
     fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
         self.engine.run(steps)?;
+        self.two_shot = steps == [Step::Fused(Mode::TwoShot)];
         match self.problem {
             Some(problem) if steps == [Step::Fused(Mode::TwoShot)] => {
                 (self.fault)(&mut self.engine, &problem)
@@ -142,15 +205,52 @@ impl Collective for Faulty {
     fn cache_bytes(&self) -> u64 {
         self.engine.cache_bytes()
     }
+
+    fn convert(&mut self, to: Conversion, first: u32, count: u32) -> Result<Option<Vec<u8>>, Error> {
+        let code = |bits: u32| match to {
+            Conversion::E4M3 => e4m3::encode(f32::from_bits(bits)) ^ u8::from(WRONG_BITS.contains(&bits)),
+            Conversion::E2M1 => e2m1::encode(f32::from_bits(bits)) ^ u8::from(bits == WRONG_BITS[1]) << 3,
+        };
+        let codes: Vec<u8> = (0..count).map(|index| code(first.wrapping_add(index))).collect();
+        Ok(Some(match to {
+            Conversion::E4M3 => codes,
+            Conversion::E2M1 => {
+                codes.as_chunks().0.iter().map(|&[first, second]| e2m1::pack(first, second)).collect()
+            }
+        }))
+    }
+
+    fn find_stray_write(&mut self, thorough: bool) -> Result<Option<String>, Error> {
+        let found = self.engine.find_stray_write(thorough)?;
+        Ok(found.or(self.stray.filter(|_| self.two_shot && !thorough).map(str::to_owned)))
+    }
 }
+
+/// Numbers that [`Faulty`] converts wrong: 1 and the one after it, and the one before 2.
+const WRONG_BITS: [u32; 3] = [0x3f80_0000, 0x3f80_0001, 0x3fff_ffff];
 
 /// What the matrix of one small shape gives with a fault on both of two ranks, which are threads, and the lines of the
 /// cases that failed.
-fn matrix_with(fault: fn(&mut Engine, &Problem) -> Result<(), Error>) -> (Tally, Vec<String>) {
+fn matrix_with(
+    fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
+    stray: Option<&'static str>,
+) -> (Tally, Vec<String>) {
+    on_faulty_ranks(fault, stray, |place, tell| {
+        let settings = Settings { num_tokens: vec![3], hidden_dims: vec![48], ..Settings::default() };
+        verify::run(&settings, place, &Progress::hidden(), tell)
+    })
+}
+
+/// Does `work` on two ranks, which are threads, each with a [`Faulty`] backend: what it gives, the same on both, and
+/// the lines of what failed.
+fn on_faulty_ranks(
+    fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
+    stray: Option<&'static str>,
+    work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, bench::Error> + Sync,
+) -> (Tally, Vec<String>) {
     const RANKS: u32 = 2;
     const DEADLINE: Duration = Duration::from_secs(60);
     static GROUPS: AtomicU32 = AtomicU32::new(0);
-    let settings = Settings { num_tokens: vec![3], hidden_dims: vec![48], ..Settings::default() };
     let key = format!("faulty matrix {} {}", id(), GROUPS.fetch_add(1, Ordering::Relaxed));
     let layout = cpu::layout(RANKS, 48 * 4).unwrap();
     let memory = cpu::create_shared_memory(&layout).unwrap();
@@ -159,9 +259,11 @@ fn matrix_with(fault: fn(&mut Engine, &Problem) -> Result<(), Error>) -> (Tally,
         let group = Group::join(&membership).unwrap();
         let communicator =
             Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::new(|| None)).unwrap();
-        let mut backend = Faulty { engine: Engine::new(communicator), fault, problem: None };
+        let mut backend =
+            Faulty { engine: Engine::new(communicator), fault, problem: None, stray, two_shot: false };
         let mut failed = Vec::new();
-        let tally = verify::run(&settings, &group, &mut backend, &Progress::hidden(), |line| {
+        let mut place = Place { world: &group, own: Some((&group, &mut backend)) };
+        let tally = work(&mut place, &mut |line| {
             if line.starts_with("FAILED ") {
                 failed.push(line.to_owned());
             }
@@ -182,7 +284,11 @@ fn matrix_with(fault: fn(&mut Engine, &Problem) -> Result<(), Error>) -> (Tally,
 /// So many of the 36 cases fail, all of them in two-shot, for this reason.
 #[track_caller]
 fn check(fault: fn(&mut Engine, &Problem) -> Result<(), Error>, failures: u64, reason: &str) {
-    let (tally, failed) = matrix_with(fault);
+    check_failures(matrix_with(fault, None), failures, reason);
+}
+
+#[track_caller]
+fn check_failures((tally, failed): (Tally, Vec<String>), failures: u64, reason: &str) {
     assert_eq!((tally.verified, tally.failed), (36 - failures, failures), "{failed:?}");
     for line in failed {
         assert!(line.contains(", hidden 48, 3 tokens, ") && line.contains("_twoshot: "), "{line}");
@@ -195,7 +301,7 @@ fn a_wrong_element_is_found() {
     let fault = |engine: &mut Engine, problem: &Problem| {
         engine.write(Tensor::ResidualOut, 0, &vec![0x3f; problem.dtype.bytes() as usize])
     };
-    let (tally, failed) = matrix_with(fault);
+    let (tally, failed) = matrix_with(fault, None);
     assert_eq!((tally.verified, tally.failed), (18, 18));
     assert!(failed.iter().all(|line| line.contains("rank 0: residual_out[0, 0] is ")), "{failed:?}");
 }
@@ -235,4 +341,70 @@ fn modes_that_differ_within_what_the_reference_allows_are_found() {
         engine.write(Tensor::ResidualOut, 0, &[last_bit])
     };
     check(fault, 3, "residual_out is not the same bits as one-shot's");
+}
+
+#[test]
+fn a_write_outside_of_all_tensors_is_found() {
+    let found = matrix_with(|_, _| Ok(()), Some("NormOut: 3 bytes past its end"));
+    check_failures(found, 18, "rank 0: NormOut: 3 bytes past its end is no tensor's, and was written");
+}
+
+#[test]
+fn codes_and_norms_that_are_not_those_of_the_case_before_are_held_against_the_reference() {
+    let fault = |engine: &mut Engine, problem: &Problem| match problem.quantization {
+        Quantization::None => Ok(()),
+        _ => {
+            let code = engine.read(Tensor::QuantOut)?[7] ^ 0x11;
+            engine.write(Tensor::QuantOut, 7, &[code])
+        }
+    };
+    let (tally, failed) = matrix_with(fault, None);
+    assert_eq!((tally.verified, tally.failed), (24, 12));
+    assert!(failed.iter().all(|line| line.contains("rank 0: quant_out[0, ")), "{failed:?}");
+    // A scale, in its swizzled place: block 2 of token 1.
+    let fault = |engine: &mut Engine, problem: &Problem| match problem.quantization.scale_layout() {
+        Some(layout) => {
+            let at = layout.offset(1, 2, problem.quantization.scale_cols(problem.hidden));
+            let code = engine.read(Tensor::ScaleOut)?[at as usize] ^ 4;
+            engine.write(Tensor::ScaleOut, at, &[code])
+        }
+        None => Ok(()),
+    };
+    let (tally, failed) = matrix_with(fault, None);
+    assert_eq!((tally.verified, tally.failed), (30, 6));
+    assert!(failed.iter().all(|line| line.contains("rank 1: scale_out[1, 2] is ")), "{failed:?}");
+}
+
+#[test]
+fn a_conversion_that_is_not_cores_is_found_whichever_rank_has_its_block() {
+    let convert = |blocks: std::ops::Range<u32>| {
+        on_faulty_ranks(
+            |_, _| Ok(()),
+            None,
+            |place, tell| {
+                verify::run_conversions(
+                    &Settings::default(),
+                    blocks.clone(),
+                    place,
+                    &Progress::hidden(),
+                    tell,
+                )
+            },
+        )
+    };
+    // A block is the numbers with one upper byte.
+    for blocks in [0x3f..0x40, 0x3e..0x41] {
+        let count = blocks.len() << 24;
+        let (tally, failed) = convert(blocks);
+        assert_eq!((tally.verified, tally.failed), (0, 2), "{failed:?}");
+        let expected = [("e4m3", 3, "0x3f800000: 0x39, not 0x38"), ("e2m1", 1, "0x3f800001: 0x0a, not 0x02")];
+        for (line, (format, wrong, first)) in failed.iter().zip(expected) {
+            let expected = format!(
+                "FAILED conversion to {format}, every float32: {wrong} of {count} float32 differ from core's, the first {first}"
+            );
+            assert_eq!(*line, expected);
+        }
+    }
+    let (tally, failed) = convert(0xc0..0xc2);
+    assert_eq!((tally.verified, tally.failed, failed.len()), (2, 0, 0));
 }

@@ -3,13 +3,18 @@
 //! A [`Problem`] is one configuration; its tensors have fixed roles ([`Tensor`]). A variant is a sequence of
 //! [`Step`]s on them, the same on every backend. Every rank holds one [`Collective`] and makes the same calls.
 
-use std::fmt;
+use std::{
+    fmt,
+    ops::{BitOr, BitXor},
+};
 
 use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Norm, Operation},
     quant::Quantization,
 };
+
+use crate::{cpu, cuda, failure::Failure};
 
 /// One configuration: what is computed, whatever the steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -82,8 +87,39 @@ impl Problem {
 
     /// Bytes of all tensors on one rank; `None` past 64 bits.
     pub fn total_bytes(&self) -> Option<u64> {
-        Tensor::ALL.iter().try_fold(0u64, |total, &tensor| total.checked_add(self.bytes(tensor)?))
+        self.bytes_of(&Tensor::ALL)
     }
+
+    /// Bytes of `tensors` on one rank; `None` past 64 bits.
+    pub fn bytes_of(&self, tensors: &[Tensor]) -> Option<u64> {
+        tensors.iter().try_fold(0u64, |total, &tensor| total.checked_add(self.bytes(tensor)?))
+    }
+}
+
+/// Bytes of the guards before and after each tensor.
+pub(crate) const GUARD_BYTES: usize = 4096;
+/// What guards are full of: NaN in every element type, so that a read past a tensor's end shows in the results.
+pub(crate) const GUARD: u8 = 0xff;
+
+/// Where the guards `before` and `after` a tensor were written, if they were.
+pub(crate) fn stray_write(before: &[u8], after: &[u8]) -> Option<String> {
+    if let Some(at) = before.iter().rposition(|&byte| byte != GUARD) {
+        return Some(format!("{} bytes before its start", before.len() - at));
+    }
+    first_other(after, GUARD).map(|at| format!("{at} bytes past its end"))
+}
+
+/// The index of the first of `items` that is not `value`.
+pub(crate) fn first_other<T>(items: &[T], value: T) -> Option<usize>
+where
+    T: Copy + Default + PartialEq + BitXor<Output = T> + BitOr<Output = T>,
+{
+    // A loop that ends at the first would look at one at a time.
+    const CHUNK: usize = 4096;
+    let differs = |chunk: &[T]| chunk.iter().fold(T::default(), |bits, &item| bits | (item ^ value));
+    let chunk = items.chunks(CHUNK).position(|chunk| differs(chunk) != T::default())?;
+    let first = chunk * CHUNK;
+    items[first..].iter().position(|&item| item != value).map(|at| first + at)
 }
 
 /// The role of a tensor. Activations are `[tokens, hidden]`, row-major.
@@ -203,13 +239,43 @@ pub fn eager_fp8() -> Vec<Step> {
     [Eager::WidenNorm, Eager::Rescale, Eager::Clamp, Eager::RoundFp8].map(Step::Eager).to_vec()
 }
 
+/// A format of fewer bits that `f32` is converted to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Conversion {
+    /// [`e4m3`](fused_collective_core::quant::e4m3): a byte for each number.
+    E4M3,
+    /// [`e2m1`](fused_collective_core::quant::e2m1): half a byte for each number, the first in the low half.
+    E2M1,
+}
+
+impl Conversion {
+    /// All of them.
+    pub const ALL: [Conversion; 2] = [Conversion::E4M3, Conversion::E2M1];
+
+    /// The format's name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Conversion::E4M3 => "e4m3",
+            Conversion::E2M1 => "e2m1",
+        }
+    }
+
+    /// Codes that share a byte.
+    pub const fn codes_per_byte(self) -> u32 {
+        match self {
+            Conversion::E4M3 => 1,
+            Conversion::E2M1 => 2,
+        }
+    }
+}
+
 /// Why a backend could not do what was asked.
 #[derive(Clone, Debug)]
 pub enum Error {
     /// The group's collective failed, on the CPU backend.
-    Cpu(crate::cpu::Error),
+    Cpu(cpu::Error),
     /// The same, on the CUDA backend.
-    Cuda(crate::cuda::Error),
+    Cuda(cuda::Error),
     /// A step cannot run on this problem.
     Step {
         /// The step.
@@ -234,14 +300,31 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-impl From<crate::cpu::Error> for Error {
-    fn from(error: crate::cpu::Error) -> Self {
+impl Error {
+    /// How an operation of the group failed while it ran, if it did.
+    pub fn failure(&self) -> Option<&Failure> {
+        match self {
+            Error::Cpu(cpu::Error::Failed(failure)) | Error::Cuda(cuda::Error::Failed(failure)) => {
+                Some(failure)
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether it says that an earlier operation failed, and nothing was tried.
+    pub fn is_poisoned(&self) -> bool {
+        matches!(self, Error::Cpu(cpu::Error::Poisoned(_)) | Error::Cuda(cuda::Error::Poisoned(_)))
+    }
+}
+
+impl From<cpu::Error> for Error {
+    fn from(error: cpu::Error) -> Self {
         Error::Cpu(error)
     }
 }
 
-impl From<crate::cuda::Error> for Error {
-    fn from(error: crate::cuda::Error) -> Self {
+impl From<cuda::Error> for Error {
+    fn from(error: cuda::Error) -> Self {
         Error::Cuda(error)
     }
 }
@@ -318,6 +401,35 @@ pub trait Collective {
     /// As [`run`](Self::run).
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error>;
 
+    /// Looks for writes outside of the tensors while no rank of the group runs an operation: in the guards before and
+    /// after each of them, and in the workspace, whose slots hold no data between operations. What was written, for
+    /// a reader; `None` if nothing was.
+    ///
+    /// Of a workspace that takes long to read, only the ends of slots are looked at, unless `thorough`.
+    ///
+    /// # Errors
+    /// The backend's.
+    fn find_stray_write(&mut self, thorough: bool) -> Result<Option<String>, Error>;
+
+    /// The codes of `count` numbers, a multiple of 4, whose bits count up from `first`: as the backend converts them.
+    /// `None` if it does as `core` does, by the same code.
+    ///
+    /// # Errors
+    /// The backend's.
+    fn convert(&mut self, to: Conversion, first: u32, count: u32) -> Result<Option<Vec<u8>>, Error> {
+        let _ = (to, first, count);
+        Ok(None)
+    }
+
+    /// Lets go of what this rank has of other ranks' memory, so that they may free it. All ranks call this when
+    /// nothing runs any more; no other call follows.
+    ///
+    /// # Errors
+    /// A rank was lost, or the backend's.
+    fn leave(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// The all-reduces that the separate operations are measured with. The same on every rank.
     fn all_reduces(&self) -> Vec<AllReduce> {
         vec![AllReduce::of_both_modes("allreduce")]
@@ -344,5 +456,36 @@ pub trait Collective {
     /// What a reader should know of the backend, a sentence each.
     fn notes(&self) -> &[String] {
         &[]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_of_others_is_found_wherever_it_is() {
+        assert_eq!(first_other::<u8>(&[], 1), None);
+        for length in [1, 4095, 4096, 4097, 9000] {
+            let mut items = vec![7u32; length];
+            assert_eq!(first_other(&items, 7), None);
+            items[length - 1] = 0;
+            assert_eq!(first_other(&items, 7), Some(length - 1));
+            items[length / 2] = 8;
+            assert_eq!(first_other(&items, 7), Some(length / 2));
+        }
+    }
+
+    #[test]
+    fn a_stray_write_is_told_of_by_its_distance() {
+        let guard = [GUARD; 8];
+        let written = |at: usize| {
+            let mut bytes = guard;
+            bytes[at] = 0;
+            bytes
+        };
+        assert_eq!(stray_write(&guard, &guard), None);
+        assert_eq!(stray_write(&written(7), &written(0)).as_deref(), Some("1 bytes before its start"));
+        assert_eq!(stray_write(&guard, &written(3)).as_deref(), Some("3 bytes past its end"));
     }
 }

@@ -4,7 +4,7 @@
 //! [report](crate::report) stores what describes the measurement. Its lists hold at least one value and no
 //! value twice, and every operation it [describes](Settings::operation) is valid.
 
-use std::{fmt, path::PathBuf, str::FromStr, time::Duration};
+use std::{fmt, ops::Not, path::PathBuf, str::FromStr, time::Duration};
 
 use fused_collective_core::{
     dtype::DType,
@@ -271,6 +271,9 @@ pub struct Settings {
     /// Python for the peers. Where it lies says nothing about the measurement, so reports leave it out.
     #[serde(skip, default = "default_python")]
     pub python: PathBuf,
+    /// Whether ranks may share a GPU, which makes times meaningless.
+    #[serde(default, skip_serializing_if = "Not::not")]
+    pub oversubscribe: bool,
     /// Loss in percent past which a comparison fails; finite and above 0.
     pub tolerance_percent: f64,
     /// Files. They say nothing about the measurement, so reports leave them out.
@@ -299,6 +302,7 @@ impl Default for Settings {
             peers: Vec::new(),
             peer_deadline_seconds: default_peer_deadline(),
             python: default_python(),
+            oversubscribe: false,
             tolerance_percent: 10.0,
             outputs: Outputs::default(),
         }

@@ -60,6 +60,9 @@ pub struct Settings {
     pub cold: bool,
     pub peers: Vec<String>,
     pub peer_deadline_seconds: f64,
+    /// There only where ranks may share a GPU.
+    #[serde(default)]
+    pub oversubscribe: bool,
     pub tolerance_percent: f64,
 }
 

@@ -6,6 +6,8 @@
 
 use std::{
     hash::{DefaultHasher, Hasher},
+    iter::StepBy,
+    ops::Range,
     panic::resume_unwind,
     thread,
 };
@@ -88,17 +90,22 @@ fn write_typed_inputs<E: Plain>(
     Ok(())
 }
 
-/// The outputs of one run, as bytes.
-struct Outputs {
-    residual_out: Vec<u8>,
-    norm_out: Vec<u8>,
-    quant_out: Vec<u8>,
-    scale_out: Vec<u8>,
+/// The outputs of one run, as bytes; empty where there are none.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Outputs {
+    pub(crate) residual_out: Vec<u8>,
+    pub(crate) norm_out: Vec<u8>,
+    pub(crate) quant_out: Vec<u8>,
+    pub(crate) scale_out: Vec<u8>,
 }
 
 impl Outputs {
     /// Runs the variant on poisoned outputs.
-    fn of(backend: &mut dyn Collective, problem: &Problem, variant: &Variant) -> Result<Self, Error> {
+    pub(crate) fn of(
+        backend: &mut dyn Collective,
+        problem: &Problem,
+        variant: &Variant,
+    ) -> Result<Self, Error> {
         for tensor in Tensor::OUTPUTS {
             poison(backend, problem, tensor)?;
         }
@@ -112,36 +119,27 @@ impl Outputs {
     }
 
     /// One digest for each output: `residual_out`, `norm_out`, `quant_out`, `scale_out`.
-    fn digests(&self) -> [u64; 4] {
+    pub(crate) fn digests(&self) -> [u64; 4] {
         [&self.residual_out, &self.norm_out, &self.quant_out, &self.scale_out].map(|bytes| digest(bytes))
     }
 }
 
 /// Tells bytes from other bytes, in this build of the program: ranks that compare digests run the same one.
-pub(crate) fn digest(bytes: &[u8]) -> u64 {
+fn digest(bytes: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
     hasher.write(bytes);
     hasher.finish()
 }
 
-/// What is known of a variant that is right.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Verified {
-    /// The largest error of any output on any rank, in units in the last place.
-    pub(crate) max_error_ulp: f64,
-    /// [`digest`] of `ResidualOut`, which all ranks have alike.
-    pub(crate) residual_digest: u64,
-}
-
 /// Verifies `variant` on the problem whose inputs `write_inputs` wrote. Every rank learns the same: that it is right,
-/// or why it is wrong.
+/// and what its largest error is in units in the last place, or why it is wrong.
 pub(crate) fn verify(
     backend: &mut dyn Collective,
     group: &Group,
     problem: &Problem,
     variant: &Variant,
     seed: u64,
-) -> Result<Result<Verified, String>, Error> {
+) -> Result<Result<f64, String>, Error> {
     let outputs = Outputs::of(backend, problem, variant)?;
     let digests = outputs.digests();
     let checked = match problem.dtype {
@@ -158,8 +156,7 @@ pub(crate) fn verify(
         if let Some(rank) = all.iter().position(|(digests, _)| *digests != all[0].0) {
             return Err(format!("rank {rank}'s outputs are not the same bits as rank 0's"));
         }
-        let max_error_ulp = all.iter().fold(0.0f64, |largest, (_, error)| largest.max(*error));
-        Ok(Verified { max_error_ulp, residual_digest: digests[0] })
+        Ok(all.iter().fold(0.0f64, |largest, (_, error)| largest.max(*error)))
     }))
 }
 
@@ -190,85 +187,122 @@ fn check<E: Plain>(
     variant: &Variant,
     seed: u64,
 ) -> Result<f64, String> {
-    let (rank, world_size) = (u64::from(group.rank()), u64::from(group.world_size()));
-    let processors = thread::available_parallelism().map_or(1, |count| count.get() as u64);
-    let threads = (processors / world_size).clamp(1, problem.tokens.div_ceil(world_size).max(1));
-    let errors: Vec<Result<f64, String>> = thread::scope(|scope| {
-        let checks: Vec<_> = (0..threads)
-            .map(|thread| {
-                let tokens =
-                    (rank + thread * world_size..problem.tokens).step_by((world_size * threads) as usize);
-                scope.spawn(move || {
-                    check_tokens::<E>(outputs, group.world_size(), problem, variant, seed, tokens)
-                })
-            })
-            .collect();
-        checks.into_iter().map(|check| check.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
-    });
-    let largest =
-        errors.into_iter().try_fold(0.0f64, |largest, error| error.map(|error| largest.max(error)))?;
+    let largest = spread(group, 0..problem.tokens, |tokens| {
+        let mut judge = Judge::<E>::new(problem, variant, seed, group.world_size());
+        largest_error(tokens, |token| judge.check(outputs, token))
+    })?;
     check_padding(problem, &outputs.scale_out)?;
     Ok(largest)
 }
 
-/// Checks `tokens`.
-fn check_tokens<E: Plain>(
-    outputs: &Outputs,
-    world_size: u32,
-    problem: &Problem,
-    variant: &Variant,
-    seed: u64,
-    tokens: impl Iterator<Item = u64>,
+/// The largest error that `check` finds in `tokens`, or the first mistake.
+pub(crate) fn largest_error(
+    mut tokens: impl Iterator<Item = u64>,
+    mut check: impl FnMut(u64) -> Result<f64, String>,
 ) -> Result<f64, String> {
-    let operation = Operation { keep_norm: variant.writes_norm, ..problem.operation(Mode::Auto) };
-    let hidden = problem.hidden as usize;
-    let row_bytes = problem.quantization.value_bytes_per_row(problem.hidden) as usize;
-    let mut inputs = vec![vec![E::default(); hidden]; world_size as usize];
-    let mut residual = vec![E::default(); hidden];
-    let mut gamma = vec![E::default(); hidden];
-    fill_row(seed, Source::Gamma, 0, &mut gamma);
-    let mut largest = 0.0f64;
-    for index in tokens {
-        for (rank, input) in (0..).zip(&mut inputs) {
+    tokens.try_fold(0.0f64, |largest, token| check(token).map(|error| largest.max(error)))
+}
+
+/// Has this rank's share of `tokens` checked on this rank's share of the processors: each thread calls `check` with the
+/// tokens that are its own. The largest error, or the first mistake.
+pub(crate) fn spread(
+    group: &Group,
+    tokens: Range<u64>,
+    check: impl Fn(StepBy<Range<u64>>) -> Result<f64, String> + Sync,
+) -> Result<f64, String> {
+    let (rank, world_size) = (u64::from(group.rank()), u64::from(group.world_size()));
+    let processors = thread::available_parallelism().map_or(1, |count| count.get() as u64);
+    let count = tokens.end.saturating_sub(tokens.start);
+    let threads = (processors / world_size).clamp(1, count.div_ceil(world_size).max(1));
+    thread::scope(|scope| {
+        let checks: Vec<_> = (0..threads)
+            .map(|thread| {
+                let first = (tokens.start + rank + thread * world_size).min(tokens.end);
+                let own = (first..tokens.end).step_by((world_size * threads) as usize);
+                let check = &check;
+                scope.spawn(move || check(own))
+            })
+            .collect();
+        let mut errors =
+            checks.into_iter().map(|check| check.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        errors.try_fold(0.0f64, |largest, error| error.map(|error| largest.max(error)))
+    })
+}
+
+/// Checks tokens of one run against the reference, whose inputs it makes itself.
+pub(crate) struct Judge<'a, E> {
+    operation: Operation,
+    problem: &'a Problem,
+    variant: &'a Variant,
+    seed: u64,
+    inputs: Vec<Vec<E>>,
+    residual: Vec<E>,
+    gamma: Vec<E>,
+}
+
+impl<'a, E: Plain> Judge<'a, E> {
+    pub(crate) fn new(problem: &'a Problem, variant: &'a Variant, seed: u64, world_size: u32) -> Self {
+        let row = vec![E::default(); problem.hidden as usize];
+        let mut gamma = row.clone();
+        fill_row(seed, Source::Gamma, 0, &mut gamma);
+        Judge {
+            operation: Operation { keep_norm: variant.writes_norm, ..problem.operation(Mode::Auto) },
+            problem,
+            variant,
+            seed,
+            inputs: vec![row.clone(); world_size as usize],
+            residual: row,
+            gamma,
+        }
+    }
+
+    /// The largest error of any output of token `index`, in units in the last place, or what is wrong with it.
+    pub(crate) fn check(&mut self, outputs: &Outputs, index: u64) -> Result<f64, String> {
+        let Judge { problem, seed, .. } = *self;
+        for (rank, input) in (0..).zip(&mut self.inputs) {
             fill_row(seed, Source::Input(rank), index, input);
         }
-        fill_row(seed, Source::Residual, index, &mut residual);
-        let rows: Vec<&[E]> = inputs.iter().map(Vec::as_slice).collect();
+        fill_row(seed, Source::Residual, index, &mut self.residual);
+        let rows: Vec<&[E]> = self.inputs.iter().map(Vec::as_slice).collect();
         let token = Token {
             inputs: &rows,
-            residual: problem.residual.then_some(&residual[..]),
-            gamma: Gamma::Element(&gamma),
+            residual: problem.residual.then_some(&self.residual[..]),
+            gamma: Gamma::Element(&self.gamma),
             scale: problem.scale,
             index,
         };
+        let hidden = problem.hidden as usize;
         let (residual_out, norm_out) =
             (row::<E>(&outputs.residual_out, index, hidden), row(&outputs.norm_out, index, hidden));
         let observed = Observed {
             residual_out: &residual_out,
             norm_out: &norm_out,
-            values: if problem.quantization == Quantization::None {
-                &[]
-            } else {
-                &outputs.quant_out[index as usize * row_bytes..][..row_bytes]
-            },
+            values: values(problem, outputs, index),
             scales: &outputs.scale_out,
         };
-        let error = check_token(&operation, variant.rounding(), &token, &observed)
-            .map_err(|wrong| wrong.to_string())?;
-        largest = largest.max(error);
+        check_token(&self.operation, self.variant.rounding(), &token, &observed)
+            .map_err(|wrong| wrong.to_string())
     }
-    Ok(largest)
+}
+
+/// The codes of token `index`; empty if the problem has no quantization.
+pub(crate) fn values<'a>(problem: &Problem, outputs: &'a Outputs, index: u64) -> &'a [u8] {
+    if problem.quantization == Quantization::None {
+        return &[];
+    }
+    let row_bytes = problem.quantization.value_bytes_per_row(problem.hidden) as usize;
+    &outputs.quant_out[index as usize * row_bytes..][..row_bytes]
 }
 
 /// Row `index` of a tensor's bytes; empty if the tensor is.
-fn row<E: Plain>(bytes: &[u8], index: u64, hidden: usize) -> Vec<E> {
+pub(crate) fn row<E: Plain>(bytes: &[u8], index: u64, hidden: usize) -> Vec<E> {
     let row_bytes = hidden * size_of::<E>();
     let start = index as usize * row_bytes;
     bytes.get(start..start + row_bytes).map(bytemuck::allocation::pod_collect_to_vec).unwrap_or_default()
 }
 
 /// Whatever pads the scales is 0.
-fn check_padding(problem: &Problem, scales: &[u8]) -> Result<(), String> {
+pub(crate) fn check_padding(problem: &Problem, scales: &[u8]) -> Result<(), String> {
     let Some(layout) = problem.quantization.scale_layout() else { return Ok(()) };
     let cols = problem.quantization.scale_cols(problem.hidden);
     for row in 0..layout.rows_padded(problem.tokens) {

@@ -164,6 +164,10 @@ struct BenchArgs {
     #[argh(option, arg_name = "n")]
     nproc_per_node: Option<String>,
 
+    /// let ranks share a GPU: slow but right, and times mean nothing
+    #[argh(switch)]
+    oversubscribe: bool,
+
     /// longest wait for another rank, in seconds (default: 10)
     #[argh(option, arg_name = "seconds")]
     deadline: Option<String>,
@@ -307,7 +311,8 @@ impl BenchArgs {
                 |text| name("--allreduce", text),
                 default.all_reduces,
             )?,
-            nproc_per_node: self.nproc_per_node.map(ranks).transpose()?,
+            nproc_per_node: self.nproc_per_node.map(|text| ranks(&text)).transpose()?,
+            oversubscribe: self.oversubscribe,
             cold: self.cold,
             peers: list("--peers", &self.peers, |text| name("--peers", text), default.peers)?,
             peer_deadline_seconds: one(
@@ -418,7 +423,7 @@ fn positive(option: &str, text: &str, what: &str, most: Option<f64>) -> Result<f
     })
 }
 
-fn ranks(text: String) -> Result<u32, UsageError> {
+fn ranks(text: &str) -> Result<u32, UsageError> {
     let option = "--nproc-per-node";
     let ranks = text.parse().map_err(|_| {
         UsageError::new(format_args!(

@@ -37,7 +37,7 @@ fn no_options_are_the_defaults() {
 fn every_option_reaches_its_setting() {
     let settings = bench(
         "--num-tokens 1 2 --hidden-dim 65536 --dtypes float16 --quant-modes fp4 --no-residual --no-oneshot \
-         --warmup 0 --trials 1 --seed 7 --backend cpu --allreduce custom --nproc-per-node 16 --deadline 0.5 --output-file a.md \
+         --warmup 0 --trials 1 --seed 7 --backend cpu --allreduce custom --nproc-per-node 16 --oversubscribe --deadline 0.5 --output-file a.md \
          --cold --peers torch,flashinfer torch --python a/python --peer-deadline 2.5 \
          --json a.json --plot a.svg --compare b.json --tolerance 2.5",
     );
@@ -55,6 +55,7 @@ fn every_option_reaches_its_setting() {
         backend: BackendChoice::Cpu,
         all_reduces: vec![AllReduceChoice::Custom],
         nproc_per_node: Some(16),
+        oversubscribe: true,
         cold: true,
         peers: vec![PeerChoice::Torch, PeerChoice::FlashInfer],
         peer_deadline_seconds: 2.5,
@@ -109,17 +110,22 @@ fn help_at_both_levels_names_everything() {
 fn every_option_of_verify_reaches_its_setting() {
     assert_eq!(verify(""), VerifySettings::default());
     assert_eq!(verify("--quick"), VerifySettings::quick());
-    let options =
-        "--num-tokens 0 17 --hidden-dim 48,64 80 --seed 7 --backend cpu --nproc-per-node 3 --deadline 2";
+    let options = "--num-tokens 0 17 --hidden-dim 48,64 80 --seed 7 --backend cpu --nproc-per-node 3 2 --groups 4 \
+         --oversubscribe --faults --deadline 2";
     let expected = VerifySettings {
         num_tokens: vec![0, 17],
         hidden_dims: vec![48, 64, 80],
         seed: 7,
         deadline_seconds: 2.0,
         backend: BackendChoice::Cpu,
-        nproc_per_node: Some(3),
+        nproc_per_node: vec![3, 2],
+        groups: 4,
+        oversubscribe: true,
+        conversions: true,
+        faults: true,
     };
     assert_eq!(verify(options), expected);
+    let expected = VerifySettings { conversions: false, ..expected };
     assert_eq!(verify(&format!("{options} --quick")), expected);
 }
 
@@ -285,4 +291,15 @@ fn an_error_stays_one_line_whatever_it_quotes() {
     let args = ["bench", "--dtypes", "a\nb"].map(OsString::from);
     let error = parse(args).unwrap_err().to_string();
     assert_eq!(error, "--dtypes: 'a\\nb' is not an element type: use float16, bfloat16 or float32");
+}
+
+#[test]
+fn groups_that_are_too_many_are_refused() {
+    assert_eq!(verify("--groups 8").groups, 8);
+    refused("verify --groups 0", "--groups: '0' is not a number of groups: use 1 to 8");
+    refused("verify --groups 9", "--groups: '9' is not a number of groups: use 1 to 8");
+    refused(
+        "verify --groups 4 --nproc-per-node 2,5",
+        "--groups: 4 groups of 5 ranks are more than 16 ranks: use fewer",
+    );
 }

@@ -3,7 +3,10 @@
 use argh::{ArgsInfo, FromArgs};
 use fused_collective_core::fusion::Mode;
 
-use super::{UsageError, check_operation, deadline, hidden_dim, list, name, number, one, ranks, seed};
+use super::{
+    MAX_WORLD_SIZE, MIN_RANKS, UsageError, check_operation, deadline, hidden_dim, list, name, number, one,
+    ranks, seed,
+};
 use crate::verify::Settings;
 
 /// Verify fused operations in every element type, quantization and mode.
@@ -14,10 +17,12 @@ use crate::verify::Settings;
     help_triggers("-h", "--help", "help"),
     usage = "[<options>]",
     example = "{command_name} --quick --nproc-per-node 3",
-    example = "{command_name} --backend cuda --nproc-per-node 4",
+    example = "{command_name} --backend cuda --nproc-per-node 2 3 4",
+    example = "{command_name} --quick --nproc-per-node 2 --groups 2",
     example = "{command_name} --num-tokens 0 17 --hidden-dim 48,2880 --seed 7",
     note = "Every case: all elements against the reference, all ranks and a repeated run bit-identical,",
-    note = "one-shot's residual_out bit-identical to two-shot's, and nothing else read or written.",
+    note = "one-shot's residual_out bit-identical to two-shot's, and nothing else read or written: not the",
+    note = "inputs, not a byte before or after a tensor, not the workspace where it holds no data.",
     note = "Prints a line for each element type, quantization and hidden size, and names cases that fail.",
     note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is one.",
     note = "Lists are given with spaces, with commas, or both. A repeated value counts once.",
@@ -44,9 +49,21 @@ pub(super) struct VerifyArgs {
     #[argh(option, arg_name = "name")]
     backend: Option<String>,
 
-    /// ranks to start, 2 to 16 (default: the GPUs there are, else 2)
+    /// ranks of a group, 2 to 16, one size after the other (default: on GPUs 2, 3, 4 and as many as there are, else 2)
     #[argh(option, arg_name = "n")]
-    nproc_per_node: Option<String>,
+    nproc_per_node: Vec<String>,
+
+    /// groups that run at the same time, each of so many ranks (default: 1)
+    #[argh(option, arg_name = "n")]
+    groups: Option<String>,
+
+    /// keep each rank in turn from an operation too: the others must say so in time, and work again when made anew
+    #[argh(switch)]
+    faults: bool,
+
+    /// let ranks share a GPU: slow but right
+    #[argh(switch)]
+    oversubscribe: bool,
 
     /// longest wait for another rank, in seconds (default: 10)
     #[argh(option, arg_name = "seconds")]
@@ -63,11 +80,26 @@ impl VerifyArgs {
             seed: one(self.seed, seed, default.seed)?,
             deadline_seconds: one(self.deadline, deadline, default.deadline_seconds)?,
             backend: one(self.backend, |text| name("--backend", text), default.backend)?,
-            nproc_per_node: self.nproc_per_node.map(ranks).transpose()?,
+            nproc_per_node: list("--nproc-per-node", &self.nproc_per_node, ranks, default.nproc_per_node)?,
+            groups: one(self.groups, groups, default.groups)?,
+            oversubscribe: self.oversubscribe,
+            conversions: default.conversions,
+            faults: self.faults,
         };
+        let largest = settings.nproc_per_node.iter().copied().max().unwrap_or(MIN_RANKS);
+        if largest * settings.groups > MAX_WORLD_SIZE {
+            return Err(UsageError::new(format_args!(
+                "--groups: {} groups of {largest} ranks are more than {MAX_WORLD_SIZE} ranks: use fewer",
+                settings.groups
+            )));
+        }
         for problem in settings.problems() {
             check_operation(&problem.operation(Mode::Auto))?;
         }
         Ok(settings)
     }
+}
+
+fn groups(text: &str) -> Result<u32, UsageError> {
+    number("--groups", text, "a number of groups", 1, Some(MAX_WORLD_SIZE / MIN_RANKS))
 }

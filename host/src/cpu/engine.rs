@@ -17,9 +17,12 @@ use super::{
     Communicator, Finish, Inputs, Outputs, Plain, RowOutputs,
     rows::{FinishRow, QuantizeRow, SumRows},
 };
-use crate::collective::{self, Collective, Eager, Error, MAX_OPERATIONS, Problem, Step, Tensor};
+use crate::collective::{
+    self, Collective, Eager, Error, GUARD, GUARD_BYTES, MAX_OPERATIONS, Problem, Step, Tensor, stray_write,
+};
 
-/// A tensor: bytes that start with a cache line. Some processors copy to anywhere else several times slower.
+/// A tensor between its guards: bytes that start with a cache line. Some processors copy to anywhere else several
+/// times slower.
 #[derive(Debug, Default)]
 struct Buffer {
     words: Vec<u64>,
@@ -34,12 +37,22 @@ impl Buffer {
     fn new(bytes: u64) -> Result<Self, Error> {
         let too_large = || Error::Memory(format!("a tensor of {bytes} bytes does not fit in memory"));
         let length = usize::try_from(bytes).map_err(|_| too_large())?;
-        let words_needed = length.div_ceil(8) + Self::LINE / 8;
+        let words_needed = (length.div_ceil(8)).checked_add((2 * GUARD_BYTES + Self::LINE) / 8);
+        let words_needed = words_needed.ok_or_else(too_large)?;
         let mut words = Vec::new();
         words.try_reserve_exact(words_needed).map_err(|_| too_large())?;
         words.resize(words_needed, 0u64);
-        let start = words.as_ptr().addr().wrapping_neg() % Self::LINE;
+        let start = words.as_ptr().addr().wrapping_neg() % Self::LINE + GUARD_BYTES;
+        let all: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+        all[..start].fill(GUARD);
+        all[start + length..].fill(GUARD);
         Ok(Buffer { words, start, bytes: length })
+    }
+
+    /// Where the guards were written, if they were.
+    fn stray_write(&self) -> Option<String> {
+        let all: &[u8] = bytemuck::cast_slice(&self.words);
+        stray_write(&all[..self.start], &all[self.start + self.bytes..])
     }
 
     fn bytes(&self) -> &[u8] {
@@ -412,6 +425,18 @@ impl Collective for Engine {
         super::cache_bytes()
     }
 
+    fn find_stray_write(&mut self, _thorough: bool) -> Result<Option<String>, Error> {
+        for tensors in &mut self.sets {
+            for tensor in Tensor::ALL {
+                if let Some(at) = tensors.get_mut(tensor).stray_write() {
+                    return Ok(Some(format!("{tensor:?}: {at}")));
+                }
+            }
+        }
+        // It is small enough to be read whole each time.
+        Ok(self.communicator.find_stray_write())
+    }
+
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
         let (from, mut to) = (Buffer::new(bytes)?, Buffer::new(bytes)?);
         let mut times = Vec::new();
@@ -434,3 +459,26 @@ pub(crate) fn sets(problem: &Problem, cold: bool) -> u32 {
 
 /// Copies that [`Engine::copy_time`] takes the median of.
 const COPIES: usize = 9;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_byte_on_either_side_of_a_tensor_is_missed() {
+        for bytes in [0, 1, 63, 64, 4097] {
+            let mut buffer = Buffer::new(bytes).unwrap();
+            buffer.bytes_mut().fill(0);
+            assert_eq!(buffer.bytes().as_ptr().addr() % Buffer::LINE, 0);
+            assert_eq!(buffer.stray_write(), None);
+            let (start, end) = (buffer.start, buffer.start + buffer.bytes);
+            for (at, expected) in [(start - 1, "1 bytes before its start"), (end, "0 bytes past its end")] {
+                let byte: &mut u8 = &mut bytemuck::cast_slice_mut(&mut buffer.words)[at];
+                let guard = std::mem::replace(byte, 0);
+                assert_eq!(buffer.stray_write().as_deref(), Some(expected), "{bytes} bytes");
+                let byte: &mut u8 = &mut bytemuck::cast_slice_mut(&mut buffer.words)[at];
+                *byte = guard;
+            }
+        }
+    }
+}

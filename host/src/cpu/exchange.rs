@@ -158,6 +158,21 @@ impl<M: Medium> Exchange<M> {
         Ok(std::array::from_fn(|index| words[index].load(Relaxed)))
     }
 
+    /// Between operations: what was written to this rank's region that is neither `header` nor the sentinel in all
+    /// slots, if anything.
+    pub(crate) fn find_stray_write(&self, header: Header) -> Option<String> {
+        let words = self.regions.words(self.rank, 0, 64);
+        if words.iter().zip(header.to_words()).any(|(word, expected)| word.load(Relaxed) != expected) {
+            return Some("the header of this rank's region".to_owned());
+        }
+        let layout = self.regions.layout();
+        (0..lamport::SLOTS).find_map(|slot| {
+            let words = self.regions.words(self.rank, layout.slot_offset(slot), layout.slot_bytes());
+            let at = words.iter().position(|word| word.load(Relaxed) != EMPTY)?;
+            Some(format!("slot {slot} of this rank's region, byte {}", at * 8))
+        })
+    }
+
     /// The current operation.
     pub(crate) fn operation(&self) -> u64 {
         self.operation

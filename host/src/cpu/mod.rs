@@ -327,8 +327,17 @@ impl Communicator {
         self.aborter.clone()
     }
 
+    /// What this rank's region holds although no operation runs, if anything.
+    pub(crate) fn find_stray_write(&self) -> Option<String> {
+        self.exchange.find_stray_write(self.header(self.rank))
+    }
+
     pub(crate) fn arch(&self) -> Arch {
         self.arch
+    }
+
+    fn header(&self, rank: u32) -> Header {
+        Header { world_size: self.limits.world_size, rank, slot_bytes: self.limits.slot_bytes }
     }
 
     fn check_usable(&mut self) -> Result<(), Error> {

@@ -18,7 +18,7 @@ use fused_collective_core::{
     pack::Pack,
     plan::{Algorithm, Limits, Plan, Round},
     quant::Quantization,
-    workspace::Layout,
+    workspace::{Header, Layout},
 };
 
 use super::{
@@ -49,6 +49,18 @@ const CALLS_KEPT: u64 = 4096;
 /// Looks at the stream before the host's processor is offered to others.
 const SPINS: u32 = 10_000;
 
+/// How a group works.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Bytes of a slot of the workspace, at least: see [`slot_bytes`](super::slot_bytes).
+    pub slot_bytes: u64,
+    /// No wait of an operation is longer, nor than an hour.
+    pub deadline: Duration,
+    /// Whether ranks (processes) may share a GPU. They take turns on it, at the driver's pace: operations are right,
+    /// and take milliseconds. Not under MPS, where their kernels would compete for the places that each counts on.
+    pub oversubscribe: bool,
+}
+
 /// One rank's end of a group of GPUs of one host, for fused operations on a caller's stream.
 ///
 /// All ranks enqueue the same operations in the same order, each on one stream, or on several that are ordered by
@@ -61,6 +73,9 @@ pub struct Communicator {
     deadline: Duration,
     control: Control,
     failed: Option<Box<Failure>>,
+    /// Other ranks' memory is closed: see [`leave`](Self::leave).
+    left: bool,
+    shares_gpus: bool,
     board: Board,
     /// Captured since the last [`captured`](Self::captured).
     captured: Captured,
@@ -78,19 +93,13 @@ pub struct Communicator {
 
 impl Communicator {
     /// Joins the ranks of `group`, this one with GPU `ordinal` of those that the process sees (its local rank, as a
-    /// rule), and makes a workspace with slots of at least `slot_bytes` bytes. All ranks call this, with the same
-    /// number. The GPU's primary context becomes current in the calling thread.
-    ///
-    /// No wait of an operation is longer than `deadline` (an hour at most).
+    /// rule), and makes a workspace. All ranks call this, with the same `options`. The GPU's primary context becomes
+    /// current in the calling thread.
     ///
     /// # Errors
     /// No driver, no kernels, not enough memory; two ranks that cannot share memory, by name.
-    pub fn join(
-        group: &Group,
-        ordinal: u32,
-        slot_bytes: u64,
-        deadline: Duration,
-    ) -> Result<Communicator, Error> {
+    pub fn join(group: &Group, ordinal: u32, options: Options) -> Result<Communicator, Error> {
+        let Options { slot_bytes, deadline, oversubscribe } = options;
         let (rank, world_size) = (group.rank(), group.world_size());
         let set = Set::for_group(world_size).ok_or_else(|| {
             Error::Devices(format!(
@@ -99,7 +108,7 @@ impl Communicator {
         })?;
         let gpu = Gpu::open(ordinal)?;
         let kernels = Kernels::find(&gpu)?;
-        device::check_group(group, &gpu)?;
+        let shares_gpus = device::check_group(group, &gpu, oversubscribe)?;
         let layout =
             Layout::new(world_size, slot_bytes).map_err(|error| Error::Devices(error.to_string()))?;
         let limits = agree(
@@ -127,6 +136,8 @@ impl Communicator {
             deadline: deadline.min(MAX_DEADLINE),
             control: group.control(),
             failed: None,
+            left: false,
+            shares_gpus,
             board,
             captured: Captured::default(),
             switch,
@@ -148,6 +159,11 @@ impl Communicator {
     /// Ranks in the group.
     pub fn world_size(&self) -> u32 {
         self.limits.world_size
+    }
+
+    /// Whether ranks of the group share GPUs.
+    pub fn shares_gpus(&self) -> bool {
+        self.shares_gpus
     }
 
     /// What operations are planned with; the same on every rank.
@@ -334,7 +350,28 @@ impl Communicator {
         self.check()
     }
 
+    /// Closes other ranks' memory, and returns when all have done so, after which each may free its own: drop it. All
+    /// ranks call this when their operations have ended; every later call fails.
+    ///
+    /// # Errors
+    /// A rank was lost.
+    pub fn leave(&mut self, group: &Group) -> Result<(), Error> {
+        self.left = true;
+        self.workspace.close_peers();
+        Ok(group.barrier()?)
+    }
+
+    /// Between operations: what this rank's region holds, if anything. All of it is read only if `thorough`.
+    pub(crate) fn find_stray_write(&self, thorough: bool) -> Result<Option<String>, Error> {
+        let (world_size, slot_bytes) = (self.layout.world_size(), self.layout.slot_bytes());
+        let header = Header { world_size, rank: self.rank, slot_bytes };
+        self.workspace.find_stray_write(&self.layout, header, thorough)
+    }
+
     fn check_usable(&mut self) -> Result<(), Error> {
+        if self.left {
+            return Err(Error::Group("this rank has left the group".to_owned()));
+        }
         if let Some(failure) = &self.failed {
             return Err(Error::Poisoned(failure.clone()));
         }

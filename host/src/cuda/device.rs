@@ -107,22 +107,25 @@ pub fn count() -> Result<u32, Error> {
     Device::num_devices().map_err(failed("count the GPUs"))
 }
 
-/// Checks that GPUs 0 to `ranks - 1` can reach each other's memory.
+/// Checks that there is a GPU for each rank of `groups` groups of `size` ranks, and that those of a group can reach each
+/// other's memory: GPUs 0 to `size - 1` are the first group's, and so on; past the last GPU, from the first again, if
+/// ranks may `oversubscribe` them.
 ///
 /// # Errors
 /// Which pair cannot, or how many GPUs there are.
-pub fn check_peers(ranks: u32) -> Result<(), Error> {
-    let count = count()?;
-    if count < ranks {
+pub fn check_peers(size: u32, groups: u32, oversubscribe: bool) -> Result<(), Error> {
+    let (count, ranks) = (count()?, size * groups);
+    if count < ranks && !(oversubscribe && count > 0) {
         return Err(Error::Devices(format!(
-            "{ranks} ranks need {ranks} GPUs, one each, and there are {count}"
+            "{ranks} ranks need {ranks} GPUs, one each, and there are {count} (--oversubscribe lets ranks share one)"
         )));
     }
     for first in 0..ranks {
-        for second in (0..ranks).filter(|&second| second != first) {
-            if !can_access(first, second)? {
+        for second in first / size * size..(first / size + 1) * size {
+            let (one, other) = (first % count, second % count);
+            if one != other && !can_access(one, other)? {
                 return Err(Error::Devices(format!(
-                    "GPUs {first} and {second} cannot share memory: there is no peer access between them"
+                    "GPUs {one} and {other} cannot share memory: there is no peer access between them"
                 )));
             }
         }
@@ -146,23 +149,24 @@ fn uuid(ordinal: u32) -> Result<[u8; 16], Error> {
     Ok(uuid)
 }
 
-/// Checks that every rank has a GPU of its own on this host, and one that this rank's can reach. All ranks call this.
+/// Checks that every rank has a GPU on this host which this rank's can reach, and one of its own unless ranks may
+/// `oversubscribe` them. All ranks call this. Whether any two share one.
 ///
 /// # Errors
 /// Which pair of ranks cannot share memory, and why.
-pub(crate) fn check_group(group: &Group, gpu: &Gpu) -> Result<(), Error> {
+pub(crate) fn check_group(group: &Group, gpu: &Gpu, oversubscribe: bool) -> Result<bool, Error> {
     let rank = group.rank();
     let own = gpu.identity()?;
     let identities: Vec<Identity> = super::gather(group, &own)?;
     let found =
         (0..count()?).map(|ordinal| Ok((ordinal, uuid(ordinal)?))).collect::<Result<Vec<_>, Error>>()?;
     let reaches = |peer: &Identity| {
-        // A GPU that this process does not see is left to the attempt to open its memory.
-        let seen = found.iter().find(|(_, uuid)| *uuid == peer.uuid);
+        // A GPU that this process does not see is left to the attempt to open its memory. One is no peer of itself.
+        let seen = found.iter().find(|(_, uuid)| *uuid == peer.uuid && *peer != own);
         seen.map_or(Ok(true), |&(ordinal, _)| can_access(gpu.ordinal, ordinal))
     };
     for (peer, identity) in (0..).zip(&identities).filter(|&(peer, _)| peer != rank) {
-        if let Some(why) = conflict(&own, identity) {
+        if let Some(why) = conflict(&own, identity, oversubscribe) {
             return Err(Error::Pair { rank: rank.min(peer), peer: rank.max(peer), why: why.to_owned() });
         }
         if !reaches(identity)? {
@@ -170,15 +174,23 @@ pub(crate) fn check_group(group: &Group, gpu: &Gpu) -> Result<(), Error> {
             return Err(Error::Pair { rank, peer, why });
         }
     }
-    Ok(())
+    Ok(any_alike(&identities))
+}
+
+/// Whether any two ranks have the same GPU.
+fn any_alike(identities: &[Identity]) -> bool {
+    identities.iter().enumerate().any(|(rank, identity)| identities[..rank].contains(identity))
 }
 
 /// Why two ranks' GPUs cannot be in a group, as far as their names tell.
-fn conflict(one: &Identity, other: &Identity) -> Option<&'static str> {
+fn conflict(one: &Identity, other: &Identity, oversubscribe: bool) -> Option<&'static str> {
     if one.host != other.host {
         Some("they are on different hosts")
-    } else if one.uuid == other.uuid {
-        Some("they use the same GPU: give each rank its own, by LOCAL_RANK or CUDA_VISIBLE_DEVICES")
+    } else if one.uuid == other.uuid && !oversubscribe {
+        Some(
+            "they use the same GPU: give each rank its own, by LOCAL_RANK or CUDA_VISIBLE_DEVICES, or let them share \
+             it with --oversubscribe",
+        )
     } else {
         None
     }
@@ -195,10 +207,20 @@ mod tests {
     #[test]
     fn ranks_on_two_hosts_or_one_gpu_conflict() {
         let own = identity("a", 1);
-        assert_eq!(conflict(&own, &identity("a", 2)), None);
-        assert!(conflict(&own, &identity("b", 2)).is_some_and(|why| why.contains("different hosts")));
+        let why = |other: &Identity| conflict(&own, other, false);
+        assert_eq!(why(&identity("a", 2)), None);
+        assert!(why(&identity("b", 2)).is_some_and(|why| why.contains("different hosts")));
         // The same number on another host would be another GPU.
-        assert!(conflict(&own, &identity("b", 1)).is_some_and(|why| why.contains("different hosts")));
-        assert!(conflict(&own, &identity("a", 1)).is_some_and(|why| why.contains("same GPU")));
+        assert!(why(&identity("b", 1)).is_some_and(|why| why.contains("different hosts")));
+        assert!(why(&identity("a", 1)).is_some_and(|why| why.contains("same GPU")));
+    }
+
+    #[test]
+    fn ranks_share_a_gpu_if_they_may_but_never_a_host() {
+        let own = identity("a", 1);
+        assert_eq!(conflict(&own, &identity("a", 1), true), None);
+        assert!(conflict(&own, &identity("b", 2), true).is_some());
+        assert!(any_alike(&[identity("a", 2), own.clone(), identity("a", 2)]));
+        assert!(!any_alike(&[identity("a", 2), own, identity("b", 2)]));
     }
 }

@@ -14,7 +14,7 @@ use cust::{
 use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Norm},
-    launch::{Activations, Address, Local, Step as EagerStep},
+    launch::{Activations, Address, Conversions, Local, Step as EagerStep},
     quant::Quantization,
 };
 
@@ -26,12 +26,12 @@ use super::{
     gather,
     graph::Graph,
     kernels::{Entry, Kernels, Set},
-    memory::{DeviceMemory, require},
+    memory::{DeviceMemory, GuardedMemory, require},
     nccl::NcclGroup,
     tensors::{DeviceTensor, TensorType, Tensors},
 };
 use crate::{
-    collective::{self, AllReduce, Collective, Eager, Error, Problem, Step, Tensor},
+    collective::{self, AllReduce, Collective, Conversion, Eager, Error, Problem, Step, Tensor},
     rendezvous::Group,
     settings::AllReduceChoice,
 };
@@ -51,13 +51,13 @@ pub struct Engine<'a> {
     group: &'a Group,
     problem: Option<Problem>,
     /// The tensors, and the copies that operations of a cold trial take turns on.
-    sets: Vec<HashMap<Tensor, DeviceMemory>>,
+    sets: Vec<HashMap<Tensor, GuardedMemory>>,
     /// The ones in use.
     set: usize,
     cold: bool,
     /// Written before a cold trial, to have the cache full of it.
     flush: Option<DeviceMemory>,
-    scale: Option<DeviceMemory>,
+    scale: Option<GuardedMemory>,
     /// The graphs timed on the current problem, with what they run.
     graphs: Vec<(Vec<Step>, u32, Graph, Captured)>,
     events: [Event; 2],
@@ -86,7 +86,19 @@ impl<'a> Engine<'a> {
     ) -> Result<Self, CudaError> {
         let mut notes = vec![format!("{} x {}", group.world_size(), communicator.describe())];
         let mut nccl = None;
-        if all_reduces.contains(&AllReduceChoice::Nccl) {
+        if communicator.shares_gpus() {
+            notes.insert(
+                0,
+                "RANKS SHARE GPUS (--oversubscribe): they take turns, so all times mean nothing".to_owned(),
+            );
+        }
+        if all_reduces.contains(&AllReduceChoice::Nccl) && communicator.shares_gpus() {
+            let why = "NCCL is left out: it refuses ranks that share a GPU";
+            if !all_reduces.contains(&AllReduceChoice::Custom) {
+                return Err(CudaError::Nccl("refuses ranks that share a GPU: use custom".to_owned()));
+            }
+            notes.push(why.to_owned());
+        } else if all_reduces.contains(&AllReduceChoice::Nccl) {
             match NcclGroup::join(group, communicator.gpu(), deadline) {
                 Ok(joined) => {
                     notes.push(format!("standard_allreduce is NCCL {}", joined.version()));
@@ -120,13 +132,13 @@ impl<'a> Engine<'a> {
         self.stream.as_inner().cast()
     }
 
-    fn tensors(&self) -> &HashMap<Tensor, DeviceMemory> {
+    fn tensors(&self) -> &HashMap<Tensor, GuardedMemory> {
         &self.sets[self.set]
     }
 
     /// Where `tensor` is; null if the problem has no use for it.
     fn address(&self, tensor: Tensor) -> Address {
-        self.tensors().get(&tensor).map_or(Address::NULL, DeviceMemory::address)
+        self.tensors().get(&tensor).map_or(Address::NULL, GuardedMemory::address)
     }
 
     /// The tensor as an operation takes it.
@@ -135,7 +147,7 @@ impl<'a> Engine<'a> {
             Tensor::QuantOut | Tensor::ScaleOut => (TensorType::Code, 1),
             _ => (TensorType::Element(dtype), dtype.bytes()),
         };
-        let bytes = self.tensors().get(&tensor).map_or(0, DeviceMemory::bytes);
+        let bytes = self.tensors().get(&tensor).map_or(0, GuardedMemory::bytes);
         DeviceTensor { address: self.address(tensor).0, length: bytes / size, element }
     }
 
@@ -143,7 +155,7 @@ impl<'a> Engine<'a> {
     fn operands(&self, problem: &Problem, norm: bool, quantization: Quantization, sum: Tensor) -> Tensors {
         let tensor = |role| self.tensor(role, problem.dtype);
         let quantized = quantization != Quantization::None;
-        let scale = self.scale.as_ref().map_or(Address::NULL, DeviceMemory::address);
+        let scale = self.scale.as_ref().map_or(Address::NULL, GuardedMemory::address);
         Tensors {
             input: tensor(Tensor::Input),
             residual: None,
@@ -241,7 +253,7 @@ impl<'a> Engine<'a> {
 
     fn eager(&mut self, problem: &Problem, eager: Eager) -> Result<(), Error> {
         let at = |tensor| self.address(tensor);
-        let scale = self.scale.as_ref().map_or(Address::NULL, DeviceMemory::address);
+        let scale = self.scale.as_ref().map_or(Address::NULL, GuardedMemory::address);
         let (wide_a, wide_b, per_token) = (at(Tensor::WideA), at(Tensor::WideB), at(Tensor::PerToken));
         let none = Address::NULL;
         let norm = problem.norm;
@@ -393,11 +405,13 @@ impl Collective for Engine<'_> {
                         problem.tokens
                     ))
                 })?;
-                tensors.insert(tensor, DeviceMemory::new(bytes)?);
+                tensors.insert(tensor, GuardedMemory::new(bytes)?);
             }
             self.sets.push(tensors);
         }
-        self.scale = Some(DeviceMemory::holding(&problem.scale.to_ne_bytes())?);
+        let mut scale = GuardedMemory::new(size_of::<f32>() as u64)?;
+        scale.write(0, &problem.scale.to_ne_bytes())?;
+        self.scale = Some(scale);
         self.communicator.prepare(&problem.operation(Mode::Auto))?;
         self.communicator.kernels().load(problem.dtype, Set::Local)?;
         self.problem = Some(*problem);
@@ -414,7 +428,7 @@ impl Collective for Engine<'_> {
 
     fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
         let tensor = self.sets.first().and_then(|tensors| tensors.get(&tensor));
-        Ok(tensor.map_or(Ok(Vec::new()), DeviceMemory::read)?)
+        Ok(tensor.map_or(Ok(Vec::new()), GuardedMemory::read)?)
     }
 
     fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
@@ -476,6 +490,40 @@ impl Collective for Engine<'_> {
         }
         times.sort_by(f64::total_cmp);
         Ok(times[times.len() / 2])
+    }
+
+    fn find_stray_write(&mut self, thorough: bool) -> Result<Option<String>, Error> {
+        for (tensor, memory) in self.sets.iter().flatten() {
+            if let Some(at) = memory.stray_write()? {
+                return Ok(Some(format!("{tensor:?}: {at}")));
+            }
+        }
+        if let Some(at) = self.scale.as_ref().map_or(Ok(None), GuardedMemory::stray_write)? {
+            return Ok(Some(format!("the scale: {at}")));
+        }
+        Ok(self.communicator.find_stray_write(thorough)?)
+    }
+
+    fn convert(&mut self, to: Conversion, first: u32, count: u32) -> Result<Option<Vec<u8>>, Error> {
+        let mut codes = vec![0; (count / to.codes_per_byte()) as usize];
+        let mut out = DeviceMemory::new(codes.len() as u64)?;
+        // A code that is not written is wrong.
+        out.fill_from(0, u32::MAX)?;
+        let stream = self.handle();
+        let kernels = self.communicator.kernels();
+        let entry = Entry { set: Set::Local, family: "encode", part: to.name(), packs: None };
+        // The kernels for every element type have these.
+        let launch = kernels.for_elements(DType::F32, entry, EAGER_THREADS, u64::from(count / 4))?;
+        let parameters = Conversions { out: out.address(), first, count };
+        // SAFETY: the entry point takes these parameters; `out` has room for all codes, and lives until `settle`.
+        unsafe { kernels.launch(launch, &parameters, stream)? };
+        self.settle()?;
+        out.read(0, &mut codes)?;
+        Ok(Some(codes))
+    }
+
+    fn leave(&mut self) -> Result<(), Error> {
+        Ok(self.communicator.leave(self.group)?)
     }
 
     fn all_reduces(&self) -> Vec<AllReduce> {

@@ -8,6 +8,7 @@ use super::{
     Error,
     driver::{DevicePointer, Functions, IpcHandle, check, load},
 };
+use crate::collective::{GUARD, GUARD_BYTES, stray_write};
 
 /// `CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP`.
 const HOST_MAPPED: u32 = 1 | 2;
@@ -87,11 +88,7 @@ impl DeviceMemory {
     /// # Errors
     /// They do not fit, or the driver's.
     pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        let length = bytes.len() as u64;
-        if offset.checked_add(length).is_none_or(|end| end > self.bytes) {
-            let why = format!("has {} bytes: {length} at {offset} do not fit", self.bytes);
-            return Err(Error::Tensor { tensor: "the memory", why });
-        }
+        self.check_range("write", offset, bytes.len())?;
         if bytes.is_empty() {
             return Ok(());
         }
@@ -102,20 +99,28 @@ impl DeviceMemory {
         check("copy to the GPU", code)
     }
 
-    /// The contents.
+    /// Copies the bytes from `offset` on into `bytes`, as many as it has.
     ///
     /// # Errors
-    /// The driver's.
-    pub(crate) fn read(&self) -> Result<Vec<u8>, Error> {
-        let mut bytes = vec![0; self.bytes as usize];
-        if !bytes.is_empty() {
-            // SAFETY: the vector has as many bytes as the allocation.
-            let code = unsafe {
-                (self.driver.cuMemcpyDtoH_v2)(bytes.as_mut_ptr().cast(), self.address, bytes.len())
-            };
-            check("copy from the GPU", code)?;
+    /// There are not so many, or the driver's.
+    pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        self.check_range("read", offset, bytes.len())?;
+        if bytes.is_empty() {
+            return Ok(());
         }
-        Ok(bytes)
+        // SAFETY: inside the allocation, as checked; the slice has the room.
+        let code = unsafe {
+            (self.driver.cuMemcpyDtoH_v2)(bytes.as_mut_ptr().cast(), self.address + offset, bytes.len())
+        };
+        check("copy from the GPU", code)
+    }
+
+    fn check_range(&self, doing: &str, offset: u64, length: usize) -> Result<(), Error> {
+        if offset.checked_add(length as u64).is_some_and(|end| end <= self.bytes) {
+            return Ok(());
+        }
+        let why = format!("has {} bytes: cannot {doing} {length} at {offset}", self.bytes);
+        Err(Error::Tensor { tensor: "the memory", why })
     }
 
     /// Fills the words (of 4 bytes) from `offset` to the end with `word`. Returns when they are.
@@ -159,6 +164,73 @@ impl Drop for DeviceMemory {
             // SAFETY: allocated in `new`. If it fails, so has the whole context, and the memory with it.
             unsafe { (self.driver.cuMemFree_v2)(self.address) };
         }
+    }
+}
+
+/// A tensor on the current device between its guards.
+#[derive(Debug)]
+pub(crate) struct GuardedMemory {
+    memory: DeviceMemory,
+    bytes: u64,
+}
+
+impl GuardedMemory {
+    /// Bytes of one guard. A multiple of 256, so that the tensor is aligned as an allocation is.
+    const GUARD_BYTES: u64 = GUARD_BYTES as u64;
+
+    /// Allocates `bytes` bytes with unspecified contents.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn new(bytes: u64) -> Result<Self, Error> {
+        let mut memory = DeviceMemory::new(bytes.saturating_add(2 * Self::GUARD_BYTES))?;
+        for offset in [0, Self::GUARD_BYTES + bytes] {
+            memory.write(offset, &[GUARD; GUARD_BYTES])?;
+        }
+        Ok(GuardedMemory { memory, bytes })
+    }
+
+    /// Where the tensor is.
+    pub(crate) fn address(&self) -> Address {
+        self.memory.address().offset(Self::GUARD_BYTES)
+    }
+
+    /// How large it is.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Writes `bytes` at `offset`. Returns when they are there.
+    ///
+    /// # Errors
+    /// They do not fit, or the driver's.
+    pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > self.bytes) {
+            let why = format!("has {} bytes: cannot write {} at {offset}", self.bytes, bytes.len());
+            return Err(Error::Tensor { tensor: "the tensor", why });
+        }
+        self.memory.write(Self::GUARD_BYTES + offset, bytes)
+    }
+
+    /// The contents.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn read(&self) -> Result<Vec<u8>, Error> {
+        let mut bytes = vec![0; self.bytes as usize];
+        self.memory.read(Self::GUARD_BYTES, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Where the guards were written, if they were.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn stray_write(&self) -> Result<Option<String>, Error> {
+        let (mut before, mut after) = ([0; GUARD_BYTES], [0; GUARD_BYTES]);
+        self.memory.read(0, &mut before)?;
+        self.memory.read(Self::GUARD_BYTES + self.bytes, &mut after)?;
+        Ok(stray_write(&before, &after))
     }
 }
 

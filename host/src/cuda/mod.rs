@@ -32,7 +32,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::rendezvous::Group;
 
 pub use abort::Aborter;
-pub use communicator::{Captured, Communicator};
+pub use communicator::{Captured, Communicator, Options};
 pub use device::{check_peers, count};
 pub use engine::Engine;
 pub use error::Error;

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     fusion::Operation,
-    lamport::SENTINEL,
+    lamport::{SENTINEL, SLOTS},
     launch::{Address, RankState},
     workspace::{Header, Layout, SLOTS_OFFSET, SlotRows},
 };
@@ -12,10 +12,17 @@ use super::{
     driver::IpcHandle,
     memory::{DeviceMemory, PeerMemory, require},
 };
-use crate::rendezvous::Group;
+use crate::{collective::first_other, rendezvous::Group};
 
 /// Regions have pages of their own: a peer that opens one may reach the pages whole.
 const PAGE: u64 = 2 << 20;
+
+/// A region of at most so many bytes is read whole to look for stray writes.
+const ALWAYS_WHOLE: u64 = 8 << 20;
+/// Of the slots of a larger one, so many bytes at either end.
+const EDGE: u64 = 64 << 10;
+/// Bytes of a region that are read at a time.
+const READ_AT_ONCE: u64 = 64 << 20;
 
 /// The most bytes of a slot that [`slot_bytes`] recommends.
 const MAX_SLOT_BYTES: u64 = 512 << 20;
@@ -35,8 +42,8 @@ pub fn slot_bytes(world_size: u32, operation: &Operation) -> u64 {
 #[derive(Debug)]
 pub(crate) struct Workspace {
     // Peers' regions are closed before this rank's is freed.
-    _peers: Vec<PeerMemory>,
-    _region: DeviceMemory,
+    peers: Vec<PeerMemory>,
+    region: DeviceMemory,
     table: DeviceMemory,
     state: DeviceMemory,
 }
@@ -73,14 +80,64 @@ impl Workspace {
         }
         let table: Vec<u64> = addresses.iter().map(|address| address.0).collect();
         let workspace = Workspace {
-            _peers: peers,
-            _region: region,
+            peers,
+            region,
             table: DeviceMemory::holding(bytemuck::cast_slice(&table))?,
             state: DeviceMemory::holding(&[0; size_of::<RankState>()])?,
         };
         // Nobody sends before everybody is ready.
         group.barrier()?;
         Ok(workspace)
+    }
+
+    /// Closes the peers' regions. No kernel may use this workspace any more.
+    pub(crate) fn close_peers(&mut self) {
+        self.peers.clear();
+    }
+
+    /// Between operations: what this rank's region holds that is neither its `header` nor the sentinel in all slots
+    /// and after them, if anything. A region of more than [`ALWAYS_WHOLE`] bytes is read whole only if `thorough`,
+    /// else the first and the last [`EDGE`] bytes of each slot.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn find_stray_write(
+        &self,
+        layout: &Layout,
+        header: Header,
+        thorough: bool,
+    ) -> Result<Option<String>, Error> {
+        let mut head = [0u64; (SLOTS_OFFSET / 8) as usize];
+        self.region.read(0, bytemuck::cast_slice_mut(&mut head))?;
+        let expected = header.to_words().map(u64::to_le);
+        if head[..expected.len()] != expected || head[expected.len()..].iter().any(|&word| word != 0) {
+            return Ok(Some("the header of this rank's region".to_owned()));
+        }
+        let end = self.region.bytes();
+        let mut ranges = Vec::new();
+        if end <= ALWAYS_WHOLE || thorough {
+            ranges.push(SLOTS_OFFSET..end);
+        } else {
+            for slot in 0..SLOTS {
+                let (first, next) =
+                    (layout.slot_offset(slot), layout.slot_offset(slot) + layout.slot_bytes());
+                ranges.push(first..(first + EDGE).min(next));
+                ranges.push(next.saturating_sub(EDGE).max(first)..next);
+            }
+            ranges.push(layout.region_bytes()..end);
+        }
+        let mut words = Vec::new();
+        for range in ranges {
+            for start in range.clone().step_by(READ_AT_ONCE as usize) {
+                let bytes = READ_AT_ONCE.min(range.end - start);
+                words.resize((bytes / 4) as usize, 0u32);
+                self.region.read(start, bytemuck::cast_slice_mut(&mut words))?;
+                if let Some(at) = first_other(&words, SENTINEL) {
+                    return Ok(Some(format!("this rank's region, byte {}", start + at as u64 * 4)));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// The table of all regions' addresses.

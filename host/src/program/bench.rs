@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     bench,
-    collective::Collective,
+    collective::{Collective, Tensor},
     launch,
     peers::Peers,
     rendezvous::Group,
@@ -31,10 +31,14 @@ impl Bench {
         let mut job = Job::new(Request {
             backend: settings.backend,
             nproc_per_node: settings.nproc_per_node,
+            groups: 1,
+            oversubscribe: settings.oversubscribe,
             all_reduces: settings.all_reduces.clone(),
             deadline: settings.deadline(),
             problems: settings.cases().map(|case| bench::problem(&settings, case)).collect(),
             cold: settings.cold,
+            // A copy of the outputs while they are verified.
+            held: |problem| problem.bytes_of(&Tensor::OUTPUTS),
         })?;
         let outputs = OutputFiles::check(&settings.outputs)?;
         let earlier = match &settings.outputs.compare {

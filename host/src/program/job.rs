@@ -20,7 +20,7 @@ use crate::{
     failure::Cause,
     launch::{self, Launcher},
     rank_env::RankEnv,
-    rendezvous::{self, Group, Membership},
+    rendezvous::{self, Group, MIN_RANKS, Membership},
     report::{machine, progress::Progress},
     settings::{AllReduceChoice, BackendChoice},
 };
@@ -34,8 +34,12 @@ const FIRST_HAND: Duration = Duration::from_secs(1);
 /// The group that a command asks for, and what it will compute.
 pub(super) struct Request {
     pub(super) backend: BackendChoice,
-    /// Ranks; `None` leaves it to the launcher or to the backend.
+    /// Ranks of the job; `None` leaves it to the launcher or to the backend.
     pub(super) nproc_per_node: Option<u32>,
+    /// Groups that the ranks are dealt out to, of the same size.
+    pub(super) groups: u32,
+    /// Whether ranks may share a GPU.
+    pub(super) oversubscribe: bool,
     pub(super) all_reduces: Vec<AllReduceChoice>,
     /// Longest wait for a peer.
     pub(super) deadline: Duration,
@@ -43,6 +47,8 @@ pub(super) struct Request {
     pub(super) problems: Vec<Problem>,
     /// Whether it will have copies of the tensors, so that none is found in a cache.
     pub(super) cold: bool,
+    /// Bytes that each rank holds of a problem besides its tensors; `None` past 64 bits.
+    pub(super) held: fn(&Problem) -> Option<u64>,
 }
 
 /// A request that can be met.
@@ -78,6 +84,12 @@ impl Job {
         let launched = environment.as_ref().map(|environment| environment.world_size);
         let asked = cli::world_size(request.nproc_per_node, launched)?;
         let (backend, world_size) = choose_backend(&request, asked, launched.is_some())?;
+        let groups = request.groups;
+        if !world_size.is_multiple_of(groups) || world_size / groups < MIN_RANKS {
+            return Err(Failure::Usage(format!(
+                "--groups: {world_size} ranks cannot form {groups} groups of one size: use a number that leaves each {MIN_RANKS} ranks or more"
+            )));
+        }
         Ok(Job { request, environment, backend, world_size, handed_over: Vec::new() })
     }
 
@@ -92,7 +104,7 @@ impl Job {
     /// This rank's GPU, if the backend has one.
     pub(super) fn cuda(&self) -> Option<u32> {
         let environment = self.environment.as_ref()?;
-        (self.backend == Backend::Cuda).then_some(environment.local_rank)
+        if self.backend == Backend::Cuda { self.ordinal(environment.local_rank).ok() } else { None }
     }
 
     /// This process's rank; `None` in one that will start the ranks.
@@ -105,12 +117,38 @@ impl Job {
         self.handed_over.push((variable, content));
     }
 
-    /// Starts the ranks and waits for them, or is one of them: then does the `work`, and on rank 0 ends with
-    /// `conclude`, which makes an exit status of it. Ranks must agree on the `config`.
+    /// Ranks of the largest group.
+    pub(super) fn group_size(&self) -> u32 {
+        self.world_size / self.request.groups
+    }
+
+    /// Whether the ranks are processes that this program starts, one for each GPU.
+    pub(super) fn starts_ranks_on_gpus(&self) -> bool {
+        self.backend == Backend::Cuda && (self.environment.is_none() || launch::is_launched())
+    }
+
+    /// Starts the ranks and waits for them, or is one of them: then does the `work` with the group of all ranks and its
+    /// backend, and on rank 0 ends with `conclude`, which makes an exit status of it. Ranks must agree on the `config`.
     pub(super) fn run<T>(
         &self,
         config: &impl Serialize,
         work: impl FnOnce(&Group, &mut dyn Collective) -> Result<T, Error>,
+        conclude: impl FnOnce(T) -> Result<u8, Failure>,
+    ) -> Result<u8, Failure> {
+        let work = |group: &Group| {
+            let mut backend = self.join(group, self.request.deadline)?;
+            let outcome = work(group, &mut *backend)?;
+            backend.leave()?;
+            Ok(outcome)
+        };
+        self.run_ranks(config, work, conclude)
+    }
+
+    /// As [`run`](Self::run), without a backend: the `work` [joins](Self::join) it when it has the groups it wants.
+    pub(super) fn run_ranks<T>(
+        &self,
+        config: &impl Serialize,
+        work: impl FnOnce(&Group) -> Result<T, Error>,
         conclude: impl FnOnce(T) -> Result<u8, Failure>,
     ) -> Result<u8, Failure> {
         let Some(environment) = &self.environment else { return self.launch() };
@@ -124,12 +162,7 @@ impl Job {
             deadline: self.request.deadline,
         };
         let group = Group::join(&membership).map_err(|error| rendezvous_failure(&error, rank))?;
-        let outcome = match self.backend {
-            Backend::Cpu => self.join_cpu(&group).and_then(|mut engine| work(&group, &mut engine)),
-            Backend::Cuda => self
-                .join_cuda(&group, environment.local_rank)
-                .and_then(|mut engine| work(&group, &mut engine)),
-        };
+        let outcome = work(&group);
         match outcome {
             Ok(outcome) => {
                 let status = if rank == 0 { conclude(outcome)? } else { launch::SUCCESS };
@@ -139,6 +172,21 @@ impl Job {
             }
             Err(error) => Err(give_up(&group, &error)),
         }
+    }
+
+    /// This rank's end of the backend, for `group`, all of whose ranks call this. No operation waits past `deadline`.
+    pub(super) fn join<'a>(
+        &self,
+        group: &'a Group,
+        deadline: Duration,
+    ) -> Result<Box<dyn Collective + 'a>, Error> {
+        Ok(match self.backend {
+            Backend::Cpu => Box::new(self.join_cpu(group, deadline)?),
+            Backend::Cuda => {
+                let local_rank = self.environment.as_ref().map_or(0, |environment| environment.local_rank);
+                Box::new(self.join_cuda(group, local_rank, deadline)?)
+            }
+        })
     }
 
     fn launch(&self) -> Result<u8, Failure> {
@@ -182,12 +230,9 @@ impl Job {
 
     /// Bytes that a problem takes on all ranks; `None` past 64 bits.
     fn memory_needed(&self, problem: &Problem) -> Option<u64> {
-        let outputs = collective::Tensor::OUTPUTS
-            .iter()
-            .try_fold(0u64, |total, &tensor| total.checked_add(problem.bytes(tensor)?))?;
-        // Tensors, and while they are verified a copy of the outputs.
-        let on_each = problem.total_bytes()?.checked_add(outputs)?;
-        let shared = cpu::layout(self.world_size, self.longest_row()).ok()?.total_bytes();
+        let on_each = problem.total_bytes()?.checked_add((self.request.held)(problem)?)?;
+        let shared = cpu::layout(self.group_size(), self.longest_row()).ok()?.total_bytes();
+        let shared = shared.checked_mul(u64::from(self.request.groups))?;
         let (copies, flush) = match self.request.cold {
             true => (cpu::sets(problem, true), 2 * cpu::cache_bytes()),
             false => (1, 0),
@@ -202,7 +247,7 @@ impl Job {
     }
 
     /// Sets up the group's shared memory.
-    fn join_cpu(&self, group: &Group) -> Result<Engine, Error> {
+    fn join_cpu(&self, group: &Group, deadline: Duration) -> Result<Engine, Error> {
         let failed = |what: &dyn fmt::Display| Error::Failed(format!("the group's shared memory: {what}"));
         let layout = cpu::layout(group.world_size(), self.longest_row()).map_err(|error| failed(&error))?;
         let own = match group.rank() {
@@ -212,23 +257,33 @@ impl Job {
         let memory = group.share_fd(own.as_ref().map(AsFd::as_fd))?;
         let alarm = group.alarm();
         let watch = Watch::new(move || alarm.lost_rank().map(|rank| format!("rank {rank} was lost")));
-        let deadline = self.request.deadline;
         let communicator = Communicator::join(memory.as_fd(), layout, group.rank(), deadline, watch)
             .map_err(collective::Error::from)?;
         Ok(Engine::new(communicator))
     }
 
+    /// The GPU of the rank with this number on the host. Ranks past the last GPU start over with the first, if they may.
+    fn ordinal(&self, local_rank: u32) -> Result<u32, cuda::Error> {
+        if self.request.oversubscribe { Ok(local_rank % cuda::count()?.max(1)) } else { Ok(local_rank) }
+    }
+
     /// Makes the group's workspace on the GPUs.
-    fn join_cuda<'a>(&self, group: &'a Group, local_rank: u32) -> Result<cuda::Engine<'a>, Error> {
-        let deadline = self.request.deadline;
+    fn join_cuda<'a>(
+        &self,
+        group: &'a Group,
+        local_rank: u32,
+        deadline: Duration,
+    ) -> Result<cuda::Engine<'a>, Error> {
         let slot_bytes =
             |problem: &Problem| cuda::slot_bytes(group.world_size(), &problem.operation(Mode::Auto));
         let slot_bytes = self.request.problems.iter().map(slot_bytes).max().unwrap_or(0);
-        let engine =
-            cuda::Communicator::join(group, local_rank, slot_bytes, deadline).and_then(|communicator| {
-                cuda::Engine::new(group, communicator, &self.request.all_reduces, deadline)
-            });
-        Ok(engine.map_err(collective::Error::from)?)
+        let oversubscribe = self.request.oversubscribe;
+        let options = cuda::Options { slot_bytes, deadline, oversubscribe };
+        let join = || {
+            let communicator = cuda::Communicator::join(group, self.ordinal(local_rank)?, options)?;
+            cuda::Engine::new(group, communicator, &self.request.all_reduces, deadline)
+        };
+        Ok(join().map_err(collective::Error::from)?)
     }
 }
 
@@ -318,18 +373,20 @@ fn rendezvous_failure(error: &rendezvous::Error, rank: u32) -> Failure {
 
 /// The backend and the number of ranks, from what was `asked` for. `launched`: something else has started the ranks.
 fn choose_backend(request: &Request, asked: Option<u32>, launched: bool) -> Result<(Backend, u32), Failure> {
+    let groups = request.groups;
+    let on_cpu = (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS * groups));
+    let oversubscribe = request.oversubscribe;
+    let check_peers = |ranks: u32| cuda::check_peers(ranks / groups, groups, oversubscribe).map(|()| ranks);
     let chosen = match request.backend {
-        BackendChoice::Cpu => (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS)),
-        BackendChoice::Auto => {
-            match gpu_ranks(asked).and_then(|ranks| cuda::check_peers(ranks).map(|()| ranks)) {
-                Ok(ranks) => (Backend::Cuda, ranks),
-                Err(_) => (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS)),
-            }
-        }
+        BackendChoice::Cpu => on_cpu,
+        BackendChoice::Auto => match gpu_ranks(asked, groups, oversubscribe).and_then(check_peers) {
+            Ok(ranks) => (Backend::Cuda, ranks),
+            Err(_) => on_cpu,
+        },
         BackendChoice::Cuda => {
             // A launcher may show each rank its own GPU alone: then the ranks find out together.
-            let check = |ranks| if launched { Ok(ranks) } else { cuda::check_peers(ranks).map(|()| ranks) };
-            let ranks = gpu_ranks(asked).and_then(check).map_err(|error| {
+            let check = |ranks| if launched { Ok(ranks) } else { check_peers(ranks) };
+            let ranks = gpu_ranks(asked, groups, oversubscribe).and_then(check).map_err(|error| {
                 Failure::Usage(format!("--backend: cuda: {error}: use cpu, or leave the option out"))
             })?;
             (Backend::Cuda, ranks)
@@ -343,13 +400,20 @@ fn choose_backend(request: &Request, asked: Option<u32>, launched: bool) -> Resu
     Ok(chosen)
 }
 
-/// The ranks of a group of GPUs: as many as `asked` for, or one for each GPU.
-fn gpu_ranks(asked: Option<u32>) -> Result<u32, cuda::Error> {
-    let count = cuda::count()?;
-    let ranks = asked.unwrap_or(count.min(cuda::MAX_RANKS));
-    if (DEFAULT_RANKS..=cuda::MAX_RANKS).contains(&ranks) {
+/// The ranks of so many groups of GPUs: as many as `asked` for, or one for each GPU, or the fewest that can form the
+/// groups if they may `oversubscribe` the GPUs.
+fn gpu_ranks(asked: Option<u32>, groups: u32, oversubscribe: bool) -> Result<u32, cuda::Error> {
+    let count = match cuda::count()? {
+        count @ 1.. if oversubscribe => count.max(DEFAULT_RANKS * groups),
+        count => count,
+    };
+    let ranks = asked.unwrap_or((count / groups).min(cuda::MAX_RANKS) * groups);
+    if (DEFAULT_RANKS..=cuda::MAX_RANKS).contains(&(ranks / groups)) {
         return Ok(ranks);
     }
     let most = cuda::MAX_RANKS;
-    Err(cuda::Error::Devices(format!("{ranks} GPUs cannot form a group: {DEFAULT_RANKS} to {most} can")))
+    let group = if groups == 1 { "a group".to_owned() } else { format!("{groups} groups") };
+    Err(cuda::Error::Devices(format!(
+        "{ranks} GPUs cannot form {group}: {DEFAULT_RANKS} to {most} can form one"
+    )))
 }

@@ -9,12 +9,17 @@
 //! - every wait ends within the deadline, with an error that names the rank that was missing;
 //! - a rank that is killed, exits, gives up or falls out of step ends the group: every operation under way or
 //!   to come fails at once on every rank, with the same [`Lost`];
+//! - a job may have several groups: a group is who joined it, or who a [split](Group::split) put into it, and never
+//!   simply everybody;
 //! - an orderly end is a [farewell](Group::farewell) of all ranks; a connection that ends before is a loss;
 //! - code that spins on shared memory can watch an [`Alarm`], at the price of one load.
 
 use std::{
     os::fd::{BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -74,6 +79,9 @@ pub struct Group {
     rank: u32,
     world_size: u32,
     deadline: Duration,
+    key: String,
+    /// Groups that this one was split into so far, to tell their keys apart.
+    splits: AtomicU32,
     shared: Arc<Shared>,
     monitor: Option<JoinHandle<()>>,
     /// Held during an operation: they come one after the other.
@@ -110,7 +118,17 @@ impl Group {
             .spawn(|| monitor.run())
             .map_err(Error::system("start the group's monitor"))?;
         let (monitor, operation) = (Some(monitor), Mutex::new(()));
-        Ok(Group { rank, world_size, deadline, shared, monitor, operation, farewell: false })
+        Ok(Group {
+            rank,
+            world_size,
+            deadline,
+            key: membership.key.to_owned(),
+            splits: AtomicU32::new(0),
+            shared,
+            monitor,
+            operation,
+            farewell: false,
+        })
     }
 
     /// This rank.
@@ -168,6 +186,38 @@ impl Group {
         let (own, sent) = (descriptor.map(duplicate).transpose()?, descriptor.map(duplicate).transpose()?);
         let part = self.run_for_one(Operation::ShareFd, Part { bytes: Vec::new(), descriptor: sent })?;
         own.or(part.descriptor).ok_or(Error::NoDescriptor)
+    }
+
+    /// Makes groups of this one's ranks: those that give the same `color` are one, numbered in the order that they
+    /// have here; a rank that gives `None` is in none. All ranks call this.
+    ///
+    /// The new groups know nothing of each other, nor of this group, which stays as it is: they run what they like,
+    /// and a rank that is lost to this group is lost to the one of the new groups that had it. To leave a new group
+    /// is no [farewell](Self::farewell) to this one.
+    ///
+    /// # Errors
+    /// On every rank: a rank was lost, or [`Error::Membership`] if a rank is the only one of its color.
+    pub fn split(&self, color: Option<u32>) -> Result<Option<Group>, Error> {
+        let split = self.splits.fetch_add(1, Ordering::Relaxed);
+        let mut own = vec![u8::from(color.is_some())];
+        own.extend(color.unwrap_or(0).to_le_bytes());
+        let all = self.all_gather(&own)?;
+        let of_color = |color: &Vec<u8>| all.iter().filter(|other| *other == color).count() as u32;
+        for (rank, color) in (0..).zip(&all) {
+            if color[0] != 0 && of_color(color) < MIN_RANKS {
+                return Err(Error::Membership { rank, world_size: of_color(color) });
+            }
+        }
+        let Some(color) = color else { return Ok(None) };
+        let rank = all[..self.rank as usize].iter().filter(|other| **other == own).count() as u32;
+        Group::join(&Membership {
+            rank,
+            world_size: of_color(&own),
+            key: &format!("{}/split {split}/{color}", self.key),
+            config: b"",
+            deadline: self.deadline,
+        })
+        .map(Some)
     }
 
     /// The rank that was lost, if one was. One atomic load while none is.

@@ -534,3 +534,70 @@ proptest! {
         });
     }
 }
+
+#[test]
+fn a_group_splits_into_groups_that_work_at_the_same_time() {
+    // Colors by rank: two groups, and a rank in neither.
+    let colors = [Some(7), Some(3), None, Some(7), Some(3), Some(3)];
+    let results = on_ranks(6, |world| {
+        let own = world.split(colors[world.rank() as usize]).expect("split");
+        let Some(own) = own else {
+            assert!(world.split(None).expect("split").is_none());
+            world.farewell().expect("farewell");
+            return None;
+        };
+        // Different operations in each, and so often that they overlap.
+        for round in 0..if own.world_size() == 2 { 50 } else { 20_u8 } {
+            let gathered = own.all_gather(&[world.rank() as u8, round]).expect("gathered");
+            assert!(gathered.iter().all(|part| part[1] == round));
+            own.barrier().expect("a barrier");
+        }
+        let members = own.all_gather(&[world.rank() as u8]).expect("gathered").concat();
+        let place = (own.rank(), members);
+        own.farewell().expect("farewell");
+        // The group that was split is as good as ever, and can be split again.
+        let all = world.split(Some(0)).expect("split").expect("a group");
+        assert_eq!(all.world_size(), 5);
+        all.farewell().expect("farewell");
+        world.farewell().expect("farewell");
+        Some(place)
+    });
+    let expected = [
+        (0, [0, 3].to_vec()),
+        (0, [1, 4, 5].to_vec()),
+        (1, vec![0, 3]),
+        (1, vec![1, 4, 5]),
+        (2, vec![1, 4, 5]),
+    ];
+    assert_eq!(results.into_iter().flatten().collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn a_rank_that_is_lost_to_one_group_is_not_lost_to_another() {
+    on_ranks(4, |world| {
+        let own = world.split(Some(world.rank() / 2)).expect("split").expect("a group");
+        match world.rank() {
+            0 => drop(own),
+            1 => {
+                let lost = loss(own.barrier());
+                assert_eq!((lost.rank, lost.how), (0, How::GaveUp));
+            }
+            _ => {
+                own.barrier().expect("nobody is lost to this group");
+                own.farewell().expect("farewell");
+            }
+        }
+        world.farewell().expect("nobody is lost to the world");
+    });
+}
+
+#[test]
+fn a_group_of_one_is_refused_on_every_rank() {
+    for error in on_ranks(3, |world| {
+        let error = world.split(Some(world.rank() / 2)).map(drop).expect_err("a rank alone");
+        world.farewell().expect("farewell");
+        error
+    }) {
+        assert!(matches!(error, Error::Membership { rank: 2, world_size: 1 }), "{error}");
+    }
+}

@@ -64,6 +64,7 @@ pub fn check(
 ) -> Result<(), UsageError> {
     let residual = |with| if with { "with residual" } else { "no residual" };
     let caches = |cold| if cold { "cold caches" } else { "warm caches" };
+    let gpus = |shared| if shared { "ranks that may share a GPU" } else { "a GPU for each rank" };
     let facts = [
         (format!("backend {}", earlier.backend), format!("backend {backend}")),
         (format!("{} ranks", earlier.world_size), format!("{world_size} ranks")),
@@ -73,6 +74,7 @@ pub fn check(
         ),
         (residual(earlier.settings.use_residual).to_owned(), residual(settings.use_residual).to_owned()),
         (caches(earlier.settings.cold).to_owned(), caches(settings.cold).to_owned()),
+        (gpus(earlier.settings.oversubscribe).to_owned(), gpus(settings.oversubscribe).to_owned()),
     ];
     for (then, now) in facts {
         if then != now {

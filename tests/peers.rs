@@ -159,10 +159,11 @@ fn a_peer_that_is_killed_is_a_note() {
 fn a_peer_that_says_nothing_is_a_note_and_so_is_what_it_started() {
     // Also what it started in turn is ended.
     let part = r#"subprocess.Popen(["sleep", "600"]); time.sleep(600)"#;
-    let (outcome, report) = play(part, "--peer-deadline 1.5");
+    // A little longer than a busy machine takes to start it.
+    let (outcome, report) = play(part, "--peer-deadline 4");
     let notes = report.configurations[0].notes.join("\n");
-    assert!(notes.contains("torch was not measured from here on: rank "), "{notes}");
-    assert!(notes.contains(": it said nothing for 1.5 s"), "{notes}");
+    assert!(notes.contains("torch was not measured"), "{notes}");
+    assert!(notes.contains(": it said nothing for 4.0 s"), "{notes}");
     outcome.assert_success();
     assert!(outcome.time < Duration::from_secs(60), "{outcome}");
 }

@@ -414,10 +414,13 @@ class FlashInfer(Peer):
         if wide not in self.workspaces:
             # Sizes are reckoned in 16-bit elements.
             tokens = self.start["max_tokens"] * (2 if wide else 1)
-            _, workspace = self.comm.trtllm_create_ipc_workspace_for_all_reduce_fusion(
-                self.rank, self.world_size, tokens, self.start["hidden_dim"], use_fp32_lamport=wide, group=self.hosts
-            )[:2]
-            self.workspaces[wide] = workspace
+            create = self.comm.trtllm_create_ipc_workspace_for_all_reduce_fusion
+            options = {"use_fp32_lamport": wide, "group": self.hosts}
+            if "use_symm_dev_mem" in inspect.signature(create).parameters:
+                options["use_symm_dev_mem"] = False  # Plain CUDA IPC, whatever a release prefers.
+            made = create(self.rank, self.world_size, tokens, self.start["hidden_dim"], **options)
+            # The handles that it made come first.
+            self.workspaces[wide] = made[1]
         return self.workspaces[wide]
 
     def variants(self, problem, request, notes):

@@ -181,9 +181,21 @@ fn rows_that_do_not_fit_each_other_or_the_trials_are_a_note() {
     for (part, why) in [
         (r#"return [row(f"torch_{rank}", "fused", [1.0] * 3)], []"#, "its ranks measured different things"),
         (r#"return [row("torch_a", "fused", [1.0] * (3 - rank))], []"#, "it did not time 3 trials"),
+        (r#"return [], ["much ado"] * 65"#, "rank 0: it has 65 rows and notes, more than 64"),
     ] {
         let (outcome, report) = play(part, "");
         assert_note(&outcome, &report, &format!("torch was not measured from here on: {why}"));
+    }
+}
+
+#[test]
+fn what_a_peer_says_at_length_is_cut_short() {
+    let (outcome, report) = play(r#"return [], ["x" * 100_000] * 64"#, "");
+    outcome.assert_success();
+    let long = |note: &&String| note.starts_with("xxx");
+    for configuration in &report.configurations {
+        let cut: Vec<&String> = configuration.notes.iter().filter(long).collect();
+        assert!(cut.len() == 64 && cut.iter().all(|note| note.len() < 400), "{:?}", configuration.notes);
     }
 }
 

@@ -21,9 +21,11 @@ use crate::{
     report::{Kind, Measurement, Trials},
     settings::{Case, PeerChoice, Settings},
 };
-use process::Process;
+use process::{Process, clipped};
 use protocol::{Measure, Outcome, Reply, Request, Row, Start};
 
+/// The most rows and notes of one configuration.
+const MOST: usize = 64;
 /// How long a rank listens to its process before it looks at the other ranks.
 const POLL: Duration = Duration::from_millis(250);
 
@@ -290,24 +292,30 @@ fn trouble(states: &[State]) -> Option<String> {
     })
 }
 
-/// What a process answered, for the other ranks; the times of its rows are kept.
+/// What a process answered, for the other ranks: never more than they can be told. The times of its rows are kept.
 fn state(reply: Reply, times: &mut Vec<Option<Vec<f64>>>) -> State {
     match reply {
         Reply::Working { .. } => State::Waiting,
-        Reply::Unavailable { why, remedy } => State::Unavailable(why, remedy),
+        Reply::Unavailable { why, remedy } => {
+            State::Unavailable(clipped(&why), remedy.map(|remedy| clipped(&remedy)))
+        }
         Reply::Started { port } => State::Started(port),
-        Reply::Joined { about } => State::Joined(about),
+        Reply::Joined { about } => State::Joined(clipped(&about)),
+        Reply::Measured { rows, notes } if rows.len() + notes.len() > MOST => {
+            State::Gone(format!("it has {} rows and notes, more than {MOST}", rows.len() + notes.len()))
+        }
         Reply::Measured { rows, notes } => {
             let summary = |Row { variant, kind, outcome }| {
                 let (outcome, own) = match outcome {
                     Outcome::Timed { max_error_ulp, operations_per_trial, times_us } => {
                         (Ok((max_error_ulp, operations_per_trial)), Some(times_us))
                     }
-                    Outcome::Failed { failed } => (Err(failed), None),
+                    Outcome::Failed { failed } => (Err(clipped(&failed)), None),
                 };
                 times.push(own);
-                Summary { variant, kind, outcome }
+                Summary { variant: clipped(&variant), kind, outcome }
             };
+            let notes = notes.iter().map(|note| clipped(note)).collect();
             State::Measured(rows.into_iter().map(summary).collect(), notes)
         }
     }

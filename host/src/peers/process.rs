@@ -191,8 +191,8 @@ fn describe(status: &WaitIdStatus) -> Option<String> {
     exited.or_else(|| status.terminating_signal().map(|signal| format!("it was killed by signal {signal}")))
 }
 
-/// The start of a line, for an error.
-fn clipped(line: &str) -> String {
+/// The start of a line that may be long, for the user.
+pub(super) fn clipped(line: &str) -> String {
     const LENGTH: usize = 300;
     let line = line.trim();
     let end = line.floor_char_boundary(LENGTH);

@@ -156,6 +156,22 @@ mod tests {
     }
 
     #[test]
+    fn every_launch_struct_is_listed() {
+        let declared = include_str!("../launch.rs").lines().filter_map(|line| {
+            let name = line.strip_prefix("pub struct ")?;
+            name.split(|c: char| !c.is_alphanumeric()).next()
+        });
+        let listed = include_str!("layout.rs");
+        let mut count = 0;
+        for name in declared.filter(|&name| name != "Address") {
+            let lists = |prefix: &str| listed.contains(&format!("        {prefix}{name} {{"));
+            assert!(lists("") || lists("Any"), "{name} is not in `structs`");
+            count += 1;
+        }
+        assert!(count >= 16, "{count}");
+    }
+
+    #[test]
     fn names_places_and_sizes_all_count() {
         #[repr(C)]
         struct Pair {

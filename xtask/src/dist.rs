@@ -16,6 +16,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use cargo_metadata::{DependencyKind, MetadataCommand, Package};
 use flate2::{Compression, write::GzEncoder};
+use fused_collective_core::launch::{LAYOUT, layout_of};
 use object::{Endianness, elf::FileHeader64, read::elf::FileHeader};
 
 use crate::{cmd, ptx};
@@ -157,6 +158,13 @@ impl Contents {
             for module in files(modules)? {
                 if module.extension().is_some_and(|extension| extension == "ptx") {
                     let name = module.file_name().context("a file has a name")?;
+                    let text = fs::read_to_string(&module);
+                    // Sources may change while this builds.
+                    ensure!(
+                        text.is_ok_and(|text| layout_of(&text) == Some(LAYOUT)),
+                        "{} is of another version than the program: build again",
+                        module.display()
+                    );
                     copy(&module, &folder.join("ptx").join(cpu).join(name), 0o644)?;
                     copied += 1;
                 }
@@ -319,7 +327,8 @@ mod tests {
         let program = folder.join("built");
         write_file(&program, b"#!/bin/sh\necho \"$@\" from \"$(ls ptx)\"\n", 0o755).unwrap();
         let modules = folder.join("modules");
-        write_file(&modules.join("bf16_w2.ptx"), b".version 8.6\n", 0o600).unwrap();
+        let module = format!(".version 8.6\n.global .u32 fused_collective_layout = {LAYOUT};\n");
+        write_file(&modules.join("bf16_w2.ptx"), module.as_bytes(), 0o600).unwrap();
         write_file(&modules.join("notes.txt"), b"not a module\n", 0o600).unwrap();
         Contents {
             version: "1.2.3".to_owned(),
@@ -369,6 +378,11 @@ mod tests {
         contents.kernels.push(("sm_80", empty.clone()));
         let error = contents.write(temporary.path()).unwrap_err().to_string();
         assert_eq!(error, format!("{} has no kernels", empty.display()));
+        // Nor is one with kernels that the program would refuse.
+        let stale = empty.join("bf16_w2.ptx");
+        write_file(&stale, b".version 8.6\n", 0o600).unwrap();
+        let error = contents.write(temporary.path()).unwrap_err().to_string();
+        assert_eq!(error, format!("{} is of another version than the program: build again", stale.display()));
     }
 
     #[test]

@@ -127,7 +127,11 @@ impl Contents {
 
     fn needs(&self) -> String {
         let linux = format!("Linux on {}", env::consts::ARCH);
-        self.glibc.map_or_else(|| linux.clone(), |glibc| format!("{linux} with glibc {glibc} or later"))
+        // Rust's programs unwind with GCC's library, which is there wherever glibc usually is.
+        self.glibc.map_or_else(
+            || linux.clone(),
+            |glibc| format!("{linux} with glibc {glibc} or later and libgcc_s"),
+        )
     }
 
     /// Writes the folder and its archive into `output`, in place of those that are there, and returns both.
@@ -187,9 +191,11 @@ impl Contents {
 Fused all-reduce + residual add + RMSNorm + FP8/FP4 quantization: the program that verifies and benchmarks it, and its
 kernels for GPUs ({cpus}, and what runs their PTX).
 
-It needs {needs}. On GPUs it needs NVIDIA's driver (CUDA 12 or later for all of its speed) and two
-or more GPUs with peer access to each other; no CUDA toolkit, no Rust, no Python. NCCL is used for comparison where it is
-found.
+It needs {needs}.
+
+On GPUs it needs NVIDIA's driver (for CUDA 12 or later, for all of its speed) and two or more GPUs with peer access to each
+other; no CUDA toolkit and no Rust. NCCL is compared with where it is found, and with Python so are packages:
+`--peers flashinfer,torch`.
 
 ```sh
 ./{PACKAGE} verify --quick       # is it right on this machine?

@@ -17,7 +17,7 @@ use tempfile::TempDir;
 /// Longest wait of a rank for another.
 const DEADLINE: Duration = Duration::from_secs(2);
 /// For the kernel and a busy machine to carry out what has been decided.
-const SLACK: Duration = Duration::from_secs(2);
+const SLACK: Duration = Duration::from_secs(6);
 const OUTPUTS: [(&str, &str); 3] =
     [("--output-file", "report.md"), ("--json", "report.json"), ("--plot", "report.svg")];
 

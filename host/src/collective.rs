@@ -370,6 +370,23 @@ pub trait Collective {
     /// They do not fit in memory.
     fn prepare(&mut self, problem: &Problem) -> Result<(), Error>;
 
+    /// Puts the problem and its tensors aside under the number that was selected last (0 at first), and takes up those
+    /// that were put aside under `slot`; none, if there are none. Backends that hold one problem have slot 0 alone.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    fn select(&mut self, slot: usize) -> Result<(), Error> {
+        match slot {
+            0 => Ok(()),
+            _ => Err(Error::Memory(format!("there is no slot {slot}: this backend holds one problem"))),
+        }
+    }
+
+    /// What ends the group's operations from another thread. A backend without that does nothing.
+    fn aborter(&self) -> Box<dyn Fn() + Send> {
+        Box::new(|| {})
+    }
+
     /// Sets the bytes of `tensor`, from its start.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::{net::UnixStream, process::ExitStatusExt},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{
         Arc,
@@ -132,6 +132,40 @@ pub fn handed_over(variable: &str) -> Option<PathBuf> {
     is_launched().then(|| format!("/proc/self/fd/{descriptor}").into())
 }
 
+/// A key that no other job has.
+///
+/// # Errors
+/// The system gives no random numbers.
+pub fn new_key() -> Result<String, Error> {
+    let mut random = [0_u8; 16];
+    getrandom(&mut random, GetRandomFlags::empty()).map_err(Error::system("draw the job's key"))?;
+    Ok(format!("launch/{:032x}", u128::from_ne_bytes(random)))
+}
+
+/// `program` as rank `rank` of `ranks`, which share the `key`, for callers that watch ranks themselves. Like a
+/// [`Launcher`]'s, it [ends with this process](tie_to_parent). It has no input.
+pub fn rank_command(program: &Path, rank: u32, ranks: u32, key: &str) -> Command {
+    let (number, size) = (rank.to_string(), ranks.to_string());
+    let mut command = Command::new(program);
+    command
+        .env("RANK", &number)
+        .env("LOCAL_RANK", &number)
+        .env("WORLD_SIZE", &size)
+        .env("LOCAL_WORLD_SIZE", &size)
+        .env(rank_env::KEY, key)
+        .env(PARENT, std::process::id().to_string())
+        .stdin(Stdio::null());
+    command
+}
+
+/// This program's file.
+///
+/// # Errors
+/// The system does not say which it is.
+pub fn program() -> Result<PathBuf, Error> {
+    env::current_exe().map_err(Error::system("find this program's file"))
+}
+
 /// Whether a [`Launcher`] started this process.
 pub fn is_launched() -> bool {
     env::var_os(PARENT).is_some()
@@ -169,9 +203,8 @@ impl Launcher {
     /// # Errors
     /// The system does not say which file this program is.
     pub fn new(ranks: u32) -> Result<Self, Error> {
-        let program = env::current_exe().map_err(Error::system("find this program's file"))?;
         Ok(Launcher {
-            program,
+            program: program()?,
             arguments: env::args_os().skip(1).collect(),
             ranks,
             grace: Duration::from_secs(10),
@@ -222,24 +255,14 @@ impl Launcher {
     }
 
     fn start(&self) -> Result<Vec<Rank>, Error> {
-        let mut random = [0_u8; 16];
-        getrandom(&mut random, GetRandomFlags::empty()).map_err(Error::system("draw the job's key"))?;
-        let key = format!("launch/{:032x}", u128::from_ne_bytes(random));
-        let size = self.ranks.to_string();
+        let key = new_key()?;
         let mut ranks = Vec::new();
         for rank in 0..self.ranks {
-            let number = rank.to_string();
             let files = self.files.iter().map(|(variable, file)| (variable, file.as_raw_fd().to_string()));
-            let child = Command::new(&self.program)
+            let mut command = rank_command(&self.program, rank, self.ranks, &key);
+            let child = command
                 .args(&self.arguments)
                 .envs(files)
-                .env("RANK", &number)
-                .env("LOCAL_RANK", &number)
-                .env("WORLD_SIZE", &size)
-                .env("LOCAL_WORLD_SIZE", &size)
-                .env(rank_env::KEY, &key)
-                .env(PARENT, std::process::id().to_string())
-                .stdin(Stdio::null())
                 .spawn()
                 .map_err(|source| Error::Start { rank, source })?;
             ranks.push(Rank { child, status: None, ended_by_us: false });

@@ -69,7 +69,8 @@
 //!
 //! # The program
 //! [`program`] is a thin shell: [`cli`] makes [`settings`], [`launch`] starts ranks, [`mod@bench`] measures variants on
-//! a [`collective`] backend and has [`peers`] measure theirs, [`mod@report`] shows them; [`mod@verify`] runs the matrix that shows a backend right.
+//! a [`collective`] backend and has [`peers`] measure theirs, [`mod@report`] shows them; [`mod@verify`] runs the matrix
+//! that shows a backend right, [`mod@soak`] and [`mod@faults`] find what its cases cannot.
 
 pub mod bench;
 mod board;
@@ -78,6 +79,9 @@ pub mod collective;
 pub mod cpu;
 pub mod cuda;
 pub mod failure;
+pub mod faults;
+#[cfg(test)]
+mod fuzz;
 pub mod launch;
 pub mod peers;
 pub mod program;
@@ -86,4 +90,5 @@ pub mod rendezvous;
 pub mod report;
 pub mod settings;
 mod shared_memory;
+pub mod soak;
 pub mod verify;

@@ -5,7 +5,9 @@
 //! anything: whether files can be read and written is for
 //! [`OutputFiles`](crate::report::outputs::OutputFiles) to say.
 
+mod faults;
 mod normalize;
+mod soak;
 mod verify;
 
 use std::{ffi::OsString, fmt, path::PathBuf, str::FromStr};
@@ -17,11 +19,15 @@ use fused_collective_core::{
 };
 
 use crate::{
+    faults::Settings as FaultsSettings,
     rendezvous::MIN_RANKS,
     settings::{Outputs, Settings},
+    soak::Settings as SoakSettings,
     verify::Settings as VerifySettings,
 };
+use faults::FaultsArgs;
 use normalize::{Takes, normalize};
+use soak::SoakArgs;
 use verify::VerifyArgs;
 
 /// The program's name, which starts every line it writes to stderr.
@@ -68,6 +74,10 @@ pub enum Invocation {
     Bench(Box<Settings>),
     /// Run the verification matrix.
     Verify(VerifySettings),
+    /// Run random operations.
+    Soak(SoakSettings),
+    /// Make ranks fail.
+    Faults(FaultsSettings),
     /// Print this text (help, version) to stdout and end with status 0.
     Print(String),
 }
@@ -94,6 +104,8 @@ struct TopLevel {
 enum Command {
     Bench(BenchArgs),
     Verify(VerifyArgs),
+    Soak(SoakArgs),
+    Faults(FaultsArgs),
 }
 
 /// Benchmark fused operations against separate ones.
@@ -231,8 +243,11 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         _ if top.version => Ok(Invocation::Print(format!("{PROGRAM} {}\n", env!("CARGO_PKG_VERSION")))),
         Some(Command::Bench(args)) => args.settings().map(|settings| Invocation::Bench(Box::new(settings))),
         Some(Command::Verify(args)) => args.settings().map(Invocation::Verify),
+        Some(Command::Soak(args)) => args.settings().map(Invocation::Soak),
+        Some(Command::Faults(args)) => args.settings().map(Invocation::Faults),
         None => {
-            let line = format_args!("no command given: use bench or verify, or see {PROGRAM} --help");
+            let line =
+                format_args!("no command given: use bench, verify, soak or faults, or see {PROGRAM} --help");
             Err(UsageError::new(line))
         }
     }

@@ -183,7 +183,7 @@ fn the_version_is_the_crate_s() {
 
 #[test]
 fn what_is_not_a_command_or_option_is_refused() {
-    refused("", "no command given: use bench or verify, or see fused-collective --help");
+    refused("", "no command given: use bench, verify, soak or faults, or see fused-collective --help");
     refused("bnch", "Unrecognized argument: bnch; see fused-collective --help");
     refused("bench --tokens 3", "Unrecognized argument: --tokens; see fused-collective --help");
     refused("bench 3", "Unrecognized argument: 3; see fused-collective --help");

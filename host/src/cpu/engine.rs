@@ -3,7 +3,7 @@
 //! The separate operations use the row loops of the fused one, so a difference in time is a difference in
 //! passes over memory.
 
-use std::{marker::PhantomData, time::Instant};
+use std::{collections::HashMap, marker::PhantomData, mem::replace, time::Instant};
 
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
@@ -118,6 +118,9 @@ pub struct Engine {
     cold: bool,
     /// Written before a cold trial, to have the cache full of it.
     flush: Vec<u64>,
+    /// The problems put aside, by slot, with their tensors, and the slot of the one at hand.
+    aside: HashMap<usize, (Option<Problem>, Vec<Tensors>)>,
+    slot: usize,
     scratch: Vec<u64>,
 }
 
@@ -131,6 +134,8 @@ impl Engine {
             set: 0,
             cold: false,
             flush: Vec::new(),
+            aside: HashMap::new(),
+            slot: 0,
             scratch: Vec::new(),
         }
     }
@@ -374,6 +379,22 @@ impl Collective for Engine {
         Ok(())
     }
 
+    fn select(&mut self, slot: usize) -> Result<(), Error> {
+        if slot != self.slot {
+            let (problem, sets) =
+                self.aside.remove(&slot).unwrap_or_else(|| (None, vec![Tensors::default()]));
+            let aside = (replace(&mut self.problem, problem), replace(&mut self.sets, sets));
+            self.aside.insert(replace(&mut self.slot, slot), aside);
+            self.set = 0;
+        }
+        Ok(())
+    }
+
+    fn aborter(&self) -> Box<dyn Fn() + Send> {
+        let aborter = self.communicator.aborter();
+        Box::new(move || aborter.abort())
+    }
+
     fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error> {
         for tensors in &mut self.sets {
             let buffer = tensors.get_mut(tensor).bytes_mut();
@@ -474,7 +495,7 @@ mod tests {
             let (start, end) = (buffer.start, buffer.start + buffer.bytes);
             for (at, expected) in [(start - 1, "1 bytes before its start"), (end, "0 bytes past its end")] {
                 let byte: &mut u8 = &mut bytemuck::cast_slice_mut(&mut buffer.words)[at];
-                let guard = std::mem::replace(byte, 0);
+                let guard = replace(byte, 0);
                 assert_eq!(buffer.stray_write().as_deref(), Some(expected), "{bytes} bytes");
                 let byte: &mut u8 = &mut bytemuck::cast_slice_mut(&mut buffer.words)[at];
                 *byte = guard;

@@ -5,7 +5,7 @@
 //! for brings all ranks to the same point. In a cold trial the cache is flushed in between, and each operation has
 //! tensors of its own.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, mem::replace, time::Duration};
 
 use cust::{
     event::{Event, EventFlags},
@@ -45,6 +45,16 @@ const EAGER_THREADS: u32 = 512;
 /// Elements that a thread of an eager step takes at a time.
 const EAGER_GROUP: u64 = 4;
 
+/// A problem that was put aside, with what belongs to it.
+#[derive(Debug)]
+struct Aside {
+    problem: Option<Problem>,
+    // Dropped before the tensors that they work on.
+    graphs: Vec<(Vec<Step>, u32, Graph, Captured)>,
+    sets: Vec<HashMap<Tensor, GuardedMemory>>,
+    scale: Option<GuardedMemory>,
+}
+
 /// One rank of the CUDA backend.
 #[derive(Debug)]
 pub struct Engine<'a> {
@@ -60,6 +70,9 @@ pub struct Engine<'a> {
     scale: Option<GuardedMemory>,
     /// The graphs timed on the current problem, with what they run.
     graphs: Vec<(Vec<Step>, u32, Graph, Captured)>,
+    /// The problems put aside, by slot, and the slot of the one at hand.
+    aside: HashMap<usize, Aside>,
+    slot: usize,
     events: [Event; 2],
     nccl: Option<NcclGroup>,
     all_reduces: Vec<AllReduceChoice>,
@@ -118,6 +131,8 @@ impl<'a> Engine<'a> {
             flush: None,
             scale: None,
             graphs: Vec::new(),
+            aside: HashMap::new(),
+            slot: 0,
             events: [event()?, event()?],
             nccl,
             all_reduces: all_reduces.to_vec(),
@@ -416,6 +431,27 @@ impl Collective for Engine<'_> {
         self.communicator.kernels().load(problem.dtype, Set::Local)?;
         self.problem = Some(*problem);
         Ok(())
+    }
+
+    fn select(&mut self, slot: usize) -> Result<(), Error> {
+        if slot != self.slot {
+            let none = Aside { problem: None, graphs: Vec::new(), sets: vec![HashMap::new()], scale: None };
+            let Aside { problem, graphs, sets, scale } = self.aside.remove(&slot).unwrap_or(none);
+            let aside = Aside {
+                problem: replace(&mut self.problem, problem),
+                graphs: replace(&mut self.graphs, graphs),
+                sets: replace(&mut self.sets, sets),
+                scale: replace(&mut self.scale, scale),
+            };
+            self.aside.insert(replace(&mut self.slot, slot), aside);
+            self.set = 0;
+        }
+        Ok(())
+    }
+
+    fn aborter(&self) -> Box<dyn Fn() + Send> {
+        let aborter = self.communicator.aborter();
+        Box::new(move || aborter.abort())
     }
 
     fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error> {

@@ -20,7 +20,7 @@ use crate::{
     failure::Cause,
     launch::{self, Launcher},
     rank_env::RankEnv,
-    rendezvous::{self, Group, MIN_RANKS, Membership},
+    rendezvous::{self, Control, Group, MIN_RANKS, Membership},
     report::{machine, progress::Progress},
     settings::{AllReduceChoice, BackendChoice},
 };
@@ -117,6 +117,11 @@ impl Job {
         self.handed_over.push((variable, content));
     }
 
+    /// Longest wait for a peer.
+    pub(super) fn deadline(&self) -> Duration {
+        self.request.deadline
+    }
+
     /// Ranks of the largest group.
     pub(super) fn group_size(&self) -> u32 {
         self.world_size / self.request.groups
@@ -125,6 +130,21 @@ impl Job {
     /// Whether the ranks are processes that this program starts, one for each GPU.
     pub(super) fn starts_ranks_on_gpus(&self) -> bool {
         self.backend == Backend::Cuda && (self.environment.is_none() || launch::is_launched())
+    }
+
+    /// Meets the other ranks, which have the same settings, under a key made from the job's.
+    pub(super) fn meet(&self, key: impl FnOnce(&str) -> String) -> Result<Group, rendezvous::Error> {
+        let (rank, job) = match &self.environment {
+            Some(environment) => (environment.rank, environment.key.as_str()),
+            None => (0, ""),
+        };
+        Group::join(&Membership {
+            rank,
+            world_size: self.world_size,
+            key: &key(job),
+            config: b"",
+            deadline: self.request.deadline,
+        })
     }
 
     /// Starts the ranks and waits for them, or is one of them: then does the `work` with the group of all ranks and its
@@ -255,8 +275,8 @@ impl Job {
             _ => None,
         };
         let memory = group.share_fd(own.as_ref().map(AsFd::as_fd))?;
-        let alarm = group.alarm();
-        let watch = Watch::new(move || alarm.lost_rank().map(|rank| format!("rank {rank} was lost")));
+        let control = group.control();
+        let watch = Watch::new(move || control.lost_rank().map(|_| lost_text(&control)));
         let communicator = Communicator::join(memory.as_fd(), layout, group.rank(), deadline, watch)
             .map_err(collective::Error::from)?;
         Ok(Engine::new(communicator))
@@ -317,6 +337,11 @@ impl Screen {
             _ => Ok(()),
         }
     }
+}
+
+/// How a group that has lost a rank says so.
+fn lost_text(control: &Control) -> String {
+    control.lost().map_or_else(|| "a rank was lost".to_owned(), |lost| lost.to_string())
 }
 
 /// Tells the others, unless it was one of them, and the user.

@@ -4,7 +4,9 @@
 //! checks again, which costs nothing, and takes part. Only rank 0 writes to the standard output.
 
 mod bench;
+mod faults;
 mod job;
+mod soak;
 mod verify;
 
 use std::{
@@ -70,6 +72,8 @@ fn run() -> Result<u8, Failure> {
         }
         Invocation::Bench(settings) => bench::Bench::new(*settings)?.run(),
         Invocation::Verify(settings) => verify::Verify::new(settings)?.run(),
+        Invocation::Soak(settings) => soak::Soak::new(settings)?.run(),
+        Invocation::Faults(settings) => faults::Faults::new(settings)?.run(),
     }
 }
 

@@ -293,6 +293,14 @@ fn reach(membership: &Membership<'_>, until: Instant) -> Result<OwnedFd, Error> 
     }
 }
 
+/// Whether somebody listens under `key`.
+pub(super) fn is_taken(key: &str) -> bool {
+    let Ok((address, socket)) = address(key).and_then(|address| Ok((address, socket()?))) else {
+        return false;
+    };
+    !matches!(connect(&socket, &address), Err(Errno::CONNREFUSED))
+}
+
 fn late(membership: &Membership<'_>) -> Lost {
     Lost { rank: 0, how: How::Late, detail: format!("the rendezvous within {:.1?}", membership.deadline) }
 }

@@ -370,6 +370,11 @@ impl Drop for OnLoss {
     }
 }
 
+/// Whether somebody waits for a group to come together under `key`, on this host and as this user.
+pub fn is_taken(key: &str) -> bool {
+    join::is_taken(key)
+}
+
 fn check_length(what: &'static str, bytes: &[u8], limit: usize) -> Result<(), Error> {
     if bytes.len() <= limit { Ok(()) } else { Err(Error::TooLong { what, bytes: bytes.len(), limit }) }
 }

@@ -413,6 +413,57 @@ fn a_rank_that_leaves_during_the_rendezvous_is_named() {
     });
 }
 
+/// Joins as rank 1 while a false rank 0 answers with `answer` and stays if `stays`: what comes of it, and in what time.
+fn join_false_rank_0(answer: &[u8], stays: bool) -> (Result<Group, Error>, Duration) {
+    let key = new_key();
+    let listener = new_socket();
+    rustix::net::bind(&listener, &address(&key).expect("an address")).expect("bound");
+    rustix::net::listen(&listener, 1).expect("listening");
+    thread::scope(|scope| {
+        let started = Instant::now();
+        let rank = scope.spawn(|| Group::join(&Membership { deadline: SHORT, ..member(1, 2, &key) }));
+        let mut root = UnixStream::from(rustix::net::accept(&listener).expect("accepted"));
+        // The rank may have heard enough before all is sent.
+        let _ = root.write_all(answer);
+        let open = stays.then_some(root);
+        let result = rank.join().expect("no panic");
+        drop(open);
+        (result, started.elapsed())
+    })
+}
+
+#[test]
+fn a_false_rank_0_that_says_nothing_or_half_a_message_is_late() {
+    let other = Frame::Failed(Lost { rank: 0, how: How::Late, detail: "x".repeat(100) }).encode();
+    for answer in [&b""[..], b"F", &Frame::Welcome.encode()[..15], &other[..60]] {
+        let (result, time) = join_false_rank_0(answer, true);
+        assert_all_lose(vec![result], 0, How::Late, "the rendezvous within 400.0ms");
+        assert!(time < 4 * SHORT, "{time:?}");
+    }
+}
+
+#[test]
+fn a_member_that_never_stops_talking_or_says_half_a_message_does_not_hold_the_others_up() {
+    let flood: Vec<u8> = Frame::Welcome.encode().repeat(10_000);
+    let half = Frame::Offer { operation: Operation::Barrier, bytes: vec![0; 100] }.encode();
+    for (talk, how) in [(&flood[..], How::OutOfStep), (&half[..50], How::Late)] {
+        let key = new_key();
+        let started = Instant::now();
+        thread::scope(|scope| {
+            let root = scope.spawn(|| {
+                Group::join(&Membership { deadline: SHORT, ..member(0, 2, &key) }).expect("joined").barrier()
+            });
+            let mut other = stranger(&key);
+            other.write_all(&hello(1, 2)).expect("sent");
+            other.read_exact(&mut [0; 16]).expect("a welcome");
+            let _ = other.write_all(talk);
+            let lost = loss(root.join().expect("no panic"));
+            assert_eq!((lost.rank, lost.how), (1, how), "{lost}");
+        });
+        assert!(started.elapsed() < 4 * SHORT, "{:?}", started.elapsed());
+    }
+}
+
 #[test]
 fn an_answer_that_is_no_message_is_an_error() {
     let key = new_key();
@@ -506,7 +557,27 @@ fn any_deadline_is_taken() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    // Threads and sockets take their time: fewer cases than usual, and as many more as are asked for.
+    #![proptest_config(if std::env::var_os("PROPTEST_CASES").is_some() { ProptestConfig::default() } else { ProptestConfig::with_cases(64) })]
+
+    /// Bytes of every kind, and right messages with some bytes changed.
+    #[test]
+    fn whatever_a_false_rank_0_answers_before_it_goes_is_an_error(
+        noise: Vec<u8>,
+        right in any::<bool>(),
+        changes in proptest::collection::vec((0usize..60, any::<u8>()), 0..4),
+    ) {
+        let lost = Lost { rank: 0, how: How::Late, detail: "a detail of some length".to_owned() };
+        let mut answer = if right { Frame::Failed(lost).encode() } else { noise };
+        for (at, byte) in changes {
+            if let Some(changed) = answer.get_mut(at) {
+                *changed = byte;
+            }
+        }
+        let (result, time) = join_false_rank_0(&answer, false);
+        assert!(matches!(result, Err(Error::Lost(_) | Error::Protocol(_))), "{result:?}");
+        assert!(time < DEADLINE, "{time:?}");
+    }
 
     /// After a right hello: what a member may say during operations, rank 0 survives and names it.
     #[test]

@@ -46,7 +46,7 @@ pub(super) fn case(num_tokens: u64, quant_mode: QuantMode) -> Case {
 }
 
 /// Two configurations, one with a failed row and a note.
-pub(super) fn report() -> Report {
+pub(crate) fn report() -> Report {
     let mut report = empty(&[128], &[QuantMode::None, QuantMode::Fp8]);
     report.push(
         case(128, QuantMode::None),

@@ -287,4 +287,4 @@ impl Cells {
 }
 
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;

@@ -1,0 +1,61 @@
+//! The options of `fused-collective faults`.
+
+use argh::{ArgsInfo, FromArgs};
+
+use super::{UsageError, deadline, list, name, one, ranks};
+use crate::{
+    faults::{Case, Settings},
+    settings::BackendChoice,
+};
+
+/// Make ranks fail, one way at a time, and see that all others say so in time.
+#[derive(FromArgs, ArgsInfo)]
+#[argh(
+    subcommand,
+    name = "faults",
+    help_triggers("-h", "--help", "help"),
+    usage = "[<options>]",
+    example = "{command_name} --backend cuda --nproc-per-node 4",
+    example = "{command_name} --cases operations/kill/0 replays/stop/1 --deadline 5",
+    note = "A case is PHASE/FAULT/RANK. Phases: start, joined, ready, operations, replays, end. Faults:",
+    note = "kill, crash, stop, exit, stuck; in ready, operations and replays abort; in operations",
+    note = "other-shape and other-mode.",
+    note = "Every other rank must report in time: at once, or at the deadline where nothing shows before.",
+    note = "After abort, other-shape and other-mode the same processes form a new group, which must be right.",
+    note = "The program starts the ranks itself, so that it can watch how they end.",
+    note = "Exit status: 0 all well; 1 a case failed; 2 the command line is not valid."
+)]
+pub(super) struct FaultsArgs {
+    /// cases to run (default: all, of ranks 0 and 1)
+    #[argh(option, arg_name = "case")]
+    cases: Vec<String>,
+
+    /// auto, cpu or cuda (default: auto, which is cuda where there are GPUs enough)
+    #[argh(option, arg_name = "name")]
+    backend: Option<String>,
+
+    /// ranks to start, 2 to 16 (default: the GPUs there are, else 2)
+    #[argh(option, arg_name = "n")]
+    nproc_per_node: Option<String>,
+
+    /// let ranks share a GPU: slow but right
+    #[argh(switch)]
+    oversubscribe: bool,
+
+    /// longest wait for another rank, in seconds (default: 2)
+    #[argh(option, arg_name = "seconds")]
+    deadline: Option<String>,
+}
+
+impl FaultsArgs {
+    pub(super) fn settings(self) -> Result<Settings, UsageError> {
+        let all = [0, 1].into_iter().flat_map(Case::all).collect();
+        Ok(Settings {
+            cases: list("--cases", &self.cases, |text| name("--cases", text), all)?,
+            deadline_seconds: one(self.deadline, deadline, 2.0)?,
+            backend: one(self.backend, |text| name("--backend", text), BackendChoice::Auto)?,
+            oversubscribe: self.oversubscribe,
+            nproc_per_node: self.nproc_per_node.as_deref().map(ranks).transpose()?,
+        })
+    }
+}

@@ -5,12 +5,12 @@
 //! they differ apart.
 //!
 //! # Launch rules
-//! - The grid has at most as many blocks as can be resident at once, and at most as many clusters as the round
-//!   has tokens. Blocks have one dimension, a multiple of 32 threads and at most [`MAX_BLOCK_THREADS`]; clusters
+//! - The grid has at most as many blocks as can be resident at once, at most [`MAX_BLOCKS`], and at most as many
+//!   clusters as the round has tokens. Blocks have one dimension, a multiple of 32 threads and at most [`MAX_BLOCK_THREADS`]; clusters
 //!   have 1, 2, 4 or 8 blocks (1 before `sm_90`).
 //! - A kernel of `P` packs per thread needs `cluster * threads * P >= row_packs`; a streamed one takes any row.
-//! - Everything that is read before the dependent-launch wait is constant while kernels run: the table of regions,
-//!   gamma, the quantization scales.
+//! - Everything that is read before the dependent-launch wait is constant while kernels run: gamma, the quantization
+//!   scales.
 //! - Launches that share a [`RankState`] follow each other in one stream (programmatic dependent launch included)
 //!   or are ordered by events: two of them never run at once.
 //! - A kernel that stands between two collectives and was itself launched as a programmatic dependent executes
@@ -26,6 +26,11 @@ pub use layout::{LAYOUT, LAYOUT_SYMBOL, layout_of};
 pub const MAX_BLOCK_THREADS: u32 = 1024;
 /// The most blocks of a cluster: what every GPU with clusters guarantees.
 pub const MAX_CLUSTER: u32 = 8;
+
+/// The most blocks of a grid: each has a [`Turn`] of its own.
+pub const MAX_BLOCKS: u32 = 1024;
+/// The most ranks of a group that a kernel serves.
+pub const MAX_RANKS: usize = 8;
 
 /// An address in the memory of the device, or in memory mapped there. Zero stands for "not there".
 #[repr(transparent)]
@@ -50,28 +55,40 @@ impl Address {
 }
 
 /// What a rank keeps on its device from one operation to the next. Zeroed when the group is made; only kernels
-/// write it afterwards, except that the host may set `poisoned` to [`ABORTED`].
+/// write it afterwards.
 #[repr(C, align(64))]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RankState {
+    /// 0, or why the group is unusable: [`TIMED_OUT`] or [`ABORTED`].
+    pub poisoned: u32,
+    /// Keeps what follows on lines of its own.
+    pub reserved: [u32; 15],
+    /// The operation to run, once for every block that a grid may have: all are the same between operations.
+    pub turns: [Turn; MAX_BLOCKS as usize],
+}
+
+impl RankState {
+    /// Where `poisoned` is.
+    pub const POISONED: u64 = core::mem::offset_of!(RankState, poisoned) as u64;
+
+    /// Where the turn of block `block` is.
+    #[inline(always)]
+    pub const fn turn(block: u32) -> u64 {
+        core::mem::offset_of!(RankState, turns) as u64 + block as u64 * size_of::<Turn>() as u64
+    }
+}
+
+/// An operation's number, and what follows from it.
+#[repr(C, align(16))]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Turn {
     /// Operations finished, which is the number of the one to run.
     pub operation: u64,
     /// The slot that it uses: [`lamport::slot`](crate::lamport::slot) of it, kept because a
     /// remainder of 64-bit numbers is slow on a GPU.
     pub slot: u32,
-    /// 0, or why the group is unusable: [`TIMED_OUT`] or [`ABORTED`].
-    pub poisoned: u32,
-    /// Blocks of the running grid that have taken their ticket.
-    pub tickets: u32,
-}
-
-impl RankState {
-    /// Where `slot` is.
-    pub const SLOT: u64 = core::mem::offset_of!(RankState, slot) as u64;
-    /// Where `poisoned` is.
-    pub const POISONED: u64 = core::mem::offset_of!(RankState, poisoned) as u64;
-    /// Where `tickets` is.
-    pub const TICKETS: u64 = core::mem::offset_of!(RankState, tickets) as u64;
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
 }
 
 /// [`Status::failed`]: a wait was longer than [`Group::timeout_ns`].
@@ -92,7 +109,7 @@ pub struct Status {
     pub missing_rank: u32,
     /// 1: an input, in one-shot or as a token's owner; 2: a token's sum, from its owner.
     pub hop: u32,
-    /// The operation: see [`RankState::operation`].
+    /// The operation: see [`Turn::operation`].
     pub operation: u64,
     /// The token, counted from the first one of the round.
     pub token: u64,
@@ -117,9 +134,9 @@ impl Status {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Group {
-    /// Device memory: one `u64` for each rank, the address at which this device sees that rank's
-    /// [region](crate::workspace). Constant.
-    pub regions: Address,
+    /// For each rank the address at which this device sees that rank's [region](crate::workspace); null past the
+    /// group's size.
+    pub regions: [Address; MAX_RANKS],
     /// Device memory: this rank's [`RankState`].
     pub state: Address,
     /// Mapped host memory: this rank's [`Status`].
@@ -307,8 +324,8 @@ pub struct Fp8Static {
 pub struct NvFp4 {
     /// `[total_tokens, hidden / 2]` bytes of two E2M1 codes each, 4-byte aligned.
     pub values: Address,
-    /// `[total_tokens, hidden / 16]` UE4M3 codes in the layout that `swizzled` says, padding included: see
-    /// [`ScaleLayout::bytes`](crate::quant::ScaleLayout::bytes). The kernel zeroes the padding.
+    /// `[total_tokens, hidden / 16]` UE4M3 codes in the layout that `swizzled` says, 16-byte aligned, padding
+    /// included: see [`ScaleLayout::bytes`](crate::quant::ScaleLayout::bytes). The kernel zeroes the padding.
     pub scales: Address,
     /// One `f32`. Constant.
     pub global_scale: Address,
@@ -320,11 +337,11 @@ pub struct NvFp4 {
 
 // Host and device are compiled by different compilers: neither may pad what the other does not.
 const _: () = {
-    assert!(size_of::<RankState>() == 64 && size_of::<Status>() == 64);
-    assert!(size_of::<Group>() == 48 && size_of::<Shape>() == 24 && size_of::<Activations>() == 24);
+    assert!(size_of::<RankState>() == 64 + 16 * MAX_BLOCKS as usize && size_of::<Status>() == 64);
+    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 24 && size_of::<Activations>() == 24);
     assert!(size_of::<Unquantized>() == 0 && size_of::<Fp8Static>() == 16 && size_of::<NvFp4>() == 32);
     assert!(size_of::<Plain<NvFp4>>() == 32 && size_of::<RmsNorm<Unquantized>>() == 32);
-    assert!(size_of::<Fused<RmsNorm<NvFp4>>>() == 48 + 24 + 24 + 64);
+    assert!(size_of::<Fused<RmsNorm<NvFp4>>>() == 104 + 24 + 24 + 64);
     assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 24 + 24 + 48);
     assert!(
         size_of::<Step>() == 40

@@ -8,12 +8,15 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
     epilogue::{Epilogue, Place},
-    params::{Activations, Address, Shape},
+    params::{Activations, Address, MAX_BLOCK_THREADS, MAX_CLUSTER, Shape},
     simt::{self, SHARED_FLOATS, Shared, WARP},
 };
 
-/// Floats of shared memory that one sum takes: a partial sum of each warp of the largest cluster.
-const PARTIALS: u32 = SHARED_FLOATS / 2;
+/// Warps of the largest block.
+const MAX_WARPS: u32 = MAX_BLOCK_THREADS / WARP;
+/// Floats of shared memory that one sum takes: one of each warp and of each block.
+const PARTIALS: u32 = MAX_WARPS + MAX_CLUSTER;
+const _: () = assert!(2 * PARTIALS <= SHARED_FLOATS);
 
 /// The blocks that share a row, as one of their threads sees them.
 #[derive(Debug)]
@@ -27,12 +30,8 @@ pub struct Team {
     /// Threads of the team.
     pub threads: u32,
     shared: Shared,
-    cluster: u32,
-    cluster_rank: u32,
-    /// Where the next sum's partial sums go: 0 or [`PARTIALS`].
-    buffer: u32,
-    /// Whether this block has arrived at the cluster's first barrier and not yet waited there.
-    starting: bool,
+    /// Sums made so far.
+    sums: u32,
 }
 
 impl Team {
@@ -41,72 +40,56 @@ impl Team {
     #[inline(always)]
     pub fn join(sums: bool) -> Team {
         let (cluster, cluster_rank) = (simt::cluster_size(), simt::cluster_rank());
-        let starting = sums && cluster > 1;
-        if starting {
-            // Another block's shared memory exists once the block has started: its first barrier says so, and the
-            // wait for it is put off to the first use.
-            simt::cluster_arrive();
+        let shared = Shared::take();
+        if sums && cluster > 1 {
+            shared.connect();
         }
         Team {
             index: simt::cluster(),
             teams: simt::clusters(),
             thread: cluster_rank * simt::threads() + simt::thread(),
             threads: cluster * simt::threads(),
-            shared: Shared::take(),
-            cluster,
-            cluster_rank,
-            buffer: 0,
-            starting,
+            shared,
+            sums: 0,
         }
     }
 
     /// The sum over the team, with the same bits in every thread. Every thread of the team calls it.
     ///
-    /// Each warp writes its partial sum to every block, and after one barrier each warp adds all of them up. Sums
-    /// alternate between two buffers: a warp writes a buffer again two sums later, when the barrier between has
-    /// shown that everybody has read it.
+    /// Warps leave their partial sums to the block, and where several blocks share a row each sends its own to all of
+    /// them. Sums alternate between two buffers: one is written again two sums later, when the sum between has shown
+    /// that everybody has read it. After the last sum nobody sends to a block any more, so blocks may end.
     #[inline(always)]
     pub fn sum(&mut self, value: f32) -> f32 {
         let partial = simt::warp_sum(value);
-        let buffer = self.buffer;
-        self.buffer ^= PARTIALS;
+        let (buffer, phase) = (self.sums % 2, self.sums / 2);
+        self.sums += 1;
         let (warps, lane) = (simt::threads() / WARP, simt::thread() % WARP);
-        let index = buffer + self.cluster_rank * warps + simt::thread() / WARP;
-        if self.cluster == 1 {
-            if lane == 0 {
-                self.shared.store(index, partial);
+        let partials = buffer * PARTIALS;
+        if lane == 0 {
+            self.shared.store(partials + simt::thread() / WARP, partial);
+        }
+        simt::block_barrier();
+        let sum = simt::warp_sum(if lane < warps { self.shared.load(partials + lane) } else { 0.0 });
+        // To read it again costs less than to keep it.
+        let cluster = simt::cluster_size();
+        if cluster == 1 {
+            return sum;
+        }
+        let sums = partials + MAX_WARPS;
+        if simt::thread() < cluster {
+            if simt::thread() == 0 {
+                self.shared.expect(buffer, cluster);
             }
-            simt::block_barrier();
-        } else {
-            self.finish_start();
-            if lane < self.cluster {
-                self.shared.store_to(lane, index, partial);
-            }
-            simt::cluster_arrive();
-            simt::cluster_wait();
+            self.shared.send(simt::thread(), sums + simt::cluster_rank(), sum, buffer);
         }
-        let mut sum = 0.0;
-        let mut other = lane;
-        while other < self.cluster * warps {
-            sum += self.shared.load(buffer + other);
-            other += WARP;
+        self.shared.wait(buffer, phase);
+        let (mut sum, mut block) = (0.0, 0);
+        while block < cluster {
+            sum += self.shared.load(sums + block);
+            block += 1;
         }
-        simt::warp_sum(sum)
-    }
-
-    /// Leaves the team. Every thread calls this once, at the end of its kernel. After the last sum's barrier no
-    /// block writes to another's shared memory, so blocks may end.
-    #[inline(always)]
-    pub fn leave(mut self) {
-        self.finish_start();
-    }
-
-    #[inline(always)]
-    fn finish_start(&mut self) {
-        if self.starting {
-            simt::cluster_wait();
-            self.starting = false;
-        }
+        sum
     }
 }
 

@@ -17,7 +17,7 @@ use fused_collective_core::{
 };
 use fused_collective_device::{
     baseline,
-    params::{ABORTED, Audit, RankState, Status, TIMED_OUT},
+    params::{ABORTED, Audit, RankState, Status, TIMED_OUT, Turn},
     simt::host::{Launch, Stream, launch},
 };
 use support::{
@@ -158,9 +158,9 @@ fn any_operation_may_follow_any_other() {
     }
     world.assert_clean();
     for state in &world.states {
-        assert_eq!(state.get::<u64>()[0], 20);
-        assert_eq!(state.atomic(RankState::SLOT).load(Ordering::Relaxed), 20 % 3);
-        assert_eq!(state.atomic(RankState::TICKETS).load(Ordering::Relaxed), 0);
+        let state = state.get::<RankState>()[0];
+        assert_eq!(state.poisoned, 0);
+        assert!(state.turns.iter().all(|turn| *turn == Turn { operation: 20, slot: 20 % 3, reserved: 0 }));
     }
 }
 
@@ -447,5 +447,5 @@ fn a_kernel_for_too_few_ranks_ends_at_once() {
         collective::two_shot::<f32, _, 2, 1, true>(&params);
     });
     world.assert_clean();
-    assert_eq!(world.states[0].get::<u64>()[0], 0);
+    assert_eq!(world.states[0].get::<RankState>()[0].turns[0], Turn::default());
 }

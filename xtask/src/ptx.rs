@@ -145,7 +145,8 @@ impl Compiler {
         cargo.arg("--").arg(format!("--emit=asm={}", file.display()));
         cmd::run_quietly(&mut cargo)?;
         let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        let bounded = bound_blocks(&text, gpu.cpu, module.set);
+        let bounded =
+            bound_blocks(&text, gpu.cpu, module.name.split('_').next().unwrap_or_default(), module.set);
         fs::write(&file, bounded).with_context(|| format!("cannot write {}", file.display()))?;
         Ok(file)
     }
@@ -216,7 +217,7 @@ impl Builder {
 /// Adds to each entry point the size of its largest block, which tells the assembler how many registers it may use.
 /// rustc has no way to say so; the device crate's table of entry points has the sizes. A module that cargo found
 /// fresh has the lines already, and keeps them.
-fn bound_blocks(ptx: &str, cpu: &str, set: &str) -> String {
+fn bound_blocks(ptx: &str, cpu: &str, element: &str, set: &str) -> String {
     // Without clusters and dependent launch, addresses and indices take up more registers.
     let ampere = cpu == "sm_80";
     let mut bounded = String::with_capacity(ptx.len());
@@ -225,9 +226,15 @@ fn bound_blocks(ptx: &str, cpu: &str, set: &str) -> String {
     {
         if let Some((_, name)) = line.split_once(".entry ") {
             let name = name.trim_end_matches(['(', ')', ' ']);
-            let large = set == "w8" || name.ends_with("_p2") || name.ends_with("_streamed");
+            let large = set == "w8"
+                || name.ends_with("_p2")
+                || name.ends_with("_streamed")
+                || (element == "f32" && set == "w4" && name.contains("shot_nvfp4"));
             // Twice on a multiprocessor where 64 registers do.
-            let twice = set == "w2" && name.ends_with("_p2") && !name.contains("nvfp4");
+            let twice = set == "w2"
+                && name.starts_with("two_shot")
+                && name.ends_with("_p2")
+                && !name.contains("nvfp4");
             let threads = match (ampere, set) {
                 (true, "w8") => 256,
                 (true, "w2" | "w4") => 512,
@@ -288,14 +295,25 @@ mod tests {
     #[test]
     fn entry_points_are_told_their_largest_block_before_their_body() {
         let ptx = ".visible .entry one_shot_norm_p1(\n\t.param .u64 a\n)\n{\n\t{\n\tret;\n\t}\n}\n.visible .entry fill_p2()\n{\n}\n";
-        let bounded = bound_blocks(ptx, "sm_90", "w4");
+        let bounded = bound_blocks(ptx, "sm_90", "bf16", "w4");
         let expected = ".visible .entry one_shot_norm_p1(\n\t.param .u64 a\n)\n.maxntid 1024, 1, 1\n.minnctapersm 1\n{\n\t{\n\tret;\n\t}\n}\n\
             .visible .entry fill_p2()\n.maxntid 512, 1, 1\n.minnctapersm 1\n{\n}\n";
         assert_eq!(bounded, expected);
-        assert_eq!(bound_blocks(&bounded, "sm_90", "w4"), bounded);
-        assert_eq!(bound_blocks(ptx, "sm_80", "w8").matches("maxntid 256, 1, 1\n.minnctapersm 1").count(), 2);
-        assert_eq!(bound_blocks(ptx, "sm_90", "w8").matches("maxntid 512").count(), 2);
-        assert!(bound_blocks(ptx, "sm_90", "w2").ends_with(".maxntid 512, 1, 1\n.minnctapersm 2\n{\n}\n"));
+        assert_eq!(bound_blocks(&bounded, "sm_90", "bf16", "w4"), bounded);
+        assert_eq!(
+            bound_blocks(ptx, "sm_80", "bf16", "w8").matches("maxntid 256, 1, 1\n.minnctapersm 1").count(),
+            2
+        );
+        assert_eq!(bound_blocks(ptx, "sm_90", "bf16", "w8").matches("maxntid 512").count(), 2);
+        let two_shot = ptx.replace("fill", "two_shot_norm");
+        let bounded = bound_blocks(&two_shot, "sm_90", "bf16", "w2");
+        assert!(bounded.ends_with(".maxntid 512, 1, 1\n.minnctapersm 2\n{\n}\n"));
+        assert!(
+            bound_blocks(&two_shot.replace("norm", "nvfp4"), "sm_90", "bf16", "w2")
+                .matches("minnctapersm 2")
+                .count()
+                == 0
+        );
     }
 
     #[test]

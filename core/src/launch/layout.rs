@@ -9,7 +9,7 @@ use core::mem::offset_of;
 
 use super::{
     Activations, Audit, Conversions, Fill, Fp8Static, Fused, Group, Local, NvFp4, Plain, RankState, RmsNorm,
-    Shape, Status, Step, Unquantized,
+    Shape, Status, Step, Turn, Unquantized,
 };
 use crate::{
     lamport::{SENTINEL, SLOTS},
@@ -75,7 +75,8 @@ type AnyRmsNorm = RmsNorm<Unquantized>;
 
 const fn structs(mut hash: u64) -> u64 {
     add_structs! { hash,
-        RankState { operation, slot, poisoned, tickets }
+        RankState { poisoned, reserved, turns }
+        Turn { operation, slot, reserved }
         Status { abort, failed, missing_rank, hop, operation, token }
         Group { regions, state, status, slot_bytes, timeout_ns, world_size, rank }
         Shape { first_token, total_tokens, tokens, row_packs }

@@ -115,7 +115,6 @@ pub unsafe fn mean_rsqrt(step: &Step) {
         }
         token += team.teams;
     }
-    team.leave();
 }
 
 /// `out = a * b[token]`, all `f32`.

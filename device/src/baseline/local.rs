@@ -30,6 +30,14 @@ where
 
     simt::wait_for_prerequisites();
     simt::launch_dependents();
+    // SAFETY: see above.
+    unsafe {
+        epilogue.fill_padding(
+            shape,
+            simt::block() * simt::threads() + simt::thread(),
+            simt::blocks() * simt::threads(),
+        )
+    };
     let mut token = team.index;
     while token < shape.tokens {
         let place =
@@ -51,7 +59,6 @@ where
         }
         token += team.teams;
     }
-    team.leave();
 }
 
 /// The sum of two packs, rounded once.

@@ -1,13 +1,11 @@
 //! The collectives, each with an epilogue: one-shot and two-shot.
 //!
 //! Arrival is seen in the data itself, by [`lamport`](fused_collective_core::lamport)'s rules. What a kernel does:
-//! 1. reads what is constant (gamma, scales, the table of regions);
-//! 2. waits for the kernels before it, then reads the [`RankState`] and its first input together, and lets the next
+//! 1. reads what is constant (gamma, scales);
+//! 2. waits for the kernels before it, then reads its block's [`Turn`] and its first input together, and lets the next
 //!    kernel start;
-//! 3. takes a ticket; the last of the blocks to take one advances the state as it ends;
-//! 4. pushes to its peers, waits for what they push, and completes its rows.
-//!
-//! One-shot takes the ticket before it pushes, two-shot after: the answer takes long, and nobody waits for it.
+//! 3. pushes to its peers, then advances the turns;
+//! 4. waits for what the peers push, and completes its rows.
 //!
 //! # Order and scope
 //! - *Pushed data* is written and polled word by word, relaxed, at system scope. Each word says by itself whether it
@@ -20,11 +18,14 @@
 //!   kernels on either side (the end of a grid, or `griddepcontrol.wait`) makes that chain a release and an acquire.
 //! - *Inputs, residuals and outputs* are weak accesses: written by kernels before or after in the stream, and each
 //!   element touched by one thread.
-//! - *The state* is read by all threads of the grid before the last block writes it: each block takes a ticket after
-//!   a barrier that all its threads reach when they have read it, and tickets acquire and release at the scope of the
-//!   device. A wait that fails reads the operation's number later, atomically, and knows by its slot whether it has
-//!   been advanced. The next kernel reads the state after its dependent-launch wait. One counter for the rank, not
-//!   one for each block: grids of any size can follow each other, and none can fall out of step.
+//! - *Turns*: every block reads one of its own, relaxed, and writes it, relaxed, after a barrier that all its threads
+//!   reach when they have used what they read. The turns that no block of this grid has are written by the blocks in
+//!   shares, and read by nobody. So all turns are the same when a grid ends, grids of any size can follow each other,
+//!   and no block asks another how far it is. The next kernel reads after its dependent-launch wait. A wait that fails
+//!   reads the operation's number again, and knows by its slot whether it has been advanced.
+//! - *Poison* is a word that any thread may set once, and that all read as they begin: a kernel that starts on a
+//!   poisoned rank pushes nothing, or it could run ahead of peers that are late and write over what they have not
+//!   read.
 //!
 //! # Programmatic dependent launch
 //! `launch_dependents` promises nothing about memory. The next kernel may be resident early, and do step 1; its own
@@ -38,7 +39,7 @@
 //! waits for a result that needs other ranks' waits to end, so ranks cannot wait in a circle. Waits are bounded: see
 //! the `wait` module.
 //!
-//! [`RankState`]: crate::params::RankState
+//! [`Turn`]: crate::params::Turn
 
 use core::num::NonZeroU32;
 
@@ -47,7 +48,7 @@ use fused_collective_core::{dtype::Element, lamport::SLOTS, pack::Pack, workspac
 use crate::{
     convert,
     epilogue::Place,
-    params::{Address, Group, RankState},
+    params::{Address, Group, MAX_BLOCKS, MAX_RANKS, RankState},
     row::Share,
     simt,
 };
@@ -63,73 +64,63 @@ use wait::Waiter;
 /// The state of the rank as this operation found it.
 struct Begun<'a> {
     group: &'a Group,
-    /// What [`take_ticket`](Self::take_ticket) drew: meaningful in a block's first thread.
-    ticket: u32,
+    operation: u64,
     /// Bounds the waits of this thread.
     waiter: Waiter<'a>,
 }
 
 impl<'a> Begun<'a> {
+    /// Where this block's turn is.
+    #[inline(always)]
+    fn turn(group: &Group) -> Address {
+        group.state.offset(RankState::turn(simt::block()))
+    }
+
     /// Reads the state: after the dependent-launch wait.
     ///
     /// # Safety
-    /// The addresses in `group` are as its documentation says.
+    /// The addresses in `group` are as its documentation says, and `turn` is [this block's](Self::turn).
     #[inline(always)]
-    unsafe fn read(group: &'a Group) -> Self {
-        // SAFETY: the state's first 16 bytes. Relaxed, since another block may poison the rank meanwhile.
-        let Pack([_, _, slot, poisoned]) = unsafe { simt::poll(group.state) };
-        Begun { group, ticket: NO_TICKET, waiter: Waiter::new(group, slot, poisoned != 0) }
+    unsafe fn read(group: &'a Group, turn: Address) -> Self {
+        // SAFETY: the block's turn, and a word of the state. Relaxed: see the module's "Order and scope".
+        let (Pack([low, high, slot, _]), poisoned) =
+            unsafe { (simt::poll(turn), simt::load_relaxed(group.state.offset(RankState::POISONED))) };
+        let operation = u64::from(high) << 32 | u64::from(low);
+        Begun { group, operation, waiter: Waiter::new(group, slot, poisoned != 0) }
     }
 
-    /// Where the operation's slot is in every region.
+    /// How far after the first slot of a region the operation's is.
     #[inline(always)]
     fn slot_offset(&self) -> u64 {
-        SLOTS_OFFSET + self.waiter.slot as u64 * self.group.slot_bytes
+        self.waiter.slot as u64 * self.group.slot_bytes
     }
 
-    /// Where the operation's slot is in rank `rank`'s region.
-    ///
-    /// # Safety
-    /// As [`region`].
+    /// Where the operation's slot is in the region of rank `rank`, of a kernel for at most `N` ranks.
     #[inline(always)]
-    unsafe fn slot_of(&self, rank: u32) -> Address {
-        // SAFETY: as this function's.
-        unsafe { region(self.group, rank) }.offset(self.slot_offset())
+    fn slot_of<const N: usize>(&self, rank: u32) -> Address {
+        // Opaque, so that addresses are computed in the loop over tokens: kept, they would take up registers.
+        let rank = simt::opaque_u64(rank as u64) as u32;
+        first_slot::<N>(self.group, rank).offset(self.slot_offset())
     }
 
-    /// Takes this block's ticket. Every thread of the block calls this once, after [`read`](Self::read).
+    /// Makes the next operation's turns. Every thread of the block calls this once, when it has what it needs of this
+    /// operation's.
     #[inline(always)]
-    fn take_ticket(&mut self) {
-        simt::block_barrier();
-        if simt::thread() == 0 {
-            // SAFETY: the state's count of tickets. Nobody waits for the answer before `end`.
-            self.ticket = unsafe { simt::fetch_add(self.group.state.offset(RankState::TICKETS), 1) };
-        }
-    }
-
-    /// Advances the state, if all blocks had taken their tickets when this one took its own.
-    ///
-    /// # Safety
-    /// As [`read`](Self::read).
-    #[inline(always)]
-    unsafe fn end(self) {
-        if self.ticket.wrapping_add(1) == simt::blocks() {
-            let state = self.group.state;
-            let slot = self.waiter.slot + 1;
-            let next = if slot as u64 == SLOTS { 0 } else { slot };
-            // SAFETY: the fields of the state. Past the last ticket no thread of this grid reads them, but for the
-            // number of the operation, which is atomic.
-            unsafe {
-                simt::add_u64(state, 1);
-                simt::store_value(state.offset(RankState::SLOT), next);
-                simt::store_value(state.offset(RankState::TICKETS), 0u32);
-            }
+    fn advance(&mut self) {
+        // What the barrier asks needs the turn: no thread still reads it when another writes.
+        self.waiter.failed = simt::block_any(self.waiter.failed || self.waiter.slot as u64 >= SLOTS);
+        let operation = self.operation + 1;
+        let slot = self.waiter.slot + 1;
+        let slot = if slot as u64 == SLOTS { 0 } else { slot };
+        let next = Pack([operation as u32, (operation >> 32) as u32, slot, 0]);
+        let mut block = simt::block() + simt::thread() * simt::blocks();
+        while block < MAX_BLOCKS {
+            // SAFETY: a turn of the state: this block's own, or one that no block of the grid has.
+            unsafe { simt::push(self.group.state.offset(RankState::turn(block)), next) };
+            block += simt::threads() * simt::blocks();
         }
     }
 }
-
-/// The ticket of a thread that has taken none: one less than no number of blocks.
-const NO_TICKET: u32 = u32::MAX;
 
 /// How many peers there are, if a kernel for at most `N` ranks can serve the group. One launched for another ends
 /// at once, and its peers' waits say what is missing.
@@ -138,15 +129,21 @@ fn peers<const N: usize>(group: &Group) -> Option<NonZeroU32> {
     if group.world_size as usize > N { None } else { NonZeroU32::new(group.world_size.saturating_sub(1)) }
 }
 
-/// The address of rank `rank`'s region.
-///
-/// # Safety
-/// The table is as [`Group::regions`] says, and `rank` is one of the group.
+/// The first slot of rank `rank`'s region, of a kernel for at most `N` ranks.
 #[inline(always)]
-unsafe fn region(group: &Group, rank: u32) -> Address {
-    let regions = Address(simt::opaque_u64(group.regions.0));
-    // SAFETY: as this function's.
-    Address(unsafe { simt::load_constant_u64(regions.offset(rank as u64 * 8)) })
+fn first_slot<const N: usize>(group: &Group, rank: u32) -> Address {
+    // Selected with constant indices: parameters that are indexed at run time are copied to local memory first.
+    const { assert!(N <= MAX_RANKS && MAX_RANKS == 8) };
+    let mut at = group.regions[0];
+    macro_rules! select {
+        ($($index:literal)*) => {$(
+            if $index < N && rank == $index {
+                at = group.regions[$index];
+            }
+        )*};
+    }
+    select!(1 2 3 4 5 6 7);
+    at.offset(SLOTS_OFFSET)
 }
 
 /// The rank `distance` (less than the group's size) after this one. Ranks start with different peers, so that they
@@ -155,6 +152,21 @@ unsafe fn region(group: &Group, rank: u32) -> Address {
 fn peer(group: &Group, distance: u32) -> u32 {
     let rank = group.rank + distance;
     if rank >= group.world_size { rank - group.world_size } else { rank }
+}
+
+/// Calls `each` for every other rank, by its distance: see [`peer`].
+#[inline(always)]
+fn for_peers<const N: usize>(group: &Group, mut each: impl FnMut(u32)) {
+    const { assert!(N <= 8) };
+    // Written out: an array of registers needs constant indices, and a compiler may leave a loop a loop.
+    macro_rules! each {
+        ($($distance:literal)*) => {$(
+            if $distance < N && $distance < group.world_size {
+                each($distance);
+            }
+        )*};
+    }
+    each!(1 2 3 4 5 6 7);
 }
 
 /// This thread's packs of a chunk of a row, from a tensor that may be absent: then zero.

@@ -1,8 +1,16 @@
-//! One-shot: every rank pushes its input to every peer and sums what it gets. One hop, for few tokens.
+//! One-shot: every rank pushes its input to every peer and sums what it gets. One hop: for few tokens and, as two
+//! ranks send no more bytes this way than in two hops, for any number of tokens between two.
+//!
+//! A team pushes its first token, then completes its tokens in turn; each time a token has arrived from all peers, it
+//! pushes the next one before it completes the one that came. So the links are never idle, and never so full of stores
+//! that loads wait behind them.
+//!
+//! Ranks cannot wait in a circle, whatever their grids are: a token is pushed when tokens before it have arrived, and
+//! the first of a team waits for nothing.
 
 use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 
-use super::{Begun, load_row, peer, peers, region, residual_out, wait::Awaited};
+use super::{Begun, first_slot, for_peers, load_row, peer, peers, residual_out, wait::Awaited};
 use crate::{
     epilogue::{Epilogue, Place},
     params::{Address, Fused},
@@ -41,52 +49,82 @@ where
         pack,
         row_packs: shape.row_packs,
     };
-    // The regions are read ahead: the first push should not wait for them.
-    let mut regions = [Address::NULL; N];
-    for (distance, at) in regions.iter_mut().enumerate() {
-        if (distance as u32) < group.world_size {
-            // SAFETY: see above; the rank is in the group.
-            *at = unsafe { region(group, peer(group, distance as u32)) };
-        }
-    }
-
     // SAFETY: see above.
     let input =
         |token, chunk| unsafe { load_row(activations.input, share, chunk, |pack| place(token, pack)) };
 
-    simt::wait_for_prerequisites();
-    // Read together with the state, and kept, where there are registers for it. Every team has a token.
+    // Where there are registers for it, the first push is made ready here, its input read together with the state, and
+    // kept. Every team has a token.
     let keeps = const { RESIDENT && P == 1 && N == 2 };
-    let first = if keeps { input(team.index, 0) } else { [Pack::default(); P] };
-    // SAFETY: see above.
-    let mut begun = unsafe { Begun::read(group) };
-    simt::launch_dependents();
-    begun.take_ticket();
+    let mine = if keeps { share.pack(0, 0) } else { None };
+    let first_place = place(team_index, mine.unwrap_or(0));
+    let first_input = first_place.of(activations.input);
+    let row = rows.one_shot(group.rank, team_index as u64);
+    let mut first_to = [Address::NULL; N];
+    if mine.is_some() {
+        for_peers::<N>(group, |distance| {
+            let slot = first_slot::<N>(group, peer(group, distance));
+            first_to[distance as usize] = slot.offset(row + first_place.pack as u64 * Pack::BYTES);
+        });
+        // SAFETY: inside the tensor.
+        unsafe { simt::prefetch(first_input) };
+    }
+    let turn = Begun::turn(group);
 
-    let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
-    let mut token = team.index;
-    while token < shape.tokens {
-        let row = begun.slot_offset() + rows.one_shot(group.rank, token as u64);
-        share.for_chunks(|chunk| {
-            let packs = own(token, chunk);
-            share.for_each(chunk, |p, pack| {
-                for (distance, at) in regions.iter().enumerate().skip(1) {
-                    if (distance as u32) < group.world_size {
-                        // SAFETY: see above.
-                        unsafe { simt::push(at.offset(row + pack as u64 * Pack::BYTES), packs[p].strip()) };
-                    }
-                }
+    simt::wait_for_prerequisites();
+    let mut first = [Pack::default(); P];
+    if mine.is_some() {
+        // SAFETY: see above.
+        first[0] = unsafe { simt::load(first_input) };
+    }
+    // SAFETY: see above.
+    let mut begun = unsafe { Begun::read(group, turn) };
+    simt::launch_dependents();
+
+    // SAFETY: see above.
+    let push = |begun: &Begun<'_>, token: u32, chunk: u32| {
+        if token >= shape.tokens || begun.waiter.failed {
+            return;
+        }
+        let packs = input(token, chunk);
+        // Opaque for the same reason as in `slot_of`.
+        let row = rows.one_shot(simt::opaque_u64(group.rank as u64) as u32, token as u64);
+        share.for_each(chunk, |p, pack| {
+            for_peers::<N>(group, |distance| {
+                let row = begun.slot_of::<N>(peer(group, distance)).offset(row);
+                // SAFETY: see above.
+                unsafe { simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip()) };
             });
         });
-        token += team.teams;
+    };
+    if !keeps {
+        share.for_chunks(|chunk| push(&begun, team_index, chunk));
+    } else if mine.is_some() && !begun.waiter.failed {
+        for_peers::<N>(group, |distance| {
+            let at = first_to[distance as usize].offset(begun.slot_offset());
+            // SAFETY: see above.
+            unsafe { simt::push(at, first[0].strip()) };
+        });
     }
-    let mut token = team.index;
+    begun.advance();
+    // SAFETY: see above.
+    unsafe {
+        epilogue.fill_padding(
+            shape,
+            simt::block() * simt::threads() + simt::thread(),
+            simt::blocks() * simt::threads(),
+        )
+    };
+    let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
+    let mut token = team_index;
     while token < shape.tokens {
+        // The number of teams, read again: to keep it would take up a register.
+        let next = token + simt::clusters();
         let awaited = Awaited { token, hop: 1 };
         // SAFETY: see above.
         unsafe {
             let stride = simt::opaque_u64(stride);
-            let from_first = begun.slot_of(group.rank).offset(rows.one_shot(0, token as u64));
+            let from_first = begun.slot_of::<N>(group.rank).offset(rows.one_shot(0, token as u64));
             prepared.complete(&mut team, shape, activations, token, |chunk, row| {
                 // Both are read while the peers' packs are on their way.
                 let own = own(token, chunk);
@@ -96,11 +134,10 @@ where
                     row[p] =
                         residual_out::<E, N>(group, &packs[p], own[p], has_residual.then_some(residual[p]));
                 });
+                // The links carry the next row while this one is normalized.
+                push(&begun, next, chunk);
             });
         }
-        token += team.teams;
+        token = next;
     }
-    team.leave();
-    // SAFETY: see above.
-    unsafe { begun.end() };
 }

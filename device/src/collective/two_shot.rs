@@ -63,18 +63,18 @@ where
     let keeps = const { RESIDENT && P == 1 && N == 2 };
     let first = if keeps { input(team.index, 0) } else { [Pack::default(); P] };
     // SAFETY: see above.
-    let mut begun = unsafe { Begun::read(group) };
+    let mut begun = unsafe { Begun::read(group, Begun::turn(group)) };
     simt::launch_dependents();
 
     let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
     deal(team_index, teams, shape.tokens, |token| {
         let (owner, index) = dealt(token, group.world_size);
-        if owner == group.rank {
+        if owner == group.rank || begun.waiter.failed {
             return;
         }
         // SAFETY: see above.
         unsafe {
-            let row = begun.slot_of(owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
+            let row = begun.slot_of::<N>(owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
             share.for_chunks(|chunk| {
                 let packs = own(token, chunk);
                 share.for_each(chunk, |p, pack| {
@@ -83,7 +83,15 @@ where
             });
         }
     });
-    begun.take_ticket();
+    begun.advance();
+    // SAFETY: see above.
+    unsafe {
+        epilogue.fill_padding(
+            shape,
+            simt::block() * simt::threads() + simt::thread(),
+            simt::blocks() * simt::threads(),
+        )
+    };
 
     // The second hop's rows follow the first's. Computed where it is used, so as to take up no registers before.
     let result = |token: u32| group.world_size as u64 * simt::opaque_u64(stride) + token as u64 * row_bytes;
@@ -91,7 +99,7 @@ where
         let (owner, index) = dealt(token, group.world_size);
         // SAFETY: see above.
         unsafe {
-            let slot = begun.slot_of(group.rank);
+            let slot = begun.slot_of::<N>(group.rank);
             prepared.complete(&mut team, shape, activations, token, |chunk, row| {
                 if owner != group.rank {
                     let awaited = Awaited { token, hop: 2 };
@@ -113,16 +121,13 @@ where
                     if !begun.waiter.failed {
                         let result = result(token) + pack as u64 * Pack::BYTES;
                         for distance in 1..group.world_size {
-                            simt::push(begun.slot_of(peer(group, distance)).offset(result), row[p]);
+                            simt::push(begun.slot_of::<N>(peer(group, distance)).offset(result), row[p]);
                         }
                     }
                 });
             });
         }
     });
-    team.leave();
-    // SAFETY: see above.
-    unsafe { begun.end() };
 }
 
 /// Calls `each` for the tokens of team `team`: one of every `teams` in turn, each time the next one of them, so that a

@@ -194,10 +194,10 @@ unsafe fn record(
     missing_rank: u32,
     awaited: Awaited,
 ) {
-    // SAFETY: the number of the operation, which one block at most advances by one meanwhile; and the fields of the
+    // SAFETY: the number of the operation, which this block at most advances by one meanwhile; and the fields of the
     // status, which the host reads after it has seen `failed` (acquire).
     unsafe {
-        let current = simt::load_relaxed_u64(state);
+        let current = simt::load_relaxed_u64(state.offset(RankState::turn(simt::block())));
         // The remainder of the sum of both halves, since 2^32 leaves 1 when divided by the slots' number, 3.
         let halves = lamport::slot(current >> 32) + lamport::slot(current & u64::from(u32::MAX));
         let operation = current - u64::from(lamport::slot(halves) != u64::from(slot));

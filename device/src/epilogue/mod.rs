@@ -8,7 +8,7 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
     convert,
-    params::{Address, Plain, RmsNorm},
+    params::{Address, Plain, RmsNorm, Shape},
     simt,
 };
 
@@ -68,6 +68,14 @@ pub trait Epilogue<E: Element>: Copy {
     /// As [`constants`](Self::constants); `pack` is less than the row's number of packs.
     unsafe fn weights(&self, pack: u32) -> Self::Weights;
 
+    /// Writes what its outputs have besides rows. Every thread of the launch calls this once, after the
+    /// dependent-launch wait: it is thread `thread` of `threads`.
+    ///
+    /// # Safety
+    /// As [`constants`](Self::constants).
+    #[inline(always)]
+    unsafe fn fill_padding(&self, _shape: &Shape, _thread: u32, _threads: u32) {}
+
     /// What a pack adds to the sum over its row.
     fn addend(&self, row: Pack) -> f32;
 
@@ -99,6 +107,13 @@ pub trait Quantizer<E: Element>: Copy {
     /// The addresses in `self` are as its documentation says.
     unsafe fn constants(&self) -> Self::Constants;
 
+    /// As [`Epilogue::fill_padding`].
+    ///
+    /// # Safety
+    /// As [`constants`](Self::constants).
+    #[inline(always)]
+    unsafe fn fill_padding(&self, _shape: &Shape, _thread: u32, _threads: u32) {}
+
     /// Quantizes one pack and stores it. Synchronization as in [`Epilogue`].
     ///
     /// # Safety
@@ -119,6 +134,12 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for Plain<Q> {
 
     #[inline(always)]
     unsafe fn weights(&self, _pack: u32) {}
+
+    #[inline(always)]
+    unsafe fn fill_padding(&self, shape: &Shape, thread: u32, threads: u32) {
+        // SAFETY: as this function's.
+        unsafe { self.quantizer.fill_padding(shape, thread, threads) }
+    }
 
     #[inline(always)]
     fn addend(&self, _row: Pack) -> f32 {
@@ -153,6 +174,12 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
     unsafe fn weights(&self, pack: u32) -> Pack {
         // SAFETY: gamma has a row's packs and is constant.
         unsafe { simt::load_constant(self.gamma.offset(pack as u64 * Pack::BYTES)) }
+    }
+
+    #[inline(always)]
+    unsafe fn fill_padding(&self, shape: &Shape, thread: u32, threads: u32) {
+        // SAFETY: as this function's.
+        unsafe { self.quantizer.fill_padding(shape, thread, threads) }
     }
 
     #[inline(always)]

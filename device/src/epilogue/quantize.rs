@@ -9,12 +9,14 @@ use fused_collective_core::{
 use super::{Place, Quantizer};
 use crate::{
     convert,
-    params::{Fp8Static, NvFp4, Unquantized},
+    params::{Fp8Static, NvFp4, Shape, Unquantized},
     simt,
 };
 
 /// Elements of an NVFP4 block.
 const BLOCK: u32 = 16;
+/// Rows of a tile of swizzled scales.
+const TILE_ROWS: u32 = 128;
 
 impl<E: Element> Quantizer<E> for Unquantized {
     type Constants = ();
@@ -63,6 +65,39 @@ impl<E: Element> Quantizer<E> for NvFp4 {
     unsafe fn constants(&self) -> f32 {
         // SAFETY: the scale is one `f32` and constant.
         f32::from_bits(unsafe { simt::load_constant_u32(self.global_scale) })
+    }
+
+    /// Zeroes the scales of the rows that pad the last row of tiles, with the round that has the last token.
+    #[inline(always)]
+    unsafe fn fill_padding(&self, shape: &Shape, thread: u32, threads: u32) {
+        let is_last = shape.first_token + shape.tokens as u64 == shape.total_tokens;
+        let used = shape.total_tokens as u32 % TILE_ROWS;
+        if self.swizzled == 0 || used == 0 || !is_last {
+            return;
+        }
+        let cols = shape.row_packs / (BLOCK / E::LANES as u32);
+        let row = shape.total_tokens - used as u64;
+        let tiles = self.scales.offset(ScaleLayout::Swizzled128x4.offset(row, 0, cols as u64));
+        // A tile is 32 lines of 16 bytes: four for each of the rows `line`, `line + 32`, `line + 64`, `line + 96`.
+        let lines = cols.div_ceil(4) * 32;
+        let mut index = thread;
+        while index < lines {
+            let at = tiles.offset(index as u64 * 16);
+            let line = index % 32;
+            // SAFETY: inside `ScaleLayout::bytes`, and of no row that a thread stores scales of.
+            unsafe {
+                if line >= used {
+                    simt::store(at, Pack([0; 4]));
+                } else {
+                    let mut quarter = (used - line).div_ceil(32);
+                    while quarter < 4 {
+                        simt::store_value(at.offset(quarter as u64 * 4), 0u32);
+                        quarter += 1;
+                    }
+                }
+            }
+            index += threads;
+        }
     }
 
     #[inline(always)]

@@ -8,6 +8,7 @@
 //! boundary, so [`push`](super::push) releases and [`poll`](super::poll) acquires here.
 
 use std::{
+    array,
     boxed::Box,
     cell::RefCell,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
@@ -22,7 +23,7 @@ use std::{
 
 use fused_collective_core::pack::Pack;
 
-use super::{SHARED_FLOATS, WARP};
+use super::{COUNTERS, SHARED_FLOATS, WARP};
 use crate::params::{Address, MAX_BLOCK_THREADS, MAX_CLUSTER};
 
 mod stream;
@@ -128,8 +129,11 @@ struct ClusterState {
 
 struct BlockState {
     barrier: Barrier,
+    /// What [`block_any`] collects; 0 outside.
+    any: AtomicU32,
     warps: Box<[WarpState]>,
     shared: Box<[AtomicU32]>,
+    counters: [Counter; COUNTERS as usize],
 }
 
 struct WarpState {
@@ -154,8 +158,10 @@ impl BlockState {
         let poison = || AtomicU32::new(f32::NAN.to_bits());
         BlockState {
             barrier: Barrier::new(threads, ended),
+            any: AtomicU32::new(0),
             warps: (0..threads / WARP).map(|_| WarpState::new(ended)).collect(),
             shared: (0..SHARED_FLOATS).map(|_| poison()).collect(),
+            counters: array::from_fn(|_| Counter::new(ended)),
         }
     }
 }
@@ -167,7 +173,7 @@ impl WarpState {
     }
 }
 
-/// A reusable barrier whose halves can be called apart, and that ends its waiters when the launch ends early.
+/// A reusable barrier that ends its waiters when the launch ends early.
 struct Barrier {
     parties: u32,
     state: Mutex<BarrierState>,
@@ -181,18 +187,12 @@ struct BarrierState {
     phase: u64,
 }
 
-std::thread_local! {
-    /// The phase of the cluster barrier that this thread arrived in.
-    static CLUSTER_PHASE: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
-}
-
 impl Barrier {
     fn new(parties: u32, ended: &Arc<AtomicBool>) -> Self {
         Barrier { parties, state: Mutex::default(), complete: Condvar::new(), ended: Arc::clone(ended) }
     }
 
-    /// Arrives, and returns the phase to wait for.
-    fn arrive(&self) -> u64 {
+    fn arrive_and_wait(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let phase = state.phase;
         state.arrived += 1;
@@ -200,11 +200,6 @@ impl Barrier {
             *state = BarrierState { arrived: 0, phase: phase + 1 };
             self.complete.notify_all();
         }
-        phase
-    }
-
-    fn wait(&self, phase: u64) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         while state.phase == phase {
             assert!(!self.ended.load(Ordering::Relaxed), "another thread of the launch panicked");
             let (next, _) = self
@@ -213,10 +208,6 @@ impl Barrier {
                 .unwrap_or_else(PoisonError::into_inner);
             state = next;
         }
-    }
-
-    fn arrive_and_wait(&self) {
-        self.wait(self.arrive());
     }
 }
 
@@ -261,12 +252,18 @@ pub(super) fn block_barrier() {
     with(|context| own_block(context).barrier.arrive_and_wait());
 }
 
-pub(super) fn cluster_arrive() {
-    CLUSTER_PHASE.set(with(|context| context.cluster.barrier.arrive()));
-}
-
-pub(super) fn cluster_wait() {
-    with(|context| context.cluster.barrier.wait(CLUSTER_PHASE.get()));
+pub(super) fn block_any(value: bool) -> bool {
+    with(|context| {
+        let block = own_block(context);
+        // Relaxed: the barriers order the accesses.
+        block.any.fetch_or(u32::from(value), Ordering::Relaxed);
+        block.barrier.arrive_and_wait();
+        let any = block.any.load(Ordering::Relaxed) != 0;
+        block.barrier.arrive_and_wait();
+        block.any.store(0, Ordering::Relaxed);
+        block.barrier.arrive_and_wait();
+        any
+    })
 }
 
 /// Every lane's value of this lane's tile of `lanes`.
@@ -330,11 +327,79 @@ impl Shared {
         with(|context| own_block(context).shared[index as usize].store(value.to_bits(), Ordering::Relaxed));
     }
 
-    pub(super) fn store_to(self, rank: u32, index: u32, value: f32) {
+    pub(super) fn connect(self) {
+        with(|context| context.cluster.barrier.arrive_and_wait());
+    }
+
+    pub(super) fn expect(self, counter: u32, floats: u32) {
+        with(|context| own_block(context).counters[counter as usize].expect(floats));
+    }
+
+    pub(super) fn send(self, rank: u32, index: u32, value: f32, counter: u32) {
         with(|context| {
-            context.cluster.blocks[rank as usize].shared[index as usize]
-                .store(value.to_bits(), Ordering::Relaxed);
+            let block = &context.cluster.blocks[rank as usize];
+            block.shared[index as usize].store(value.to_bits(), Ordering::Relaxed);
+            block.counters[counter as usize].count();
         });
+    }
+
+    pub(super) fn wait(self, counter: u32, phase: u32) {
+        with(|context| own_block(context).counters[counter as usize].wait(phase));
+    }
+}
+
+/// Counts what arrives, in phases.
+struct Counter {
+    state: Mutex<CounterState>,
+    complete: Condvar,
+    ended: Arc<AtomicBool>,
+}
+
+#[derive(Default)]
+struct CounterState {
+    phase: u32,
+    /// Whether it is known how many floats arrive in this phase.
+    armed: bool,
+    /// Floats yet to arrive; less than zero while more have than are known of.
+    missing: i64,
+}
+
+impl Counter {
+    fn new(ended: &Arc<AtomicBool>) -> Self {
+        Counter { state: Mutex::default(), complete: Condvar::new(), ended: Arc::clone(ended) }
+    }
+
+    fn expect(&self, floats: u32) {
+        self.change(|state| {
+            assert!(!state.armed, "a phase was expected twice");
+            state.armed = true;
+            state.missing += i64::from(floats);
+        });
+    }
+
+    fn count(&self) {
+        self.change(|state| state.missing -= 1);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut CounterState)) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut state);
+        if state.armed && state.missing == 0 {
+            *state = CounterState { phase: state.phase + 1, armed: false, missing: 0 };
+            self.complete.notify_all();
+        }
+    }
+
+    fn wait(&self, phase: u32) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        while state.phase % 2 == phase % 2 {
+            assert!(!self.ended.load(Ordering::Relaxed), "another thread of the launch panicked");
+            let (next, _) = self
+                .complete
+                .wait_timeout(state, Duration::from_millis(100))
+                .unwrap_or_else(PoisonError::into_inner);
+            state = next;
+        }
     }
 }
 
@@ -391,6 +456,10 @@ unsafe fn word<'a>(address: Address) -> &'a AtomicU32 {
 
 /// # Safety
 /// As the public function of this name.
+pub(super) unsafe fn prefetch(_address: Address) {}
+
+/// # Safety
+/// As the public function of this name.
 pub(super) unsafe fn load_constant(address: Address) -> Pack {
     // SAFETY: as this function's.
     unsafe { load(address) }
@@ -444,19 +513,12 @@ pub(super) unsafe fn poll(address: Address) -> Pack {
     pass();
     // SAFETY: as this function's.
     let words = unsafe { words(address) };
-    let pack = Pack(std::array::from_fn(|index| words[index].load(Ordering::Acquire)));
+    let pack = Pack(array::from_fn(|index| words[index].load(Ordering::Acquire)));
     if !pack.is_complete() {
         // There are more threads than processors: let those run that this one waits for.
         yield_now();
     }
     pack
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn fetch_add(address: Address, value: u32) -> u32 {
-    // SAFETY: as this function's.
-    unsafe { word(address) }.fetch_add(value, Ordering::AcqRel)
 }
 
 /// # Safety
@@ -487,13 +549,6 @@ unsafe fn double_word<'a>(address: Address) -> &'a AtomicU64 {
 pub(super) unsafe fn load_relaxed_u64(address: Address) -> u64 {
     // SAFETY: as this function's.
     unsafe { double_word(address) }.load(Ordering::Relaxed)
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn add_u64(address: Address, value: u64) {
-    // SAFETY: as this function's.
-    unsafe { double_word(address) }.fetch_add(value, Ordering::Relaxed);
 }
 
 /// # Safety

@@ -24,7 +24,7 @@ use nvptx as imp;
 pub const WARP: u32 = 32;
 
 /// Floats of a block's [`Shared`] memory.
-pub const SHARED_FLOATS: u32 = 512;
+pub const SHARED_FLOATS: u32 = 80;
 
 /// A wait looks at the clock and at the rank's state once in so many polls. On a GPU a poll takes about 0.7 us.
 pub(crate) const POLLS_PER_CHECK: u32 = imp::POLLS_PER_CHECK;
@@ -86,17 +86,11 @@ pub fn block_barrier() {
     imp::block_barrier();
 }
 
-/// First half of a barrier over the cluster: release. Every thread of every block of it calls this, then
-/// [`cluster_wait`], in turn.
+/// Waits like [`block_barrier`], and says whether `value` holds in any thread of the block. What `value` was computed
+/// from has been read before any thread gets past this.
 #[inline(always)]
-pub fn cluster_arrive() {
-    imp::cluster_arrive();
-}
-
-/// Second half of a barrier over the cluster: waits until every thread has arrived; acquire.
-#[inline(always)]
-pub fn cluster_wait() {
-    imp::cluster_wait();
+pub fn block_any(value: bool) -> bool {
+    imp::block_any(value)
 }
 
 /// The sum over the warp, with the same bits in every lane. All 32 lanes call it.
@@ -113,11 +107,19 @@ pub fn tile_max<const LANES: u32>(value: u32) -> u32 {
     imp::tile_max::<LANES>(value)
 }
 
-/// [`SHARED_FLOATS`] floats that the threads of a block share, and that other blocks of its cluster can write.
+/// [`SHARED_FLOATS`] floats that the threads of a block share, and that other blocks of its cluster can send to.
 ///
 /// A kernel takes it once, at its start: it is one allocation for each place in the source that does.
+///
+/// # Sending
+/// What blocks of a cluster send each other is counted where it arrives, by one of [`COUNTERS`] counters. A counter
+/// goes through phases: one ends when all floats that were [expected](Self::expect) in it have arrived. Nobody has to
+/// flush other memory, as a barrier over the cluster would have everybody do.
 #[derive(Clone, Copy, Debug)]
 pub struct Shared(imp::Shared);
+
+/// Counters of a block's [`Shared`] memory.
+pub const COUNTERS: u32 = 2;
 
 impl Shared {
     /// The block's shared memory, uninitialized.
@@ -126,7 +128,7 @@ impl Shared {
         Shared(imp::Shared::take())
     }
 
-    /// Reads float `index` of this block. Order it after the write by a barrier.
+    /// Reads float `index` of this block. Order it after the write by a barrier or a [`wait`](Self::wait).
     #[inline(always)]
     pub fn load(self, index: u32) -> f32 {
         self.0.load(index)
@@ -138,11 +140,32 @@ impl Shared {
         self.0.store(index, value);
     }
 
-    /// Writes float `index` of block `rank` of this cluster, which must have started and not ended: order this
-    /// after one barrier over the cluster and before another.
+    /// Makes the cluster ready for sending: starts the counters, and waits until all its blocks have done so. Every
+    /// thread of the cluster calls this once.
     #[inline(always)]
-    pub fn store_to(self, rank: u32, index: u32, value: f32) {
-        self.0.store_to(rank, index, value);
+    pub fn connect(self) {
+        self.0.connect();
+    }
+
+    /// Says how many floats arrive in the present phase of counter `counter` of this block. One thread of the block
+    /// calls this, once in each phase; floats may arrive before.
+    #[inline(always)]
+    pub fn expect(self, counter: u32, floats: u32) {
+        self.0.expect(counter, floats);
+    }
+
+    /// Sends a float to place `index` of block `rank` of this cluster, where counter `counter` counts it. Call
+    /// [`connect`](Self::connect) first. That block must not end before it has waited for the float.
+    #[inline(always)]
+    pub fn send(self, rank: u32, index: u32, value: f32, counter: u32) {
+        self.0.send(rank, index, value, counter);
+    }
+
+    /// Waits until phase `phase` of counter `counter` of this block, the present one or the one before it, has ended.
+    /// What arrived in it can be read afterwards.
+    #[inline(always)]
+    pub fn wait(self, counter: u32, phase: u32) {
+        self.0.wait(counter, phase);
     }
 }
 
@@ -190,6 +213,16 @@ pub fn opaque(pack: Pack) -> Pack {
 #[inline(always)]
 pub fn opaque_u64(value: u64) -> u64 {
     imp::opaque_u64(value)
+}
+
+/// Brings 16 bytes nearer that will be read. Whatever they hold meanwhile, it is not looked at.
+///
+/// # Safety
+/// `address` is valid for a read.
+#[inline(always)]
+pub unsafe fn prefetch(address: Address) {
+    // SAFETY: as this function's.
+    unsafe { imp::prefetch(address) }
 }
 
 /// Reads memory that nobody writes while the kernel runs, so that caches may keep it.
@@ -283,20 +316,10 @@ pub unsafe fn poll(address: Address) -> Pack {
     unsafe { imp::poll(address) }
 }
 
-/// Adds to a word: acquire and release, at the scope of this device. The old value.
-///
-/// # Safety
-/// `address` is valid for a read and write of four bytes and aligned to 4, and is accessed atomically only.
-#[inline(always)]
-pub unsafe fn fetch_add(address: Address, value: u32) -> u32 {
-    // SAFETY: as this function's.
-    unsafe { imp::fetch_add(address, value) }
-}
-
 /// Replaces a word that is 0, and says whether it did: relaxed, at system scope, since the host may do the same.
 ///
 /// # Safety
-/// As [`fetch_add`].
+/// `address` is valid for a read and write of four bytes and aligned to 4, and is accessed atomically only.
 #[inline(always)]
 pub unsafe fn replace_zero(address: Address, value: u32) -> bool {
     // SAFETY: as this function's.
@@ -321,16 +344,6 @@ pub unsafe fn load_relaxed(address: Address) -> u32 {
 pub unsafe fn load_relaxed_u64(address: Address) -> u64 {
     // SAFETY: as this function's.
     unsafe { imp::load_relaxed_u64(address) }
-}
-
-/// Adds to a double word, without waiting for it: relaxed, at system scope.
-///
-/// # Safety
-/// `address` is valid for a read and write of eight bytes and aligned to 8, and is accessed atomically only.
-#[inline(always)]
-pub unsafe fn add_u64(address: Address, value: u64) {
-    // SAFETY: as this function's.
-    unsafe { imp::add_u64(address, value) }
 }
 
 /// Writes a word that the host reads: release, at system scope. Who reads it (acquire) sees what this thread wrote

@@ -8,7 +8,7 @@ use core::arch::asm;
 
 use fused_collective_core::pack::Pack;
 
-use super::{SHARED_FLOATS, WARP};
+use super::{COUNTERS, SHARED_FLOATS, WARP};
 use crate::params::Address;
 
 pub(super) const POLLS_PER_CHECK: u32 = 256;
@@ -70,21 +70,16 @@ pub(super) fn block_barrier() {
 }
 
 #[inline(always)]
-pub(super) fn cluster_arrive() {
-    #[cfg(target_feature = "sm_90")]
-    // SAFETY: each arrival is followed by a wait.
+pub(super) fn block_any(value: bool) -> bool {
+    let any: u32;
+    // SAFETY: as `block_barrier`.
     unsafe {
-        asm!("barrier.cluster.arrive.release;")
+        asm!(
+            "{{ .reg .pred any; setp.ne.u32 any, {1}, 0; barrier.red.or.pred any, 0, any; selp.u32 {0}, 1, 0, any; }}",
+            out(reg32) any, in(reg32) u32::from(value),
+        );
     }
-}
-
-#[inline(always)]
-pub(super) fn cluster_wait() {
-    #[cfg(target_feature = "sm_90")]
-    // SAFETY: follows an arrival.
-    unsafe {
-        asm!("barrier.cluster.wait.acquire;")
-    }
+    any != 0
 }
 
 unsafe extern "C" {
@@ -138,7 +133,7 @@ impl Shared {
         unsafe {
             asm!(
                 "{{ .shared .align 16 .b8 shared_floats[{bytes}]; mov.u32 {address}, shared_floats; }}",
-                bytes = const SHARED_FLOATS * 4,
+                bytes = const SHARED_FLOATS * 4 + COUNTERS * 8,
                 address = out(reg32) address,
                 options(nomem),
             );
@@ -160,21 +155,82 @@ impl Shared {
         unsafe { asm!("st.shared.f32 [{0}], {1};", in(reg32) self.0 + index * 4, in(reg32) value) }
     }
 
+    /// The address of a counter, an `mbarrier` that follows the floats.
+    #[cfg(target_feature = "sm_90")]
     #[inline(always)]
-    pub(super) fn store_to(self, rank: u32, index: u32, value: f32) {
-        let address = self.0 + index * 4;
+    fn counter(self, counter: u32) -> u32 {
+        self.0 + SHARED_FLOATS * 4 + counter * 8
+    }
+
+    #[inline(always)]
+    pub(super) fn connect(self) {
+        #[cfg(target_feature = "sm_90")]
+        // SAFETY: the counters are in the array, and nobody uses them before the barrier. `expect` is the one arrival
+        // of a phase. The barrier need not release anything: the fence makes the counters visible, and there is
+        // nothing else.
+        unsafe {
+            if thread() == 0 {
+                for counter in 0..COUNTERS {
+                    asm!("mbarrier.init.shared::cta.b64 [{0}], 1;", in(reg32) self.counter(counter));
+                }
+                asm!("fence.mbarrier_init.release.cluster;");
+            }
+            asm!("barrier.cluster.arrive.relaxed; barrier.cluster.wait;");
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn expect(self, counter: u32, floats: u32) {
+        #[cfg(target_feature = "sm_90")]
+        // SAFETY: a counter that `connect` started.
+        unsafe {
+            asm!(
+                "mbarrier.arrive.expect_tx.shared::cta.b64 _, [{0}], {1};",
+                in(reg32) self.counter(counter), in(reg32) floats * 4,
+            );
+        }
+        #[cfg(not(target_feature = "sm_90"))]
+        let _ = (counter, floats); // there are no clusters
+    }
+
+    #[inline(always)]
+    pub(super) fn send(self, rank: u32, index: u32, value: f32, counter: u32) {
         #[cfg(target_feature = "sm_90")]
         // SAFETY: as `load`; the other block runs, by this function's contract.
         unsafe {
-            let there: u32;
-            asm!("mapa.shared::cluster.u32 {0}, {1}, {2};", out(reg32) there, in(reg32) address, in(reg32) rank, options(pure, nomem));
-            asm!("st.shared::cluster.f32 [{0}], {1};", in(reg32) there, in(reg32) value);
+            asm!(
+                "{{ .reg .b32 at, counter; \
+                 mapa.shared::cluster.u32 at, {0}, {2}; \
+                 mapa.shared::cluster.u32 counter, {1}, {2}; \
+                 st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [at], {3}, [counter]; }}",
+                in(reg32) self.0 + index * 4, in(reg32) self.counter(counter), in(reg32) rank,
+                in(reg32) value.to_bits(),
+            );
         }
         #[cfg(not(target_feature = "sm_90"))]
-        {
-            let _ = (rank, address); // the only block of a cluster is this one
-            self.store(index, value);
+        let _ = (rank, index, value, counter);
+    }
+
+    #[inline(always)]
+    pub(super) fn wait(self, counter: u32, phase: u32) {
+        #[cfg(target_feature = "sm_90")]
+        loop {
+            let done: u32;
+            // SAFETY: a counter that `connect` started. The instruction suspends the thread for a while.
+            unsafe {
+                asm!(
+                    "{{ .reg .pred done; \
+                     mbarrier.try_wait.parity.shared::cta.b64 done, [{1}], {2}; \
+                     selp.u32 {0}, 1, 0, done; }}",
+                    out(reg32) done, in(reg32) self.counter(counter), in(reg32) phase % 2,
+                );
+            }
+            if done != 0 {
+                break;
+            }
         }
+        #[cfg(not(target_feature = "sm_90"))]
+        let _ = (counter, phase);
     }
 }
 
@@ -237,6 +293,14 @@ pub(super) fn opaque_u64(mut value: u64) -> u64 {
     // SAFETY: nothing. Volatile, as above.
     unsafe { asm!("// {0}", inout(reg64) value, options(nomem)) }
     value
+}
+
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
+pub(super) unsafe fn prefetch(address: Address) {
+    // SAFETY: as this function's.
+    unsafe { asm!("prefetch.global.L2 [{0}];", in(reg64) address.0) }
 }
 
 macro_rules! load_pack {
@@ -305,18 +369,6 @@ pub(super) unsafe fn load_constant_u64(address: Address) -> u64 {
 /// # Safety
 /// As the public function of this name.
 #[inline(always)]
-pub(super) unsafe fn fetch_add(address: Address, value: u32) -> u32 {
-    let old;
-    // SAFETY: as this function's.
-    unsafe {
-        asm!("atom.acq_rel.gpu.global.add.u32 {0}, [{1}], {2};", out(reg32) old, in(reg64) address.0, in(reg32) value);
-    }
-    old
-}
-
-/// # Safety
-/// As the public function of this name.
-#[inline(always)]
 pub(super) unsafe fn replace_zero(address: Address, value: u32) -> bool {
     let old: u32;
     // SAFETY: as this function's.
@@ -344,14 +396,6 @@ pub(super) unsafe fn load_relaxed_u64(address: Address) -> u64 {
     // SAFETY: as this function's.
     unsafe { asm!("ld.relaxed.sys.global.u64 {0}, [{1}];", out(reg64) value, in(reg64) address.0) }
     value
-}
-
-/// # Safety
-/// As the public function of this name.
-#[inline(always)]
-pub(super) unsafe fn add_u64(address: Address, value: u64) {
-    // SAFETY: as this function's.
-    unsafe { asm!("red.relaxed.sys.global.add.u64 [{0}], {1};", in(reg64) address.0, in(reg64) value) }
 }
 
 /// # Safety

@@ -4,6 +4,7 @@
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part of this")]
 
 use std::{
+    array,
     sync::atomic::{AtomicU32, Ordering},
     thread,
     time::Duration,
@@ -137,7 +138,6 @@ pub struct World {
     pub size: u32,
     layout: Layout,
     regions: Vec<Buffer>,
-    table: Buffer,
     pub states: Vec<Buffer>,
     pub statuses: Vec<Buffer>,
     pub timeout: Duration,
@@ -148,11 +148,9 @@ impl World {
         let layout = Layout::new(size, slot_bytes).unwrap();
         let regions: Vec<Buffer> =
             (0..size).map(|_| Buffer::new(layout.region_bytes() as usize, lamport::SENTINEL)).collect();
-        let addresses: Vec<u64> = regions.iter().map(|region| region.address().0).collect();
         World {
             size,
             layout,
-            table: Buffer::of(&addresses),
             regions,
             states: (0..size).map(|_| Buffer::new(size_of::<RankState>(), 0)).collect(),
             statuses: (0..size).map(|_| Buffer::new(size_of::<Status>(), 0)).collect(),
@@ -162,7 +160,7 @@ impl World {
 
     pub fn group(&self, rank: u32) -> Group {
         Group {
-            regions: self.table.address(),
+            regions: array::from_fn(|rank| self.regions.get(rank).map_or(Address::NULL, Buffer::address)),
             state: self.states[rank as usize].address(),
             status: self.statuses[rank as usize].address(),
             slot_bytes: self.layout.slot_bytes(),
@@ -293,7 +291,7 @@ impl Tensors {
             residual_out: Buffer::new(bytes, POISON),
             norm_out: Buffer::new(if operation.writes_norm() { bytes } else { 0 }, POISON),
             values: Buffer::new(values as usize, POISON),
-            scales: Buffer::new(scales as usize, 0),
+            scales: Buffer::new(scales as usize, POISON),
         }
     }
 
@@ -363,6 +361,11 @@ impl Tensors {
             if let Err(mismatch) = reference::check_token(operation, rounding, &token, &observed) {
                 panic!("{mismatch} ({operation:?})");
             }
+        }
+        if let Some(layout) = operation.quantization.scale_layout() {
+            let mut cleared = scales.clone();
+            layout.zero_padding_rows(operation.tokens, operation.hidden / 16, &mut cleared);
+            assert!(cleared == scales, "padding rows of the scales are not zero");
         }
         let buffers =
             [&self.input, &self.gamma, &self.residual_out, &self.norm_out, &self.values, &self.scales];

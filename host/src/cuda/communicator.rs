@@ -17,7 +17,6 @@ use fused_collective_core::{
     launch::{self, ABORTED, Fused, MAX_BLOCK_THREADS, Shape, Status},
     pack::Pack,
     plan::{Algorithm, Limits, Plan, Round},
-    quant::Quantization,
     workspace::{Header, Layout},
 };
 
@@ -215,8 +214,6 @@ impl Communicator {
         let plan = Plan::new(operation, &self.limits)?;
         tensors.check(operation)?;
         self.announce(Call::operation(operation, plan.algorithm, None), stream)?;
-        // SAFETY: as this function's.
-        unsafe { clear_padding(operation.quantization, operation.tokens, tensors, stream)? };
         for round in plan.rounds() {
             let launcher = RoundLauncher { communicator: self, plan, round, operation, tensors, stream };
             with_epilogue(operation.norm, operation.quantization, operation.hidden, tensors, launcher)?;
@@ -408,7 +405,7 @@ impl Communicator {
 
     fn group(&self) -> launch::Group {
         launch::Group {
-            regions: self.workspace.table(),
+            regions: self.workspace.regions(),
             state: self.workspace.state(),
             status: self.status.address(),
             slot_bytes: self.layout.slot_bytes(),
@@ -493,30 +490,12 @@ pub(crate) fn shape(
     Ok(Shape { first_token, total_tokens, tokens, row_packs: (row_bytes / Pack::BYTES) as u32 })
 }
 
-/// Zeroes the rows that pad the scales of NVFP4, which kernels do not write.
-///
-/// # Safety
-/// `scale_out` is as long as the operation's scales, and `stream` is a stream of the current context.
-pub(crate) unsafe fn clear_padding(
-    quantization: Quantization,
-    tokens: u64,
-    tensors: &Tensors,
-    stream: Handle,
-) -> Result<(), Error> {
-    let Some((layout, scales)) = quantization.scale_layout().zip(tensors.scale_out) else { return Ok(()) };
-    if layout.rows_padded(tokens) == tokens {
-        return Ok(());
-    }
-    // SAFETY: as this function's.
-    let code = unsafe { (load()?.cuMemsetD8Async)(scales.address, 0, scales.length as usize, stream) };
-    check("clear the scales' padding", code)
-}
-
 /// [`Mode::Auto`](fused_collective_core::fusion::Mode) takes one-shot up to this many bytes of activation. One-shot
-/// sends each byte to all peers, two-shot twice; with more peers the second hop pays sooner.
+/// sends each byte to all peers, two-shot twice at most: between two ranks that is no less, and a hop more; with more
+/// peers the second hop pays sooner.
 fn one_shot_bytes(world_size: u32) -> u64 {
     match world_size {
-        2 => 4 << 20,
+        1 | 2 => u64::MAX,
         3 | 4 => 128 << 10,
         _ => 64 << 10,
     }

@@ -20,7 +20,7 @@ use fused_collective_core::{
 
 use super::{
     Captured, Communicator, Error as CudaError,
-    communicator::{clear_padding, shape},
+    communicator::shape,
     driver::{Handle, check, failed, load},
     epilogue::{Part, WithEpilogue, with_epilogue},
     gather,
@@ -259,8 +259,6 @@ impl<'a> Engine<'a> {
             },
         };
         let stream = self.handle();
-        // SAFETY: `ScaleOut` has the bytes of the problem's scales.
-        unsafe { clear_padding(quantization, problem.tokens, &tensors, stream)? };
         let kernels = self.communicator.kernels();
         let pass = LocalPass { kernels, problem, activations, stream };
         Ok(with_epilogue(norm, quantization, problem.hidden, &tensors, pass)?)

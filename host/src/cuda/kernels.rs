@@ -21,7 +21,7 @@ use std::{
 use cust::{function::FunctionAttribute, module::Module};
 use fused_collective_core::{
     dtype::DType,
-    launch::{LAYOUT, layout_of},
+    launch::{self, LAYOUT, MAX_BLOCKS, layout_of},
 };
 
 use super::{
@@ -35,7 +35,7 @@ pub const FOLDER_VARIABLE: &str = "FUSED_COLLECTIVE_PTX";
 /// The folder's name beside the program.
 const FOLDER: &str = "ptx";
 /// The largest group that there are kernels for.
-pub const MAX_RANKS: u32 = 8;
+pub const MAX_RANKS: u32 = launch::MAX_RANKS as u32;
 /// Threads of a warp.
 const WARP: u32 = 32;
 /// The first processor with clusters and programmatic dependent launch.
@@ -183,7 +183,7 @@ impl Kernels {
 
     /// The largest cluster that kernels can be launched in.
     pub(crate) fn max_cluster(&self) -> u32 {
-        self.launcher.map_or(1, |_| fused_collective_core::launch::MAX_CLUSTER)
+        self.launcher.map_or(1, |_| launch::MAX_CLUSTER)
     }
 
     /// For reports: the processor, and whether launches overlap.
@@ -255,9 +255,9 @@ impl Kernels {
             Ok(self.function(dtype, versioned(version))?.max_threads)
         })?;
         let launch = self.launch_of(dtype, versioned(version), cluster, threads, tokens)?;
-        if version == "p1" && u64::from(launch.blocks / cluster) < tokens {
+        if version == "p1" && entry.family != "one_shot" && u64::from(launch.blocks / cluster) < tokens {
             // More rows than places: narrower blocks, more of which are resident, overlap one row's waits with
-            // another's work.
+            // another's work. One-shot pushes a row ahead, and does not wait.
             let threads = row_packs.div_ceil(cluster * 2).next_multiple_of(WARP);
             let narrow = versioned("p2");
             if threads <= self.function(dtype, narrow)?.max_threads {
@@ -308,7 +308,11 @@ impl Kernels {
                  threads fits"
             )));
         }
-        let clusters = tokens.clamp(1, u64::from(resident)) as u32;
+        let most = match entry.set {
+            Set::Group(_) => resident.min(MAX_BLOCKS / cluster),
+            Set::Local => resident,
+        };
+        let clusters = tokens.clamp(1, u64::from(most)) as u32;
         Ok(Launch { function: function.handle, blocks: clusters * cluster, cluster, threads })
     }
 

@@ -1,9 +1,11 @@
 //! The regions that ranks share: made, exchanged through CUDA IPC, checked.
 
+use std::array;
+
 use fused_collective_core::{
     fusion::Operation,
     lamport::{SENTINEL, SLOTS},
-    launch::{Address, RankState},
+    launch::{Address, MAX_RANKS, RankState},
     workspace::{Header, Layout, SLOTS_OFFSET, SlotRows},
 };
 
@@ -44,7 +46,7 @@ pub(crate) struct Workspace {
     // Peers' regions are closed before this rank's is freed.
     peers: Vec<PeerMemory>,
     region: DeviceMemory,
-    table: DeviceMemory,
+    regions: [Address; MAX_RANKS],
     state: DeviceMemory,
 }
 
@@ -78,11 +80,10 @@ impl Workspace {
             addresses.push(peer.address());
             peers.push(peer);
         }
-        let table: Vec<u64> = addresses.iter().map(|address| address.0).collect();
         let workspace = Workspace {
             peers,
             region,
-            table: DeviceMemory::holding(bytemuck::cast_slice(&table))?,
+            regions: array::from_fn(|rank| addresses.get(rank).copied().unwrap_or(Address::NULL)),
             state: DeviceMemory::holding(&[0; size_of::<RankState>()])?,
         };
         // Nobody sends before everybody is ready.
@@ -140,9 +141,9 @@ impl Workspace {
         Ok(None)
     }
 
-    /// The table of all regions' addresses.
-    pub(crate) fn table(&self) -> Address {
-        self.table.address()
+    /// Where this GPU sees every rank's region.
+    pub(crate) fn regions(&self) -> [Address; MAX_RANKS] {
+        self.regions
     }
 
     /// This rank's [`RankState`].

@@ -1,10 +1,10 @@
 """One rank of a peer: another package's all-reduce, residual add, RMSNorm and quantization, to compare with.
 
-fused-collective starts this program once for each rank, writes requests to its standard input and reads replies from its
-standard output, both one JSON object a line (peers/protocol.rs has them). Whatever a package prints goes to standard
-error. Every variant is checked against a reference in float64 before it is timed, and timed as fused-collective times its
-own: on GPUs a CUDA graph of 20 operations, launched twice, of which the second is timed by events; on CPUs wall-clock
-time from a barrier. The slowest rank's time is taken by whoever reads the replies.
+fused-collective starts this program once for each rank, writes requests to its standard input and reads replies from
+its standard output, both one JSON object a line (peers/protocol.rs has them). Whatever a package prints goes to standard
+error. Every variant is checked against a reference in float64 before it is timed, and timed as fused-collective times
+its own: on GPUs a CUDA graph of 20 operations, launched twice, of which the second is timed by events; on CPUs
+wall-clock time from a barrier. The slowest rank's time is taken by whoever reads the replies.
 """
 
 import importlib
@@ -130,7 +130,8 @@ class Problem:
         if self.has_residual:
             addends.append(self.residual().double())
         total, magnitude = sum(addends), sum(addend.abs() for addend in addends)
-        results = [self.error("residual_out", found.residual_out, total, magnitude, self.dtype, 0.5 * len(addends))]
+        allowed = 0.5 * len(addends)
+        results = [self.error("residual_out", found.residual_out, total, magnitude, self.dtype, allowed)]
         row = found.residual_out.double()
         norm = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + self.epsilon) * self.gamma().double()
         if self.quant_mode == "none":
@@ -195,7 +196,8 @@ class Peer:
         self.torch = load("torch", "torch")
         if request["device"] == "cuda":
             if not self.torch.cuda.is_available():
-                raise Unavailable("torch finds no GPU: it was built without CUDA, or for a later driver", "pip install torch")
+                why = "torch finds no GPU: it was built without CUDA, or for a later driver"
+                raise Unavailable(why, "pip install torch")
             self.torch.cuda.set_device(request["local_rank"])
             self.device = self.torch.device("cuda", request["local_rank"])
         else:
@@ -204,7 +206,10 @@ class Peer:
             self.torch.set_num_threads(threads)
         self.dist = importlib.import_module("torch.distributed")
         self.timeout = timedelta(seconds=request["timeout_seconds"])
-        self.store = self.dist.TCPStore("127.0.0.1", 0, self.world_size, True, self.timeout, False) if self.rank == 0 else None
+        self.store = None
+        if self.rank == 0:
+            # On a port that is free; the other ranks are told which.
+            self.store = self.dist.TCPStore("127.0.0.1", 0, self.world_size, True, self.timeout, False)
 
     def port(self):
         return self.store.port if self.store else None

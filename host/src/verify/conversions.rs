@@ -41,7 +41,7 @@ impl Compared {
 /// are [`CONVERSION_BLOCKS`]. The ranks of a group share the blocks. All ranks of the job call this, with a group each.
 ///
 /// # Errors
-/// As [`run`]'s.
+/// As [`run`](super::run)'s.
 pub fn run_conversions(
     settings: &Settings,
     blocks: Range<u32>,

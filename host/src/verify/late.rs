@@ -93,6 +93,8 @@ impl Late<'_> {
             let doomed = self.regroup()?;
             let mut backend = join(&doomed, wait)?;
             self.prepare(&mut *backend)?;
+            // A rank that prepares for longer is not one that does not come.
+            group.barrier()?;
             // Whatever is set up at first use is so before the operation that counts.
             backend.run(&self.variant.steps)?;
             group.barrier()?;

@@ -5,6 +5,7 @@
 //! CPU's, with something changed after the fused two-shot operation.
 
 use std::{
+    cell::Cell,
     os::fd::AsFd,
     process::{Command, id},
     sync::atomic::{AtomicU32, Ordering},
@@ -125,6 +126,44 @@ fn a_rank_that_does_not_come_is_missed_by_all_others_in_time() {
         assert_eq!(outcome.stdout.lines().filter(|other| other.starts_with(&line)).count(), 1, "{outcome}");
     }
     assert!(outcome.stdout.ends_with("\n80 cases verified, 0 FAILED\n"), "{outcome}");
+}
+
+#[test]
+fn dependents_read_finished_outputs() {
+    let outcome = run(&mut verify("--num-tokens 0 1 5 --hidden-dim 48 --nproc-per-node 2 --dependents 30"));
+    outcome.assert_success();
+    for tokens in [1, 5] {
+        let line = format!("dependents of {tokens} tokens, hidden 48, 30 times:   6 cases, largest error ");
+        assert_eq!(outcome.stdout.lines().filter(|other| other.starts_with(&line)).count(), 1, "{outcome}");
+    }
+    assert!(outcome.stdout.ends_with("\n120 cases verified, 0 FAILED\n"), "{outcome}");
+}
+
+#[test]
+fn outputs_that_are_not_always_finished_are_found() {
+    /// Leaves one run in 25 unfinished. Of each problem there are 22: two to verify it, 20 with dependents.
+    fn now_and_then(engine: &mut Engine, problem: &Problem) -> Result<(), Error> {
+        thread_local!(static RUNS: Cell<u32> = const { Cell::new(0) });
+        RUNS.set(RUNS.get() + 1);
+        match RUNS.get() % 25 {
+            0 => engine.write(Tensor::ResidualOut, problem.activation_bytes() - 1, &[0xff]),
+            _ => Ok(()),
+        }
+    }
+    let (tally, failed) = on_faulty_ranks(now_and_then, None, |place, tell| {
+        let settings =
+            Settings { num_tokens: vec![3], hidden_dims: vec![48], dependents: 20, ..Settings::default() };
+        verify::run_dependents(&settings, place, &Progress::hidden(), tell)
+    });
+    // The first has its 22 runs before the fault.
+    assert_eq!((tally.verified, tally.failed), (4, 2), "{failed:?}");
+    for line in failed {
+        assert!(
+            line.contains("3 tokens, with residual, dependents, ") && line.contains("_twoshot: "),
+            "{line}"
+        );
+        assert!(line.contains("rank 0: ResidualOut was not what it should be after run "), "{line}");
+    }
 }
 
 #[test]

@@ -207,7 +207,7 @@ pub struct Fill {
     pub reserved: u32,
 }
 
-/// The parameters of the kernel `audit`.
+/// The parameters of the kernel `audit_outputs`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Audit {

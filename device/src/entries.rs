@@ -16,7 +16,7 @@
 /// | `local_{none,norm,fp8,nvfp4,norm_fp8,norm_nvfp4}_{packs}` | [`Local`](crate::params::Local) of the epilogue |
 /// | `eager_{to_f32,add,round,square,mean_rsqrt,scale_rows,mul_weight,mul_inverse,clamp,to_fp8}` | [`Step`](crate::params::Step) |
 /// | `fill` | [`Fill`](crate::params::Fill) |
-/// | `audit` | [`Audit`](crate::params::Audit) |
+/// | `audit_outputs` | [`Audit`](crate::params::Audit) |
 /// | `encode_{e4m3,e2m1}` | [`Conversions`](crate::params::Conversions) |
 ///
 /// `packs` is how many 16-byte packs of a row a thread keeps in registers: `p1` or `p2`; `streamed` takes rows of
@@ -64,7 +64,7 @@ macro_rules! entries {
         $crate::entries!(@entry "eager_clamp", Step, baseline::eager::clamp);
         $crate::entries!(@entry "eager_to_fp8", Step, baseline::eager::to_fp8);
         $crate::entries!(@entry "fill", Fill, baseline::fill);
-        $crate::entries!(@entry "audit", Audit, baseline::audit);
+        $crate::entries!(@entry "audit_outputs", Audit, baseline::audit);
         $crate::entries!(@entry "encode_e4m3", Conversions, baseline::verify::encode_e4m3);
         $crate::entries!(@entry "encode_e2m1", Conversions, baseline::verify::encode_e2m1);
     };

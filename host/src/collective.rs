@@ -362,6 +362,9 @@ pub fn copies(problem: &Problem, cache_bytes: u64, operations: u32) -> u32 {
     enough.min(u64::from(operations.max(1))) as u32
 }
 
+/// What an [audit](Collective::audit) writes over outputs that it has read: NaN in every element type.
+pub(crate) const AUDITED: u8 = 0xff;
+
 /// One rank's end of a backend.
 pub trait Collective {
     /// Makes the tensors of `problem`, with unspecified contents, in place of those of an earlier one.
@@ -427,6 +430,35 @@ pub trait Collective {
     /// # Errors
     /// The backend's.
     fn find_stray_write(&mut self, thorough: bool) -> Result<Option<String>, Error>;
+
+    /// Runs `steps` so many `times`, each time followed by something that depends on them: it reads `outputs` as early
+    /// as it may, holds them to what they are when this is called, and writes over them. What it found, for a reader;
+    /// `None` if they were always finished and the same. Leaves a result of `steps` in `outputs`.
+    ///
+    /// On a backend without a stream the reader is this thread.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    fn audit(&mut self, steps: &[Step], outputs: &[Tensor], times: u64) -> Result<Option<String>, Error> {
+        let mut expected = Vec::new();
+        for &tensor in outputs {
+            expected.push((tensor, self.read(tensor)?));
+        }
+        let mut found = None;
+        for time in 0..times {
+            for (tensor, bytes) in &expected {
+                self.write(*tensor, 0, &vec![AUDITED; bytes.len()])?;
+            }
+            self.run(steps)?;
+            for (tensor, bytes) in &expected {
+                // Peers run all of it, so this rank does too.
+                if found.is_none() && self.read(*tensor)? != *bytes {
+                    found = Some(format!("{tensor:?} was not what it should be after run {time}"));
+                }
+            }
+        }
+        Ok(found)
+    }
 
     /// The codes of `count` numbers, a multiple of 4, whose bits count up from `first`: as the backend converts them.
     /// `None` if it does as `core` does, by the same code.

@@ -111,7 +111,7 @@ fn every_option_of_verify_reaches_its_setting() {
     assert_eq!(verify(""), VerifySettings::default());
     assert_eq!(verify("--quick"), VerifySettings::quick());
     let options = "--num-tokens 0 17 --hidden-dim 48,64 80 --seed 7 --backend cpu --nproc-per-node 3 2 --groups 4 \
-         --oversubscribe --faults --deadline 2";
+         --oversubscribe --faults --dependents 5 --deadline 2";
     let expected = VerifySettings {
         num_tokens: vec![0, 17],
         hidden_dims: vec![48, 64, 80],
@@ -123,6 +123,7 @@ fn every_option_of_verify_reaches_its_setting() {
         oversubscribe: true,
         conversions: true,
         faults: true,
+        dependents: 5,
     };
     assert_eq!(verify(options), expected);
     let expected = VerifySettings { conversions: false, ..expected };

@@ -61,6 +61,10 @@ pub(super) struct VerifyArgs {
     #[argh(switch)]
     faults: bool,
 
+    /// run bfloat16 operations so often with kernels that depend on them and read the outputs at once (default: 0)
+    #[argh(option, arg_name = "n")]
+    dependents: Option<String>,
+
     /// let ranks share a GPU: slow but right
     #[argh(switch)]
     oversubscribe: bool,
@@ -85,6 +89,7 @@ impl VerifyArgs {
             oversubscribe: self.oversubscribe,
             conversions: default.conversions,
             faults: self.faults,
+            dependents: one(self.dependents, dependents, default.dependents)?,
         };
         let largest = settings.nproc_per_node.iter().copied().max().unwrap_or(MIN_RANKS);
         if largest * settings.groups > MAX_WORLD_SIZE {
@@ -98,6 +103,10 @@ impl VerifyArgs {
         }
         Ok(settings)
     }
+}
+
+fn dependents(text: &str) -> Result<u64, UsageError> {
+    number("--dependents", text, "a number of runs", 0, None)
 }
 
 fn groups(text: &str) -> Result<u32, UsageError> {

@@ -14,7 +14,8 @@ use cust::{
 use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Norm},
-    launch::{Activations, Address, Conversions, Local, Step as EagerStep},
+    launch::{Activations, Address, Audit, Conversions, Local, Step as EagerStep},
+    pack::Pack,
     quant::Quantization,
 };
 
@@ -31,7 +32,7 @@ use super::{
     tensors::{DeviceTensor, TensorType, Tensors},
 };
 use crate::{
-    collective::{self, AllReduce, Collective, Conversion, Eager, Error, Problem, Step, Tensor},
+    collective::{self, AUDITED, AllReduce, Collective, Conversion, Eager, Error, Problem, Step, Tensor},
     rendezvous::Group,
     settings::AllReduceChoice,
 };
@@ -40,6 +41,8 @@ use crate::{
 const OPERATIONS_PER_TRIAL: u32 = 20;
 /// Copies that [`Engine::copy_time`](Collective::copy_time) takes the median of.
 const COPIES: usize = 9;
+/// Graphs of an audit that are launched before it is waited for.
+const GRAPHS_AT_ONCE: u64 = 64;
 /// Threads of a block of an eager step.
 const EAGER_THREADS: u32 = 512;
 /// Elements that a thread of an eager step takes at a time.
@@ -351,6 +354,57 @@ impl<'a> Engine<'a> {
         Ok(self.graphs.len() - 1)
     }
 
+    /// Enqueues kernels that depend on what was enqueued before them, and hold outputs to what they should be.
+    fn enqueue_audits(&mut self, dtype: DType, audits: &[Audit]) -> Result<(), CudaError> {
+        let stream = self.handle();
+        let kernels = self.communicator.kernels();
+        let entry = Entry { set: Set::Local, family: "audit", part: "outputs", packs: None };
+        for audit in audits {
+            let blocks = audit.packs.div_ceil(u64::from(EAGER_THREADS));
+            let launch = kernels.for_elements(dtype, entry, EAGER_THREADS, blocks)?;
+            // SAFETY: the entry point takes these parameters, which are memory of whole packs; its owner settles before
+            // it is freed.
+            unsafe { kernels.launch(launch, audit, stream)? };
+        }
+        Ok(())
+    }
+
+    /// Runs `steps` and `audits`, `times` times, in graphs.
+    fn run_audited(
+        &mut self,
+        steps: &[Step],
+        dtype: DType,
+        audits: &[Audit],
+        times: u64,
+    ) -> Result<(), Error> {
+        // Whatever is set up at first use is so before the capture.
+        self.run(steps)?;
+        self.enqueue_audits(dtype, audits)?;
+        self.settle()?;
+        let stream = self.handle();
+        let enqueue = || {
+            (0..OPERATIONS_PER_TRIAL).try_for_each(|_| {
+                self.enqueue_all(steps).map_err(|error| match error {
+                    Error::Cuda(error) => error,
+                    error => CudaError::Group(error.to_string()),
+                })?;
+                self.enqueue_audits(dtype, audits)
+            })
+        };
+        // SAFETY: the engine's stream; the graph is dropped, after `settle`, before the tensors.
+        let graph = unsafe { Graph::capture(stream, enqueue) }?;
+        let captured = self.communicator.captured();
+        for launch in 1..=times.div_ceil(u64::from(OPERATIONS_PER_TRIAL)) {
+            self.communicator.replay(captured)?;
+            // SAFETY: the engine's stream; the tensors that were captured are there.
+            unsafe { graph.launch(stream)? };
+            if launch.is_multiple_of(GRAPHS_AT_ONCE) {
+                self.settle()?;
+            }
+        }
+        self.settle()
+    }
+
     /// Microseconds on the device between the two events.
     fn elapsed(&self) -> Result<f64, Error> {
         let [begin, end] = &self.events;
@@ -536,6 +590,38 @@ impl Collective for Engine<'_> {
             return Ok(Some(format!("the scale: {at}")));
         }
         Ok(self.communicator.find_stray_write(thorough)?)
+    }
+
+    fn audit(&mut self, steps: &[Step], outputs: &[Tensor], times: u64) -> Result<Option<String>, Error> {
+        let Some(problem) = self.problem else { return Ok(None) };
+        let mut expected = Vec::new();
+        for &tensor in outputs {
+            expected.push(DeviceMemory::holding(&self.read(tensor)?)?);
+        }
+        let mut words = vec![0; outputs.len() * size_of::<u32>()];
+        let found = DeviceMemory::holding(&words)?;
+        let audits: Vec<Audit> = (0..)
+            .zip(outputs.iter().zip(&expected))
+            .map(|(index, (&tensor, expected))| Audit {
+                actual: self.address(tensor),
+                expected: expected.address(),
+                found: found.address().offset(index * size_of::<u32>() as u64),
+                packs: expected.bytes() / Pack::BYTES,
+                poison: u32::from_ne_bytes([AUDITED; 4]),
+                reserved: 0,
+            })
+            .collect();
+        let ran = self.run_audited(steps, problem.dtype, &audits, times);
+        // What was enqueued reads `expected`, so it has ended before that is freed, whatever became of it.
+        ran.and(self.settle())?;
+        found.read(0, &mut words)?;
+        self.run(steps)?;
+        let places = words.as_chunks().0.iter().map(|word| u32::from_ne_bytes(*word));
+        let wrong = outputs.iter().zip(places).find(|(_, place)| *place != 0);
+        Ok(wrong.map(|(tensor, place)| {
+            let byte = u64::from(place - 1) * Pack::BYTES;
+            format!("a kernel that depends on the operation read something else at byte {byte} of {tensor:?}")
+        }))
     }
 
     fn convert(&mut self, to: Conversion, first: u32, count: u32) -> Result<Option<Vec<u8>>, Error> {

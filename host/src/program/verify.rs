@@ -110,6 +110,9 @@ impl Verify {
             let blocks = 0..verify::CONVERSION_BLOCKS;
             tally.add(verify::run_conversions(settings, blocks, &mut place, &progress, &mut tell)?);
         }
+        if settings.dependents > 0 {
+            tally.add(verify::run_dependents(settings, &mut place, &progress, &mut tell)?);
+        }
         if let Some(mut backend) = backend {
             backend.leave()?;
         }

@@ -39,9 +39,11 @@ use fused_collective_core::{
 use serde::{Deserialize, Serialize};
 
 mod conversions;
+mod dependents;
 mod late;
 
 pub use conversions::{CONVERSION_BLOCKS, run_conversions};
+pub use dependents::run_dependents;
 pub use late::run_late_ranks;
 
 /// Elements of an activation that are checked between two points where all ranks meet: about a second's work of one
@@ -66,6 +68,8 @@ pub struct Settings {
     pub conversions: bool,
     /// Whether ranks are kept from operations, to see what the others say.
     pub faults: bool,
+    /// How often each operation is run with dependents that read its outputs as early as they may.
+    pub dependents: u64,
     /// Ranks of a group, one size after the other; none leaves it to the launcher or to the backend.
     pub nproc_per_node: Vec<u32>,
     /// Groups of that size that do the same at the same time.
@@ -85,6 +89,7 @@ impl Default for Settings {
             backend: BackendChoice::Auto,
             conversions: true,
             faults: false,
+            dependents: 0,
             nproc_per_node: Vec::new(),
             groups: 1,
             oversubscribe: false,

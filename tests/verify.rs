@@ -129,6 +129,11 @@ fn a_rank_that_does_not_come_is_missed_by_all_others_in_time() {
 }
 
 #[test]
+fn special_numbers_come_through_and_stay_in_their_rows() {
+    verified("--quick --special --num-tokens 20 --hidden-dim 48,80 --nproc-per-node 3", 3, 72);
+}
+
+#[test]
 fn dependents_read_finished_outputs() {
     let outcome = run(&mut verify("--num-tokens 0 1 5 --hidden-dim 48 --nproc-per-node 2 --dependents 30"));
     outcome.assert_success();

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     bench::{
-        Error, variants,
+        Error, Numbers, variants,
         verify::{verify, write_inputs},
     },
     collective::{Collective, Problem, Step},
@@ -315,9 +315,9 @@ fn line(what: &str, result: Result<(), Error>) -> String {
 fn check_again(script: &impl Script, group: &Group) -> Result<(), Error> {
     let (mut backend, problem) = (script.join(group)?, problem());
     backend.prepare(&problem)?;
-    write_inputs(&mut *backend, &problem, 1, group.rank())?;
+    write_inputs(&mut *backend, &problem, Numbers::random(1), group.rank())?;
     for variant in variants(QuantMode::Fp8, problem.residual, true, &[]) {
-        if let Err(why) = verify(&mut *backend, group, &problem, &variant, 1)? {
+        if let Err(why) = verify(&mut *backend, group, &problem, &variant, Numbers::random(1))? {
             return Err(Error::Failed(why));
         }
     }
@@ -335,7 +335,7 @@ impl Part<'_> {
         for (slot, problem) in [(1, other_problem()), (0, problem())] {
             backend.select(slot)?;
             backend.prepare(&problem)?;
-            write_inputs(backend, &problem, 0, rank)?;
+            write_inputs(backend, &problem, Numbers::random(0), rank)?;
         }
         self.amid(Phase::Operations, backend, |backend, steps| backend.run(steps))?;
         self.amid(Phase::Replays, backend, |backend, steps| backend.time(steps, 10).map(drop))

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     bench::{
-        Error, Variant, variants,
+        Error, Numbers, Variant, variants,
         verify::{gather_verdicts, poison, verify, write_inputs},
     },
     collective::{Collective, Problem, Step, Tensor},
@@ -233,11 +233,11 @@ impl Soak {
             let repeated = (self.steps(), self.random.u32(1..=8));
             backend.select(index)?;
             backend.prepare(&problem)?;
-            write_inputs(backend, &problem, seed, self.rank)?;
+            write_inputs(backend, &problem, Numbers::random(seed), self.rank)?;
             let quant_mode = quant_mode(problem.quantization);
             let mut expected: Option<Vec<(Tensor, Vec<u8>)>> = None;
             for variant in variants(quant_mode, problem.residual, true, &[]) {
-                if let Err(why) = verify(backend, group, &problem, &variant, seed)? {
+                if let Err(why) = verify(backend, group, &problem, &variant, Numbers::random(seed))? {
                     return Ok(Err(format!("{}: {}: {why}", describe_problem(&problem), variant.name)));
                 }
                 self.tally.operations += 2;

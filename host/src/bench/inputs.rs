@@ -2,7 +2,7 @@
 //!
 //! Any rank can therefore make any other rank's input, row by row, to check the sum.
 
-use fused_collective_core::dtype::Element;
+use fused_collective_core::{dtype::Element, reference::Special};
 
 /// Which random tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +21,32 @@ impl Source {
             Source::Residual => 0,
             Source::Gamma => 1,
             Source::Input(rank) => 2 + u64::from(rank),
+        }
+    }
+}
+
+/// What the tensors of a problem hold.
+#[derive(Clone, Copy, Debug)]
+pub struct Numbers {
+    /// Seed of the random ones.
+    pub seed: u64,
+    /// Whether every other row of the inputs holds [special](Special) ones.
+    pub special: bool,
+}
+
+impl Numbers {
+    /// Random ones, and no special rows.
+    pub fn random(seed: u64) -> Self {
+        Numbers { seed, special: false }
+    }
+
+    /// Fills `row` with row `token` of a tensor.
+    pub fn fill_row<E: Element>(self, source: Source, token: u64, row: &mut [E]) {
+        match source {
+            Source::Input(rank) if self.special && Special::of_token(token) != Special::Ordinary => {
+                Special::of_token(token).fill(rank, token, row);
+            }
+            _ => fill_row(self.seed, source, token, row),
         }
     }
 }

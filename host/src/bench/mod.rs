@@ -18,7 +18,7 @@ use crate::{
     report::{Kind, Measurement, Trials, progress::Progress},
     settings::{Case, Settings},
 };
-pub use inputs::{Source, fill_row};
+pub use inputs::{Numbers, Source, fill_row};
 pub use variants::{Variant, variants};
 
 /// Why a benchmark ended early.
@@ -101,7 +101,7 @@ pub fn run(
     for case in settings.cases() {
         let problem = problem(settings, case);
         backend.prepare(&problem)?;
-        verify::write_inputs(backend, &problem, settings.seed, group.rank())?;
+        verify::write_inputs(backend, &problem, Numbers::random(settings.seed), group.rank())?;
         let mut notes = backend.notes().to_vec();
         let mut all_reduces = Vec::new();
         for all_reduce in backend.all_reduces() {
@@ -112,7 +112,7 @@ pub fn run(
         let mut entrants = Vec::new();
         for variant in variants(case.quant_mode, settings.use_residual, settings.oneshot, &all_reduces) {
             progress.doing(format!("{} tokens, {}: {}", case.num_tokens, case.quant_mode, variant.name));
-            let verdict = verify::verify(backend, group, &problem, &variant, settings.seed)?;
+            let verdict = verify::verify(backend, group, &problem, &variant, Numbers::random(settings.seed))?;
             let trials = match verdict {
                 Ok(max_error_ulp) => Ok(first_trial(group, backend, &variant, max_error_ulp)?),
                 Err(why) => Err(why),

@@ -24,7 +24,7 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
     Error,
-    inputs::{Source, fill_row},
+    inputs::{Numbers, Source},
     variants::Variant,
 };
 use crate::{
@@ -56,26 +56,26 @@ pub(crate) fn poison(backend: &mut dyn Collective, problem: &Problem, tensor: Te
 pub(crate) fn write_inputs(
     backend: &mut dyn Collective,
     problem: &Problem,
-    seed: u64,
+    numbers: Numbers,
     rank: u32,
 ) -> Result<(), Error> {
     match problem.dtype {
-        DType::F32 => write_typed_inputs::<f32>(backend, problem, seed, rank),
-        DType::F16 => write_typed_inputs::<f16>(backend, problem, seed, rank),
-        DType::Bf16 => write_typed_inputs::<bf16>(backend, problem, seed, rank),
+        DType::F32 => write_typed_inputs::<f32>(backend, problem, numbers, rank),
+        DType::F16 => write_typed_inputs::<f16>(backend, problem, numbers, rank),
+        DType::Bf16 => write_typed_inputs::<bf16>(backend, problem, numbers, rank),
     }
 }
 
 fn write_typed_inputs<E: Plain>(
     backend: &mut dyn Collective,
     problem: &Problem,
-    seed: u64,
+    numbers: Numbers,
     rank: u32,
 ) -> Result<(), Error> {
     let mut row = vec![E::default(); problem.hidden as usize];
     let mut write = |tensor, source, rows: u64| {
         (0..rows).try_for_each(|token| {
-            fill_row(seed, source, token, &mut row);
+            numbers.fill_row(source, token, &mut row);
             let bytes: &[u8] = bytemuck::cast_slice(&row);
             backend.write(tensor, token * bytes.len() as u64, bytes)
         })
@@ -138,14 +138,14 @@ pub(crate) fn verify(
     group: &Group,
     problem: &Problem,
     variant: &Variant,
-    seed: u64,
+    numbers: Numbers,
 ) -> Result<Result<f64, String>, Error> {
     let outputs = Outputs::of(backend, problem, variant)?;
     let digests = outputs.digests();
     let checked = match problem.dtype {
-        DType::F32 => check::<f32>(&outputs, group, problem, variant, seed),
-        DType::F16 => check::<f16>(&outputs, group, problem, variant, seed),
-        DType::Bf16 => check::<bf16>(&outputs, group, problem, variant, seed),
+        DType::F32 => check::<f32>(&outputs, group, problem, variant, numbers),
+        DType::F16 => check::<f16>(&outputs, group, problem, variant, numbers),
+        DType::Bf16 => check::<bf16>(&outputs, group, problem, variant, numbers),
     };
     drop(outputs);
     let again = Outputs::of(backend, problem, variant)?.digests();
@@ -185,10 +185,10 @@ fn check<E: Plain>(
     group: &Group,
     problem: &Problem,
     variant: &Variant,
-    seed: u64,
+    numbers: Numbers,
 ) -> Result<f64, String> {
     let largest = spread(group, 0..problem.tokens, |tokens| {
-        let mut judge = Judge::<E>::new(problem, variant, seed, group.world_size());
+        let mut judge = Judge::<E>::new(problem, variant, numbers, group.world_size());
         largest_error(tokens, |token| judge.check(outputs, token))
     })?;
     check_padding(problem, &outputs.scale_out)?;
@@ -234,22 +234,22 @@ pub(crate) struct Judge<'a, E> {
     operation: Operation,
     problem: &'a Problem,
     variant: &'a Variant,
-    seed: u64,
+    numbers: Numbers,
     inputs: Vec<Vec<E>>,
     residual: Vec<E>,
     gamma: Vec<E>,
 }
 
 impl<'a, E: Plain> Judge<'a, E> {
-    pub(crate) fn new(problem: &'a Problem, variant: &'a Variant, seed: u64, world_size: u32) -> Self {
+    pub(crate) fn new(problem: &'a Problem, variant: &'a Variant, numbers: Numbers, world_size: u32) -> Self {
         let row = vec![E::default(); problem.hidden as usize];
         let mut gamma = row.clone();
-        fill_row(seed, Source::Gamma, 0, &mut gamma);
+        numbers.fill_row(Source::Gamma, 0, &mut gamma);
         Judge {
             operation: Operation { keep_norm: variant.writes_norm, ..problem.operation(Mode::Auto) },
             problem,
             variant,
-            seed,
+            numbers,
             inputs: vec![row.clone(); world_size as usize],
             residual: row,
             gamma,
@@ -258,11 +258,11 @@ impl<'a, E: Plain> Judge<'a, E> {
 
     /// The largest error of any output of token `index`, in units in the last place, or what is wrong with it.
     pub(crate) fn check(&mut self, outputs: &Outputs, index: u64) -> Result<f64, String> {
-        let Judge { problem, seed, .. } = *self;
+        let Judge { problem, numbers, .. } = *self;
         for (rank, input) in (0..).zip(&mut self.inputs) {
-            fill_row(seed, Source::Input(rank), index, input);
+            numbers.fill_row(Source::Input(rank), index, input);
         }
-        fill_row(seed, Source::Residual, index, &mut self.residual);
+        numbers.fill_row(Source::Residual, index, &mut self.residual);
         let rows: Vec<&[E]> = self.inputs.iter().map(Vec::as_slice).collect();
         let token = Token {
             inputs: &rows,

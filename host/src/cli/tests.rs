@@ -110,12 +110,13 @@ fn help_at_both_levels_names_everything() {
 fn every_option_of_verify_reaches_its_setting() {
     assert_eq!(verify(""), VerifySettings::default());
     assert_eq!(verify("--quick"), VerifySettings::quick());
-    let options = "--num-tokens 0 17 --hidden-dim 48,64 80 --seed 7 --backend cpu --nproc-per-node 3 2 --groups 4 \
+    let options = "--num-tokens 0 17 --hidden-dim 48,64 80 --seed 7 --special --backend cpu --nproc-per-node 3 2 --groups 4 \
          --oversubscribe --faults --dependents 5 --deadline 2";
     let expected = VerifySettings {
         num_tokens: vec![0, 17],
         hidden_dims: vec![48, 64, 80],
         seed: 7,
+        special: true,
         deadline_seconds: 2.0,
         backend: BackendChoice::Cpu,
         nproc_per_node: vec![3, 2],

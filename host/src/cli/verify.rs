@@ -45,6 +45,10 @@ pub(super) struct VerifyArgs {
     #[argh(option, arg_name = "n")]
     seed: Option<String>,
 
+    /// special numbers in every other row of the inputs: NaN, infinities, subnormals, zeros, the largest
+    #[argh(switch)]
+    special: bool,
+
     /// auto, cpu or cuda (default: auto, which is cuda where there are GPUs enough)
     #[argh(option, arg_name = "name")]
     backend: Option<String>,
@@ -82,6 +86,7 @@ impl VerifyArgs {
             num_tokens: list("--num-tokens", &self.num_tokens, tokens, default.num_tokens)?,
             hidden_dims: list("--hidden-dim", &self.hidden_dim, hidden_dim, default.hidden_dims)?,
             seed: one(self.seed, seed, default.seed)?,
+            special: self.special,
             deadline_seconds: one(self.deadline, deadline, default.deadline_seconds)?,
             backend: one(self.backend, |text| name("--backend", text), default.backend)?,
             nproc_per_node: list("--nproc-per-node", &self.nproc_per_node, ranks, default.nproc_per_node)?,

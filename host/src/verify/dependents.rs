@@ -85,8 +85,8 @@ fn verified(
     variant: &Variant,
 ) -> Result<super::Verdict, Error> {
     backend.prepare(problem)?;
-    write_inputs(backend, problem, settings.seed, group.rank())?;
-    verify(backend, group, problem, variant, settings.seed)
+    write_inputs(backend, problem, settings.numbers(), group.rank())?;
+    verify(backend, group, problem, variant, settings.numbers())
 }
 
 /// Runs the variant with dependents: whether they read what they should on every rank.

@@ -115,7 +115,7 @@ impl Late<'_> {
         let anew = self.regroup()?;
         let mut backend = join(&anew, settings.deadline())?;
         self.prepare(&mut *backend)?;
-        let again = verify(&mut *backend, &anew, self.problem, self.variant, settings.seed)?;
+        let again = verify(&mut *backend, &anew, self.problem, self.variant, settings.numbers())?;
         backend.leave()?;
         drop(backend);
         anew.farewell()?;
@@ -129,7 +129,7 @@ impl Late<'_> {
 
     fn prepare(&self, backend: &mut dyn Collective) -> Result<(), Error> {
         backend.prepare(self.problem)?;
-        write_inputs(backend, self.problem, self.settings.seed, self.group.rank())
+        write_inputs(backend, self.problem, self.settings.numbers(), self.group.rank())
     }
 
     /// Runs an operation that cannot succeed, and checks how it fails: whether by this rank's own deadline, or because

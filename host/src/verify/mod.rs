@@ -19,7 +19,7 @@ use std::{fmt, ops::Range, time::Duration};
 
 use crate::{
     bench::{
-        Error, Variant, variants,
+        Error, Numbers, Variant, variants,
         verify::{
             Judge, Outputs, POISON, check_padding, gather_verdicts, largest_error, poison, row, spread,
             values, write_inputs,
@@ -60,6 +60,8 @@ pub struct Settings {
     pub hidden_dims: Vec<u64>,
     /// Seed of the random inputs.
     pub seed: u64,
+    /// Whether every other row of the inputs holds NaN, infinities, subnormal numbers, zeros or the largest numbers.
+    pub special: bool,
     /// Longest wait for a peer, in seconds; finite and above 0.
     pub deadline_seconds: f64,
     /// The backend asked for.
@@ -85,6 +87,7 @@ impl Default for Settings {
             num_tokens: vec![0, 1, 2, 3, 17, 128, 1000, 2048],
             hidden_dims: vec![48, 2880, 4096, 7168, 8192, 16_384],
             seed: 0,
+            special: false,
             deadline_seconds: 10.0,
             backend: BackendChoice::Auto,
             conversions: true,
@@ -107,6 +110,11 @@ impl Settings {
             conversions: false,
             ..Settings::default()
         }
+    }
+
+    /// What the tensors hold.
+    pub fn numbers(&self) -> Numbers {
+        Numbers { seed: self.seed, special: self.special }
     }
 
     /// Longest wait for a peer.
@@ -449,7 +457,7 @@ impl<'a> Case<'a> {
         backend: &'a mut dyn Collective,
     ) -> Result<Self, Error> {
         backend.prepare(&problem)?;
-        write_inputs(backend, &problem, settings.seed, group.rank())?;
+        write_inputs(backend, &problem, settings.numbers(), group.rank())?;
         for tensor in SCRATCH {
             poison(backend, &problem, tensor)?;
         }
@@ -518,7 +526,7 @@ impl Run {
     fn check_typed<E: Plain>(&self, case: &Case<'_>, base: Option<&Base>, tokens: Range<u64>) -> Verdict {
         let Case { settings, problem, group, .. } = case;
         spread(group, tokens, |tokens| {
-            let mut judge = Judge::<E>::new(problem, &self.variant, settings.seed, group.world_size());
+            let mut judge = Judge::<E>::new(problem, &self.variant, settings.numbers(), group.world_size());
             let mut scratch = Scratch::default();
             largest_error(tokens, |token| match base {
                 Some(base) if base.explains::<E>(problem, &self.outputs, token, &mut scratch) => {

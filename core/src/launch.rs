@@ -111,8 +111,10 @@ pub struct Status {
     pub hop: u32,
     /// The operation: see [`Turn::operation`].
     pub operation: u64,
-    /// The token, counted from the first one of the round.
+    /// The token, counted from the operation's first.
     pub token: u64,
+    /// What the operation is: its [`Shape::call`].
+    pub call: u64,
 }
 
 impl Status {
@@ -128,6 +130,8 @@ impl Status {
     pub const OPERATION: u64 = core::mem::offset_of!(Status, operation) as u64;
     /// Where `token` is.
     pub const TOKEN: u64 = core::mem::offset_of!(Status, token) as u64;
+    /// Where `call` is.
+    pub const CALL: u64 = core::mem::offset_of!(Status, call) as u64;
 }
 
 /// A rank's place in its group. The same for every operation.
@@ -163,6 +167,8 @@ pub struct Shape {
     pub tokens: u32,
     /// 16-byte packs of a row.
     pub row_packs: u32,
+    /// What the host calls the operation: kernels hand it back in [`Status::call`], and make nothing of it.
+    pub call: u64,
 }
 
 impl Shape {
@@ -338,11 +344,11 @@ pub struct NvFp4 {
 // Host and device are compiled by different compilers: neither may pad what the other does not.
 const _: () = {
     assert!(size_of::<RankState>() == 64 + 16 * MAX_BLOCKS as usize && size_of::<Status>() == 64);
-    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 24 && size_of::<Activations>() == 24);
+    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 24);
     assert!(size_of::<Unquantized>() == 0 && size_of::<Fp8Static>() == 16 && size_of::<NvFp4>() == 32);
     assert!(size_of::<Plain<NvFp4>>() == 32 && size_of::<RmsNorm<Unquantized>>() == 32);
-    assert!(size_of::<Fused<RmsNorm<NvFp4>>>() == 104 + 24 + 24 + 64);
-    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 24 + 24 + 48);
+    assert!(size_of::<Fused<RmsNorm<NvFp4>>>() == 104 + 32 + 24 + 64);
+    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 24 + 48);
     assert!(
         size_of::<Step>() == 40
             && size_of::<Fill>() == 24

@@ -21,8 +21,8 @@ use fused_collective_device::{
     simt::host::{Launch, Stream, launch},
 };
 use support::{
-    Buffer, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, geometry, run_case, run_local,
-    run_rank,
+    Buffer, CALL, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, geometry, run_case,
+    run_local, run_rank,
     sequence::{Member, random_member},
 };
 
@@ -377,6 +377,7 @@ fn a_missing_rank_ends_the_wait_with_a_record() {
         assert_eq!(status.atomic(Status::HOP).load(Ordering::Relaxed), 1);
         assert_eq!(status.get::<u64>()[Status::OPERATION as usize / 8], 1);
         assert_eq!(status.get::<u64>()[Status::TOKEN as usize / 8], 0);
+        assert_eq!(status.get::<u64>()[Status::CALL as usize / 8], CALL);
 
         // What follows on the poisoned rank ends at once, whatever its deadline is.
         world.timeout = Duration::from_secs(3600);

@@ -77,9 +77,9 @@ const fn structs(mut hash: u64) -> u64 {
     add_structs! { hash,
         RankState { poisoned, reserved, turns }
         Turn { operation, slot, reserved }
-        Status { abort, failed, missing_rank, hop, operation, token }
+        Status { abort, failed, missing_rank, hop, operation, token, call }
         Group { regions, state, status, slot_bytes, timeout_ns, world_size, rank }
-        Shape { first_token, total_tokens, tokens, row_packs }
+        Shape { first_token, total_tokens, tokens, row_packs, call }
         Step { a, b, out, tokens, hidden, value, reserved }
         Fill { out, packs, word, reserved }
         Audit { actual, expected, found, packs, poison, reserved }

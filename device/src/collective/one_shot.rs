@@ -120,7 +120,6 @@ where
     while token < shape.tokens {
         // The number of teams, read again: to keep it would take up a register.
         let next = token + simt::clusters();
-        let awaited = Awaited { token, hop: 1 };
         // SAFETY: see above.
         unsafe {
             let stride = simt::opaque_u64(stride);
@@ -129,7 +128,13 @@ where
                 // Both are read while the peers' packs are on their way.
                 let own = own(token, chunk);
                 let residual = load_row(activations.residual, share, chunk, |pack| place(token, pack));
-                let packs = begun.waiter.all::<N, P, RESIDENT>(from_first, stride, share, chunk, awaited);
+                let packs = begun.waiter.all::<N, P, RESIDENT>(
+                    from_first,
+                    stride,
+                    share,
+                    chunk,
+                    Awaited { shape, token, hop: 1 },
+                );
                 share.for_each(chunk, |p, _| {
                     row[p] =
                         residual_out::<E, N>(group, &packs[p], own[p], has_residual.then_some(residual[p]));

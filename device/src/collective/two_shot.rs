@@ -102,7 +102,7 @@ where
             let slot = begun.slot_of::<N>(group.rank);
             prepared.complete(&mut team, shape, activations, token, |chunk, row| {
                 if owner != group.rank {
-                    let awaited = Awaited { token, hop: 2 };
+                    let awaited = Awaited { shape, token, hop: 2 };
                     *row = begun.waiter.row(slot.offset(result(token)), share, chunk, owner, awaited);
                     return;
                 }
@@ -113,7 +113,7 @@ where
                     simt::opaque_u64(stride),
                     share,
                     chunk,
-                    Awaited { token, hop: 1 },
+                    Awaited { shape, token, hop: 1 },
                 );
                 share.for_each(chunk, |p, pack| {
                     row[p] =

@@ -9,14 +9,16 @@
 use fused_collective_core::{lamport, pack::Pack};
 
 use crate::{
-    params::{ABORTED, Address, Group, RankState, Status, TIMED_OUT},
+    params::{ABORTED, Address, Group, RankState, Shape, Status, TIMED_OUT},
     row::Share,
     simt::{self, CHECKS_PER_ABORT_LOOK, POLLS_PER_CHECK},
 };
 
 /// What a wait is for, as [`Status`] records it.
 #[derive(Clone, Copy)]
-pub(super) struct Awaited {
+pub(super) struct Awaited<'a> {
+    pub(super) shape: &'a Shape,
+    /// Of the round.
     pub(super) token: u32,
     pub(super) hop: u32,
 }
@@ -65,7 +67,7 @@ impl<'a> Waiter<'a> {
         share: Share<P, RESIDENT>,
         chunk: u32,
         source: u32,
-        awaited: Awaited,
+        awaited: Awaited<'_>,
     ) -> [Pack; P] {
         // Opaque for the same reason as in `all`.
         let at = |pack: u32| Address(simt::opaque_u64(row.0)).offset(pack as u64 * Pack::BYTES);
@@ -102,7 +104,7 @@ impl<'a> Waiter<'a> {
         stride: u64,
         share: Share<P, RESIDENT>,
         chunk: u32,
-        awaited: Awaited,
+        awaited: Awaited<'_>,
     ) -> [[Pack; N]; P] {
         let (rank, world_size) = (self.group.rank, self.group.world_size);
         let is_peer = |source: usize| source as u32 != rank && (source as u32) < world_size;
@@ -146,7 +148,7 @@ impl<'a> Waiter<'a> {
 
     /// Counts a poll that found data missing and, once in a while, decides whether to go on.
     #[inline(always)]
-    fn check(&mut self, patience: &mut Patience, missing: impl Fn() -> u32, awaited: Awaited) {
+    fn check(&mut self, patience: &mut Patience, missing: impl Fn() -> u32, awaited: Awaited<'_>) {
         patience.polls = patience.polls.wrapping_add(1);
         if !patience.polls.is_multiple_of(POLLS_PER_CHECK) {
             return;
@@ -192,7 +194,7 @@ unsafe fn record(
     reason: u32,
     slot: u32,
     missing_rank: u32,
-    awaited: Awaited,
+    awaited: Awaited<'_>,
 ) {
     // SAFETY: the number of the operation, which this block at most advances by one meanwhile; and the fields of the
     // status, which the host reads after it has seen `failed` (acquire).
@@ -204,7 +206,10 @@ unsafe fn record(
         simt::store_value(status.offset(Status::MISSING_RANK), missing_rank);
         simt::store_value(status.offset(Status::HOP), awaited.hop);
         simt::store_value(status.offset(Status::OPERATION), operation);
-        simt::store_value(status.offset(Status::TOKEN), awaited.token as u64);
+        // Opaque for the same reason as in `check`.
+        let first_token = simt::opaque_u64(awaited.shape.first_token);
+        simt::store_value(status.offset(Status::TOKEN), first_token + awaited.token as u64);
+        simt::store_value(status.offset(Status::CALL), simt::opaque_u64(awaited.shape.call));
         simt::store_release(status.offset(Status::FAILED), reason);
     }
 }

@@ -488,12 +488,16 @@ impl Run<'_> {
     }
 }
 
+/// What operations are called.
+pub const CALL: u64 = 0x0123_4567_89ab_cdef;
+
 pub fn shape(operation: &Operation) -> Shape {
     Shape {
         first_token: 0,
         total_tokens: operation.tokens,
         tokens: operation.tokens as u32,
         row_packs: (operation.row_bytes() / 16) as u32,
+        call: CALL,
     }
 }
 

@@ -1,6 +1,7 @@
 //! One rank's end of a group of GPUs.
 
 use std::{
+    collections::HashMap,
     hint,
     os::fd::AsFd,
     sync::{
@@ -12,7 +13,7 @@ use std::{
 };
 
 use fused_collective_core::{
-    agreement::{Call, Chain},
+    agreement::{CALL_WORDS, Call, Chain},
     fusion::Operation,
     launch::{self, ABORTED, Fused, MAX_BLOCK_THREADS, Shape, Status},
     pack::Pack,
@@ -76,6 +77,7 @@ pub struct Communicator {
     left: bool,
     shares_gpus: bool,
     board: Board,
+    names: Names,
     /// Captured since the last [`captured`](Self::captured).
     captured: Captured,
     switch: Arc<Switch>,
@@ -138,6 +140,7 @@ impl Communicator {
             left: false,
             shares_gpus,
             board,
+            names: Names::default(),
             captured: Captured::default(),
             switch,
             _on_loss: group.on_loss(move || on_loss.throw()),
@@ -213,9 +216,12 @@ impl Communicator {
         self.check_usable()?;
         let plan = Plan::new(operation, &self.limits)?;
         tensors.check(operation)?;
-        self.announce(Call::operation(operation, plan.algorithm, None), stream)?;
+        let call = Call::operation(operation, plan.algorithm, None);
+        self.announce(call, stream)?;
+        let call = self.names.name(call);
         for round in plan.rounds() {
-            let launcher = RoundLauncher { communicator: self, plan, round, operation, tensors, stream };
+            let launcher =
+                RoundLauncher { communicator: self, plan, round, call, operation, tensors, stream };
             with_epilogue(operation.norm, operation.quantization, operation.hidden, tensors, launcher)?;
         }
         Ok(())
@@ -275,7 +281,7 @@ impl Communicator {
             from: word(Status::MISSING_RANK) as u32,
             what: if word(Status::HOP) == 2 { What::Sum(token) } else { What::Input(token) },
             operation: long(Status::OPERATION),
-            call: None,
+            call: self.names.call(long(Status::CALL)),
         };
         let cause = if reason == ABORTED { self.end() } else { Cause::Deadline(self.deadline) };
         Some(Failure { rank: self.rank, wait: Some(wait), cause })
@@ -443,11 +449,36 @@ fn share_board(group: &Group) -> Result<Board, Error> {
     Ok(Board::new(memory, place, group.rank(), group.world_size()))
 }
 
+/// The calls that kernels were launched for, by the numbers that kernels know them by. They are kept for good, since a
+/// graph may be launched at any time: as many as there are different calls.
+#[derive(Debug, Default)]
+struct Names {
+    calls: Vec<Call>,
+    numbers: HashMap<[u64; CALL_WORDS], u64>,
+}
+
+impl Names {
+    /// The number of `call`.
+    fn name(&mut self, call: Call) -> u64 {
+        *self.numbers.entry(call.to_words()).or_insert_with(|| {
+            self.calls.push(call);
+            self.calls.len() as u64 - 1
+        })
+    }
+
+    /// The call with this number.
+    fn call(&self, number: u64) -> Option<Call> {
+        usize::try_from(number).ok().and_then(|index| self.calls.get(index)).copied()
+    }
+}
+
 /// Launches one round of an operation.
 struct RoundLauncher<'a> {
     communicator: &'a mut Communicator,
     plan: Plan,
     round: Round,
+    /// What kernels call the operation.
+    call: u64,
     operation: &'a Operation,
     tensors: &'a Tensors,
     stream: Handle,
@@ -455,12 +486,13 @@ struct RoundLauncher<'a> {
 
 impl WithEpilogue for RoundLauncher<'_> {
     fn call<X: Copy>(self, part: Part, epilogue: X) -> Result<(), Error> {
-        let RoundLauncher { communicator, plan, round, operation, tensors, stream } = self;
+        let RoundLauncher { communicator, plan, round, call, operation, tensors, stream } = self;
         let family = match plan.algorithm {
             Algorithm::OneShot => "one_shot",
             Algorithm::TwoShot => "two_shot",
         };
-        let shape = shape(round.first_token, operation.tokens, round.rows.tokens, plan.row_bytes)?;
+        let mut shape = shape(round.first_token, operation.tokens, round.rows.tokens, plan.row_bytes)?;
+        shape.call = call;
         let parameters =
             Fused { group: communicator.group(), shape, activations: tensors.activations(), epilogue };
         let entry = Entry { set: communicator.set, family, part: part.fused, packs: None };
@@ -487,7 +519,7 @@ pub(crate) fn shape(
     let too_many = Error::Unsupported("rounds of 2^31 tokens or more");
     let tokens = u32::try_from(tokens).ok().filter(|&tokens| tokens < 1 << 31).ok_or(too_many)?;
     // A row has at most 65,536 elements.
-    Ok(Shape { first_token, total_tokens, tokens, row_packs: (row_bytes / Pack::BYTES) as u32 })
+    Ok(Shape { first_token, total_tokens, tokens, row_packs: (row_bytes / Pack::BYTES) as u32, call: 0 })
 }
 
 /// [`Mode::Auto`](fused_collective_core::fusion::Mode) takes one-shot up to this many bytes of activation. One-shot
@@ -535,4 +567,36 @@ fn agree(group: &Group, own: Limits) -> Result<Limits, Error> {
         })
         .collect();
     Limits::agree(&limits).ok_or_else(|| Error::Group("ranks disagree on the size of the group".to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use fused_collective_core::{
+        dtype::DType,
+        fusion::{Mode, Norm},
+        quant::Quantization,
+    };
+
+    use super::*;
+
+    #[test]
+    fn a_number_that_a_kernel_hands_back_names_the_call_it_was_launched_for() {
+        let operation = |tokens| Operation {
+            dtype: DType::Bf16,
+            tokens,
+            hidden: 64,
+            residual: true,
+            norm: Some(Norm::default()),
+            quantization: Quantization::None,
+            keep_norm: false,
+            mode: Mode::OneShot,
+        };
+        let calls = [1, 2, 1].map(|tokens| Call::operation(&operation(tokens), Algorithm::TwoShot, None));
+        let mut names = Names::default();
+        let numbers = calls.map(|call| names.name(call));
+        assert_eq!(numbers[0], numbers[2]);
+        assert_ne!(numbers[0], numbers[1]);
+        assert_eq!(numbers.map(|number| names.call(number)), calls.map(Some));
+        assert_eq!([2, u64::MAX].map(|number| names.call(number)), [None, None]);
+    }
 }

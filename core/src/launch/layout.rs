@@ -129,8 +129,6 @@ const fn number(mut hash: u64, number: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    extern crate std;
-
     use std::format;
 
     use super::*;

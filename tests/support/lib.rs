@@ -26,14 +26,18 @@ use report::Report;
 /// How long a run of the program may take: far more than any test's takes on two busy cores.
 pub const LIMIT: Duration = Duration::from_secs(120);
 
-/// The program's file. The first call of a test binary has cargo build it, with the profile that the tests themselves
-/// have, so that its overflow checks and debug assertions are tested as well.
+/// The program's file: what `FUSED_COLLECTIVE_TESTED_PROGRAM` names, or else the first call of a test binary has cargo
+/// build it, with the profile that the tests themselves have, so that its overflow checks and debug assertions are tested
+/// as well.
 ///
 /// # Panics
 /// When it does not build.
 pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<Result<PathBuf, CargoError>> = OnceLock::new();
     let program = PROGRAM.get_or_init(|| {
+        if let Some(program) = std::env::var_os("FUSED_COLLECTIVE_TESTED_PROGRAM") {
+            return Ok(program.into());
+        }
         let profile = if cfg!(debug_assertions) { "test" } else { "release" };
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("Cargo.toml");
         let build =

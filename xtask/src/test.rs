@@ -3,10 +3,12 @@
 
 use std::{
     io::{self, IsTerminal},
+    path::PathBuf,
     process::{Command, ExitCode},
 };
 
-use anyhow::Result;
+use anyhow::{Context, Result};
+use cargo_metadata::Message;
 
 use crate::{
     cmd, ptx, structure,
@@ -35,7 +37,12 @@ pub(crate) fn run() -> ExitCode {
     });
     tally.check("which crate depends on which", structure::dependencies);
     tally.check("core without alloc, std and unsafe", structure::core);
-    tally.tests("tests", cmd::cargo("test").args(["--workspace", "--no-fail-fast"]));
+    if let Some(program) = tally.check("the tests' build", build_tests) {
+        let mut tests = cmd::cargo("test");
+        // Tests of the program would have cargo build it once more, for nothing but itself.
+        tests.args(["--workspace", "--no-fail-fast"]).env("FUSED_COLLECTIVE_TESTED_PROGRAM", program);
+        tally.tests("tests", &mut tests);
+    }
     if let Some(toolchain) = tally.check("a toolchain for core's targets", || Toolchain::find(&CORE_TARGETS))
     {
         for target in CORE_TARGETS {
@@ -54,6 +61,22 @@ pub(crate) fn run() -> ExitCode {
         }
     }
     tally.close()
+}
+
+/// Builds all tests, and the program that some of them run: where it is.
+fn build_tests() -> Result<PathBuf> {
+    let mut build = cmd::cargo("test");
+    build.args(["--workspace", "--no-run", "--message-format=json-render-diagnostics"]);
+    for message in Message::parse_stream(cmd::read(&mut build)?.as_bytes()) {
+        if let Message::CompilerArtifact(artifact) = message?
+            && artifact.target.is_bin()
+            && artifact.target.name == "fused-collective"
+            && !artifact.profile.test
+        {
+            return Ok(artifact.executable.context("the program was built to no file")?.into());
+        }
+    }
+    anyhow::bail!("cargo built the tests without the program fused-collective")
 }
 
 /// What passed and what failed, a check counting as much as a test.

@@ -1,22 +1,24 @@
 //! `fused-collective soak` on real rank processes; and a result that is wrong once in a while is found.
 //!
-//! The program has no switch that makes a backend wrong, so the test of that soaks a backend that is: the CPU's, with
-//! one bit changed after one of its operations.
+//! The program has no switch that makes a backend wrong, so the tests of that soak a backend that is: the CPU's, with
+//! one bit changed after one of its operations, or an error in place of one.
 
 use std::{
     os::fd::AsFd,
     process::{Command, id},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use fused_collective::{
+    bench,
     collective::{Collective, Error, Problem, Step, Tensor},
     cpu::{self, Communicator, Engine, Watch},
     rendezvous::{Group, Membership},
     soak::{self, Settings, Tally},
 };
-use fused_collective_tests::{command, run};
+use fused_collective_tests::{LIMIT, Running, command, run};
+use rustix::process::Signal;
 
 fn soak(options: &str) -> Command {
     let mut command = command(&["soak", "--backend", "cpu", "--deadline", "60"]);
@@ -26,8 +28,11 @@ fn soak(options: &str) -> Command {
 
 /// The last line's numbers: operations, problems, repetitions, seconds, results.
 fn numbers(stdout: &str) -> Vec<u64> {
-    let line = stdout.lines().last().unwrap_or_default();
-    assert!(line.ends_with(" results compared, 0 FAILED"), "{stdout}");
+    numbers_of(stdout.lines().last().unwrap_or_default())
+}
+
+fn numbers_of(line: &str) -> Vec<u64> {
+    assert!(line.ends_with(" results compared, 0 FAILED"), "{line}");
     line.split_whitespace().filter_map(|word| word.parse().ok()).take(5).collect()
 }
 
@@ -45,18 +50,50 @@ fn random_operations_of_three_and_four_ranks_are_right() {
     }
 }
 
+/// [`numbers_of`] without the time.
+fn counts(line: &str) -> Vec<u64> {
+    let mut numbers = numbers_of(line);
+    numbers.remove(3);
+    numbers
+}
+
+/// What two ranks have done that soak alone.
+fn soaked(seed: u64) -> Vec<u64> {
+    let outcome = run(&mut soak(&format!("--operations 400 --seed {seed}")));
+    outcome.assert_success();
+    counts(outcome.stdout.lines().last().unwrap_or_default())
+}
+
 #[test]
 fn the_same_seed_gives_the_same_operations_and_another_one_others() {
-    let soaked = |seed| {
-        let outcome = run(&mut soak(&format!("--operations 400 --seed {seed}")));
-        outcome.assert_success();
-        let mut numbers = numbers(&outcome.stdout);
-        // The time.
-        numbers.remove(3);
-        numbers
-    };
     assert_eq!(soaked(7), soaked(7));
     assert_ne!(soaked(7), soaked(8));
+}
+
+#[test]
+fn groups_soak_at_the_same_time_and_each_does_what_its_seed_does_alone() {
+    let outcome = run(&mut soak("--operations 400 --seed 7 --nproc-per-node 2 --groups 2"));
+    outcome.assert_success();
+    let other = soak::group_seed(7, 1);
+    let lines: Vec<&str> = outcome.stdout.lines().collect();
+    let [heading, first, second, total] = lines[..] else { panic!("{outcome}") };
+    assert_eq!(heading, format!("cpu backend, 2 groups of 2 ranks, seeds 7, {other}"));
+    let group = |line: &str, number| {
+        counts(line.strip_prefix(&format!("group {number}: ")).unwrap_or_else(|| panic!("{outcome}")))
+    };
+    let groups = [group(first, 0), group(second, 1)];
+    assert_eq!(groups, [soaked(7), soaked(other)]);
+    assert_ne!(groups[0], groups[1]);
+    let sums: Vec<u64> = groups[0].iter().zip(&groups[1]).map(|(first, second)| first + second).collect();
+    assert_eq!(counts(total), sums);
+}
+
+#[test]
+fn a_rank_that_is_killed_in_one_group_ends_the_soak_of_all() {
+    let running = Running::start(&mut soak("--minutes 60 --nproc-per-node 2 --groups 2"));
+    running.wait_for_stdout("2 groups of 2 ranks", LIMIT);
+    running.signal(running.wait_for_rank(3, LIMIT), Signal::KILL);
+    running.wait(LIMIT).assert_failure(1, "rank 3 was killed by signal 9 (SIGKILL)");
 }
 
 #[test]
@@ -78,25 +115,36 @@ fn bad_options_are_refused_in_one_line() {
     }
 }
 
-/// The CPU backend, which on rank 1 changes a bit of a result after its 100th run.
+/// What a backend does from its 100th run on.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    /// Changes a bit of a result.
+    WrongBit(Tensor),
+    /// Fails.
+    Error,
+}
+
+/// The CPU backend, with a fault on one rank.
 struct Faulty {
     engine: Engine,
-    tensor: Tensor,
+    fault: Option<Fault>,
     runs: u32,
-    here: bool,
 }
 
 impl Faulty {
     fn harm(&mut self) -> Result<(), Error> {
         self.runs += 1;
-        if self.here && self.runs >= 100 {
-            let mut bytes = self.engine.read(self.tensor)?;
-            if let Some(last) = bytes.last_mut() {
-                *last ^= 1;
+        match self.fault.filter(|_| self.runs >= 100) {
+            None => Ok(()),
+            Some(Fault::Error) => Err(Error::Memory("a 100th run".to_owned())),
+            Some(Fault::WrongBit(tensor)) => {
+                let mut bytes = self.engine.read(tensor)?;
+                if let Some(last) = bytes.last_mut() {
+                    *last ^= 1;
+                }
+                self.engine.write(tensor, 0, &bytes)
             }
-            self.engine.write(self.tensor, 0, &bytes)?;
         }
-        Ok(())
     }
 }
 
@@ -143,28 +191,72 @@ impl Collective for Faulty {
     }
 }
 
+const DEADLINE: Duration = Duration::from_secs(60);
+
 /// What two ranks, which are threads, say of a soak in which one bit of `tensor` goes wrong on rank 1.
 fn soak_with_a_wrong_bit_in(tensor: Tensor) -> Vec<(Tally, Vec<String>)> {
-    const DEADLINE: Duration = Duration::from_secs(60);
     let settings = Settings { operations: Some(20_000), ..Settings::default() };
-    let key = format!("faulty soak {tensor:?} {}", id());
-    let row_bytes = soak::largest_problems().iter().map(Problem::row_bytes).max().unwrap();
-    let layout = cpu::layout(2, row_bytes).unwrap();
-    let memory = cpu::create_shared_memory(&layout).unwrap();
-    let rank = |rank| {
-        let membership = Membership { rank, world_size: 2, key: &key, config: b"", deadline: DEADLINE };
-        let group = Group::join(&membership).unwrap();
-        let communicator =
-            Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::nobody()).unwrap();
-        let mut backend = Faulty { engine: Engine::new(communicator), tensor, runs: 0, here: rank == 1 };
+    let ranks = |world: &Group| {
+        let mut backend = join(world, (world.rank() == 1).then_some(Fault::WrongBit(tensor)));
         let mut lines = Vec::new();
-        let tally = soak::run(&settings, &group, &mut backend, |line| lines.push(line.to_owned())).unwrap();
-        group.farewell().unwrap();
+        let tally = soak::run(&settings, world, &mut backend, |line| lines.push(line.to_owned())).unwrap();
         (tally, lines)
     };
+    on_ranks(2, &format!("faulty soak {tensor:?}"), ranks)
+}
+
+/// What came of a soak of groups on a rank, and the lines that it was told.
+type Said = (Result<Vec<Tally>, bench::Error>, Vec<String>);
+
+/// What two groups of two ranks say of a soak with a fault on rank 1 of group 1, which ends it before its time.
+fn soak_groups_with(fault: Fault) -> Vec<Said> {
+    let settings = Settings { minutes: 1.0, groups: 2, ..Settings::default() };
+    let began = Instant::now();
+    let ranks = |world: &Group| {
+        let number = world.rank() / 2;
+        let group = world.split(Some(number)).unwrap().unwrap();
+        let mut backend = join(&group, (world.rank() == 3).then_some(fault));
+        let mut lines = Vec::new();
+        let tell = |line: &str| lines.push(line.to_owned());
+        let tallies = soak::run_groups(&settings, world, number, &group, &mut backend, tell);
+        if let Err(error) = &tallies {
+            world.abort(&error.to_string());
+        }
+        (tallies, lines)
+    };
+    let said = on_ranks(4, &format!("faulty groups {fault:?}"), ranks);
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(60), "the soak went on for {took:?}");
+    said
+}
+
+/// This rank's end of the CPU backend, for `group`.
+fn join(group: &Group, fault: Option<Fault>) -> Faulty {
+    let row_bytes = soak::largest_problems().iter().map(Problem::row_bytes).max().unwrap();
+    let layout = cpu::layout(group.world_size(), row_bytes).unwrap();
+    let own = (group.rank() == 0).then(|| cpu::create_shared_memory(&layout).unwrap());
+    let memory = group.share_fd(own.as_ref().map(AsFd::as_fd)).unwrap();
+    let control = group.control();
+    let watch = Watch::new(move || control.lost().map(|lost| lost.to_string()));
+    let communicator = Communicator::join(memory.as_fd(), layout, group.rank(), DEADLINE, watch).unwrap();
+    Faulty { engine: Engine::new(communicator), fault, runs: 0 }
+}
+
+/// What `work` gives on so many ranks, which are threads.
+fn on_ranks<T: Send>(world_size: u32, key: &str, work: impl Fn(&Group) -> T + Sync) -> Vec<T> {
+    let key = format!("{key} {}", id());
+    let rank = |rank| {
+        let membership = Membership { rank, world_size, key: &key, config: b"", deadline: DEADLINE };
+        let world = Group::join(&membership).unwrap();
+        let given = work(&world);
+        // A group that has lost a rank has no farewell.
+        let _ = world.farewell();
+        given
+    };
     thread::scope(|scope| {
-        let other = scope.spawn(|| rank(1));
-        vec![rank(0), other.join().unwrap()]
+        let rank = &rank;
+        let ranks: Vec<_> = (0..world_size).map(|number| scope.spawn(move || rank(number))).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
 }
 
@@ -177,6 +269,28 @@ fn a_wrong_bit_on_one_rank_ends_the_soak_on_all_and_is_named() {
             let line = &lines[0];
             assert!(line.starts_with("FAILED seed 0, round ") && line.contains("rank 1: "), "{line}");
             assert!(line.contains(&format!("{tensor:?}")) || line.contains("other bits"), "{line}");
+        }
+    }
+}
+
+#[test]
+fn a_wrong_bit_in_one_group_ends_the_soak_of_all_and_is_named() {
+    let start = format!("FAILED group 1, seed {}, round ", soak::group_seed(0, 1));
+    for (tallies, lines) in soak_groups_with(Fault::WrongBit(Tensor::ResidualOut)) {
+        let failed: Vec<u64> = tallies.unwrap().iter().map(|tally| tally.failed).collect();
+        assert_eq!((failed, lines.len()), (vec![0, 1], 1), "{lines:?}");
+        assert!(lines[0].starts_with(&start) && lines[0].contains("rank 1: "), "{}", lines[0]);
+    }
+}
+
+#[test]
+fn a_failure_in_one_group_ends_the_soak_of_all_and_is_named() {
+    let start = format!("group 1, seed {}, round ", soak::group_seed(0, 1));
+    for (rank, (tallies, _)) in soak_groups_with(Fault::Error).into_iter().enumerate() {
+        let line = tallies.unwrap_err().to_string();
+        match rank {
+            3 => assert!(line.starts_with(&start) && line.ends_with("a 100th run"), "{line}"),
+            _ => assert!(line.starts_with(&format!("rank 3 gave up: {start}")), "rank {rank}: {line}"),
         }
     }
 }

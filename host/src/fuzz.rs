@@ -100,6 +100,7 @@ proptest! {
             }
             Ok(Invocation::Soak(settings)) => {
                 prop_assert!(settings.minutes > 0.0 && settings.minutes.is_finite() && settings.operations != Some(0));
+                prop_assert!((1..=8).contains(&settings.groups));
             }
             Ok(Invocation::Faults(settings)) => {
                 prop_assert!(settings.cases.iter().all(|case| case.fault.happens_in(case.phase)));

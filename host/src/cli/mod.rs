@@ -448,6 +448,21 @@ fn ranks(text: &str) -> Result<u32, UsageError> {
     check_world_size(option, ranks).map(|()| ranks)
 }
 
+fn groups(text: &str) -> Result<u32, UsageError> {
+    number("--groups", text, "a number of groups", 1, Some(MAX_WORLD_SIZE / MIN_RANKS))
+}
+
+/// Refuses more groups of so many ranks than one job can have.
+fn check_groups(groups: u32, ranks: Option<u32>) -> Result<(), UsageError> {
+    let ranks = ranks.unwrap_or(MIN_RANKS);
+    if ranks * groups <= MAX_WORLD_SIZE {
+        return Ok(());
+    }
+    Err(UsageError::new(format_args!(
+        "--groups: {groups} groups of {ranks} ranks are more than {MAX_WORLD_SIZE} ranks: use fewer"
+    )))
+}
+
 fn file(option: &str, text: Option<String>) -> Result<Option<PathBuf>, UsageError> {
     match text {
         Some(text) if text.is_empty() => {

@@ -2,7 +2,7 @@
 
 use argh::{ArgsInfo, FromArgs};
 
-use super::{UsageError, deadline, name, number, one, positive, ranks, seed};
+use super::{UsageError, check_groups, deadline, groups, name, number, one, positive, ranks, seed};
 use crate::soak::Settings;
 
 /// The longest soak: a year, in minutes.
@@ -17,10 +17,12 @@ const MAX_MINUTES: f64 = 525_600.0;
     usage = "[<options>]",
     example = "{command_name} --minutes 10 --seed 7 --nproc-per-node 4",
     example = "{command_name} --operations 1000000 --backend cuda",
+    example = "{command_name} --minutes 10 --nproc-per-node 2 --groups 2",
     note = "Element types, shapes, quantizations, modes and their order are random, and so is each rank's",
     note = "pace; on GPUs some operations are captured and launched again and again, between others.",
     note = "Each problem's first results are checked against the reference, all later ones bit for bit.",
     note = "The same seed gives the same operations. A line a minute says how far it is.",
+    note = "Groups run free of each other, each with a seed of its own, which repeats its operations alone.",
     note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is one.",
     note = "Exit status: 0 all well; 1 a result was wrong or a rank failed; 2 the command line is not valid."
 )]
@@ -29,7 +31,7 @@ pub(super) struct SoakArgs {
     #[argh(option, arg_name = "n")]
     minutes: Option<String>,
 
-    /// how many operations, in place of a time
+    /// how many operations of each group, in place of a time
     #[argh(option, arg_name = "n")]
     operations: Option<String>,
 
@@ -41,9 +43,13 @@ pub(super) struct SoakArgs {
     #[argh(option, arg_name = "name")]
     backend: Option<String>,
 
-    /// ranks to start, 2 to 16 (default: the GPUs there are, else 2)
+    /// ranks of a group, 2 to 16 (default: the GPUs there are, dealt out to the groups, else 2)
     #[argh(option, arg_name = "n")]
     nproc_per_node: Option<String>,
+
+    /// groups that run at the same time, each of so many ranks (default: 1)
+    #[argh(option, arg_name = "n")]
+    groups: Option<String>,
 
     /// let ranks share a GPU: slow but right
     #[argh(switch)]
@@ -62,7 +68,7 @@ impl SoakArgs {
         }
         let minutes = |text: &str| positive("--minutes", text, "a number of minutes", Some(MAX_MINUTES));
         let operations = |text: String| number("--operations", &text, "a number of operations", 1, None);
-        Ok(Settings {
+        let settings = Settings {
             minutes: one(self.minutes, minutes, default.minutes)?,
             operations: self.operations.map(operations).transpose()?,
             seed: one(self.seed, seed, default.seed)?,
@@ -70,6 +76,9 @@ impl SoakArgs {
             backend: one(self.backend, |text| name("--backend", text), default.backend)?,
             oversubscribe: self.oversubscribe,
             nproc_per_node: self.nproc_per_node.as_deref().map(ranks).transpose()?,
-        })
+            groups: one(self.groups, groups, default.groups)?,
+        };
+        check_groups(settings.groups, settings.nproc_per_node)?;
+        Ok(settings)
     }
 }

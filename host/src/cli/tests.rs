@@ -304,4 +304,9 @@ fn groups_that_are_too_many_are_refused() {
         "verify --groups 4 --nproc-per-node 2,5",
         "--groups: 4 groups of 5 ranks are more than 16 ranks: use fewer",
     );
+    refused("soak --groups 9", "--groups: '9' is not a number of groups: use 1 to 8");
+    refused(
+        "soak --groups 4 --nproc-per-node 5",
+        "--groups: 4 groups of 5 ranks are more than 16 ranks: use fewer",
+    );
 }

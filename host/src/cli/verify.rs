@@ -4,8 +4,8 @@ use argh::{ArgsInfo, FromArgs};
 use fused_collective_core::fusion::Mode;
 
 use super::{
-    MAX_WORLD_SIZE, MIN_RANKS, UsageError, check_operation, deadline, hidden_dim, list, name, number, one,
-    ranks, seed,
+    UsageError, check_groups, check_operation, deadline, groups, hidden_dim, list, name, number, one, ranks,
+    seed,
 };
 use crate::verify::Settings;
 
@@ -96,13 +96,7 @@ impl VerifyArgs {
             faults: self.faults,
             dependents: one(self.dependents, dependents, default.dependents)?,
         };
-        let largest = settings.nproc_per_node.iter().copied().max().unwrap_or(MIN_RANKS);
-        if largest * settings.groups > MAX_WORLD_SIZE {
-            return Err(UsageError::new(format_args!(
-                "--groups: {} groups of {largest} ranks are more than {MAX_WORLD_SIZE} ranks: use fewer",
-                settings.groups
-            )));
-        }
+        check_groups(settings.groups, settings.nproc_per_node.iter().copied().max())?;
         for problem in settings.problems() {
             check_operation(&problem.operation(Mode::Auto))?;
         }
@@ -112,8 +106,4 @@ impl VerifyArgs {
 
 fn dependents(text: &str) -> Result<u64, UsageError> {
     number("--dependents", text, "a number of runs", 0, None)
-}
-
-fn groups(text: &str) -> Result<u32, UsageError> {
-    number("--groups", text, "a number of groups", 1, Some(MAX_WORLD_SIZE / MIN_RANKS))
 }

@@ -28,9 +28,9 @@ impl Soak {
     pub(super) fn new(settings: Settings) -> Result<Self, Failure> {
         let job = Job::new(Request {
             backend: settings.backend,
-            nproc_per_node: settings.nproc_per_node,
+            nproc_per_node: settings.nproc_per_node.map(|size| size * settings.groups),
             all_reduces: vec![AllReduceChoice::Custom],
-            groups: 1,
+            groups: settings.groups,
             oversubscribe: settings.oversubscribe,
             cold: false,
             deadline: settings.deadline(),
@@ -43,33 +43,66 @@ impl Soak {
 
     pub(super) fn run(self) -> Result<u8, Failure> {
         let began = Instant::now();
-        let soak = |group: &Group, backend: &mut dyn Collective| self.soak(group, backend);
-        self.job.run(&self.settings, soak, |tally| {
-            let Tally { operations, results, problems, repetitions, failed } = tally;
-            let seconds = began.elapsed().as_secs_f64();
-            print(&format!(
-                "{operations} operations on {problems} problems and {repetitions} repetitions in {seconds:.0} s: {results} results compared, {failed} FAILED\n"
-            ))?;
-            Ok(if failed == 0 { launch::SUCCESS } else { launch::FAILURE })
-        })
+        self.job.run_ranks(
+            &self.settings,
+            |world| self.soak(world),
+            |tallies| {
+                let seconds = began.elapsed().as_secs_f64();
+                if tallies.len() > 1 {
+                    for (number, tally) in tallies.iter().enumerate() {
+                        print(&format!("group {number}: {}\n", closing(tally, seconds)))?;
+                    }
+                }
+                let total: Tally = tallies.into_iter().sum();
+                print(&format!("{}\n", closing(&total, seconds)))?;
+                Ok(if total.failed == 0 { launch::SUCCESS } else { launch::FAILURE })
+            },
+        )
     }
 
-    /// Soaks, and on rank 0 shows how it goes.
-    fn soak(&self, group: &Group, backend: &mut dyn Collective) -> Result<Tally, Error> {
-        let mut screen = Screen::new(group);
-        let mut heading = format!(
-            "{} backend, {} ranks, seed {}\n",
-            self.job.backend_name(),
-            self.job.world_size(),
-            self.settings.seed
-        );
+    /// Soaks in all groups, and on rank 0 shows how it goes. What each group has done.
+    fn soak(&self, world: &Group) -> Result<Vec<Tally>, Error> {
+        let settings = &self.settings;
+        let mut screen = Screen::new(world);
+        let number = world.rank() / self.job.group_size();
+        // One group is all ranks, who know each other already.
+        let own = if settings.groups > 1 { world.split(Some(number))? } else { None };
+        let mut backend = self.job.join(own.as_ref().unwrap_or(world), settings.deadline())?;
+        screen.show(&Progress::hidden(), &self.heading(&*backend));
+        let tell = |line: &str| screen.show(&Progress::hidden(), &format!("{line}\n"));
+        let tallies = match &own {
+            Some(own) => soak::run_groups(settings, world, number, own, &mut *backend, tell)?,
+            None => vec![soak::run(settings, world, &mut *backend, tell)?],
+        };
+        backend.leave()?;
+        drop(backend);
+        if let Some(own) = own {
+            own.farewell()?;
+        }
+        screen.finish().map(|()| tallies)
+    }
+
+    fn heading(&self, backend: &dyn Collective) -> String {
+        let Settings { seed, groups, .. } = self.settings;
+        let ranks = match groups {
+            1 => format!("{} ranks, seed {seed}", self.job.world_size()),
+            groups => {
+                let seeds: Vec<String> =
+                    (0..groups).map(|number| soak::group_seed(seed, number).to_string()).collect();
+                format!("{groups} groups of {} ranks, seeds {}", self.job.group_size(), seeds.join(", "))
+            }
+        };
+        let mut heading = format!("{} backend, {ranks}\n", self.job.backend_name());
         for note in backend.notes() {
             let _ = writeln!(heading, "note: {note}");
         }
-        screen.show(&Progress::hidden(), &heading);
-        let tally = soak::run(&self.settings, group, backend, |line| {
-            screen.show(&Progress::hidden(), &format!("{line}\n"));
-        })?;
-        screen.finish().map(|()| tally)
+        heading
     }
+}
+
+fn closing(tally: &Tally, seconds: f64) -> String {
+    let Tally { operations, results, problems, repetitions, failed } = tally;
+    format!(
+        "{operations} operations on {problems} problems and {repetitions} repetitions in {seconds:.0} s: {results} results compared, {failed} FAILED"
+    )
 }

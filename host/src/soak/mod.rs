@@ -6,13 +6,15 @@
 //! by another.
 //!
 //! A problem's first results are checked against the [reference](fused_collective_core::reference). Every later one must
-//! be the same bits, in outputs that were poisoned before, with nothing written beside them. Problems differ in their inputs, so data that is left over from
-//! an earlier operation shows.
+//! be the same bits, in outputs that were poisoned before, with nothing written beside them. Problems differ in their
+//! inputs, so data that is left over from an earlier operation shows.
 //!
 //! All but the pauses follows from the seed, the same on every rank.
 
 use std::{
-    fmt::Write as _,
+    fmt::{self, Write as _},
+    iter::Sum,
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -35,12 +37,16 @@ use crate::{
     settings::{BackendChoice, QuantMode},
 };
 
+mod groups;
+
+pub use groups::{group_seed, run_groups};
+
 /// Everything that the command line says about a soak.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     /// How long; finite and above 0. Not counted if `operations` is given.
     pub minutes: f64,
-    /// Stop when so many operations are done.
+    /// Stop when so many operations are done, by each group.
     pub operations: Option<u64>,
     /// What the operations, shapes and inputs follow from.
     pub seed: u64,
@@ -50,8 +56,10 @@ pub struct Settings {
     pub backend: BackendChoice,
     /// Whether ranks may share a GPU.
     pub oversubscribe: bool,
-    /// Ranks asked for; `None` leaves it to the launcher or to the backend.
+    /// Ranks of a group asked for; `None` leaves it to the launcher or to the backend.
     pub nproc_per_node: Option<u32>,
+    /// Groups of that size that soak at the same time.
+    pub groups: u32,
 }
 
 impl Default for Settings {
@@ -64,6 +72,7 @@ impl Default for Settings {
             backend: BackendChoice::Auto,
             oversubscribe: false,
             nproc_per_node: None,
+            groups: 1,
         }
     }
 }
@@ -103,7 +112,7 @@ pub fn largest_problems() -> Vec<Problem> {
 }
 
 /// What a soak has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// Operations, those of replays included.
     pub operations: u64,
@@ -115,6 +124,35 @@ pub struct Tally {
     pub repetitions: u64,
     /// Results that were wrong.
     pub failed: u64,
+}
+
+impl Sum for Tally {
+    fn sum<I: Iterator<Item = Tally>>(tallies: I) -> Self {
+        tallies.fold(Tally::default(), |total, tally| Tally {
+            operations: total.operations + tally.operations,
+            results: total.results + tally.results,
+            problems: total.problems + tally.problems,
+            repetitions: total.repetitions + tally.repetitions,
+            failed: total.failed + tally.failed,
+        })
+    }
+}
+
+/// What a group's operations follow from, for lines that tell of it.
+#[derive(Clone, Copy, Debug)]
+struct Sequence {
+    /// The group's number, if there are several.
+    group: Option<u32>,
+    seed: u64,
+}
+
+impl fmt::Display for Sequence {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(group) = self.group {
+            write!(f, "group {group}, ")?;
+        }
+        write!(f, "seed {}", self.seed)
+    }
 }
 
 /// A problem at hand.
@@ -144,20 +182,33 @@ pub fn run(
     settings: &Settings,
     group: &Group,
     backend: &mut dyn Collective,
+    tell: impl FnMut(&str),
+) -> Result<Tally, Error> {
+    let sequence = Sequence { group: None, seed: settings.seed };
+    run_sequence(settings, sequence, group, backend, &AtomicBool::new(false), tell)
+}
+
+/// Runs the soak of one group, which may be told to `stop` after a round.
+fn run_sequence(
+    settings: &Settings,
+    sequence: Sequence,
+    group: &Group,
+    backend: &mut dyn Collective,
+    stop: &AtomicBool,
     mut tell: impl FnMut(&str),
 ) -> Result<Tally, Error> {
     let began = Instant::now();
     let mut told = began;
     let mut soak = Soak {
         rank: group.rank(),
-        random: Rng::with_seed(settings.seed),
+        random: Rng::with_seed(sequence.seed),
         // Different on each rank, and different from the one above.
-        pauses: Rng::with_seed(settings.seed.wrapping_add(1 + u64::from(group.rank()))),
+        pauses: Rng::with_seed(sequence.seed.wrapping_add(1 + u64::from(group.rank()))),
         workloads: Vec::new(),
         tally: Tally::default(),
     };
     for round in 0u64.. {
-        let at = |what: &str| format!("seed {}, round {round}, {what}", settings.seed);
+        let at = |what: &str| format!("{sequence}, round {round}, {what}");
         if let Err(why) = soak.renew(group, backend).map_err(|error| located(error, &at("a new problem")))? {
             soak.tally.failed += 1;
             tell(&format!("FAILED {}: {why}", at("a new problem")));
@@ -187,16 +238,17 @@ pub fn run(
         if told.elapsed() >= TELL_EVERY {
             told = Instant::now();
             tell(&format!(
-                "{} operations after {:.0} s",
+                "{sequence}: {} operations after {:.0} s",
                 soak.tally.operations,
                 began.elapsed().as_secs_f64()
             ));
         }
         let done = match settings.operations {
+            _ if stop.load(Ordering::Relaxed) => true,
             Some(operations) => soak.tally.operations >= operations,
             None => began.elapsed().as_secs_f64() >= settings.minutes * 60.0,
         };
-        // Clocks differ: rank 0's decides.
+        // Clocks differ, and so does when a rank is told to stop: rank 0's word decides.
         let own = (group.rank() == 0).then_some([u8::from(done)]);
         if group.broadcast(own.as_ref().map(<[u8; 1]>::as_slice))? != [0] {
             break;

@@ -107,7 +107,8 @@ pub struct Status {
     pub failed: u32,
     /// The rank whose data was awaited.
     pub missing_rank: u32,
-    /// 1: an input, in one-shot or as a token's owner; 2: a token's sum, from its owner.
+    /// 1: an input, in one-shot or as a token's owner; 2: a token's sum, from its owner; 3: a flag, where links are
+    /// measured.
     pub hop: u32,
     /// The operation: see [`Turn::operation`].
     pub operation: u64,
@@ -243,6 +244,78 @@ pub struct Conversions {
     pub count: u32,
 }
 
+/// The parameters of the kernel `links_meet`. In every `links_*` kernel's `group`, the regions are those of
+/// [`links`](crate::links), and the operation and its turns those of the group's workspace.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Meet {
+    /// This rank's place in its group.
+    pub group: Group,
+    /// The count that this rank's flags get and its peers' must reach.
+    pub count: u32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}
+
+/// The parameters of the kernel `links_ping`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ping {
+    /// This rank's place in its group.
+    pub group: Group,
+    /// One `u64`: gets the nanoseconds that all trips took but the first
+    /// [`WARM_UP_TRIPS`](crate::links::WARM_UP_TRIPS).
+    pub nanoseconds: Address,
+    /// The other rank.
+    pub peer: u32,
+    /// 1: this rank sends first; 0: it answers.
+    pub leads: u32,
+    /// The count of the first trip; each trip counts one more.
+    pub count: u32,
+    /// Trips there and back.
+    pub trips: u32,
+}
+
+/// The parameters of the kernel `links_push`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Push {
+    /// This rank's place in its group.
+    pub group: Group,
+    /// Bytes of a place.
+    pub place_bytes: u64,
+    /// 16-byte packs for each target, less than 2^28.
+    pub packs: u32,
+    /// The distance of the first target: 0 is this rank itself, 1 the one after it.
+    pub first: u32,
+    /// Targets, one after the other, at most as many as there are ranks.
+    pub targets: u32,
+    /// What the [pattern](crate::links::pattern) is told.
+    pub run: u32,
+    /// How often everything is written.
+    pub passes: u32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}
+
+/// The parameters of the kernel `links_pull`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pull {
+    /// This rank's place in its group.
+    pub group: Group,
+    /// Bytes of a place.
+    pub place_bytes: u64,
+    /// 16-byte packs to read.
+    pub packs: u32,
+    /// The rank whose own place in its own memory is read; its place in this rank's memory gets it.
+    pub source: u32,
+    /// How often everything is read.
+    pub passes: u32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}
+
 /// The activations, `[total_tokens, hidden]` elements each, 16-byte aligned.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -354,5 +427,11 @@ const _: () = {
             && size_of::<Fill>() == 24
             && size_of::<Audit>() == 40
             && size_of::<Conversions>() == 16
+    );
+    assert!(
+        size_of::<Meet>() == 104 + 8
+            && size_of::<Ping>() == 104 + 24
+            && size_of::<Push>() == 104 + 32
+            && size_of::<Pull>() == 104 + 24
     );
 };

@@ -1,13 +1,14 @@
 //! The table of kernel entry points.
 
 /// Defines the entry points of one module: either the collectives of one element type for groups of at most `N`
-/// ranks, or everything of one element type that needs no group.
+/// ranks, or everything of one element type that needs no group, or what measures links, which knows no element type.
 ///
 /// ```ignore
 /// fused_collective_device::entries!(collectives, bf16, 4); // N is 2, 4 or 8
 /// fused_collective_device::entries!(local, bf16);
+/// fused_collective_device::entries!(links);
 /// ```
-/// A module for each keeps what a program has to load small.
+/// A module for each keeps what a program has to load small; the last is part of the one before, of `bf16`.
 ///
 /// # Names
 /// | entry point | parameter |
@@ -18,6 +19,7 @@
 /// | `fill` | [`Fill`](crate::params::Fill) |
 /// | `audit_outputs` | [`Audit`](crate::params::Audit) |
 /// | `encode_{e4m3,e2m1}` | [`Conversions`](crate::params::Conversions) |
+/// | `links_{meet,ping,push,pull}` | [`Meet`](crate::params::Meet), [`Ping`](crate::params::Ping), [`Push`](crate::params::Push), [`Pull`](crate::params::Pull) |
 ///
 /// `packs` is how many 16-byte packs of a row a thread keeps in registers: `p1` or `p2`; `streamed` takes rows of
 /// any length. Epilogues, as their parameter types:
@@ -67,6 +69,12 @@ macro_rules! entries {
         $crate::entries!(@entry "audit_outputs", Audit, baseline::audit);
         $crate::entries!(@entry "encode_e4m3", Conversions, baseline::verify::encode_e4m3);
         $crate::entries!(@entry "encode_e2m1", Conversions, baseline::verify::encode_e2m1);
+    };
+    (links) => {
+        $crate::entries!(@entry "links_meet", Meet, collective::links::meet);
+        $crate::entries!(@entry "links_ping", Ping, collective::links::ping);
+        $crate::entries!(@entry "links_push", Push, collective::links::push);
+        $crate::entries!(@entry "links_pull", Pull, collective::links::pull);
     };
     (@collective $algorithm:ident, $name:literal, $element:ident, $ranks:literal) => {
         $crate::entries!(@epilogue $algorithm, concat!($name, "_none"), $element, $ranks, Plain<Unquantized>);

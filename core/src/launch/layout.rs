@@ -8,8 +8,8 @@
 use core::mem::offset_of;
 
 use super::{
-    Activations, Audit, Conversions, Fill, Fp8Static, Fused, Group, Local, NvFp4, Plain, RankState, RmsNorm,
-    Shape, Status, Step, Turn, Unquantized,
+    Activations, Audit, Conversions, Fill, Fp8Static, Fused, Group, Local, Meet, NvFp4, Ping, Plain, Pull,
+    Push, RankState, RmsNorm, Shape, Status, Step, Turn, Unquantized,
 };
 use crate::{
     lamport::{SENTINEL, SLOTS},
@@ -84,6 +84,10 @@ const fn structs(mut hash: u64) -> u64 {
         Fill { out, packs, word, reserved }
         Audit { actual, expected, found, packs, poison, reserved }
         Conversions { out, first, count }
+        Meet { group, count, reserved }
+        Ping { group, nanoseconds, peer, leads, count, trips }
+        Push { group, place_bytes, packs, first, targets, run, passes, reserved }
+        Pull { group, place_bytes, packs, source, passes, reserved }
         Activations { input, residual, residual_out }
         AnyFused { group, shape, activations, epilogue }
         AnyLocal { shape, activations, epilogue }

@@ -32,6 +32,10 @@ module!(f32, "f32");
 module!(f16, "f16");
 module!(bf16, "bf16");
 
+// They know no element type, so one module has them.
+#[cfg(all(feature = "bf16", feature = "local"))]
+fused_collective_device::entries!(links);
+
 /// No kernel has a path that panics, so this is in no PTX; rustc asks for it nevertheless.
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {

@@ -53,6 +53,7 @@ use crate::{
     simt,
 };
 
+pub mod links;
 mod one_shot;
 mod two_shot;
 mod wait;
@@ -129,9 +130,9 @@ fn peers<const N: usize>(group: &Group) -> Option<NonZeroU32> {
     if group.world_size as usize > N { None } else { NonZeroU32::new(group.world_size.saturating_sub(1)) }
 }
 
-/// The first slot of rank `rank`'s region, of a kernel for at most `N` ranks.
+/// The region of rank `rank`, of a kernel for at most `N` ranks.
 #[inline(always)]
-fn first_slot<const N: usize>(group: &Group, rank: u32) -> Address {
+fn region<const N: usize>(group: &Group, rank: u32) -> Address {
     // Selected with constant indices: parameters that are indexed at run time are copied to local memory first.
     const { assert!(N <= MAX_RANKS && MAX_RANKS == 8) };
     let mut at = group.regions[0];
@@ -143,7 +144,13 @@ fn first_slot<const N: usize>(group: &Group, rank: u32) -> Address {
         )*};
     }
     select!(1 2 3 4 5 6 7);
-    at.offset(SLOTS_OFFSET)
+    at
+}
+
+/// The first slot of rank `rank`'s region, of a kernel for at most `N` ranks.
+#[inline(always)]
+fn first_slot<const N: usize>(group: &Group, rank: u32) -> Address {
+    region::<N>(group, rank).offset(SLOTS_OFFSET)
 }
 
 /// The rank `distance` (less than the group's size) after this one. Ranks start with different peers, so that they

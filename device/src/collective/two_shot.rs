@@ -133,7 +133,7 @@ where
 /// Calls `each` for the tokens of team `team`: one of every `teams` in turn, each time the next one of them, so that a
 /// team is owner and receiver by turns whatever the numbers of teams and ranks have in common.
 #[inline(always)]
-fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)) {
+pub(super) fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)) {
     let (mut first, mut turn) = (0, team);
     while first < tokens {
         if turn < tokens - first {

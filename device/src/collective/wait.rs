@@ -146,6 +146,25 @@ impl<'a> Waiter<'a> {
         packs
     }
 
+    /// Waits until what `source` writes at `at` is as `holds` says, and leaves it there.
+    ///
+    /// # Safety
+    /// `at` is valid for a [poll](simt::poll) for as long as the group is.
+    #[inline(always)]
+    pub(super) unsafe fn until(
+        &mut self,
+        at: Address,
+        source: u32,
+        awaited: Awaited<'_>,
+        holds: impl Fn(Pack) -> bool,
+    ) {
+        let mut patience = Patience::default();
+        // SAFETY: as this function's.
+        while !holds(unsafe { simt::poll(at) }) && !self.failed {
+            self.check(&mut patience, || source, awaited);
+        }
+    }
+
     /// Counts a poll that found data missing and, once in a while, decides whether to go on.
     #[inline(always)]
     fn check(&mut self, patience: &mut Patience, missing: impl Fn() -> u32, awaited: Awaited<'_>) {

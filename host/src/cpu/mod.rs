@@ -9,6 +9,7 @@ mod cache;
 mod engine;
 mod exchange;
 mod fused;
+mod lanes;
 #[cfg(test)]
 mod model;
 mod region;

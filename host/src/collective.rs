@@ -14,7 +14,7 @@ use fused_collective_core::{
     quant::Quantization,
 };
 
-use crate::{cpu, cuda, failure::Failure};
+use crate::{cpu, cuda, failure::Failure, links::Links, rendezvous::Group};
 
 /// One configuration: what is computed, whatever the steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -420,6 +420,15 @@ pub trait Collective {
     /// # Errors
     /// As [`run`](Self::run).
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error>;
+
+    /// What measures the links between the ranks of `group`, which is the backend's. All ranks call this.
+    ///
+    /// # Errors
+    /// The backend measures none, or there is not enough memory; a rank was lost.
+    fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn Links + 'b>, Error> {
+        let _ = group;
+        Err(Error::Memory("this backend does not measure links".to_owned()))
+    }
 
     /// Looks for writes outside of the tensors while no rank of the group runs an operation: in the guards before and
     /// after each of them, and in the workspace, whose slots hold no data between operations. What was written, for

@@ -41,6 +41,8 @@ pub enum What {
     Input(u64),
     /// A token's sum, from its owner.
     Sum(u64),
+    /// A rank's sign, where links are measured.
+    Flag,
 }
 
 /// Why a call failed.
@@ -93,6 +95,7 @@ impl fmt::Display for Awaited {
             What::Region => write!(f, "rank {from} to join"),
             What::Barrier => write!(f, "rank {from} at a barrier"),
             What::Input(token) => write!(f, "rank {from}'s input of token {token} in operation {operation}"),
+            What::Flag => write!(f, "rank {from} in a measurement of links"),
             What::Sum(token) => write!(f, "rank {from}'s sum of token {token} in operation {operation}"),
         }?;
         match call {

@@ -84,7 +84,7 @@ fn words() -> impl Strategy<Value = String> {
 proptest! {
     #[test]
     fn any_arguments_are_understood_or_refused_in_one_line(
-        command in prop::sample::select(vec!["bench", "verify", "soak", "faults", ""]),
+        command in prop::sample::select(vec!["bench", "verify", "links", "soak", "faults", ""]),
         words in vec(words(), 0..10),
     ) {
         let args = std::iter::once(command.to_owned()).chain(words).filter(|word| !word.is_empty());
@@ -97,6 +97,10 @@ proptest! {
             }
             Ok(Invocation::Verify(settings)) => {
                 prop_assert!(settings.problems().all(|problem| problem.operation(Mode::Auto).validate().is_ok()));
+            }
+            Ok(Invocation::Links(settings, json)) => {
+                prop_assert!(settings.deadline() > std::time::Duration::ZERO);
+                prop_assert!(json.is_none_or(|file| !file.as_os_str().is_empty()));
             }
             Ok(Invocation::Soak(settings)) => {
                 prop_assert!(settings.minutes > 0.0 && settings.minutes.is_finite() && settings.operations != Some(0));

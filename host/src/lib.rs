@@ -69,8 +69,9 @@
 //!
 //! # The program
 //! [`program`] is a thin shell: [`cli`] makes [`settings`], [`launch`] starts ranks, [`mod@bench`] measures variants on
-//! a [`collective`] backend and has [`peers`] measure theirs, [`mod@report`] shows them; [`mod@verify`] runs the matrix
-//! that shows a backend right, [`mod@soak`] and [`mod@faults`] find what its cases cannot.
+//! a [`collective`] backend and has [`peers`] measure theirs, [`mod@report`] shows them; [`mod@links`] measures what the
+//! backend's links can do at best; [`mod@verify`] runs the matrix that shows a backend right, [`mod@soak`] and
+//! [`mod@faults`] find what its cases cannot.
 
 pub mod bench;
 mod board;
@@ -83,6 +84,7 @@ pub mod faults;
 #[cfg(test)]
 mod fuzz;
 pub mod launch;
+pub mod links;
 pub mod peers;
 pub mod program;
 pub mod rank_env;

@@ -6,6 +6,7 @@
 //! [`OutputFiles`](crate::report::outputs::OutputFiles) to say.
 
 mod faults;
+mod links;
 mod normalize;
 mod soak;
 mod verify;
@@ -20,12 +21,14 @@ use fused_collective_core::{
 
 use crate::{
     faults::Settings as FaultsSettings,
+    links::Settings as LinksSettings,
     rendezvous::MIN_RANKS,
     settings::{Outputs, Settings},
     soak::Settings as SoakSettings,
     verify::Settings as VerifySettings,
 };
 use faults::FaultsArgs;
+use links::LinksArgs;
 use normalize::{Takes, normalize};
 use soak::SoakArgs;
 use verify::VerifyArgs;
@@ -74,6 +77,8 @@ pub enum Invocation {
     Bench(Box<Settings>),
     /// Run the verification matrix.
     Verify(VerifySettings),
+    /// Measure the links between ranks, and write every figure to the file, if there is one.
+    Links(LinksSettings, Option<PathBuf>),
     /// Run random operations.
     Soak(SoakSettings),
     /// Make ranks fail.
@@ -104,6 +109,7 @@ struct TopLevel {
 enum Command {
     Bench(BenchArgs),
     Verify(VerifyArgs),
+    Links(LinksArgs),
     Soak(SoakArgs),
     Faults(FaultsArgs),
 }
@@ -243,11 +249,15 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         _ if top.version => Ok(Invocation::Print(format!("{PROGRAM} {}\n", env!("CARGO_PKG_VERSION")))),
         Some(Command::Bench(args)) => args.settings().map(|settings| Invocation::Bench(Box::new(settings))),
         Some(Command::Verify(args)) => args.settings().map(Invocation::Verify),
+        Some(Command::Links(args)) => {
+            args.settings().map(|(settings, json)| Invocation::Links(settings, json))
+        }
         Some(Command::Soak(args)) => args.settings().map(Invocation::Soak),
         Some(Command::Faults(args)) => args.settings().map(Invocation::Faults),
         None => {
-            let line =
-                format_args!("no command given: use bench, verify, soak or faults, or see {PROGRAM} --help");
+            let line = format_args!(
+                "no command given: use bench, verify, links, soak or faults, or see {PROGRAM} --help"
+            );
             Err(UsageError::new(line))
         }
     }

@@ -132,6 +132,27 @@ fn every_option_of_verify_reaches_its_setting() {
 }
 
 #[test]
+fn every_option_of_links_reaches_its_setting() {
+    let links = |options: &str| match run(&format!("links {options}")) {
+        Ok(Invocation::Links(settings, json)) => (settings, json),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(links(""), (LinksSettings::default(), None));
+    assert_eq!(links("--backend auto --deadline 10"), links(""));
+    let options = "--backend cpu --nproc-per-node 3 --oversubscribe --deadline 2.5 --json a.json";
+    let expected = LinksSettings {
+        deadline_seconds: 2.5,
+        backend: BackendChoice::Cpu,
+        oversubscribe: true,
+        nproc_per_node: Some(3),
+    };
+    assert_eq!(links(options), (expected, Some("a.json".into())));
+    refused("links --json=", "--json: '' is not a file name");
+    refused("links --nproc-per-node 1", "--nproc-per-node: 1 rank cannot form a group: use 2 to 16");
+    refused("links --num-tokens 1", "Unrecognized argument: --num-tokens; see fused-collective --help");
+}
+
+#[test]
 fn the_help_of_verify_states_the_lists_that_hold() {
     let Ok(Invocation::Print(help)) = run("verify --help") else { panic!("no help") };
     let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -185,7 +206,7 @@ fn the_version_is_the_crate_s() {
 
 #[test]
 fn what_is_not_a_command_or_option_is_refused() {
-    refused("", "no command given: use bench, verify, soak or faults, or see fused-collective --help");
+    refused("", "no command given: use bench, verify, links, soak or faults, or see fused-collective --help");
     refused("bnch", "Unrecognized argument: bnch; see fused-collective --help");
     refused("bench --tokens 3", "Unrecognized argument: --tokens; see fused-collective --help");
     refused("bench 3", "Unrecognized argument: 3; see fused-collective --help");

@@ -15,10 +15,16 @@ use pulp::{Simd, WithSimd};
 
 use super::{
     Communicator, Finish, Inputs, Outputs, Plain, RowOutputs,
+    links::Links,
     rows::{FinishRow, QuantizeRow, SumRows},
 };
-use crate::collective::{
-    self, Collective, Eager, Error, GUARD, GUARD_BYTES, MAX_OPERATIONS, Problem, Step, Tensor, stray_write,
+use crate::{
+    collective::{
+        self, Collective, Eager, Error, GUARD, GUARD_BYTES, MAX_OPERATIONS, Problem, Step, Tensor,
+        stray_write,
+    },
+    links,
+    rendezvous::Group,
 };
 
 /// A tensor between its guards: bytes that start with a cache line. Some processors copy to anywhere else several
@@ -456,6 +462,10 @@ impl Collective for Engine {
         }
         // It is small enough to be read whole each time.
         Ok(self.communicator.find_stray_write())
+    }
+
+    fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn links::Links + 'b>, Error> {
+        Ok(Box::new(Links::share(group, &mut self.communicator)?))
     }
 
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {

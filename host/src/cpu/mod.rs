@@ -10,6 +10,7 @@ mod engine;
 mod exchange;
 mod fused;
 mod lanes;
+mod links;
 #[cfg(test)]
 mod model;
 mod region;

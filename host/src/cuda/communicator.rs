@@ -15,7 +15,7 @@ use std::{
 use fused_collective_core::{
     agreement::{CALL_WORDS, Call, Chain},
     fusion::Operation,
-    launch::{self, ABORTED, Fused, MAX_BLOCK_THREADS, Shape, Status},
+    launch::{self, ABORTED, Address, Fused, MAX_BLOCK_THREADS, Shape, Status},
     pack::Pack,
     plan::{Algorithm, Limits, Plan, Round},
     workspace::{Header, Layout},
@@ -279,7 +279,11 @@ impl Communicator {
         let token = long(Status::TOKEN);
         let wait = Awaited {
             from: word(Status::MISSING_RANK) as u32,
-            what: if word(Status::HOP) == 2 { What::Sum(token) } else { What::Input(token) },
+            what: match word(Status::HOP) {
+                2 => What::Sum(token),
+                3 => What::Flag,
+                _ => What::Input(token),
+            },
             operation: long(Status::OPERATION),
             call: self.names.call(long(Status::CALL)),
         };
@@ -410,8 +414,13 @@ impl Communicator {
     }
 
     fn group(&self) -> launch::Group {
+        self.launch_group(self.workspace.regions())
+    }
+
+    /// This rank's place in the group, for kernels that reach other memory than the workspace.
+    pub(crate) fn launch_group(&self, regions: [Address; launch::MAX_RANKS]) -> launch::Group {
         launch::Group {
-            regions: self.workspace.regions(),
+            regions,
             state: self.workspace.state(),
             status: self.status.address(),
             slot_bytes: self.layout.slot_bytes(),

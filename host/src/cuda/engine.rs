@@ -27,12 +27,14 @@ use super::{
     gather,
     graph::Graph,
     kernels::{Entry, Kernels, Set},
+    links::Links,
     memory::{DeviceMemory, GuardedMemory, require},
     nccl::NcclGroup,
     tensors::{DeviceTensor, TensorType, Tensors},
 };
 use crate::{
     collective::{self, AUDITED, AllReduce, Collective, Conversion, Eager, Error, Problem, Step, Tensor},
+    links,
     rendezvous::Group,
     settings::AllReduceChoice,
 };
@@ -548,6 +550,10 @@ impl Collective for Engine<'_> {
         self.record(1)?;
         self.settle()?;
         Ok(self.elapsed()? / f64::from(operations))
+    }
+
+    fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn links::Links + 'b>, Error> {
+        Ok(Box::new(Links::share(group, &mut self.communicator)?))
     }
 
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {

@@ -90,7 +90,7 @@ fn file_name(dtype: DType, set: Set) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Entry {
     pub(crate) set: Set,
-    /// `one_shot`, `two_shot`, `local` or `eager`.
+    /// `one_shot`, `two_shot`, `local`, `eager` or another of the table's.
     pub(crate) family: &'static str,
     /// The epilogue, or the eager step.
     pub(crate) part: &'static str,
@@ -122,6 +122,13 @@ pub(crate) struct Launch {
     blocks: u32,
     cluster: u32,
     threads: u32,
+}
+
+impl Launch {
+    /// Blocks of the grid.
+    pub(crate) fn blocks(&self) -> u32 {
+        self.blocks
+    }
 }
 
 /// Which version of a kernel serves rows of `row_packs` packs, how many blocks share a row, and their threads.

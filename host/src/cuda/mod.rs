@@ -22,6 +22,7 @@ mod epilogue;
 mod error;
 mod graph;
 mod kernels;
+mod links;
 mod memory;
 mod nccl;
 mod tensors;

@@ -40,13 +40,77 @@ pub fn slot_bytes(world_size: u32, operation: &Operation) -> u64 {
     bytes(operation.tokens).min(MAX_SLOT_BYTES).max(bytes(1))
 }
 
-/// This rank's region, every peer's, and what kernels need to find them.
+/// This rank's region and every peer's.
 #[derive(Debug)]
-pub(crate) struct Workspace {
+pub(crate) struct Regions {
     // Peers' regions are closed before this rank's is freed.
     peers: Vec<PeerMemory>,
-    region: DeviceMemory,
-    regions: [Address; MAX_RANKS],
+    own: DeviceMemory,
+    addresses: [Address; MAX_RANKS],
+}
+
+impl Regions {
+    /// Makes this rank's region of `bytes` bytes for `what`, with its header and then `fill` in all words from
+    /// [`SLOTS_OFFSET`] on, and opens the others'. All ranks call this, with the same arguments. A rank's region has
+    /// the header that `header` gives for it.
+    ///
+    /// # Errors
+    /// The region does not fit into the GPU's memory; a pair of ranks cannot share memory; a region is not what it
+    /// should be. The error names the ranks.
+    pub(crate) fn share(
+        group: &Group,
+        what: &str,
+        bytes: u64,
+        fill: u32,
+        header: impl Fn(u32) -> Header,
+    ) -> Result<Regions, Error> {
+        let rank = group.rank();
+        let own = make_region(what, bytes, fill, header(rank))?;
+        let handles = group.all_gather(&own.share()?.0)?;
+
+        let mut addresses = Vec::with_capacity(handles.len());
+        let mut peers = Vec::with_capacity(handles.len());
+        for (peer, handle) in (0..).zip(&handles) {
+            if peer == rank {
+                addresses.push(own.address());
+                continue;
+            }
+            let apart = |why: String| Error::Pair { rank, peer, why };
+            let handle = <[u8; 64]>::try_from(&handle[..])
+                .map_err(|_| apart(format!("its handle has {} bytes, not 64", handle.len())))?;
+            let opened = PeerMemory::open(IpcHandle(handle)).map_err(|error| apart(error.to_string()))?;
+            let mut words = [0u64; 8];
+            opened.read(bytemuck::cast_slice_mut(&mut words)).map_err(|error| apart(error.to_string()))?;
+            header(peer).check(words.map(u64::from_le)).map_err(|error| apart(error.to_string()))?;
+            addresses.push(opened.address());
+            peers.push(opened);
+        }
+        let addresses = array::from_fn(|rank| addresses.get(rank).copied().unwrap_or(Address::NULL));
+        // Nobody sends before everybody is ready.
+        group.barrier()?;
+        Ok(Regions { peers, own, addresses })
+    }
+
+    /// Where this GPU sees every rank's region.
+    pub(crate) fn addresses(&self) -> [Address; MAX_RANKS] {
+        self.addresses
+    }
+
+    /// This rank's.
+    pub(crate) fn own(&self) -> &DeviceMemory {
+        &self.own
+    }
+
+    /// Closes the peers' regions. No kernel may use them any more.
+    pub(crate) fn close_peers(&mut self) {
+        self.peers.clear();
+    }
+}
+
+/// The regions that a group's operations go through, and what kernels need to find them.
+#[derive(Debug)]
+pub(crate) struct Workspace {
+    regions: Regions,
     state: DeviceMemory,
 }
 
@@ -54,46 +118,17 @@ impl Workspace {
     /// Makes this rank's region and opens the others'. All ranks call this, with the same layout.
     ///
     /// # Errors
-    /// The region does not fit into the GPU's memory; a pair of ranks cannot share memory; a region is not what it
-    /// should be. The error names the ranks.
+    /// As [`Regions::share`].
     pub(crate) fn share(group: &Group, layout: &Layout) -> Result<Workspace, Error> {
-        let own = group.rank();
         let header = |rank| Header { world_size: layout.world_size(), rank, slot_bytes: layout.slot_bytes() };
-
-        let region = make_region(layout, header(own))?;
-        let handles = group.all_gather(&region.share()?.0)?;
-
-        let mut addresses = Vec::with_capacity(handles.len());
-        let mut peers = Vec::with_capacity(handles.len());
-        for (rank, handle) in (0..).zip(&handles) {
-            if rank == own {
-                addresses.push(region.address());
-                continue;
-            }
-            let apart = |why: String| Error::Pair { rank: own, peer: rank, why };
-            let handle = <[u8; 64]>::try_from(&handle[..])
-                .map_err(|_| apart(format!("its handle has {} bytes, not 64", handle.len())))?;
-            let peer = PeerMemory::open(IpcHandle(handle)).map_err(|error| apart(error.to_string()))?;
-            let mut words = [0u64; 8];
-            peer.read(bytemuck::cast_slice_mut(&mut words)).map_err(|error| apart(error.to_string()))?;
-            header(rank).check(words.map(u64::from_le)).map_err(|error| apart(error.to_string()))?;
-            addresses.push(peer.address());
-            peers.push(peer);
-        }
-        let workspace = Workspace {
-            peers,
-            region,
-            regions: array::from_fn(|rank| addresses.get(rank).copied().unwrap_or(Address::NULL)),
-            state: DeviceMemory::holding(&[0; size_of::<RankState>()])?,
-        };
-        // Nobody sends before everybody is ready.
-        group.barrier()?;
-        Ok(workspace)
+        let state = DeviceMemory::holding(&[0; size_of::<RankState>()])?;
+        let regions = Regions::share(group, "the workspace", layout.region_bytes(), SENTINEL, header)?;
+        Ok(Workspace { regions, state })
     }
 
     /// Closes the peers' regions. No kernel may use this workspace any more.
     pub(crate) fn close_peers(&mut self) {
-        self.peers.clear();
+        self.regions.close_peers();
     }
 
     /// Between operations: what this rank's region holds that is neither its `header` nor the sentinel in all slots
@@ -109,12 +144,12 @@ impl Workspace {
         thorough: bool,
     ) -> Result<Option<String>, Error> {
         let mut head = [0u64; (SLOTS_OFFSET / 8) as usize];
-        self.region.read(0, bytemuck::cast_slice_mut(&mut head))?;
+        self.regions.own.read(0, bytemuck::cast_slice_mut(&mut head))?;
         let expected = header.to_words().map(u64::to_le);
         if head[..expected.len()] != expected || head[expected.len()..].iter().any(|&word| word != 0) {
             return Ok(Some("the header of this rank's region".to_owned()));
         }
-        let end = self.region.bytes();
+        let end = self.regions.own.bytes();
         let mut ranges = Vec::new();
         if end <= ALWAYS_WHOLE || thorough {
             ranges.push(SLOTS_OFFSET..end);
@@ -132,7 +167,7 @@ impl Workspace {
             for start in range.clone().step_by(READ_AT_ONCE as usize) {
                 let bytes = READ_AT_ONCE.min(range.end - start);
                 words.resize((bytes / 4) as usize, 0u32);
-                self.region.read(start, bytemuck::cast_slice_mut(&mut words))?;
+                self.regions.own.read(start, bytemuck::cast_slice_mut(&mut words))?;
                 if let Some(at) = first_other(&words, SENTINEL) {
                     return Ok(Some(format!("this rank's region, byte {}", start + at as u64 * 4)));
                 }
@@ -143,7 +178,7 @@ impl Workspace {
 
     /// Where this GPU sees every rank's region.
     pub(crate) fn regions(&self) -> [Address; MAX_RANKS] {
-        self.regions
+        self.regions.addresses
     }
 
     /// This rank's [`RankState`].
@@ -152,13 +187,13 @@ impl Workspace {
     }
 }
 
-/// A region with its header and with slots full of the sentinel.
-fn make_region(layout: &Layout, header: Header) -> Result<DeviceMemory, Error> {
-    let bytes = layout.region_bytes().next_multiple_of(PAGE);
-    require("the workspace", bytes)?;
+/// A region with its header and with `fill` in all words from [`SLOTS_OFFSET`] on.
+fn make_region(what: &str, bytes: u64, fill: u32, header: Header) -> Result<DeviceMemory, Error> {
+    let bytes = bytes.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
+    require(what, bytes)?;
     let mut region = DeviceMemory::new(bytes)?;
     region.fill_from(0, 0)?;
-    region.fill_from(SLOTS_OFFSET, SENTINEL)?;
+    region.fill_from(SLOTS_OFFSET, fill)?;
     let words = header.to_words().map(u64::to_le);
     region.write(0, bytemuck::cast_slice(&words))?;
     Ok(region)

@@ -1,11 +1,11 @@
 //! `fused-collective bench`.
 
-use std::{env, io, path::Path};
+use std::{env, path::Path};
 
 use super::{
     Failure, complain,
     job::{Job, Request, Screen},
-    print,
+    print, width,
 };
 use crate::{
     bench,
@@ -113,8 +113,3 @@ fn earlier(path: &Path, settings: &Settings, job: &mut Job) -> Result<Option<Rep
 
 /// Tells a rank where it finds the report that `--compare` names.
 const EARLIER: &str = "FUSED_COLLECTIVE_EARLIER";
-
-/// Columns of the terminal, or of the tables where there is none.
-fn width() -> u16 {
-    rustix::termios::tcgetwinsize(io::stdout()).map_or(table::WIDTH, |size| size.ws_col.max(40))
-}

@@ -6,6 +6,7 @@
 mod bench;
 mod faults;
 mod job;
+mod links;
 mod soak;
 mod verify;
 
@@ -18,6 +19,7 @@ use std::{
 use crate::{
     cli::{self, Invocation, PROGRAM, UsageError},
     launch,
+    report::table,
 };
 
 /// How a run ended, if not well.
@@ -72,6 +74,7 @@ fn run() -> Result<u8, Failure> {
         }
         Invocation::Bench(settings) => bench::Bench::new(*settings)?.run(),
         Invocation::Verify(settings) => verify::Verify::new(settings)?.run(),
+        Invocation::Links(settings, json) => links::Links::new(settings, json)?.run(),
         Invocation::Soak(settings) => soak::Soak::new(settings)?.run(),
         Invocation::Faults(settings) => faults::Faults::new(settings)?.run(),
     }
@@ -82,4 +85,9 @@ fn print(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
     let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
     written.map_err(|error| Failure::Failed(format!("cannot write to the standard output: {error}")))
+}
+
+/// Columns of the terminal, or of the tables where there is none.
+fn width() -> u16 {
+    rustix::termios::tcgetwinsize(io::stdout()).map_or(table::WIDTH, |size| size.ws_col.max(40))
 }

@@ -147,9 +147,9 @@ impl Comparison {
             let cells = rows.iter().map(|row| {
                 let Compared { earlier_us, current_us, .. } = row;
                 let (earlier, current) = (format!("{earlier_us:.2}"), format!("{current_us:.2}"));
-                [row.variant.clone(), earlier, current, format!("{:.3}", row.ratio())]
+                vec![row.variant.clone(), earlier, current, format!("{:.3}", row.ratio())]
             });
-            let grid = table::grid(["Operation", "earlier µs", "now µs", "ratio"], cells.collect(), width);
+            let grid = table::grid(&["Operation", "earlier µs", "now µs", "ratio"], cells.collect(), width);
             let _ = writeln!(out, "\n{}\n{grid}", rows[0].configuration);
         }
         out.push('\n');

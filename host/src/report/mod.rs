@@ -8,6 +8,7 @@
 pub mod compare;
 pub mod figures;
 pub mod json;
+pub mod links;
 pub mod machine;
 pub mod markdown;
 pub mod outputs;

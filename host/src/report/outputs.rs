@@ -58,6 +58,9 @@ enum Target {
     Stream,
 }
 
+/// What a file should hold, or why there is nothing.
+type Content = Result<String, Box<dyn Error + Send + Sync>>;
+
 /// An output file that could not be written after all.
 #[derive(Debug)]
 pub struct WriteError {
@@ -109,14 +112,20 @@ impl OutputFiles {
     /// Writes every file. One that fails does not keep the others from being written; the first failure is
     /// returned.
     pub fn write(&self, report: &Report) -> Result<(), WriteError> {
-        let results: Vec<_> = self.files.iter().map(|file| file.write(report)).collect();
+        let results: Vec<_> = self.files.iter().map(|file| file.write(file.form.content(report))).collect();
         results.into_iter().collect()
+    }
+
+    /// Writes `text` to the JSON file, if one was asked for.
+    pub fn write_json(&self, text: &str) -> Result<(), WriteError> {
+        let mut files = self.files.iter().filter(|file| file.form == Form::Json);
+        files.try_for_each(|file| file.write(Ok(text.to_owned())))
     }
 }
 
 impl OutputFile {
-    fn write(&self, report: &Report) -> Result<(), WriteError> {
-        let written = self.form.content(report).and_then(|content| Ok(self.put(content.as_bytes())?));
+    fn write(&self, content: Content) -> Result<(), WriteError> {
+        let written = content.and_then(|content| Ok(self.put(content.as_bytes())?));
         written.map_err(|cause| WriteError { named: self.named.clone(), cause })
     }
 
@@ -139,7 +148,7 @@ impl OutputFile {
 }
 
 impl Form {
-    fn content(self, report: &Report) -> Result<String, Box<dyn Error + Send + Sync>> {
+    fn content(self, report: &Report) -> Content {
         Ok(match self {
             Form::Markdown => markdown::to_string(report),
             Form::Json => json::to_string(report)?,

@@ -25,10 +25,10 @@ pub fn configuration(configuration: &Configuration, width: u16) -> String {
     let header = ["Operation", "median µs", "min µs", "p99 µs", "busbw GB/s", "ulp", "speedup"];
     let rows = configuration.rows.iter().map(|row| {
         let Cells { median, min, p99, bus_bandwidth, max_error, speedup } = Cells::of(row);
-        [row.variant.clone(), median, min, p99, bus_bandwidth, max_error, speedup]
+        vec![row.variant.clone(), median, min, p99, bus_bandwidth, max_error, speedup]
     });
     let rows = rows.collect();
-    let mut out = format!("{}\n{}\n", configuration.title(), grid(header, rows, width));
+    let mut out = format!("{}\n{}\n", configuration.title(), grid(&header, rows, width));
     for note in &configuration.notes {
         let _ = writeln!(out, "note: {note}");
     }
@@ -39,14 +39,14 @@ pub fn configuration(configuration: &Configuration, width: u16) -> String {
 }
 
 /// Names to the left, figures to the right, a rule under the header. Where the grid would be wider than
-/// `width`, columns draw closer, and then names break after an underscore.
-pub(super) fn grid<const N: usize>(header: [&str; N], mut rows: Vec<[String; N]>, width: u16) -> String {
-    let header = header.map(|text| text.replace(' ', "\n"));
+/// `width`, columns draw closer, and then names break after an underscore. Every row has a cell for each of `header`.
+pub(super) fn grid(header: &[&str], mut rows: Vec<Vec<String>>, width: u16) -> String {
+    let header: Vec<String> = header.iter().map(|text| text.replace(' ', "\n")).collect();
     let columns = || rows.iter().chain([&header]);
-    let figures: usize =
-        (1..N).map(|column| columns().map(|row| cell_width(&row[column])).max().unwrap_or(0)).sum();
-    let names = columns().map(|row| cell_width(&row[0])).max().unwrap_or(0);
-    let (width, gaps) = (usize::from(width), N - 1);
+    let widest = |column: usize| columns().map(|row| cell_width(&row[column])).max().unwrap_or(0);
+    let figures: usize = (1..header.len()).map(widest).sum();
+    let names = widest(0);
+    let (width, gaps) = (usize::from(width), header.len() - 1);
     let gap: u16 = if names + figures + 2 * gaps <= width { 2 } else { 1 };
     let room = width.saturating_sub(figures + gaps).max(LEAST_NAME);
     for row in &mut rows {

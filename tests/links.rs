@@ -1,0 +1,344 @@
+//! `fused-collective links` on real rank processes.
+//!
+//! The JSON is written down a second time, so that a field that is renamed, added or left out by mistake is found. What is
+//! wrong is shown with a backend whose memory is said to be: the program has no switch that makes one wrong.
+
+use std::{
+    fs,
+    os::fd::AsFd,
+    process::{Command, id},
+    thread,
+    time::{Duration, Instant},
+};
+
+use fused_collective::{
+    collective::{Collective, Error, Problem, Step, Tensor},
+    cpu::{self, Communicator, Engine, Watch},
+    links::{self, Exercise, Links, Measure, Measured},
+    rendezvous::{Group, Membership},
+    report::progress::Progress,
+};
+use fused_collective_tests::{LIMIT, Running, command, report::Machine, run};
+use rustix::process::Signal;
+use serde::Deserialize;
+
+fn links(options: &str) -> Command {
+    let mut command = command(&["links", "--backend", "cpu"]);
+    command.args(options.split_whitespace());
+    if !options.contains("--deadline") {
+        command.args(["--deadline", "60"]);
+    }
+    command
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Report {
+    schema: String,
+    version: String,
+    created: String,
+    command: Vec<String>,
+    machine: Machine,
+    backend: String,
+    world_size: u32,
+    settings: Settings,
+    notes: Vec<String>,
+    methods: Vec<Method>,
+    place_bytes: u64,
+    pairs: Vec<Pair>,
+    together: Vec<Together>,
+    push_gb_s: Option<f64>,
+    copy: Copy,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Settings {
+    deadline_seconds: f64,
+    backend: String,
+    oversubscribe: bool,
+    nproc_per_node: Option<u32>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Method {
+    measure: String,
+    unit: String,
+    how: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Pair {
+    measure: String,
+    from: u32,
+    to: u32,
+    outcome: Outcome,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Together {
+    blocks: Option<u32>,
+    outcome: Outcome,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Copy {
+    bytes: u64,
+    time_us: f64,
+    gb_s: f64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Outcome {
+    status: String,
+    median: f64,
+    min: f64,
+    max: f64,
+    times_us: Vec<f64>,
+}
+
+impl Outcome {
+    /// Holds the figures to the times that they are said to come from.
+    #[track_caller]
+    fn check(&self, unit: &str, bytes: u64) {
+        assert_eq!(self.status, "verified");
+        let mut times = self.times_us.clone();
+        times.sort_by(f64::total_cmp);
+        assert!(times.len() % 2 == 1 && times[0] > 0.0, "{times:?}");
+        let (first, middle, last) = (times[0], times[times.len() / 2], times[times.len() - 1]);
+        let near = |figure: f64, expected: f64| assert!((figure / expected - 1.0).abs() < 1e-9, "{self:?}");
+        if unit == "us" {
+            near(self.min, first);
+            near(self.median, middle);
+            near(self.max, last);
+        } else {
+            let rate = |time: f64| bytes as f64 / (time * 1e-6) / 1e9;
+            near(self.max, rate(first));
+            near(self.median, rate(middle));
+            near(self.min, rate(last));
+        }
+    }
+}
+
+#[test]
+fn the_links_of_two_and_of_three_ranks_are_measured_each_way() {
+    for ranks in [2, 3] {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("links.json");
+        let outcome = run(links(&format!("--nproc-per-node {ranks}")).arg("--json").arg(&file));
+        outcome.assert_success();
+        let Report {
+            schema,
+            version,
+            created,
+            command,
+            machine,
+            backend,
+            world_size,
+            settings,
+            notes,
+            methods,
+            place_bytes,
+            pairs,
+            together,
+            push_gb_s,
+            copy,
+        } = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+
+        assert_eq!((schema.as_str(), backend.as_str(), world_size), ("links-1", "cpu", ranks));
+        assert_eq!((version.as_str(), created.len()), (env!("CARGO_PKG_VERSION"), 20));
+        assert_eq!(command[..3], ["links", "--backend", "cpu"]);
+        assert!(machine.cores > 0 && notes.is_empty());
+        assert_eq!((settings.backend.as_str(), settings.deadline_seconds), ("cpu", 60.0));
+        assert_eq!((settings.oversubscribe, settings.nproc_per_node), (false, Some(ranks)));
+
+        let names: Vec<&str> = methods.iter().map(|method| method.measure.as_str()).collect();
+        assert_eq!(names, ["word", "push", "polled_push", "pull", "push_all", "copy"]);
+        assert!(methods.iter().all(|method| !method.how.is_empty()));
+        let mut measured = pairs.iter();
+        for method in &methods[..4] {
+            assert_eq!(method.unit, if method.measure == "word" { "us" } else { "gb_s" });
+            for from in 0..ranks {
+                for to in (0..ranks).filter(|&to| to != from) {
+                    let pair = measured.next().unwrap();
+                    assert_eq!((&pair.measure, pair.from, pair.to), (&method.measure, from, to));
+                    pair.outcome.check(&method.unit, place_bytes);
+                    let name = method.measure.replace('_', " ");
+                    assert!(outcome.stdout.contains(&format!("\n{from} to {to} ")), "{name}: {outcome}");
+                    assert!(outcome.stdout.contains(&format!("\n{name}, ")), "{outcome}");
+                }
+            }
+        }
+        assert!(measured.next().is_none());
+        let [all] = &together[..] else { panic!("{together:?}") };
+        all.outcome.check("gb_s", place_bytes * u64::from(ranks - 1));
+        assert_eq!((all.blocks, push_gb_s), (None, Some(all.outcome.median)));
+        assert!((copy.gb_s / (2e-3 * copy.bytes as f64 / copy.time_us) - 1.0).abs() < 1e-9, "{copy:?}");
+        let line = format!("push rate: {:.1} GB/s out of every rank at the same time\n", all.outcome.median);
+        assert!(outcome.stdout.ends_with(&line), "{outcome}");
+    }
+}
+
+/// A run of four ranks on the same few processors, which takes a while, just begun.
+fn begun(deadline: u64) -> (Running, Instant) {
+    let running = Running::start(&mut links(&format!("--nproc-per-node 4 --deadline {deadline}")));
+    running.wait_for_stdout("cpu backend, 4 ranks", LIMIT);
+    (running, Instant::now())
+}
+
+#[test]
+fn a_killed_rank_ends_the_measurement_at_once() {
+    for rank in [0, 3] {
+        let (running, lost) = begun(60);
+        running.signal(running.wait_for_rank(rank, LIMIT), Signal::KILL);
+        let outcome = running.wait(LIMIT);
+        assert!(lost.elapsed() < Duration::from_secs(20), "{outcome}");
+        outcome.assert_failure(1, &format!("rank {rank} was killed by signal 9 (SIGKILL)"));
+    }
+}
+
+#[test]
+fn a_stopped_rank_ends_the_measurement_after_the_deadline() {
+    let (running, lost) = begun(3);
+    running.signal(running.wait_for_rank(2, LIMIT), Signal::STOP);
+    let outcome = running.wait(LIMIT);
+    assert!(lost.elapsed() < Duration::from_secs(30), "{outcome}");
+    assert_eq!(outcome.code, Some(1), "{outcome}");
+    assert!(outcome.stderr.contains("rank 2") && outcome.stderr.lines().count() == 1, "{outcome}");
+    assert!(outcome.survivors.is_empty(), "{outcome}");
+}
+
+#[test]
+fn a_file_that_cannot_be_written_is_found_before_anything_runs() {
+    let outcome = run(links("").args(["--json", "/nonexistent/links.json"]));
+    outcome.assert_failure(
+        2,
+        "--json: cannot write '/nonexistent/links.json': directory '/nonexistent' does not exist",
+    );
+    assert_eq!(outcome.stdout, "");
+}
+
+/// The CPU backend, whose links on rank 1 find something wrong with what comes in `harmed`.
+struct Faulty {
+    engine: Engine,
+    harmed: Exercise,
+}
+
+impl Collective for Faulty {
+    fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn Links + 'b>, Error> {
+        let here = group.rank() == 1;
+        let inner = self.engine.links(group)?;
+        Ok(Box::new(FaultyLinks { inner, harmed: self.harmed, last: None, here }))
+    }
+
+    fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
+        self.engine.copy_time(bytes)
+    }
+
+    fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
+        self.engine.prepare(problem)
+    }
+
+    fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.engine.write(tensor, offset, bytes)
+    }
+
+    fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
+        self.engine.read(tensor)
+    }
+
+    fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
+        self.engine.run(steps)
+    }
+
+    fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
+        self.engine.time(steps, operations)
+    }
+
+    fn find_stray_write(&mut self, thorough: bool) -> Result<Option<String>, Error> {
+        self.engine.find_stray_write(thorough)
+    }
+
+    fn set_cold(&mut self, cold: bool) {
+        self.engine.set_cold(cold);
+    }
+
+    fn cache_bytes(&self) -> u64 {
+        self.engine.cache_bytes()
+    }
+}
+
+struct FaultyLinks<'a> {
+    inner: Box<dyn Links + 'a>,
+    harmed: Exercise,
+    last: Option<Exercise>,
+    here: bool,
+}
+
+impl Links for FaultyLinks<'_> {
+    fn methods(&self) -> Vec<(Measure, &'static str)> {
+        self.inner.methods()
+    }
+
+    fn place_bytes(&self) -> u64 {
+        self.inner.place_bytes()
+    }
+
+    fn copy_bytes(&self) -> u64 {
+        1 << 20
+    }
+
+    fn grids(&mut self) -> Result<Vec<Option<u32>>, Error> {
+        self.inner.grids()
+    }
+
+    fn time(&mut self, exercise: Exercise, times: u32) -> Result<f64, Error> {
+        self.last = Some(exercise);
+        self.inner.time(exercise, times)
+    }
+
+    fn received(&mut self, source: u32) -> Result<Option<String>, Error> {
+        let wrong = self.here && self.last == Some(self.harmed);
+        let found = self.inner.received(source)?;
+        Ok(if wrong { Some(format!("what rank {source} sent is wrong")) } else { found })
+    }
+
+    fn leave(&mut self) -> Result<(), Error> {
+        self.inner.leave()
+    }
+}
+
+#[test]
+fn what_arrives_wrong_has_no_figure_on_any_rank() {
+    const DEADLINE: Duration = Duration::from_secs(60);
+    let harmed = Exercise::Push { from: 0, to: 1, polled: true };
+    let key = format!("faulty links {}", id());
+    let layout = cpu::layout(2, 0).unwrap();
+    let memory = cpu::create_shared_memory(&layout).unwrap();
+    let rank = |rank| -> Measured {
+        let membership = Membership { rank, world_size: 2, key: &key, config: b"", deadline: DEADLINE };
+        let group = Group::join(&membership).unwrap();
+        let communicator =
+            Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::nobody()).unwrap();
+        let mut backend = Faulty { engine: Engine::new(communicator), harmed };
+        let measured = links::run(&group, &mut backend, &Progress::hidden()).unwrap();
+        group.farewell().unwrap();
+        measured
+    };
+    let (first, second) = thread::scope(|scope| {
+        let second = scope.spawn(|| rank(1));
+        (rank(0), second.join().unwrap())
+    });
+    assert_eq!(first, second, "all ranks have the same figures");
+    assert_eq!(first.pairs.len(), 8);
+    for (measure, timed) in &first.pairs {
+        let expected = (timed.exercise == harmed).then_some("rank 1: what rank 0 sent is wrong");
+        assert_eq!(timed.times_us.as_ref().err().map(String::as_str), expected, "{measure:?}");
+    }
+    assert!(first.together.iter().all(|timed| timed.times_us.is_ok()));
+}

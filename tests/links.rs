@@ -7,16 +7,20 @@ use std::{
     fs,
     os::fd::AsFd,
     process::{Command, id},
+    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
 use fused_collective::{
+    bench,
     collective::{Collective, Error, Problem, Step, Tensor},
     cpu::{self, Communicator, Engine, Watch},
-    links::{self, Exercise, Links, Measure, Measured},
+    links::{self, Exercise, Links, Measure},
+    peers::Peers,
     rendezvous::{Group, Membership},
-    report::progress::Progress,
+    report::{Kind, Report as BenchReport, json, progress::Progress},
+    settings::{QuantMode, Settings as BenchSettings},
 };
 use fused_collective_tests::{LIMIT, Running, command, report::Machine, run};
 use rustix::process::Signal;
@@ -223,7 +227,10 @@ fn a_file_that_cannot_be_written_is_found_before_anything_runs() {
     assert_eq!(outcome.stdout, "");
 }
 
-/// The CPU backend, whose links on rank 1 find something wrong with what comes in `harmed`.
+/// The hidden size of what is benchmarked.
+const HIDDEN: u64 = 48;
+
+/// The CPU backend, said to have GPUs, whose links on rank 1 find something wrong with what comes in `harmed`.
 struct Faulty {
     engine: Engine,
     harmed: Exercise,
@@ -234,6 +241,10 @@ impl Collective for Faulty {
         let here = group.rank() == 1;
         let inner = self.engine.links(group)?;
         Ok(Box::new(FaultyLinks { inner, harmed: self.harmed, last: None, here }))
+    }
+
+    fn gpus(&self) -> Vec<String> {
+        vec!["a GPU".to_owned(); 2]
     }
 
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
@@ -313,27 +324,34 @@ impl Links for FaultyLinks<'_> {
     }
 }
 
-#[test]
-fn what_arrives_wrong_has_no_figure_on_any_rank() {
+/// What two ranks, which are threads, make of a faulty backend.
+fn on_two_ranks<T: Send>(harmed: Exercise, work: impl Fn(&Group, &mut Faulty) -> T + Sync) -> [T; 2] {
     const DEADLINE: Duration = Duration::from_secs(60);
-    let harmed = Exercise::Push { from: 0, to: 1, polled: true };
-    let key = format!("faulty links {}", id());
-    let layout = cpu::layout(2, 0).unwrap();
+    static GROUPS: AtomicU32 = AtomicU32::new(0);
+    let key = format!("faulty links {} {}", id(), GROUPS.fetch_add(1, Ordering::Relaxed));
+    let layout = cpu::layout(2, 4 * HIDDEN).unwrap();
     let memory = cpu::create_shared_memory(&layout).unwrap();
-    let rank = |rank| -> Measured {
+    let rank = |rank| {
         let membership = Membership { rank, world_size: 2, key: &key, config: b"", deadline: DEADLINE };
         let group = Group::join(&membership).unwrap();
         let communicator =
             Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::nobody()).unwrap();
         let mut backend = Faulty { engine: Engine::new(communicator), harmed };
-        let measured = links::run(&group, &mut backend, &Progress::hidden()).unwrap();
+        let result = work(&group, &mut backend);
         group.farewell().unwrap();
-        measured
+        result
     };
-    let (first, second) = thread::scope(|scope| {
+    thread::scope(|scope| {
         let second = scope.spawn(|| rank(1));
-        (rank(0), second.join().unwrap())
-    });
+        [rank(0), second.join().unwrap()]
+    })
+}
+
+#[test]
+fn what_arrives_wrong_has_no_figure_on_any_rank() {
+    let harmed = Exercise::Push { from: 0, to: 1, polled: true };
+    let [first, second] =
+        on_two_ranks(harmed, |group, backend| links::run(group, backend, &Progress::hidden()).unwrap());
     assert_eq!(first, second, "all ranks have the same figures");
     assert_eq!(first.pairs.len(), 8);
     for (measure, timed) in &first.pairs {
@@ -341,4 +359,56 @@ fn what_arrives_wrong_has_no_figure_on_any_rank() {
         assert_eq!(timed.times_us.as_ref().err().map(String::as_str), expected, "{measure:?}");
     }
     assert!(first.together.iter().all(|timed| timed.times_us.is_ok()));
+}
+
+#[test]
+fn a_benchmark_on_gpus_says_how_much_of_what_the_links_allow_the_fused_operation_uses() {
+    let settings = BenchSettings {
+        num_tokens: vec![8, 2],
+        hidden_dim: HIDDEN,
+        quant_modes: vec![QuantMode::None],
+        warmup: 0,
+        trials: 3,
+        ..BenchSettings::default()
+    };
+    let bench = |harmed, oversubscribe| {
+        let settings = BenchSettings { oversubscribe, ..settings.clone() };
+        let [report, _] = on_two_ranks(harmed, |group, backend| {
+            let mut report = BenchReport::new(Vec::new(), "cuda", 2, settings.clone());
+            let mut peers = Peers::default();
+            bench::run(&settings, group, backend, &mut peers, &Progress::hidden(), |measured| {
+                report.push_gb_s = measured.push_gb_s;
+                report.push(measured.case, measured.notes, measured.variants);
+            })
+            .unwrap();
+            report
+        });
+        report
+    };
+    let said = |report: &BenchReport| -> Vec<Option<String>> {
+        let about_links =
+            |note: &&String| note.contains(" can push ") || note.contains("what the links allow");
+        report.configurations.iter().map(|one| one.notes.iter().find(about_links).cloned()).collect()
+    };
+    let none = Exercise::Word { from: 0, to: 1 };
+    let report = bench(none, false);
+    let rate = report.push_gb_s.unwrap();
+    let fused = report.configurations[0].rows.iter().filter(|row| row.kind == Kind::Fused);
+    let bandwidth = fused.map(|row| row.figures().unwrap().bus_bandwidth_gb_s).fold(0.0, f64::max);
+    let expected = format!(
+        "every rank can push {rate:.1} GB/s to all others at the same time: the fastest fused variant's bus \
+         bandwidth, {bandwidth:.1} GB/s, is {:.0}% of that",
+        bandwidth / rate * 100.0
+    );
+    // Where there are most tokens.
+    assert_eq!(said(&report), [Some(expected), None]);
+    assert_eq!(json::parse(&json::to_string(&report).unwrap()).unwrap(), report);
+
+    // Not if what was pushed arrived wrong, nor if there are no links.
+    let wrong = "what the links allow is not known: rank 1: what rank 0 sent is wrong".to_owned();
+    let all = Exercise::PushAll { blocks: None };
+    for (report, expected) in [(bench(all, false), Some(wrong)), (bench(none, true), None)] {
+        assert_eq!((report.push_gb_s, said(&report)), (None, vec![expected, None]));
+        assert!(!json::to_string(&report).unwrap().contains("push_gb_s"));
+    }
 }

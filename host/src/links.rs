@@ -17,7 +17,7 @@ use crate::{
     bench::{Error, slowest, verify::gather_verdicts},
     collective::{self, Collective},
     rendezvous::Group,
-    report::progress::Progress,
+    report::{links::push_gb_s, progress::Progress},
     settings::BackendChoice,
 };
 
@@ -250,6 +250,26 @@ pub fn run(group: &Group, backend: &mut dyn Collective, progress: &Progress) -> 
     drop(links);
     let copy_us = slowest(group, &[backend.copy_time(copy_bytes)?])?[0];
     Ok(Measured { methods, place_bytes, pairs, together, copy: (copy_bytes, copy_us) })
+}
+
+/// The best rate, in GB/s, at which all ranks of `group` push to all others at the same time; or what was wrong with what
+/// arrived, or with the times.
+///
+/// # Errors
+/// The group or the backend failed.
+pub fn push_rate(
+    group: &Group,
+    backend: &mut dyn Collective,
+    progress: &Progress,
+) -> Result<Result<f64, String>, Error> {
+    let mut links = backend.links(group)?;
+    let all = push_all(group, &mut *links, progress)?;
+    links.leave()?;
+    let wrong = all.iter().find_map(|timed| timed.times_us.as_ref().err());
+    Ok(match wrong {
+        Some(why) => Err(why.clone()),
+        None => push_gb_s(&all).ok_or_else(|| "its times are none".to_owned()),
+    })
 }
 
 /// How many exercises of pairs [`run`] does in a group of `world_size` ranks, at most.

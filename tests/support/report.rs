@@ -19,6 +19,9 @@ pub struct Report {
     pub backend: String,
     pub world_size: u32,
     pub settings: Settings,
+    /// There only where links between GPUs were measured.
+    #[serde(default)]
+    pub push_gb_s: Option<f64>,
     pub configurations: Vec<Configuration>,
 }
 

@@ -13,9 +13,10 @@ use fused_collective_core::fusion::Norm;
 
 use crate::{
     collective::{self, AllReduce, Collective, Problem, Step},
+    links,
     peers::Peers,
     rendezvous::{self, Group},
-    report::{Kind, Measurement, Trials, progress::Progress},
+    report::{Kind, Measurement, Trials, figures::bus_factor, progress::Progress},
     settings::{Case, Settings},
 };
 pub use inputs::{Numbers, Source, fill_row};
@@ -81,6 +82,9 @@ pub struct Measured {
     pub notes: Vec<String>,
     /// Its variants.
     pub variants: Vec<Measurement>,
+    /// The [push rate](links::push_rate) of the links between the ranks' GPUs, if they have each their own. The same for
+    /// every configuration.
+    pub push_gb_s: Option<f64>,
 }
 
 /// Measures every configuration of `settings`, with what `peers` there are, and hands each to `done`; every rank is given
@@ -98,6 +102,9 @@ pub fn run(
 ) -> Result<(), Error> {
     backend.set_cold(settings.cold);
     let cache_bytes = if settings.cold { backend.cache_bytes() } else { 0 };
+    let has_links = !backend.gpus().is_empty() && !settings.oversubscribe;
+    let push_rate = has_links.then(|| links::push_rate(group, backend, progress)).transpose()?;
+    let most_tokens = settings.num_tokens.iter().max().copied();
     for case in settings.cases() {
         let problem = problem(settings, case);
         backend.prepare(&problem)?;
@@ -132,6 +139,15 @@ pub fn run(
             let copy = slowest(group, &[backend.copy_time(bytes)?])?[0];
             notes.push(prediction(bytes, copy, &entrants));
         }
+        if Some(case.num_tokens) == most_tokens {
+            notes.extend(match &push_rate {
+                Some(Ok(rate)) => {
+                    share_of_links(*rate, problem.activation_bytes(), group.world_size(), &entrants)
+                }
+                Some(Err(why)) => Some(format!("what the links allow is not known: {why}")),
+                None => None,
+            });
+        }
         let measurement = |(variant, result): (Variant, _)| Measurement {
             variant: variant.name,
             kind: variant.kind,
@@ -144,7 +160,8 @@ pub fn run(
             measured.extend(of_peers);
             notes.extend(notes_of_peers);
         }
-        done(Measured { case, notes, variants: measured });
+        let push_gb_s = push_rate.as_ref().and_then(|rate| rate.as_ref().ok()).copied();
+        done(Measured { case, notes, variants: measured, push_gb_s });
     }
     Ok(())
 }
@@ -190,11 +207,8 @@ fn choose_way(
 fn prediction(bytes: u64, copy: f64, entrants: &[(Variant, Result<Trials, String>)]) -> String {
     let rate = 2.0 * bytes as f64 / copy / 1e3;
     let mut note = format!("copying the input once takes {copy:.2} µs ({rate:.2} GB/s read and written)");
-    let fastest = |kind| {
-        let of_kind = entrants.iter().filter(|(variant, _)| variant.kind == kind);
-        of_kind.filter_map(|(_, trials)| trials.as_ref().ok()?.median_us()).min_by(f64::total_cmp)
-    };
-    if let (Some(standard), Some(fused)) = (fastest(Kind::Standard), fastest(Kind::Fused)) {
+    if let (Some(standard), Some(fused)) = (fastest(entrants, Kind::Standard), fastest(entrants, Kind::Fused))
+    {
         let predicted = standard - copy;
         let _ = write!(
             note,
@@ -203,6 +217,27 @@ fn prediction(bytes: u64, copy: f64, entrants: &[(Variant, Result<Trials, String
         );
     }
     note
+}
+
+/// The median of the fastest verified variant of a kind.
+fn fastest(entrants: &[(Variant, Result<Trials, String>)], kind: Kind) -> Option<f64> {
+    let of_kind = entrants.iter().filter(|(variant, _)| variant.kind == kind);
+    of_kind.filter_map(|(_, trials)| trials.as_ref().ok()?.median_us()).min_by(f64::total_cmp)
+}
+
+/// How much of what the links allow the fastest fused variant makes use of, to reduce `bytes` bytes on each rank.
+fn share_of_links(
+    push_gb_s: f64,
+    bytes: u64,
+    world_size: u32,
+    entrants: &[(Variant, Result<Trials, String>)],
+) -> Option<String> {
+    let bandwidth = bytes as f64 * bus_factor(world_size) / fastest(entrants, Kind::Fused)? / 1e3;
+    Some(format!(
+        "every rank can push {push_gb_s:.1} GB/s to all others at the same time: the fastest fused variant's bus \
+         bandwidth, {bandwidth:.1} GB/s, is {:.0}% of that",
+        bandwidth / push_gb_s * 100.0
+    ))
 }
 
 /// Runs `variant` once, to learn how many operations a trial of it should have.

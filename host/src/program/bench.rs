@@ -65,6 +65,7 @@ impl Bench {
         let progress = screen.progress(bench::count(settings, backend.all_reduces().len()));
         screen.show(&progress, &table::heading(&report));
         bench::run(settings, group, backend, &mut peers, &progress, |measured| {
+            report.push_gb_s = measured.push_gb_s;
             report.push(measured.case, measured.notes, measured.variants);
             if let Some(configuration) = report.configurations.last() {
                 screen.show(&progress, &format!("\n{}", table::configuration(configuration, width())));

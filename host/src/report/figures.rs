@@ -94,7 +94,7 @@ fn timed(trials: Trials, bytes: f64, world_size: u32) -> Outcome {
 }
 
 /// `2 (n - 1) / n`: how often each byte of an all-reduce crosses the bus.
-fn bus_factor(world_size: u32) -> f64 {
+pub(crate) fn bus_factor(world_size: u32) -> f64 {
     let n = f64::from(world_size);
     2.0 * (n - 1.0) / n
 }

@@ -49,6 +49,10 @@ pub struct Report {
     pub world_size: u32,
     /// What was asked for.
     pub settings: Settings,
+    /// The rate, in GB/s, at which all ranks pushed to all others at the same time in this run: what the links allow. Only
+    /// where they are links between GPUs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub push_gb_s: Option<f64>,
     /// What was found, in the order measured.
     pub configurations: Vec<Configuration>,
 }
@@ -172,6 +176,7 @@ impl Report {
             backend: backend.to_owned(),
             world_size,
             settings,
+            push_gb_s: None,
             configurations: Vec::new(),
         }
     }

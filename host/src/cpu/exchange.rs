@@ -1,17 +1,20 @@
 //! Sending and receiving rows through the shared regions, the Lamport way.
 //!
 //! `fused_collective_core::lamport` has the rules and the argument; this is where they meet atomics:
-//! - A word is stored and loaded with one relaxed `AtomicU64` access, so it arrives whole. Which of two words
-//!   arrives first does not matter: each is waited for.
+//! - A word is stored and loaded with one relaxed `AtomicU64` access, so it arrives whole, or as part of a [`line`], which
+//!   comes to the same. Which of two words arrives first does not matter: each is waited for.
 //! - The receiver puts the sentinel back as it reads a word, while the cache line is at hand.
 //! - A *release* fence before a row's stores and an *acquire* fence after its loads make "`a` refilled, then
 //!   sent; `b` received, then sent" an order that also holds between different words: without them a
 //!   processor could let `b`'s later store to a word be overwritten by `a`'s earlier refill of it. On x86
 //!   both are free.
 
-use std::sync::atomic::{
-    self, AtomicU64,
-    Ordering::{self, Acquire, Relaxed, Release},
+use std::{
+    array,
+    sync::atomic::{
+        self, AtomicU64,
+        Ordering::{self, Acquire, Relaxed, Release},
+    },
 };
 
 use fused_collective_core::{
@@ -20,6 +23,7 @@ use fused_collective_core::{
 };
 
 use super::{
+    line,
     region::Regions,
     wait::{Vigil, Wait},
 };
@@ -27,9 +31,6 @@ use crate::failure::{Failure, What};
 
 /// Two sentinel words: what an empty 64-bit word of a slot holds.
 pub(super) const EMPTY: u64 = lamport::SENTINEL as u64 | (lamport::SENTINEL as u64) << 32;
-
-/// Words that are checked together.
-const GROUP: usize = 8;
 
 /// What an [`Exchange`] runs over: the memory that ranks share, or a model checker's, which tries every order of
 /// events that the memory model allows.
@@ -61,6 +62,28 @@ pub(crate) trait Medium {
     #[inline(always)]
     fn refill(&self, word: &Self::Word) {
         word.store(EMPTY, Relaxed);
+    }
+
+    /// Loads each word of a line.
+    #[inline(always)]
+    fn load_line(&self, words: &[Self::Word; line::WORDS]) -> [u64; line::WORDS] {
+        array::from_fn(|index| words[index].load(Relaxed))
+    }
+
+    /// Stores each word of a line.
+    #[inline(always)]
+    fn store_line(&self, words: &[Self::Word; line::WORDS], values: [u64; line::WORDS]) {
+        for (word, value) in words.iter().zip(values) {
+            word.store(value, Relaxed);
+        }
+    }
+
+    /// Empties each word of a line that was read.
+    #[inline(always)]
+    fn refill_line(&self, words: &[Self::Word; line::WORDS]) {
+        for word in words {
+            self.refill(word);
+        }
     }
 
     /// Lets some time pass in `wait`.
@@ -101,6 +124,21 @@ impl Medium for Regions {
     #[inline(always)]
     fn words(&self, rank: u32, offset: u64, bytes: u64) -> &[AtomicU64] {
         self.words(rank, offset, bytes)
+    }
+
+    #[inline(always)]
+    fn load_line(&self, words: &[AtomicU64; line::WORDS]) -> [u64; line::WORDS] {
+        self.mover().load(words)
+    }
+
+    #[inline(always)]
+    fn store_line(&self, words: &[AtomicU64; line::WORDS], values: [u64; line::WORDS]) {
+        self.mover().store(words, values);
+    }
+
+    #[inline(always)]
+    fn refill_line(&self, words: &[AtomicU64; line::WORDS]) {
+        self.mover().store(words, [EMPTY; line::WORDS]);
     }
 }
 
@@ -155,7 +193,7 @@ impl<M: Medium> Exchange<M> {
         while words[0].load(Acquire) == 0 {
             self.regions.pause(&mut wait)?;
         }
-        Ok(std::array::from_fn(|index| words[index].load(Relaxed)))
+        Ok(array::from_fn(|index| words[index].load(Relaxed)))
     }
 
     /// Between operations: what was written to this rank's region that is neither `header` nor the sentinel in all
@@ -192,11 +230,16 @@ impl<M: Medium> Exchange<M> {
     /// `operation`: the current one, or the next one if every peer's data of the current one has begun to come.
     pub(crate) fn send(&self, operation: u64, peer: u32, offset: u64, row: &[u8]) {
         debug_assert!(operation - self.operation <= 1);
-        let row = row.as_chunks().0;
-        debug_assert!(row.iter().all(|&word| is_complete(u64::from_ne_bytes(word))));
+        let row: &[[u8; 8]] = row.as_chunks().0;
+        debug_assert!(row.iter().all(|&word| are_complete(&[u64::from_ne_bytes(word)])));
         let words = self.slot_words(operation, peer, offset, row.len());
         self.regions.fence(Release);
-        for (word, &value) in words.iter().zip(row) {
+        let (lines, rest) = words.as_chunks();
+        let (row_lines, row_rest) = row.as_chunks();
+        for (words, line) in lines.iter().zip(row_lines) {
+            self.regions.store_line(words, line.map(u64::from_ne_bytes));
+        }
+        for (word, &value) in rest.iter().zip(row_rest) {
             word.store(u64::from_ne_bytes(value), Relaxed);
         }
     }
@@ -210,47 +253,61 @@ impl<M: Medium> Exchange<M> {
         offset: u64,
         row: &mut [u8],
     ) -> Result<(), Box<Failure>> {
-        let row = row.as_chunks_mut().0;
+        let row: &mut [[u8; 8]] = row.as_chunks_mut().0;
         let words = self.slot_words(self.operation, self.rank, offset, row.len());
-        let (groups, rest) = words.as_chunks::<GROUP>();
-        let (row_groups, row_rest) = row.as_chunks_mut::<GROUP>();
-        for (words, row) in groups.iter().zip(row_groups) {
-            self.take(from, what, words, row)?;
+        let (lines, rest) = words.as_chunks();
+        let (row_lines, row_rest) = row.as_chunks_mut();
+        for (words, line) in lines.iter().zip(row_lines) {
+            *line = self.take_line(from, what, words)?.map(u64::to_ne_bytes);
         }
         for (word, value) in rest.iter().zip(row_rest) {
-            self.take(from, what, std::array::from_ref(word), std::array::from_mut(value))?;
+            *value = self.take(from, what, || [word.load(Relaxed)])?[0].to_ne_bytes();
+            self.regions.refill(word);
         }
         self.regions.fence(Acquire);
         Ok(())
     }
 
     #[inline(always)]
+    fn take_line(
+        &self,
+        from: u32,
+        what: What,
+        words: &[M::Word; line::WORDS],
+    ) -> Result<[u64; line::WORDS], Box<Failure>> {
+        let line = self.take(from, what, || self.regions.load_line(words))?;
+        self.regions.refill_line(words);
+        Ok(line)
+    }
+
+    /// What `load` gives when all of it has arrived.
+    #[inline(always)]
     fn take<const N: usize>(
         &self,
         from: u32,
         what: What,
-        words: &[M::Word; N],
-        row: &mut [[u8; 8]; N],
-    ) -> Result<(), Box<Failure>> {
-        let load = |row: &mut [[u8; 8]; N]| {
-            let mut complete = true;
-            for (bytes, word) in row.iter_mut().zip(words) {
-                let value = word.load(Relaxed);
-                *bytes = value.to_ne_bytes();
-                complete &= is_complete(value);
-            }
-            complete
-        };
-        if !load(row) {
-            let mut wait = self.wait(from, what);
-            while !load(row) {
-                self.regions.pause(&mut wait)?;
+        load: impl Fn() -> [u64; N],
+    ) -> Result<[u64; N], Box<Failure>> {
+        let values = load();
+        if are_complete(&values) { Ok(values) } else { self.wait_for(from, what, load) }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn wait_for<const N: usize>(
+        &self,
+        from: u32,
+        what: What,
+        load: impl Fn() -> [u64; N],
+    ) -> Result<[u64; N], Box<Failure>> {
+        let mut wait = self.wait(from, what);
+        loop {
+            self.regions.pause(&mut wait)?;
+            let values = load();
+            if are_complete(&values) {
+                return Ok(values);
             }
         }
-        for word in words {
-            self.regions.refill(word);
-        }
-        Ok(())
     }
 
     fn wait(&self, from: u32, what: What) -> Wait<'_> {
@@ -272,8 +329,9 @@ impl<M: Medium> Exchange<M> {
     }
 }
 
-/// A word is stored at once, so either of its halves tells.
+/// A word is stored at once, so that one of its halves would tell; vectors compare them all with less ado.
 #[inline(always)]
-fn is_complete(word: u64) -> bool {
-    lamport::is_complete(word as u32)
+fn are_complete<const N: usize>(words: &[u64; N]) -> bool {
+    let halves: &[u32] = bytemuck::cast_slice(words);
+    halves.iter().fold(true, |complete, &half| complete & lamport::is_complete(half))
 }

@@ -11,6 +11,7 @@ mod exchange;
 mod fused;
 mod lanes;
 mod links;
+mod line;
 #[cfg(test)]
 mod model;
 mod region;

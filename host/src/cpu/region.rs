@@ -8,6 +8,7 @@ use std::{
 
 use fused_collective_core::workspace::Layout;
 
+use super::line::Mover;
 use crate::shared_memory::SharedMemory;
 
 /// A mapping of all ranks' regions.
@@ -15,6 +16,7 @@ use crate::shared_memory::SharedMemory;
 pub(crate) struct Regions {
     memory: Arc<SharedMemory>,
     layout: Layout,
+    mover: Mover,
 }
 
 impl Regions {
@@ -23,11 +25,21 @@ impl Regions {
     /// # Errors
     /// As [`SharedMemory::map`].
     pub(crate) fn map(fd: BorrowedFd<'_>, layout: Layout) -> io::Result<Self> {
-        Ok(Regions { memory: Arc::new(SharedMemory::map(fd, layout.total_bytes())?), layout })
+        Ok(Regions {
+            memory: Arc::new(SharedMemory::map(fd, layout.total_bytes())?),
+            layout,
+            mover: Mover::new(),
+        })
     }
 
     pub(crate) fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// How lines of it are moved.
+    #[inline(always)]
+    pub(super) fn mover(&self) -> Mover {
+        self.mover
     }
 
     pub(crate) fn memory(&self) -> &Arc<SharedMemory> {

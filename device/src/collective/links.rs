@@ -3,6 +3,8 @@
 //! These kernels reach the memory that [`links`] describes, not the workspace. They leave the turns of the group's
 //! operations as they are, and wait as the collectives do: never longer than the group allows, nor past the host's word.
 
+use core::num::NonZeroU32;
+
 use fused_collective_core::{
     links::{self, PLACES_OFFSET, WARM_UP_TRIPS},
     pack::Pack,
@@ -108,13 +110,16 @@ pub unsafe fn push(params: &Push) {
     let group = &params.group;
     simt::wait_for_prerequisites();
     simt::launch_dependents();
-    let threads = simt::threads();
-    let rows = params.packs.div_ceil(threads) * params.targets;
+    let (Some(threads), Some(targets)) = (NonZeroU32::new(simt::threads()), NonZeroU32::new(params.targets))
+    else {
+        return;
+    };
+    let rows = (params.packs + threads.get() - 1) / threads * params.targets;
     let mut pass = 0;
     while pass < params.passes {
         deal(simt::block(), simt::blocks(), rows, |row| {
-            let (target, row) = (row % params.targets, row / params.targets);
-            let pack = row * threads + simt::thread();
+            let (target, row) = (row % targets, row / targets);
+            let pack = row * threads.get() + simt::thread();
             if pack < params.packs {
                 let target = peer(group, params.first + target);
                 let at = place(group, target, group.rank, params.place_bytes);

@@ -1,8 +1,8 @@
 //! Measuring the links between ranks that are processes, or threads: what memory that they share carries.
 //!
 //! Words travel from the cache of one rank's core to that of another's, as the exchange's do: before a place is stored
-//! into, the rank that it belongs to has emptied it, and before it is loaded from, the other rank has filled it. Only the
-//! storing and the loading itself is timed.
+//! into, the rank that it belongs to has emptied it, and before it is loaded from, the other rank has filled it. Lines are
+//! stored and loaded by the exchange's instructions, and only that is timed.
 
 use std::{
     os::fd::AsFd,
@@ -19,7 +19,12 @@ use fused_collective_core::{
     pack::Pack,
 };
 
-use super::{Communicator, Error as CpuError, SLOT_BYTES_PER_RANK, exchange::EMPTY, wait::Wait};
+use super::{
+    Communicator, Error as CpuError, SLOT_BYTES_PER_RANK,
+    exchange::EMPTY,
+    line::{self, Mover},
+    wait::Wait,
+};
 use crate::{
     collective::Error,
     failure::{Failure, What},
@@ -34,16 +39,17 @@ const PLACE_BYTES: u64 = SLOT_BYTES_PER_RANK;
 const ROW_BYTES: u64 = 16 << 10;
 /// More than most processors' caches hold.
 const COPY_BYTES: u64 = 64 << 20;
-const _: () = assert!(PLACE_BYTES.is_multiple_of(ROW_BYTES));
+const _: () =
+    assert!(PLACE_BYTES.is_multiple_of(ROW_BYTES) && ROW_BYTES.is_multiple_of(line::WORDS as u64 * 8));
 
 const METHODS: [(Measure, &str); 6] = [
     (
         Measure::Word,
         "half the time that a word of 8 bytes takes to the other rank and back, in shared memory",
     ),
-    (Measure::Push, "stores of 8 bytes into memory that the other rank has just emptied, 128 KiB at a time"),
-    (Measure::PolledPush, "the same while the other rank polls word after word"),
-    (Measure::Pull, "loads of 8 bytes from memory that the other rank has just filled, 128 KiB at a time"),
+    (Measure::Push, "stores into memory that the other rank has just emptied, 128 KiB at a time"),
+    (Measure::PolledPush, "the same while the other rank polls line after line"),
+    (Measure::Pull, "loads from memory that the other rank has just filled, 128 KiB at a time"),
     (
         Measure::PushAll,
         "every rank pushes to all others at the same time, 16 KiB to each in turn: bytes out of the slowest rank",
@@ -67,6 +73,7 @@ pub(super) struct Links<'a> {
     run: u32,
     /// What this rank sends in this run.
     content: Vec<u64>,
+    mover: Mover,
     communicator: &'a mut Communicator,
 }
 
@@ -93,6 +100,7 @@ impl<'a> Links<'a> {
             awaited: vec![0; world_size as usize],
             run: 0,
             content: Vec::new(),
+            mover: Mover::new(),
             communicator,
         })
     }
@@ -146,6 +154,14 @@ impl<'a> Links<'a> {
         peers.iter().try_for_each(|&peer| self.await_signal(peer))
     }
 
+    /// As the exchange sends a row. `words` and `values` are as long as each other, and whole lines.
+    fn store(&self, words: &[AtomicU64], values: &[u64]) {
+        fence(Release);
+        for (line, values) in words.as_chunks().0.iter().zip(values.as_chunks().0) {
+            self.mover.store(line, *values);
+        }
+    }
+
     fn empty_place(&self, source: u32) {
         self.place(self.rank, source).iter().for_each(|word| word.store(EMPTY, Relaxed));
     }
@@ -173,7 +189,7 @@ impl<'a> Links<'a> {
             self.await_signal(to)?;
             let place = self.place(to, self.rank);
             let began = Instant::now();
-            store(place, &self.content);
+            self.store(place, &self.content);
             busy += began.elapsed();
             self.signal(to);
         }
@@ -193,11 +209,11 @@ impl<'a> Links<'a> {
         Ok(0.0)
     }
 
-    /// Waits for every word that rank `source` stores here, one after the other.
+    /// Waits for all that rank `source` stores here, one line after the other.
     fn poll(&self, source: u32) -> Result<(), Box<Failure>> {
-        for word in self.place(self.rank, source) {
+        for line in self.place(self.rank, source).as_chunks().0 {
             let mut wait = None;
-            while word.load(Relaxed) == EMPTY {
+            while self.mover.load(line).contains(&EMPTY) {
                 wait.get_or_insert_with(|| self.wait(source)).pause()?;
             }
         }
@@ -212,14 +228,14 @@ impl<'a> Links<'a> {
             self.await_signal(from)?;
             let place = self.place(from, from);
             let began = Instant::now();
-            for (value, word) in read.iter_mut().zip(place) {
-                *value = word.load(Relaxed);
+            for (values, line) in read.as_chunks_mut().0.iter_mut().zip(place.as_chunks().0) {
+                *values = self.mover.load(line);
             }
             busy += began.elapsed();
             std::hint::black_box(&mut read);
         }
         // Where it is looked for.
-        store(self.place(self.rank, from), &read);
+        self.store(self.place(self.rank, from), &read);
         Ok(microseconds(busy) / f64::from(times))
     }
 
@@ -227,7 +243,7 @@ impl<'a> Links<'a> {
         for _ in 0..times {
             self.await_signal(by)?;
             // In this core's cache alone, as what was just computed.
-            store(self.place(self.rank, self.rank), &self.content);
+            self.store(self.place(self.rank, self.rank), &self.content);
             self.signal(by);
         }
         Ok(0.0)
@@ -246,21 +262,13 @@ impl<'a> Links<'a> {
                 let words = row * ROW_BYTES as usize / 8..(row + 1) * ROW_BYTES as usize / 8;
                 for distance in 1..self.world_size {
                     let to = (self.rank + distance) % self.world_size;
-                    store(&self.place(to, self.rank)[words.clone()], &self.content[words.clone()]);
+                    self.store(&self.place(to, self.rank)[words.clone()], &self.content[words.clone()]);
                 }
             }
             busy += began.elapsed();
             self.meet()?;
         }
         Ok(microseconds(busy) / f64::from(times))
-    }
-}
-
-/// As the exchange sends a row.
-fn store(words: &[AtomicU64], values: &[u64]) {
-    fence(Release);
-    for (word, &value) in words.iter().zip(values) {
-        word.store(value, Relaxed);
     }
 }
 

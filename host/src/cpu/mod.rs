@@ -10,8 +10,8 @@ mod engine;
 mod exchange;
 mod fused;
 mod lanes;
-mod links;
 mod line;
+mod links;
 #[cfg(test)]
 mod model;
 mod region;

@@ -16,7 +16,7 @@ use pulp::{Simd, WithSimd};
 use super::{
     Communicator, Finish, Inputs, Outputs, Plain, RowOutputs,
     links::Links,
-    rows::{FinishRow, QuantizeRow, SumRows},
+    rows::{AddRow, FinishRow, QuantizeRow},
 };
 use crate::{
     collective::{
@@ -242,7 +242,7 @@ impl Engine {
             if problem.residual {
                 let sum = &tensors.reduced.elements()[first..first + hidden];
                 let residual = &tensors.residual.elements()[first..first + hidden];
-                arch.dispatch(SumRows { rows: &[sum, residual], residual: None, strip: false, out: row });
+                arch.dispatch(AddRow { row: sum, addend: residual, out: row });
             }
             let values = token as usize * row_bytes;
             let outputs = RowOutputs {

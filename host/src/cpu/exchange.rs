@@ -17,6 +17,7 @@ use std::{
     },
 };
 
+use bytemuck::AnyBitPattern;
 use fused_collective_core::{
     lamport,
     workspace::{Header, Layout},
@@ -229,23 +230,43 @@ impl<M: Medium> Exchange<M> {
     /// Writes `row`, whole words of which none holds the sentinel, to `offset` of the slot that rank `peer` has for
     /// `operation`: the current one, or the next one if every peer's data of the current one has begun to come.
     pub(crate) fn send(&self, operation: u64, peer: u32, offset: u64, row: &[u8]) {
+        debug_assert!(row.as_chunks().0.iter().all(|&half| lamport::is_complete(u32::from_ne_bytes(half))));
+        self.send_words::<false>(operation, peer, offset, row);
+    }
+
+    /// Sends a row that may hold the sentinel, [stripped](lamport::strip) of it.
+    pub(crate) fn send_stripped(&self, operation: u64, peer: u32, offset: u64, row: &[u8]) {
+        self.send_words::<true>(operation, peer, offset, row);
+    }
+
+    #[inline(always)]
+    fn send_words<const STRIP: bool>(&self, operation: u64, peer: u32, offset: u64, row: &[u8]) {
         debug_assert!(operation - self.operation <= 1);
-        let row: &[[u8; 8]] = row.as_chunks().0;
-        debug_assert!(row.iter().all(|&word| are_complete(&[u64::from_ne_bytes(word)])));
-        let words = self.slot_words(operation, peer, offset, row.len());
+        let words = self.slot_words(operation, peer, offset, row.len() / 8);
         self.regions.fence(Release);
         let (lines, rest) = words.as_chunks();
         let (row_lines, row_rest) = row.as_chunks();
         for (words, line) in lines.iter().zip(row_lines) {
-            self.regions.store_line(words, line.map(u64::from_ne_bytes));
+            self.regions.store_line(words, payload::<STRIP, { line::BYTES }, _>(*line));
         }
-        for (word, &value) in rest.iter().zip(row_rest) {
-            word.store(u64::from_ne_bytes(value), Relaxed);
+        for (word, value) in rest.iter().zip(row_rest.as_chunks().0) {
+            word.store(payload::<STRIP, 8, _>(*value), Relaxed);
         }
     }
 
-    /// Waits for the row at `offset` of this rank's current slot, which is `what` rank `from` has written there, and
-    /// takes it out. `row` is whole words.
+    /// The row of `bytes` bytes, whole words, at `offset` of this rank's current slot, which is `what` rank `from` writes
+    /// there. Once it is taken out, [`received`](Self::received) must be called before anything is sent.
+    pub(crate) fn incoming(&self, from: u32, what: What, offset: u64, bytes: usize) -> Incoming<'_, M> {
+        let words = self.slot_words(self.operation, self.rank, offset, bytes / 8);
+        Incoming { exchange: self, from, what, words }
+    }
+
+    /// Orders what was taken out of [incoming](Self::incoming) rows before what is sent from now on.
+    pub(crate) fn received(&self) {
+        self.regions.fence(Acquire);
+    }
+
+    /// Waits for an [incoming](Self::incoming) row and takes it out.
     pub(crate) fn receive(
         &self,
         from: u32,
@@ -253,61 +274,30 @@ impl<M: Medium> Exchange<M> {
         offset: u64,
         row: &mut [u8],
     ) -> Result<(), Box<Failure>> {
-        let row: &mut [[u8; 8]] = row.as_chunks_mut().0;
-        let words = self.slot_words(self.operation, self.rank, offset, row.len());
-        let (lines, rest) = words.as_chunks();
-        let (row_lines, row_rest) = row.as_chunks_mut();
-        for (words, line) in lines.iter().zip(row_lines) {
-            *line = self.take_line(from, what, words)?.map(u64::to_ne_bytes);
+        let incoming = self.incoming(from, what, offset, row.len());
+        let (lines, rest) = row.as_chunks_mut::<{ line::BYTES }>();
+        let mut words = [0; line::WORDS];
+        for (index, line) in lines.iter_mut().enumerate() {
+            incoming.take_line(index, &mut words)?;
+            *line = bytemuck::cast(words);
         }
-        for (word, value) in rest.iter().zip(row_rest) {
-            *value = self.take(from, what, || [word.load(Relaxed)])?[0].to_ne_bytes();
-            self.regions.refill(word);
+        if !rest.is_empty() {
+            incoming.take_rest(&mut words)?;
+            rest.copy_from_slice(&bytemuck::bytes_of(&words)[..rest.len()]);
         }
-        self.regions.fence(Acquire);
+        self.received();
         Ok(())
     }
 
-    #[inline(always)]
-    fn take_line(
-        &self,
-        from: u32,
-        what: What,
-        words: &[M::Word; line::WORDS],
-    ) -> Result<[u64; line::WORDS], Box<Failure>> {
-        let line = self.take(from, what, || self.regions.load_line(words))?;
-        self.regions.refill_line(words);
-        Ok(line)
-    }
-
-    /// What `load` gives when all of it has arrived.
-    #[inline(always)]
-    fn take<const N: usize>(
-        &self,
-        from: u32,
-        what: What,
-        load: impl Fn() -> [u64; N],
-    ) -> Result<[u64; N], Box<Failure>> {
-        let values = load();
-        if are_complete(&values) { Ok(values) } else { self.wait_for(from, what, load) }
-    }
-
+    /// Returns when `what` has `arrived` from rank `from`.
     #[cold]
     #[inline(never)]
-    fn wait_for<const N: usize>(
-        &self,
-        from: u32,
-        what: What,
-        load: impl Fn() -> [u64; N],
-    ) -> Result<[u64; N], Box<Failure>> {
+    fn wait_for(&self, from: u32, what: What, arrived: impl Fn() -> bool) -> Result<(), Box<Failure>> {
         let mut wait = self.wait(from, what);
-        loop {
+        while !arrived() {
             self.regions.pause(&mut wait)?;
-            let values = load();
-            if are_complete(&values) {
-                return Ok(values);
-            }
         }
+        Ok(())
     }
 
     fn wait(&self, from: u32, what: What) -> Wait<'_> {
@@ -329,9 +319,60 @@ impl<M: Medium> Exchange<M> {
     }
 }
 
-/// A word is stored at once, so that one of its halves would tell; vectors compare them all with less ado.
+/// A row that is on its way to this rank. Each line of it is taken out once.
+pub(crate) struct Incoming<'a, M: Medium> {
+    exchange: &'a Exchange<M>,
+    from: u32,
+    what: What,
+    words: &'a [M::Word],
+}
+
+impl<M: Medium> Incoming<'_, M> {
+    /// Waits for line `index` of the whole ones and takes it out.
+    #[inline(always)]
+    pub(crate) fn take_line(&self, index: usize, line: &mut [u64; line::WORDS]) -> Result<(), Box<Failure>> {
+        let Exchange { regions, .. } = self.exchange;
+        let words = &self.words.as_chunks().0[index];
+        *line = regions.load_line(words);
+        if !line::is_complete(line) {
+            let arrived = || line::is_complete(&regions.load_line(words));
+            self.exchange.wait_for(self.from, self.what, arrived)?;
+            *line = regions.load_line(words);
+        }
+        regions.refill_line(words);
+        Ok(())
+    }
+
+    /// Waits for what follows the last whole line and takes it out. Zeros follow it.
+    #[inline(always)]
+    pub(crate) fn take_rest(&self, line: &mut [u64; line::WORDS]) -> Result<(), Box<Failure>> {
+        let Exchange { regions, .. } = self.exchange;
+        *line = [0; line::WORDS];
+        for (value, word) in line.iter_mut().zip(self.words.as_chunks::<{ line::WORDS }>().1) {
+            *value = word.load(Relaxed);
+            if !is_complete(*value) {
+                self.exchange.wait_for(self.from, self.what, || is_complete(word.load(Relaxed)))?;
+                *value = word.load(Relaxed);
+            }
+            regions.refill(word);
+        }
+        Ok(())
+    }
+}
+
+/// Bytes of a row as words, [stripped](lamport::strip) of the sentinel or as they are.
 #[inline(always)]
-fn are_complete<const N: usize>(words: &[u64; N]) -> bool {
-    let halves: &[u32] = bytemuck::cast_slice(words);
-    halves.iter().fold(true, |complete, &half| complete & lamport::is_complete(half))
+fn payload<const STRIP: bool, const BYTES: usize, T: AnyBitPattern>(mut bytes: [u8; BYTES]) -> T {
+    if STRIP {
+        for half in bytes.as_chunks_mut::<4>().0 {
+            *half = lamport::strip(u32::from_ne_bytes(*half)).to_ne_bytes();
+        }
+    }
+    bytemuck::pod_read_unaligned(&bytes)
+}
+
+/// A word is stored at once, so either of its halves tells.
+#[inline(always)]
+fn is_complete(word: u64) -> bool {
+    lamport::is_complete(word as u32)
 }

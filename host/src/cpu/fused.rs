@@ -13,8 +13,8 @@ use heapless::Vec as FixedVec;
 use pulp::Arch;
 
 use super::{
-    exchange::{Exchange, Medium},
-    rows::{Finish, FinishRow, Plain, RowOutputs, StripRow, SumRows},
+    exchange::{Exchange, Incoming, Medium},
+    rows::{Finish, FinishRow, Plain, RowOutputs, SumIncoming},
 };
 use crate::failure::{Failure, What};
 
@@ -44,12 +44,19 @@ impl<E: Plain> Job<'_, E> {
         start..start + self.hidden
     }
 
-    /// Sums one row from every rank into `residual_out`.
-    fn sum(&mut self, token: u64, rows: &[&[E]], arch: Arch) {
+    /// Sums one row from every rank into `residual_out`: the others' are still coming.
+    fn sum<M: Medium>(
+        &mut self,
+        token: u64,
+        exchange: &Exchange<M>,
+        sources: &[Option<Incoming<'_, M>>],
+        arch: Arch,
+    ) -> Result<(), Box<Failure>> {
         let range = self.range(token);
+        let own = &self.input[range.clone()];
         let residual = self.residual.map(|residual| &residual[range.clone()]);
         let out = &mut self.residual_out[range];
-        arch.dispatch(SumRows { rows, residual, strip: true, out });
+        arch.dispatch(SumIncoming { exchange, sources, own, residual, out })
     }
 
     /// Normalizes and quantizes the row of `residual_out` that is complete.
@@ -67,32 +74,20 @@ impl<E: Plain> Job<'_, E> {
     }
 }
 
-/// Rows that are between memory and a peer: one from each rank, this rank's own being what it sends, and one of
-/// scratch.
+/// Room for a row that is normalized and goes nowhere but to the quantizer.
 #[derive(Debug, Default)]
-pub(crate) struct Staging {
+pub(crate) struct Scratch {
     words: Vec<u64>,
-    row_words: usize,
 }
 
-impl Staging {
-    /// Makes room for one row from each rank and one scratch row.
-    pub(crate) fn reserve(&mut self, world_size: u32, row_bytes: u64) {
-        self.row_words = (row_bytes / 8) as usize;
-        let needed = self.row_words * (world_size as usize + 1);
-        if self.words.len() < needed {
-            self.words.resize(needed, 0);
+impl Scratch {
+    /// A row of `hidden` elements, whole words.
+    fn row<E: Pod>(&mut self, hidden: usize) -> &mut [E] {
+        let words = (hidden * size_of::<E>()).div_ceil(8);
+        if self.words.len() < words {
+            self.words.resize(words, 0);
         }
-    }
-
-    fn row<T: Pod>(&self, index: u32) -> &[T] {
-        let start = index as usize * self.row_words;
-        bytemuck::cast_slice(&self.words[start..start + self.row_words])
-    }
-
-    fn row_mut<T: Pod>(&mut self, index: u32) -> &mut [T] {
-        let start = index as usize * self.row_words;
-        bytemuck::cast_slice_mut(&mut self.words[start..start + self.row_words])
+        &mut bytemuck::cast_slice_mut(&mut self.words)[..hidden]
     }
 }
 
@@ -102,14 +97,13 @@ pub(crate) fn run<E: Plain, M: Medium>(
     rank: u32,
     plan: &Plan,
     mut job: Job<'_, E>,
-    staging: &mut Staging,
+    scratch: &mut Scratch,
     arch: Arch,
 ) -> Result<(), Box<Failure>> {
-    staging.reserve(plan.world_size, plan.row_bytes);
     let mut rounds = plan.rounds().peekable();
     let mut first_hop_done = false;
     while let Some(round) = rounds.next() {
-        let mut step = Step { exchange, rank, round, job: &mut job, staging, arch };
+        let mut step = Step { exchange, rank, round, job: &mut job, scratch, arch };
         match plan.algorithm {
             Algorithm::OneShot => step.one_shot()?,
             Algorithm::TwoShot => first_hop_done = step.two_shot(first_hop_done, rounds.peek())?,
@@ -128,7 +122,7 @@ struct Step<'a, 'b, E, M> {
     rank: u32,
     round: Round,
     job: &'a mut Job<'b, E>,
-    staging: &'a mut Staging,
+    scratch: &'a mut Scratch,
     arch: Arch,
 }
 
@@ -149,38 +143,40 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
         &mut self.job.residual_out[range]
     }
 
-    /// This rank's addend for token `token` of the operation, as it may be sent, in its place in the staging.
-    fn stage_input(&mut self, token: u64) {
-        let row = &self.job.input[self.job.range(token)];
-        self.arch.dispatch(StripRow { row, out: self.staging.row_mut(self.rank) });
+    /// This rank's addend for token `token` of the operation.
+    fn input(&self, token: u64) -> &[u8] {
+        bytemuck::cast_slice(&self.job.input[self.job.range(token)])
     }
 
-    /// Adds up `token`, once every other rank's row for it is where `offset` says.
+    /// Adds up `token`, every other rank's row for it being where `offset` says.
     fn sum(&mut self, token: u64, offset: impl Fn(&SlotRows, u32) -> u64) -> Result<(), Box<Failure>> {
-        let input = What::Input(self.round.first_token + token);
-        for source in self.peers() {
-            let at = offset(&self.rows(), source);
-            self.exchange.receive(source, input, at, self.staging.row_mut(source))?;
-        }
-        self.stage_input(self.round.first_token + token);
-        let rows: FixedVec<&[E], MAX_WORLD> =
-            (0..self.rows().world_size).map(|rank| self.staging.row(rank)).collect();
-        self.job.sum(self.round.first_token + token, &rows, self.arch);
-        Ok(())
+        let (exchange, rows) = (self.exchange, self.rows());
+        let what = What::Input(self.round.first_token + token);
+        let incoming = |source| {
+            let bytes = rows.row_bytes as usize;
+            (source != self.rank).then(|| exchange.incoming(source, what, offset(&rows, source), bytes))
+        };
+        let sources: FixedVec<Option<Incoming<'_, M>>, MAX_WORLD> =
+            (0..rows.world_size).map(incoming).collect();
+        self.job.sum(self.round.first_token + token, exchange, &sources, self.arch)
     }
 
     fn finish(&mut self, token: u64) {
-        let scratch = self.staging.row_mut(self.round.rows.world_size);
+        let scratch = self.scratch.row(self.job.hidden);
         self.job.finish(self.round.first_token + token, scratch, self.arch);
     }
 
     fn one_shot(&mut self) -> Result<(), Box<Failure>> {
         let rows = self.rows();
         for token in 0..rows.tokens {
-            self.stage_input(self.round.first_token + token);
-            let offset = rows.one_shot(self.rank, token);
+            let (operation, offset) = (self.exchange.operation(), rows.one_shot(self.rank, token));
             for peer in self.peers() {
-                self.exchange.send(self.exchange.operation(), peer, offset, self.staging.row(self.rank));
+                self.exchange.send_stripped(
+                    operation,
+                    peer,
+                    offset,
+                    self.input(self.round.first_token + token),
+                );
             }
         }
         for token in 0..rows.tokens {
@@ -194,9 +190,9 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
     fn first_hop(&mut self, operation: u64, round: &Round) {
         let (rank, world) = (self.rank, round.rows.world_size);
         for token in (0..round.rows.tokens).filter(|&token| owner(token, world) != rank) {
-            self.stage_input(round.first_token + token);
             let offset = round.rows.first_hop(rank, owned_index(token, world));
-            self.exchange.send(operation, owner(token, world), offset, self.staging.row(rank));
+            let row = self.input(round.first_token + token);
+            self.exchange.send_stripped(operation, owner(token, world), offset, row);
         }
     }
 

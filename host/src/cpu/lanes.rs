@@ -5,12 +5,14 @@
 //! change places. The conversions give the bits of [`Element`]'s, which are the specification; only a signaling NaN may
 //! stay one until the first operation on it.
 
-use bytemuck::{Pod, Zeroable};
+use bytemuck::Pod;
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     lamport,
 };
 use pulp::Simd;
+
+use super::line::{self, Line};
 
 /// A vector of words in `f32`: the elements in the low halves of its words, and those in the high ones. Elements of 32
 /// bits are all among the first, and nobody looks at the second.
@@ -135,40 +137,66 @@ fn round_to_f16<S: Simd>(simd: S, values: S::f32s) -> S::u32s {
     simd.or_u32s(unsigned, simd.and_u32s(shr(simd, bits, 16), simd.splat_u32s(0x8000)))
 }
 
-/// Words as they may be sent: [`lamport::strip`].
+/// A [`Line`] in `f32`: the first [`vectors`] are it.
+pub(super) type WideLine<S> = [Wide<S>; line::BYTES / 4];
+
+/// Vectors of a line.
+pub(super) const fn vectors<S: Simd>() -> usize {
+    line::BYTES / size_of::<S::u32s>()
+}
+
+/// A line of zeros.
 #[inline(always)]
-pub(super) fn strip<S: Simd>(simd: S, words: S::u32s) -> S::u32s {
+pub(super) fn zeros<S: Simd>(simd: S) -> WideLine<S> {
+    [[simd.splat_f32s(0.0); 2]; line::BYTES / 4]
+}
+
+/// The elements of a line.
+#[inline(always)]
+pub(super) fn widen<E: Lanes, S: Simd>(simd: S, line: &Line) -> WideLine<S> {
+    let mut wide = zeros(simd);
+    for (wide, bytes) in wide.iter_mut().zip(line.chunks_exact(size_of::<S::u32s>())) {
+        *wide = E::split(simd, bytemuck::pod_read_unaligned(bytes));
+    }
+    wide
+}
+
+/// The elements of a line without the [sentinel](lamport::strip).
+#[inline(always)]
+pub(super) fn widen_stripped<E: Lanes, S: Simd>(simd: S, line: &Line) -> WideLine<S> {
+    let mut wide = zeros(simd);
+    for (wide, bytes) in wide.iter_mut().zip(line.chunks_exact(size_of::<S::u32s>())) {
+        *wide = E::split(simd, strip(simd, bytemuck::pod_read_unaligned(bytes)));
+    }
+    wide
+}
+
+/// A line of the nearest elements.
+#[inline(always)]
+pub(super) fn round<E: Lanes, S: Simd>(simd: S, wide: &WideLine<S>, line: &mut Line) {
+    for (bytes, wide) in line.chunks_exact_mut(size_of::<S::u32s>()).zip(wide) {
+        bytes.copy_from_slice(bytemuck::bytes_of(&E::join(simd, *wide)));
+    }
+}
+
+/// A line of the nearest elements, without the [sentinel](lamport::strip).
+#[inline(always)]
+pub(super) fn round_stripped<E: Lanes, S: Simd>(simd: S, wide: &WideLine<S>, line: &mut Line) {
+    for (bytes, wide) in line.chunks_exact_mut(size_of::<S::u32s>()).zip(wide) {
+        bytes.copy_from_slice(bytemuck::bytes_of(&strip(simd, E::join(simd, *wide))));
+    }
+}
+
+#[inline(always)]
+fn strip<S: Simd>(simd: S, words: S::u32s) -> S::u32s {
     let sentinel = simd.equal_u32s(words, simd.splat_u32s(lamport::SENTINEL));
     simd.select_u32s(sentinel, simd.splat_u32s(0), words)
 }
 
-/// Bytes of a vector.
-pub(super) const fn vector_bytes<S: Simd>() -> usize {
-    size_of::<S::u32s>()
-}
-
-/// The vector at byte `at` of a row. One that is not `WHOLE` reaches past the row's end, and holds zeros there.
-#[inline(always)]
-pub(super) fn load<S: Simd, const WHOLE: bool>(row: &[u8], at: usize) -> S::u32s {
-    if WHOLE {
-        return bytemuck::pod_read_unaligned(&row[at..at + vector_bytes::<S>()]);
-    }
-    let mut vector = S::u32s::zeroed();
-    let rest = &row[at..];
-    bytemuck::bytes_of_mut(&mut vector)[..rest.len()].copy_from_slice(rest);
-    vector
-}
-
-/// Fills `out` with vectors, of which the last may be longer than what is left.
-#[inline(always)]
-pub(super) fn store<S: Simd, const N: usize>(out: &mut [u8], vectors: &[S::u32s; N]) {
-    let bytes: &[u8] = bytemuck::cast_slice(vectors);
-    if out.len() == bytes.len() {
-        // Known when this is compiled, for all but a row's end.
-        out.copy_from_slice(bytes);
-    } else {
-        out.copy_from_slice(&bytes[..out.len()]);
-    }
+/// One half of a wide line, word by word.
+pub(super) fn half<S: Simd>(wide: &WideLine<S>, half: usize) -> impl Iterator<Item = f32> {
+    let vectors = wide.iter().take(line::BYTES / size_of::<S::u32s>());
+    vectors.flat_map(move |wide| bytemuck::cast_slice::<S::f32s, f32>(&wide[half..=half]).iter().copied())
 }
 
 #[cfg(test)]
@@ -186,14 +214,13 @@ mod tests {
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
             let (mut values, mut joined) = (Vec::new(), Vec::new());
-            let row: &[u8] = bytemuck::cast_slice(self.0);
-            for at in (0..row.len()).step_by(vector_bytes::<S>()) {
-                let wide = E::split(simd, load::<S, true>(row, at));
-                for lane in 0..S::F32_LANES {
-                    let wide = wide[..E::PER_WORD].iter();
-                    values.extend(wide.map(|half| bytemuck::cast_slice::<S::f32s, f32>(&[*half])[lane]));
-                }
-                joined.extend_from_slice(bytemuck::cast_slice(&[E::join(simd, wide)]));
+            for line in bytemuck::cast_slice::<E, u8>(self.0).as_chunks().0 {
+                let wide = widen::<E, S>(simd, line);
+                let (low, high) = (half::<S>(&wide, 0), half::<S>(&wide, 1));
+                values.extend(low.zip(high).flat_map(|(low, high)| [low, high]));
+                let mut line = [0; line::BYTES];
+                round::<E, S>(simd, &wide, &mut line);
+                joined.extend(bytemuck::pod_collect_to_vec::<u8, E>(&line));
             }
             (values, joined)
         }
@@ -206,7 +233,7 @@ mod tests {
         #[inline(always)]
         fn round<E: Lanes, S: Simd>(&self, simd: S) -> Vec<E> {
             let vectors = self.0.chunks_exact(S::F32_LANES).map(|values| {
-                let values = simd.transmute_f32s_u32s(load::<S, true>(bytemuck::cast_slice(values), 0));
+                let values: S::f32s = bytemuck::pod_read_unaligned(bytemuck::cast_slice(values));
                 E::join(simd, [values; 2])
             });
             vectors.flat_map(|vector| bytemuck::cast_slice::<S::u32s, E>(&[vector]).to_vec()).collect()

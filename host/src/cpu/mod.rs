@@ -46,7 +46,7 @@ pub(crate) use cache::cache_bytes;
 pub use engine::Engine;
 pub(crate) use engine::sets;
 use exchange::Exchange;
-use fused::{Job, Staging};
+use fused::{Job, Scratch};
 use region::Regions;
 pub use rows::Plain;
 use rows::{Finish, RowOutputs};
@@ -204,7 +204,7 @@ pub struct Communicator {
     exchange: Exchange,
     aborter: Aborter,
     limits: Limits,
-    staging: Staging,
+    scratch: Scratch,
     barriers: u64,
     failed: Option<Box<Failure>>,
     arch: Arch,
@@ -259,13 +259,13 @@ impl Communicator {
             max_cluster: 1,
             one_shot_bytes: ONE_SHOT_BYTES,
         };
-        let staging = Staging::default();
+        let scratch = Scratch::default();
         Ok(Communicator {
             rank,
             exchange,
             aborter,
             limits,
-            staging,
+            scratch,
             barriers: 0,
             failed: None,
             arch: Arch::new(),
@@ -306,7 +306,7 @@ impl Communicator {
         // An operation without tokens waits for nobody, so there is nobody to compare it with yet.
         let alone = operation.tokens == 0;
         self.announce(call, alone);
-        fused::run(&mut self.exchange, self.rank, &plan, job, &mut self.staging, self.arch)
+        fused::run(&mut self.exchange, self.rank, &plan, job, &mut self.scratch, self.arch)
             .and_then(|()| if alone { Ok(()) } else { self.agree() })
             .map_err(|failure| self.poison(failure))
     }

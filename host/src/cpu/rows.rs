@@ -7,129 +7,69 @@
 
 use fused_collective_core::{
     fusion::Norm,
-    lamport,
     norm::{self, Gamma},
     quant::{self, Quantization},
 };
 use pulp::{Simd, WithSimd};
 
-use super::lanes::{self, Lanes, Wide, load, store, vector_bytes};
+use super::{
+    exchange::{Exchange, Incoming, Medium},
+    lanes::{self, Lanes, WideLine, vectors},
+    line::{self, Line},
+};
+use crate::failure::Failure;
 
 /// An element that is also plain bytes.
 pub trait Plain: Lanes {}
 impl<E: Lanes> Plain for E {}
 
+/// The lines of a row and what is left. Rows need not be aligned to anything but their elements.
 #[inline(always)]
-fn strip_row<E: Plain>(row: &[E], out: &mut [E]) {
-    let (words, _) = bytemuck::cast_slice::<E, u8>(row).as_chunks::<4>();
-    let (outs, _) = bytemuck::cast_slice_mut::<E, u8>(out).as_chunks_mut::<4>();
-    for (out, word) in outs.iter_mut().zip(words) {
-        *out = lamport::strip(u32::from_ne_bytes(*word)).to_ne_bytes();
-    }
-}
-
-/// Vectors that are summed together: the more, the fewer times all rows are looked for.
-const MANY: usize = 4;
-
-#[inline(always)]
-fn sum_rows<E: Plain, S: Simd>(simd: S, sum: SumRows<'_, E>) {
-    let SumRows { rows, residual, strip, out } = sum;
-    let out: &mut [u8] = bytemuck::cast_slice_mut(out);
-    let (many, one) = (MANY * vector_bytes::<S>(), vector_bytes::<S>());
-    let mut at = 0;
-    while at + many <= out.len() {
-        let sums = sum_vectors::<E, S, MANY, true>(simd, rows, residual, strip, at);
-        store::<S, MANY>(&mut out[at..at + many], &sums);
-        at += many;
-    }
-    while at + one <= out.len() {
-        let sums = sum_vectors::<E, S, 1, true>(simd, rows, residual, strip, at);
-        store::<S, 1>(&mut out[at..at + one], &sums);
-        at += one;
-    }
-    if at < out.len() {
-        let sums = sum_vectors::<E, S, 1, false>(simd, rows, residual, strip, at);
-        store::<S, 1>(&mut out[at..], &sums);
-    }
-}
-
-/// The sums of `N` vectors from byte `at` on: see [`load`].
-#[inline(always)]
-fn sum_vectors<E: Plain, S: Simd, const N: usize, const WHOLE: bool>(
-    simd: S,
-    rows: &[&[E]],
-    residual: Option<&[E]>,
-    strip: bool,
-    at: usize,
-) -> [S::u32s; N] {
-    let mut rounded = [simd.splat_u32s(0); N];
-    let Some((first, others)) = rows.split_first() else { return rounded };
-    let mut sums: [Wide<S>; N] = load_wide::<E, S, N, WHOLE>(simd, first, at);
-    for row in others {
-        add::<E, S, N>(simd, &mut sums, load_wide::<E, S, N, WHOLE>(simd, row, at));
-    }
-    if let Some(residual) = residual {
-        add::<E, S, N>(simd, &mut sums, load_wide::<E, S, N, WHOLE>(simd, residual, at));
-    }
-    for (rounded, sum) in rounded.iter_mut().zip(sums) {
-        *rounded = E::join(simd, sum);
-        if strip {
-            *rounded = lanes::strip(simd, *rounded);
-        }
-    }
-    rounded
+fn lines<E: Plain>(row: &[E]) -> (&[Line], &[u8]) {
+    bytemuck::cast_slice::<E, u8>(row).as_chunks()
 }
 
 #[inline(always)]
-fn load_wide<E: Plain, S: Simd, const N: usize, const WHOLE: bool>(
-    simd: S,
-    row: &[E],
-    at: usize,
-) -> [Wide<S>; N] {
-    let mut wide = [[simd.splat_f32s(0.0); 2]; N];
-    for (index, wide) in wide.iter_mut().enumerate() {
-        *wide = E::split(simd, load::<S, WHOLE>(bytemuck::cast_slice(row), at + index * vector_bytes::<S>()));
-    }
-    wide
+fn lines_mut<E: Plain>(row: &mut [E]) -> (&mut [Line], &mut [u8]) {
+    bytemuck::cast_slice_mut::<E, u8>(row).as_chunks_mut()
 }
 
+/// The rest of a row, and zeros.
 #[inline(always)]
-fn add<E: Plain, S: Simd, const N: usize>(simd: S, sums: &mut [Wide<S>; N], addends: [Wide<S>; N]) {
-    for (sum, addend) in sums.iter_mut().zip(addends) {
-        for (sum, addend) in sum[..E::PER_WORD].iter_mut().zip(addend) {
-            *sum = simd.add_f32s(*sum, addend);
-        }
-    }
+fn padded(rest: &[u8]) -> Line {
+    let mut line = [0; line::BYTES];
+    line[..rest.len()].copy_from_slice(rest);
+    line
 }
 
-/// Words whose squares are summed apart, however long a vector is: every processor gives the same bits. They hide the
-/// latency of additions and keep the rounding error of a long row near that of a short one.
-const PARTIAL_SUMS: usize = 32;
-const PARTIAL_BYTES: usize = 4 * PARTIAL_SUMS;
+/// Lines whose squares are summed apart, element by element, however long a vector is: every processor gives the same
+/// bits. Partial sums hide the latency of additions and keep the rounding error of a long row near that of a short one.
+const PARTIAL_LINES: usize = 2;
 
 /// As [`norm::sum_of_squares`], in another order.
 #[inline(always)]
 fn sum_of_squares<E: Plain, S: Simd>(simd: S, row: &[E]) -> f32 {
-    let (blocks, rest) = bytemuck::cast_slice::<E, u8>(row).as_chunks();
-    // As many as hold the partial sums are used.
-    let mut sums = [[simd.splat_f32s(0.0); 2]; PARTIAL_SUMS];
+    let (lines, rest) = lines(row);
+    let (blocks, last) = lines.as_chunks::<PARTIAL_LINES>();
+    let mut sums = [lanes::zeros(simd); PARTIAL_LINES];
     for block in blocks {
-        add_squares::<E, S>(simd, &mut sums, block);
+        for (sums, line) in sums.iter_mut().zip(block) {
+            add_squares::<E, S>(simd, sums, line);
+        }
     }
-    if !rest.is_empty() {
-        let mut block = [0; PARTIAL_BYTES];
-        block[..rest.len()].copy_from_slice(rest);
-        add_squares::<E, S>(simd, &mut sums, &block);
+    for (sums, line) in sums.iter_mut().zip(last) {
+        add_squares::<E, S>(simd, sums, line);
     }
-    let mut total = [0.0; PARTIAL_SUMS];
-    for (total, sums) in total.chunks_exact_mut(S::F32_LANES).zip(&sums) {
-        for sum in &sums[..E::PER_WORD] {
-            for (total, sum) in total.iter_mut().zip(bytemuck::cast_slice::<S::f32s, f32>(&[*sum])) {
+    add_squares::<E, S>(simd, &mut sums[1], &padded(rest));
+    let mut total = [0.0; line::BYTES / 4];
+    for sums in sums {
+        for half in 0..E::PER_WORD {
+            for (total, sum) in total.iter_mut().zip(lanes::half::<S>(&sums, half)) {
                 *total += sum;
             }
         }
     }
-    let mut width = PARTIAL_SUMS / 2;
+    let mut width = total.len() / 2;
     while width > 0 {
         for index in 0..width {
             total[index] += total[index + width];
@@ -140,9 +80,8 @@ fn sum_of_squares<E: Plain, S: Simd>(simd: S, row: &[E]) -> f32 {
 }
 
 #[inline(always)]
-fn add_squares<E: Plain, S: Simd>(simd: S, sums: &mut [Wide<S>; PARTIAL_SUMS], block: &[u8; PARTIAL_BYTES]) {
-    for (sums, words) in sums.iter_mut().zip(block.chunks_exact(vector_bytes::<S>())) {
-        let values = E::split(simd, load::<S, true>(words, 0));
+fn add_squares<E: Plain, S: Simd>(simd: S, sums: &mut WideLine<S>, line: &Line) {
+    for (sums, values) in sums.iter_mut().zip(lanes::widen::<E, S>(simd, line)).take(vectors::<S>()) {
         for (sum, value) in sums[..E::PER_WORD].iter_mut().zip(values) {
             *sum = simd.add_f32s(*sum, simd.mul_f32s(value, value));
         }
@@ -159,66 +98,156 @@ fn normalize_row<E: Plain, S: Simd>(
     bias: f32,
     out: &mut [E],
 ) {
-    let one = vector_bytes::<S>();
     let (inverse_rms, bias) = (simd.splat_f32s(inverse_rms), simd.splat_f32s(bias));
-    let (whole, rest) = bytemuck::cast_slice_mut::<E, u8>(out).split_at_mut(size_of_val(row) / one * one);
-    for (index, out) in whole.chunks_exact_mut(one).enumerate() {
-        let norm = normalize_vector::<E, S, true>(simd, row, gamma, inverse_rms, bias, index * one);
-        store::<S, 1>(out, &[norm]);
+    let ((row, row_rest), (gamma, gamma_rest), (out, out_rest)) = (lines(row), lines(gamma), lines_mut(out));
+    for ((out, row), gamma) in out.iter_mut().zip(row).zip(gamma) {
+        normalize_line::<E, S>(simd, row, gamma, inverse_rms, bias, out);
     }
-    if !rest.is_empty() {
-        let norm = normalize_vector::<E, S, false>(simd, row, gamma, inverse_rms, bias, whole.len());
-        store::<S, 1>(rest, &[norm]);
+    if !out_rest.is_empty() {
+        let mut norm = padded(&[]);
+        let (row, gamma) = (padded(row_rest), padded(gamma_rest));
+        normalize_line::<E, S>(simd, &row, &gamma, inverse_rms, bias, &mut norm);
+        out_rest.copy_from_slice(&norm[..out_rest.len()]);
     }
 }
 
 #[inline(always)]
-fn normalize_vector<E: Plain, S: Simd, const WHOLE: bool>(
+fn normalize_line<E: Plain, S: Simd>(
     simd: S,
-    row: &[E],
-    gamma: &[E],
+    row: &Line,
+    gamma: &Line,
     inverse_rms: S::f32s,
     bias: S::f32s,
-    at: usize,
-) -> S::u32s {
-    let mut values = E::split(simd, load::<S, WHOLE>(bytemuck::cast_slice(row), at));
-    let gamma = E::split(simd, load::<S, WHOLE>(bytemuck::cast_slice(gamma), at));
-    for (value, gamma) in values[..E::PER_WORD].iter_mut().zip(gamma) {
-        *value = simd.mul_f32s(simd.mul_f32s(*value, inverse_rms), simd.add_f32s(bias, gamma));
+    out: &mut Line,
+) {
+    let (mut values, gamma) = (lanes::widen::<E, S>(simd, row), lanes::widen::<E, S>(simd, gamma));
+    for (values, gamma) in values.iter_mut().zip(gamma).take(vectors::<S>()) {
+        for (value, gamma) in values[..E::PER_WORD].iter_mut().zip(gamma) {
+            *value = simd.mul_f32s(simd.mul_f32s(*value, inverse_rms), simd.add_f32s(bias, gamma));
+        }
     }
-    E::join(simd, values)
+    lanes::round::<E, S>(simd, &values, out);
 }
 
-/// `out = strip(row)`, word by word: see [`lamport::strip`]. Both have the same length.
-pub(crate) struct StripRow<'a, E> {
+/// `sum += addend`.
+#[inline(always)]
+fn add<E: Plain, S: Simd>(simd: S, sum: &mut WideLine<S>, addend: &WideLine<S>) {
+    for (sum, addend) in sum.iter_mut().zip(addend).take(vectors::<S>()) {
+        for (sum, addend) in sum[..E::PER_WORD].iter_mut().zip(addend) {
+            *sum = simd.add_f32s(*sum, *addend);
+        }
+    }
+}
+
+/// `out = round(row + addend)`. All have the same length.
+pub(crate) struct AddRow<'a, E> {
     pub(crate) row: &'a [E],
+    pub(crate) addend: &'a [E],
     pub(crate) out: &'a mut [E],
 }
 
-impl<E: Plain> WithSimd for StripRow<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        strip_row(self.row, self.out);
-    }
-}
-
-/// `out = round(rows[0] + rows[1] + ... + residual)`, in `f32` in that order, sent through [`lamport::strip`]
-/// if `strip`. All have the same length.
-pub(crate) struct SumRows<'a, E> {
-    pub(crate) rows: &'a [&'a [E]],
-    pub(crate) residual: Option<&'a [E]>,
-    pub(crate) strip: bool,
-    pub(crate) out: &'a mut [E],
-}
-
-impl<E: Plain> WithSimd for SumRows<'_, E> {
+impl<E: Plain> WithSimd for AddRow<'_, E> {
     type Output = ();
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        sum_rows(simd, self);
+        let ((row, row_rest), (addend, addend_rest)) = (lines(self.row), lines(self.addend));
+        let (out, out_rest) = lines_mut(self.out);
+        for ((out, row), addend) in out.iter_mut().zip(row).zip(addend) {
+            let mut sum = lanes::widen::<E, S>(simd, row);
+            add::<E, S>(simd, &mut sum, &lanes::widen::<E, S>(simd, addend));
+            lanes::round::<E, S>(simd, &sum, out);
+        }
+        if !out_rest.is_empty() {
+            let (mut sum, mut rounded) = (lanes::widen::<E, S>(simd, &padded(row_rest)), padded(&[]));
+            add::<E, S>(simd, &mut sum, &lanes::widen::<E, S>(simd, &padded(addend_rest)));
+            lanes::round::<E, S>(simd, &sum, &mut rounded);
+            out_rest.copy_from_slice(&rounded[..out_rest.len()]);
+        }
+    }
+}
+
+/// `out = round(x_0 + x_1 + ... + residual)`, in `f32` in that order, every addend but the residual and the result
+/// without the [sentinel](fused_collective_core::lamport::strip): what is summed is the same on every rank, whichever of them it comes from. All
+/// have the same length.
+pub(crate) struct SumIncoming<'a, E, M: Medium> {
+    pub(crate) exchange: &'a Exchange<M>,
+    /// The other ranks' addends, by rank; `None` for this rank's own.
+    pub(crate) sources: &'a [Option<Incoming<'a, M>>],
+    pub(crate) own: &'a [E],
+    pub(crate) residual: Option<&'a [E]>,
+    pub(crate) out: &'a mut [E],
+}
+
+impl<E: Plain, M: Medium> WithSimd for SumIncoming<'_, E, M> {
+    type Output = Result<(), Box<Failure>>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
+        let SumIncoming { exchange, sources, own, residual, out } = self;
+        let ((own, own_rest), (out, out_rest)) = (lines(own), lines_mut(out));
+        let residual = residual.map(lines);
+        for (index, (out, own)) in out.iter_mut().zip(own).enumerate() {
+            let residual = residual.map(|(residual, _)| &residual[index]);
+            sum_line::<E, S, M>(simd, sources, Some(index), own, residual, out)?;
+        }
+        if !out_rest.is_empty() {
+            let residual = residual.map(|(_, rest)| padded(rest));
+            let mut sum = padded(&[]);
+            sum_line::<E, S, M>(simd, sources, None, &padded(own_rest), residual.as_ref(), &mut sum)?;
+            out_rest.copy_from_slice(&sum[..out_rest.len()]);
+        }
+        exchange.received();
+        Ok(())
+    }
+}
+
+/// Line `index`, or what follows the last one.
+#[inline(always)]
+fn sum_line<E: Plain, S: Simd, M: Medium>(
+    simd: S,
+    sources: &[Option<Incoming<'_, M>>],
+    index: Option<usize>,
+    own: &Line,
+    residual: Option<&Line>,
+    out: &mut Line,
+) -> Result<(), Box<Failure>> {
+    let Some((first, others)) = sources.split_first() else { return Ok(()) };
+    let mut words = [0; line::WORDS];
+    // Added to zero, the first would lose the sign of its own.
+    let mut sum = match first {
+        Some(incoming) => {
+            take(incoming, index, &mut words)?;
+            lanes::widen::<E, S>(simd, bytemuck::cast_ref(&words))
+        }
+        None => lanes::widen_stripped::<E, S>(simd, own),
+    };
+    for source in others {
+        let addend = match source {
+            Some(incoming) => {
+                take(incoming, index, &mut words)?;
+                lanes::widen::<E, S>(simd, bytemuck::cast_ref(&words))
+            }
+            None => lanes::widen_stripped::<E, S>(simd, own),
+        };
+        add::<E, S>(simd, &mut sum, &addend);
+    }
+    if let Some(residual) = residual {
+        add::<E, S>(simd, &mut sum, &lanes::widen::<E, S>(simd, residual));
+    }
+    lanes::round_stripped::<E, S>(simd, &sum, out);
+    Ok(())
+}
+
+#[inline(always)]
+fn take<M: Medium>(
+    incoming: &Incoming<'_, M>,
+    index: Option<usize>,
+    words: &mut [u64; line::WORDS],
+) -> Result<(), Box<Failure>> {
+    match index {
+        Some(index) => incoming.take_line(index, words),
+        None => incoming.take_rest(words),
     }
 }
 
@@ -307,17 +336,35 @@ impl<E: Plain> WithSimd for QuantizeRow<'_, E> {
 
 #[cfg(test)]
 mod tests {
-    use fused_collective_core::dtype::{Element, bf16, f16};
+    use std::{os::fd::AsFd, time::Duration};
+
+    use fused_collective_core::{
+        dtype::{Element, bf16, f16},
+        lamport,
+        workspace::{Header, Layout},
+    };
     use pulp::Arch;
 
     use super::*;
+    use crate::{
+        cpu::{
+            region::Regions,
+            wait::{Vigil, Watch},
+        },
+        failure::What,
+        shared_memory::SharedMemory,
+    };
 
     /// Row `number`, with numbers of all kinds in it.
     fn row<E: Plain>(number: usize, hidden: usize) -> Vec<E> {
         let special = [0.0, -0.0, 1e-40, 6e4, -6e4, f32::INFINITY, f32::NEG_INFINITY, f32::NAN];
-        let value = |index: usize| match (index * 31 + number * 17) % 97 {
-            kind @ 0..8 if index % 3 == 1 => special[kind],
-            kind => (kind as f32 - 48.0) * 0.13,
+        let value = |index: usize| match ((index * 31 + number * 17) % 97, index % 8) {
+            // Two elements of 16 bits that are the sentinel on rank 1, and half of it on others: only on rank 1 does the
+            // second lose its sign.
+            (_, 6) => f32::from(number != 1),
+            (_, 7) => -0.0,
+            (kind @ 0..8, _) if index % 3 == 1 => special[kind],
+            (kind, _) => (kind as f32 - 48.0) * 0.13,
         };
         (0..hidden).map(|index| E::from_f32(value(index))).collect()
     }
@@ -326,33 +373,87 @@ mod tests {
         row.iter().map(|element| element.to_bits()).collect()
     }
 
+    fn stripped<E: Plain>(row: &[E]) -> Vec<E> {
+        let mut row = row.to_vec();
+        for word in bytemuck::cast_slice_mut::<E, u8>(&mut row).as_chunks_mut().0 {
+            *word = lamport::strip(u32::from_ne_bytes(*word)).to_ne_bytes();
+        }
+        row
+    }
+
+    /// The rounded sums of elements, in order.
+    fn sums<E: Plain>(addends: &[Vec<E>]) -> Vec<E> {
+        let sum = |index: usize| {
+            E::from_f32(
+                addends.iter().map(|row| row[index].to_f32()).reduce(|sum, value| sum + value).unwrap(),
+            )
+        };
+        (0..addends[0].len()).map(sum).collect()
+    }
+
+    #[track_caller]
+    fn assert_same<E: Element>(found: &[E], expected: &[E], what: &str) {
+        for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+            // Which of two NaN an addition keeps is nobody's promise.
+            let nan = found.to_f32().is_nan() && expected.to_f32().is_nan();
+            assert!(
+                nan || found.to_bits() == expected.to_bits(),
+                "{} {what}, element {index}: {found:?}, not {expected:?}",
+                E::DTYPE
+            );
+        }
+    }
+
     fn check_sums<E: Plain>(arch: Arch) {
         for hidden in (2..=208).step_by(2) {
-            for ranks in 1..=5 {
-                let rows: Vec<Vec<E>> = (0..=ranks).map(|number| row(number, hidden)).collect();
-                let addends: Vec<&[E]> = rows[..ranks].iter().map(Vec::as_slice).collect();
-                for residual in [None, Some(&rows[ranks][..])] {
-                    let mut out = vec![E::default(); hidden];
-                    arch.dispatch(SumRows { rows: &addends, residual, strip: false, out: &mut out });
-                    let sum = |index: usize| {
-                        let addends = addends.iter().copied().chain(residual);
-                        let values = addends.map(|row| row[index].to_f32());
-                        E::from_f32(values.reduce(|sum, value| sum + value).unwrap())
-                    };
-                    let expected: Vec<E> = (0..hidden).map(sum).collect();
-                    // Which of two NaN an addition keeps is nobody's promise.
-                    let same = out.iter().zip(&expected).all(|(found, expected)| {
-                        let nan = found.to_f32().is_nan() && expected.to_f32().is_nan();
-                        nan || found.to_bits() == expected.to_bits()
-                    });
-                    assert!(same, "{} {hidden} {ranks}: {out:?}, not {expected:?}", E::DTYPE);
-                    let (mut stripped, mut after) = (expected.clone(), expected);
-                    arch.dispatch(SumRows { rows: &addends, residual, strip: true, out: &mut stripped });
-                    strip_row(&out, &mut after);
-                    assert_eq!(bits(&stripped), bits(&after));
-                }
-            }
+            let (first, second) = (row::<E>(0, hidden), row::<E>(1, hidden));
+            let mut out = vec![E::default(); hidden];
+            arch.dispatch(AddRow { row: &first, addend: &second, out: &mut out });
+            assert_same(&out, &sums(&[first, second]), &format!("row of {hidden}"));
         }
+    }
+
+    /// Rank 1's sum of rows that the others have sent.
+    fn check_incoming<E: Plain>(arch: Arch, ranks: u32) {
+        const RANK: u32 = 1;
+        let layout = Layout::new(ranks, 1 << 14).unwrap();
+        let memory = SharedMemory::create(layout.total_bytes()).unwrap();
+        let exchange = |rank| {
+            let vigil =
+                Vigil { rank, deadline: Duration::from_secs(10), watch: Watch::nobody(), board: None };
+            Exchange::new(Regions::map(memory.as_fd(), layout).unwrap(), vigil)
+        };
+        let mut exchanges: Vec<Exchange> = (0..ranks).map(exchange).collect();
+        for (hidden, with_residual) in
+            (4..=208).step_by(4).flat_map(|hidden| [(hidden, false), (hidden, true)])
+        {
+            let rows: Vec<Vec<E>> = (0..ranks as usize).map(|number| row(number, hidden)).collect();
+            let residual = with_residual.then(|| row::<E>(20, hidden));
+            let bytes = hidden * size_of::<E>();
+            let at = |source: u32| u64::from(source) * bytes as u64;
+            for source in (0..ranks).filter(|&source| source != RANK) {
+                let exchange = &exchanges[source as usize];
+                let row = bytemuck::cast_slice(&rows[source as usize]);
+                exchange.send_stripped(exchange.operation(), RANK, at(source), row);
+            }
+            let exchange = &exchanges[RANK as usize];
+            let incoming = |source| {
+                (source != RANK).then(|| exchange.incoming(source, What::Input(0), at(source), bytes))
+            };
+            let sources: Vec<_> = (0..ranks).map(incoming).collect();
+            let mut out = vec![E::default(); hidden];
+            let own = &rows[RANK as usize][..];
+            let residual = residual.as_deref();
+            arch.dispatch(SumIncoming { exchange, sources: &sources, own, residual, out: &mut out }).unwrap();
+            let mut addends: Vec<Vec<E>> = rows.iter().map(|row| stripped(row)).collect();
+            addends.extend(residual.map(<[E]>::to_vec));
+            assert_same(&out, &stripped(&sums(&addends)), &format!("{ranks} rows of {hidden}"));
+            exchanges.iter_mut().for_each(Exchange::advance);
+        }
+        // Every word that was read is empty again.
+        let header = Header { world_size: ranks, rank: RANK, slot_bytes: layout.slot_bytes() };
+        exchanges[RANK as usize].publish_header(header);
+        assert_eq!(exchanges[RANK as usize].find_stray_write(header), None);
     }
 
     fn check_norms<E: Plain>(arch: Arch) {
@@ -398,11 +499,20 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_every_length_are_summed_as_elements_are() {
+    fn rows_of_every_length_are_added_as_elements_are() {
         for arch in [Arch::Scalar, Arch::new()] {
             check_sums::<f32>(arch);
             check_sums::<f16>(arch);
             check_sums::<bf16>(arch);
+        }
+    }
+
+    #[test]
+    fn rows_that_come_in_are_summed_in_rank_order_and_leave_their_places_empty() {
+        for (arch, ranks) in [(Arch::Scalar, 2), (Arch::new(), 2), (Arch::new(), 5)] {
+            check_incoming::<f32>(arch, ranks);
+            check_incoming::<f16>(arch, ranks);
+            check_incoming::<bf16>(arch, ranks);
         }
     }
 

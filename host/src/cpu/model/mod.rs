@@ -33,7 +33,7 @@ use pulp::Arch;
 
 use super::{
     exchange::{EMPTY, Exchange, Medium, Word},
-    fused::{self, Job, Staging},
+    fused::{self, Job, Scratch},
     wait::{Vigil, Wait, Watch},
 };
 use crate::failure::{Failure, What};
@@ -224,7 +224,7 @@ const fn two_shot(tokens: u64, tokens_per_round: u64) -> Fused {
 
 /// Runs operations, one after the other, with inputs that no two rows of the sequence share, and checks every sum.
 fn run_fused<C: Checker>(exchange: &mut Exchange<End<C>>, ranks: u32, rank: u32, operations: &[Fused]) {
-    let mut staging = Staging::default();
+    let mut scratch = Scratch::default();
     for (index, operation) in operations.iter().enumerate() {
         let hidden = operation.row_words * 2;
         let elements = operation.tokens as usize * hidden;
@@ -253,7 +253,7 @@ fn run_fused<C: Checker>(exchange: &mut Exchange<End<C>>, ranks: u32, rank: u32,
             hidden,
             quant_row_bytes: 0,
         };
-        fused::run(exchange, rank, &plan, job, &mut staging, Arch::Scalar)
+        fused::run(exchange, rank, &plan, job, &mut scratch, Arch::Scalar)
             .expect("a wait without a deadline");
         let expected: Vec<f32> =
             (0..elements).map(|element| (0..ranks).map(|rank| value(rank, element)).sum()).collect();

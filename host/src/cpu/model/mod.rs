@@ -3,6 +3,7 @@
 //! [`Exchange`] and [`fused::run`] are generic over their [`Medium`]. Here it is a few words of a checker's atomics:
 //! `every_schedule` has loom's, which tries every order of events and every value that the memory model lets a load
 //! return; `random_schedules` has shuttle's, for more ranks and longer sequences than can be enumerated.
+//! Lines are moved word by word here, in every order: that a processor moves two words at once is one of them.
 //!
 //! A checker that finds nothing proves nothing by itself. Each rule of the protocol is therefore also weakened
 //! ([`Rules`]), and the checker has to find what goes wrong: by a wrong sum, by a slot that is not empty at the end,

@@ -1,7 +1,7 @@
 //! Sending and receiving rows through the shared regions, the Lamport way.
 //!
 //! `fused_collective_core::lamport` has the rules and the argument; this is where they meet atomics:
-//! - A word is stored and loaded with one relaxed `AtomicU64` access, so it arrives whole, or as part of a [`line`], which
+//! - A word is stored and loaded with one relaxed `AtomicU64` access, so it arrives whole, or as part of a [`mod@line`], which
 //!   comes to the same. Which of two words arrives first does not matter: each is waited for.
 //! - The receiver puts the sentinel back as it reads a word, while the cache line is at hand.
 //! - A *release* fence before a row's stores and an *acquire* fence after its loads make "`a` refilled, then

@@ -1,6 +1,6 @@
 //! A cache line of shared words, moved in as few instructions as the processor has for it.
 //!
-//! The protocol needs words of 64 bits to arrive whole, in any order ([`lamport`](fused_collective_core::lamport)).
+//! The protocol needs words of 64 bits to arrive whole, in any order ([`lamport`]).
 //! Compilers do not merge atomic accesses, and one instruction a word takes longer than the arithmetic on it. x86-64
 //! processors with AVX access 16 aligned bytes at once; Rust has no atomics for that, but inline assembly, to which the
 //! same rules apply: here each instruction stands for two relaxed accesses that happen to be simultaneous.

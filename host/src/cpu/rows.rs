@@ -167,9 +167,9 @@ impl<E: Plain> WithSimd for AddRow<'_, E> {
     }
 }
 
-/// `out = round(x_0 + x_1 + ... + residual)`, in `f32` in that order, every addend but the residual and the result
-/// without the [sentinel](fused_collective_core::lamport::strip): what is summed is the same on every rank, whichever of them it comes from. All
-/// have the same length.
+/// `out = round(x_0 + x_1 + ... + residual)`, in `f32` in that order. Every addend but the residual, and the result, is
+/// [stripped](fused_collective_core::lamport::strip), so that the sum is the same whichever rank makes it. All have the
+/// same length.
 pub(crate) struct SumIncoming<'a, E, M: Medium> {
     pub(crate) exchange: &'a Exchange<M>,
     /// The other ranks' addends, by rank; `None` for this rank's own.

@@ -43,8 +43,11 @@ fn check(options: &str) -> Report {
     for configuration in &report.configurations {
         let title = configuration.title();
         let wanted = |name: &&&str| report.settings.oneshot || !name.ends_with("oneshot");
-        let expected: Vec<&str> =
-            variants(&configuration.quant_mode).iter().filter(wanted).copied().collect();
+        let all = variants(&configuration.quant_mode);
+        let mut expected: Vec<String> = all.iter().filter(wanted).map(|&name| name.to_owned()).collect();
+        if report.settings.sharded_residual {
+            expected.push(format!("{}_sharded", all[all.len() - 1]));
+        }
         assert_eq!(configuration.variants(), expected, "{title}");
         for row in &configuration.rows {
             let verified = row.verified();
@@ -91,6 +94,15 @@ fn every_variant_is_right_without_a_residual() {
     let report = check("--no-residual --num-tokens 4 --hidden-dim 512 --dtypes float16,bfloat16,float32");
     assert_eq!(report.configurations.len(), 9);
     assert!(report.configurations.iter().all(|configuration| !configuration.use_residual));
+}
+
+#[test]
+fn a_sharded_residual_is_measured_beside_the_replicated_one() {
+    let report = check(
+        "--residual sharded --num-tokens 1,7 --hidden-dim 80 --dtypes float16,bfloat16,float32 --nproc-per-node 3",
+    );
+    assert_eq!(report.configurations.len(), 18);
+    assert!(report.settings.sharded_residual && report.settings.use_residual);
 }
 
 #[test]

@@ -52,13 +52,13 @@ fn verified(options: &str, ranks: u32, cases: u64) -> Vec<String> {
 
 #[test]
 fn the_matrix_is_told_of_by_element_type_quantization_and_hidden_size() {
-    let lines = verified("--num-tokens 0 1 5 --hidden-dim 48,64 --nproc-per-node 2", 2, 216);
+    let lines = verified("--num-tokens 0 1 5 --hidden-dim 48,64 --nproc-per-node 2", 2, 270);
     let mut expected = Vec::new();
     for dtype in ["float32", "float16", "bfloat16"] {
         for hidden in [48, 64] {
             for quant_mode in ["none", "fp8", "fp4"] {
                 expected.push(format!(
-                    "{dtype:<8}  {quant_mode:<4}  hidden {hidden:>5}   12 cases, largest error "
+                    "{dtype:<8}  {quant_mode:<4}  hidden {hidden:>5}   15 cases, largest error "
                 ));
             }
         }
@@ -74,7 +74,7 @@ fn the_matrix_is_told_of_by_element_type_quantization_and_hidden_size() {
 
 #[test]
 fn lists_replace_those_of_quick_and_three_ranks_are_right() {
-    let lines = verified("--quick --num-tokens 2 7 --hidden-dim 80 --nproc-per-node 3", 3, 72);
+    let lines = verified("--quick --num-tokens 2 7 --hidden-dim 80 --nproc-per-node 3", 3, 90);
     assert_eq!(lines.len(), 9);
 }
 
@@ -84,18 +84,18 @@ fn group_sizes_are_verified_one_after_the_other() {
     outcome.assert_success();
     let lines: Vec<&str> = outcome.stdout.lines().collect();
     let of_size = |size: usize| {
-        let mut expected = vec![format!("cpu backend, {size} ranks, 36 cases, seed 0")];
+        let mut expected = vec![format!("cpu backend, {size} ranks, 45 cases, seed 0")];
         for dtype in ["float32", "float16", "bfloat16"] {
             expected.extend(
-                ["none", "fp8", "fp4"].map(|mode| format!("{dtype:<8}  {mode:<4}  hidden    48    4 cases")),
+                ["none", "fp8", "fp4"].map(|mode| format!("{dtype:<8}  {mode:<4}  hidden    48    5 cases")),
             );
         }
         // Once, where no rank is left over.
         expected.extend((size == 3).then(|| CONVERSIONS.to_owned()));
-        expected.extend([format!("{size} ranks: 36 cases verified, 0 FAILED"), String::new()]);
+        expected.extend([format!("{size} ranks: 45 cases verified, 0 FAILED"), String::new()]);
         expected
     };
-    let expected = [of_size(2), of_size(3), vec!["72 cases verified, 0 FAILED".to_owned()]].concat();
+    let expected = [of_size(2), of_size(3), vec!["90 cases verified, 0 FAILED".to_owned()]].concat();
     assert_eq!(lines.len(), expected.len(), "{outcome}");
     for (line, expected) in lines.iter().zip(&expected) {
         assert!(line.starts_with(expected), "{line}");
@@ -107,11 +107,11 @@ fn groups_run_at_the_same_time_and_each_is_verified() {
     let outcome = run(&mut verify("--num-tokens 0 5 --hidden-dim 48 --nproc-per-node 3 2 --groups 2"));
     outcome.assert_success();
     for line in [
-        "cpu backend, 2 groups of 3 ranks, 144 cases, seed 0",
-        "2 groups of 3 ranks: 144 cases verified, 0 FAILED",
-        "cpu backend, 2 groups of 2 ranks, 144 cases, seed 0",
-        "2 groups of 2 ranks: 144 cases verified, 0 FAILED",
-        "288 cases verified, 0 FAILED",
+        "cpu backend, 2 groups of 3 ranks, 180 cases, seed 0",
+        "2 groups of 3 ranks: 180 cases verified, 0 FAILED",
+        "cpu backend, 2 groups of 2 ranks, 180 cases, seed 0",
+        "2 groups of 2 ranks: 180 cases verified, 0 FAILED",
+        "360 cases verified, 0 FAILED",
     ] {
         assert_eq!(outcome.stdout.lines().filter(|other| *other == line).count(), 1, "{line}: {outcome}");
     }
@@ -125,12 +125,12 @@ fn a_rank_that_does_not_come_is_missed_by_all_others_in_time() {
         let line = format!("fused_allreduce_rmsnorm_{mode}, a rank kept back    4 cases, largest error ");
         assert_eq!(outcome.stdout.lines().filter(|other| other.starts_with(&line)).count(), 1, "{outcome}");
     }
-    assert!(outcome.stdout.ends_with("\n80 cases verified, 0 FAILED\n"), "{outcome}");
+    assert!(outcome.stdout.ends_with("\n98 cases verified, 0 FAILED\n"), "{outcome}");
 }
 
 #[test]
 fn special_numbers_come_through_and_stay_in_their_rows() {
-    verified("--quick --special --num-tokens 20 --hidden-dim 48,80 --nproc-per-node 3", 3, 72);
+    verified("--quick --special --num-tokens 20 --hidden-dim 48,80 --nproc-per-node 3", 3, 90);
 }
 
 #[test]
@@ -138,10 +138,10 @@ fn dependents_read_finished_outputs() {
     let outcome = run(&mut verify("--num-tokens 0 1 5 --hidden-dim 48 --nproc-per-node 2 --dependents 30"));
     outcome.assert_success();
     for tokens in [1, 5] {
-        let line = format!("dependents of {tokens} tokens, hidden 48, 30 times:   6 cases, largest error ");
+        let line = format!("dependents of {tokens} tokens, hidden 48, 30 times:   9 cases, largest error ");
         assert_eq!(outcome.stdout.lines().filter(|other| other.starts_with(&line)).count(), 1, "{outcome}");
     }
-    assert!(outcome.stdout.ends_with("\n120 cases verified, 0 FAILED\n"), "{outcome}");
+    assert!(outcome.stdout.ends_with("\n153 cases verified, 0 FAILED\n"), "{outcome}");
 }
 
 #[test]
@@ -161,7 +161,7 @@ fn outputs_that_are_not_always_finished_are_found() {
         verify::run_dependents(&settings, place, &Progress::hidden(), tell)
     });
     // The first has its 22 runs before the fault.
-    assert_eq!((tally.verified, tally.failed), (4, 2), "{failed:?}");
+    assert_eq!((tally.verified, tally.failed), (7, 2), "{failed:?}");
     for line in failed {
         assert!(
             line.contains("3 tokens, with residual, dependents, ") && line.contains("_twoshot: "),
@@ -173,8 +173,8 @@ fn outputs_that_are_not_always_finished_are_found() {
 
 #[test]
 fn an_operation_without_tokens_is_right() {
-    for line in verified("--num-tokens 0 --hidden-dim 16", 2, 36) {
-        assert!(line.ends_with("  4 cases, largest error 0.00 ulp"), "{line}");
+    for line in verified("--num-tokens 0 --hidden-dim 16", 2, 45) {
+        assert!(line.ends_with("  5 cases, largest error 0.00 ulp"), "{line}");
     }
 }
 
@@ -199,14 +199,16 @@ fn bad_options_are_refused_in_one_line() {
     }
 }
 
-/// The CPU backend with a fault, which does its harm after every fused two-shot operation.
+/// The CPU backend with a fault, which does its harm after every run of one step, alone.
 struct Faulty {
     engine: Engine,
     fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
     problem: Option<Problem>,
-    /// What is found of stray writes after a fused two-shot operation: no safe call of the engine makes one.
+    /// What is found of stray writes after the faulty step: no safe call of the engine makes one.
     stray: Option<&'static str>,
-    two_shot: bool,
+    /// What the fault is in, and whether that ran last.
+    faulty: Step,
+    has_run: bool,
 }
 
 impl Collective for Faulty {
@@ -225,11 +227,9 @@ impl Collective for Faulty {
 
     fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
         self.engine.run(steps)?;
-        self.two_shot = steps == [Step::Fused(Mode::TwoShot)];
+        self.has_run = steps == [self.faulty];
         match self.problem {
-            Some(problem) if steps == [Step::Fused(Mode::TwoShot)] => {
-                (self.fault)(&mut self.engine, &problem)
-            }
+            Some(problem) if self.has_run => (self.fault)(&mut self.engine, &problem),
             _ => Ok(()),
         }
     }
@@ -266,7 +266,7 @@ impl Collective for Faulty {
 
     fn find_stray_write(&mut self, thorough: bool) -> Result<Option<String>, Error> {
         let found = self.engine.find_stray_write(thorough)?;
-        Ok(found.or(self.stray.filter(|_| self.two_shot && !thorough).map(str::to_owned)))
+        Ok(found.or(self.stray.filter(|_| self.has_run && !thorough).map(str::to_owned)))
     }
 }
 
@@ -292,6 +292,16 @@ fn on_faulty_ranks(
     stray: Option<&'static str>,
     work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, bench::Error> + Sync,
 ) -> (Tally, Vec<String>) {
+    on_ranks_with_a_faulty(Step::Fused(Mode::TwoShot), fault, stray, work)
+}
+
+/// As [`on_faulty_ranks`], with the fault in `faulty`.
+fn on_ranks_with_a_faulty(
+    faulty: Step,
+    fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
+    stray: Option<&'static str>,
+    work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, bench::Error> + Sync,
+) -> (Tally, Vec<String>) {
     const RANKS: u32 = 2;
     const DEADLINE: Duration = Duration::from_secs(60);
     static GROUPS: AtomicU32 = AtomicU32::new(0);
@@ -304,7 +314,7 @@ fn on_faulty_ranks(
         let communicator =
             Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::new(|| None)).unwrap();
         let mut backend =
-            Faulty { engine: Engine::new(communicator), fault, problem: None, stray, two_shot: false };
+            Faulty { engine: Engine::new(communicator), fault, problem: None, stray, faulty, has_run: false };
         let mut failed = Vec::new();
         let mut place = Place { world: &group, own: Some((&group, &mut backend)) };
         let tally = work(&mut place, &mut |line| {
@@ -325,7 +335,7 @@ fn on_faulty_ranks(
     })
 }
 
-/// So many of the 36 cases fail, all of them in two-shot, for this reason.
+/// So many of the 45 cases fail, all of them in two-shot, for this reason.
 #[track_caller]
 fn check(fault: fn(&mut Engine, &Problem) -> Result<(), Error>, failures: u64, reason: &str) {
     check_failures(matrix_with(fault, None), failures, reason);
@@ -333,9 +343,9 @@ fn check(fault: fn(&mut Engine, &Problem) -> Result<(), Error>, failures: u64, r
 
 #[track_caller]
 fn check_failures((tally, failed): (Tally, Vec<String>), failures: u64, reason: &str) {
-    assert_eq!((tally.verified, tally.failed), (36 - failures, failures), "{failed:?}");
+    assert_eq!((tally.verified, tally.failed), (45 - failures, failures), "{failed:?}");
     for line in failed {
-        assert!(line.contains(", hidden 48, 3 tokens, ") && line.contains("_twoshot: "), "{line}");
+        assert!(line.contains(", hidden 48, 3 tokens, ") && line.contains("_twoshot"), "{line}");
         assert!(line.ends_with(reason), "{line}");
     }
 }
@@ -346,14 +356,46 @@ fn a_wrong_element_is_found() {
         engine.write(Tensor::ResidualOut, 0, &vec![0x3f; problem.dtype.bytes() as usize])
     };
     let (tally, failed) = matrix_with(fault, None);
-    assert_eq!((tally.verified, tally.failed), (18, 18));
+    assert_eq!((tally.verified, tally.failed), (27, 18));
     assert!(failed.iter().all(|line| line.contains("rank 0: residual_out[0, 0] is ")), "{failed:?}");
+}
+
+/// What is wrong with a sharded residual alone: each fault of the nine cases that have one, and the reason.
+#[test]
+fn a_wrong_share_of_a_sum_is_found() {
+    type Fault = fn(&mut Engine, &Problem) -> Result<(), Error>;
+    let found = |fault: Fault| {
+        let (tally, failed) = on_ranks_with_a_faulty(Step::FusedSharded, fault, None, |place, tell| {
+            let settings = Settings { num_tokens: vec![3], hidden_dims: vec![48], ..Settings::default() };
+            verify::run(&settings, place, &Progress::hidden(), tell)
+        });
+        assert_eq!((tally.verified, tally.failed), (36, 9), "{failed:?}");
+        assert!(failed.iter().all(|line| line.contains("_twoshot_sharded: ")), "{failed:?}");
+        failed
+    };
+    // Of the two ranks rank 0 has tokens 0 and 2, rank 1 has token 1.
+    let element: Fault = |engine, problem| {
+        engine.write(Tensor::ResidualShardOut, 0, &vec![0x3f; problem.dtype.bytes() as usize])
+    };
+    assert!(found(element).iter().all(|line| line.contains("rank 0: residual_out[0, 0] is ")));
+    let beyond: Fault =
+        |engine, problem| engine.write(Tensor::ResidualShardOut, problem.activation_bytes() - 1, &[0]);
+    assert!(
+        found(beyond).iter().all(|line| line.ends_with("residual_out is not the same bits as one-shot's"))
+    );
+    let residual: Fault =
+        |engine, problem| engine.write(Tensor::ResidualShard, problem.activation_bytes() - 1, &[0]);
+    assert!(found(residual).iter().all(|line| line.ends_with("the sharded residual was changed")));
+    let other: Fault = |engine, _| engine.write(Tensor::ResidualOut, 5, &[1]);
+    let why = "ResidualOut is not the operation's, and byte 5 of it was written";
+    assert!(found(other).iter().all(|line| line.ends_with(why)));
 }
 
 #[test]
 fn a_tensor_of_the_separate_operations_that_was_written_is_found() {
     let fault = |engine: &mut Engine, _: &Problem| engine.write(Tensor::WideB, 7, &[0]);
-    check(fault, 18, "rank 0: WideB is not the operation's, and byte 7 of it was written");
+    // Nothing cleans it for the case that follows, with a sharded residual.
+    check(fault, 27, "rank 0: WideB is not the operation's, and byte 7 of it was written");
 }
 
 #[test]
@@ -403,7 +445,7 @@ fn codes_and_norms_that_are_not_those_of_the_case_before_are_held_against_the_re
         }
     };
     let (tally, failed) = matrix_with(fault, None);
-    assert_eq!((tally.verified, tally.failed), (24, 12));
+    assert_eq!((tally.verified, tally.failed), (33, 12));
     assert!(failed.iter().all(|line| line.contains("rank 0: quant_out[0, ")), "{failed:?}");
     // A scale, in its swizzled place: block 2 of token 1.
     let fault = |engine: &mut Engine, problem: &Problem| match problem.quantization.scale_layout() {
@@ -415,7 +457,7 @@ fn codes_and_norms_that_are_not_those_of_the_case_before_are_held_against_the_re
         None => Ok(()),
     };
     let (tally, failed) = matrix_with(fault, None);
-    assert_eq!((tally.verified, tally.failed), (30, 6));
+    assert_eq!((tally.verified, tally.failed), (39, 6));
     assert!(failed.iter().all(|line| line.contains("rank 1: scale_out[1, 2] is ")), "{failed:?}");
 }
 

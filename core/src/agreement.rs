@@ -11,7 +11,7 @@ use core::fmt;
 
 use crate::{
     dtype::DType,
-    fusion::{GammaType, Mode, Norm, Operation},
+    fusion::{GammaType, Mode, Norm, Operation, Residual},
     plan::Algorithm,
     quant::{Quantization, ScaleLayout},
 };
@@ -58,14 +58,15 @@ const F32_GAMMA: u64 = 8;
 const SWIZZLED: u64 = 16;
 const SCALE: u64 = 32;
 const TWO_SHOT: u64 = 64;
-const ALL_FLAGS: u64 = 127;
+const SHARDED: u64 = 128;
+const ALL_FLAGS: u64 = 255;
 
 impl Call {
     /// The call of `operation`, which was planned as `algorithm`. `scale` is left out where nothing reads it.
     pub fn operation(operation: &Operation, algorithm: Algorithm, scale: Option<f32>) -> Call {
         let mode = match algorithm {
             Algorithm::OneShot => Mode::OneShot,
-            Algorithm::TwoShot => Mode::TwoShot,
+            Algorithm::TwoShot | Algorithm::ShardedTwoShot => Mode::TwoShot,
         };
         let reads_scale =
             matches!(operation.quantization, Quantization::Fp8Static | Quantization::NvFp4 { .. });
@@ -79,7 +80,8 @@ impl Call {
                 let Operation { dtype, tokens, hidden, residual, norm, quantization, keep_norm, mode } =
                     *operation;
                 let (kind, group) = quantization_code(quantization);
-                let flags = flag(residual, RESIDUAL)
+                let flags = flag(residual.is_some(), RESIDUAL)
+                    | flag(residual == Residual::Sharded, SHARDED)
                     | flag(norm.is_some(), NORM)
                     | flag(keep_norm, KEEP_NORM)
                     | flag(norm.is_some_and(|norm| norm.gamma == GammaType::F32), F32_GAMMA)
@@ -118,7 +120,11 @@ impl Call {
                     dtype: *DType::ALL.iter().find(|dtype| dtype_code(**dtype) == field(DTYPE_SHIFT, 8))?,
                     tokens,
                     hidden,
-                    residual: is(RESIDUAL),
+                    residual: if is(SHARDED) {
+                        Residual::Sharded
+                    } else {
+                        Residual::replicated(is(RESIDUAL))
+                    },
                     norm: is(NORM).then_some(norm),
                     quantization: quantization(
                         field(QUANTIZATION_SHIFT, 8),
@@ -189,8 +195,10 @@ impl fmt::Display for Call {
                     operation;
                 let mode = if *mode == Mode::TwoShot { "two-shot" } else { "one-shot" };
                 write!(f, "{mode}, {tokens} tokens of {hidden} {dtype}")?;
-                if *residual {
-                    f.write_str(", residual")?;
+                match residual {
+                    Residual::None => {}
+                    Residual::Replicated => f.write_str(", residual")?,
+                    Residual::Sharded => f.write_str(", sharded residual")?,
                 }
                 if let Some(Norm { epsilon, weight_bias, gamma }) = norm {
                     write!(f, ", norm (epsilon {epsilon:e}")?;

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::{HIDDEN_MULTIPLE, MAX_HIDDEN, dtype::DType, quant::Quantization};
+use crate::{HIDDEN_MULTIPLE, MAX_HIDDEN, dtype::DType, plan::owned_tokens, quant::Quantization};
 
 /// How ranks exchange their data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,16 +41,50 @@ impl Default for Norm {
     }
 }
 
+/// Whether a residual is added, and which ranks hold it.
+///
+/// A *sharded* residual lies with the tokens' [owners](crate::plan::owner): token `t` of an operation is row
+/// `t / ranks` of rank `t % ranks`, and no other rank reads or writes it. So each rank holds, reads and writes one row
+/// of `ranks`, and what owners send to all is no longer the sum but what the operation makes of it: the norm, or its
+/// quantization in half or a quarter of the bytes. The next operation takes `residual_out` as its residual, as it is.
+///
+/// Every rank still gets all rows of the norm or its quantization, with the same values as from a residual that is on
+/// every rank; a zero of a norm or a code may be `+0` where it would be `-0`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Residual {
+    /// None is added.
+    None,
+    /// Every rank holds all of it, the same.
+    Replicated,
+    /// A token's owner holds its row.
+    Sharded,
+}
+
+impl Residual {
+    /// A replicated residual, or none.
+    pub const fn replicated(is: bool) -> Self {
+        if is { Residual::Replicated } else { Residual::None }
+    }
+
+    /// Whether there is one.
+    pub const fn is_some(self) -> bool {
+        !matches!(self, Residual::None)
+    }
+}
+
 /// One fused operation, the same on every rank of the group.
 ///
 /// | tensor | shape | present |
 /// | --- | --- | --- |
 /// | `input` | `[tokens, hidden]` elements | always; this rank's addend |
-/// | `residual` | `[tokens, hidden]` elements | if `residual` |
+/// | `residual` | `[rows, hidden]` elements | if `residual` |
 /// | `gamma` | `[hidden]` | if `norm` |
-/// | `residual_out` | `[tokens, hidden]` elements | always: the sum, plus the residual |
+/// | `residual_out` | `[rows, hidden]` elements | always: the sum, plus the residual |
 /// | `norm_out` | `[tokens, hidden]` elements | if `norm`, and `keep_norm` or no quantization |
 /// | `quant_out`, `scale_out` | see [`Quantization`] | if `quantization` |
+///
+/// `rows` is `tokens`, or with a [sharded](Residual::Sharded) residual this rank's share of them:
+/// [`residual_rows`](Operation::residual_rows).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Operation {
     /// Element type of all activations.
@@ -59,8 +93,8 @@ pub struct Operation {
     pub tokens: u64,
     /// Elements of a row: a multiple of [`HIDDEN_MULTIPLE`], at most [`MAX_HIDDEN`].
     pub hidden: u64,
-    /// Whether a residual is added.
-    pub residual: bool,
+    /// Whether a residual is added, and which ranks hold it.
+    pub residual: Residual,
     /// RMSNorm, or none: the all-reduce (and residual add) alone.
     pub norm: Option<Norm>,
     /// What the norm is quantized to.
@@ -89,6 +123,8 @@ pub enum OperationError {
     Epsilon(f32),
     /// A quantization reads the norm, and there is none.
     QuantizationWithoutNorm,
+    /// The residual is sharded, and the operation is none that this works for: why not.
+    Sharded(&'static str),
     /// `tokens * hidden` elements are more bytes than 64 bits count.
     TooLarge {
         /// Rows.
@@ -120,6 +156,7 @@ impl fmt::Display for OperationError {
             OperationError::QuantizationWithoutNorm => f.write_str(
                 "a quantization without a norm is not an operation: the norm is what is quantized",
             ),
+            OperationError::Sharded(why) => write!(f, "a sharded residual {why}"),
             OperationError::TooLarge { tokens, hidden } => {
                 write!(
                     f,
@@ -156,10 +193,41 @@ impl Operation {
         {
             return Err(OperationError::Block { hidden, block });
         }
+        if self.residual == Residual::Sharded {
+            self.validate_sharded().map_err(OperationError::Sharded)?;
+        }
         // Eight bytes an element leave room for every sum of sizes that a plan or a workspace makes for a rank.
         let too_large = OperationError::TooLarge { tokens: self.tokens, hidden };
         self.tokens.checked_mul(hidden * 8).ok_or(too_large)?;
         Ok(())
+    }
+
+    fn validate_sharded(&self) -> Result<(), &'static str> {
+        if self.norm.is_none() {
+            return Err("needs a norm: it is what all ranks get");
+        }
+        if self.mode == Mode::OneShot {
+            return Err("is added by tokens' owners, which one-shot has none of: use two-shot");
+        }
+        let sent = matches!(
+            self.quantization,
+            Quantization::None | Quantization::Fp8Static | Quantization::NvFp4 { .. }
+        );
+        if !sent {
+            return Err("goes with no quantization, static FP8 or NVFP4");
+        }
+        if self.keep_norm && self.quantization != Quantization::None {
+            return Err("leaves no unquantized norm beside the quantized one: the ranks get one of them");
+        }
+        Ok(())
+    }
+
+    /// Rows of the residual and of `residual_out` on rank `rank` of `world_size`.
+    pub const fn residual_rows(&self, rank: u32, world_size: u32) -> u64 {
+        match self.residual {
+            Residual::Sharded => owned_tokens(self.tokens, rank, world_size),
+            Residual::None | Residual::Replicated => self.tokens,
+        }
     }
 
     /// Bytes of one row of elements.

@@ -317,6 +317,9 @@ pub struct Pull {
 }
 
 /// The activations, `[total_tokens, hidden]` elements each, 16-byte aligned.
+///
+/// With a sharded residual, `residual` and `residual_out` have a row for each token of the round that this rank owns,
+/// and start with the first of them; neither is null.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Activations {

@@ -9,7 +9,7 @@ use core::fmt;
 
 use crate::{
     MAX_WORLD_SIZE,
-    fusion::{Mode, Operation, OperationError},
+    fusion::{Mode, Operation, OperationError, Residual},
     workspace::SlotRows,
 };
 
@@ -20,6 +20,8 @@ pub enum Algorithm {
     OneShot,
     /// Two hops: see [`Mode::TwoShot`].
     TwoShot,
+    /// Two hops, the second with what the owner made of the sum: see [`Residual::Sharded`].
+    ShardedTwoShot,
 }
 
 /// What the group can do: the least that any of its ranks can.
@@ -105,9 +107,11 @@ pub enum PlanError {
     Operation(OperationError),
     /// The limits are none that a group can have.
     Limits(&'static str),
-    /// One token is more than a slot holds.
+    /// The smallest round is more than a slot holds.
     Slot {
-        /// Bytes that a round of one token takes.
+        /// Tokens of that round: one, or with a sharded residual one for each rank.
+        tokens: u64,
+        /// Bytes that it takes.
         needed: u64,
         /// Bytes of a slot.
         slot_bytes: u64,
@@ -119,11 +123,13 @@ impl fmt::Display for PlanError {
         match *self {
             PlanError::Operation(error) => error.fmt(f),
             PlanError::Limits(what) => write!(f, "the group's limits are not valid: {what}"),
-            PlanError::Slot { needed, slot_bytes } => {
-                write!(
-                    f,
-                    "one token takes {needed} bytes of a workspace slot that has {slot_bytes}: use a larger workspace"
-                )
+            PlanError::Slot { tokens, needed, slot_bytes } => {
+                if tokens == 1 {
+                    f.write_str("one token takes")?;
+                } else {
+                    write!(f, "{tokens} tokens take")?;
+                }
+                write!(f, " {needed} bytes of a workspace slot that has {slot_bytes}: use a larger workspace")
             }
         }
     }
@@ -152,6 +158,7 @@ impl Plan {
         }
         let row_bytes = operation.row_bytes();
         let algorithm = match operation.mode {
+            _ if operation.residual == Residual::Sharded => Algorithm::ShardedTwoShot,
             Mode::OneShot => Algorithm::OneShot,
             Mode::TwoShot => Algorithm::TwoShot,
             Mode::Auto if operation.activation_bytes() <= limits.one_shot_bytes => Algorithm::OneShot,
@@ -216,32 +223,33 @@ fn slot_bytes_of(algorithm: Algorithm, tokens: u64, row_bytes: u64, world_size: 
     let rows = SlotRows { world_size, tokens, row_bytes };
     match algorithm {
         Algorithm::OneShot => rows.one_shot_bytes(),
-        Algorithm::TwoShot => rows.two_shot_bytes(),
+        Algorithm::TwoShot | Algorithm::ShardedTwoShot => rows.two_shot_bytes(),
     }
 }
 
-/// The most tokens, of those there are, that fit one slot; at least 1.
+/// The most tokens, of those there are, that fit one slot; at least 1. With a sharded residual, rounds that others
+/// follow have a token for each rank or several: so an operation's token is its owner's in the round, too.
 fn tokens_per_round(
     algorithm: Algorithm,
     tokens: u64,
     row_bytes: u64,
     limits: &Limits,
 ) -> Result<u64, PlanError> {
-    let fits = |tokens| {
-        slot_bytes_of(algorithm, tokens, row_bytes, limits.world_size)
-            .is_some_and(|bytes| bytes <= limits.slot_bytes)
-    };
-    if !fits(1) {
-        let needed = slot_bytes_of(algorithm, 1, row_bytes, limits.world_size).unwrap_or(u64::MAX);
-        return Err(PlanError::Slot { needed, slot_bytes: limits.slot_bytes });
+    let bytes = |tokens| slot_bytes_of(algorithm, tokens, row_bytes, limits.world_size);
+    let fits = |tokens| bytes(tokens).is_some_and(|bytes| bytes <= limits.slot_bytes);
+    let unit = if algorithm == Algorithm::ShardedTwoShot { u64::from(limits.world_size) } else { 1 };
+    let least = unit.min(tokens.max(1));
+    if !fits(least) {
+        let needed = bytes(least).unwrap_or(u64::MAX);
+        return Err(PlanError::Slot { tokens: least, needed, slot_bytes: limits.slot_bytes });
     }
     // The bytes grow with the tokens: bisect. `low` fits, `high` does not.
-    let (mut low, mut high) = (1, tokens.max(1).saturating_add(1));
+    let (mut low, mut high) = (least, tokens.max(1).saturating_add(1));
     while high - low > 1 {
         let middle = low + (high - low) / 2;
         if fits(middle) { low = middle } else { high = middle }
     }
-    Ok(low)
+    Ok(if low < tokens { low - low % unit } else { low })
 }
 
 /// A token is a block's, or a cluster's where tokens are so few that most units would idle.

@@ -8,7 +8,8 @@
 //! A slot holds one round of one operation, in one of two ways; `R` is the bytes of a row:
 //! - one-shot: `[source rank][token] -> R` bytes: what each peer sent;
 //! - two-shot: `[source rank][owned token] -> R`, the tokens this rank owns as each peer sent them, then
-//!   `[token] -> R`, every token's sum as its owner sent it.
+//!   `[token] -> R`, every token's sum as its owner sent it; with a sharded residual what the owner made of it, at the
+//!   start of `R` bytes.
 //!
 //! All sizes are `u64` and every product is checked.
 

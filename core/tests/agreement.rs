@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use fused_collective_core::{
     agreement::{CALL_WORDS, Call, Chain},
     dtype::DType,
-    fusion::{GammaType, Mode, Norm, Operation},
+    fusion::{GammaType, Mode, Norm, Operation, Residual},
     plan::Algorithm,
     quant::{Quantization, ScaleLayout},
 };
@@ -31,7 +31,8 @@ fn calls() -> impl Strategy<Value = Call> {
         gamma: if wide { GammaType::F32 } else { GammaType::Element },
     });
     let shape = (any::<u64>(), any::<u64>(), 0usize..3);
-    let flags = (any::<bool>(), any::<bool>(), any::<bool>());
+    let residual = prop_oneof![Just(Residual::None), Just(Residual::Replicated), Just(Residual::Sharded)];
+    let flags = (residual, any::<bool>(), any::<bool>());
     let operation = (shape, flags, proptest::option::of(norm), quantizations(), 0.0f32..9.0).prop_map(
         |((tokens, hidden, dtype), (residual, keep_norm, two_shot), norm, quantization, scale)| {
             let operation = Operation {
@@ -44,7 +45,11 @@ fn calls() -> impl Strategy<Value = Call> {
                 keep_norm,
                 mode: Mode::Auto,
             };
-            let algorithm = if two_shot { Algorithm::TwoShot } else { Algorithm::OneShot };
+            let algorithm = match residual {
+                Residual::Sharded => Algorithm::ShardedTwoShot,
+                _ if two_shot => Algorithm::TwoShot,
+                _ => Algorithm::OneShot,
+            };
             Call::operation(&operation, algorithm, Some(scale))
         },
     );
@@ -102,7 +107,7 @@ fn chains_of_like_calls_do_not_meet() {
             dtype: DType::Bf16,
             tokens,
             hidden: 64,
-            residual: true,
+            residual: Residual::Replicated,
             norm: Some(Norm::default()),
             quantization: Quantization::None,
             keep_norm: false,
@@ -122,7 +127,7 @@ fn a_call_names_what_ranks_can_differ_in() {
         dtype: DType::Bf16,
         tokens: 17,
         hidden: 4096,
-        residual: true,
+        residual: Residual::Replicated,
         norm: Some(Norm { weight_bias: 1.0, ..Norm::default() }),
         quantization: Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 },
         keep_norm: true,
@@ -134,7 +139,14 @@ fn a_call_names_what_ranks_can_differ_in() {
         "two-shot, 17 tokens of 4096 bfloat16, residual, norm (epsilon 1e-6, weight bias 1), nvfp4, swizzled scales, \
          scale 4.48e2, norm kept"
     );
+    let sharded = Operation { residual: Residual::Sharded, ..operation };
+    assert!(
+        named(sharded, None).starts_with("two-shot, 17 tokens of 4096 bfloat16, sharded residual, norm"),
+        "{}",
+        named(sharded, None)
+    );
     // A scale that nothing reads is no part of the call.
-    let alone = Operation { residual: false, norm: None, quantization: Quantization::None, ..operation };
+    let alone =
+        Operation { residual: Residual::None, norm: None, quantization: Quantization::None, ..operation };
     assert_eq!(named(alone, Some(448.0)), named(alone, None));
 }

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use fused_collective_core::{
     MAX_HIDDEN, MAX_WORLD_SIZE,
     dtype::DType,
-    fusion::{Mode, Norm, Operation, OperationError},
+    fusion::{Mode, Norm, Operation, OperationError, Residual},
     lamport,
     pack::Pack,
     plan::{Algorithm, Limits, Plan, PlanError, owned_index, owned_token, owned_tokens, owner},
@@ -20,7 +20,7 @@ fn operation(tokens: u64, hidden: u64, dtype: DType, mode: Mode) -> Operation {
         dtype,
         tokens,
         hidden,
-        residual: true,
+        residual: Residual::Replicated,
         norm: Some(Norm::default()),
         quantization: Quantization::None,
         keep_norm: false,
@@ -107,7 +107,8 @@ proptest! {
     ) {
         let operation = operation(tokens, blocks * 16, dtype, mode);
         match Plan::new(&operation, &limits) {
-            Err(PlanError::Slot { needed, slot_bytes }) => {
+            Err(PlanError::Slot { tokens, needed, slot_bytes }) => {
+                prop_assert_eq!(tokens, 1);
                 prop_assert!(needed > slot_bytes && slot_bytes == limits.slot_bytes);
             }
             Err(error) => prop_assert!(false, "{}", error),
@@ -118,12 +119,49 @@ proptest! {
                     prop_assert!(round.rows.tokens > 0);
                     let bytes = match plan.algorithm {
                         Algorithm::OneShot => round.rows.one_shot_bytes(),
-                        Algorithm::TwoShot => round.rows.two_shot_bytes(),
+                        _ => round.rows.two_shot_bytes(),
                     };
                     prop_assert!(bytes.is_some_and(|bytes| bytes <= limits.slot_bytes));
                     next += round.rows.tokens;
                 }
                 prop_assert_eq!(next, tokens);
+            }
+        }
+    }
+
+    #[test]
+    fn with_a_sharded_residual_a_token_is_its_owners_in_every_round(
+        tokens in 0u64..100_000,
+        blocks in 1u64..=MAX_HIDDEN / 16,
+        dtype in dtypes(),
+        limits in any_limits(),
+    ) {
+        let operation = Operation {
+            residual: Residual::Sharded,
+            ..operation(tokens, blocks * 16, dtype, Mode::Auto)
+        };
+        let least = u64::from(limits.world_size).min(tokens.max(1));
+        let smallest = SlotRows { world_size: limits.world_size, tokens: least, row_bytes: operation.row_bytes() };
+        match Plan::new(&operation, &limits) {
+            Err(error) => {
+                let needed = smallest.two_shot_bytes().unwrap();
+                let slot_bytes = limits.slot_bytes;
+                prop_assert_eq!(error, PlanError::Slot { tokens: least, needed, slot_bytes });
+                prop_assert!(needed > slot_bytes);
+            }
+            Ok(plan) => {
+                prop_assert_eq!(plan.algorithm, Algorithm::ShardedTwoShot);
+                let mut next = 0;
+                for round in plan.rounds() {
+                    prop_assert_eq!(round.first_token, next);
+                    prop_assert_eq!(owner(round.first_token, limits.world_size), 0);
+                    prop_assert!(round.rows.tokens > 0);
+                    prop_assert!(round.rows.two_shot_bytes().is_some_and(|bytes| bytes <= limits.slot_bytes));
+                    next += round.rows.tokens;
+                }
+                prop_assert_eq!(next, tokens);
+                let rows = |rank| operation.residual_rows(rank, limits.world_size);
+                prop_assert_eq!((0..limits.world_size).map(rows).sum::<u64>(), tokens);
             }
         }
     }
@@ -289,6 +327,7 @@ fn few_tokens_are_spread_over_clusters_and_many_are_not() {
 #[test]
 fn invalid_operations_are_refused_by_name() {
     let valid = operation(4, 64, DType::Bf16, Mode::Auto);
+    let sharded = Operation { residual: Residual::Sharded, ..valid };
     let nvfp4 = Quantization::NvFp4 { layout: ScaleLayout::Linear };
     let mxfp8 = Quantization::MxFp8 { layout: ScaleLayout::Linear };
     let group = |group| Quantization::Fp8PerGroup { group, layout: ScaleLayout::Linear };
@@ -306,6 +345,24 @@ fn invalid_operations_are_refused_by_name() {
         (epsilon(-1.0), OperationError::Epsilon(-1.0)),
         (epsilon(f32::INFINITY), OperationError::Epsilon(f32::INFINITY)),
         (Operation { norm: None, quantization: nvfp4, ..valid }, OperationError::QuantizationWithoutNorm),
+        (
+            Operation { norm: None, ..sharded },
+            OperationError::Sharded("needs a norm: it is what all ranks get"),
+        ),
+        (
+            Operation { mode: Mode::OneShot, ..sharded },
+            OperationError::Sharded("is added by tokens' owners, which one-shot has none of: use two-shot"),
+        ),
+        (
+            Operation { quantization: Quantization::Fp8PerToken, ..sharded },
+            OperationError::Sharded("goes with no quantization, static FP8 or NVFP4"),
+        ),
+        (
+            Operation { quantization: nvfp4, keep_norm: true, ..sharded },
+            OperationError::Sharded(
+                "leaves no unquantized norm beside the quantized one: the ranks get one of them",
+            ),
+        ),
     ];
     for (operation, error) in cases {
         assert_eq!(operation.validate(), Err(error));

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::{DType, Element, bf16},
-    fusion::{Mode, Norm, Operation},
+    fusion::{Mode, Norm, Operation, Residual},
     norm::{self, Gamma},
     quant::{Quantization, ScaleLayout, e4m3},
     reference::{Mismatch, Observed, Output, Rounding, Token, check_token, compute_token},
@@ -38,7 +38,7 @@ impl<E: Element> Fixture<E> {
             dtype: E::DTYPE,
             tokens: 1,
             hidden: HIDDEN as u64,
-            residual: true,
+            residual: Residual::Replicated,
             norm: Some(Norm::default()),
             quantization,
             keep_norm: false,
@@ -113,8 +113,11 @@ fn the_reference_passes_its_own_check_within_half_a_unit() {
 #[test]
 fn the_reference_is_the_arithmetic_of_the_definition() {
     // sum = 3, 6, ...; mean square of (3, 4) repeated is 12.5.
-    let operation =
-        Operation { hidden: 16, residual: false, ..Fixture::<f32>::new(Quantization::None).operation };
+    let operation = Operation {
+        hidden: 16,
+        residual: Residual::None,
+        ..Fixture::<f32>::new(Quantization::None).operation
+    };
     let input: Vec<f32> = (0..16).map(|i| if i % 2 == 0 { 1.0 } else { 1.5 }).collect();
     let other: Vec<f32> = (0..16).map(|i| if i % 2 == 0 { 2.0 } else { 2.5 }).collect();
     let gamma = [2.0f32; 16];
@@ -250,7 +253,7 @@ fn the_portable_norm_stays_within_the_allowance() {
         let operation = Operation {
             dtype: DType::F32,
             hidden: hidden as u64,
-            residual: false,
+            residual: Residual::None,
             ..Fixture::<f32>::new(Quantization::None).operation
         };
         let zeros = vec![0.0f32; hidden];

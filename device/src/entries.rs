@@ -14,6 +14,7 @@
 /// | entry point | parameter |
 /// | --- | --- |
 /// | `{one_shot,two_shot}_{none,norm,fp8,nvfp4}_{packs}` | [`Fused`](crate::params::Fused) of the epilogue |
+/// | `sharded_{norm,fp8,nvfp4}_{packs}` | the same |
 /// | `local_{none,norm,fp8,nvfp4,norm_fp8,norm_nvfp4}_{packs}` | [`Local`](crate::params::Local) of the epilogue |
 /// | `eager_{to_f32,add,round,square,mean_rsqrt,scale_rows,mul_weight,mul_inverse,clamp,to_fp8}` | [`Step`](crate::params::Step) |
 /// | `fill` | [`Fill`](crate::params::Fill) |
@@ -33,7 +34,7 @@
 /// | `norm_fp8` | | `RmsNorm<Fp8Static>` |
 /// | `norm_nvfp4` | | `RmsNorm<NvFp4>` |
 ///
-/// The residual is in the parameters: one that is null is never read.
+/// The residual is in the parameters: one that is null is never read. `sharded` is two-shot with a sharded one.
 ///
 /// # Registers
 /// A multiprocessor has 65,536 registers: 64 for each of 1,024 threads, 128 for each of 512. Entry points need up to
@@ -47,6 +48,9 @@ macro_rules! entries {
     (collectives, $element:ident, $ranks:literal) => {
         $crate::entries!(@collective one_shot, "one_shot", $element, $ranks);
         $crate::entries!(@collective two_shot, "two_shot", $element, $ranks);
+        $crate::entries!(@epilogue sharded, "sharded_norm", $element, $ranks, RmsNorm<Unquantized>);
+        $crate::entries!(@epilogue sharded, "sharded_fp8", $element, $ranks, RmsNorm<Fp8Static>);
+        $crate::entries!(@epilogue sharded, "sharded_nvfp4", $element, $ranks, RmsNorm<NvFp4>);
     };
     (local, $element:ident) => {
         $crate::entries!(@local "none", $element, Plain<Unquantized>);

@@ -9,7 +9,7 @@
 //! | --- | --- |
 //! | [`params`] | what a kernel is launched with, and the launch rules |
 //! | [`simt`] | the GPU's words: indices, barriers, shuffles, memory order, dependent launch |
-//! | [`collective`] | one-shot and two-shot, bounded waits, memory order |
+//! | [`collective`] | one-shot and two-shot, with a sharded residual too, bounded waits, memory order |
 //! | [`epilogue`] | the epilogue trait, norm, FP8, NVFP4 |
 //! | [`baseline`] | the unfused kernels that the fused ones are measured against |
 //! | [`entries!`] | the table of kernel entry points, and their names |

@@ -7,7 +7,7 @@
 use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
-    epilogue::{Epilogue, Place},
+    epilogue::{Epilogue, Gathered, Place},
     params::{Activations, Address, MAX_BLOCK_THREADS, MAX_CLUSTER, Shape},
     simt::{self, SHARED_FLOATS, Shared, WARP},
 };
@@ -146,6 +146,20 @@ impl<const P: usize, const RESIDENT: bool> Share<P, RESIDENT> {
     }
 }
 
+impl<const P: usize, const RESIDENT: bool> Share<P, RESIDENT> {
+    /// Calls `each` for this thread's packs of chunk `chunk` as [`for_each`](Self::for_each), and for what is past the
+    /// row's end: all lanes of a warp call it together.
+    #[inline(always)]
+    pub fn for_lanes(&self, chunk: u32, mut each: impl FnMut(usize, u32)) {
+        const { assert!(P == 1 || P == 2) };
+        let mut each = |p| each(p, self.thread + (chunk * P as u32 + p as u32) * self.threads);
+        each(0);
+        if P > 1 {
+            each(1);
+        }
+    }
+}
+
 /// An epilogue with what it keeps in registers.
 #[derive(Clone, Copy, Debug)]
 pub struct Prepared<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> {
@@ -221,6 +235,67 @@ impl<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> Prepa
                 }
                 // SAFETY: as this function's.
                 unsafe { self.finish(place(pack), row[p], row_value) };
+            });
+        });
+    }
+
+    /// Completes a token of this rank's as [`complete`](Self::complete), but gives what the epilogue makes of each pack
+    /// to `send`, with the pack: what it became and, for the first of [`SCALE_PACKS`](Gathered::SCALE_PACKS), scales.
+    /// The row of `residual_out` is `owned`, the token's row among this rank's. `context` is what both closures work on.
+    ///
+    /// # Safety
+    /// As [`complete`](Self::complete).
+    #[inline(always)]
+    #[expect(clippy::too_many_arguments, reason = "a struct of them would have to be taken apart again")]
+    pub unsafe fn make<C>(
+        &self,
+        team: &mut Team,
+        shape: &Shape,
+        activations: &Activations,
+        owned: u32,
+        context: &mut C,
+        sum: impl Fn(&mut C, u32, &mut [Pack; P]),
+        send: impl Fn(&mut C, u32, Pack, u32),
+    ) where
+        X: Gathered<E>,
+    {
+        let place = |pack| Place { token: owned as u64, pack, row_packs: shape.row_packs };
+        let mut row = [Pack::default(); P];
+        let mut addends = 0.0;
+        self.share.for_chunks(|chunk| {
+            sum(context, chunk, &mut row);
+            self.share.for_each(chunk, |p, pack| {
+                // SAFETY: inside the tensor; the pack is this thread's alone.
+                unsafe { simt::store(place(pack).of(activations.residual_out), row[p]) };
+                if X::ROW_SUM {
+                    addends += self.epilogue.addend(row[p]);
+                }
+            });
+        });
+        let row_value = if X::ROW_SUM { self.epilogue.row_value(team.sum(addends)) } else { 0.0 };
+        self.share.for_chunks(|chunk| {
+            self.share.for_lanes(chunk, |p, pack| {
+                let inside = pack < shape.row_packs;
+                if !RESIDENT {
+                    row[p] = Pack::default();
+                    if inside {
+                        // SAFETY: this thread wrote the pack above.
+                        row[p] = unsafe { simt::load(place(pack).of(activations.residual_out)) };
+                    }
+                }
+                let mut weights = self.weights;
+                if !Self::HOLDS_WEIGHTS {
+                    weights = X::Weights::default();
+                    if inside {
+                        // SAFETY: as this function's.
+                        weights = unsafe { self.epilogue.weights(pack) };
+                    }
+                }
+                let (words, scales) =
+                    self.epilogue.make(place(pack), row[p], row_value, weights, self.constants);
+                if inside {
+                    send(context, pack, words, scales);
+                }
             });
         });
     }

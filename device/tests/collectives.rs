@@ -11,7 +11,7 @@ use std::{
 
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
-    fusion::Operation,
+    fusion::{Norm, Operation},
     quant::{Quantization, ScaleLayout},
     reference::Special,
 };
@@ -41,6 +41,14 @@ fn every_fusion<E: Element>(seed: u64) {
                 let teams = 1 + random.below(tokens) as u32;
                 let launch = geometry(&case.operation, Rows::P1, 1, teams);
                 run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);
+            }
+        }
+        if what != What::Sum {
+            for tokens in [1, 2, 7] {
+                let hidden = 16 * (1 + random.below(12));
+                let case = Case::<E>::new(&mut random, world.size, tokens, hidden, true, what).sharded();
+                let launch = geometry(&case.operation, Rows::P1, 1, 1 + random.below(tokens) as u32);
+                run_case(&mut random, &world, &case, Kernel::Sharded, Rows::P1, |_| launch);
             }
         }
     }
@@ -74,6 +82,9 @@ fn groups_of_two_to_eight_ranks_work() {
                 run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);
             }
         }
+        let case = Case::<bf16>::new(&mut random, size, u64::from(size) + 1, 48, true, What::Fp8).sharded();
+        let launch = geometry(&case.operation, Rows::P1, 1, 2);
+        run_case(&mut random, &world, &case, Kernel::Sharded, Rows::P1, |_| launch);
         world.assert_clean();
     }
 }
@@ -88,6 +99,9 @@ fn blocks_of_a_cluster_share_a_row() {
             let launch = geometry(&case.operation, Rows::P1, cluster, 2);
             run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);
         }
+        let case = Case::<bf16>::new(&mut random, 2, 4, 2880, true, EVERYTHING[4]).sharded();
+        let launch = geometry(&case.operation, Rows::P1, cluster, 2);
+        run_case(&mut random, &world, &case, Kernel::Sharded, Rows::P1, |_| launch);
     }
     world.assert_clean();
 }
@@ -104,6 +118,11 @@ fn rows_longer_than_the_registers_are_streamed() {
                 run_case(&mut random, &world, &case, kernel, rows, |_| launch);
             }
         }
+        for what in EVERYTHING.into_iter().filter(|what| *what != What::Sum) {
+            let case = Case::<bf16>::new(&mut random, 2, 3, 1456, true, what).sharded();
+            let launch = geometry(&case.operation, rows, 1, 2);
+            run_case(&mut random, &world, &case, Kernel::Sharded, rows, |_| launch);
+        }
     }
     world.assert_clean();
 }
@@ -117,6 +136,64 @@ fn both_modes_give_the_same_residual() {
     let [one_shot, two_shot] =
         KERNELS.map(|kernel| run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch));
     assert!(one_shot == two_shot);
+}
+
+/// With a sharded residual an owner has the row of the sum that both modes give, and all ranks have the same norm and
+/// codes as theirs but for the signs of zeros.
+#[test]
+fn a_sharded_residual_gives_what_a_replicated_one_does() {
+    let mut random = Random(12);
+    let world = World::new(3, 1 << 16);
+    for what in EVERYTHING.into_iter().filter(|what| *what != What::Sum) {
+        let mut case = Case::<bf16>::new(&mut random, 3, 7, 80, true, what);
+        case.operation.keep_norm = false;
+        let launch = geometry(&case.operation, Rows::P1, 1, 3);
+        let [sum, norm, values, scales] =
+            run_case(&mut random, &world, &case, Kernel::TwoShot, Rows::P1, |_| launch);
+        let case = case.sharded();
+        let [held, sharded_norm, sharded_values, sharded_scales] =
+            run_case(&mut random, &world, &case, Kernel::Sharded, Rows::P1, |_| launch);
+        let of_rank_0: Vec<u8> = sum.chunks(160).step_by(3).flatten().copied().collect();
+        assert!(held == of_rank_0, "{what:?}");
+        // The sign of a zero: -0 is the one code whose other bits are all 0.
+        let unsigned = |bytes: Vec<u8>| -> Vec<u8> {
+            let nibble = |code: u8| if code == 8 { 0 } else { code };
+            let code = |code: u8| match what {
+                What::NvFp4(_) => nibble(code & 0xf) | nibble(code >> 4) << 4,
+                _ if code == 0x80 => 0,
+                _ => code,
+            };
+            bytes.into_iter().map(code).collect()
+        };
+        assert!(unsigned(values) == unsigned(sharded_values), "{what:?}");
+        assert!(scales == sharded_scales, "{what:?}");
+        let halves = |bytes: &[u8]| -> Vec<u16> {
+            let halves = bytes.as_chunks::<2>().0.iter().map(|half| u16::from_le_bytes(*half));
+            halves.map(|half| if half == 0x8000 { 0 } else { half }).collect()
+        };
+        assert!(halves(&norm) == halves(&sharded_norm), "{what:?}");
+    }
+    world.assert_clean();
+}
+
+/// Rows of zeros become words of norms and codes that would all be the sentinel, if they were sent as they are.
+#[test]
+fn results_that_are_the_sentinel_arrive() {
+    let mut random = Random(13);
+    let world = World::new(3, 1 << 16);
+    let whats = [What::Norm, What::Fp8, What::NvFp4(ScaleLayout::Linear)];
+    for (what, elements_of_a_word) in whats.into_iter().zip([2, 4, 8]) {
+        let mut case = Case::<bf16>::new(&mut random, 3, 4, 96, true, what).sharded();
+        case.inputs.iter_mut().chain(&mut case.residual).for_each(|tensor| tensor.fill(bf16::ZERO));
+        case.operation.norm = Some(Norm::default());
+        for (index, gamma) in case.gamma.iter_mut().enumerate() {
+            let is_last = index % elements_of_a_word == elements_of_a_word - 1;
+            *gamma = if is_last { bf16::NEG_ONE } else { bf16::ONE };
+        }
+        let launch = geometry(&case.operation, Rows::P1, 1, 2);
+        run_case(&mut random, &world, &case, Kernel::Sharded, Rows::P1, |_| launch);
+    }
+    world.assert_clean();
 }
 
 #[test]
@@ -232,13 +309,14 @@ fn a_dependent_kernel_reads_finished_outputs() {
             stream.run();
         });
         sequence.iter().for_each(|member| member.check());
-        let expected: Vec<[Buffer; 4]> =
-            sequence.iter().map(|member| member.outputs().map(|bytes| Buffer::of(&bytes))).collect();
+        let expected: [Vec<[Buffer; 4]>; 2] = [0, 1].map(|rank| {
+            sequence.iter().map(|member| member.outputs(rank).map(|bytes| Buffer::of(&bytes))).collect()
+        });
         let found: [Buffer; 2] = array::from_fn(|_| Buffer::of(&[0u32; 4]));
         world.run(|rank| {
             let mut stream = Stream::with_delays(seed << 8 | u64::from(rank));
             for _ in 0..2 {
-                for (member, expected) in sequence.iter().zip(&expected) {
+                for (member, expected) in sequence.iter().zip(&expected[rank as usize]) {
                     member.enqueue(&world, rank, &mut stream);
                     member.enqueue_audit(rank, expected, &found[rank as usize], &mut stream);
                 }

@@ -311,7 +311,7 @@ mod tests {
 
     use fused_collective_core::{
         dtype::DType,
-        fusion::{Mode, Norm, Operation},
+        fusion::{Mode, Norm, Operation, Residual},
         plan::Algorithm,
         quant::Quantization,
     };
@@ -333,7 +333,7 @@ mod tests {
             dtype: DType::F32,
             tokens,
             hidden: 64,
-            residual: false,
+            residual: Residual::None,
             norm: Some(Norm::default()),
             quantization: Quantization::None,
             keep_norm: false,

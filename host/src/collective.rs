@@ -10,7 +10,7 @@ use std::{
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{Mode, Norm, Operation},
+    fusion::{Mode, Norm, Operation, Residual},
     quant::Quantization,
 };
 
@@ -27,6 +27,8 @@ pub struct Problem {
     pub hidden: u64,
     /// Whether a residual is added.
     pub residual: bool,
+    /// Whether there is a sharded one as well, with the same rows, for [`Step::FusedSharded`].
+    pub sharded: bool,
     /// RMSNorm's parameters.
     pub norm: Norm,
     /// What the norm is quantized to.
@@ -42,7 +44,7 @@ impl Problem {
             dtype: self.dtype,
             tokens: self.tokens,
             hidden: self.hidden,
-            residual: self.residual,
+            residual: Residual::replicated(self.residual),
             norm: Some(self.norm),
             quantization: self.quantization,
             keep_norm: false,
@@ -50,9 +52,19 @@ impl Problem {
         }
     }
 
+    /// The fused operation that solves it with the residual sharded.
+    pub fn sharded_operation(&self) -> Operation {
+        Operation { residual: Residual::Sharded, ..self.operation(Mode::TwoShot) }
+    }
+
     /// The all-reduce alone.
     pub fn all_reduce(&self, mode: Mode) -> Operation {
-        Operation { residual: false, norm: None, quantization: Quantization::None, ..self.operation(mode) }
+        Operation {
+            residual: Residual::None,
+            norm: None,
+            quantization: Quantization::None,
+            ..self.operation(mode)
+        }
     }
 
     /// Bytes of one row of elements.
@@ -72,6 +84,9 @@ impl Problem {
         let quantized = self.quantization != Quantization::None;
         match tensor {
             Tensor::Input | Tensor::Residual | Tensor::ResidualOut | Tensor::NormOut => activation,
+            // Rows of every rank: which of them are one's own depends on the rank.
+            Tensor::ResidualShard | Tensor::ResidualShardOut if self.sharded => activation,
+            Tensor::ResidualShard | Tensor::ResidualShardOut => Some(0),
             Tensor::Reduced if self.residual => activation,
             Tensor::Reduced => Some(0),
             Tensor::Gamma => Some(self.hidden * self.dtype.bytes()),
@@ -130,12 +145,16 @@ pub enum Tensor {
     /// The residual, the same on every rank. It is there in a problem without a residual too, full of NaN, so that
     /// whoever reads it all the same is found out.
     Residual,
+    /// This rank's rows of a sharded residual, and room for the others'.
+    ResidualShard,
     /// RMSNorm's weight, `[hidden]`.
     Gamma,
     /// The all-reduced input of the separate operations, where a residual is still to be added.
     Reduced,
     /// The sum, plus the residual.
     ResidualOut,
+    /// This rank's rows of it, and room for the others', where the residual is sharded.
+    ResidualShardOut,
     /// The norm, if it is not quantized on the way.
     NormOut,
     /// The quantized norm.
@@ -152,12 +171,14 @@ pub enum Tensor {
 
 impl Tensor {
     /// Every role.
-    pub const ALL: [Tensor; 11] = [
+    pub const ALL: [Tensor; 13] = [
         Tensor::Input,
         Tensor::Residual,
+        Tensor::ResidualShard,
         Tensor::Gamma,
         Tensor::Reduced,
         Tensor::ResidualOut,
+        Tensor::ResidualShardOut,
         Tensor::NormOut,
         Tensor::QuantOut,
         Tensor::ScaleOut,
@@ -167,8 +188,8 @@ impl Tensor {
     ];
 
     /// The roles that hold results.
-    pub const OUTPUTS: [Tensor; 4] =
-        [Tensor::ResidualOut, Tensor::NormOut, Tensor::QuantOut, Tensor::ScaleOut];
+    pub const OUTPUTS: [Tensor; 5] =
+        [Tensor::ResidualOut, Tensor::ResidualShardOut, Tensor::NormOut, Tensor::QuantOut, Tensor::ScaleOut];
 }
 
 /// One operation that a framework would launch. *Sum* is `Reduced`, or `ResidualOut` if there is no residual.
@@ -176,6 +197,8 @@ impl Tensor {
 pub enum Step {
     /// Everything: `Input`, `Residual`, `Gamma` to `ResidualOut` and `NormOut` or `QuantOut` and `ScaleOut`.
     Fused(Mode),
+    /// The same with a sharded residual: `ResidualShard` and `ResidualShardOut` in place of `Residual` and `ResidualOut`.
+    FusedSharded,
     /// `Input` to sum, by this project's own all-reduce.
     AllReduce(Mode),
     /// `Input` to sum, by NCCL's.

@@ -230,6 +230,7 @@ pub fn problem() -> Problem {
         tokens: 64,
         hidden: 1024,
         residual: true,
+        sharded: false,
         norm: Norm::default(),
         quantization: QuantMode::Fp8.quantization(),
         scale: QuantMode::Fp8.scale(),
@@ -283,7 +284,7 @@ pub fn play<F>(
         Ok(backend) => backend,
         Err(error) => return say(line(OUTCOME, Err(error))),
     };
-    let worked = part.work(&mut *backend, rank);
+    let worked = part.work(&mut *backend, &group);
     if !case.fault.is_survived() {
         let left = worked.and_then(|()| {
             part.between(Phase::End, None);
@@ -315,8 +316,8 @@ fn line(what: &str, result: Result<(), Error>) -> String {
 fn check_again(script: &impl Script, group: &Group) -> Result<(), Error> {
     let (mut backend, problem) = (script.join(group)?, problem());
     backend.prepare(&problem)?;
-    write_inputs(&mut *backend, &problem, Numbers::random(1), group.rank())?;
-    for variant in variants(QuantMode::Fp8, problem.residual, true, &[]) {
+    write_inputs(&mut *backend, &problem, Numbers::random(1), group)?;
+    for variant in variants(QuantMode::Fp8, problem.residual, problem.sharded, true, &[]) {
         if let Err(why) = verify(&mut *backend, group, &problem, &variant, Numbers::random(1))? {
             return Err(Error::Failed(why));
         }
@@ -330,12 +331,12 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
-    fn work(&self, backend: &mut dyn Collective, rank: u32) -> Result<(), Error> {
+    fn work(&self, backend: &mut dyn Collective, group: &Group) -> Result<(), Error> {
         self.between(Phase::Ready, Some(backend));
         for (slot, problem) in [(1, other_problem()), (0, problem())] {
             backend.select(slot)?;
             backend.prepare(&problem)?;
-            write_inputs(backend, &problem, Numbers::random(0), rank)?;
+            write_inputs(backend, &problem, Numbers::random(0), group)?;
         }
         self.amid(Phase::Operations, backend, |backend, steps| backend.run(steps))?;
         self.amid(Phase::Replays, backend, |backend, steps| backend.time(steps, 10).map(drop))

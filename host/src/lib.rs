@@ -11,7 +11,7 @@
 //! use fused_collective::cpu::{self, Communicator, Inputs, Outputs, Watch};
 //! use fused_collective_core::{
 //!     dtype::{DType, bf16},
-//!     fusion::{Mode, Norm, Operation},
+//!     fusion::{Mode, Norm, Operation, Residual},
 //!     norm::Gamma,
 //!     quant::Quantization,
 //! };
@@ -21,7 +21,7 @@
 //!     dtype: DType::Bf16,
 //!     tokens: 4,
 //!     hidden: 64,
-//!     residual: true,
+//!     residual: Residual::Replicated,
 //!     norm: Some(Norm::default()),
 //!     quantization: Quantization::Fp8Static,
 //!     keep_norm: false,

@@ -8,7 +8,7 @@ use std::{fmt, ops::Not, path::PathBuf, str::FromStr, time::Duration};
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{Mode, Norm, Operation},
+    fusion::{Mode, Norm, Operation, Residual},
     quant::{Quantization, ScaleLayout},
 };
 use serde::{Deserialize, Serialize};
@@ -243,6 +243,9 @@ pub struct Settings {
     pub quant_modes: Vec<QuantMode>,
     /// Whether a residual is added.
     pub use_residual: bool,
+    /// Whether fused variants with a sharded residual are measured as well.
+    #[serde(default, skip_serializing_if = "Not::not")]
+    pub sharded_residual: bool,
     /// Whether one-shot variants are measured.
     pub oneshot: bool,
     /// Trials before those that count.
@@ -290,6 +293,7 @@ impl Default for Settings {
             dtypes: vec![DType::Bf16],
             quant_modes: QuantMode::ALL.to_vec(),
             use_residual: true,
+            sharded_residual: false,
             oneshot: true,
             warmup: 5,
             trials: 20,
@@ -336,7 +340,7 @@ impl Settings {
             dtype: case.dtype,
             tokens: case.num_tokens,
             hidden: self.hidden_dim,
-            residual: self.use_residual,
+            residual: Residual::replicated(self.use_residual),
             norm: Some(Norm::default()),
             quantization: case.quant_mode.quantization(),
             keep_norm: false,

@@ -5,8 +5,9 @@ use std::{os::fd::AsFd, thread, time::Duration};
 use fused_collective::cpu::{self, Communicator, Error, Inputs, Outputs, Plain, Watch};
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
-    fusion::{GammaType, Mode, Norm, Operation},
+    fusion::{GammaType, Mode, Norm, Operation, Residual},
     norm::Gamma,
+    plan::owner,
     quant::{Quantization, ScaleLayout},
     reference::{Observed, Rounding, Token, check_token},
 };
@@ -85,19 +86,37 @@ impl<E: Plain> Case<E> {
 
     /// Runs the operation on one rank, outputs poisoned before.
     fn run(&self, communicator: &mut Communicator, mode: Mode) -> Result<Results<E>, Error> {
-        let operation = Operation { mode, ..self.operation };
+        self.run_operation(communicator, &Operation { mode, ..self.operation })
+    }
+
+    /// The rows of `tensor` that lie with a rank whose residual is as the operation says.
+    fn residual_rows(&self, operation: &Operation, rank: u32, tensor: &[E]) -> Vec<E> {
+        let (hidden, world_size) = (operation.hidden as usize, self.inputs.len() as u32);
+        let is_held =
+            |token: u64| operation.residual != Residual::Sharded || owner(token, world_size) == rank;
+        let rows = (0..operation.tokens).zip(tensor.chunks(hidden)).filter(|(token, _)| is_held(*token));
+        rows.flat_map(|(_, row)| row.to_vec()).collect()
+    }
+
+    /// Runs the operation, or one on the same inputs.
+    fn run_operation(
+        &self,
+        communicator: &mut Communicator,
+        operation: &Operation,
+    ) -> Result<Results<E>, Error> {
         let (quantization, tokens, hidden) = (operation.quantization, operation.tokens, operation.hidden);
         let poison = E::from_f32(f32::NAN);
         let elements = (tokens * hidden) as usize;
+        let residual = self.residual_rows(operation, communicator.rank(), &self.residual);
         let mut results = Results {
-            residual_out: vec![poison; elements],
+            residual_out: vec![poison; residual.len()],
             norm_out: vec![poison; if operation.writes_norm() { elements } else { 0 }],
             quant_out: vec![0xaa; (tokens * quantization.value_bytes_per_row(hidden)) as usize],
             scale_out: vec![0xaa; quantization.scale_bytes(tokens, hidden).unwrap() as usize],
         };
         let inputs = Inputs {
             input: &self.inputs[communicator.rank() as usize][..],
-            residual: operation.residual.then_some(&self.residual[..]),
+            residual: operation.residual.is_some().then_some(&residual[..]),
             gamma: self.gamma(),
             scale: self.scale,
         };
@@ -107,7 +126,7 @@ impl<E: Plain> Case<E> {
             quant_out: &mut results.quant_out,
             scale_out: &mut results.scale_out,
         };
-        communicator.all_reduce(&operation, inputs, outputs)?;
+        communicator.all_reduce(operation, inputs, outputs)?;
         Ok(results)
     }
 
@@ -119,7 +138,7 @@ impl<E: Plain> Case<E> {
             let rows: Vec<&[E]> = self.inputs.iter().map(|input| &input[row.clone()]).collect();
             let token = Token {
                 inputs: &rows,
-                residual: self.operation.residual.then_some(&self.residual[row.clone()]),
+                residual: self.operation.residual.is_some().then_some(&self.residual[row.clone()]),
                 gamma: self.gamma(),
                 scale: self.scale,
                 index,
@@ -154,6 +173,46 @@ fn check<E: Plain>(operation: Operation, world_size: u32, seed: u64) {
     }
 }
 
+/// An operation with a sharded residual, between others: what it leaves of a token on the owner, and on all ranks, is
+/// what the replicated one leaves, but for the signs of zeros; and all ranks get the same bits.
+fn check_sharded<E: Plain>(operation: Operation, world_size: u32, seed: u64) {
+    check_sharded_case(Case::<E>::new(operation, world_size, seed));
+}
+
+fn check_sharded_case<E: Plain>(case: Case<E>) {
+    let (operation, world_size) =
+        (Operation { residual: Residual::Sharded, ..case.operation }, case.inputs.len() as u32);
+    let results = group(world_size, operation.row_bytes(), PATIENT, |mut communicator| {
+        let replicated = case.run(&mut communicator, Mode::OneShot).unwrap();
+        let sharded = [Mode::Auto, Mode::TwoShot]
+            .map(|mode| case.run_operation(&mut communicator, &Operation { mode, ..operation }).unwrap());
+        assert!(bytes_equal(&case.run(&mut communicator, Mode::TwoShot).unwrap(), &replicated));
+        assert!(bytes_equal(&sharded[0], &sharded[1]), "a repeated run gave other bits");
+        (replicated, sharded[0].clone())
+    });
+    let positive = |code: u8, sign: u8| if code == sign { 0 } else { code };
+    let codes = |codes: &[u8]| -> Vec<u8> {
+        let code = |&code: &u8| match operation.quantization {
+            Quantization::NvFp4 { .. } => positive(code & 0xf, 8) | positive(code >> 4, 8) << 4,
+            _ => positive(code, 0x80),
+        };
+        codes.iter().map(code).collect()
+    };
+    for (rank, (replicated, sharded)) in (0..).zip(&results) {
+        let rows = case.residual_rows(&operation, rank, &replicated.residual_out);
+        assert!(bytemuck::cast_slice::<E, u8>(&rows) == bytemuck::cast_slice::<E, u8>(&sharded.residual_out));
+        let same_norm =
+            replicated.norm_out.iter().zip(&sharded.norm_out).all(|(a, b)| a.to_f32() == b.to_f32());
+        assert!(same_norm && replicated.norm_out.len() == sharded.norm_out.len(), "rank {rank}");
+        assert!(codes(&replicated.quant_out) == codes(&sharded.quant_out), "rank {rank}");
+        assert!(replicated.scale_out == sharded.scale_out, "rank {rank}");
+        let same_everywhere = Results { residual_out: results[0].1.residual_out.clone(), ..sharded.clone() };
+        assert!(bytes_equal(&same_everywhere, &results[0].1), "rank {rank} differs from rank 0");
+    }
+    // Held to the reference as well, with every token's row of the sum from its owner.
+    case.check(&Results { residual_out: results[0].0.residual_out.clone(), ..results[0].1.clone() });
+}
+
 fn bytes_equal<E: Plain>(a: &Results<E>, b: &Results<E>) -> bool {
     bytemuck::cast_slice::<E, u8>(&a.residual_out) == bytemuck::cast_slice::<E, u8>(&b.residual_out)
         && bytemuck::cast_slice::<E, u8>(&a.norm_out) == bytemuck::cast_slice::<E, u8>(&b.norm_out)
@@ -165,7 +224,7 @@ fn operation<E: Plain>(tokens: u64, hidden: u64) -> Operation {
         dtype: E::DTYPE,
         tokens,
         hidden,
-        residual: true,
+        residual: Residual::Replicated,
         norm: Some(Norm::default()),
         quantization: Quantization::None,
         keep_norm: false,
@@ -199,6 +258,7 @@ fn operations() -> impl Strategy<Value = Operation> {
         |((tokens, blocks, residual), norm, quantization, keep_norm)| {
             let quantization = if norm.is_some() { quantization } else { Quantization::None };
             let hidden = blocks * quantization.block().unwrap_or(16);
+            let residual = Residual::replicated(residual);
             Operation { residual, norm, quantization, keep_norm, ..operation::<f32>(tokens, hidden) }
         },
     )
@@ -220,6 +280,84 @@ proptest! {
             _ => check::<bf16>(Operation { dtype: bf16::DTYPE, ..operation }, world_size, seed),
         }
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn any_operation_with_a_sharded_residual_gives_what_the_replicated_one_does(
+        tokens in 0u64..12,
+        blocks in 1u64..20,
+        (quantization, layout) in (0usize..3, prop_oneof![Just(ScaleLayout::Linear), Just(ScaleLayout::Swizzled128x4)]),
+        dtype in 0..3,
+        world_size in 1u32..=6,
+        seed: u64,
+    ) {
+        let quantization =
+            [Quantization::None, Quantization::Fp8Static, Quantization::NvFp4 { layout }][quantization];
+        let operation = |dtype| Operation { dtype, quantization, ..operation::<f32>(tokens, blocks * 16) };
+        match dtype {
+            0 => check_sharded::<f32>(operation(f32::DTYPE), world_size, seed),
+            1 => check_sharded::<f16>(operation(f16::DTYPE), world_size, seed),
+            _ => check_sharded::<bf16>(operation(bf16::DTYPE), world_size, seed),
+        }
+    }
+}
+
+#[test]
+fn a_sharded_residual_goes_through_rounds_and_the_largest_rows() {
+    let nvfp4 = Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 };
+    check_sharded::<bf16>(Operation { quantization: nvfp4, ..operation::<bf16>(300, 2880) }, 3, 3);
+    check_sharded::<bf16>(
+        Operation { quantization: Quantization::Fp8Static, ..operation::<bf16>(37, 48) },
+        16,
+        4,
+    );
+    check_sharded::<f32>(operation::<f32>(5, 65_536), 2, 2);
+}
+
+/// Rows of zeros become words of norms and codes that would all be the sentinel, if they were sent as they are.
+#[test]
+fn results_that_are_the_sentinel_arrive() {
+    let nvfp4 = Quantization::NvFp4 { layout: ScaleLayout::Linear };
+    for (quantization, elements_of_a_word) in
+        [(Quantization::None, 2), (Quantization::Fp8Static, 4), (nvfp4, 8)]
+    {
+        let operation = Operation { quantization, ..operation::<bf16>(4, 96) };
+        let mut case = Case::<bf16>::new(operation, 3, 1);
+        case.inputs.iter_mut().chain([&mut case.residual]).for_each(|tensor| tensor.fill(bf16::ZERO));
+        for (index, gamma) in case.gamma.iter_mut().enumerate() {
+            let is_last = index % elements_of_a_word == elements_of_a_word - 1;
+            *gamma = if is_last { bf16::NEG_ONE } else { bf16::ONE };
+        }
+        check_sharded_case(case);
+    }
+}
+
+#[test]
+fn a_whole_residual_is_refused_where_a_share_is_due() {
+    let case = Case::<bf16>::new(operation::<bf16>(5, 64), 2, 6);
+    let sharded = Operation { residual: Residual::Sharded, ..case.operation };
+    group(2, 128, PATIENT, |mut communicator| {
+        let inputs = Inputs {
+            input: &case.inputs[0][..],
+            residual: Some(&case.residual[..]),
+            gamma: case.gamma(),
+            scale: 1.0,
+        };
+        let (mut out, mut norm_out) = (vec![bf16::ZERO; 3 * 64], vec![bf16::ZERO; 5 * 64]);
+        let outputs = Outputs {
+            residual_out: &mut out,
+            norm_out: &mut norm_out,
+            quant_out: &mut [],
+            scale_out: &mut [],
+        };
+        let error = communicator.all_reduce(&sharded, inputs, outputs).unwrap_err();
+        let rows = if communicator.rank() == 0 { 192 } else { 128 };
+        assert_eq!(error.to_string(), format!("residual has length 320, the operation needs {rows}"));
+        case.check(&case.run(&mut communicator, Mode::TwoShot).unwrap());
+    });
 }
 
 #[test]

@@ -14,7 +14,7 @@ use fused_collective::{
 };
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
-    fusion::{GammaType, Mode, Norm, Operation},
+    fusion::{GammaType, Mode, Norm, Operation, Residual},
     norm::Gamma,
     quant::{Quantization, ScaleLayout},
 };
@@ -45,7 +45,7 @@ fn operation() -> Operation {
         dtype: DType::Bf16,
         tokens: 8,
         hidden: 128,
-        residual: true,
+        residual: Residual::Replicated,
         norm: Some(Norm::default()),
         quantization: Quantization::Fp8Static,
         keep_norm: false,
@@ -77,7 +77,7 @@ fn run_typed<E: Plain>(
     let mut scale_out = vec![0; quantization.scale_bytes(tokens, hidden).unwrap() as usize];
     let inputs = Inputs {
         input: &ones[..elements],
-        residual: operation.residual.then_some(&ones[..elements]),
+        residual: operation.residual.is_some().then_some(&ones[..elements]),
         gamma: match operation.norm {
             Some(Norm { gamma: GammaType::F32, .. }) => Gamma::F32(&wide),
             _ => Gamma::Element(&ones[..hidden as usize]),
@@ -225,7 +225,7 @@ fn other_operations() -> Vec<Other> {
         ("as many elements in another shape", Operation { tokens: 4, hidden: 256, ..usual }, 0.5),
         ("another element type of the same size", Operation { dtype: DType::F16, ..usual }, 0.5),
         ("another element type", Operation { dtype: DType::F32, ..usual }, 0.5),
-        ("no residual", Operation { residual: false, ..usual }, 0.5),
+        ("no residual", Operation { residual: Residual::None, ..usual }, 0.5),
         ("no norm", Operation { norm: None, quantization: Quantization::None, ..usual }, 0.5),
         ("another epsilon", with_norm(Norm { epsilon: 1e-5, ..norm }), 0.5),
         ("another weight bias", with_norm(Norm { weight_bias: 1.0, ..norm }), 0.5),

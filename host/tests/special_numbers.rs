@@ -98,6 +98,7 @@ fn problem(dtype: DType, residual: bool, quantization: Quantization) -> Problem 
         tokens: TOKENS,
         hidden: HIDDEN as u64,
         residual,
+        sharded: false,
         norm: Norm::default(),
         quantization,
         scale,

@@ -52,6 +52,9 @@ pub struct Settings {
     pub dtypes: Vec<String>,
     pub quant_modes: Vec<String>,
     pub use_residual: bool,
+    /// There only where it was asked for.
+    #[serde(default)]
+    pub sharded_residual: bool,
     pub oneshot: bool,
     pub warmup: u32,
     pub trials: u32,

@@ -1,4 +1,4 @@
-//! The collectives, each with an epilogue: one-shot and two-shot.
+//! The collectives, each with an epilogue: one-shot, two-shot, and two-shot with a sharded residual.
 //!
 //! Arrival is seen in the data itself, by [`lamport`](fused_collective_core::lamport)'s rules. What a kernel does:
 //! 1. reads what is constant (gamma, scales);
@@ -55,10 +55,12 @@ use crate::{
 
 pub mod links;
 mod one_shot;
+mod sharded;
 mod two_shot;
 mod wait;
 
 pub use one_shot::one_shot;
+pub use sharded::sharded;
 pub use two_shot::two_shot;
 use wait::Waiter;
 

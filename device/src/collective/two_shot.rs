@@ -149,7 +149,7 @@ pub(super) fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)
 
 /// A token's owner, and which of its tokens it is.
 #[inline(always)]
-fn dealt(token: u32, world_size: u32) -> (u32, u32) {
+pub(super) fn dealt(token: u32, world_size: u32) -> (u32, u32) {
     let (owner, index) = (owner(token as u64, world_size), owned_index(token as u64, world_size));
     (owner, index as u32)
 }

@@ -91,6 +91,45 @@ impl<'a> Waiter<'a> {
         packs
     }
 
+    /// Waits for what `source` sends for this thread's packs of chunk `chunk` of a row, and refills it with the
+    /// sentinel: for each pack that `at` has an address for, `words` words there, a constant.
+    ///
+    /// # Safety
+    /// The words are in this rank's slot, and this thread alone reads them in this operation.
+    #[inline(always)]
+    pub(super) unsafe fn words<const P: usize, const RESIDENT: bool>(
+        &mut self,
+        words: u32,
+        share: Share<P, RESIDENT>,
+        chunk: u32,
+        at: impl Fn(u32) -> Option<Address>,
+        source: u32,
+        awaited: Awaited<'_>,
+    ) -> [Pack; P] {
+        let mut packs = [Pack::default(); P];
+        let mut patience = Patience::default();
+        loop {
+            // All loads are issued before the first is looked at.
+            share.for_each(chunk, |p, pack| {
+                if let Some(at) = at(pack) {
+                    // SAFETY: as this function's.
+                    packs[p] = unsafe { simt::poll_words(at, words) };
+                }
+            });
+            if packs.iter().fold(true, |complete, pack| complete & pack.is_complete()) || self.failed {
+                break;
+            }
+            self.check(&mut patience, || source, awaited);
+        }
+        share.for_each(chunk, |_, pack| {
+            if let Some(at) = at(pack) {
+                // SAFETY: as this function's. A push, since a peer given up on may still write.
+                unsafe { simt::push_words(at, Pack::SENTINEL, words) };
+            }
+        });
+        packs
+    }
+
     /// Waits for this thread's packs of chunk `chunk` of a row from every peer: rank `r`'s row is at
     /// `first + r * stride`. In rank order, this rank's and those past the group's size zero. Refills them with the
     /// sentinel.

@@ -96,6 +96,68 @@ pub trait Epilogue<E: Element>: Copy {
     );
 }
 
+/// An epilogue whose results can be sent: a token's owner makes them, and every rank stores them. What a pack becomes is
+/// [`WORDS`](Self::WORDS) words, and for each [`SCALE_PACKS`](Self::SCALE_PACKS) packs of a row one word of block
+/// scales.
+///
+/// [`collective::sharded`](crate::collective::sharded) uses this in place of [`finish`](Epilogue::finish).
+pub trait Gathered<E: Element>: Epilogue<E> {
+    /// Words that a pack becomes: 1, 2 or 4.
+    const WORDS: u32;
+    /// Packs whose block scales are one word: a power of two, at most 32; 0 where no scales are sent.
+    const SCALE_PACKS: u32;
+
+    /// What becomes of a pack of a row: its words, the others zero, and for the first pack of each
+    /// [`SCALE_PACKS`](Self::SCALE_PACKS) their scales. `row_value` is 0 without [`ROW_SUM`](Epilogue::ROW_SUM).
+    ///
+    /// All lanes of a warp call this together, with `pack` the pack of lane 0 plus the lane. Those past the row's end
+    /// (`row_packs` or more) have zeros, and what they make is not used.
+    fn make(
+        &self,
+        place: Place,
+        row: Pack,
+        row_value: f32,
+        weights: Self::Weights,
+        constants: Self::Constants,
+    ) -> (Pack, u32);
+
+    /// Stores the words that a pack became.
+    ///
+    /// # Safety
+    /// As [`finish`](Epilogue::finish).
+    unsafe fn store(&self, place: Place, words: Pack);
+
+    /// Stores the scales of `SCALE_PACKS` packs, of which `place` is the first.
+    ///
+    /// # Safety
+    /// As [`finish`](Epilogue::finish).
+    unsafe fn store_scales(&self, place: Place, scales: u32);
+}
+
+/// A quantizer whose codes can be sent: what [`Gathered`] asks, of a norm.
+pub trait Encoder<E: Element>: Quantizer<E> {
+    /// As [`Gathered::WORDS`].
+    const WORDS: u32;
+    /// As [`Gathered::SCALE_PACKS`].
+    const SCALE_PACKS: u32;
+
+    /// As [`Gathered::make`], of a pack of the norm.
+    fn encode(place: Place, values: Pack, constants: Self::Constants) -> (Pack, u32);
+
+    /// As [`Gathered::store`]. `norm_out` is where the norm goes, if that is what is sent.
+    ///
+    /// # Safety
+    /// As [`Quantizer::store`].
+    unsafe fn store_words(&self, place: Place, norm_out: Address, words: Pack);
+
+    /// As [`Gathered::store_scales`].
+    ///
+    /// # Safety
+    /// As [`Quantizer::store`].
+    #[inline(always)]
+    unsafe fn store_scales(&self, _place: Place, _scales: u32) {}
+}
+
 /// What is made of a finished row or norm, pack by pack.
 pub trait Quantizer<E: Element>: Copy {
     /// What is read once for the whole operation: see [`Epilogue::Constants`].
@@ -198,12 +260,7 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
 
     #[inline(always)]
     unsafe fn finish(&self, place: Place, row: Pack, inverse_rms: f32, gamma: Pack, constants: Q::Constants) {
-        let mut wide = convert::widen::<E>(row);
-        for (value, gamma) in wide.as_mut().iter_mut().zip(convert::widen::<E>(simt::opaque(gamma)).as_ref())
-        {
-            *value = *value * inverse_rms * (self.weight_bias + gamma);
-        }
-        let norm = convert::narrow::<E>(wide);
+        let norm = normalize::<E, Q>(self, row, inverse_rms, gamma);
         // SAFETY: the place is inside the tensors, and this thread's alone.
         unsafe {
             if !self.norm_out.is_null() {
@@ -211,5 +268,44 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
             }
             self.quantizer.store(place, norm, constants);
         }
+    }
+}
+
+/// The norm of a pack of a row.
+#[inline(always)]
+fn normalize<E: Element, Q>(epilogue: &RmsNorm<Q>, row: Pack, inverse_rms: f32, gamma: Pack) -> Pack {
+    let mut wide = convert::widen::<E>(row);
+    for (value, gamma) in wide.as_mut().iter_mut().zip(convert::widen::<E>(simt::opaque(gamma)).as_ref()) {
+        *value = *value * inverse_rms * (epilogue.weight_bias + gamma);
+    }
+    convert::narrow::<E>(wide)
+}
+
+impl<E: Element, Q: Encoder<E>> Gathered<E> for RmsNorm<Q> {
+    const WORDS: u32 = Q::WORDS;
+    const SCALE_PACKS: u32 = Q::SCALE_PACKS;
+
+    #[inline(always)]
+    fn make(
+        &self,
+        place: Place,
+        row: Pack,
+        inverse_rms: f32,
+        gamma: Pack,
+        constants: Q::Constants,
+    ) -> (Pack, u32) {
+        Q::encode(place, normalize::<E, Q>(self, row, inverse_rms, gamma), constants)
+    }
+
+    #[inline(always)]
+    unsafe fn store(&self, place: Place, words: Pack) {
+        // SAFETY: as this function's.
+        unsafe { self.quantizer.store_words(place, self.norm_out, words) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_scales(&self, place: Place, scales: u32) {
+        // SAFETY: as this function's.
+        unsafe { self.quantizer.store_scales(place, scales) }
     }
 }

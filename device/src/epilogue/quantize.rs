@@ -6,10 +6,10 @@ use fused_collective_core::{
     quant::{ScaleLayout, scale},
 };
 
-use super::{Place, Quantizer};
+use super::{Encoder, Place, Quantizer};
 use crate::{
     convert,
-    params::{Fp8Static, NvFp4, Shape, Unquantized},
+    params::{Address, Fp8Static, NvFp4, Shape, Unquantized},
     simt,
 };
 
@@ -40,19 +40,31 @@ impl<E: Element> Quantizer<E> for Fp8Static {
 
     #[inline(always)]
     unsafe fn store(&self, place: Place, values: Pack, multiplier: f32) {
-        let mut codes = 0u64;
-        for (index, &[low, high]) in
-            convert::widen::<E>(values).as_ref().as_chunks::<2>().0.iter().enumerate()
-        {
-            codes |= (convert::e4m3_pair(low * multiplier, high * multiplier) as u64) << (16 * index);
-        }
-        let address = self.values.offset(place.index() * E::LANES as u64);
-        // SAFETY: a byte for each element, at a multiple of as many bytes as are stored.
-        unsafe {
-            match E::LANES {
-                8 => simt::store_value(address, codes),
-                _ => simt::store_value(address, codes as u32),
-            }
+        // SAFETY: as this function's.
+        unsafe { store_e4m3::<E>(self, place, e4m3::<E>(values, multiplier)) }
+    }
+}
+
+/// A pack's codes, one in a byte.
+#[inline(always)]
+fn e4m3<E: Element>(values: Pack, multiplier: f32) -> u64 {
+    let mut codes = 0u64;
+    for (index, &[low, high]) in convert::widen::<E>(values).as_ref().as_chunks::<2>().0.iter().enumerate() {
+        codes |= (convert::e4m3_pair(low * multiplier, high * multiplier) as u64) << (16 * index);
+    }
+    codes
+}
+
+/// # Safety
+/// `place` is inside the tensor.
+#[inline(always)]
+unsafe fn store_e4m3<E: Element>(quantizer: &Fp8Static, place: Place, codes: u64) {
+    let address = quantizer.values.offset(place.index() * E::LANES as u64);
+    // SAFETY: a byte for each element, at a multiple of as many bytes as are stored.
+    unsafe {
+        match E::LANES {
+            8 => simt::store_value(address, codes),
+            _ => simt::store_value(address, codes as u32),
         }
     }
 }
@@ -102,32 +114,53 @@ impl<E: Element> Quantizer<E> for NvFp4 {
 
     #[inline(always)]
     unsafe fn store(&self, place: Place, values: Pack, global_scale: f32) {
-        let wide = convert::widen::<E>(values);
-        let own = wide.as_ref().iter().fold(0.0, |largest, &value| scale::amax_or_nan(largest, value));
-        // Magnitudes, NaN included, are in the order of their bits. A block is the packs of two or four lanes.
-        let packs_per_block = BLOCK / E::LANES as u32;
-        let bits = match E::LANES {
-            8 => simt::tile_max::<2>(own.to_bits()),
-            _ => simt::tile_max::<4>(own.to_bits()),
-        };
-        let code = scale::nvfp4_block(f32::from_bits(bits), global_scale);
-        let multiplier = scale::nvfp4_multiplier(code, global_scale);
-
-        let mut codes = 0u32;
-        for (index, &[low, high]) in wide.as_ref().as_chunks::<2>().0.iter().enumerate() {
-            codes |= (convert::e2m1_pair(low * multiplier, high * multiplier) as u32) << (8 * index);
-        }
-        let address = self.values.offset(place.index() * (E::LANES as u64 / 2));
-        // SAFETY: half a byte for each element, at a multiple of as many bytes as are stored; a block's scale is
-        // its first lane's to store.
+        let (codes, scale) = e2m1::<E>(values, global_scale);
+        // SAFETY: as this function's; a block's scale is its first lane's to store.
         unsafe {
-            match E::LANES {
-                8 => simt::store_value(address, codes),
-                _ => simt::store_value(address, codes as u16),
+            store_e2m1::<E>(self, place, codes);
+            if place.pack.is_multiple_of(packs_per_block::<E>()) {
+                store_scale(self, place, packs_per_block::<E>(), scale);
             }
-            if place.pack.is_multiple_of(packs_per_block) {
-                store_scale(self, place, packs_per_block, code);
-            }
+        }
+    }
+}
+
+/// Packs, and lanes, of an NVFP4 block.
+#[inline(always)]
+const fn packs_per_block<E: Element>() -> u32 {
+    BLOCK / E::LANES as u32
+}
+
+/// A pack's codes, two in a byte, and its block's scale. The lanes of a block call this together.
+#[inline(always)]
+fn e2m1<E: Element>(values: Pack, global_scale: f32) -> (u32, u8) {
+    let wide = convert::widen::<E>(values);
+    let own = wide.as_ref().iter().fold(0.0, |largest, &value| scale::amax_or_nan(largest, value));
+    // Magnitudes, NaN included, are in the order of their bits. A block is the packs of two or four lanes.
+    let bits = match E::LANES {
+        8 => simt::tile_max::<2>(own.to_bits()),
+        _ => simt::tile_max::<4>(own.to_bits()),
+    };
+    let code = scale::nvfp4_block(f32::from_bits(bits), global_scale);
+    let multiplier = scale::nvfp4_multiplier(code, global_scale);
+
+    let mut codes = 0u32;
+    for (index, &[low, high]) in wide.as_ref().as_chunks::<2>().0.iter().enumerate() {
+        codes |= (convert::e2m1_pair(low * multiplier, high * multiplier) as u32) << (8 * index);
+    }
+    (codes, code)
+}
+
+/// # Safety
+/// `place` is inside the tensor.
+#[inline(always)]
+unsafe fn store_e2m1<E: Element>(quantizer: &NvFp4, place: Place, codes: u32) {
+    let address = quantizer.values.offset(place.index() * (E::LANES as u64 / 2));
+    // SAFETY: half a byte for each element, at a multiple of as many bytes as are stored.
+    unsafe {
+        match E::LANES {
+            8 => simt::store_value(address, codes),
+            _ => simt::store_value(address, codes as u16),
         }
     }
 }
@@ -149,6 +182,95 @@ unsafe fn store_scale(quantizer: &NvFp4, place: Place, packs_per_block: u32, cod
             while padding % 4 != 3 {
                 padding += 1;
                 simt::store_value(scale.offset((padding - col) as u64), 0u8);
+            }
+        }
+    }
+}
+
+/// The norm itself is sent.
+impl<E: Element> Encoder<E> for Unquantized {
+    const WORDS: u32 = 4;
+    const SCALE_PACKS: u32 = 0;
+
+    #[inline(always)]
+    fn encode(_place: Place, values: Pack, _constants: ()) -> (Pack, u32) {
+        (values, 0)
+    }
+
+    #[inline(always)]
+    unsafe fn store_words(&self, place: Place, norm_out: Address, words: Pack) {
+        // SAFETY: as this function's.
+        unsafe { simt::store(place.of(norm_out), words) }
+    }
+}
+
+/// A byte for each element.
+impl<E: Element> Encoder<E> for Fp8Static {
+    const WORDS: u32 = E::LANES as u32 / 4;
+    const SCALE_PACKS: u32 = 0;
+
+    #[inline(always)]
+    fn encode(_place: Place, values: Pack, multiplier: f32) -> (Pack, u32) {
+        let codes = e4m3::<E>(values, multiplier);
+        (Pack([codes as u32, (codes >> 32) as u32, 0, 0]), 0)
+    }
+
+    #[inline(always)]
+    unsafe fn store_words(&self, place: Place, _norm_out: Address, words: Pack) {
+        let Pack([low, high, ..]) = words;
+        // SAFETY: as this function's.
+        unsafe { store_e4m3::<E>(self, place, u64::from(high) << 32 | u64::from(low)) }
+    }
+}
+
+/// A word for each pack. In types of 16 bits it is full, and four blocks' scales have a word of their own; in those of
+/// 32 the codes leave half of it, which the scale takes.
+impl<E: Element> Encoder<E> for NvFp4 {
+    const WORDS: u32 = 1;
+    const SCALE_PACKS: u32 = if E::LANES == 8 { 8 } else { 0 };
+
+    #[inline(always)]
+    fn encode(place: Place, values: Pack, global_scale: f32) -> (Pack, u32) {
+        let (codes, scale) = e2m1::<E>(values, global_scale);
+        if E::LANES != 8 {
+            return (Pack([codes | u32::from(scale) << 16, 0, 0, 0]), 0);
+        }
+        // What no block of the row has a scale for is padding, and zero.
+        let scale = if place.pack < place.row_packs { u32::from(scale) } else { 0 };
+        (Pack([codes, 0, 0, 0]), simt::tile_or::<8>(scale << (place.pack / 2 % 4 * 8)))
+    }
+
+    #[inline(always)]
+    unsafe fn store_words(&self, place: Place, _norm_out: Address, words: Pack) {
+        let Pack([word, ..]) = words;
+        // SAFETY: as this function's.
+        unsafe {
+            store_e2m1::<E>(self, place, word);
+            if E::LANES != 8 && place.pack.is_multiple_of(packs_per_block::<E>()) {
+                store_scale(self, place, packs_per_block::<E>(), (word >> 16) as u8);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_scales(&self, place: Place, scales: u32) {
+        let packs_per_block = packs_per_block::<E>();
+        let (col, cols) = (place.pack / packs_per_block, place.row_packs / packs_per_block);
+        let layout = if self.swizzled == 0 { ScaleLayout::Linear } else { ScaleLayout::Swizzled128x4 };
+        let address = self.scales.offset(layout.offset(place.token, col as u64, cols as u64));
+        // SAFETY: inside `ScaleLayout::bytes`, padding columns included. Swizzled, four columns from a multiple of four
+        // on are a word, aligned; linear, rows of whole words are.
+        unsafe {
+            if self.swizzled != 0 || cols.is_multiple_of(4) {
+                simt::store_value(address, scales);
+                return;
+            }
+            let mut rest = scales;
+            let mut index = 0;
+            while index < 4 && col + index < cols {
+                simt::store_value(address.offset(index as u64), rest as u8);
+                rest >>= 8;
+                index += 1;
             }
         }
     }

@@ -21,7 +21,7 @@ use std::{
     vec::Vec,
 };
 
-use fused_collective_core::pack::Pack;
+use fused_collective_core::{lamport, pack::Pack};
 
 use super::{COUNTERS, SHARED_FLOATS, WARP};
 use crate::params::{Address, MAX_BLOCK_THREADS, MAX_CLUSTER};
@@ -310,6 +310,15 @@ pub(super) fn tile_max<const LANES: u32>(value: u32) -> u32 {
     })
 }
 
+pub(super) fn tile_or<const LANES: u32>(value: u32) -> u32 {
+    if LANES == 1 {
+        return value;
+    }
+    exchange(LANES, value, |mailbox| {
+        mailbox.iter().fold(0, |bits, value| bits | value.load(Ordering::Relaxed))
+    })
+}
+
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shared;
 
@@ -519,6 +528,44 @@ pub(super) unsafe fn poll(address: Address) -> Pack {
         yield_now();
     }
     pack
+}
+
+/// # Safety
+/// As [`push`], for eight bytes.
+pub(super) unsafe fn push_pair(address: Address, pair: [u32; 2]) {
+    // SAFETY: as this function's.
+    unsafe {
+        push_word(address, pair[0]);
+        push_word(address.offset(4), pair[1]);
+    }
+}
+
+/// # Safety
+/// As [`poll`], for eight bytes.
+pub(super) unsafe fn poll_pair(address: Address) -> [u32; 2] {
+    // SAFETY: as this function's.
+    unsafe { [poll_word(address), poll_word(address.offset(4))] }
+}
+
+/// # Safety
+/// As [`push`], for four bytes.
+pub(super) unsafe fn push_word(address: Address, value: u32) {
+    pass();
+    // SAFETY: as this function's.
+    unsafe { word(address) }.store(value, Ordering::Release);
+}
+
+/// # Safety
+/// As [`poll`], for four bytes.
+pub(super) unsafe fn poll_word(address: Address) -> u32 {
+    pass();
+    // SAFETY: as this function's.
+    let value = unsafe { word(address) }.load(Ordering::Acquire);
+    if !lamport::is_complete(value) {
+        // As in `poll`.
+        yield_now();
+    }
+    value
 }
 
 /// # Safety

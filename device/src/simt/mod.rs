@@ -107,6 +107,13 @@ pub fn tile_max<const LANES: u32>(value: u32) -> u32 {
     imp::tile_max::<LANES>(value)
 }
 
+/// The bits of all lanes of this lane's tile, as [`tile_max`].
+#[inline(always)]
+pub fn tile_or<const LANES: u32>(value: u32) -> u32 {
+    const { assert!(LANES.is_power_of_two() && LANES <= WARP) };
+    imp::tile_or::<LANES>(value)
+}
+
 /// [`SHARED_FLOATS`] floats that the threads of a block share, and that other blocks of its cluster can send to.
 ///
 /// A kernel takes it once, at its start: it is one allocation for each place in the source that does.
@@ -314,6 +321,42 @@ pub unsafe fn push(address: Address, pack: Pack) {
 pub unsafe fn poll(address: Address) -> Pack {
     // SAFETY: as this function's.
     unsafe { imp::poll(address) }
+}
+
+/// [`push`], of the pack's first `words` words alone: 1, 2 or 4, a constant.
+///
+/// # Safety
+/// As [`push`], for as many bytes.
+#[inline(always)]
+pub unsafe fn push_words(address: Address, pack: Pack, words: u32) {
+    let Pack([first, second, ..]) = pack;
+    // SAFETY: as this function's.
+    unsafe {
+        match words {
+            1 => imp::push_word(address, first),
+            2 => imp::push_pair(address, [first, second]),
+            _ => imp::push(address, pack),
+        }
+    }
+}
+
+/// [`poll`], of the pack's first `words` words alone: 1, 2 or 4, a constant. The others are 0.
+///
+/// # Safety
+/// As [`poll`], for as many bytes.
+#[inline(always)]
+pub unsafe fn poll_words(address: Address, words: u32) -> Pack {
+    // SAFETY: as this function's.
+    unsafe {
+        match words {
+            1 => Pack([imp::poll_word(address), 0, 0, 0]),
+            2 => {
+                let [first, second] = imp::poll_pair(address);
+                Pack([first, second, 0, 0])
+            }
+            _ => imp::poll(address),
+        }
+    }
 }
 
 /// Replaces a word that is 0, and says whether it did: relaxed, at system scope, since the host may do the same.

@@ -121,6 +121,19 @@ pub(super) fn tile_max<const LANES: u32>(mut value: u32) -> u32 {
     value
 }
 
+#[inline(always)]
+pub(super) fn tile_or<const LANES: u32>(mut value: u32) -> u32 {
+    // As in `tile_max`.
+    let mask = (u32::MAX >> (WARP - LANES)) << (thread() % WARP / LANES * LANES);
+    let mut distance = LANES / 2;
+    while distance > 0 {
+        // SAFETY: all lanes of the mask are here, with the same mask.
+        value |= unsafe { shuffle_u32(mask, value, distance, WHOLE_WARP) };
+        distance /= 2;
+    }
+    value
+}
+
 /// An address in shared memory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Shared(u32);
@@ -345,6 +358,44 @@ load_pack!(load, "ld.global");
 load_pack!(poll, "ld.relaxed.sys.global");
 store_pack!(store, "st.global");
 store_pack!(push, "st.relaxed.sys.global");
+
+/// # Safety
+/// As [`push`], for eight bytes.
+#[inline(always)]
+pub(super) unsafe fn push_pair(address: Address, [a, b]: [u32; 2]) {
+    // SAFETY: as this function's.
+    unsafe {
+        asm!("st.relaxed.sys.global.v2.u32 [{2}], {{{0}, {1}}};", in(reg32) a, in(reg32) b, in(reg64) address.0)
+    }
+}
+
+/// # Safety
+/// As [`poll`], for eight bytes.
+#[inline(always)]
+pub(super) unsafe fn poll_pair(address: Address) -> [u32; 2] {
+    let (a, b);
+    // SAFETY: as this function's.
+    unsafe {
+        asm!("ld.relaxed.sys.global.v2.u32 {{{0}, {1}}}, [{2}];", out(reg32) a, out(reg32) b, in(reg64) address.0)
+    }
+    [a, b]
+}
+
+/// # Safety
+/// As [`push`], for four bytes.
+#[inline(always)]
+pub(super) unsafe fn push_word(address: Address, word: u32) {
+    // SAFETY: as this function's.
+    unsafe { asm!("st.relaxed.sys.global.u32 [{1}], {0};", in(reg32) word, in(reg64) address.0) }
+}
+
+/// # Safety
+/// As [`poll`], for four bytes.
+#[inline(always)]
+pub(super) unsafe fn poll_word(address: Address) -> u32 {
+    // SAFETY: as this function's.
+    unsafe { load_relaxed(address) }
+}
 
 /// # Safety
 /// As the public function of this name.

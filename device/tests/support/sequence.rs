@@ -11,7 +11,9 @@ use fused_collective_device::{
     simt::host::{Launch, Stream},
 };
 
-use super::{Buffer, Case, EVERYTHING, Kernel, POISON, Random, Rows, Tensors, World, geometry, kernel_of};
+use super::{
+    Buffer, Case, EVERYTHING, Kernel, POISON, Random, Rows, Tensors, What, World, geometry, kernel_of,
+};
 
 /// One operation of a sequence, whatever its element type.
 pub trait Member: Sync {
@@ -25,8 +27,8 @@ pub trait Member: Sync {
     /// Holds all ranks' outputs to the reference and to each other.
     fn check(&self);
 
-    /// All ranks' outputs.
-    fn outputs(&self) -> [Vec<u8>; 4];
+    /// Rank `rank`'s outputs.
+    fn outputs(&self, rank: u32) -> [Vec<u8>; 4];
 }
 
 struct Typed<E: Element> {
@@ -43,10 +45,13 @@ impl<E: Element> Typed<E> {
         let residual = random.below(2) == 1;
         let what = EVERYTHING[random.below(EVERYTHING.len() as u64) as usize];
         let case = Case::new(random, ranks, tokens, hidden, residual, what);
+        let kernels = [Kernel::OneShot, Kernel::TwoShot, Kernel::Sharded];
+        let has_shards = residual && what != What::Sum;
+        let kernel = kernels[random.below(if has_shards { 3 } else { 2 }) as usize];
+        let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
         let tensors = (0..ranks).map(|rank| Tensors::new(&case, rank)).collect();
         let teams = |random: &mut Random| 1 + random.below(tokens.min(2)) as u32;
         let geometries = (0..ranks).map(|_| geometry(&case.operation, Rows::P1, 1, teams(random))).collect();
-        let kernel = [Kernel::OneShot, Kernel::TwoShot][random.below(2) as usize];
         Typed { case, tensors, kernel, geometries }
     }
 }
@@ -80,15 +85,15 @@ impl<E: Element + Send + Sync> Member for Typed<E> {
         for tensors in &self.tensors {
             tensors.check(&self.case, Rounding::Once);
             assert!(
-                tensors.outputs() == self.tensors[0].outputs(),
+                tensors.shared_outputs(&self.case) == self.tensors[0].shared_outputs(&self.case),
                 "ranks differ ({:?})",
                 self.case.operation
             );
         }
     }
 
-    fn outputs(&self) -> [Vec<u8>; 4] {
-        self.tensors[0].outputs()
+    fn outputs(&self, rank: u32) -> [Vec<u8>; 4] {
+        self.tensors[rank as usize].outputs()
     }
 }
 

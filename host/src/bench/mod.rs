@@ -67,6 +67,7 @@ pub fn problem(settings: &Settings, case: Case) -> Problem {
         tokens: case.num_tokens,
         hidden: settings.hidden_dim,
         residual: settings.use_residual,
+        sharded: settings.sharded_residual,
         norm: Norm::default(),
         quantization: case.quant_mode.quantization(),
         scale: case.quant_mode.scale(),
@@ -108,7 +109,7 @@ pub fn run(
     for case in settings.cases() {
         let problem = problem(settings, case);
         backend.prepare(&problem)?;
-        verify::write_inputs(backend, &problem, Numbers::random(settings.seed), group.rank())?;
+        verify::write_inputs(backend, &problem, Numbers::random(settings.seed), group)?;
         let mut notes = backend.notes().to_vec();
         let mut all_reduces = Vec::new();
         for all_reduce in backend.all_reduces() {
@@ -117,7 +118,9 @@ pub fn run(
             notes.extend(note);
         }
         let mut entrants = Vec::new();
-        for variant in variants(case.quant_mode, settings.use_residual, settings.oneshot, &all_reduces) {
+        for variant in
+            variants(case.quant_mode, problem.residual, problem.sharded, settings.oneshot, &all_reduces)
+        {
             progress.doing(format!("{} tokens, {}: {}", case.num_tokens, case.quant_mode, variant.name));
             let verdict = verify::verify(backend, group, &problem, &variant, Numbers::random(settings.seed))?;
             let trials = match verdict {
@@ -168,7 +171,12 @@ pub fn run(
 
 /// The variants that [`run`] will measure on a backend with so many all-reduces.
 pub fn count(settings: &Settings, all_reduces: usize) -> u64 {
-    settings.cases().map(|case| variants::count(case.quant_mode, settings.oneshot, all_reduces) as u64).sum()
+    settings
+        .cases()
+        .map(|case| {
+            variants::count(case.quant_mode, settings.sharded_residual, settings.oneshot, all_reduces) as u64
+        })
+        .sum()
 }
 
 /// The separate operations deserve the fastest way of an all-reduce: measures those there are.

@@ -9,7 +9,7 @@
 use fused_collective_core::{fusion::Mode, reference::Rounding};
 
 use crate::{
-    collective::{Step, eager_fp8, eager_rms_norm},
+    collective::{Step, Tensor, eager_fp8, eager_rms_norm},
     report::Kind,
     settings::QuantMode,
 };
@@ -23,11 +23,18 @@ pub struct Variant {
     pub kind: Kind,
     /// What runs, in order.
     pub steps: Vec<Step>,
+    /// Whether the residual that it reads and writes is a sharded one.
+    pub sharded: bool,
     /// Whether `NormOut` is written on the way although the result is quantized.
     pub writes_norm: bool,
 }
 
 impl Variant {
+    /// Where it leaves the sum.
+    pub fn sum(&self) -> Tensor {
+        if self.sharded { Tensor::ResidualShardOut } else { Tensor::ResidualOut }
+    }
+
     /// Where it rounds.
     pub fn rounding(&self) -> Rounding {
         match self.kind {
@@ -38,10 +45,11 @@ impl Variant {
 }
 
 /// Every variant that solves `quant_mode`: for each all-reduce in `all_reduces` (its part of the names, and how it is
-/// run) the separate operations, then the fused ones.
+/// run) the separate operations, then the fused ones; with `sharded` one of a sharded residual, too.
 pub fn variants(
     quant_mode: QuantMode,
     residual: bool,
+    sharded: bool,
     oneshot: bool,
     all_reduces: &[(&'static str, Step)],
 ) -> Vec<Variant> {
@@ -51,6 +59,7 @@ pub fn variants(
             after_all_reduce(quant_mode, residual).into_iter().map(move |(rest_name, rest)| Variant {
                 name: format!("standard_{name}_{rest_name}"),
                 kind: Kind::Standard,
+                sharded: false,
                 writes_norm: !rest.contains(&Step::AddRmsNormQuantize),
                 steps: [vec![step], rest].concat(),
             })
@@ -63,10 +72,13 @@ pub fn variants(
     };
     let modes = [(Mode::OneShot, "oneshot"), (Mode::TwoShot, "twoshot")];
     let modes = modes.into_iter().filter(|&(mode, _)| oneshot || mode != Mode::OneShot);
-    all.extend(modes.map(|(mode, suffix)| Variant {
+    let modes = modes.map(|(mode, suffix)| (Step::Fused(mode), suffix));
+    let with_shards = sharded.then_some((Step::FusedSharded, "twoshot_sharded"));
+    all.extend(modes.chain(with_shards).map(|(step, suffix)| Variant {
         name: format!("fused_allreduce_rmsnorm{quantization}_{suffix}"),
         kind: Kind::Fused,
-        steps: vec![Step::Fused(mode)],
+        steps: vec![step],
+        sharded: step == Step::FusedSharded,
         writes_norm: quant_mode == QuantMode::None,
     }));
     all
@@ -99,8 +111,8 @@ fn after_all_reduce(quant_mode: QuantMode, residual: bool) -> Vec<(&'static str,
 }
 
 /// How many variants there are for `quant_mode`, on a backend with so many all-reduces.
-pub(super) fn count(quant_mode: QuantMode, oneshot: bool, all_reduces: usize) -> usize {
-    after_all_reduce(quant_mode, true).len() * all_reduces + 1 + usize::from(oneshot)
+pub(super) fn count(quant_mode: QuantMode, sharded: bool, oneshot: bool, all_reduces: usize) -> usize {
+    after_all_reduce(quant_mode, true).len() * all_reduces + 1 + usize::from(oneshot) + usize::from(sharded)
 }
 
 #[cfg(test)]
@@ -109,7 +121,10 @@ mod tests {
 
     fn names(quant_mode: QuantMode, oneshot: bool) -> Vec<String> {
         let all_reduces = [("allreduce", Step::AllReduce(Mode::TwoShot))];
-        variants(quant_mode, true, oneshot, &all_reduces).into_iter().map(|variant| variant.name).collect()
+        variants(quant_mode, true, false, oneshot, &all_reduces)
+            .into_iter()
+            .map(|variant| variant.name)
+            .collect()
     }
 
     #[test]
@@ -150,14 +165,18 @@ mod tests {
     #[test]
     fn every_variant_has_one_collective_and_knows_whether_it_writes_the_norm() {
         for quant_mode in QuantMode::ALL {
-            for residual in [false, true] {
+            for (residual, sharded) in [(false, false), (true, false), (true, true)] {
                 let all_reduces =
                     [("allreduce", Step::NcclAllReduce), ("custom", Step::AllReduce(Mode::OneShot))];
-                let all = variants(quant_mode, residual, true, &all_reduces);
-                assert_eq!(all.len(), count(quant_mode, true, all_reduces.len()));
+                let all = variants(quant_mode, residual, sharded, true, &all_reduces);
+                assert_eq!(all.len(), count(quant_mode, sharded, true, all_reduces.len()));
+                assert_eq!(all.iter().filter(|variant| variant.sharded).count(), usize::from(sharded));
                 for variant in all {
                     let collective = |step: &&Step| {
-                        matches!(step, Step::AllReduce(_) | Step::NcclAllReduce | Step::Fused(_))
+                        matches!(
+                            step,
+                            Step::AllReduce(_) | Step::NcclAllReduce | Step::Fused(_) | Step::FusedSharded
+                        )
                     };
                     assert_eq!(variant.steps.iter().filter(collective).count(), 1, "{}", variant.name);
                     let one_pass = variant.steps.contains(&Step::AddRmsNormQuantize)

@@ -16,6 +16,7 @@ use fused_collective_core::{
     dtype::{DType, bf16, f16},
     fusion::{Mode, Operation},
     norm::Gamma,
+    plan::{owned_index, owner},
     quant::Quantization,
     reference::{Observed, Token, check_token},
 };
@@ -57,12 +58,12 @@ pub(crate) fn write_inputs(
     backend: &mut dyn Collective,
     problem: &Problem,
     numbers: Numbers,
-    rank: u32,
+    group: &Group,
 ) -> Result<(), Error> {
     match problem.dtype {
-        DType::F32 => write_typed_inputs::<f32>(backend, problem, numbers, rank),
-        DType::F16 => write_typed_inputs::<f16>(backend, problem, numbers, rank),
-        DType::Bf16 => write_typed_inputs::<bf16>(backend, problem, numbers, rank),
+        DType::F32 => write_typed_inputs::<f32>(backend, problem, numbers, group),
+        DType::F16 => write_typed_inputs::<f16>(backend, problem, numbers, group),
+        DType::Bf16 => write_typed_inputs::<bf16>(backend, problem, numbers, group),
     }
 }
 
@@ -70,21 +71,28 @@ fn write_typed_inputs<E: Plain>(
     backend: &mut dyn Collective,
     problem: &Problem,
     numbers: Numbers,
-    rank: u32,
+    group: &Group,
 ) -> Result<(), Error> {
+    // What is no row of this rank's is found out if it is read.
+    poison(backend, problem, Tensor::ResidualShard)?;
     let mut row = vec![E::default(); problem.hidden as usize];
-    let mut write = |tensor, source, rows: u64| {
-        (0..rows).try_for_each(|token| {
-            numbers.fill_row(source, token, &mut row);
-            let bytes: &[u8] = bytemuck::cast_slice(&row);
-            backend.write(tensor, token * bytes.len() as u64, bytes)
-        })
+    let mut write = |tensor, source, token: u64, place: u64| {
+        numbers.fill_row(source, token, &mut row);
+        let bytes: &[u8] = bytemuck::cast_slice(&row);
+        backend.write(tensor, place * bytes.len() as u64, bytes)
     };
-    write(Tensor::Input, Source::Input(rank), problem.tokens)?;
-    write(Tensor::Gamma, Source::Gamma, 1)?;
-    if problem.residual {
-        write(Tensor::Residual, Source::Residual, problem.tokens)?;
-    } else {
+    write(Tensor::Gamma, Source::Gamma, 0, 0)?;
+    for token in 0..problem.tokens {
+        write(Tensor::Input, Source::Input(group.rank()), token, token)?;
+        if problem.residual {
+            write(Tensor::Residual, Source::Residual, token, token)?;
+        }
+        if problem.sharded && owner(token, group.world_size()) == group.rank() {
+            let place = owned_index(token, group.world_size());
+            write(Tensor::ResidualShard, Source::Residual, token, place)?;
+        }
+    }
+    if !problem.residual {
         poison(backend, problem, Tensor::Residual)?;
     }
     Ok(())
@@ -111,16 +119,18 @@ impl Outputs {
         }
         backend.run(&variant.steps)?;
         Ok(Outputs {
-            residual_out: backend.read(Tensor::ResidualOut)?,
+            residual_out: backend.read(variant.sum())?,
             norm_out: if variant.writes_norm { backend.read(Tensor::NormOut)? } else { Vec::new() },
             quant_out: backend.read(Tensor::QuantOut)?,
             scale_out: backend.read(Tensor::ScaleOut)?,
         })
     }
 
-    /// One digest for each output: `residual_out`, `norm_out`, `quant_out`, `scale_out`.
-    pub(crate) fn digests(&self) -> [u64; 4] {
-        [&self.residual_out, &self.norm_out, &self.quant_out, &self.scale_out].map(|bytes| digest(bytes))
+    /// One digest for each output that all ranks have: `residual_out`, unless it is sharded, `norm_out`, `quant_out`,
+    /// `scale_out`.
+    pub(crate) fn digests(&self, variant: &Variant) -> [u64; 4] {
+        let residual_out = if variant.sharded { &[][..] } else { &self.residual_out };
+        [residual_out, &self.norm_out, &self.quant_out, &self.scale_out].map(digest)
     }
 }
 
@@ -141,16 +151,20 @@ pub(crate) fn verify(
     numbers: Numbers,
 ) -> Result<Result<f64, String>, Error> {
     let outputs = Outputs::of(backend, problem, variant)?;
-    let digests = outputs.digests();
+    let (digests, sum) = (outputs.digests(variant), digest(&outputs.residual_out));
     let checked = match problem.dtype {
         DType::F32 => check::<f32>(&outputs, group, problem, variant, numbers),
         DType::F16 => check::<f16>(&outputs, group, problem, variant, numbers),
         DType::Bf16 => check::<bf16>(&outputs, group, problem, variant, numbers),
     };
     drop(outputs);
-    let again = Outputs::of(backend, problem, variant)?.digests();
+    let again = Outputs::of(backend, problem, variant)?;
     let checked = checked.and_then(|error| {
-        if again == digests { Ok((digests, error)) } else { Err("a repeated run gave other bits".to_owned()) }
+        if (again.digests(variant), digest(&again.residual_out)) == (digests, sum) {
+            Ok((digests, error))
+        } else {
+            Err("a repeated run gave other bits".to_owned())
+        }
     });
     Ok(gather_verdicts(group, checked)?.and_then(|all| {
         if let Some(rank) = all.iter().position(|(digests, _)| *digests != all[0].0) {
@@ -203,7 +217,12 @@ pub(crate) fn largest_error(
     tokens.try_fold(0.0f64, |largest, token| check(token).map(|error| largest.max(error)))
 }
 
-/// Has this rank's share of `tokens` checked on this rank's share of the processors: each thread calls `check` with the
+/// Where `token`'s row is in the sum that `variant` leaves, on the rank that has it.
+pub(crate) fn row_of_sum(variant: &Variant, token: u64, world_size: u32) -> u64 {
+    if variant.sharded { owned_index(token, world_size) } else { token }
+}
+
+/// Has this rank's share of `tokens`, those that it owns in two-shot, checked on this rank's share of the processors: each thread calls `check` with the
 /// tokens that are its own. The largest error, or the first mistake.
 pub(crate) fn spread(
     group: &Group,
@@ -217,7 +236,9 @@ pub(crate) fn spread(
     thread::scope(|scope| {
         let checks: Vec<_> = (0..threads)
             .map(|thread| {
-                let first = (tokens.start + rank + thread * world_size).min(tokens.end);
+                // The first token from the start on that is this rank's.
+                let skipped = (rank + world_size - tokens.start % world_size) % world_size;
+                let first = (tokens.start + skipped + thread * world_size).min(tokens.end);
                 let own = (first..tokens.end).step_by((world_size * threads) as usize);
                 let check = &check;
                 scope.spawn(move || check(own))
@@ -272,8 +293,9 @@ impl<'a, E: Plain> Judge<'a, E> {
             index,
         };
         let hidden = problem.hidden as usize;
+        let sum = row_of_sum(self.variant, index, self.inputs.len() as u32);
         let (residual_out, norm_out) =
-            (row::<E>(&outputs.residual_out, index, hidden), row(&outputs.norm_out, index, hidden));
+            (row::<E>(&outputs.residual_out, sum, hidden), row(&outputs.norm_out, index, hidden));
         let observed = Observed {
             residual_out: &residual_out,
             norm_out: &norm_out,

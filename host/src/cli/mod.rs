@@ -150,7 +150,12 @@ struct BenchArgs {
     #[argh(option, arg_name = "mode")]
     quant_modes: Vec<String>,
 
-    /// leave the residual out (default: a residual is added)
+    /// the residual: replicated (on every rank), sharded (fused variants as well that have each row on its token's
+    /// owner alone), or none (default: replicated)
+    #[argh(option, arg_name = "how")]
+    residual: Option<String>,
+
+    /// the same as --residual none
     #[argh(switch)]
     no_residual: bool,
 
@@ -313,6 +318,22 @@ impl BenchArgs {
         let trials = |option, from| {
             move |text: &str| number(option, text, "a number of trials", from, Some(MAX_TRIALS))
         };
+        let (use_residual, sharded_residual) = match (self.residual.as_deref(), self.no_residual) {
+            (None, is_none) => (!is_none, false),
+            (Some("none"), _) => (false, false),
+            (Some("replicated"), false) => (true, false),
+            (Some("sharded"), false) => (true, true),
+            (Some(how @ ("replicated" | "sharded")), true) => {
+                return Err(UsageError::new(format_args!(
+                    "--residual: '{how}' and --no-residual contradict each other: leave one out"
+                )));
+            }
+            (Some(how), _) => {
+                return Err(UsageError::new(format_args!(
+                    "--residual: '{how}' is not a kind of residual: use replicated, sharded or none"
+                )));
+            }
+        };
         let settings = Settings {
             num_tokens: list("--num-tokens", &self.num_tokens, tokens, default.num_tokens)?,
             hidden_dim: one(self.hidden_dim, hidden_dim, default.hidden_dim)?,
@@ -323,7 +344,8 @@ impl BenchArgs {
                 |text| name("--quant-modes", text),
                 default.quant_modes,
             )?,
-            use_residual: !self.no_residual,
+            use_residual,
+            sharded_residual,
             oneshot: !self.no_oneshot,
             warmup: one(self.warmup, trials("--warmup", 0), default.warmup)?,
             trials: one(self.trials, trials("--trials", 1), default.trials)?,

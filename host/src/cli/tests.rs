@@ -47,6 +47,7 @@ fn every_option_reaches_its_setting() {
         dtypes: vec![DType::F16],
         quant_modes: vec![QuantMode::Fp4],
         use_residual: false,
+        sharded_residual: false,
         oneshot: false,
         warmup: 0,
         trials: 1,
@@ -243,6 +244,27 @@ fn bad_names_are_refused() {
     refused("bench --peers vllm", "--peers: 'vllm' is not a peer: use flashinfer or torch");
     refused("bench --python=", "--python: '' is not a file name");
     refused("bench --backend rocm", "--backend: 'rocm' is not a backend: use auto, cpu or cuda");
+}
+
+#[test]
+fn a_residual_is_replicated_sharded_or_none() {
+    let residual = |arguments| {
+        let settings = bench(arguments);
+        (settings.use_residual, settings.sharded_residual)
+    };
+    assert_eq!(residual(""), (true, false));
+    assert_eq!(residual("--residual replicated"), (true, false));
+    assert_eq!(residual("--residual sharded"), (true, true));
+    assert_eq!(residual("--residual none"), (false, false));
+    assert_eq!(residual("--residual none --no-residual"), (false, false));
+    refused(
+        "bench --residual split",
+        "--residual: 'split' is not a kind of residual: use replicated, sharded or none",
+    );
+    refused(
+        "bench --residual sharded --no-residual",
+        "--residual: 'sharded' and --no-residual contradict each other: leave one out",
+    );
 }
 
 #[test]

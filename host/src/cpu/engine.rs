@@ -7,7 +7,7 @@ use std::{collections::HashMap, marker::PhantomData, mem::replace, time::Instant
 
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
-    fusion::Mode,
+    fusion::{Mode, Operation, Residual},
     norm::{self, Gamma},
     quant::{Quantization, e4m3, scale},
 };
@@ -83,9 +83,11 @@ impl Buffer {
 struct Tensors {
     input: Buffer,
     residual: Buffer,
+    residual_shard: Buffer,
     gamma: Buffer,
     reduced: Buffer,
     residual_out: Buffer,
+    residual_shard_out: Buffer,
     norm_out: Buffer,
     quant_out: Buffer,
     scale_out: Buffer,
@@ -99,9 +101,11 @@ impl Tensors {
         match tensor {
             Tensor::Input => &mut self.input,
             Tensor::Residual => &mut self.residual,
+            Tensor::ResidualShard => &mut self.residual_shard,
             Tensor::Gamma => &mut self.gamma,
             Tensor::Reduced => &mut self.reduced,
             Tensor::ResidualOut => &mut self.residual_out,
+            Tensor::ResidualShardOut => &mut self.residual_shard_out,
             Tensor::NormOut => &mut self.norm_out,
             Tensor::QuantOut => &mut self.quant_out,
             Tensor::ScaleOut => &mut self.scale_out,
@@ -159,7 +163,11 @@ impl Engine {
 
     fn typed_step<E: Plain>(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
         match step {
-            Step::Fused(mode) => self.fused::<E>(problem, mode),
+            Step::Fused(mode) => self.fused::<E>(problem, problem.operation(mode)),
+            Step::FusedSharded if !problem.sharded => {
+                Err(Error::Step { step, why: "the problem has no sharded residual" })
+            }
+            Step::FusedSharded => self.fused::<E>(problem, problem.sharded_operation()),
             Step::AllReduce(mode) => self.all_reduce::<E>(problem, mode),
             Step::NcclAllReduce => Err(Error::Step { step, why: "NCCL needs the cuda backend" }),
             Step::AddRmsNorm => self.add_rms_norm::<E>(problem, Quantization::None),
@@ -178,21 +186,27 @@ impl Engine {
         }
     }
 
-    fn fused<E: Plain>(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {
+    fn fused<E: Plain>(&mut self, problem: &Problem, operation: Operation) -> Result<(), Error> {
+        let (rank, world_size) = (self.communicator.rank(), self.communicator.world_size());
+        let rows = operation.residual_rows(rank, world_size) * operation.hidden;
         let tensors = &mut self.sets[self.set];
+        let (residual, residual_out) = match operation.residual {
+            Residual::Sharded => (&tensors.residual_shard, &mut tensors.residual_shard_out),
+            Residual::None | Residual::Replicated => (&tensors.residual, &mut tensors.residual_out),
+        };
         let inputs = Inputs {
             input: tensors.input.elements(),
-            residual: problem.residual.then(|| tensors.residual.elements()),
+            residual: operation.residual.is_some().then(|| &residual.elements()[..rows as usize]),
             gamma: Gamma::Element(tensors.gamma.elements::<E>()),
             scale: problem.scale,
         };
         let outputs = Outputs {
-            residual_out: tensors.residual_out.elements_mut(),
+            residual_out: &mut residual_out.elements_mut()[..rows as usize],
             norm_out: tensors.norm_out.elements_mut(),
             quant_out: tensors.quant_out.bytes_mut(),
             scale_out: tensors.scale_out.bytes_mut(),
         };
-        Ok(self.communicator.all_reduce(&problem.operation(mode), inputs, outputs)?)
+        Ok(self.communicator.all_reduce(&operation, inputs, outputs)?)
     }
 
     fn all_reduce<E: Plain>(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {

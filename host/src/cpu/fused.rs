@@ -6,7 +6,9 @@
 
 use bytemuck::Pod;
 use fused_collective_core::{
+    lamport,
     plan::{Algorithm, Plan, Round, owned_index, owned_token, owned_tokens, owner},
+    quant::{Quantization, ScaleLayout},
     workspace::SlotRows,
 };
 use heapless::Vec as FixedVec;
@@ -36,12 +38,19 @@ pub(crate) struct Job<'a, E> {
     pub(crate) finish: Option<Finish<'a, E>>,
     pub(crate) hidden: usize,
     pub(crate) quant_row_bytes: usize,
+    /// Ranks that the rows of the residual and of `residual_out` are dealt to: 1 where every rank has all of them.
+    pub(crate) dealt_to: u32,
 }
 
 impl<E: Plain> Job<'_, E> {
     fn range(&self, token: u64) -> std::ops::Range<usize> {
         let start = token as usize * self.hidden;
         start..start + self.hidden
+    }
+
+    /// Where `token`'s row is in the residual and in `residual_out`.
+    fn residual_range(&self, token: u64) -> std::ops::Range<usize> {
+        self.range(owned_index(token, self.dealt_to))
     }
 
     /// Sums one row from every rank into `residual_out`: the others' are still coming.
@@ -52,8 +61,8 @@ impl<E: Plain> Job<'_, E> {
         sources: &[Option<Incoming<'_, M>>],
         arch: Arch,
     ) -> Result<(), Box<Failure>> {
-        let range = self.range(token);
-        let own = &self.input[range.clone()];
+        let own = &self.input[self.range(token)];
+        let range = self.residual_range(token);
         let residual = self.residual.map(|residual| &residual[range.clone()]);
         let out = &mut self.residual_out[range];
         arch.dispatch(SumIncoming { exchange, sources, own, residual, out })
@@ -74,10 +83,83 @@ impl<E: Plain> Job<'_, E> {
     }
 }
 
-/// Room for a row that is normalized and goes nowhere but to the quantizer.
+impl<E: Plain> Job<'_, E> {
+    /// What the row of `residual_out` of one of this rank's tokens becomes, as it may be sent: the norm, or its codes and
+    /// then its scales in their order.
+    fn make<'s>(&self, token: u64, scratch: &'s mut Scratch, arch: Arch) -> &'s mut [u8] {
+        let sent = self.sent_bytes();
+        let (result, scratch) = scratch.result_and_row::<E>(sent, self.hidden);
+        let Some(finish) = &self.finish else { return result };
+        let quantization = match finish.quantization {
+            Quantization::NvFp4 { .. } => Quantization::NvFp4 { layout: ScaleLayout::Linear },
+            other => other,
+        };
+        // The row is a tensor of its own.
+        let finish = Finish { quantization, tokens: 1, ..*finish };
+        let row = &self.residual_out[self.residual_range(token)];
+        result[self.quant_row_bytes..].fill(0);
+        if quantization == Quantization::None {
+            let outputs =
+                RowOutputs { norm: bytemuck::cast_slice_mut(result), values: &mut [], scales: &mut [] };
+            arch.dispatch(FinishRow { finish: &finish, row, token: 0, outputs, scratch });
+        } else {
+            let (values, scales) = result.split_at_mut(self.quant_row_bytes);
+            let outputs = RowOutputs { norm: &mut [], values, scales };
+            arch.dispatch(FinishRow { finish: &finish, row, token: 0, outputs, scratch });
+        }
+        for word in result.as_chunks_mut().0 {
+            *word = lamport::strip(u32::from_ne_bytes(*word)).to_ne_bytes();
+        }
+        result
+    }
+
+    /// Bytes of what an owner sends of a row: whole words.
+    fn sent_bytes(&self) -> usize {
+        let quantization = self.finish.as_ref().map_or(Quantization::None, |finish| finish.quantization);
+        match quantization {
+            Quantization::None => self.hidden * size_of::<E>(),
+            _ => {
+                let scales = quantization.scale_cols(self.hidden as u64) as usize;
+                self.quant_row_bytes + scales.next_multiple_of(8)
+            }
+        }
+    }
+
+    /// Stores what a token's owner made of its row.
+    fn store(&mut self, token: u64, result: &[u8]) {
+        let Some(finish) = &self.finish else { return };
+        if finish.quantization == Quantization::None {
+            let range = self.range(token);
+            self.norm_out[range].copy_from_slice(bytemuck::cast_slice(result));
+            return;
+        }
+        let values = token as usize * self.quant_row_bytes;
+        let (codes, scales) = result.split_at(self.quant_row_bytes);
+        self.quant_out[values..values + self.quant_row_bytes].copy_from_slice(codes);
+        let cols = finish.quantization.scale_cols(self.hidden as u64);
+        match finish.quantization.scale_layout() {
+            Some(ScaleLayout::Linear) => {
+                let first = (token * cols) as usize;
+                self.scale_out[first..first + cols as usize].copy_from_slice(&scales[..cols as usize]);
+            }
+            // Four columns lie together; those past the last are padding, and zero.
+            Some(layout @ ScaleLayout::Swizzled128x4) => {
+                let groups = (0..cols).step_by(4).zip(scales.as_chunks::<4>().0);
+                for (col, group) in groups {
+                    let first = layout.offset(token, col, cols) as usize;
+                    self.scale_out[first..first + 4].copy_from_slice(group);
+                }
+            }
+            None => {}
+        }
+    }
+}
+
+/// Room for a row that is normalized and goes nowhere but to the quantizer, and for what a row becomes that is sent.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     words: Vec<u64>,
+    result: Vec<u64>,
 }
 
 impl Scratch {
@@ -88,6 +170,22 @@ impl Scratch {
             self.words.resize(words, 0);
         }
         &mut bytemuck::cast_slice_mut(&mut self.words)[..hidden]
+    }
+
+    /// What is sent of a row, `bytes` bytes, whole words.
+    fn result(&mut self, bytes: usize) -> &mut [u8] {
+        if self.result.len() * 8 < bytes {
+            self.result.resize(bytes / 8, 0);
+        }
+        &mut bytemuck::cast_slice_mut(&mut self.result)[..bytes]
+    }
+
+    /// Both.
+    fn result_and_row<E: Pod>(&mut self, bytes: usize, hidden: usize) -> (&mut [u8], &mut [E]) {
+        self.row::<E>(hidden);
+        self.result(bytes);
+        let result = &mut bytemuck::cast_slice_mut(&mut self.result)[..bytes];
+        (result, &mut bytemuck::cast_slice_mut(&mut self.words)[..hidden])
     }
 }
 
@@ -107,6 +205,7 @@ pub(crate) fn run<E: Plain, M: Medium>(
         match plan.algorithm {
             Algorithm::OneShot => step.one_shot()?,
             Algorithm::TwoShot => first_hop_done = step.two_shot(first_hop_done, rounds.peek())?,
+            Algorithm::ShardedTwoShot => first_hop_done = step.sharded(first_hop_done, rounds.peek())?,
         }
         exchange.advance();
     }
@@ -232,6 +331,45 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
             let row = bytemuck::cast_slice_mut(self.residual_out(token));
             exchange.receive(owner(token, world), sum, rows.second_hop(token), row)?;
             self.finish(token);
+        }
+        Ok(early.is_some())
+    }
+
+    /// As [`two_shot`](Self::two_shot), but the second hop carries what owners make of their sums: nobody else has the
+    /// residual.
+    fn sharded(&mut self, first_hop_done: bool, next: Option<&Round>) -> Result<bool, Box<Failure>> {
+        let exchange = self.exchange;
+        let operation = exchange.operation();
+        let rows = self.rows();
+        let (rank, world) = (self.rank, rows.world_size);
+        if !first_hop_done {
+            let round = self.round;
+            self.first_hop(operation, &round);
+        }
+
+        let owned = owned_tokens(rows.tokens, rank, world);
+        for index in 0..owned {
+            let token = owned_token(index, rank, world);
+            self.sum(token, |rows, source| rows.first_hop(source, index))?;
+            let peers = self.peers();
+            let of_operation = self.round.first_token + token;
+            let result = self.job.make(of_operation, self.scratch, self.arch);
+            for peer in peers {
+                exchange.send(operation, peer, rows.second_hop(token), result);
+            }
+            self.job.store(of_operation, result);
+        }
+        // As in `two_shot`.
+        let early = next.filter(|_| owned > 0);
+        if let Some(next) = early {
+            self.first_hop(operation + 1, next);
+        }
+
+        let result = self.scratch.result(self.job.sent_bytes());
+        for token in (0..rows.tokens).filter(|&token| owner(token, world) != rank) {
+            let of_operation = self.round.first_token + token;
+            exchange.receive(owner(token, world), What::Sum(of_operation), rows.second_hop(token), result)?;
+            self.job.store(of_operation, result);
         }
         Ok(early.is_some())
     }

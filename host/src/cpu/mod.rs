@@ -28,7 +28,7 @@ use std::{
 use fused_collective_core::{
     agreement::Call,
     dtype::DType,
-    fusion::{GammaType, Operation},
+    fusion::{GammaType, Operation, Residual},
     norm::Gamma,
     plan::{Limits, Plan, PlanError},
     quant::Quantization,
@@ -58,7 +58,8 @@ pub use wait::Watch;
 pub struct Inputs<'a, E> {
     /// `[tokens, hidden]`: this rank's addend.
     pub input: &'a [E],
-    /// `[tokens, hidden]`, if the operation has a residual; the same on every rank.
+    /// `[tokens, hidden]`, if the operation has a residual, the same on every rank; or this rank's rows of a
+    /// [sharded](Residual::Sharded) one.
     pub residual: Option<&'a [E]>,
     /// `[hidden]`, if the operation has a norm; else not read.
     pub gamma: Gamma<'a, E>,
@@ -70,7 +71,7 @@ pub struct Inputs<'a, E> {
 /// left as it is.
 #[derive(Debug)]
 pub struct Outputs<'a, E> {
-    /// `[tokens, hidden]`: the sum, plus the residual.
+    /// `[tokens, hidden]`: the sum, plus the residual; or this rank's rows, if the residual is sharded.
     pub residual_out: &'a mut [E],
     /// `[tokens, hidden]`: the norm.
     pub norm_out: &'a mut [E],
@@ -184,9 +185,10 @@ pub fn layout(
     world_size: u32,
     row_bytes: u64,
 ) -> Result<Layout, fused_collective_core::workspace::LayoutError> {
-    // One token of a one-shot round is a row from each rank; of a two-shot round, one row more.
-    let one_token = row_bytes.saturating_mul(u64::from(world_size) + 1);
-    Layout::new(world_size, (SLOT_BYTES_PER_RANK * u64::from(world_size)).max(one_token))
+    // The smallest round of any operation: with a sharded residual a token for each rank, a row from each for the one
+    // that a rank owns and a row of results for each.
+    let smallest = row_bytes.saturating_mul(2 * u64::from(world_size));
+    Layout::new(world_size, (SLOT_BYTES_PER_RANK * u64::from(world_size)).max(smallest))
 }
 
 /// Creates the memory that the ranks of one group share: `layout.total_bytes()` bytes, gone with its last user.
@@ -302,7 +304,7 @@ impl Communicator {
         self.check_usable()?;
         let plan = Plan::new(operation, &self.limits)?;
         let call = Call::operation(operation, plan.algorithm, Some(inputs.scale));
-        let job = check(operation, inputs, outputs)?;
+        let job = check(operation, self.rank, self.limits.world_size, inputs, outputs)?;
         // An operation without tokens waits for nobody, so there is nobody to compare it with yet.
         let alone = operation.tokens == 0;
         self.announce(call, alone);
@@ -384,17 +386,20 @@ const ONE_SHOT_BYTES: u64 = 16 << 10;
 /// Checks the tensors against a valid operation.
 fn check<'a, E: Plain>(
     operation: &Operation,
+    rank: u32,
+    world_size: u32,
     inputs: Inputs<'a, E>,
     outputs: Outputs<'a, E>,
 ) -> Result<Job<'a, E>, Error> {
     if operation.dtype != E::DTYPE {
         return Err(Error::DType { operation: operation.dtype, slices: E::DTYPE });
     }
-    if operation.residual != inputs.residual.is_some() {
-        return Err(Error::Residual { operation: operation.residual });
+    if operation.residual.is_some() != inputs.residual.is_some() {
+        return Err(Error::Residual { operation: operation.residual.is_some() });
     }
     let quantization = operation.quantization;
     let elements = operation.tokens * operation.hidden;
+    let residual_elements = operation.residual_rows(rank, world_size) * operation.hidden;
     let quant_row_bytes = quantization.value_bytes_per_row(operation.hidden);
     let too_large = Error::Length { tensor: "scale_out", given: outputs.scale_out.len(), needed: u64::MAX };
     let scale_bytes = quantization.scale_bytes(operation.tokens, operation.hidden).ok_or(too_large)?;
@@ -403,7 +408,7 @@ fn check<'a, E: Plain>(
     };
     length("input", inputs.input.len(), elements)?;
     if let Some(residual) = inputs.residual {
-        length("residual", residual.len(), elements)?;
+        length("residual", residual.len(), residual_elements)?;
     }
     if let Some(norm) = operation.norm {
         let given = match inputs.gamma {
@@ -415,7 +420,7 @@ fn check<'a, E: Plain>(
         }
         length("gamma", inputs.gamma.len(), operation.hidden)?;
     }
-    length("residual_out", outputs.residual_out.len(), elements)?;
+    length("residual_out", outputs.residual_out.len(), residual_elements)?;
     let norm_out = if operation.writes_norm() {
         length("norm_out", outputs.norm_out.len(), elements)?;
         outputs.norm_out
@@ -446,5 +451,6 @@ fn check<'a, E: Plain>(
         finish,
         hidden: operation.hidden as usize,
         quant_row_bytes: quant_row_bytes as usize,
+        dealt_to: if operation.residual == Residual::Sharded { world_size } else { 1 },
     })
 }

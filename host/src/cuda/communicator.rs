@@ -17,7 +17,7 @@ use fused_collective_core::{
     fusion::Operation,
     launch::{self, ABORTED, Address, Fused, MAX_BLOCK_THREADS, Shape, Status},
     pack::Pack,
-    plan::{Algorithm, Limits, Plan, Round},
+    plan::{Algorithm, Limits, Plan, Round, owned_index},
     workspace::{Header, Layout},
 };
 
@@ -215,7 +215,7 @@ impl Communicator {
     ) -> Result<(), Error> {
         self.check_usable()?;
         let plan = Plan::new(operation, &self.limits)?;
-        tensors.check(operation)?;
+        tensors.check(operation, self.rank, self.limits.world_size)?;
         let call = Call::operation(operation, plan.algorithm, None);
         self.announce(call, stream)?;
         let call = self.names.name(call);
@@ -499,11 +499,18 @@ impl WithEpilogue for RoundLauncher<'_> {
         let family = match plan.algorithm {
             Algorithm::OneShot => "one_shot",
             Algorithm::TwoShot => "two_shot",
+            Algorithm::ShardedTwoShot => "sharded",
         };
         let mut shape = shape(round.first_token, operation.tokens, round.rows.tokens, plan.row_bytes)?;
         shape.call = call;
-        let parameters =
-            Fused { group: communicator.group(), shape, activations: tensors.activations(), epilogue };
+        let mut activations = tensors.activations();
+        if plan.algorithm == Algorithm::ShardedTwoShot {
+            // Rounds start with a token of rank 0's, so that many of every rank's come before.
+            let before = owned_index(round.first_token, plan.world_size) * plan.row_bytes;
+            activations.residual = activations.residual.offset(before);
+            activations.residual_out = activations.residual_out.offset(before);
+        }
+        let parameters = Fused { group: communicator.group(), shape, activations, epilogue };
         let entry = Entry { set: communicator.set, family, part: part.fused, packs: None };
         let launch = communicator.kernels.for_rows(
             operation.dtype,
@@ -582,7 +589,7 @@ fn agree(group: &Group, own: Limits) -> Result<Limits, Error> {
 mod tests {
     use fused_collective_core::{
         dtype::DType,
-        fusion::{Mode, Norm},
+        fusion::{Mode, Norm, Residual},
         quant::Quantization,
     };
 
@@ -594,7 +601,7 @@ mod tests {
             dtype: DType::Bf16,
             tokens,
             hidden: 64,
-            residual: true,
+            residual: Residual::Replicated,
             norm: Some(Norm::default()),
             quantization: Quantization::None,
             keep_norm: false,

@@ -13,7 +13,7 @@ use cust::{
 };
 use fused_collective_core::{
     dtype::DType,
-    fusion::{Mode, Norm},
+    fusion::{Mode, Norm, Operation, Residual},
     launch::{Activations, Address, Audit, Conversions, Local, Step as EagerStep},
     pack::Pack,
     quant::Quantization,
@@ -204,7 +204,11 @@ impl<'a> Engine<'a> {
     fn enqueue(&mut self, step: Step) -> Result<(), Error> {
         let problem = self.problem(step)?;
         match step {
-            Step::Fused(mode) => self.fused(&problem, mode),
+            Step::Fused(mode) => self.fused(&problem, problem.operation(mode)),
+            Step::FusedSharded if !problem.sharded => {
+                Err(Error::Step { step, why: "the problem has no sharded residual" })
+            }
+            Step::FusedSharded => self.fused(&problem, problem.sharded_operation()),
             Step::AllReduce(mode) => self.all_reduce(&problem, mode),
             Step::NcclAllReduce => self.nccl_all_reduce(&problem, step),
             Step::AddRmsNorm => self.local(&problem, Some(problem.norm), Quantization::None),
@@ -214,12 +218,21 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn fused(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {
-        let mut tensors = self.operands(problem, true, problem.quantization, Tensor::ResidualOut);
-        tensors.residual = problem.residual.then(|| self.tensor(Tensor::Residual, problem.dtype));
+    fn fused(&mut self, problem: &Problem, operation: Operation) -> Result<(), Error> {
+        let (residual, residual_out) = match operation.residual {
+            Residual::Sharded => (Tensor::ResidualShard, Tensor::ResidualShardOut),
+            Residual::None | Residual::Replicated => (Tensor::Residual, Tensor::ResidualOut),
+        };
+        let mut tensors = self.operands(problem, true, problem.quantization, residual_out);
+        tensors.residual = operation.residual.is_some().then(|| self.tensor(residual, problem.dtype));
+        // The tensors have room for every rank's rows.
+        let (rank, world_size) = (self.communicator.rank(), self.communicator.world_size());
+        let length = operation.residual_rows(rank, world_size) * operation.hidden;
+        tensors.residual_out.length = length;
+        tensors.residual = tensors.residual.map(|residual| DeviceTensor { length, ..residual });
         let stream = self.handle();
         // SAFETY: the tensors are this engine's and outlive what it enqueues: `settle` comes before they are freed.
-        Ok(unsafe { self.communicator.enqueue(&problem.operation(mode), &tensors, stream) }?)
+        Ok(unsafe { self.communicator.enqueue(&operation, &tensors, stream) }?)
     }
 
     fn all_reduce(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {

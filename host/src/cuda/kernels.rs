@@ -90,7 +90,7 @@ fn file_name(dtype: DType, set: Set) -> String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Entry {
     pub(crate) set: Set,
-    /// `one_shot`, `two_shot`, `local`, `eager` or another of the table's.
+    /// `one_shot`, `two_shot`, `sharded`, `local`, `eager` or another of the table's.
     pub(crate) family: &'static str,
     /// The epilogue, or the eager step.
     pub(crate) part: &'static str,

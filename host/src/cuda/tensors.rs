@@ -34,7 +34,7 @@ pub struct DeviceTensor {
 pub struct Tensors {
     /// This rank's addend.
     pub input: DeviceTensor,
-    /// The residual, if the operation has one; the same on every rank.
+    /// The residual, if the operation has one: the same on every rank, or this rank's rows.
     pub residual: Option<DeviceTensor>,
     /// RMSNorm's weight, if the operation has a norm. It must not change while operations run.
     pub gamma: Option<DeviceTensor>,
@@ -51,12 +51,12 @@ pub struct Tensors {
 }
 
 impl Tensors {
-    /// Checks every tensor against a valid operation.
+    /// Checks every tensor of rank `rank` of `world_size` against a valid operation.
     ///
     /// # Errors
     /// One that is missing, superfluous, misaligned, or of another length or type than the operation needs; an
     /// operation that there are no kernels for.
-    pub(crate) fn check(&self, operation: &Operation) -> Result<(), Error> {
+    pub(crate) fn check(&self, operation: &Operation, rank: u32, world_size: u32) -> Result<(), Error> {
         let quantization = operation.quantization;
         let scales = match quantization {
             Quantization::None | Quantization::Fp8Static => None,
@@ -72,14 +72,15 @@ impl Tensors {
         }
         let element = TensorType::Element(operation.dtype);
         let activation = operation.tokens * operation.hidden;
+        let rows = operation.residual_rows(rank, world_size) * operation.hidden;
         let values = operation.tokens * quantization.value_bytes_per_row(operation.hidden);
         let quantized = quantization != Quantization::None;
         let hidden = operation.hidden;
         check("input", Some(self.input), Some((activation, element)))?;
-        check("residual", self.residual, operation.residual.then_some((activation, element)))?;
+        check("residual", self.residual, operation.residual.is_some().then_some((rows, element)))?;
         check("gamma", self.gamma, operation.norm.map(|_| (hidden, element)))?;
         check("scale", self.scale, quantized.then_some((1, TensorType::Element(DType::F32))))?;
-        check("residual_out", Some(self.residual_out), Some((activation, element)))?;
+        check("residual_out", Some(self.residual_out), Some((rows, element)))?;
         check("norm_out", self.norm_out, operation.writes_norm().then_some((activation, element)))?;
         check("quant_out", self.quant_out, quantized.then_some((values, TensorType::Code)))?;
         check("scale_out", self.scale_out, scales.map(|bytes| (bytes, TensorType::Code)))
@@ -135,7 +136,7 @@ fn name(element: TensorType) -> &'static str {
 #[cfg(test)]
 mod tests {
     use fused_collective_core::{
-        fusion::{Mode, Norm},
+        fusion::{Mode, Norm, Residual},
         quant::ScaleLayout,
     };
 
@@ -145,7 +146,7 @@ mod tests {
         dtype: DType::Bf16,
         tokens: 2,
         hidden: 64,
-        residual: false,
+        residual: Residual::None,
         norm: None,
         quantization: Quantization::None,
         keep_norm: false,
@@ -174,14 +175,14 @@ mod tests {
     }
 
     fn why(tensors: &Tensors, operation: &Operation) -> String {
-        tensors.check(operation).unwrap_err().to_string()
+        tensors.check(operation, 0, 2).unwrap_err().to_string()
     }
 
     #[test]
     fn tensors_that_fit_are_accepted() {
-        assert!(tensors().check(&OPERATION).is_ok());
+        assert!(tensors().check(&OPERATION, 0, 2).is_ok());
         let fp4 = Operation {
-            residual: true,
+            residual: Residual::Replicated,
             norm: Some(Norm::default()),
             quantization: Quantization::NvFp4 { layout: ScaleLayout::Linear },
             ..OPERATION
@@ -194,7 +195,7 @@ mod tests {
             scale_out: Some(of(8, TensorType::Code)),
             ..tensors()
         };
-        assert!(tensors.check(&fp4).is_ok());
+        assert!(tensors.check(&fp4, 0, 2).is_ok());
         let missing = Tensors { scale_out: None, ..tensors };
         assert_eq!(why(&missing, &fp4), "scale_out is missing: the operation has one");
     }
@@ -215,7 +216,7 @@ mod tests {
     fn a_gamma_of_another_type_cannot_be_launched() {
         let norm = Norm { gamma: GammaType::F32, ..Norm::default() };
         let operation = Operation { norm: Some(norm), ..OPERATION };
-        assert!(matches!(tensors().check(&operation), Err(Error::Unsupported(_))));
+        assert!(matches!(tensors().check(&operation, 0, 2), Err(Error::Unsupported(_))));
         // Nor can one that is only said to be of the activations' type.
         let operation = Operation { norm: Some(Norm::default()), ..OPERATION };
         let gamma = Some(of(64, TensorType::Element(DType::F32)));

@@ -3,7 +3,7 @@
 use std::array;
 
 use fused_collective_core::{
-    fusion::Operation,
+    fusion::{Operation, Residual},
     lamport::{SENTINEL, SLOTS},
     launch::{Address, MAX_RANKS, RankState},
     workspace::{Header, Layout, SLOTS_OFFSET, SlotRows},
@@ -30,14 +30,17 @@ const READ_AT_ONCE: u64 = 64 << 20;
 const MAX_SLOT_BYTES: u64 = 512 << 20;
 
 /// Bytes of a slot that lets a group run `operation` in one round, in either mode, if 512 MiB do; else 512 MiB, or
-/// what one token takes.
+/// what the smallest round takes.
 pub fn slot_bytes(world_size: u32, operation: &Operation) -> u64 {
     let bytes = |tokens| {
         let rows = SlotRows { world_size, tokens, row_bytes: operation.row_bytes() };
         let (one_shot, two_shot) = (rows.one_shot_bytes(), rows.two_shot_bytes());
         one_shot.unwrap_or(u64::MAX).max(two_shot.unwrap_or(u64::MAX))
     };
-    bytes(operation.tokens).min(MAX_SLOT_BYTES).max(bytes(1))
+    // The smallest round of an operation with a sharded residual has a token for each rank.
+    let least =
+        if operation.residual == Residual::Sharded { operation.tokens.min(u64::from(world_size)) } else { 1 };
+    bytes(operation.tokens).min(MAX_SLOT_BYTES).max(bytes(least.max(1)))
 }
 
 /// This rank's region and every peer's.

@@ -104,6 +104,7 @@ pub fn largest_problems() -> Vec<Problem> {
             tokens: (MAX_ELEMENTS / hidden).max(1),
             hidden,
             residual: true,
+            sharded: false,
             norm: Norm::default(),
             quantization: Quantization::None,
             scale: 1.0,
@@ -155,12 +156,17 @@ impl fmt::Display for Sequence {
     }
 }
 
+/// The outputs of an operation.
+type Results = Vec<(Tensor, Vec<u8>)>;
+
 /// A problem at hand.
 struct Workload {
     problem: Problem,
     seed: u64,
     /// The outputs' bytes, as they were verified.
-    expected: Vec<(Tensor, Vec<u8>)>,
+    expected: Results,
+    /// The same with the residual sharded, if the problem has that, too.
+    sharded: Results,
     /// What is repeated: always the same, so that on GPUs one graph is launched again and again.
     repeated: (Vec<Step>, u32),
 }
@@ -200,7 +206,6 @@ fn run_sequence(
     let began = Instant::now();
     let mut told = began;
     let mut soak = Soak {
-        rank: group.rank(),
         random: Rng::with_seed(sequence.seed),
         // Different on each rank, and different from the one above.
         pauses: Rng::with_seed(sequence.seed.wrapping_add(1 + u64::from(group.rank()))),
@@ -266,7 +271,6 @@ fn located(error: Error, at: &str) -> Error {
 }
 
 struct Soak {
-    rank: u32,
     /// In step with the other ranks'.
     random: Rng,
     pauses: Rng,
@@ -282,25 +286,30 @@ impl Soak {
             if first.is_empty() { vec![self.random.usize(..PROBLEMS)] } else { first.collect() };
         for index in indices {
             let (problem, seed) = (self.problem(), self.random.u64(..));
-            let repeated = (self.steps(), self.random.u32(1..=8));
+            let repeated = (self.steps(problem.sharded), self.random.u32(1..=8));
             backend.select(index)?;
             backend.prepare(&problem)?;
-            write_inputs(backend, &problem, Numbers::random(seed), self.rank)?;
+            write_inputs(backend, &problem, Numbers::random(seed), group)?;
             let quant_mode = quant_mode(problem.quantization);
-            let mut expected: Option<Vec<(Tensor, Vec<u8>)>> = None;
-            for variant in variants(quant_mode, problem.residual, true, &[]) {
+            let (mut expected, mut sharded): (Option<Results>, Results) = (None, Vec::new());
+            for variant in variants(quant_mode, problem.residual, problem.sharded, true, &[]) {
                 if let Err(why) = verify(backend, group, &problem, &variant, Numbers::random(seed))? {
                     return Ok(Err(format!("{}: {}: {why}", describe_problem(&problem), variant.name)));
                 }
                 self.tally.operations += 2;
                 let found = outputs(backend, &variant)?;
+                if variant.sharded {
+                    // Other zeros may have a sign.
+                    sharded = found;
+                    continue;
+                }
                 if expected.get_or_insert_with(|| found.clone()) != &found {
                     return Ok(Err(format!("{}: modes differ", describe_problem(&problem))));
                 }
             }
             self.tally.problems += 1;
             let expected = expected.unwrap_or_default();
-            let workload = Workload { problem, seed, expected, repeated };
+            let workload = Workload { problem, seed, expected, sharded, repeated };
             if index < self.workloads.len() {
                 self.workloads[index] = workload;
             } else {
@@ -317,26 +326,36 @@ impl Soak {
         // Few tokens half of the time: that is where protocols are at their tightest.
         let tokens = if random.bool() { random.u64(0..=4.min(most)) } else { random.u64(0..=most) };
         let quant_mode = QuantMode::ALL[random.usize(..QuantMode::ALL.len())];
+        let residual = random.bool();
         Problem {
             dtype: DType::ALL[random.usize(..DType::ALL.len())],
             tokens,
             hidden,
-            residual: random.bool(),
+            residual,
+            sharded: residual && random.bool(),
             norm: Norm::default(),
             quantization: quant_mode.quantization(),
             scale: quant_mode.scale(),
         }
     }
 
-    /// One to five collectives, of which the last makes the outputs.
-    fn steps(&mut self) -> Vec<Step> {
+    /// One to five collectives, of which the last makes the outputs; of a problem that may be solved with a sharded residual
+    /// if `sharded`.
+    fn steps(&mut self, sharded: bool) -> Vec<Step> {
         let random = &mut self.random;
-        let mut mode = || [Mode::Auto, Mode::OneShot, Mode::TwoShot][random.usize(..3)];
-        let last = Step::Fused(mode());
+        let mut fused = || {
+            let modes = [Mode::Auto, Mode::OneShot, Mode::TwoShot].map(Step::Fused);
+            let all = [modes[0], modes[1], modes[2], Step::FusedSharded];
+            all[random.usize(..if sharded { 4 } else { 3 })]
+        };
+        let last = fused();
+        let before: [Step; 4] = std::array::from_fn(|_| fused());
         let mut steps: Vec<Step> = Vec::new();
-        for _ in 0..random.usize(..5) {
-            let mode = [Mode::Auto, Mode::OneShot, Mode::TwoShot][random.usize(..3)];
-            steps.push(if random.u8(..4) == 0 { Step::AllReduce(mode) } else { Step::Fused(mode) });
+        for &step in &before[..random.usize(..5)] {
+            steps.push(match step {
+                Step::Fused(mode) if random.u8(..4) == 0 => Step::AllReduce(mode),
+                step => step,
+            });
         }
         steps.push(last);
         steps
@@ -344,7 +363,8 @@ impl Soak {
 
     fn choose(&mut self) -> (usize, Turn) {
         let index = self.random.usize(..self.workloads.len());
-        let turn = if self.random.u8(..4) == 0 { Turn::Repeat } else { Turn::Run(self.steps()) };
+        let sharded = self.workloads[index].problem.sharded;
+        let turn = if self.random.u8(..4) == 0 { Turn::Repeat } else { Turn::Run(self.steps(sharded)) };
         (index, turn)
     }
 
@@ -374,7 +394,12 @@ impl Soak {
             }
         }
         self.tally.results += 1;
-        for (tensor, expected) in &workload.expected {
+        let steps = match turn {
+            Turn::Run(steps) => steps,
+            Turn::Repeat => &workload.repeated.0,
+        };
+        let is_sharded = steps.last() == Some(&Step::FusedSharded);
+        for (tensor, expected) in if is_sharded { &workload.sharded } else { &workload.expected } {
             let found = backend.read(*tensor)?;
             if let Some(at) = found.iter().zip(expected).position(|(found, expected)| found != expected) {
                 return Ok(Err(format!(
@@ -433,6 +458,10 @@ fn quant_mode(quantization: Quantization) -> QuantMode {
 
 /// The outputs that `variant` writes.
 fn outputs(backend: &mut dyn Collective, variant: &Variant) -> Result<Vec<(Tensor, Vec<u8>)>, Error> {
-    let written = |tensor: &Tensor| *tensor != Tensor::NormOut || variant.writes_norm;
+    let written = |tensor: &Tensor| match tensor {
+        Tensor::NormOut => variant.writes_norm,
+        Tensor::ResidualOut | Tensor::ResidualShardOut => *tensor == variant.sum(),
+        _ => true,
+    };
     Tensor::OUTPUTS.into_iter().filter(written).map(|tensor| Ok((tensor, backend.read(tensor)?))).collect()
 }

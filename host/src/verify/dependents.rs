@@ -40,7 +40,7 @@ pub fn run_dependents(
                 progress.doing(title.clone());
                 let problem = shape.problem(quant_mode);
                 let mut verdicts = Verdicts::new();
-                for variant in variants(quant_mode, problem.residual, true, &[]) {
+                for variant in variants(quant_mode, problem.residual, problem.sharded, true, &[]) {
                     let verdict = match &mut place.own {
                         Some((group, backend)) => {
                             verified(settings, group, &mut **backend, &problem, &variant)?
@@ -85,7 +85,7 @@ fn verified(
     variant: &Variant,
 ) -> Result<super::Verdict, Error> {
     backend.prepare(problem)?;
-    write_inputs(backend, problem, settings.numbers(), group.rank())?;
+    write_inputs(backend, problem, settings.numbers(), group)?;
     verify(backend, group, problem, variant, settings.numbers())
 }
 
@@ -102,6 +102,9 @@ fn audited(
         .into_iter()
         .filter(|&tensor| problem.bytes(tensor) > Some(0))
         .filter(|&tensor| tensor != Tensor::NormOut || !quantized || variant.writes_norm)
+        // What is written over what was read would stay where a sharded sum has no rows of this rank's.
+        .filter(|&tensor| tensor != Tensor::ResidualShardOut)
+        .filter(|&tensor| tensor != Tensor::ResidualOut || !variant.sharded)
         .collect();
     let found = backend.audit(&variant.steps, &outputs, times)?;
     Ok(gather_verdicts(group, found.map_or(Ok(()), Err))?.map(|_| ()))

@@ -52,11 +52,12 @@ pub fn run_late_ranks(
         tokens: 1,
         hidden,
         residual: true,
+        sharded: false,
         norm: Norm::default(),
         quantization: Quantization::None,
         scale: QuantMode::None.scale(),
     };
-    for variant in variants(QuantMode::None, problem.residual, true, &[]) {
+    for variant in variants(QuantMode::None, problem.residual, problem.sharded, true, &[]) {
         let mut tally = Tally::default();
         for late in 0..group.world_size() {
             let title = format!("rank {late} kept back");
@@ -129,7 +130,7 @@ impl Late<'_> {
 
     fn prepare(&self, backend: &mut dyn Collective) -> Result<(), Error> {
         backend.prepare(self.problem)?;
-        write_inputs(backend, self.problem, self.settings.numbers(), self.group.rank())
+        write_inputs(backend, self.problem, self.settings.numbers(), self.group)
     }
 
     /// Runs an operation that cannot succeed, and checks how it fails: whether by this rank's own deadline, or because

@@ -15,14 +15,14 @@
 //! Each rank runs [`run`] with its [`Place`]; all of them go through the same steps and reach the same verdicts. No
 //! rank waits for another for longer than a slice of a check takes, however large the problem.
 
-use std::{fmt, ops::Range, time::Duration};
+use std::{borrow::Cow, fmt, ops::Range, time::Duration};
 
 use crate::{
     bench::{
         Error, Numbers, Variant, variants,
         verify::{
-            Judge, Outputs, POISON, check_padding, gather_verdicts, largest_error, poison, row, spread,
-            values, write_inputs,
+            Judge, Outputs, POISON, check_padding, gather_verdicts, largest_error, poison, row, row_of_sum,
+            spread, values, write_inputs,
         },
     },
     collective::{Collective, Problem, Tensor, first_other},
@@ -129,9 +129,9 @@ impl Settings {
         })
     }
 
-    /// Cases of one group: each problem is solved in one-shot and in two-shot.
+    /// Cases of one group: each problem is solved in one-shot, in two-shot, and with a sharded residual if it has one.
     pub fn count(&self) -> u64 {
-        2 * self.problems().count() as u64
+        self.problems().map(|problem| 2 + u64::from(problem.sharded)).sum()
     }
 
     fn sections(&self) -> impl Iterator<Item = Section> + '_ {
@@ -176,6 +176,7 @@ impl Shape {
             tokens: self.tokens,
             hidden: self.section.hidden,
             residual: self.residual,
+            sharded: self.residual,
             norm: Norm::default(),
             quantization: quant_mode.quantization(),
             scale: quant_mode.scale(),
@@ -343,17 +344,18 @@ struct Base {
 }
 
 impl Base {
-    /// Whether token `index` of `outputs` is right because this one's is: the same bits, or the quantization of them.
+    /// Whether token `index` of `outputs`, whose sum is its row `sum`, is right because this one's is: the same bits, or the
+    /// quantization of them.
     fn explains<E: Plain>(
         &self,
         problem: &Problem,
         outputs: &Outputs,
-        index: u64,
+        [index, sum]: [u64; 2],
         scratch: &mut Scratch,
     ) -> bool {
         let hidden = problem.hidden as usize;
         let rows_of = |bytes: &[u8]| row::<E>(bytes, index, hidden);
-        if rows_of(&self.outputs.residual_out) != rows_of(&outputs.residual_out) {
+        if rows_of(&self.outputs.residual_out) != row::<E>(&outputs.residual_out, sum, hidden) {
             return false;
         }
         let norm = rows_of(&self.outputs.norm_out);
@@ -416,7 +418,7 @@ fn verify_modes(
     let slices = elements.div_ceil(SLICE_ELEMENTS).max(1);
     let mut verdicts = Vec::new();
     // With no all-reduce to build separate operations from, there are the fused variants alone.
-    for variant in variants(quant_mode, problem.residual, true, &[]) {
+    for variant in variants(quant_mode, problem.residual, problem.sharded, true, &[]) {
         let mut run = match &mut case {
             Some(case) => Some(case.run(variant)?),
             None => None,
@@ -443,7 +445,7 @@ struct Case<'a> {
     group: &'a Group,
     backend: &'a mut dyn Collective,
     /// What no operation may change. A residual that the problem does not have is among it.
-    inputs: [(&'static str, Tensor, Vec<u8>); 3],
+    inputs: [(&'static str, Tensor, Vec<u8>); 4],
 }
 
 /// What only separate operations use.
@@ -457,7 +459,7 @@ impl<'a> Case<'a> {
         backend: &'a mut dyn Collective,
     ) -> Result<Self, Error> {
         backend.prepare(&problem)?;
-        write_inputs(backend, &problem, settings.numbers(), group.rank())?;
+        write_inputs(backend, &problem, settings.numbers(), group)?;
         for tensor in SCRATCH {
             poison(backend, &problem, tensor)?;
         }
@@ -465,6 +467,7 @@ impl<'a> Case<'a> {
         let inputs = [
             read("the input", Tensor::Input)?,
             read("the residual", Tensor::Residual)?,
+            read("the sharded residual", Tensor::ResidualShard)?,
             read("gamma", Tensor::Gamma)?,
         ];
         Ok(Case { settings, problem, group, backend, inputs })
@@ -489,7 +492,8 @@ impl<'a> Case<'a> {
             }
         }
         let norm = (!variant.writes_norm).then_some(Tensor::NormOut);
-        for tensor in SCRATCH.into_iter().chain(norm) {
+        let other_sum = if variant.sharded { Tensor::ResidualOut } else { Tensor::ResidualShardOut };
+        for tensor in SCRATCH.into_iter().chain(norm).chain([other_sum]) {
             if let Some(at) = first_other(&self.backend.read(tensor)?, POISON) {
                 return Ok(Err(format!(
                     "{tensor:?} is not the operation's, and byte {at} of it was written"
@@ -499,6 +503,19 @@ impl<'a> Case<'a> {
         let stray = self.backend.find_stray_write(false)?;
         Ok(stray.map_or(Ok(0.0), |what| Err(format!("{what} is no tensor's, and was written"))))
     }
+}
+
+/// What the sum that `variant` leaves on this rank must be if `sum` is all of it: the rows that it has, and past them what
+/// was there before.
+fn held_rows<'a>(case: &Case<'_>, variant: &Variant, sum: &'a [u8]) -> Cow<'a, [u8]> {
+    if !variant.sharded {
+        return Cow::Borrowed(sum);
+    }
+    let (rank, world_size) = (case.group.rank() as usize, case.group.world_size() as usize);
+    let rows = sum.chunks(case.problem.row_bytes() as usize).skip(rank).step_by(world_size);
+    let mut held: Vec<u8> = rows.flatten().copied().collect();
+    held.resize(sum.len(), POISON);
+    Cow::Owned(held)
 }
 
 /// A run of a variant, and what is known of it on this rank.
@@ -529,10 +546,15 @@ impl Run {
             let mut judge = Judge::<E>::new(problem, &self.variant, settings.numbers(), group.world_size());
             let mut scratch = Scratch::default();
             largest_error(tokens, |token| match base {
-                Some(base) if base.explains::<E>(problem, &self.outputs, token, &mut scratch) => {
-                    Ok(base.max_error_ulp)
+                Some(base) => {
+                    let rows = [token, row_of_sum(&self.variant, token, group.world_size())];
+                    if base.explains::<E>(problem, &self.outputs, rows, &mut scratch) {
+                        Ok(base.max_error_ulp)
+                    } else {
+                        judge.check(&self.outputs, token)
+                    }
                 }
-                _ => judge.check(&self.outputs, token),
+                None => judge.check(&self.outputs, token),
             })
         })
     }
@@ -544,13 +566,15 @@ impl Run {
         let own = verdict.and_then(|error| {
             padding?;
             after?;
-            Ok((error, outputs.digests()))
+            Ok((error, outputs.digests(&variant)))
         });
         let verdict = gather_verdicts(case.group, own)?.and_then(|all| {
             if let Some(rank) = all.iter().position(|(_, digests)| *digests != all[0].1) {
                 return Err(format!("rank {rank}'s outputs are not the same bits as rank 0's"));
             }
-            if base.as_ref().is_some_and(|base| base.outputs.residual_out != outputs.residual_out) {
+            let is_base_sum =
+                |base: &Base| held_rows(case, &variant, &base.outputs.residual_out) == outputs.residual_out;
+            if !base.as_ref().is_none_or(is_base_sum) {
                 return Err("residual_out is not the same bits as one-shot's".to_owned());
             }
             Ok(all.iter().fold(0.0f64, |largest, (error, _)| largest.max(*error)))

@@ -244,6 +244,7 @@ fn run_fused<C: Checker>(exchange: &mut Exchange<End<C>>, ranks: u32, rank: u32,
             geometry: Geometry { blocks: 1, cluster: 1, block_threads: 1, packs_per_thread: 1 },
         };
         let job = Job {
+            dealt_to: 1,
             input: &input[..],
             residual: None,
             residual_out: &mut residual_out,

@@ -100,7 +100,7 @@ fn mixed(persistence: FailurePersistence, rules: Rules, ranks: u32, operations: 
             let (tokens, ranks) = (operation.tokens_per_round as usize, ranks as usize);
             let rows = match operation.algorithm {
                 Algorithm::OneShot => tokens * ranks,
-                Algorithm::TwoShot => tokens.next_multiple_of(ranks) + tokens,
+                _ => tokens.next_multiple_of(ranks) + tokens,
             };
             rows * operation.row_words
         };

@@ -1,0 +1,169 @@
+//! Two-shot with a sharded residual: a token's owner sums it, adds the residual, which no other rank has, makes of the
+//! row what the epilogue makes of it, and sends that to all. The second hop carries codes in place of elements, half as
+//! many bytes or a quarter; who gets them stores them as they are.
+//!
+//! The first hop, the order of tokens and the waits are [two-shot's](super::two_shot()). What an owner sends is stripped
+//! of the sentinel, and it stores the same itself.
+
+use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SlotRows};
+
+use super::{
+    Begun, first_slot, load_row, peer, peers, residual_out,
+    two_shot::{deal, dealt},
+    wait::{Awaited, Waiter},
+};
+use crate::{
+    epilogue::{Gathered, Place},
+    params::{Address, Fused, Group},
+    row::{Prepared, Share, Team},
+    simt,
+};
+
+/// Bytes of a word.
+const WORD: u64 = 4;
+
+/// The kernel, for groups of at most `N` ranks, with `P` packs of a row in each thread: all of its share if
+/// `RESIDENT`, else a chunk of it.
+///
+/// # Safety
+/// Called once by every thread of a grid launched by the rules in [`params`](crate::params), with parameters as
+/// their documentation says for a sharded residual.
+#[inline(always)]
+pub unsafe fn sharded<E, X, const N: usize, const P: usize, const RESIDENT: bool>(params: &Fused<X>)
+where
+    E: Element,
+    X: Gathered<E>,
+{
+    if peers::<N>(&params.group).is_none() {
+        return;
+    }
+    let Fused { group, shape, activations, epilogue } = params;
+    let mut team = Team::join(X::ROW_SUM);
+    let (team_index, teams) = (team.index, team.teams);
+    let share = Share::<P, RESIDENT>::new(&team, shape);
+    // SAFETY: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the tensors and the
+    // slots, and by the launch rules this thread's alone. The same holds for the blocks below.
+    let prepared = unsafe { Prepared::<E, X, P, RESIDENT>::new(epilogue, share) };
+    let rows =
+        SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
+    let (row_bytes, stride) = (rows.row_bytes, rows.first_hop(1, 0));
+    let place = |token: u32, pack| Place {
+        token: shape.first_token + token as u64,
+        pack,
+        row_packs: shape.row_packs,
+    };
+    // SAFETY: see above.
+    let own = |token, chunk| unsafe { load_row(activations.input, share, chunk, |pack| place(token, pack)) };
+
+    simt::wait_for_prerequisites();
+    // SAFETY: see above.
+    let mut begun = unsafe { Begun::read(group, Begun::turn(group)) };
+    simt::launch_dependents();
+    let slot_of = |waiter: &Waiter<'_>, rank: u32| {
+        // Opaque for the same reason as in `Begun::slot_of`, and the regions because a compiler that reads parameters at
+        // a selected address copies them all to local memory first.
+        let rank = simt::opaque_u64(rank as u64) as u32;
+        let group =
+            Group { regions: group.regions.map(|region| Address(simt::opaque_u64(region.0))), ..*group };
+        first_slot::<N>(&group, rank).offset(waiter.slot as u64 * group.slot_bytes)
+    };
+    deal(team_index, teams, shape.tokens, |token| {
+        let (owner, index) = dealt(token, group.world_size);
+        if owner == group.rank || begun.waiter.failed {
+            return;
+        }
+        // SAFETY: see above.
+        unsafe {
+            let row =
+                slot_of(&begun.waiter, owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
+            share.for_chunks(|chunk| {
+                let packs = own(token, chunk);
+                share.for_each(chunk, |p, pack| {
+                    simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip());
+                });
+            });
+        }
+    });
+    begun.advance();
+    // SAFETY: see above.
+    unsafe {
+        epilogue.fill_padding(
+            shape,
+            simt::block() * simt::threads() + simt::thread(),
+            simt::blocks() * simt::threads(),
+        )
+    };
+
+    // The second hop's rows follow the first's, as far apart as they would be if they were elements: each starts with
+    // the words of its packs, and its scales follow. Computed where they are used, so as to take up no registers before.
+    let result = |token: u32| group.world_size as u64 * simt::opaque_u64(stride) + token as u64 * row_bytes;
+    let words_at = |row: Address, pack: u32| row.offset(pack as u64 * (X::WORDS as u64 * WORD));
+    let scales_at = |row: Address, pack: u32| {
+        let first = simt::opaque_u64(shape.row_packs as u64) * (X::WORDS as u64 * WORD);
+        row.offset(first + (pack / X::SCALE_PACKS.max(1)) as u64 * WORD)
+    };
+    let has_scales = |pack: u32| X::SCALE_PACKS > 0 && pack.is_multiple_of(X::SCALE_PACKS.max(1));
+    let waiter = &mut begun.waiter;
+    deal(team_index, teams, shape.tokens, |token| {
+        let (owner, index) = dealt(token, group.world_size);
+        if owner != group.rank {
+            let awaited = Awaited { shape, token, hop: 2 };
+            share.for_chunks(|chunk| {
+                // SAFETY: see above.
+                unsafe {
+                    let row = slot_of(waiter, group.rank).offset(result(token));
+                    let at = |pack| Some(words_at(row, pack));
+                    let words = waiter.words(X::WORDS, share, chunk, at, owner, awaited);
+                    share.for_each(chunk, |p, pack| epilogue.store(place(token, pack), words[p]));
+                    if X::SCALE_PACKS > 0 {
+                        let at = |pack| has_scales(pack).then(|| scales_at(row, pack));
+                        let scales = waiter.words(1, share, chunk, at, owner, awaited);
+                        share.for_each(chunk, |p, pack| {
+                            if has_scales(pack) {
+                                epilogue.store_scales(place(token, pack), scales[p].0[0]);
+                            }
+                        });
+                    }
+                }
+            });
+            return;
+        }
+        // SAFETY: see above. The residual's rows are this rank's tokens of the round.
+        let sum = |waiter: &mut Waiter<'_>, chunk: u32, row: &mut [Pack; P]| unsafe {
+            let own = own(token, chunk);
+            let owned = |pack| Place { token: index as u64, pack, row_packs: shape.row_packs };
+            let residual = load_row(activations.residual, share, chunk, owned);
+            let packs = waiter.all::<N, P, RESIDENT>(
+                slot_of(waiter, group.rank).offset(index as u64 * row_bytes),
+                simt::opaque_u64(stride),
+                share,
+                chunk,
+                Awaited { shape, token, hop: 1 },
+            );
+            share.for_each(chunk, |p, _| {
+                row[p] = residual_out::<E, N>(group, &packs[p], own[p], Some(residual[p]));
+            });
+        };
+        // SAFETY: see above.
+        let send = |waiter: &mut Waiter<'_>, pack: u32, words: Pack, scales: u32| unsafe {
+            let (words, scales) = (words.strip(), lamport::strip(scales));
+            epilogue.store(place(token, pack), words);
+            if has_scales(pack) {
+                epilogue.store_scales(place(token, pack), scales);
+            }
+            if waiter.failed {
+                return;
+            }
+            let result = result(token);
+            for distance in 1..group.world_size {
+                let row = slot_of(waiter, peer(group, distance)).offset(result);
+                simt::push_words(words_at(row, pack), words, X::WORDS);
+                if has_scales(pack) {
+                    simt::push_words(scales_at(row, pack), Pack([scales, 0, 0, 0]), 1);
+                }
+            }
+        };
+        // SAFETY: see above.
+        unsafe { prepared.make(&mut team, shape, activations, index, waiter, sum, send) };
+    });
+}

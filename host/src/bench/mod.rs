@@ -227,9 +227,10 @@ fn prediction(bytes: u64, copy: f64, entrants: &[(Variant, Result<Trials, String
     note
 }
 
-/// The median of the fastest verified variant of a kind.
+/// The median of the fastest verified variant of a kind; not of one with a sharded residual, which sends fewer bytes and
+/// writes fewer.
 fn fastest(entrants: &[(Variant, Result<Trials, String>)], kind: Kind) -> Option<f64> {
-    let of_kind = entrants.iter().filter(|(variant, _)| variant.kind == kind);
+    let of_kind = entrants.iter().filter(|(variant, _)| variant.kind == kind && !variant.sharded);
     of_kind.filter_map(|(_, trials)| trials.as_ref().ok()?.median_us()).min_by(f64::total_cmp)
 }
 

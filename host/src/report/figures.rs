@@ -6,7 +6,8 @@
 //! - Bandwidths are those of nccl-tests (its `doc/PERFORMANCE.md`): the algorithm bandwidth is a rank's input
 //!   bytes over the time, the bus bandwidth of an all-reduce is that times `2 (n - 1) / n` for `n` ranks,
 //!   which makes it comparable with the links' speed whatever `n` is. Gigabytes are 10^9 bytes. A residual,
-//!   gamma or quantized output is not counted, so that separate and fused operations are held to the same.
+//!   gamma or quantized output is not counted, so that separate and fused operations are held to the same; a
+//!   variant with a sharded residual too, although it sends fewer bytes.
 //! - The baseline is the verified standard variant with the smallest median, the first of equals; speedup is
 //!   its median over a row's.
 

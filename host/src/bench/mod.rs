@@ -139,8 +139,9 @@ pub fn run(
         } else {
             // From memory or from a cache, as the operations found their tensors.
             let bytes = problem.activation_bytes();
-            let copy = slowest(group, &[backend.copy_time(bytes)?])?[0];
-            notes.push(prediction(bytes, copy, &entrants));
+            let gpus = backend.gpus();
+            let copy = || Ok(slowest(group, &[backend.copy_time(bytes)?])?[0]);
+            notes.extend(prediction(&gpus, bytes, copy, &entrants)?);
         }
         if Some(case.num_tokens) == most_tokens {
             notes.extend(match &push_rate {
@@ -211,11 +212,25 @@ fn choose_way(
 }
 
 /// What fusing is worth at least: separate operations write the all-reduced activation to memory and read it
-/// back, which is a copy of it, and the fused one does not.
-fn prediction(bytes: u64, copy: f64, entrants: &[(Variant, Result<Trials, String>)]) -> String {
+/// back, which is a copy of it, and the fused one does not. `copy` measures that copy, in microseconds.
+///
+/// Nothing of GPUs: their separate operations hide launches and memory behind each other by dependent launch, and a copy
+/// by itself does not, so its time is no part of theirs. How much of the links an operation uses says more there.
+fn prediction(
+    gpus: &[String],
+    bytes: u64,
+    copy: impl FnOnce() -> Result<f64, Error>,
+    entrants: &[(Variant, Result<Trials, String>)],
+) -> Result<Option<String>, Error> {
+    if !gpus.is_empty() {
+        return Ok(None);
+    }
+    let copy = copy()?;
     let rate = 2.0 * bytes as f64 / copy / 1e3;
     let mut note = format!("copying the input once takes {copy:.2} µs ({rate:.2} GB/s read and written)");
+    // A copy that takes longer than all of the separate operations was disturbed, and predicts nothing.
     if let (Some(standard), Some(fused)) = (fastest(entrants, Kind::Standard), fastest(entrants, Kind::Fused))
+        && copy < standard
     {
         let predicted = standard - copy;
         let _ = write!(
@@ -224,7 +239,7 @@ fn prediction(bytes: u64, copy: f64, entrants: &[(Variant, Result<Trials, String
              {predicted:.2} µs, and takes {fused:.2} µs"
         );
     }
-    note
+    Ok(Some(note))
 }
 
 /// The median of the fastest verified variant of a kind; not of one with a sharded residual, which sends fewer bytes and
@@ -311,4 +326,39 @@ pub(crate) fn slowest(group: &Group, times: &[f64]) -> Result<Vec<f64>, Error> {
         slowest.extend(worst);
     }
     Ok(slowest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A variant of each kind, verified and timed: `standard` and `fused` microseconds.
+    fn entrants(standard: f64, fused: f64) -> Vec<(Variant, Result<Trials, String>)> {
+        let entrant = |kind, time| {
+            let (steps, name) = (Vec::new(), String::new());
+            let variant = Variant { name, kind, steps, sharded: false, writes_norm: false };
+            (variant, Ok(Trials { max_error_ulp: 0.5, operations_per_trial: 1, times_us: vec![time] }))
+        };
+        vec![entrant(Kind::Standard, standard), entrant(Kind::Fused, fused)]
+    }
+
+    #[test]
+    fn a_copy_of_the_input_predicts_what_fusing_is_worth() {
+        let note = prediction(&[], 16_384, || Ok(2.0), &entrants(9.0, 6.5)).unwrap().unwrap();
+        assert!(note.starts_with("copying the input once takes 2.00 µs (16.38 GB/s"), "{note}");
+        assert!(note.ends_with("fused should take at most 7.00 µs, and takes 6.50 µs"), "{note}");
+    }
+
+    #[test]
+    fn a_copy_that_takes_longer_than_the_separate_operations_predicts_nothing() {
+        let note = prediction(&[], 16_384, || Ok(6.0), &entrants(3.69, 3.3)).unwrap().unwrap();
+        assert!(note.ends_with("read and written)"), "{note}");
+    }
+
+    #[test]
+    fn nothing_is_predicted_from_a_copy_on_gpus() {
+        let gpus = ["NVIDIA H200".to_owned()];
+        let copy = || panic!("a copy is measured");
+        assert_eq!(prediction(&gpus, 16_384, copy, &entrants(9.0, 3.3)).unwrap(), None);
+    }
 }

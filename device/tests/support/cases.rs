@@ -1,0 +1,255 @@
+//! Operations with random tensors, a rank's memory for one, and the judgement of `core::reference`.
+
+use fused_collective_core::{
+    dtype::Element,
+    fusion::{Mode, Norm, Operation, Residual},
+    norm::Gamma,
+    plan::{owned_index, owner},
+    quant::{Quantization, ScaleLayout},
+    reference::{self, Observed, Rounding, Token},
+};
+use fused_collective_device::params::{Activations, Address, Fp8Static, NvFp4, RmsNorm};
+
+use super::memory::Buffer;
+
+/// xorshift64*.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    pub fn below(&mut self, end: u64) -> u64 {
+        (self.next() >> 33) % end
+    }
+
+    /// From -4 to 4, now and then a zero of either sign.
+    pub fn element<E: Element>(&mut self) -> E {
+        match self.below(32) {
+            0 => E::from_f32(-0.0),
+            1 => E::from_f32(0.0),
+            _ => E::from_f32(self.below(1 << 20) as f32 / (1 << 17) as f32 - 4.0),
+        }
+    }
+
+    pub fn elements<E: Element>(&mut self, count: usize) -> Vec<E> {
+        (0..count).map(|_| self.element()).collect()
+    }
+}
+
+/// One operation of a group, with every rank's tensors.
+pub struct Case<E: Element> {
+    pub operation: Operation,
+    pub inputs: Vec<Vec<E>>,
+    pub residual: Option<Vec<E>>,
+    pub gamma: Vec<E>,
+    pub scale: f32,
+}
+
+impl<E: Element> Case<E> {
+    pub fn new(
+        random: &mut Random,
+        world: u32,
+        tokens: u64,
+        hidden: u64,
+        residual: bool,
+        what: What,
+    ) -> Self {
+        let count = (tokens * hidden) as usize;
+        let operation = Operation {
+            dtype: E::DTYPE,
+            tokens,
+            hidden,
+            residual: Residual::replicated(residual),
+            norm: (what != What::Sum)
+                .then(|| Norm { weight_bias: random.below(2) as f32, ..Norm::default() }),
+            quantization: match what {
+                What::Sum | What::Norm => Quantization::None,
+                What::Fp8 => Quantization::Fp8Static,
+                What::NvFp4(layout) => Quantization::NvFp4 { layout },
+            },
+            keep_norm: random.below(2) == 1,
+            mode: Mode::Auto,
+        };
+        operation.validate().unwrap();
+        Case {
+            operation,
+            inputs: (0..world).map(|_| random.elements(count)).collect(),
+            residual: residual.then(|| random.elements(count)),
+            gamma: random.elements(hidden as usize),
+            scale: match what {
+                What::NvFp4(_) => 300.0,
+                _ => 0.037,
+            },
+        }
+    }
+
+    /// The same with a sharded residual; it must have one, and a norm.
+    pub fn sharded(mut self) -> Self {
+        self.operation.residual = Residual::Sharded;
+        self.operation.keep_norm &= self.operation.quantization == Quantization::None;
+        self.operation.validate().unwrap();
+        self
+    }
+
+    /// Whether rank `rank` holds the residual of token `token`.
+    fn holds(&self, rank: u32, token: u64) -> bool {
+        self.operation.residual != Residual::Sharded || owner(token, self.inputs.len() as u32) == rank
+    }
+
+    /// The rows of an activation that rank `rank` holds as its residual.
+    fn held<T: Copy>(&self, rank: u32, activation: &[T]) -> Vec<T> {
+        let rows = (0..self.operation.tokens).zip(activation.chunks(self.operation.hidden as usize));
+        rows.filter(|(token, _)| self.holds(rank, *token)).flat_map(|(_, row)| row.to_vec()).collect()
+    }
+}
+
+/// What an operation fuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    Sum,
+    Norm,
+    Fp8,
+    NvFp4(ScaleLayout),
+}
+
+pub const EVERYTHING: [What; 5] = [
+    What::Sum,
+    What::Norm,
+    What::Fp8,
+    What::NvFp4(ScaleLayout::Linear),
+    What::NvFp4(ScaleLayout::Swizzled128x4),
+];
+
+/// One rank's memory for a case. Outputs start as what no operation writes there by chance.
+pub struct Tensors {
+    rank: u32,
+    pub input: Buffer,
+    pub residual: Option<Buffer>,
+    pub gamma: Buffer,
+    pub scale: Buffer,
+    pub residual_out: Buffer,
+    pub norm_out: Buffer,
+    pub values: Buffer,
+    pub scales: Buffer,
+}
+
+/// What outputs start as.
+pub const POISON: u32 = 0x7b7b_7b7b;
+
+impl Tensors {
+    pub fn new<E: Element>(case: &Case<E>, rank: u32) -> Tensors {
+        let operation = &case.operation;
+        let (bytes, quantization) = (operation.activation_bytes() as usize, operation.quantization);
+        let held = operation.residual_rows(rank, case.inputs.len() as u32) * operation.row_bytes();
+        let values = quantization.value_bytes_per_row(operation.hidden) * operation.tokens;
+        let scales = quantization.scale_bytes(operation.tokens, operation.hidden).unwrap();
+        Tensors {
+            rank,
+            input: Buffer::of(&case.inputs[rank as usize]),
+            residual: case.residual.as_ref().map(|residual| Buffer::of(&case.held(rank, residual))),
+            gamma: Buffer::of(&case.gamma),
+            scale: Buffer::of(&[case.scale]),
+            residual_out: Buffer::new(held as usize, POISON),
+            norm_out: Buffer::new(if operation.writes_norm() { bytes } else { 0 }, POISON),
+            values: Buffer::new(values as usize, POISON),
+            scales: Buffer::new(scales as usize, POISON),
+        }
+    }
+
+    pub fn activations(&self) -> Activations {
+        Activations {
+            input: self.input.address(),
+            residual: self.residual.as_ref().map_or(Address::NULL, Buffer::address),
+            residual_out: self.residual_out.address(),
+        }
+    }
+
+    pub fn norm<E: Element, Q>(&self, case: &Case<E>, quantizer: Q) -> RmsNorm<Q> {
+        let norm = case.operation.norm.unwrap();
+        RmsNorm {
+            gamma: self.gamma.address(),
+            norm_out: if case.operation.writes_norm() { self.norm_out.address() } else { Address::NULL },
+            inverse_hidden: 1.0 / case.operation.hidden as f32,
+            epsilon: norm.epsilon,
+            weight_bias: norm.weight_bias,
+            reserved: 0,
+            quantizer,
+        }
+    }
+
+    pub fn fp8(&self) -> Fp8Static {
+        Fp8Static { values: self.values.address(), scale: self.scale.address() }
+    }
+
+    pub fn nvfp4(&self, layout: ScaleLayout) -> NvFp4 {
+        NvFp4 {
+            values: self.values.address(),
+            scales: self.scales.address(),
+            global_scale: self.scale.address(),
+            swizzled: u32::from(layout == ScaleLayout::Swizzled128x4),
+            reserved: 0,
+        }
+    }
+
+    /// All outputs, as bytes.
+    pub fn outputs(&self) -> [Vec<u8>; 4] {
+        [&self.residual_out, &self.norm_out, &self.values, &self.scales].map(Buffer::get)
+    }
+
+    /// What is the same on all ranks of the outputs.
+    pub fn shared_outputs<E: Element>(&self, case: &Case<E>) -> [Vec<u8>; 4] {
+        let mut outputs = self.outputs();
+        if case.operation.residual == Residual::Sharded {
+            outputs[0].clear();
+        }
+        outputs
+    }
+
+    /// Every token that this rank holds the residual of is what the reference allows, and nothing was written outside the
+    /// tensors.
+    pub fn check<E: Element>(&self, case: &Case<E>, rounding: Rounding) {
+        let operation = &case.operation;
+        let hidden = operation.hidden as usize;
+        let (residual_out, norm_out) = (self.residual_out.get::<E>(), self.norm_out.get::<E>());
+        let (values, scales) = (self.values.get::<u8>(), self.scales.get::<u8>());
+        let row_values = operation.quantization.value_bytes_per_row(operation.hidden) as usize;
+        for index in (0..operation.tokens as usize).filter(|&index| case.holds(self.rank, index as u64)) {
+            let sharded = operation.residual == Residual::Sharded;
+            let held =
+                if sharded { owned_index(index as u64, case.inputs.len() as u32) as usize } else { index };
+            let elements = index * hidden..(index + 1) * hidden;
+            let inputs: Vec<&[E]> = case.inputs.iter().map(|input| &input[elements.clone()]).collect();
+            let token = Token {
+                inputs: &inputs,
+                residual: case.residual.as_ref().map(|residual| &residual[elements.clone()]),
+                gamma: Gamma::Element(&case.gamma),
+                scale: case.scale,
+                index: index as u64,
+            };
+            let observed = Observed {
+                residual_out: &residual_out[held * hidden..(held + 1) * hidden],
+                norm_out: norm_out.get(elements).unwrap_or_default(),
+                values: &values[index * row_values..(index + 1) * row_values],
+                scales: &scales,
+            };
+            if let Err(mismatch) = reference::check_token(operation, rounding, &token, &observed) {
+                panic!("{mismatch} ({operation:?})");
+            }
+        }
+        if let Some(layout) = operation.quantization.scale_layout() {
+            let mut cleared = scales.clone();
+            layout.zero_padding_rows(operation.tokens, operation.hidden / 16, &mut cleared);
+            assert!(cleared == scales, "padding rows of the scales are not zero");
+        }
+        let buffers =
+            [&self.input, &self.gamma, &self.residual_out, &self.norm_out, &self.values, &self.scales];
+        for buffer in buffers.into_iter().chain(&self.residual) {
+            buffer.assert_guards();
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Every [`Step`] as the kernels that it enqueues.
+
+use fused_collective_core::{
+    fusion::{Mode, Norm, Operation, Residual},
+    launch::{Activations, Address, Local, Step as EagerStep},
+    quant::Quantization,
+};
+
+use super::{
+    super::{
+        Error as CudaError,
+        communicator::shape,
+        driver::Handle,
+        epilogue::{Part, WithEpilogue, with_epilogue},
+        kernels::{Entry, Kernels, Set},
+        memory::GuardedMemory,
+        tensors::DeviceTensor,
+    },
+    EAGER_THREADS, Engine,
+};
+use crate::collective::{Eager, Error, Problem, Step, Tensor};
+
+/// Elements that a thread of an eager step takes at a time.
+const EAGER_GROUP: u64 = 4;
+
+impl Engine<'_> {
+    /// Enqueues every step once.
+    pub(super) fn enqueue_all(&mut self, steps: &[Step]) -> Result<(), Error> {
+        steps.iter().try_for_each(|&step| self.enqueue(step))
+    }
+
+    fn enqueue(&mut self, step: Step) -> Result<(), Error> {
+        let problem = self.problem(step)?;
+        match step {
+            Step::Fused(mode) => self.fused(&problem, problem.operation(mode)),
+            Step::FusedSharded if !problem.sharded => {
+                Err(Error::Step { step, why: "the problem has no sharded residual" })
+            }
+            Step::FusedSharded => self.fused(&problem, problem.sharded_operation()),
+            Step::AllReduce(mode) => self.all_reduce(&problem, mode),
+            Step::NcclAllReduce => self.nccl_all_reduce(&problem, step),
+            Step::AddRmsNorm => self.local(&problem, Some(problem.norm), Quantization::None),
+            Step::AddRmsNormQuantize => self.local(&problem, Some(problem.norm), problem.quantization),
+            Step::Quantize => self.local(&problem, None, problem.quantization),
+            Step::Eager(eager) => self.eager(&problem, eager),
+        }
+    }
+
+    fn fused(&mut self, problem: &Problem, operation: Operation) -> Result<(), Error> {
+        let (residual, residual_out) = match operation.residual {
+            Residual::Sharded => (Tensor::ResidualShard, Tensor::ResidualShardOut),
+            Residual::None | Residual::Replicated => (Tensor::Residual, Tensor::ResidualOut),
+        };
+        let mut tensors = self.operands(problem, true, problem.quantization, residual_out);
+        tensors.residual = operation.residual.is_some().then(|| self.tensor(residual, problem.dtype));
+        // The tensors have room for every rank's rows.
+        let (rank, world_size) = (self.communicator.rank(), self.communicator.world_size());
+        let length = operation.residual_rows(rank, world_size) * operation.hidden;
+        tensors.residual_out.length = length;
+        tensors.residual = tensors.residual.map(|residual| DeviceTensor { length, ..residual });
+        let stream = self.handle();
+        // SAFETY: the tensors are this engine's and outlive what it enqueues: `settle` comes before they are freed.
+        Ok(unsafe { self.communicator.enqueue(&operation, &tensors, stream) }?)
+    }
+
+    fn all_reduce(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {
+        let tensors = self.operands(problem, false, Quantization::None, sum(problem));
+        let stream = self.handle();
+        // SAFETY: as in `fused`.
+        Ok(unsafe { self.communicator.enqueue(&problem.all_reduce(mode), &tensors, stream) }?)
+    }
+
+    fn nccl_all_reduce(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
+        let nccl = self.nccl.as_ref().ok_or(Error::Step { step, why: "NCCL was not loaded" })?;
+        let (from, to) = (self.address(Tensor::Input), self.address(sum(problem)));
+        let count = problem.tokens * problem.hidden;
+        // SAFETY: as in `fused`.
+        Ok(unsafe { nccl.all_reduce(problem.dtype, from, to, count, self.handle()) }?)
+    }
+
+    /// One pass after the all-reduce. Without a norm, it quantizes `NormOut`.
+    fn local(
+        &mut self,
+        problem: &Problem,
+        norm: Option<Norm>,
+        quantization: Quantization,
+    ) -> Result<(), Error> {
+        let tensors = self.operands(problem, norm.is_some(), quantization, Tensor::ResidualOut);
+        let activations = match norm {
+            None => Activations {
+                input: self.address(Tensor::NormOut),
+                residual: Address::NULL,
+                residual_out: Address::NULL,
+            },
+            // Without a residual the sum is in `ResidualOut` already.
+            Some(_) if !problem.residual => Activations {
+                input: self.address(Tensor::ResidualOut),
+                residual: Address::NULL,
+                residual_out: Address::NULL,
+            },
+            Some(_) => Activations {
+                input: self.address(Tensor::Reduced),
+                residual: self.address(Tensor::Residual),
+                residual_out: self.address(Tensor::ResidualOut),
+            },
+        };
+        let stream = self.handle();
+        let kernels = self.communicator.kernels();
+        let pass = LocalPass { kernels, problem, activations, stream };
+        Ok(with_epilogue(norm, quantization, problem.hidden, &tensors, pass)?)
+    }
+
+    fn eager(&mut self, problem: &Problem, eager: Eager) -> Result<(), Error> {
+        let at = |tensor| self.address(tensor);
+        let scale = self.scale.as_ref().map_or(Address::NULL, GuardedMemory::address);
+        let (wide_a, wide_b, per_token) = (at(Tensor::WideA), at(Tensor::WideB), at(Tensor::PerToken));
+        let none = Address::NULL;
+        let norm = problem.norm;
+        // Entry point, first and second operand, result, number.
+        let launches: &[(&'static str, Address, Address, Address, f32)] = &match eager {
+            Eager::AddResidual => vec![
+                ("to_f32", at(Tensor::Reduced), none, wide_a, 0.0),
+                ("to_f32", at(Tensor::Residual), none, wide_b, 0.0),
+                ("add", wide_a, wide_b, wide_a, 0.0),
+                ("round", wide_a, none, at(Tensor::ResidualOut), 0.0),
+            ],
+            Eager::WidenResidual => vec![("to_f32", at(Tensor::ResidualOut), none, wide_a, 0.0)],
+            Eager::Square => vec![("square", wide_a, none, wide_b, 0.0)],
+            // One kernel does both, to the advantage of the operation that it is part of.
+            Eager::Mean => vec![("mean_rsqrt", wide_b, none, per_token, norm.epsilon)],
+            Eager::Rsqrt => vec![],
+            Eager::ScaleRows => vec![("scale_rows", wide_a, per_token, wide_a, 0.0)],
+            Eager::Weight => vec![("mul_weight", wide_a, at(Tensor::Gamma), wide_a, norm.weight_bias)],
+            Eager::RoundNorm => vec![("round", wide_a, none, at(Tensor::NormOut), 0.0)],
+            Eager::WidenNorm => vec![("to_f32", at(Tensor::NormOut), none, wide_a, 0.0)],
+            Eager::Rescale => vec![("mul_inverse", wide_a, scale, wide_a, 0.0)],
+            Eager::Clamp => vec![("clamp", wide_a, none, wide_a, 0.0)],
+            Eager::RoundFp8 => vec![("to_fp8", wide_a, none, at(Tensor::QuantOut), 0.0)],
+        };
+        let stream = self.handle();
+        let groups = problem.hidden.div_ceil(EAGER_GROUP) as u32; // of at most 65,536 elements
+        let threads = groups.next_multiple_of(32).min(EAGER_THREADS);
+        let tokens = shape(0, problem.tokens, problem.tokens, problem.row_bytes())?.tokens;
+        let kernels = self.communicator.kernels();
+        for &(part, a, b, out, value) in launches {
+            let entry = Entry { set: Set::Local, family: "eager", part, packs: None };
+            let launch = kernels.for_elements(problem.dtype, entry, threads, problem.tokens)?;
+            let parameters =
+                EagerStep { a, b, out, tokens, hidden: problem.hidden as u32, value, reserved: 0 };
+            // SAFETY: the entry point takes these parameters; the tensors have the shapes that it asks for, and live
+            // as in `fused`.
+            unsafe { kernels.launch(launch, &parameters, stream)? };
+        }
+        Ok(())
+    }
+}
+
+/// Where the all-reduce of the separate operations leaves its sum.
+fn sum(problem: &Problem) -> Tensor {
+    if problem.residual { Tensor::Reduced } else { Tensor::ResidualOut }
+}
+
+/// Launches an epilogue that needs no collective.
+struct LocalPass<'a> {
+    kernels: &'a mut Kernels,
+    problem: &'a Problem,
+    activations: Activations,
+    stream: Handle,
+}
+
+impl WithEpilogue for LocalPass<'_> {
+    fn call<X: Copy>(self, part: Part, epilogue: X) -> Result<(), CudaError> {
+        let LocalPass { kernels, problem, activations, stream } = self;
+        let shape = shape(0, problem.tokens, problem.tokens, problem.row_bytes())?;
+        let entry = Entry { set: Set::Local, family: "local", part: part.local, packs: None };
+        let launch = kernels.for_rows(problem.dtype, entry, 1, shape.row_packs, problem.tokens)?;
+        let parameters = Local { shape, activations, epilogue };
+        // SAFETY: the name and the parameters are of one epilogue; the tensors are the engine's and of the problem's
+        // shapes, and live as in `fused`.
+        unsafe { kernels.launch(launch, &parameters, stream) }
+    }
+}

@@ -70,13 +70,6 @@ pub(crate) fn run_lines(command: &mut Command, mut read: impl FnMut(&str)) -> Re
     check(command, child.wait()?)
 }
 
-/// Like [`run`], but what the program prints is shown only as part of the error, if it fails.
-pub(crate) fn run_quietly(command: &mut Command) -> Result<()> {
-    let output = command.output().with_context(|| cannot_start(command))?;
-    let printed = [output.stdout, output.stderr].concat();
-    check(command, output.status).with_context(|| String::from_utf8_lossy(&printed).into_owned())
-}
-
 /// Runs for at most `limit` and returns what the program wrote to its standard output; its standard error is part of the
 /// error, if it fails.
 ///

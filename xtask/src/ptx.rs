@@ -1,81 +1,108 @@
 //! `cargo xtask ptx`: the kernels as PTX, one module for each processor, element type and set of kernels.
 //!
-//! rustc compiles the crate in `device/ptx`, of type `staticlib`, and `--emit=asm` gives all of it linked as one PTX
-//! file. Every module is then assembled, and held to what a kernel must not have: a path that panics, local memory,
-//! spilled registers. The examples in `device/examples` are built and held to the same, so that what they show is true.
+//! A module is a crate of type `staticlib` in the workspace of `device/ptx`, and `--emit=asm` gives all of it linked as one
+//! PTX file. One run of cargo builds all of a processor's, as many at a time as there are cores, and only those whose
+//! source has changed. Every module is then assembled, and held to what a kernel must not have: a path that panics, local
+//! memory, spilled registers. The examples in `device/examples` are built and held to the same, so that what they show is
+//! true.
 
-use std::{fs, panic::resume_unwind, path::PathBuf, thread};
+use std::{
+    fs, io,
+    panic::resume_unwind,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use cargo_metadata::Message;
 use fused_collective_core::launch::{LAYOUT, layout_of};
 
 use crate::{cmd, ptxas::Ptxas, toolchain::Toolchain};
 
 /// The GPU, as rustc calls it.
 pub(crate) const TARGET: &str = "nvptx64-nvidia-cuda";
-/// The features of `device/ptx` that choose a module: the element type ...
+/// The workspace of all that is built for it.
+const MANIFEST: &str = "device/ptx/Cargo.toml";
+/// Its package with the modules ...
+const PACKAGE: &str = "fused-collective-ptx";
+/// ... which are named by the element type ...
 const ELEMENTS: [&str; 3] = ["f32", "f16", "bf16"];
 /// ... and the set of kernels.
 const SETS: [&str; 4] = ["w2", "w4", "w8", "local"];
+/// Its packages that are examples.
+const EXAMPLES: [&str; 1] = ["custom-epilogue"];
+/// The packages outside of it that have device code.
+const LIBRARIES: [&str; 2] = ["fused-collective-core", "fused-collective-device"];
+/// How long all modules for one processor may take to build: minutes, on two cores.
+const BUILD_LIMIT: Duration = Duration::from_secs(3600);
 
 /// One PTX file to make.
 struct Module {
-    /// The file's name, without `.ptx`.
+    /// The file's name, without `.ptx`, and that of what cargo builds it from.
     name: String,
-    /// The crate that it is made of, from the workspace's root.
-    manifest: &'static str,
-    /// The crate's features.
-    features: Option<String>,
     /// The set of kernels that its registers are those of.
     set: &'static str,
     /// The folder under `target` that has a folder for each processor.
     folder: &'static str,
 }
 
+impl Module {
+    /// Where it is for a processor.
+    fn file(&self, target_directory: &Path, gpu: &Gpu) -> PathBuf {
+        target_directory.join(self.folder).join(gpu.cpu).join(format!("{}.ptx", self.name))
+    }
+}
+
 /// What programs load: `target/ptx/sm_90/bf16_w4.ptx`, for instance.
-fn kernels() -> impl Iterator<Item = Module> {
+fn kernels() -> Vec<Module> {
     let of_element = |element| SETS.map(|set| (element, set));
-    ELEMENTS.into_iter().flat_map(of_element).map(|(element, set)| Module {
-        name: format!("{element}_{set}"),
-        manifest: "device/ptx/Cargo.toml",
-        features: Some(format!("{element},{set}")),
-        set,
-        folder: "ptx",
-    })
+    let module = |(element, set)| Module { name: format!("{element}_{set}"), set, folder: "ptx" };
+    ELEMENTS.into_iter().flat_map(of_element).map(module).collect()
 }
 
 /// What shows how to write kernels of one's own. In another folder, since no program loads it.
-fn examples() -> impl Iterator<Item = Module> {
-    [Module {
-        name: "custom_epilogue".to_owned(),
-        manifest: "device/examples/custom-epilogue/Cargo.toml",
-        features: None,
-        // Its kernel is for four ranks.
-        set: "w4",
-        folder: "ptx-examples",
-    }]
-    .into_iter()
+fn examples() -> Vec<Module> {
+    // Their kernels are for four ranks.
+    let module =
+        |package: &str| Module { name: package.replace('-', "_"), set: "w4", folder: "ptx-examples" };
+    EXAMPLES.into_iter().map(module).collect()
 }
 
 /// A kind of GPU to build for.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Gpu {
-    /// What rustc is given as `target-cpu`, which decides on the instructions in use.
+    /// The processor, as PTX and rustc's `target-cpu` name it.
     pub(crate) cpu: &'static str,
-    /// The PTX version, as the target feature that asks for it.
+    /// The PTX version.
     version: &'static str,
+    /// The processor that rustc compiles for, which decides on the instructions in use: another one's PTX may be right.
+    compiled_for: &'static str,
     /// What the module is assembled for in the check.
     arch: &'static str,
 }
 
 /// Ampere, Hopper and the two kinds of Blackwell. The driver assembles the PTX of the first two for later GPUs as well;
-/// that of the others has instructions that no other kind has.
+/// that of the others has instructions that no other kind has, and both have the same.
 pub(crate) const GPUS: [Gpu; 4] = [
-    Gpu { cpu: "sm_80", version: "ptx86", arch: "sm_80" },
-    Gpu { cpu: "sm_90", version: "ptx86", arch: "sm_90a" },
-    Gpu { cpu: "sm_100a", version: "ptx86", arch: "sm_100a" },
-    Gpu { cpu: "sm_120a", version: "ptx87", arch: "sm_120a" },
+    Gpu { cpu: "sm_80", version: "8.6", compiled_for: "sm_80", arch: "sm_80" },
+    Gpu { cpu: "sm_90", version: "8.6", compiled_for: "sm_90", arch: "sm_90a" },
+    Gpu { cpu: "sm_100a", version: "8.6", compiled_for: "sm_100a", arch: "sm_100a" },
+    Gpu { cpu: "sm_120a", version: "8.7", compiled_for: "sm_100a", arch: "sm_120a" },
 ];
+
+impl Gpu {
+    /// The first lines of a module for it.
+    fn header(&self) -> String {
+        format!(".version {}\n.target {}\n", self.version, self.cpu)
+    }
+
+    /// rustc's flags for device code.
+    fn flags(&self) -> [String; 2] {
+        let feature = self.version.replace('.', "");
+        [format!("-Ctarget-cpu={}", self.cpu), format!("-Ctarget-feature=+ptx{feature}")]
+    }
+}
 
 /// The one of [`GPUS`] whose processor is called `cpu`.
 pub(crate) fn parse_gpu(cpu: &str) -> Result<&'static Gpu, String> {
@@ -95,6 +122,15 @@ pub(crate) fn gpu_for(capability: u32) -> Option<&'static Gpu> {
         _ => return None,
     };
     GPUS.iter().find(|gpu| gpu.cpu == cpu)
+}
+
+/// `gpus` by the processor that rustc compiles for.
+fn by_compilation<'a>(gpus: &[&'a Gpu]) -> Vec<(&'static Gpu, Vec<&'a Gpu>)> {
+    let compiled_for = |one: &'static Gpu| {
+        let of_it: Vec<_> = gpus.iter().copied().filter(|gpu| gpu.compiled_for == one.cpu).collect();
+        (!of_it.is_empty()).then_some((one, of_it))
+    };
+    GPUS.iter().filter_map(compiled_for).collect()
 }
 
 /// What it takes to build kernels.
@@ -119,37 +155,105 @@ impl Compiler {
     /// # Errors
     /// A module does not build.
     pub(crate) fn build(&self, gpus: &[&Gpu]) -> Result<PathBuf> {
-        for gpu in gpus {
-            for module in kernels() {
-                self.compile(gpu, &module)?;
-            }
+        for (compiled_for, gpus) in by_compilation(gpus) {
+            self.compile(compiled_for, &gpus, &[PACKAGE], &kernels())?;
         }
         Ok(self.target_directory.join("ptx"))
     }
 
-    /// Compiles one module to a file.
-    fn compile(&self, gpu: &Gpu, module: &Module) -> Result<PathBuf> {
-        let folder = self.target_directory.join(module.folder).join(gpu.cpu);
-        fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
-        let file = folder.join(format!("{}.ptx", module.name));
-        let manifest = cmd::root().join(module.manifest);
-        let mut cargo = self.toolchain.cargo(&manifest, "rustc", TARGET, gpu.cpu)?;
-        cargo.arg("--release");
-        if let Some(features) = &module.features {
-            cargo.args(["--features", features]);
+    /// Compiles `packages`, which make `modules`, and writes the files for each of `gpus`.
+    fn compile(
+        &self,
+        compiled_for: &Gpu,
+        gpus: &[&Gpu],
+        packages: &[&str],
+        modules: &[Module],
+    ) -> Result<()> {
+        let mut cargo = self.toolchain.cargo(&cmd::root().join(MANIFEST), "build", TARGET, "ptx")?;
+        cargo.args(["--release", "--lib", "--examples", "--message-format=json-render-diagnostics"]);
+        for package in packages {
+            cargo.args(["--package", package]);
         }
-        // Kernels use unstable features of the language. The flags are for `core` and every other crate as well: a
-        // function compiled for another processor would not be inlined.
-        cargo.env("RUSTC_BOOTSTRAP", "1");
-        cargo.env("RUSTFLAGS", format!("-Ctarget-cpu={} -Ctarget-feature=+{}", gpu.cpu, gpu.version));
-        cargo.arg("--").arg(format!("--emit=asm={}", file.display()));
-        cmd::run_quietly(&mut cargo)?;
-        let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        let bounded =
-            bound_blocks(&text, gpu.cpu, module.name.split('_').next().unwrap_or_default(), module.set);
-        fs::write(&file, bounded).with_context(|| format!("cannot write {}", file.display()))?;
-        Ok(file)
+        // Kernels use unstable features of the language, and a package's flags are one of cargo's.
+        cargo.env("RUSTC_BOOTSTRAP", "1").arg("-Zprofile-rustflags");
+        // Only device code depends on the processor. What it uses of other crates, `core` among them, is generic or
+        // inline, and so compiled with it: those crates are built once for all processors.
+        cargo.env("RUSTFLAGS", "").env_remove("CARGO_ENCODED_RUSTFLAGS");
+        let mut flags = |package, flags: &[String]| {
+            cargo.arg("--config").arg(format!("profile.release.package.{package}.rustflags={flags:?}"));
+        };
+        let [cpu, feature] = compiled_for.flags();
+        for package in LIBRARIES {
+            flags(package, &[cpu.clone(), feature.clone()]);
+        }
+        for package in packages {
+            flags(package, &[cpu.clone(), feature.clone(), "--emit=asm".to_owned()]);
+        }
+        let built = static_libraries(&cmd::output_within(&mut cargo, BUILD_LIMIT)?)?;
+        for module in modules {
+            let library = built.iter().find(|(name, _)| *name == module.name);
+            let (_, library) =
+                library.with_context(|| format!("{MANIFEST} has no module {}", module.name))?;
+            let assembly = assembly(library, &module.name)?;
+            let text = fs::read_to_string(&assembly)
+                .with_context(|| format!("cannot read {}", assembly.display()))?;
+            let element = module.name.split('_').next().unwrap_or_default();
+            for gpu in gpus {
+                ensure!(
+                    text.contains(&compiled_for.header()),
+                    "{} is not for {}, PTX version {}",
+                    assembly.display(),
+                    compiled_for.cpu,
+                    compiled_for.version
+                );
+                let text = text.replacen(&compiled_for.header(), &gpu.header(), 1);
+                let file = module.file(&self.target_directory, gpu);
+                let cannot = || format!("cannot write {}", file.display());
+                fs::create_dir_all(file.parent().unwrap_or(&file)).with_context(cannot)?;
+                fs::write(&file, bound_blocks(&text, gpu.cpu, element, module.set)).with_context(cannot)?;
+            }
+        }
+        Ok(())
     }
+}
+
+/// The static libraries that cargo's messages name, with their targets' names.
+fn static_libraries(messages: &str) -> Result<Vec<(String, PathBuf)>> {
+    let mut libraries = Vec::new();
+    for message in Message::parse_stream(messages.as_bytes()) {
+        let Message::CompilerArtifact(artifact) = message? else { continue };
+        let library = artifact.filenames.iter().find(|file| file.extension() == Some("a"));
+        libraries.extend(library.map(|library| (artifact.target.name.clone(), library.into())));
+    }
+    Ok(libraries)
+}
+
+/// The assembly that rustc left with the static library `library` of the crate `name`. Both have a hash in their name, and
+/// older ones may lie beside them; `library` is a copy of the current one.
+fn assembly(library: &Path, name: &str) -> Result<PathBuf> {
+    let cannot = |path: &Path| format!("cannot read {}", path.display());
+    let current = fs::read(library).with_context(|| cannot(library))?;
+    let beside = library.parent().unwrap_or(library);
+    for folder in [beside, &beside.join("deps")] {
+        let entries = match fs::read_dir(folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries.with_context(|| cannot(folder))?,
+        };
+        for entry in entries {
+            let path = entry.with_context(|| cannot(folder))?.path();
+            let stem =
+                path.file_name().and_then(|file| file.to_str()?.strip_prefix("lib")?.strip_suffix(".a"));
+            let Some(stem) =
+                stem.filter(|stem| stem.strip_prefix(name).is_some_and(|hash| hash.starts_with('-')))
+            else {
+                continue;
+            };
+            if fs::read(&path).with_context(|| cannot(&path))? == current {
+                return Ok(folder.join(format!("{stem}.s")));
+            }
+        }
+    }
+    bail!("no assembly for {}", library.display())
 }
 
 /// What it takes to build and check kernels.
@@ -168,49 +272,80 @@ impl Builder {
         Ok(Builder { compiler: Compiler::new()?, ptxas: Ptxas::find(&target_directory)? })
     }
 
-    /// Builds and checks every module for each of `gpus`, all at once. For each, a report of every kernel's registers.
+    /// Builds and checks every module for each of `gpus`: while one is checked, the next is built. For each, a report of
+    /// every kernel's registers.
     ///
     /// # Errors
     /// For a GPU with a module that does not build, or a kernel that is not as it must be: what is wrong with each.
     pub(crate) fn build<'a>(&self, gpus: &[&'a Gpu]) -> Vec<(&'a Gpu, Result<String>)> {
         eprintln!("building for {}", gpus.iter().map(|gpu| gpu.cpu).collect::<Vec<_>>().join(", "));
+        let packages = [&[PACKAGE], &EXAMPLES[..]].concat();
+        let modules: Vec<Module> = kernels().into_iter().chain(examples()).collect();
         thread::scope(|scope| {
-            let builds: Vec<_> =
-                gpus.iter().map(|&gpu| (gpu, scope.spawn(move || self.build_one(gpu)))).collect();
-            let joined = builds.into_iter().map(|(gpu, build)| {
-                let result = build.join().unwrap_or_else(|panic| resume_unwind(panic));
+            let mut checks = Vec::new();
+            for (compiled_for, gpus) in by_compilation(gpus) {
+                let compiled = self.compiler.compile(compiled_for, &gpus, &packages, &modules);
+                let failed = compiled.err().map(|error| format!("{error:#}"));
+                for gpu in gpus {
+                    let (failed, modules) = (failed.clone(), &modules);
+                    let check =
+                        move || failed.map_or_else(|| self.check(gpu, modules), |why| Err(anyhow!(why)));
+                    checks.push((gpu, scope.spawn(check)));
+                }
+            }
+            let joined = checks.into_iter().map(|(gpu, check)| {
+                let result = check.join().unwrap_or_else(|panic| resume_unwind(panic));
                 (gpu, result)
             });
             joined.collect()
         })
     }
 
-    fn build_one(&self, gpu: &Gpu) -> Result<String> {
-        let mut report = String::new();
-        let mut wrong = String::new();
-        for module in kernels().chain(examples()) {
-            let file = self.compiler.compile(gpu, &module)?;
-            let text =
-                fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-            let name = format!("{}/{}", gpu.cpu, module.name);
-            if let Some(what) = panic_path(&text) {
-                wrong += &format!("\n  {name}: {what}");
-            }
-            if layout_of(&text) != Some(LAYOUT) {
-                wrong += &format!("\n  {name}: its launch layout is {:?}, not {LAYOUT}", layout_of(&text));
-            }
-            for function in self.ptxas.assemble(&file, gpu.arch)? {
-                report += &format!("{name}: {function}\n");
-                if function.uses_local_memory() {
-                    wrong += &format!("\n  {name}: {function}");
-                }
-            }
+    /// Holds the modules for `gpu` to what kernels must be, several at a time.
+    fn check(&self, gpu: &Gpu, modules: &[Module]) -> Result<String> {
+        let at_once = thread::available_parallelism().map_or(1, usize::from);
+        let parts: Vec<_> = thread::scope(|scope| {
+            let parts = modules.chunks(modules.len().div_ceil(at_once));
+            let parts: Vec<_> = parts
+                .map(|part| {
+                    scope.spawn(move || part.iter().map(|module| self.check_one(gpu, module)).collect())
+                })
+                .collect();
+            parts.into_iter().map(|part| part.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        });
+        let checked: Vec<Vec<Result<(String, String)>>> = parts;
+        let (mut report, mut wrong) = (String::new(), String::new());
+        for module in checked.into_iter().flatten() {
+            let (of_module, wrong_with_it) = module?;
+            report += &of_module;
+            wrong += &wrong_with_it;
         }
         ensure!(
             wrong.is_empty(),
             "\n{report}kernels must not panic, spill or use local memory, and must say their layout:{wrong}"
         );
         Ok(report)
+    }
+
+    /// The report of one module, and what is wrong with it.
+    fn check_one(&self, gpu: &Gpu, module: &Module) -> Result<(String, String)> {
+        let (mut report, mut wrong) = (String::new(), String::new());
+        let file = module.file(&self.compiler.target_directory, gpu);
+        let text = fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let name = format!("{}/{}", gpu.cpu, module.name);
+        if let Some(what) = panic_path(&text) {
+            wrong += &format!("\n  {name}: {what}");
+        }
+        if layout_of(&text) != Some(LAYOUT) {
+            wrong += &format!("\n  {name}: its launch layout is {:?}, not {LAYOUT}", layout_of(&text));
+        }
+        for function in self.ptxas.assemble(&file, gpu.arch)? {
+            report += &format!("{name}: {function}\n");
+            if function.uses_local_memory() {
+                wrong += &format!("\n  {name}: {function}");
+            }
+        }
+        Ok((report, wrong))
     }
 }
 
@@ -277,12 +412,78 @@ fn panic_path(ptx: &str) -> Option<String> {
 mod tests {
     use super::*;
 
+    /// The names of what is in a folder, sorted.
+    fn names(folder: &str) -> Vec<String> {
+        let entries = fs::read_dir(cmd::root().join(folder)).unwrap();
+        let mut names: Vec<_> =
+            entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
     #[test]
-    fn every_example_is_built() {
-        let folders = fs::read_dir(cmd::root().join("device/examples")).unwrap();
-        let found: Vec<PathBuf> = folders.map(|folder| folder.unwrap().path().join("Cargo.toml")).collect();
-        let built: Vec<PathBuf> = examples().map(|module| cmd::root().join(module.manifest)).collect();
-        assert_eq!(built, found);
+    fn every_module_and_every_example_is_built() {
+        assert_eq!(names("device/examples"), EXAMPLES);
+        let mut built: Vec<String> = kernels().iter().map(|module| format!("{}.rs", module.name)).collect();
+        built.sort();
+        assert_eq!(names("device/ptx/modules"), built);
+    }
+
+    #[test]
+    fn processors_with_the_same_instructions_are_compiled_for_once() {
+        let compiled: Vec<_> = by_compilation(&GPUS.each_ref())
+            .into_iter()
+            .map(|(one, of_it)| (one.cpu, of_it.iter().map(|gpu| gpu.cpu).collect::<Vec<_>>()))
+            .collect();
+        let expected =
+            [("sm_80", vec!["sm_80"]), ("sm_90", vec!["sm_90"]), ("sm_100a", vec!["sm_100a", "sm_120a"])];
+        assert_eq!(compiled, expected);
+        assert_eq!(by_compilation(&[parse_gpu("sm_120a").unwrap()])[0].0.flags()[0], "-Ctarget-cpu=sm_100a");
+        // What the device code asks of the compiler must then be the same as well.
+        for (one, of_it) in by_compilation(&GPUS.each_ref()) {
+            for other in of_it.iter().filter(|gpu| gpu.cpu != one.cpu) {
+                for folder in ["device/src", "core/src"] {
+                    for (file, line) in lines(&cmd::root().join(folder)) {
+                        let asks = |gpu: &Gpu| line.contains(&format!("target_feature = \"{}\"", gpu.cpu));
+                        assert_eq!(asks(one), asks(other), "{}: {line}", file.display());
+                    }
+                }
+            }
+        }
+    }
+
+    /// The lines of every file below a folder.
+    fn lines(folder: &Path) -> Vec<(PathBuf, String)> {
+        let mut lines = Vec::new();
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                lines.extend(self::lines(&path));
+            } else {
+                let text = fs::read_to_string(&path).unwrap();
+                lines.extend(text.lines().map(|line| (path.clone(), line.to_owned())));
+            }
+        }
+        lines
+    }
+
+    #[test]
+    fn the_assembly_is_that_of_the_library_that_is_current() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+        for (hash, text) in [("0a", "old"), ("1b", "current"), ("2c", "other")] {
+            write(&format!("libbf16_w2-{hash}.a"), text);
+        }
+        write("libf16_w2-3d.a", "current");
+        write("libbf16_w2.a", "current");
+        let library = folder.path().join("libbf16_w2.a");
+        assert_eq!(assembly(&library, "bf16_w2").unwrap(), folder.path().join("bf16_w2-1b.s"));
+        write("libbf16_w2.a", "newer");
+        assert!(assembly(&library, "bf16_w2").is_err());
+        // As cargo has it for a package's library.
+        fs::create_dir(folder.path().join("deps")).unwrap();
+        write("deps/libbf16_w2-4e.a", "newer");
+        assert_eq!(assembly(&library, "bf16_w2").unwrap(), folder.path().join("deps/bf16_w2-4e.s"));
     }
 
     #[test]

@@ -6,6 +6,9 @@
 //! RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Ctarget-cpu=sm_90 -Ctarget-feature=+ptx86" \
 //!     cargo rustc --release -Zbuild-std=core --target nvptx64-nvidia-cuda -- --emit=asm
 //! ```
+//! which leaves `../../ptx/target/nvptx64-nvidia-cuda/release/deps/custom_epilogue-*.s`. `Cargo.toml` says what a copy of
+//! this folder needs.
+//!
 //! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, by the rules in `fused_collective_device::params`.
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch)]

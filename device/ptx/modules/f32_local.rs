@@ -1,0 +1,8 @@
+//! What needs no group, for `f32`.
+#![no_std]
+#![feature(abi_ptx)]
+
+// The panic handler.
+use fused_collective_ptx as _;
+
+fused_collective_device::entries!(local, f32);

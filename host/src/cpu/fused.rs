@@ -287,90 +287,104 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
 
     /// First hop of `round`, which runs as `operation`: sends every token to its owner.
     fn first_hop(&mut self, operation: u64, round: &Round) {
-        let (rank, world) = (self.rank, round.rows.world_size);
-        for token in (0..round.rows.tokens).filter(|&token| owner(token, world) != rank) {
-            let offset = round.rows.first_hop(rank, owned_index(token, world));
+        for (token, owner) in self.owned_by_others(&round.rows) {
+            let offset = round.rows.first_hop(self.rank, owned_index(token, round.rows.world_size));
             let row = self.input(round.first_token + token);
-            self.exchange.send_stripped(operation, owner(token, world), offset, row);
+            self.exchange.send_stripped(operation, owner, offset, row);
         }
     }
 
-    /// Returns whether it did the first hop of the `next` round too, so that nobody has to wait for it there.
-    fn two_shot(&mut self, first_hop_done: bool, next: Option<&Round>) -> Result<bool, Box<Failure>> {
-        let exchange = self.exchange;
-        let operation = exchange.operation();
-        let rows = self.rows();
-        let (rank, world) = (self.rank, rows.world_size);
+    /// First hop of this round, unless the round before did it.
+    fn begin(&mut self, first_hop_done: bool) {
         if !first_hop_done {
             let round = self.round;
-            self.first_hop(operation, &round);
+            self.first_hop(self.exchange.operation(), &round);
         }
+    }
+
+    /// First hop of the `next` round, if this rank may: who owned a token of this one has received from every rank, so
+    /// all of them are here. Returns whether it did, so that nobody has to wait for it there.
+    fn begin_next(&mut self, next: Option<&Round>) -> bool {
+        let next = next.filter(|_| self.owned().next().is_some());
+        if let Some(next) = next {
+            self.first_hop(self.exchange.operation() + 1, next);
+        }
+        next.is_some()
+    }
+
+    /// This rank's tokens of the round.
+    fn owned(&self) -> impl Iterator<Item = u64> + use<E, M> {
+        let (rank, world) = (self.rank, self.rows().world_size);
+        (0..owned_tokens(self.rows().tokens, rank, world)).map(move |index| owned_token(index, rank, world))
+    }
+
+    /// The other ranks' tokens of a round, and whose they are.
+    fn owned_by_others(&self, rows: &SlotRows) -> impl Iterator<Item = (u64, u32)> + use<E, M> {
+        let (rank, world) = (self.rank, rows.world_size);
+        (0..rows.tokens)
+            .map(move |token| (token, owner(token, world)))
+            .filter(move |&(_, owner)| owner != rank)
+    }
+
+    /// Adds up one of this rank's tokens, which the others send in the first hop.
+    fn sum_owned(&mut self, token: u64) -> Result<(), Box<Failure>> {
+        let index = owned_index(token, self.rows().world_size);
+        self.sum(token, |rows, source| rows.first_hop(source, index))
+    }
+
+    /// Returns whether it did the first hop of the `next` round too.
+    fn two_shot(&mut self, first_hop_done: bool, next: Option<&Round>) -> Result<bool, Box<Failure>> {
+        let (exchange, rows) = (self.exchange, self.rows());
+        self.begin(first_hop_done);
 
         // The owner sums, and sends every sum before it normalizes any: others wait for them.
-        let owned = owned_tokens(rows.tokens, rank, world);
-        for index in 0..owned {
-            let token = owned_token(index, rank, world);
-            self.sum(token, |rows, source| rows.first_hop(source, index))?;
+        for token in self.owned() {
+            self.sum_owned(token)?;
             for peer in self.peers() {
                 let row = bytemuck::cast_slice(self.residual_out(token));
-                exchange.send(operation, peer, rows.second_hop(token), row);
+                exchange.send(exchange.operation(), peer, rows.second_hop(token), row);
             }
         }
-        // Who owns a token has received from every rank, and may send early.
-        let early = next.filter(|_| owned > 0);
-        if let Some(next) = early {
-            self.first_hop(operation + 1, next);
-        }
-        for index in 0..owned {
-            self.finish(owned_token(index, rank, world));
+        let early = self.begin_next(next);
+        for token in self.owned() {
+            self.finish(token);
         }
 
         // Second hop: everybody else's sums.
-        for token in (0..rows.tokens).filter(|&token| owner(token, world) != rank) {
+        for (token, owner) in self.owned_by_others(&rows) {
             let sum = What::Sum(self.round.first_token + token);
             let row = bytemuck::cast_slice_mut(self.residual_out(token));
-            exchange.receive(owner(token, world), sum, rows.second_hop(token), row)?;
+            exchange.receive(owner, sum, rows.second_hop(token), row)?;
             self.finish(token);
         }
-        Ok(early.is_some())
+        Ok(early)
     }
 
     /// As [`two_shot`](Self::two_shot), but the second hop carries what owners make of their sums: nobody else has the
     /// residual.
     fn sharded(&mut self, first_hop_done: bool, next: Option<&Round>) -> Result<bool, Box<Failure>> {
-        let exchange = self.exchange;
-        let operation = exchange.operation();
-        let rows = self.rows();
-        let (rank, world) = (self.rank, rows.world_size);
-        if !first_hop_done {
-            let round = self.round;
-            self.first_hop(operation, &round);
-        }
+        let (exchange, rows) = (self.exchange, self.rows());
+        self.begin(first_hop_done);
 
-        let owned = owned_tokens(rows.tokens, rank, world);
-        for index in 0..owned {
-            let token = owned_token(index, rank, world);
-            self.sum(token, |rows, source| rows.first_hop(source, index))?;
+        for token in self.owned() {
+            self.sum_owned(token)?;
             let peers = self.peers();
             let of_operation = self.round.first_token + token;
             let result = self.job.make(of_operation, self.scratch, self.arch);
             for peer in peers {
-                exchange.send(operation, peer, rows.second_hop(token), result);
+                exchange.send(exchange.operation(), peer, rows.second_hop(token), result);
             }
             self.job.store(of_operation, result);
         }
-        // As in `two_shot`.
-        let early = next.filter(|_| owned > 0);
-        if let Some(next) = early {
-            self.first_hop(operation + 1, next);
-        }
+        let early = self.begin_next(next);
 
+        let others = self.owned_by_others(&rows);
         let result = self.scratch.result(self.job.sent_bytes());
-        for token in (0..rows.tokens).filter(|&token| owner(token, world) != rank) {
+        for (token, owner) in others {
             let of_operation = self.round.first_token + token;
-            exchange.receive(owner(token, world), What::Sum(of_operation), rows.second_hop(token), result)?;
+            exchange.receive(owner, What::Sum(of_operation), rows.second_hop(token), result)?;
             self.job.store(of_operation, result);
         }
-        Ok(early.is_some())
+        Ok(early)
     }
 }

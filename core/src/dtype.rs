@@ -108,7 +108,7 @@ pub trait Element: sealed::Sealed + Copy + Default + PartialEq + fmt::Debug + Se
     /// Elements in one 16-byte pack.
     const LANES: usize = 16 / size_of::<Self>();
     /// One pack widened: `[f32; LANES]`.
-    type Wide: AsRef<[f32]> + AsMut<[f32]> + Copy + Send + Sync + 'static;
+    type Wide: AsRef<[f32]> + AsMut<[f32]> + Copy + Default + Send + Sync + 'static;
     /// A pack of zeros, widened.
     const WIDE_ZERO: Self::Wide;
 

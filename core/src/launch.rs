@@ -173,6 +173,12 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Which of the operation's tokens token `token` of the round is.
+    #[inline(always)]
+    pub const fn operation_token(&self, token: u32) -> u64 {
+        self.first_token + token as u64
+    }
+
     /// Bytes of a row.
     #[inline(always)]
     pub const fn row_bytes(&self) -> u64 {
@@ -240,7 +246,7 @@ pub struct Conversions {
     pub out: Address,
     /// The bits of the first `f32`.
     pub first: u32,
-    /// How many to convert, a multiple of 4: the bits count up.
+    /// How many to convert, a multiple of 8: the bits count up.
     pub count: u32,
 }
 

@@ -10,6 +10,8 @@ use core::arch::asm;
 #[cfg(target_arch = "nvptx64")]
 use fused_collective_core::dtype::DType;
 
+#[cfg(all(target_arch = "nvptx64", not(any(target_feature = "sm_100a", target_feature = "sm_120a"))))]
+use crate::simt;
 use fused_collective_core::{dtype::Element, pack::Pack, quant};
 
 /// The elements of a pack as `f32`, exactly.
@@ -80,9 +82,121 @@ pub fn e4m3_pair(low: f32, high: f32) -> u16 {
     u16::from_le_bytes([quant::e4m3::encode(low), quant::e4m3::encode(high)])
 }
 
-/// Two E2M1 codes, `low` in the low half: [`e2m1::encode`](quant::e2m1::encode) of each.
+/// A UE4M3 code: [`ue4m3::encode`](quant::ue4m3::encode).
 #[inline(always)]
-pub fn e2m1_pair(low: f32, high: f32) -> u8 {
+pub fn ue4m3(value: f32) -> u8 {
+    let code = e4m3_pair(value, 0.0) as u8;
+    if code & 0x80 != 0 { 0 } else { code }
+}
+
+/// What a UE4M3 code stands for: [`ue4m3::decode`](quant::ue4m3::decode).
+#[inline(always)]
+pub fn from_ue4m3(code: u8) -> f32 {
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_89"))]
+    {
+        let value;
+        // SAFETY: arithmetic. Every E4M3 number is one of `f16` as well.
+        unsafe {
+            asm!(
+                "{{ .reg .b32 pair; .reg .b16 low, high; cvt.rn.f16x2.e4m3x2 pair, {1}; mov.b32 {{low, high}}, pair; \
+                 cvt.f32.f16 {0}, low; }}",
+                out(reg32) value, in(reg16) u16::from(code & 0x7f), options(pure, nomem),
+            );
+        }
+        value
+    }
+    #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_89")))]
+    quant::ue4m3::decode(code)
+}
+
+/// The E2M1 codes of at most eight values, each multiplied by `multiplier`, half a byte each, the first in the lowest:
+/// [`e2m1::encode`](quant::e2m1::encode) of each product.
+#[inline(always)]
+pub fn e2m1_codes(values: &[f32], multiplier: f32) -> u32 {
+    #[cfg(all(target_arch = "nvptx64", not(any(target_feature = "sm_100a", target_feature = "sm_120a"))))]
+    return e2m1_in_software(values, multiplier);
+    #[cfg(not(all(
+        target_arch = "nvptx64",
+        not(any(target_feature = "sm_100a", target_feature = "sm_120a"))
+    )))]
+    {
+        let mut codes = 0;
+        for (index, &[low, high]) in values.as_chunks::<2>().0.iter().enumerate() {
+            codes |= u32::from(e2m1_pair(low * multiplier, high * multiplier)) << (8 * index);
+        }
+        codes
+    }
+}
+
+/// What `core` does with one value, in few instructions for several, most of them additions and multiplications: a
+/// multiprocessor has half as many units for anything else.
+#[cfg(all(target_arch = "nvptx64", not(any(target_feature = "sm_100a", target_feature = "sm_120a"))))]
+#[inline(always)]
+fn e2m1_in_software(values: &[f32], multiplier: f32) -> u32 {
+    // Next to this number, numbers are 1 apart: a sum with it is rounded to an integer, ties to even, and has that in its
+    // lowest bits.
+    const INTEGERS: f32 = 1.5 * (1 << 23) as f32;
+    let mut codes = 0;
+    let mut products = [0; 8];
+    for (&value, product) in values.iter().zip(&mut products) {
+        let scaled = multiply(value, multiplier);
+        *product = scaled.to_bits();
+        // Codes count halves up to 2, ones from there to 4, and twos beyond: the least of three lines, each rounded
+        // once. Bits of positive numbers are in the numbers' order, and a NaN's are above all others.
+        let magnitude = scaled.abs();
+        let halves = simt::fma(magnitude, 2.0, INTEGERS).to_bits();
+        let ones = (magnitude + (INTEGERS + 2.0)).to_bits();
+        let twos = simt::fma(magnitude, 0.5, INTEGERS + 4.0).to_bits();
+        let code = halves.min(ones).min(twos).min(INTEGERS.to_bits() + 7);
+        codes = codes >> 4 | code << 28;
+    }
+    codes >>= 32 - 4 * values.len();
+    let signs = if values.len() == 8 {
+        let four = |a: usize| {
+            let pairs = [(0x00fb, 0, 2), (0xfb00, 4, 6)]
+                .map(|(select, b, c)| permute(products[a + b], products[a + c], select));
+            permute(pairs[0], pairs[1], 0x7610)
+        };
+        four(0) & 0x0808_0808 | four(1) & 0x8080_8080
+    } else {
+        let mut signs = 0;
+        for (index, _) in values.iter().enumerate() {
+            signs |= (products[index] >> 28 & 8) << (4 * index);
+        }
+        signs
+    };
+    codes | signs
+}
+
+/// The product, where a NaN is positive: PTX knows no other that an operation makes.
+#[cfg(all(target_arch = "nvptx64", not(any(target_feature = "sm_100a", target_feature = "sm_120a"))))]
+#[inline(always)]
+fn multiply(a: f32, b: f32) -> f32 {
+    let product;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("mul.rn.f32 {0}, {1}, {2};", out(reg32) product, in(reg32) a, in(reg32) b, options(pure, nomem));
+    }
+    product
+}
+
+/// Bytes of two words, the first word's counted from 0 and the second's from 4, as the nibbles of `select` name them;
+/// where a nibble has its highest bit set, eight times the byte's highest bit.
+#[cfg(all(target_arch = "nvptx64", not(any(target_feature = "sm_100a", target_feature = "sm_120a"))))]
+#[inline(always)]
+fn permute(a: u32, b: u32, select: u32) -> u32 {
+    let bytes;
+    // SAFETY: arithmetic.
+    unsafe {
+        asm!("prmt.b32 {0}, {1}, {2}, {3};", out(reg32) bytes, in(reg32) a, in(reg32) b, in(reg32) select, options(pure, nomem));
+    }
+    bytes
+}
+
+/// Two E2M1 codes, `low` in the low half: [`e2m1::encode`](quant::e2m1::encode) of each.
+#[cfg(not(all(target_arch = "nvptx64", not(any(target_feature = "sm_100a", target_feature = "sm_120a")))))]
+#[inline(always)]
+fn e2m1_pair(low: f32, high: f32) -> u8 {
     #[cfg(all(target_arch = "nvptx64", any(target_feature = "sm_100a", target_feature = "sm_120a")))]
     {
         let codes: u32;

@@ -39,10 +39,11 @@
 /// # Registers
 /// A multiprocessor has 65,536 registers: 64 for each of 1,024 threads, 128 for each of 512. Entry points need up to
 /// 64, and up to 128 those named `p2` or `streamed` in either kind of module and all of the collectives for more than 4
-/// ranks or, with `nvfp4`, of `f32` for 4. Those named `p2` of two-shot for 2 ranks, but for `nvfp4`, do with 64, so that two blocks of 512
-/// threads are resident. rustc cannot say so in PTX, so whoever builds the PTX adds two lines after the parameters of
-/// each entry point: `.maxntid 1024, 1, 1` (or `512, 1, 1`) and `.minnctapersm 1` (or `2`). Kernels for `sm_80`
-/// need more: 128 registers, and 255 for more than 4 ranks. Larger blocks are not launched.
+/// ranks or, with `nvfp4`, of `f32` for 4. Those named `p2` for 2 ranks, but for one-shot's, do with 64, so that two
+/// blocks of 512 threads are resident. rustc cannot say so in PTX, so whoever builds the PTX adds two lines after the
+/// parameters of each entry point: `.maxntid 1024, 1, 1` (or `512, 1, 1`) and `.minnctapersm 1` (or `2`). Kernels for
+/// `sm_80` and `sm_120a` need more: 128 registers, and on `sm_80` 255 for more than 4 ranks. Larger blocks are not
+/// launched.
 #[macro_export]
 macro_rules! entries {
     (collectives, $element:ident, $ranks:literal) => {

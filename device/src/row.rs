@@ -54,6 +54,23 @@ impl Team {
         }
     }
 
+    /// Zeroes what [`sum`](Self::sum) reads of shared memory and nobody writes, as this block has fewer warps, or the
+    /// cluster fewer blocks, than there is place for. Every thread of the block calls this once, before its first sum.
+    #[inline(always)]
+    pub fn clear(&self) {
+        let cluster = simt::cluster_size();
+        let mut index = simt::thread();
+        while index < 2 * PARTIALS {
+            let place = index % PARTIALS;
+            let used =
+                if place < MAX_WARPS { place < simt::threads() / WARP } else { place - MAX_WARPS < cluster };
+            if !used {
+                self.shared.store(index, 0.0);
+            }
+            index += simt::threads();
+        }
+    }
+
     /// The sum over the team, with the same bits in every thread. Every thread of the team calls it.
     ///
     /// Warps leave their partial sums to the block, and where several blocks share a row each sends its own to all of
@@ -64,13 +81,21 @@ impl Team {
         let partial = simt::warp_sum(value);
         let (buffer, phase) = (self.sums % 2, self.sums / 2);
         self.sums += 1;
-        let (warps, lane) = (simt::threads() / WARP, simt::thread() % WARP);
+        let lane = simt::thread() % WARP;
         let partials = buffer * PARTIALS;
         if lane == 0 {
             self.shared.store(partials + simt::thread() / WARP, partial);
         }
         simt::block_barrier();
-        let sum = simt::warp_sum(if lane < warps { self.shared.load(partials + lane) } else { 0.0 });
+        // Four partial sums in a lane, as many lanes side by side as it takes, and the same again in the lanes after
+        // them.
+        let lanes = simt::threads().div_ceil(4 * WARP);
+        let lanes = match lanes {
+            5.. => 8,
+            3.. => 4,
+            _ => lanes,
+        };
+        let sum = simt::tile_sum(self.quad(partials + (lane & (lanes - 1)) * 4), lanes);
         // To read it again costs less than to keep it.
         let cluster = simt::cluster_size();
         if cluster == 1 {
@@ -84,12 +109,15 @@ impl Team {
             self.shared.send(simt::thread(), sums + simt::cluster_rank(), sum, buffer);
         }
         self.shared.wait(buffer, phase);
-        let (mut sum, mut block) = (0.0, 0);
-        while block < cluster {
-            sum += self.shared.load(sums + block);
-            block += 1;
-        }
-        sum
+        const { assert!(MAX_CLUSTER == 8) };
+        self.quad(sums) + self.quad(sums + 4)
+    }
+
+    /// The sum of four floats of shared memory.
+    #[inline(always)]
+    fn quad(&self, first: u32) -> f32 {
+        let [a, b, c, d] = self.shared.load_four(first);
+        (a + b) + (c + d)
     }
 }
 
@@ -129,6 +157,13 @@ impl<const P: usize, const RESIDENT: bool> Share<P, RESIDENT> {
         (pack < self.row_packs).then_some(pack)
     }
 
+    /// Where this thread's packs of chunk `chunk` of token `token` are; those past the row's end are not to be used.
+    #[inline(always)]
+    pub fn places(&self, token: u64, chunk: u32) -> [Place; P] {
+        let pack = |p: usize| self.thread + (chunk * P as u32 + p as u32) * self.threads;
+        core::array::from_fn(|p| Place::new(token, pack(p), self.row_packs))
+    }
+
     /// Calls `each` for this thread's packs of chunk `chunk`: `p` and the pack.
     #[inline(always)]
     pub fn for_each(&self, chunk: u32, mut each: impl FnMut(usize, u32)) {
@@ -162,24 +197,34 @@ impl<const P: usize, const RESIDENT: bool> Share<P, RESIDENT> {
 
 /// An epilogue with what it keeps in registers.
 #[derive(Clone, Copy, Debug)]
-pub struct Prepared<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> {
+pub struct Prepared<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESIDENT: bool> {
     epilogue: &'a X,
     constants: X::Constants,
     /// The weights of this thread's only pack. More would cost registers that the row itself needs: those are
     /// read for each row, from a cache.
     weights: X::Weights,
+    /// The same, ready, where there are registers for it.
+    ready: X::Ready,
     share: Share<P, RESIDENT>,
 }
 
-impl<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> Prepared<'a, E, X, P, RESIDENT> {
+impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESIDENT: bool>
+    Prepared<'a, E, X, N, P, RESIDENT>
+{
     const HOLDS_WEIGHTS: bool = RESIDENT && P == 1;
+    /// Whether there are registers for more than what a row itself needs: kernels for two ranks hold fewer packs.
+    const SPARE: bool = RESIDENT && P == 1 && N == 2;
 
-    /// Reads what is constant: before the dependent-launch wait.
+    /// Reads what is constant. Every thread of the team's blocks calls this once, before the first row; `N` is for how
+    /// many ranks the kernel is.
     ///
     /// # Safety
     /// The addresses in `epilogue` are as its documentation says.
     #[inline(always)]
-    pub unsafe fn new(epilogue: &'a X, share: Share<P, RESIDENT>) -> Self {
+    pub unsafe fn new(epilogue: &'a X, share: Share<P, RESIDENT>, team: &Team) -> Self {
+        if X::ROW_SUM {
+            team.clear();
+        }
         let mut weights = X::Weights::default();
         if Self::HOLDS_WEIGHTS {
             // SAFETY: as this function's.
@@ -187,7 +232,8 @@ impl<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> Prepa
         }
         // SAFETY: as this function's.
         let constants = unsafe { epilogue.constants() };
-        Prepared { epilogue, constants, weights, share }
+        let ready = if Self::SPARE { epilogue.ready(weights) } else { X::Ready::default() };
+        Prepared { epilogue, constants, weights, ready, share }
     }
 
     /// Completes token `token` of the round: `sum` puts this thread's packs of one chunk of `residual_out` into the
@@ -202,24 +248,30 @@ impl<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> Prepa
         shape: &Shape,
         activations: &Activations,
         token: u32,
-        mut sum: impl FnMut(u32, &mut [Pack; P]),
+        mut sum: impl FnMut(u32, &[Place; P], &mut [Pack; P]),
     ) {
-        let token = shape.first_token + token as u64;
-        let place = |pack| Place { token, pack, row_packs: shape.row_packs };
+        let token = shape.operation_token(token);
+        let mut places = self.share.places(token, 0);
+        if Self::SPARE {
+            places = places.map(Place::kept);
+        }
         let mut row = [Pack::default(); P];
         let mut addends = 0.0;
         self.share.for_chunks(|chunk| {
-            sum(chunk, &mut row);
-            self.share.for_each(chunk, |p, pack| {
+            if !RESIDENT {
+                places = self.share.places(token, chunk);
+            }
+            sum(chunk, &places, &mut row);
+            self.share.for_each(chunk, |p, _| {
                 if !activations.residual_out.is_null() {
                     // SAFETY: inside the tensor; the pack is this thread's alone.
-                    unsafe { simt::store(place(pack).of(activations.residual_out), row[p]) };
+                    unsafe { simt::store(places[p].of(activations.residual_out), row[p]) };
                 }
                 if X::ROW_SUM {
                     addends += self.epilogue.addend(row[p]);
                 } else {
                     // SAFETY: as this function's.
-                    unsafe { self.finish(place(pack), row[p], 0.0) };
+                    unsafe { self.finish(places[p], row[p], 0.0) };
                 }
             });
         });
@@ -228,13 +280,17 @@ impl<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> Prepa
         }
         let row_value = self.epilogue.row_value(team.sum(addends));
         self.share.for_chunks(|chunk| {
-            self.share.for_each(chunk, |p, pack| {
+            if !Self::SPARE {
+                // Opaque, or they would be kept.
+                places = self.share.places(simt::opaque_u64(token), chunk);
+            }
+            self.share.for_each(chunk, |p, _| {
                 if !RESIDENT {
                     // SAFETY: this thread wrote the pack above, or nobody writes the input.
-                    row[p] = unsafe { simt::load(place(pack).of(row_in_memory(activations))) };
+                    row[p] = unsafe { simt::load(places[p].of(row_in_memory(activations))) };
                 }
                 // SAFETY: as this function's.
-                unsafe { self.finish(place(pack), row[p], row_value) };
+                unsafe { self.finish(places[p], row[p], row_value) };
             });
         });
     }
@@ -259,7 +315,7 @@ impl<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> Prepa
     ) where
         X: Gathered<E>,
     {
-        let place = |pack| Place { token: owned as u64, pack, row_packs: shape.row_packs };
+        let place = |pack| Place::new(owned as u64, pack, shape.row_packs);
         let mut row = [Pack::default(); P];
         let mut addends = 0.0;
         self.share.for_chunks(|chunk| {
@@ -291,8 +347,15 @@ impl<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> Prepa
                         weights = unsafe { self.epilogue.weights(pack) };
                     }
                 }
-                let (words, scales) =
-                    self.epilogue.make(place(pack), row[p], row_value, weights, self.constants);
+                let weights = if Self::SPARE { self.ready } else { self.epilogue.ready(weights) };
+                // Opaque, so that the second pack's registers are not taken while the first's are in use.
+                let (words, scales) = self.epilogue.make(
+                    place(pack),
+                    if P > 1 { simt::opaque(row[p]) } else { row[p] },
+                    row_value,
+                    weights,
+                    self.constants,
+                );
                 if inside {
                     send(context, pack, words, scales);
                 }
@@ -306,7 +369,15 @@ impl<'a, E: Element, X: Epilogue<E>, const P: usize, const RESIDENT: bool> Prepa
     unsafe fn finish(&self, place: Place, row: Pack, row_value: f32) {
         // SAFETY: as this function's.
         unsafe {
-            let weights = if Self::HOLDS_WEIGHTS { self.weights } else { self.epilogue.weights(place.pack) };
+            let weights = if Self::SPARE {
+                self.ready
+            } else if Self::HOLDS_WEIGHTS {
+                self.epilogue.ready(self.weights)
+            } else {
+                self.epilogue.ready(self.epilogue.weights(place.pack))
+            };
+            // As in `make`.
+            let row = if P > 1 { simt::opaque(row) } else { row };
             self.epilogue.finish(place, row, row_value, weights, self.constants);
         }
     }

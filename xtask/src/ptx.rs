@@ -353,8 +353,10 @@ impl Builder {
 /// rustc has no way to say so; the device crate's table of entry points has the sizes. A module that cargo found
 /// fresh has the lines already, and keeps them.
 fn bound_blocks(ptx: &str, cpu: &str, element: &str, set: &str) -> String {
-    // Without clusters and dependent launch, addresses and indices take up more registers.
+    // Without clusters and dependent launch, addresses and indices take up more registers; and for sm_120a the assembler
+    // finds fewer to share.
     let ampere = cpu == "sm_80";
+    let wide = ampere || cpu == "sm_120a";
     let mut bounded = String::with_capacity(ptx.len());
     let mut bounds = None;
     for line in ptx.lines().filter(|line| !line.starts_with(".maxntid") && !line.starts_with(".minnctapersm"))
@@ -366,17 +368,14 @@ fn bound_blocks(ptx: &str, cpu: &str, element: &str, set: &str) -> String {
                 || name.ends_with("_streamed")
                 || (element == "f32" && set == "w4" && name.contains("shot_nvfp4"));
             // Twice on a multiprocessor where 64 registers do.
-            let twice = set == "w2"
-                && name.starts_with("two_shot")
-                && name.ends_with("_p2")
-                && !name.contains("nvfp4");
-            let threads = match (ampere, set) {
-                (true, "w8") => 256,
-                (true, "w2" | "w4") => 512,
+            let twice = set == "w2" && name.ends_with("_p2") && !name.starts_with("one_shot");
+            let threads = match set {
+                "w8" if ampere => 256,
+                "w2" | "w4" if wide => 512,
                 _ if large => 512,
                 _ => 1024,
             };
-            bounds = Some((threads, if twice && !ampere { 2 } else { 1 }));
+            bounds = Some((threads, if twice && !wide { 2 } else { 1 }));
         }
         if line.trim_start().starts_with('{')
             && let Some((threads, blocks)) = bounds.take()
@@ -506,11 +505,12 @@ mod tests {
             2
         );
         assert_eq!(bound_blocks(ptx, "sm_90", "bf16", "w8").matches("maxntid 512").count(), 2);
+        assert_eq!(bound_blocks(ptx, "sm_120a", "bf16", "w4").matches("maxntid 512").count(), 2);
         let two_shot = ptx.replace("fill", "two_shot_norm");
         let bounded = bound_blocks(&two_shot, "sm_90", "bf16", "w2");
         assert!(bounded.ends_with(".maxntid 512, 1, 1\n.minnctapersm 2\n{\n}\n"));
         assert!(
-            bound_blocks(&two_shot.replace("norm", "nvfp4"), "sm_90", "bf16", "w2")
+            bound_blocks(&two_shot.replace("two_shot", "one_shot"), "sm_90", "bf16", "w2")
                 .matches("minnctapersm 2")
                 .count()
                 == 0

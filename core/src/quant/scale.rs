@@ -61,13 +61,24 @@ pub fn mxfp4_block(amax: f32) -> u8 {
 /// magnitude of the whole tensor.
 #[inline(always)]
 pub fn nvfp4_block(amax: f32, global_scale: f32) -> u8 {
-    ue4m3::encode(global_scale * (amax / e2m1::MAX))
+    ue4m3::encode(nvfp4_scale(amax, global_scale))
+}
+
+/// The scale that [`nvfp4_block`] rounds to UE4M3.
+#[inline(always)]
+pub fn nvfp4_scale(amax: f32, global_scale: f32) -> f32 {
+    global_scale * (amax / e2m1::MAX)
 }
 
 /// What values of an NVFP4 block are multiplied by: `global_scale / UE4M3^-1(code)`, or 0 where the scale is 0
 /// because the whole block is too small for it.
 #[inline(always)]
 pub fn nvfp4_multiplier(code: u8, global_scale: f32) -> f32 {
-    let scale = ue4m3::decode(code);
+    nvfp4_multiplier_of(ue4m3::decode(code), global_scale)
+}
+
+/// [`nvfp4_multiplier`] of the scale that a code stands for.
+#[inline(always)]
+pub fn nvfp4_multiplier_of(scale: f32, global_scale: f32) -> f32 {
     if scale == 0.0 { 0.0 } else { global_scale / scale }
 }

@@ -94,6 +94,7 @@ pub unsafe fn square(step: &Step) {
 #[inline(always)]
 pub unsafe fn mean_rsqrt(step: &Step) {
     let mut team = Team::join(true);
+    team.clear();
     simt::wait_for_prerequisites();
     simt::launch_dependents();
     let groups = step.hidden / GROUP;

@@ -4,7 +4,7 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
     convert,
-    epilogue::{Epilogue, Place},
+    epilogue::Epilogue,
     params::Local,
     row::{Prepared, Share, Team},
     simt,
@@ -25,7 +25,7 @@ where
     let mut team = Team::join(X::ROW_SUM);
     let share = Share::<P, RESIDENT>::new(&team, shape);
     // SAFETY: as this function's; each pack of a tensor is one thread's. The same holds for the block below.
-    let prepared = unsafe { Prepared::<E, X, P, RESIDENT>::new(epilogue, share) };
+    let prepared = unsafe { Prepared::<E, X, 2, P, RESIDENT>::new(epilogue, share, &team) };
     let has_residual = !activations.residual.is_null();
 
     simt::wait_for_prerequisites();
@@ -40,16 +40,14 @@ where
     };
     let mut token = team.index;
     while token < shape.tokens {
-        let place =
-            |pack| Place { token: shape.first_token + token as u64, pack, row_packs: shape.row_packs };
         // SAFETY: see above.
         unsafe {
-            prepared.complete(&mut team, shape, activations, token, |chunk, row| {
+            prepared.complete(&mut team, shape, activations, token, |chunk, places, row| {
                 let mut residuals = [Pack::default(); P];
-                share.for_each(chunk, |p, pack| {
-                    row[p] = simt::load(place(pack).of(activations.input));
+                share.for_each(chunk, |p, _| {
+                    row[p] = simt::load(places[p].of(activations.input));
                     if has_residual {
-                        residuals[p] = simt::load(place(pack).of(activations.residual));
+                        residuals[p] = simt::load(places[p].of(activations.residual));
                     }
                 });
                 if has_residual {

@@ -1,10 +1,10 @@
 //! The collectives, each with an epilogue: one-shot, two-shot, and two-shot with a sharded residual.
 //!
 //! Arrival is seen in the data itself, by [`lamport`](fused_collective_core::lamport)'s rules. What a kernel does:
-//! 1. reads what is constant (gamma, scales);
-//! 2. waits for the kernels before it, then reads its block's [`Turn`] and its first input together, and lets the next
+//! 1. waits for the kernels before it, then reads its block's [`Turn`] and its first input together, and lets the next
 //!    kernel start;
-//! 3. pushes to its peers, then advances the turns;
+//! 2. pushes to its peers, then advances the turns;
+//! 3. reads what is constant (gamma, scales) while that is on its way;
 //! 4. waits for what the peers push, and completes its rows.
 //!
 //! # Order and scope
@@ -28,7 +28,7 @@
 //!   read.
 //!
 //! # Programmatic dependent launch
-//! `launch_dependents` promises nothing about memory. The next kernel may be resident early, and do step 1; its own
+//! `launch_dependents` promises nothing about memory. The next kernel may be resident early, and compute addresses; its own
 //! `griddepcontrol.wait` returns when this grid has completed and all it wrote is visible, so it can never see
 //! unfinished outputs. Every thread here waits before it lets the next kernel start, so when a kernel starts, the
 //! one before the last has completed: the order of a stream holds along the chain. And a grid starts only once
@@ -101,8 +101,9 @@ impl<'a> Begun<'a> {
     /// Where the operation's slot is in the region of rank `rank`, of a kernel for at most `N` ranks.
     #[inline(always)]
     fn slot_of<const N: usize>(&self, rank: u32) -> Address {
-        // Opaque, so that addresses are computed in the loop over tokens: kept, they would take up registers.
-        let rank = simt::opaque_u64(rank as u64) as u32;
+        // Opaque, so that addresses are computed in the loop over tokens: kept, they would take up registers, and only
+        // kernels for two ranks have those.
+        let rank = if N == 2 { rank } else { simt::opaque_u64(rank as u64) as u32 };
         first_slot::<N>(self.group, rank).offset(self.slot_offset())
     }
 
@@ -122,6 +123,7 @@ impl<'a> Begun<'a> {
             unsafe { simt::push(self.group.state.offset(RankState::turn(block)), next) };
             block += simt::threads() * simt::blocks();
         }
+        simt::warp_barrier();
     }
 }
 
@@ -178,29 +180,38 @@ fn for_peers<const N: usize>(group: &Group, mut each: impl FnMut(u32)) {
     each!(1 2 3 4 5 6 7);
 }
 
+/// A pack of the row that rank `source` sent: rank 0's is at `first`, and each is `stride` bytes after the one before.
+#[inline(always)]
+fn pack_of(first: Address, source: u32, stride: u64, pack: u32) -> Address {
+    // Opaque, so that addresses are computed in the loop: kept, they would take up registers.
+    let row = Address(simt::opaque_u64(first.0)).offset(source as u64 * simt::opaque_u64(stride));
+    row.offset(pack as u64 * Pack::BYTES)
+}
+
 /// This thread's packs of a chunk of a row, from a tensor that may be absent: then zero.
 ///
 /// # Safety
-/// `place` gives places inside the tensor if there is one, and nobody writes it.
+/// `places` are this thread's of the chunk, inside the tensor if there is one, and nobody writes it.
 #[inline(always)]
 unsafe fn load_row<const P: usize, const RESIDENT: bool>(
     tensor: Address,
     share: Share<P, RESIDENT>,
     chunk: u32,
-    place: impl Fn(u32) -> Place,
+    places: &[Place; P],
 ) -> [Pack; P] {
     let mut packs = [Pack::default(); P];
     // Opaque, so that addresses are computed here and not ahead of a loop, where they would take up registers.
     let tensor = Address(simt::opaque_u64(tensor.0));
     if !tensor.is_null() {
         // SAFETY: as this function's.
-        share.for_each(chunk, |p, pack| packs[p] = unsafe { simt::load(place(pack).of(tensor)) });
+        share.for_each(chunk, |p, _| packs[p] = unsafe { simt::load(places[p].of(tensor)) });
     }
     packs
 }
 
-/// `residual_out`: the packs of all ranks, `own` among the peers', summed in rank order, plus the residual, rounded,
-/// and stripped of the sentinel: two-shot must strip it before it sends it, and both modes give the same bits.
+/// `residual_out`: the packs of all ranks, stripped, `own` among the peers' as [`Waiter::all`] gives them, summed in
+/// rank order, plus the residual, rounded, and stripped of the sentinel: two-shot must strip it before it sends it, and
+/// both modes give the same bits.
 #[inline(always)]
 fn residual_out<E: Element, const N: usize>(
     group: &Group,
@@ -208,20 +219,25 @@ fn residual_out<E: Element, const N: usize>(
     own: Pack,
     residual: Option<Pack>,
 ) -> Pack {
-    // Peers stripped what they sent.
-    let own = own.strip();
-    let addend = |rank: usize| if rank as u32 == group.rank { own } else { peers[rank] };
-    let mut sum = convert::widen::<E>(addend(0));
-    // Written out: an array of registers needs constant indices, and a compiler may leave a long loop a loop.
-    const { assert!(N <= 8) };
-    macro_rules! add_rank {
-        ($($rank:literal)*) => {$(
-            if $rank < N && $rank < group.world_size {
-                add::<E>(&mut sum, addend(if $rank < N { $rank } else { 0 }));
-            }
-        )*};
+    let mut sum;
+    if N == 2 {
+        // Two addends give the same sum in either order.
+        sum = convert::widen::<E>(peers[0]);
+        add::<E>(&mut sum, own);
+    } else {
+        let addend = |rank: usize| if rank as u32 == group.rank { own } else { peers[rank] };
+        sum = convert::widen::<E>(addend(0));
+        // Written out: an array of registers needs constant indices, and a compiler may leave a long loop a loop.
+        const { assert!(N <= 8) };
+        macro_rules! add_rank {
+            ($($rank:literal)*) => {$(
+                if $rank < N && $rank < group.world_size {
+                    add::<E>(&mut sum, addend(if $rank < N { $rank } else { 0 }));
+                }
+            )*};
+        }
+        add_rank!(1 2 3 4 5 6 7);
     }
-    add_rank!(1 2 3 4 5 6 7);
     if let Some(residual) = residual {
         add::<E>(&mut sum, residual);
     }

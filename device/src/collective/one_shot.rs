@@ -12,7 +12,7 @@ use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 
 use super::{Begun, first_slot, for_peers, load_row, peer, peers, residual_out, wait::Awaited};
 use crate::{
-    epilogue::{Epilogue, Place},
+    epilogue::Epilogue,
     params::{Address, Fused},
     row::{Prepared, Share, Team},
     simt,
@@ -37,76 +37,74 @@ where
     let mut team = Team::join(X::ROW_SUM);
     let team_index = team.index;
     let share = Share::<P, RESIDENT>::new(&team, shape);
+    // SAFETY of all accesses below: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the
+    // tensors and the slots, and by the launch rules this thread's alone.
     let has_residual = !activations.residual.is_null();
-    // SAFETY: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the tensors and the
-    // slots, and by the launch rules this thread's alone. The same holds for the blocks below.
-    let prepared = unsafe { Prepared::<E, X, P, RESIDENT>::new(epilogue, share) };
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
-    let stride = rows.one_shot(1, 0);
-    let place = |token: u32, pack| Place {
-        token: shape.first_token + token as u64,
-        pack,
-        row_packs: shape.row_packs,
-    };
-    // SAFETY: see above.
-    let input =
-        |token, chunk| unsafe { load_row(activations.input, share, chunk, |pack| place(token, pack)) };
+    // A pack is as far from a slot's first row as it is from the row of the round's first token in a tensor: with this
+    // subtracted, from the tensor's start.
+    let before_round = shape.first_token * shape.row_bytes();
+    let from = |source: u32| rows.one_shot(source, 0).wrapping_sub(before_round);
 
     // Where there are registers for it, the first push is made ready here, its input read together with the state, and
-    // kept. Every team has a token.
+    // what is pushed is kept until it is summed. Every team has a token.
     let keeps = const { RESIDENT && P == 1 && N == 2 };
-    let mine = if keeps { share.pack(0, 0) } else { None };
-    let first_place = place(team_index, mine.unwrap_or(0));
+    let first_place = share.places(shape.operation_token(team_index), 0)[0];
+    let mine = keeps && share.pack(0, 0).is_some();
     let first_input = first_place.of(activations.input);
-    let row = rows.one_shot(group.rank, team_index as u64);
-    let mut first_to = [Address::NULL; N];
-    if mine.is_some() {
-        for_peers::<N>(group, |distance| {
-            let slot = first_slot::<N>(group, peer(group, distance));
-            first_to[distance as usize] = slot.offset(row + first_place.pack as u64 * Pack::BYTES);
-        });
-        // SAFETY: inside the tensor.
+    let mut first_to = Address::NULL;
+    if mine {
+        first_to = first_place.of(first_slot::<N>(group, peer(group, 1)).offset(from(group.rank)));
+        // SAFETY: see above.
         unsafe { simt::prefetch(first_input) };
     }
     let turn = Begun::turn(group);
 
     simt::wait_for_prerequisites();
-    let mut first = [Pack::default(); P];
-    if mine.is_some() {
+    let mut own = [Pack::default(); P];
+    if mine {
         // SAFETY: see above.
-        first[0] = unsafe { simt::load(first_input) };
+        own[0] = unsafe { simt::load(first_input) };
     }
     // SAFETY: see above.
     let mut begun = unsafe { Begun::read(group, turn) };
     simt::launch_dependents();
 
-    // SAFETY: see above.
+    // Pushes a token, and returns it as it was pushed.
     let push = |begun: &Begun<'_>, token: u32, chunk: u32| {
+        let mut packs = [Pack::default(); P];
         if token >= shape.tokens || begun.waiter.failed {
-            return;
+            return packs;
         }
-        let packs = input(token, chunk);
-        // Opaque for the same reason as in `slot_of`.
-        let row = rows.one_shot(simt::opaque_u64(group.rank as u64) as u32, token as u64);
-        share.for_each(chunk, |p, pack| {
+        let places = share.places(shape.operation_token(token), chunk);
+        // SAFETY: see above.
+        packs = unsafe { load_row(activations.input, share, chunk, &places) }.map(Pack::strip);
+        share.for_each(chunk, |p, _| {
             for_peers::<N>(group, |distance| {
-                let row = begun.slot_of::<N>(peer(group, distance)).offset(row);
+                let row = begun.slot_of::<N>(peer(group, distance)).offset(from(group.rank));
                 // SAFETY: see above.
-                unsafe { simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip()) };
+                unsafe { simt::push(places[p].of(row), packs[p]) };
             });
         });
+        packs
     };
     if !keeps {
-        share.for_chunks(|chunk| push(&begun, team_index, chunk));
-    } else if mine.is_some() && !begun.waiter.failed {
-        for_peers::<N>(group, |distance| {
-            let at = first_to[distance as usize].offset(begun.slot_offset());
-            // SAFETY: see above.
-            unsafe { simt::push(at, first[0].strip()) };
+        share.for_chunks(|chunk| {
+            push(&begun, team_index, chunk);
         });
+    } else if mine {
+        own = own.map(Pack::strip);
+        if !begun.waiter.failed {
+            // SAFETY: see above.
+            unsafe { simt::push(first_to.offset(begun.slot_offset()), own[0]) };
+        }
     }
     begun.advance();
+    // What is constant is read when the links have work, and not before: where blocks fill the multiprocessors, the
+    // next operation's start when these end.
+    // SAFETY: see above.
+    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, share, &team) };
     // SAFETY: see above.
     unsafe {
         epilogue.fill_padding(
@@ -115,24 +113,32 @@ where
             simt::blocks() * simt::threads(),
         )
     };
-    let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
     let mut token = team_index;
     while token < shape.tokens {
         // The number of teams, read again: to keep it would take up a register.
         let next = token + simt::clusters();
+        let mut next_own = [Pack::default(); P];
         // SAFETY: see above.
         unsafe {
-            let stride = simt::opaque_u64(stride);
-            let from_first = begun.slot_of::<N>(group.rank).offset(rows.one_shot(0, token as u64));
-            prepared.complete(&mut team, shape, activations, token, |chunk, row| {
+            prepared.complete(&mut team, shape, activations, token, |chunk, places, row| {
                 // Both are read while the peers' packs are on their way.
-                let own = own(token, chunk);
-                let residual = load_row(activations.residual, share, chunk, |pack| place(token, pack));
+                let own = if keeps {
+                    own
+                } else {
+                    load_row(activations.input, share, chunk, places).map(Pack::strip)
+                };
+                let residual = load_row(activations.residual, share, chunk, places);
+                let slot = begun.slot_of::<N>(group.rank).offset(before_round.wrapping_neg());
                 let packs = begun.waiter.all::<N, P, RESIDENT>(
-                    from_first,
-                    stride,
                     share,
                     chunk,
+                    |source, p, _| {
+                        // Opaque for the same reason as in `slot_of`.
+                        let stride = rows.one_shot(1, 0);
+                        let stride = if N == 2 { stride } else { simt::opaque_u64(stride) };
+                        let slot = if N == 2 { slot } else { Address(simt::opaque_u64(slot.0)) };
+                        places[p].of(slot.offset(source as u64 * stride))
+                    },
                     Awaited { shape, token, hop: 1 },
                 );
                 share.for_each(chunk, |p, _| {
@@ -140,9 +146,10 @@ where
                         residual_out::<E, N>(group, &packs[p], own[p], has_residual.then_some(residual[p]));
                 });
                 // The links carry the next row while this one is normalized.
-                push(&begun, next, chunk);
+                next_own = push(&begun, next, chunk);
             });
         }
+        own = next_own;
         token = next;
     }
 }

@@ -8,7 +8,7 @@
 use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SlotRows};
 
 use super::{
-    Begun, first_slot, load_row, peer, peers, residual_out,
+    Begun, first_slot, load_row, pack_of, peer, peers, residual_out,
     two_shot::{deal, dealt},
     wait::{Awaited, Waiter},
 };
@@ -41,19 +41,15 @@ where
     let mut team = Team::join(X::ROW_SUM);
     let (team_index, teams) = (team.index, team.teams);
     let share = Share::<P, RESIDENT>::new(&team, shape);
-    // SAFETY: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the tensors and the
-    // slots, and by the launch rules this thread's alone. The same holds for the blocks below.
-    let prepared = unsafe { Prepared::<E, X, P, RESIDENT>::new(epilogue, share) };
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     let (row_bytes, stride) = (rows.row_bytes, rows.first_hop(1, 0));
-    let place = |token: u32, pack| Place {
-        token: shape.first_token + token as u64,
-        pack,
-        row_packs: shape.row_packs,
+    let place = |token: u32, pack| Place::new(shape.operation_token(token), pack, shape.row_packs);
+    // SAFETY: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the tensors and the slots,
+    // and by the launch rules this thread's alone. The same holds for the blocks below.
+    let own = |token, chunk| unsafe {
+        load_row(activations.input, share, chunk, &share.places(shape.operation_token(token), chunk))
     };
-    // SAFETY: see above.
-    let own = |token, chunk| unsafe { load_row(activations.input, share, chunk, |pack| place(token, pack)) };
 
     simt::wait_for_prerequisites();
     // SAFETY: see above.
@@ -85,6 +81,9 @@ where
         }
     });
     begun.advance();
+    // What is constant is read when the links have work.
+    // SAFETY: see above.
+    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, share, &team) };
     // SAFETY: see above.
     unsafe {
         epilogue.fill_padding(
@@ -131,17 +130,16 @@ where
         // SAFETY: see above. The residual's rows are this rank's tokens of the round.
         let sum = |waiter: &mut Waiter<'_>, chunk: u32, row: &mut [Pack; P]| unsafe {
             let own = own(token, chunk);
-            let owned = |pack| Place { token: index as u64, pack, row_packs: shape.row_packs };
-            let residual = load_row(activations.residual, share, chunk, owned);
+            let residual = load_row(activations.residual, share, chunk, &share.places(index as u64, chunk));
+            let row_at = slot_of(waiter, group.rank).offset(index as u64 * row_bytes);
             let packs = waiter.all::<N, P, RESIDENT>(
-                slot_of(waiter, group.rank).offset(index as u64 * row_bytes),
-                simt::opaque_u64(stride),
                 share,
                 chunk,
+                |source, _, pack| pack_of(row_at, source, stride, pack),
                 Awaited { shape, token, hop: 1 },
             );
             share.for_each(chunk, |p, _| {
-                row[p] = residual_out::<E, N>(group, &packs[p], own[p], Some(residual[p]));
+                row[p] = residual_out::<E, N>(group, &packs[p], own[p].strip(), Some(residual[p]));
             });
         };
         // SAFETY: see above.

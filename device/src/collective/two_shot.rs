@@ -14,9 +14,9 @@ use fused_collective_core::{
     workspace::SlotRows,
 };
 
-use super::{Begun, load_row, peer, peers, residual_out, wait::Awaited};
+use super::{Begun, load_row, pack_of, peer, peers, residual_out, wait::Awaited};
 use crate::{
-    epilogue::{Epilogue, Place},
+    epilogue::Epilogue,
     params::Fused,
     row::{Prepared, Share, Team},
     simt,
@@ -42,21 +42,15 @@ where
     let (team_index, teams) = (team.index, team.teams);
     let share = Share::<P, RESIDENT>::new(&team, shape);
     let has_residual = !activations.residual.is_null();
-    // SAFETY: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the tensors and the
-    // slots, and by the launch rules this thread's alone. The same holds for the blocks below.
-    let prepared = unsafe { Prepared::<E, X, P, RESIDENT>::new(epilogue, share) };
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     let (row_bytes, stride) = (shape.row_bytes(), rows.first_hop(1, 0));
-    let place = |token: u32, pack| Place {
-        token: shape.first_token + token as u64,
-        pack,
-        row_packs: shape.row_packs,
-    };
 
-    // SAFETY: see above.
-    let input =
-        |token, chunk| unsafe { load_row(activations.input, share, chunk, |pack| place(token, pack)) };
+    // SAFETY: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the tensors and the slots,
+    // and by the launch rules this thread's alone. The same holds for the blocks below.
+    let input = |token, chunk| unsafe {
+        load_row(activations.input, share, chunk, &share.places(shape.operation_token(token), chunk))
+    };
 
     simt::wait_for_prerequisites();
     // Read together with the state, and kept, where there are registers for it. Every team has a token.
@@ -84,6 +78,9 @@ where
         }
     });
     begun.advance();
+    // What is constant is read when the links have work.
+    // SAFETY: see above.
+    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, share, &team) };
     // SAFETY: see above.
     unsafe {
         epilogue.fill_padding(
@@ -100,24 +97,28 @@ where
         // SAFETY: see above.
         unsafe {
             let slot = begun.slot_of::<N>(group.rank);
-            prepared.complete(&mut team, shape, activations, token, |chunk, row| {
+            prepared.complete(&mut team, shape, activations, token, |chunk, places, row| {
                 if owner != group.rank {
                     let awaited = Awaited { shape, token, hop: 2 };
                     *row = begun.waiter.row(slot.offset(result(token)), share, chunk, owner, awaited);
                     return;
                 }
                 let own = own(token, chunk);
-                let residual = load_row(activations.residual, share, chunk, |pack| place(token, pack));
+                let residual = load_row(activations.residual, share, chunk, places);
+                let row_at = slot.offset(index as u64 * row_bytes);
                 let packs = begun.waiter.all::<N, P, RESIDENT>(
-                    slot.offset(index as u64 * row_bytes),
-                    simt::opaque_u64(stride),
                     share,
                     chunk,
+                    |source, _, pack| pack_of(row_at, source, stride, pack),
                     Awaited { shape, token, hop: 1 },
                 );
                 share.for_each(chunk, |p, pack| {
-                    row[p] =
-                        residual_out::<E, N>(group, &packs[p], own[p], has_residual.then_some(residual[p]));
+                    row[p] = residual_out::<E, N>(
+                        group,
+                        &packs[p],
+                        own[p].strip(),
+                        has_residual.then_some(residual[p]),
+                    );
                     if !begun.waiter.failed {
                         let result = result(token) + pack as u64 * Pack::BYTES;
                         for distance in 1..group.world_size {

@@ -8,6 +8,7 @@
 
 use fused_collective_core::{lamport, pack::Pack};
 
+use super::peer;
 use crate::{
     params::{ABORTED, Address, Group, RankState, Shape, Status, TIMED_OUT},
     row::Share,
@@ -69,7 +70,7 @@ impl<'a> Waiter<'a> {
         source: u32,
         awaited: Awaited<'_>,
     ) -> [Pack; P] {
-        // Opaque for the same reason as in `all`.
+        // Opaque, so that addresses are computed in the loop: kept, they would take up registers.
         let at = |pack: u32| Address(simt::opaque_u64(row.0)).offset(pack as u64 * Pack::BYTES);
         let mut packs = [Pack::default(); P];
         let mut patience = Patience::default();
@@ -84,6 +85,7 @@ impl<'a> Waiter<'a> {
             }
             self.check(&mut patience, || source, awaited);
         }
+        simt::warp_barrier();
         // SAFETY: as this function's. A push, since a peer given up on may still write.
         share.for_each(chunk, |_, pack| unsafe {
             simt::push(at(pack), Pack::SENTINEL);
@@ -121,6 +123,7 @@ impl<'a> Waiter<'a> {
             }
             self.check(&mut patience, || source, awaited);
         }
+        simt::warp_barrier();
         share.for_each(chunk, |_, pack| {
             if let Some(at) = at(pack) {
                 // SAFETY: as this function's. A push, since a peer given up on may still write.
@@ -130,37 +133,35 @@ impl<'a> Waiter<'a> {
         packs
     }
 
-    /// Waits for this thread's packs of chunk `chunk` of a row from every peer: rank `r`'s row is at
-    /// `first + r * stride`. In rank order, this rank's and those past the group's size zero. Refills them with the
-    /// sentinel.
+    /// Waits for this thread's packs of chunk `chunk` of a row from every peer: those of rank `r` are where `at(r, p,
+    /// pack)` says. In rank order, this rank's and those past the group's size zero; in a kernel for two ranks the
+    /// peer's come first. Refills them with the sentinel.
     ///
     /// # Safety
-    /// The rows are in this rank's slot, and this thread alone reads these packs in this operation.
+    /// The packs are in this rank's slot, and this thread alone reads them in this operation.
     #[inline(always)]
     pub(super) unsafe fn all<const N: usize, const P: usize, const RESIDENT: bool>(
         &mut self,
-        first: Address,
-        stride: u64,
         share: Share<P, RESIDENT>,
         chunk: u32,
+        at: impl Fn(u32, usize, u32) -> Address,
         awaited: Awaited<'_>,
     ) -> [[Pack; N]; P] {
         let (rank, world_size) = (self.group.rank, self.group.world_size);
-        let is_peer = |source: usize| source as u32 != rank && (source as u32) < world_size;
-        // Opaque, so that addresses are computed in the loop: kept, they would take up registers.
-        let at = |source: usize, pack: u32| {
-            let row = Address(simt::opaque_u64(first.0)).offset(source as u64 * simt::opaque_u64(stride));
-            row.offset(pack as u64 * Pack::BYTES)
+        let group = self.group;
+        let source = |index: usize| if N == 2 { peer(group, 1) } else { index as u32 };
+        let is_peer = |index: usize| {
+            if N == 2 { index == 0 } else { source(index) != rank && source(index) < world_size }
         };
         let mut packs = [[Pack::default(); N]; P];
         let mut patience = Patience::default();
         loop {
             // All loads are issued before the first is looked at.
             share.for_each(chunk, |p, pack| {
-                for (source, value) in packs[p].iter_mut().enumerate() {
-                    if is_peer(source) {
+                for (index, value) in packs[p].iter_mut().enumerate() {
+                    if is_peer(index) {
                         // SAFETY: as this function's.
-                        *value = unsafe { simt::poll(at(source, pack)) };
+                        *value = unsafe { simt::poll(at(source(index), p, pack)) };
                     }
                 }
             });
@@ -170,15 +171,16 @@ impl<'a> Waiter<'a> {
             }
             let missing = || {
                 let incomplete = |index: &(usize, &Pack)| !index.1.is_complete();
-                all.iter().enumerate().find(incomplete).map_or(rank, |(index, _)| (index % N) as u32)
+                all.iter().enumerate().find(incomplete).map_or(rank, |(index, _)| source(index % N))
             };
             self.check(&mut patience, missing, awaited);
         }
-        share.for_each(chunk, |_, pack| {
-            for source in 0..N {
-                if is_peer(source) {
+        simt::warp_barrier();
+        share.for_each(chunk, |p, pack| {
+            for index in 0..N {
+                if is_peer(index) {
                     // SAFETY: as this function's. A push, since a peer given up on may still write.
-                    unsafe { simt::push(at(source, pack), Pack::SENTINEL) };
+                    unsafe { simt::push(at(source(index), p, pack), Pack::SENTINEL) };
                 }
             }
         });

@@ -9,7 +9,7 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 use crate::{
     convert,
     params::{Address, Plain, RmsNorm, Shape},
-    simt,
+    simt::{self, WARP},
 };
 
 mod quantize;
@@ -23,19 +23,39 @@ pub struct Place {
     pub pack: u32,
     /// Packs of a row.
     pub row_packs: u32,
+    /// Bytes before the pack, in a tensor of elements.
+    offset: u64,
 }
 
 impl Place {
+    /// Pack `pack` of token `token`, of rows of `row_packs` packs.
+    #[inline(always)]
+    pub fn new(token: u64, pack: u32, row_packs: u32) -> Place {
+        Place { token, pack, row_packs, offset: (token * row_packs as u64 + pack as u64) * Pack::BYTES }
+    }
+
+    /// The same place, in registers: a compiler does not compute it again wherever it is used.
+    #[inline(always)]
+    pub(crate) fn kept(self) -> Place {
+        Place { offset: simt::opaque_u64(self.offset), ..self }
+    }
+
+    /// How many lanes of the warp have packs of this row at the same time, from lane 0 on.
+    #[inline(always)]
+    pub fn lanes(self) -> u32 {
+        (self.row_packs - self.pack / WARP * WARP).min(WARP)
+    }
+
     /// Which pack of the whole tensor this is.
     #[inline(always)]
     pub fn index(self) -> u64 {
-        self.token * self.row_packs as u64 + self.pack as u64
+        self.offset / Pack::BYTES
     }
 
     /// Where the pack is in a tensor of elements.
     #[inline(always)]
     pub fn of(self, tensor: Address) -> Address {
-        tensor.offset(self.index() * Pack::BYTES)
+        tensor.offset(self.offset)
     }
 }
 
@@ -46,8 +66,9 @@ impl Place {
 /// each pack, `row_value` once, `finish` for each pack. A thread that has more than one pack of a row calls `weights`
 /// before each `finish` instead.
 ///
-/// Lanes that hold the packs of one aligned group of 16 elements run `finish` for it together, so they may use
-/// [`tile_max`](simt::tile_max) among themselves. There is no other synchronization in it.
+/// The lanes of a warp that hold packs of a row run `finish` for it together, [as many](Place::lanes) from lane 0 on, and
+/// neighbours in the row are neighbours in the warp: so they may use [`tile_max`](simt::tile_max) among themselves. There
+/// is no other synchronization in it.
 pub trait Epilogue<E: Element>: Copy {
     /// Whether `finish` needs a sum over the row. Without, `addend` and `row_value` are never called.
     const ROW_SUM: bool;
@@ -55,6 +76,8 @@ pub trait Epilogue<E: Element>: Copy {
     type Constants: Copy;
     /// What is read for each pack of a row, the same in every row.
     type Weights: Copy + Default;
+    /// The weights as `finish` takes them.
+    type Ready: Copy + Default;
 
     /// Reads the constants.
     ///
@@ -67,6 +90,9 @@ pub trait Epilogue<E: Element>: Copy {
     /// # Safety
     /// As [`constants`](Self::constants); `pack` is less than the row's number of packs.
     unsafe fn weights(&self, pack: u32) -> Self::Weights;
+
+    /// Makes weights ready. Where a kernel has registers for the result it calls this once, else for each row.
+    fn ready(&self, weights: Self::Weights) -> Self::Ready;
 
     /// Writes what its outputs have besides rows. Every thread of the launch calls this once, after the
     /// dependent-launch wait: it is thread `thread` of `threads`.
@@ -91,7 +117,7 @@ pub trait Epilogue<E: Element>: Copy {
         place: Place,
         row: Pack,
         row_value: f32,
-        weights: Self::Weights,
+        weights: Self::Ready,
         constants: Self::Constants,
     );
 }
@@ -117,7 +143,7 @@ pub trait Gathered<E: Element>: Epilogue<E> {
         place: Place,
         row: Pack,
         row_value: f32,
-        weights: Self::Weights,
+        weights: Self::Ready,
         constants: Self::Constants,
     ) -> (Pack, u32);
 
@@ -187,6 +213,7 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for Plain<Q> {
     const ROW_SUM: bool = false;
     type Constants = Q::Constants;
     type Weights = ();
+    type Ready = ();
 
     #[inline(always)]
     unsafe fn constants(&self) -> Q::Constants {
@@ -196,6 +223,9 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for Plain<Q> {
 
     #[inline(always)]
     unsafe fn weights(&self, _pack: u32) {}
+
+    #[inline(always)]
+    fn ready(&self, _weights: ()) {}
 
     #[inline(always)]
     unsafe fn fill_padding(&self, shape: &Shape, thread: u32, threads: u32) {
@@ -225,6 +255,8 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
     type Constants = Q::Constants;
     /// Gamma.
     type Weights = Pack;
+    /// Gamma plus its bias.
+    type Ready = E::Wide;
 
     #[inline(always)]
     unsafe fn constants(&self) -> Q::Constants {
@@ -236,6 +268,16 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
     unsafe fn weights(&self, pack: u32) -> Pack {
         // SAFETY: gamma has a row's packs and is constant.
         unsafe { simt::load_constant(self.gamma.offset(pack as u64 * Pack::BYTES)) }
+    }
+
+    #[inline(always)]
+    fn ready(&self, gamma: Pack) -> E::Wide {
+        // Opaque, so that nothing of this is computed ahead of the loop over rows where it is called in that.
+        let mut weights = convert::widen::<E>(simt::opaque(gamma));
+        for weight in weights.as_mut() {
+            *weight += self.weight_bias;
+        }
+        weights
     }
 
     #[inline(always)]
@@ -259,8 +301,15 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
     }
 
     #[inline(always)]
-    unsafe fn finish(&self, place: Place, row: Pack, inverse_rms: f32, gamma: Pack, constants: Q::Constants) {
-        let norm = normalize::<E, Q>(self, row, inverse_rms, gamma);
+    unsafe fn finish(
+        &self,
+        place: Place,
+        row: Pack,
+        inverse_rms: f32,
+        weights: E::Wide,
+        constants: Q::Constants,
+    ) {
+        let norm = normalize::<E>(row, inverse_rms, weights);
         // SAFETY: the place is inside the tensors, and this thread's alone.
         unsafe {
             if !self.norm_out.is_null() {
@@ -273,10 +322,10 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
 
 /// The norm of a pack of a row.
 #[inline(always)]
-fn normalize<E: Element, Q>(epilogue: &RmsNorm<Q>, row: Pack, inverse_rms: f32, gamma: Pack) -> Pack {
+fn normalize<E: Element>(row: Pack, inverse_rms: f32, weights: E::Wide) -> Pack {
     let mut wide = convert::widen::<E>(row);
-    for (value, gamma) in wide.as_mut().iter_mut().zip(convert::widen::<E>(simt::opaque(gamma)).as_ref()) {
-        *value = *value * inverse_rms * (epilogue.weight_bias + gamma);
+    for (value, weight) in wide.as_mut().iter_mut().zip(weights.as_ref()) {
+        *value = *value * inverse_rms * weight;
     }
     convert::narrow::<E>(wide)
 }
@@ -291,10 +340,10 @@ impl<E: Element, Q: Encoder<E>> Gathered<E> for RmsNorm<Q> {
         place: Place,
         row: Pack,
         inverse_rms: f32,
-        gamma: Pack,
+        weights: E::Wide,
         constants: Q::Constants,
     ) -> (Pack, u32) {
-        Q::encode(place, normalize::<E, Q>(self, row, inverse_rms, gamma), constants)
+        Q::encode(place, normalize::<E>(row, inverse_rms, weights), constants)
     }
 
     #[inline(always)]

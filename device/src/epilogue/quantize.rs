@@ -10,7 +10,7 @@ use super::{Encoder, Place, Quantizer};
 use crate::{
     convert,
     params::{Address, Fp8Static, NvFp4, Shape, Unquantized},
-    simt,
+    simt::{self, WARP},
 };
 
 /// Elements of an NVFP4 block.
@@ -114,7 +114,7 @@ impl<E: Element> Quantizer<E> for NvFp4 {
 
     #[inline(always)]
     unsafe fn store(&self, place: Place, values: Pack, global_scale: f32) {
-        let (codes, scale) = e2m1::<E>(values, global_scale);
+        let (codes, scale) = e2m1::<E>(values, global_scale, place.lanes());
         // SAFETY: as this function's; a block's scale is its first lane's to store.
         unsafe {
             store_e2m1::<E>(self, place, codes);
@@ -131,24 +131,20 @@ const fn packs_per_block<E: Element>() -> u32 {
     BLOCK / E::LANES as u32
 }
 
-/// A pack's codes, two in a byte, and its block's scale. The lanes of a block call this together.
+/// A pack's codes, two in a byte, and its block's scale. The first `lanes` lanes of a warp call this together.
 #[inline(always)]
-fn e2m1<E: Element>(values: Pack, global_scale: f32) -> (u32, u8) {
+fn e2m1<E: Element>(values: Pack, global_scale: f32, lanes: u32) -> (u32, u8) {
     let wide = convert::widen::<E>(values);
     let own = wide.as_ref().iter().fold(0.0, |largest, &value| scale::amax_or_nan(largest, value));
     // Magnitudes, NaN included, are in the order of their bits. A block is the packs of two or four lanes.
     let bits = match E::LANES {
-        8 => simt::tile_max::<2>(own.to_bits()),
-        _ => simt::tile_max::<4>(own.to_bits()),
+        8 => simt::tile_max::<2>(own.to_bits(), lanes),
+        _ => simt::tile_max::<4>(own.to_bits(), lanes),
     };
-    let code = scale::nvfp4_block(f32::from_bits(bits), global_scale);
-    let multiplier = scale::nvfp4_multiplier(code, global_scale);
-
-    let mut codes = 0u32;
-    for (index, &[low, high]) in wide.as_ref().as_chunks::<2>().0.iter().enumerate() {
-        codes |= (convert::e2m1_pair(low * multiplier, high * multiplier) as u32) << (8 * index);
-    }
-    (codes, code)
+    // As `scale::nvfp4_block` and `scale::nvfp4_multiplier`.
+    let code = convert::ue4m3(scale::nvfp4_scale(f32::from_bits(bits), global_scale));
+    let multiplier = scale::nvfp4_multiplier_of(convert::from_ue4m3(code), global_scale);
+    (convert::e2m1_codes(wide.as_ref(), multiplier), code)
 }
 
 /// # Safety
@@ -231,13 +227,13 @@ impl<E: Element> Encoder<E> for NvFp4 {
 
     #[inline(always)]
     fn encode(place: Place, values: Pack, global_scale: f32) -> (Pack, u32) {
-        let (codes, scale) = e2m1::<E>(values, global_scale);
+        let (codes, scale) = e2m1::<E>(values, global_scale, WARP);
         if E::LANES != 8 {
             return (Pack([codes | u32::from(scale) << 16, 0, 0, 0]), 0);
         }
         // What no block of the row has a scale for is padding, and zero.
         let scale = if place.pack < place.row_packs { u32::from(scale) } else { 0 };
-        (Pack([codes, 0, 0, 0]), simt::tile_or::<8>(scale << (place.pack / 2 % 4 * 8)))
+        (Pack([codes, 0, 0, 0]), simt::tile_or::<8>(scale << (place.pack / 2 % 4 * 8), WARP))
     }
 
     #[inline(always)]

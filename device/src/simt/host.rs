@@ -283,6 +283,8 @@ fn exchange<R>(lanes: u32, value: u32, read: impl FnOnce(&[AtomicU32]) -> R) -> 
     })
 }
 
+pub(super) fn warp_barrier() {}
+
 pub(super) fn warp_sum(value: f32) -> f32 {
     exchange(WARP, value.to_bits(), |mailbox| {
         let mut values = [0.0; WARP as usize];
@@ -301,7 +303,22 @@ pub(super) fn warp_sum(value: f32) -> f32 {
     })
 }
 
-pub(super) fn tile_max<const LANES: u32>(value: u32) -> u32 {
+pub(super) fn tile_sum(value: f32, lanes: u32) -> f32 {
+    if lanes == 1 {
+        return value;
+    }
+    exchange(lanes, value.to_bits(), |mailbox| {
+        let mut values: Vec<f32> =
+            mailbox.iter().map(|bits| f32::from_bits(bits.load(Ordering::Relaxed))).collect();
+        // The pairs that the GPU's butterfly adds, in its order.
+        while values.len() > 1 {
+            values = values.chunks(2).map(|pair| pair[0] + pair[1]).collect();
+        }
+        values[0]
+    })
+}
+
+pub(super) fn tile_max<const LANES: u32>(value: u32, _lanes: u32) -> u32 {
     if LANES == 1 {
         return value;
     }
@@ -310,7 +327,7 @@ pub(super) fn tile_max<const LANES: u32>(value: u32) -> u32 {
     })
 }
 
-pub(super) fn tile_or<const LANES: u32>(value: u32) -> u32 {
+pub(super) fn tile_or<const LANES: u32>(value: u32, _lanes: u32) -> u32 {
     if LANES == 1 {
         return value;
     }
@@ -330,6 +347,11 @@ impl Shared {
     pub(super) fn load(self, index: u32) -> f32 {
         // Relaxed, as in PTX: barriers order the accesses.
         with(|context| f32::from_bits(own_block(context).shared[index as usize].load(Ordering::Relaxed)))
+    }
+
+    pub(super) fn load_four(self, index: u32) -> [f32; 4] {
+        assert!(index.is_multiple_of(4), "four floats are aligned to 16 bytes");
+        array::from_fn(|float| self.load(index + float as u32))
     }
 
     pub(super) fn store(self, index: u32, value: f32) {

@@ -93,25 +93,40 @@ pub fn block_any(value: bool) -> bool {
     imp::block_any(value)
 }
 
+/// Lets the lanes of a warp go on together: all 32 call it, where some have come through a loop more often than others.
+/// A compiler that does not see lanes together again has what follows executed for each group of them by itself, and
+/// shuffles one lane at a time. It orders no memory accesses; on the host, whose lanes are threads, it does nothing.
+#[inline(always)]
+pub fn warp_barrier() {
+    imp::warp_barrier();
+}
+
 /// The sum over the warp, with the same bits in every lane. All 32 lanes call it.
 #[inline(always)]
 pub fn warp_sum(value: f32) -> f32 {
     imp::warp_sum(value)
 }
 
-/// The maximum over this lane's tile of `LANES` (a power of two, at most 32) lanes, aligned to that many. All
-/// lanes of the tile call it; those of other tiles need not.
+/// The sum over this lane's tile of `lanes` lanes, 1, 2, 4 or 8, aligned to that many, with the same bits in each of
+/// them. All 32 lanes call it with the same `lanes`.
 #[inline(always)]
-pub fn tile_max<const LANES: u32>(value: u32) -> u32 {
+pub fn tile_sum(value: f32, lanes: u32) -> f32 {
+    imp::tile_sum(value, lanes)
+}
+
+/// The maximum over this lane's tile of `LANES` (a power of two, at most 32) lanes, aligned to that many. The first
+/// `lanes` lanes of the warp call it, whole tiles of them, with the same `lanes`, at least 1.
+#[inline(always)]
+pub fn tile_max<const LANES: u32>(value: u32, lanes: u32) -> u32 {
     const { assert!(LANES.is_power_of_two() && LANES <= WARP) };
-    imp::tile_max::<LANES>(value)
+    imp::tile_max::<LANES>(value, lanes)
 }
 
 /// The bits of all lanes of this lane's tile, as [`tile_max`].
 #[inline(always)]
-pub fn tile_or<const LANES: u32>(value: u32) -> u32 {
+pub fn tile_or<const LANES: u32>(value: u32, lanes: u32) -> u32 {
     const { assert!(LANES.is_power_of_two() && LANES <= WARP) };
-    imp::tile_or::<LANES>(value)
+    imp::tile_or::<LANES>(value, lanes)
 }
 
 /// [`SHARED_FLOATS`] floats that the threads of a block share, and that other blocks of its cluster can send to.
@@ -139,6 +154,12 @@ impl Shared {
     #[inline(always)]
     pub fn load(self, index: u32) -> f32 {
         self.0.load(index)
+    }
+
+    /// Reads four floats of this block, from `index` on, a multiple of 4. Order as [`load`](Self::load).
+    #[inline(always)]
+    pub fn load_four(self, index: u32) -> [f32; 4] {
+        self.0.load_four(index)
     }
 
     /// Writes float `index` of this block.

@@ -88,6 +88,10 @@ unsafe extern "C" {
     #[link_name = "llvm.nvvm.shfl.sync.bfly.f32"]
     fn shuffle_f32(mask: u32, value: f32, distance: u32, clamp: u32) -> f32;
 
+    /// `bar.warp.sync`: all lanes of `mask` go on together.
+    #[link_name = "llvm.nvvm.bar.warp.sync"]
+    fn synchronize(mask: u32);
+
     /// The same for integers.
     #[link_name = "llvm.nvvm.shfl.sync.bfly.i32"]
     fn shuffle_u32(mask: u32, value: u32, distance: u32, clamp: u32) -> u32;
@@ -95,6 +99,12 @@ unsafe extern "C" {
 
 /// The shuffles' clamp: lanes of the whole warp.
 const WHOLE_WARP: u32 = 31;
+
+#[inline(always)]
+pub(super) fn warp_barrier() {
+    // SAFETY: all 32 lanes are here.
+    unsafe { synchronize(u32::MAX) }
+}
 
 #[inline(always)]
 pub(super) fn warp_sum(mut value: f32) -> f32 {
@@ -109,9 +119,24 @@ pub(super) fn warp_sum(mut value: f32) -> f32 {
 }
 
 #[inline(always)]
-pub(super) fn tile_max<const LANES: u32>(mut value: u32) -> u32 {
-    // The tile's lanes as a mask; each tile synchronizes on its own.
-    let mask = (u32::MAX >> (WARP - LANES)) << (thread() % WARP / LANES * LANES);
+pub(super) fn tile_sum(mut value: f32, lanes: u32) -> f32 {
+    // As above. Written out: the distances of a loop would be in registers.
+    macro_rules! add {
+        ($($distance:literal)*) => {$(
+            if lanes > $distance {
+                // SAFETY: all 32 lanes are here, as `lanes` is the same in all of them.
+                value += unsafe { shuffle_f32(u32::MAX, value, $distance, WHOLE_WARP) };
+            }
+        )*};
+    }
+    add!(1 2 4);
+    value
+}
+
+#[inline(always)]
+pub(super) fn tile_max<const LANES: u32>(mut value: u32, lanes: u32) -> u32 {
+    // The same in all lanes: one for each tile would part the warp into tiles that go on one after the other.
+    let mask = u32::MAX >> (WARP - lanes);
     let mut distance = LANES / 2;
     while distance > 0 {
         // SAFETY: all lanes of the mask are here, with the same mask.
@@ -122,9 +147,9 @@ pub(super) fn tile_max<const LANES: u32>(mut value: u32) -> u32 {
 }
 
 #[inline(always)]
-pub(super) fn tile_or<const LANES: u32>(mut value: u32) -> u32 {
+pub(super) fn tile_or<const LANES: u32>(mut value: u32, lanes: u32) -> u32 {
     // As in `tile_max`.
-    let mask = (u32::MAX >> (WARP - LANES)) << (thread() % WARP / LANES * LANES);
+    let mask = u32::MAX >> (WARP - lanes);
     let mut distance = LANES / 2;
     while distance > 0 {
         // SAFETY: all lanes of the mask are here, with the same mask.
@@ -160,6 +185,19 @@ impl Shared {
         // SAFETY: inside the array, as the callers' indices are below SHARED_FLOATS.
         unsafe { asm!("ld.shared.f32 {0}, [{1}];", out(reg32) value, in(reg32) self.0 + index * 4) }
         value
+    }
+
+    #[inline(always)]
+    pub(super) fn load_four(self, index: u32) -> [f32; 4] {
+        let (a, b, c, d);
+        // SAFETY: as `load`. The array is aligned to 16 bytes, and `index` a multiple of 4.
+        unsafe {
+            asm!(
+                "ld.shared.v4.f32 {{{0}, {1}, {2}, {3}}}, [{4}];",
+                out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) self.0 + index * 4,
+            );
+        }
+        [a, b, c, d]
     }
 
     #[inline(always)]

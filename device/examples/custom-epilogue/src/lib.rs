@@ -36,10 +36,13 @@ impl<E: Element> Epilogue<E> for Gelu {
     const ROW_SUM: bool = false;
     type Constants = ();
     type Weights = ();
+    type Ready = ();
 
     unsafe fn constants(&self) {}
 
     unsafe fn weights(&self, _pack: u32) {}
+
+    fn ready(&self, _weights: ()) {}
 
     fn addend(&self, _row: Pack) -> f32 {
         0.0

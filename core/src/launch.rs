@@ -9,8 +9,8 @@
 //!   clusters as the round has tokens. Blocks have one dimension, a multiple of 32 threads and at most [`MAX_BLOCK_THREADS`]; clusters
 //!   have 1, 2, 4 or 8 blocks (1 before `sm_90`).
 //! - A kernel of `P` packs per thread needs `cluster * threads * P >= row_packs`; a streamed one takes any row.
-//! - Everything that is read before the dependent-launch wait is constant while kernels run: gamma, the quantization
-//!   scales.
+//! - Gamma and the quantization scales are constant while kernels run: they may be read before the dependent-launch
+//!   wait.
 //! - Launches that share a [`RankState`] follow each other in one stream (programmatic dependent launch included)
 //!   or are ordered by events: two of them never run at once.
 //! - A kernel that stands between two collectives and was itself launched as a programmatic dependent executes

@@ -61,10 +61,10 @@ impl Place {
 
 /// What is done with a row after the collective. Implement it to fuse something else.
 ///
-/// Calls come from every thread for the packs that are its own: `constants` and `weights` first, before the
-/// dependent-launch wait, so they may read only what is constant while kernels run; then for each row `addend` for
-/// each pack, `row_value` once, `finish` for each pack. A thread that has more than one pack of a row calls `weights`
-/// before each `finish` instead.
+/// Calls come from every thread for the packs that are its own: `constants` and `weights` first, which may be before the
+/// dependent-launch wait, so they read only what is constant while kernels run; then for each row `addend` for each pack,
+/// `row_value` once, `finish` for each pack. A thread that has more than one pack of a row calls `weights` before each
+/// `finish` instead.
 ///
 /// The lanes of a warp that hold packs of a row run `finish` for it together, [as many](Place::lanes) from lane 0 on, and
 /// neighbours in the row are neighbours in the warp: so they may use [`tile_max`](simt::tile_max) among themselves. There

@@ -1,0 +1,135 @@
+//! Conversions by instruction, where the GPU has one; elsewhere the portable ones of `core`, which say what is
+//! right.
+//!
+//! They agree in every bit but one: the instructions to `f16` and `bf16` give every NaN the same payload, where
+//! `core` keeps its upper bits.
+
+#[cfg(not(all(target_arch = "nvptx64", any(target_feature = "sm_100a", target_feature = "sm_120a"))))]
+mod e2m1;
+
+#[cfg(target_arch = "nvptx64")]
+use core::arch::asm;
+
+#[cfg(target_arch = "nvptx64")]
+use fused_collective_core::dtype::DType;
+
+use fused_collective_core::{dtype::Element, pack::Pack, quant};
+
+/// The elements of a pack as `f32`, exactly.
+#[inline(always)]
+pub fn widen<E: Element>(pack: Pack) -> E::Wide {
+    #[cfg(target_arch = "nvptx64")]
+    if let DType::F16 = E::DTYPE {
+        let mut wide = E::WIDE_ZERO;
+        for (pair, word) in wide.as_mut().as_chunks_mut::<2>().0.iter_mut().zip(&pack.0) {
+            let (low, high);
+            // SAFETY: arithmetic.
+            unsafe {
+                asm!(
+                    "{{ .reg .b16 l, h; mov.b32 {{l, h}}, {2}; cvt.f32.f16 {0}, l; cvt.f32.f16 {1}, h; }}",
+                    out(reg32) low, out(reg32) high, in(reg32) *word, options(pure, nomem),
+                );
+            }
+            *pair = [low, high];
+        }
+        return wide;
+    }
+    pack.widen::<E>()
+}
+
+/// Rounds to elements, to nearest even.
+#[inline(always)]
+pub fn narrow<E: Element>(wide: E::Wide) -> Pack {
+    #[cfg(target_arch = "nvptx64")]
+    if let DType::F16 | DType::Bf16 = E::DTYPE {
+        let mut words = [0u32; 4];
+        for (word, &[low, high]) in words.iter_mut().zip(wide.as_ref().as_chunks::<2>().0) {
+            *word = narrow_pair::<E>(low, high);
+        }
+        return Pack(words);
+    }
+    Pack::narrow::<E>(wide)
+}
+
+/// Two elements in a word.
+#[cfg(target_arch = "nvptx64")]
+#[inline(always)]
+fn narrow_pair<E: Element>(low: f32, high: f32) -> u32 {
+    let word;
+    // SAFETY: arithmetic.
+    unsafe {
+        if let DType::F16 = E::DTYPE {
+            asm!("cvt.rn.f16x2.f32 {0}, {1}, {2};", out(reg32) word, in(reg32) high, in(reg32) low, options(pure, nomem));
+        } else {
+            asm!("cvt.rn.bf16x2.f32 {0}, {1}, {2};", out(reg32) word, in(reg32) high, in(reg32) low, options(pure, nomem));
+        }
+    }
+    word
+}
+
+/// Two E4M3 codes, `low` in the low byte: [`e4m3::encode`](quant::e4m3::encode) of each.
+#[inline(always)]
+pub fn e4m3_pair(low: f32, high: f32) -> u16 {
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_89"))]
+    {
+        let codes;
+        // SAFETY: arithmetic.
+        unsafe {
+            asm!("cvt.rn.satfinite.e4m3x2.f32 {0}, {1}, {2};", out(reg16) codes, in(reg32) high, in(reg32) low, options(pure, nomem));
+        }
+        codes
+    }
+    #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_89")))]
+    u16::from_le_bytes([quant::e4m3::encode(low), quant::e4m3::encode(high)])
+}
+
+/// A UE4M3 code: [`ue4m3::encode`](quant::ue4m3::encode).
+#[inline(always)]
+pub fn ue4m3(value: f32) -> u8 {
+    let code = e4m3_pair(value, 0.0) as u8;
+    if code & 0x80 != 0 { 0 } else { code }
+}
+
+/// What a UE4M3 code stands for: [`ue4m3::decode`](quant::ue4m3::decode).
+#[inline(always)]
+pub fn from_ue4m3(code: u8) -> f32 {
+    #[cfg(all(target_arch = "nvptx64", target_feature = "sm_89"))]
+    {
+        let value;
+        // SAFETY: arithmetic. Every E4M3 number is one of `f16` as well.
+        unsafe {
+            asm!(
+                "{{ .reg .b32 pair; .reg .b16 low, high; cvt.rn.f16x2.e4m3x2 pair, {1}; mov.b32 {{low, high}}, pair; \
+                 cvt.f32.f16 {0}, low; }}",
+                out(reg32) value, in(reg16) u16::from(code & 0x7f), options(pure, nomem),
+            );
+        }
+        value
+    }
+    #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_89")))]
+    quant::ue4m3::decode(code)
+}
+
+/// The E2M1 codes of at most eight values, an even number, each multiplied by `multiplier`: half a byte each, the first in
+/// the lowest. [`e2m1::encode`](quant::e2m1::encode) of each product.
+#[inline(always)]
+pub fn e2m1_codes(values: &[f32], multiplier: f32) -> u32 {
+    #[cfg(not(all(target_arch = "nvptx64", any(target_feature = "sm_100a", target_feature = "sm_120a"))))]
+    return e2m1::codes(values, multiplier);
+    #[cfg(all(target_arch = "nvptx64", any(target_feature = "sm_100a", target_feature = "sm_120a")))]
+    {
+        let mut codes = 0;
+        for (index, &[low, high]) in values.as_chunks::<2>().0.iter().enumerate() {
+            let pair: u32;
+            // SAFETY: arithmetic.
+            unsafe {
+                asm!(
+                    "{{ .reg .b8 pair; cvt.rn.satfinite.e2m1x2.f32 pair, {1}, {2}; cvt.u32.u8 {0}, pair; }}",
+                    out(reg32) pair, in(reg32) high * multiplier, in(reg32) low * multiplier, options(pure, nomem),
+                );
+            }
+            codes |= pair << (8 * index);
+        }
+        codes
+    }
+}

@@ -14,20 +14,22 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
         Arc, Condvar, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
-    thread::{Builder, ScopedJoinHandle, scope, yield_now},
+    thread::{Builder, ScopedJoinHandle, scope},
     time::{Duration, Instant},
     vec::Vec,
 };
 
-use fused_collective_core::{lamport, pack::Pack};
+use fused_collective_core::pack::Pack;
 
 use super::{COUNTERS, SHARED_FLOATS, WARP};
-use crate::params::{Address, MAX_BLOCK_THREADS, MAX_CLUSTER};
+use crate::params::{MAX_BLOCK_THREADS, MAX_CLUSTER};
 
+mod memory;
 mod stream;
 
+pub(super) use memory::*;
 pub use stream::Stream;
 use stream::{Delays, InStream};
 
@@ -318,7 +320,14 @@ pub(super) fn tile_sum(value: f32, lanes: u32) -> f32 {
     })
 }
 
-pub(super) fn tile_max<const LANES: u32>(value: u32, _lanes: u32) -> u32 {
+/// Panics unless this lane is one of the first `lanes`, which are whole tiles: on a GPU no other may call what follows.
+fn is_one_of_first(tile: u32, lanes: u32) {
+    assert!(lanes <= WARP && lanes.is_multiple_of(tile), "{lanes} lanes are not whole tiles of {tile}");
+    assert!(thread() % WARP < lanes, "lane {} calls with the first {lanes}", thread() % WARP);
+}
+
+pub(super) fn tile_max<const LANES: u32>(value: u32, lanes: u32) -> u32 {
+    is_one_of_first(LANES, lanes);
     if LANES == 1 {
         return value;
     }
@@ -327,7 +336,8 @@ pub(super) fn tile_max<const LANES: u32>(value: u32, _lanes: u32) -> u32 {
     })
 }
 
-pub(super) fn tile_or<const LANES: u32>(value: u32, _lanes: u32) -> u32 {
+pub(super) fn tile_or<const LANES: u32>(value: u32, lanes: u32) -> u32 {
+    is_one_of_first(LANES, lanes);
     if LANES == 1 {
         return value;
     }
@@ -464,165 +474,4 @@ pub(super) fn opaque(pack: Pack) -> Pack {
 
 pub(super) fn opaque_u64(value: u64) -> u64 {
     value
-}
-
-/// The four words at `address`, for atomic access.
-///
-/// # Safety
-/// `address` is valid for 16 bytes and aligned to 16, for as long as the words are used.
-unsafe fn words<'a>(address: Address) -> &'a [AtomicU32; 4] {
-    debug_assert!(address.0.is_multiple_of(16));
-    // SAFETY: as this function's; `AtomicU32` has the layout of `u32`.
-    unsafe { &*std::ptr::with_exposed_provenance::<[AtomicU32; 4]>(address.0 as usize) }
-}
-
-/// The word at `address`, for atomic access.
-///
-/// # Safety
-/// `address` is valid for four bytes and aligned to 4, for as long as the word is used.
-unsafe fn word<'a>(address: Address) -> &'a AtomicU32 {
-    // SAFETY: as this function's.
-    unsafe { &*std::ptr::with_exposed_provenance::<AtomicU32>(address.0 as usize) }
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn prefetch(_address: Address) {}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn load_constant(address: Address) -> Pack {
-    // SAFETY: as this function's.
-    unsafe { load(address) }
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn load_constant_u32(address: Address) -> u32 {
-    // SAFETY: as this function's.
-    unsafe { super::load_value(address) }
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn load_constant_u64(address: Address) -> u64 {
-    // SAFETY: as this function's.
-    unsafe { super::load_value(address) }
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn load(address: Address) -> Pack {
-    debug_assert!(address.0.is_multiple_of(16));
-    // SAFETY: as this function's.
-    unsafe { super::load_value(address) }
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn store(address: Address, pack: Pack) {
-    pass();
-    debug_assert!(address.0.is_multiple_of(16));
-    // SAFETY: as this function's.
-    unsafe { super::store_value(address, pack) }
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn push(address: Address, pack: Pack) {
-    pass();
-    // SAFETY: as this function's.
-    let words = unsafe { words(address) };
-    for (word, value) in words.iter().zip(pack.0) {
-        word.store(value, Ordering::Release);
-    }
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn poll(address: Address) -> Pack {
-    pass();
-    // SAFETY: as this function's.
-    let words = unsafe { words(address) };
-    let pack = Pack(array::from_fn(|index| words[index].load(Ordering::Acquire)));
-    if !pack.is_complete() {
-        // There are more threads than processors: let those run that this one waits for.
-        yield_now();
-    }
-    pack
-}
-
-/// # Safety
-/// As [`push`], for eight bytes.
-pub(super) unsafe fn push_pair(address: Address, pair: [u32; 2]) {
-    // SAFETY: as this function's.
-    unsafe {
-        push_word(address, pair[0]);
-        push_word(address.offset(4), pair[1]);
-    }
-}
-
-/// # Safety
-/// As [`poll`], for eight bytes.
-pub(super) unsafe fn poll_pair(address: Address) -> [u32; 2] {
-    // SAFETY: as this function's.
-    unsafe { [poll_word(address), poll_word(address.offset(4))] }
-}
-
-/// # Safety
-/// As [`push`], for four bytes.
-pub(super) unsafe fn push_word(address: Address, value: u32) {
-    pass();
-    // SAFETY: as this function's.
-    unsafe { word(address) }.store(value, Ordering::Release);
-}
-
-/// # Safety
-/// As [`poll`], for four bytes.
-pub(super) unsafe fn poll_word(address: Address) -> u32 {
-    pass();
-    // SAFETY: as this function's.
-    let value = unsafe { word(address) }.load(Ordering::Acquire);
-    if !lamport::is_complete(value) {
-        // As in `poll`.
-        yield_now();
-    }
-    value
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn replace_zero(address: Address, value: u32) -> bool {
-    // SAFETY: as this function's.
-    unsafe { word(address) }.compare_exchange(0, value, Ordering::Relaxed, Ordering::Relaxed).is_ok()
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn load_relaxed(address: Address) -> u32 {
-    // SAFETY: as this function's.
-    unsafe { word(address) }.load(Ordering::Relaxed)
-}
-
-/// The double word at `address`, for atomic access.
-///
-/// # Safety
-/// `address` is valid for eight bytes and aligned to 8, for as long as the double word is used.
-unsafe fn double_word<'a>(address: Address) -> &'a AtomicU64 {
-    // SAFETY: as this function's.
-    unsafe { &*std::ptr::with_exposed_provenance::<AtomicU64>(address.0 as usize) }
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn load_relaxed_u64(address: Address) -> u64 {
-    // SAFETY: as this function's.
-    unsafe { double_word(address) }.load(Ordering::Relaxed)
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(super) unsafe fn store_release(address: Address, value: u32) {
-    // SAFETY: as this function's.
-    unsafe { word(address) }.store(value, Ordering::Release);
 }

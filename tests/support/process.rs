@@ -19,6 +19,8 @@ use rustix::process::{Pid, Signal, kill_process};
 const MARK: &str = "FUSED_COLLECTIVE_TEST_RUN";
 /// How long the other processes of a run may outlive the one that was started: the kernel takes a moment to end them.
 const GRACE: Duration = Duration::from_secs(2);
+/// How long a process may be without an environment on its way from one program to the next.
+const LOADING: Duration = Duration::from_millis(200);
 
 /// A program that runs. Dropping it kills all its processes.
 pub struct Running {
@@ -230,9 +232,31 @@ fn wait_until<T>(deadline: Instant, mut poll: impl FnMut() -> Option<T>) -> Opti
 
 /// Whether a process has this `NAME=value` in its environment.
 fn has_variable(pid: i32, variable: &str) -> bool {
-    // A process that ends meanwhile, or one of another user, has no environment to read.
-    let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+    let environment = environment(pid);
     environment.split(|&byte| byte == 0).any(|found| found == variable.as_bytes())
+}
+
+/// A process's environment; empty for one that has ended, or is another user's or the kernel's.
+fn environment(pid: i32) -> Vec<u8> {
+    let read = || {
+        let bytes = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        // While another program is being loaded into the process, none of it can be read, or a part.
+        let is_whole = !bytes.is_empty() && environment_length(pid) == Some(bytes.len() as u64);
+        (is_whole || fs::read_link(format!("/proc/{pid}/exe")).is_err()).then_some(bytes)
+    };
+    // There are programs that were started with none at all.
+    wait_until(Instant::now() + LOADING, read).unwrap_or_default()
+}
+
+/// How long a process's environment is, if it has one.
+fn environment_length(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The first two fields are the number and, in brackets, a name that may hold anything.
+    let (_, fields) = stat.rsplit_once(") ")?;
+    // Fields 50 and 51: where it begins and ends in memory; 0 before there is one.
+    let mut addresses = fields.split(' ').skip(50 - 3).map(|field| field.parse::<u64>().ok());
+    let (start, end) = (addresses.next()??, addresses.next()??);
+    (start != 0).then(|| end.checked_sub(start))?
 }
 
 /// What comes out of a pipe, read on a thread of its own: a program that fills one pipe is not kept from writing to
@@ -262,11 +286,13 @@ impl Output {
     }
 
     /// Everything, once all that have the pipe have closed it.
+    ///
+    /// # Panics
+    /// When one of them still has it after [`GRACE`]: a process that was not found, which may write more.
     fn whole(self) -> String {
-        let Output { bytes, reader } = self;
-        reader.join().expect("the reader does not panic");
-        let bytes = bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        String::from_utf8_lossy(&bytes).into_owned()
+        let ended = wait_until(Instant::now() + GRACE, || self.reader.is_finished().then_some(()));
+        assert!(ended.is_some(), "a process without the run's mark has its output open: {}", self.so_far());
+        self.so_far()
     }
 }
 
@@ -296,7 +322,7 @@ mod tests {
     fn output_can_be_waited_for_while_the_program_runs() {
         let running = shell("echo begun; sleep 600");
         running.wait_for_stdout("begun\n", LONG);
-        assert_eq!(running.children().len(), 1);
+        running.wait_for_children(LONG, |children| children.len() == 1);
     }
 
     #[test]
@@ -333,6 +359,17 @@ mod tests {
         let panic = catch_unwind(AssertUnwindSafe(|| running.wait(Duration::ZERO))).unwrap_err();
         let message = panic.downcast_ref::<String>().unwrap();
         assert!(message.starts_with("no end within 0ns") && message.contains("begun\n"), "{message}");
+    }
+
+    #[test]
+    fn a_process_is_found_while_it_turns_into_another_program() {
+        let script = tempfile::NamedTempFile::new().unwrap();
+        fs::write(script.path(), "exec sh $0").unwrap();
+        let running = shell(&format!("sh {} & wait", script.path().display()));
+        running.wait_for_children(LONG, |children| children.len() == 1);
+        for look in 0..1000 {
+            assert_eq!(running.children().len(), 1, "look {look}");
+        }
     }
 
     #[test]

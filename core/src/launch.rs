@@ -16,7 +16,13 @@
 //! - A kernel that stands between two collectives and was itself launched as a programmatic dependent executes
 //!   `griddepcontrol.wait`, as all kernels here do.
 //! - Every rank of a group launches the same sequence of operations, with the same [`Shape`] and mode. Grids may
-//!   differ.
+//!   differ. So may packs per thread, clusters and threads of a block, as far as the exchange goes; but they decide in
+//!   which order a row's squares are summed, so ranks that are to have a norm of the same bits have the same.
+
+use crate::{
+    pack::Pack,
+    plan::{Algorithm, Plan, Round, owned_index},
+};
 
 mod layout;
 
@@ -173,6 +179,27 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// A round of a plan, of an operation that kernels know as `call`; `None` for one of 2^31 tokens or more.
+    pub const fn of_round(plan: &Plan, round: &Round, call: u64) -> Option<Shape> {
+        match Shape::of_rows(round.rows.tokens, plan.row_bytes) {
+            Some(shape) => {
+                Some(Shape { first_token: round.first_token, total_tokens: plan.tokens, call, ..shape })
+            }
+            None => None,
+        }
+    }
+
+    /// All rows of an operation, for a kernel without a collective; `None` for 2^31 tokens or more. `row_bytes` are a
+    /// valid operation's.
+    pub const fn of_rows(tokens: u64, row_bytes: u64) -> Option<Shape> {
+        if tokens >= 1 << 31 {
+            return None;
+        }
+        // A row has at most 65,536 elements.
+        let row_packs = (row_bytes / Pack::BYTES) as u32;
+        Some(Shape { first_token: 0, total_tokens: tokens, tokens: tokens as u32, row_packs, call: 0 })
+    }
+
     /// Which of the operation's tokens token `token` of the round is.
     #[inline(always)]
     pub const fn operation_token(&self, token: u32) -> u64 {
@@ -335,6 +362,22 @@ pub struct Activations {
     pub residual: Address,
     /// The sum, plus the residual. Null only without a residual, and only in the kernels without a collective.
     pub residual_out: Address,
+}
+
+impl Activations {
+    /// An operation's activations as the kernel of one of its rounds takes them.
+    pub const fn of_round(self, plan: &Plan, round: &Round) -> Activations {
+        if !matches!(plan.algorithm, Algorithm::ShardedTwoShot) {
+            return self;
+        }
+        // Rounds start with a token of rank 0's, so that as many of every rank's come before.
+        let before = owned_index(round.first_token, plan.world_size) * plan.row_bytes;
+        Activations {
+            residual: self.residual.offset(before),
+            residual_out: self.residual_out.offset(before),
+            ..self
+        }
+    }
 }
 
 /// The parameters of a fused kernel with epilogue `X`.

@@ -1,9 +1,11 @@
 //! From an operation and the group's agreed limits to what every rank does: algorithm, rounds, token
-//! ownership and launch geometry.
+//! ownership, and how many blocks of a GPU share a token.
 //!
 //! [`Plan::new`] is a pure function of its arguments. Ranks that agree on the [`Limits`] (by
-//! [`Limits::agree`], once, at set-up) and are given the same operation therefore make the same plan:
-//! nobody can wait for a block that another rank never started.
+//! [`Limits::agree`], once, at set-up) and are given the same operation therefore make the same plan.
+//!
+//! The size of a grid is no part of it: each rank starts as many blocks as its own GPU holds at once. No rank waits for
+//! another's blocks or counts them, only for data, and where that lies follows from the round alone.
 
 use core::fmt;
 
@@ -33,10 +35,6 @@ pub struct Limits {
     pub slot_bytes: u64,
     /// Multiprocessors of a GPU; 1 for a rank that is one thread.
     pub compute_units: u32,
-    /// Blocks of [`Limits::max_block_threads`] that one compute unit holds at once.
-    pub blocks_per_unit: u32,
-    /// Threads of the largest block, a multiple of 32; 1 for a rank that is one thread.
-    pub max_block_threads: u32,
     /// Blocks of the largest cluster, a power of two; 1 where there are no clusters.
     pub max_cluster: u32,
     /// [`Mode::Auto`] takes one-shot up to this many bytes of activation, two-shot above.
@@ -53,32 +51,10 @@ impl Limits {
                 world_size: least.world_size,
                 slot_bytes: least.slot_bytes.min(other.slot_bytes),
                 compute_units: least.compute_units.min(other.compute_units),
-                blocks_per_unit: least.blocks_per_unit.min(other.blocks_per_unit),
-                max_block_threads: least.max_block_threads.min(other.max_block_threads),
                 max_cluster: least.max_cluster.min(other.max_cluster),
                 one_shot_bytes: least.one_shot_bytes.min(other.one_shot_bytes),
             })
         })
-    }
-}
-
-/// How blocks and threads share the work of one round.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Geometry {
-    /// Blocks of the grid: a multiple of `cluster`, never more than are co-resident.
-    pub blocks: u32,
-    /// Blocks that share one token.
-    pub cluster: u32,
-    /// Threads of a block.
-    pub block_threads: u32,
-    /// 16-byte packs of a row that one thread holds; the last may lie past the row's end.
-    pub packs_per_thread: u32,
-}
-
-impl Geometry {
-    /// Tokens that the grid works on at once.
-    pub const fn tokens_at_once(&self) -> u32 {
-        self.blocks / self.cluster
     }
 }
 
@@ -96,8 +72,9 @@ pub struct Plan {
     pub world_size: u32,
     /// Bytes of a row.
     pub row_bytes: u64,
-    /// The launch of a full round.
-    pub geometry: Geometry,
+    /// Blocks that share a token; 1 where there are no clusters. Kernels that cannot hold a row in the registers of so
+    /// few may take more, up to [`Limits::max_cluster`].
+    pub cluster: u32,
 }
 
 /// Why there is no plan.
@@ -150,8 +127,8 @@ impl Plan {
         if !(crate::MIN_WORLD_SIZE..=MAX_WORLD_SIZE).contains(&limits.world_size) {
             return Err(PlanError::Limits("the world size must be 1 to 16"));
         }
-        if limits.compute_units == 0 || limits.blocks_per_unit == 0 || limits.max_block_threads == 0 {
-            return Err(PlanError::Limits("units, blocks and threads must not be 0"));
+        if limits.compute_units == 0 {
+            return Err(PlanError::Limits("there must be a compute unit"));
         }
         if !limits.max_cluster.is_power_of_two() {
             return Err(PlanError::Limits("the largest cluster must be a power of two"));
@@ -165,19 +142,18 @@ impl Plan {
             Mode::Auto => Algorithm::TwoShot,
         };
         let tokens_per_round = tokens_per_round(algorithm, operation.tokens, row_bytes, limits)?;
-        let geometry = geometry(tokens_per_round, row_bytes, limits);
         Ok(Plan {
             algorithm,
             tokens: operation.tokens,
             tokens_per_round,
             world_size: limits.world_size,
             row_bytes,
-            geometry,
+            cluster: cluster(tokens_per_round, row_bytes, limits),
         })
     }
 
     /// The rounds, in order: first token and number of tokens. None for an operation without tokens.
-    pub fn rounds(&self) -> impl Iterator<Item = Round> + use<> {
+    pub fn rounds(&self) -> impl DoubleEndedIterator<Item = Round> + use<> {
         let plan = *self;
         let count = if plan.tokens == 0 { 0 } else { plan.tokens.div_ceil(plan.tokens_per_round) };
         (0..count).map(move |index| {
@@ -253,26 +229,16 @@ fn tokens_per_round(
 }
 
 /// A token is a block's, or a cluster's where tokens are so few that most units would idle.
-fn geometry(tokens: u64, row_bytes: u64, limits: &Limits) -> Geometry {
+fn cluster(tokens: u64, row_bytes: u64, limits: &Limits) -> u32 {
     const WARP: u32 = 32;
     let packs = row_bytes.div_ceil(16) as u32; // at most 16,384: the hidden size is limited
-    let units = u64::from(limits.compute_units);
     let mut cluster = 1;
     // Widen while every cluster still finds units of its own and its threads have a warp's worth each.
     while cluster * 2 <= limits.max_cluster
-        && tokens.saturating_mul(u64::from(cluster) * 2) <= units
+        && tokens.saturating_mul(u64::from(cluster) * 2) <= u64::from(limits.compute_units)
         && packs / (cluster * 2) >= WARP
     {
         cluster *= 2;
     }
-    let share = packs.div_ceil(cluster);
-    let block_threads = if limits.max_block_threads < WARP {
-        limits.max_block_threads
-    } else {
-        share.next_multiple_of(WARP).min(limits.max_block_threads)
-    };
-    let packs_per_thread = share.div_ceil(block_threads);
-    let resident = (units * u64::from(limits.blocks_per_unit)).min(u64::from(u32::MAX)) / u64::from(cluster);
-    let clusters = tokens.clamp(1, resident) as u32;
-    Geometry { blocks: clusters * cluster, cluster, block_threads, packs_per_thread }
+    cluster
 }

@@ -1,4 +1,4 @@
-//! Plans, token ownership, launch geometry and the layout of the shared region: for any shape there are no
+//! Plans, token ownership, launch parameters and the layout of the shared region: for any shape there are no
 //! overlaps, no gaps and no overflows, and every rank comes to the same result.
 
 use std::collections::HashSet;
@@ -8,6 +8,7 @@ use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Norm, Operation, OperationError, Residual},
     lamport,
+    launch::{Activations, Address, Shape},
     pack::Pack,
     plan::{Algorithm, Limits, Plan, PlanError, owned_index, owned_token, owned_tokens, owner},
     quant::{Quantization, ScaleLayout},
@@ -29,15 +30,7 @@ fn operation(tokens: u64, hidden: u64, dtype: DType, mode: Mode) -> Operation {
 }
 
 fn limits(world_size: u32, slot_bytes: u64) -> Limits {
-    Limits {
-        world_size,
-        slot_bytes,
-        compute_units: 132,
-        blocks_per_unit: 2,
-        max_block_threads: 1024,
-        max_cluster: 8,
-        one_shot_bytes: 1 << 18,
-    }
+    Limits { world_size, slot_bytes, compute_units: 132, max_cluster: 8, one_shot_bytes: 1 << 18 }
 }
 
 fn dtypes() -> impl Strategy<Value = DType> {
@@ -54,26 +47,13 @@ fn token_counts() -> impl Strategy<Value = u64> {
 }
 
 fn any_limits() -> impl Strategy<Value = Limits> {
-    let threads = prop_oneof![Just(1u32), (1u32..=32).prop_map(|warps| warps * 32)];
-    (1..=MAX_WORLD_SIZE, 12u32..50, 1u32..300, 1u32..4, threads, 0u32..4, any::<u64>()).prop_map(
-        |(
+    (1..=MAX_WORLD_SIZE, 12u32..50, 1u32..300, 0u32..4, any::<u64>()).prop_map(
+        |(world_size, slot_bits, compute_units, cluster_bits, one_shot_bytes)| Limits {
             world_size,
-            slot_bits,
+            slot_bytes: 1 << slot_bits,
             compute_units,
-            blocks_per_unit,
-            max_block_threads,
-            cluster_bits,
+            max_cluster: 1 << cluster_bits,
             one_shot_bytes,
-        )| {
-            Limits {
-                world_size,
-                slot_bytes: 1 << slot_bits,
-                compute_units,
-                blocks_per_unit,
-                max_block_threads,
-                max_cluster: 1 << cluster_bits,
-                one_shot_bytes,
-            }
         },
     )
 }
@@ -167,7 +147,7 @@ proptest! {
     }
 
     #[test]
-    fn a_grid_is_resident_at_once_and_covers_a_row(
+    fn every_rank_can_launch_the_cluster_and_every_cluster_of_a_round_finds_units_of_its_own(
         tokens in token_counts(),
         blocks in 1u64..=MAX_HIDDEN / 16,
         dtype in dtypes(),
@@ -176,16 +156,12 @@ proptest! {
     ) {
         let operation = operation(tokens, blocks * 16, dtype, mode);
         let Ok(plan) = Plan::new(&operation, &limits) else { return Ok(()) };
-        let geometry = plan.geometry;
-        let resident = u64::from(limits.compute_units) * u64::from(limits.blocks_per_unit);
-        prop_assert!(geometry.blocks >= 1 && u64::from(geometry.blocks) <= resident);
-        prop_assert!(geometry.cluster.is_power_of_two() && geometry.cluster <= limits.max_cluster);
-        prop_assert!(geometry.blocks.is_multiple_of(geometry.cluster));
-        prop_assert!(u64::from(geometry.tokens_at_once()) <= tokens.max(1));
-        prop_assert!(geometry.block_threads <= limits.max_block_threads);
-        prop_assert!(geometry.block_threads == 1 || geometry.block_threads.is_multiple_of(32));
-        let packs = [geometry.cluster, geometry.block_threads, geometry.packs_per_thread].map(u64::from);
-        prop_assert!(packs.iter().product::<u64>() * Pack::BYTES >= plan.row_bytes);
+        let cluster = u64::from(plan.cluster);
+        prop_assert!(plan.cluster.is_power_of_two() && plan.cluster <= limits.max_cluster);
+        if plan.cluster > 1 {
+            prop_assert!(plan.tokens_per_round * cluster <= u64::from(limits.compute_units));
+            prop_assert!(plan.row_bytes / Pack::BYTES / cluster >= 32, "a block has less than a warp's work");
+        }
     }
 
     #[test]
@@ -200,8 +176,7 @@ proptest! {
         let agreed = Limits::agree(&ranks).unwrap();
         for rank in &ranks {
             prop_assert!(agreed.slot_bytes <= rank.slot_bytes && agreed.compute_units <= rank.compute_units);
-            prop_assert!(agreed.blocks_per_unit <= rank.blocks_per_unit && agreed.max_cluster <= rank.max_cluster);
-            prop_assert!(agreed.max_block_threads <= rank.max_block_threads);
+            prop_assert!(agreed.max_cluster <= rank.max_cluster && agreed.one_shot_bytes <= rank.one_shot_bytes);
         }
         let mut reversed = ranks.clone();
         reversed.reverse();
@@ -306,6 +281,74 @@ fn the_largest_operation_is_planned_without_overflow() {
     }
 }
 
+/// What 32 bits do not count, neither as bytes nor as elements nor as tokens, is planned and found where it is: in slots,
+/// in tensors, in each rank's share of a sharded residual, and among scales.
+#[test]
+fn sizes_and_offsets_beyond_32_bits_do_not_wrap() {
+    const WORLD: u32 = 3;
+    let (hidden, tokens) = (8192, 5 << 32);
+    let nvfp4 = ScaleLayout::Swizzled128x4;
+    let limits = limits(WORLD, 1 << 40);
+    for residual in [Residual::Replicated, Residual::Sharded] {
+        let quantization = Quantization::NvFp4 { layout: nvfp4 };
+        let operation =
+            Operation { residual, quantization, ..operation(tokens, hidden, DType::Bf16, Mode::TwoShot) };
+        let plan = Plan::new(&operation, &limits).unwrap();
+        let row = u128::from(plan.row_bytes);
+        let mut next = 0;
+        for round in plan.rounds() {
+            assert_eq!(round.first_token, next);
+            next += round.rows.tokens;
+            // The largest slots take rounds of more than 2^32 bytes.
+            let (rows, last) = (round.rows, round.rows.tokens - 1);
+            let owned = u128::from(rows.tokens.div_ceil(3));
+            let hops = u128::from(WORLD) * owned * row;
+            assert_eq!(u128::from(rows.second_hop(last)), hops + u128::from(last) * row);
+            assert_eq!(u128::from(rows.first_hop(2, 5)), (2 * owned + 5) * row);
+            assert_eq!(u128::from(rows.one_shot(2, last)), u128::from(2 * rows.tokens + last) * row);
+
+            let shape = Shape::of_round(&plan, &round, 7).unwrap();
+            assert_eq!(shape.operation_token(shape.tokens - 1), round.first_token + last);
+            assert_eq!((shape.total_tokens, shape.call, u128::from(shape.row_bytes())), (tokens, 7, row));
+            let activations =
+                Activations { input: Address(16), residual: Address(32), residual_out: Address(48) };
+            let before =
+                if residual == Residual::Sharded { round.first_token / 3 * plan.row_bytes } else { 0 };
+            let expected = Activations {
+                residual: Address(32 + before),
+                residual_out: Address(48 + before),
+                ..activations
+            };
+            assert_eq!(activations.of_round(&plan, &round), expected);
+        }
+        assert_eq!(next, tokens);
+        let held: Vec<u64> = (0..WORLD).map(|rank| operation.residual_rows(rank, WORLD)).collect();
+        if residual == Residual::Sharded {
+            assert_eq!(held.iter().sum::<u64>(), tokens);
+        } else {
+            assert_eq!(held, [tokens; 3]);
+        }
+        assert_eq!(u128::from(operation.activation_bytes()), u128::from(tokens) * row);
+        let cols = hidden / 16;
+        assert_eq!(quantization.scale_bytes(tokens, hidden), Some(tokens * cols));
+        // The last tile's last line ends the scales.
+        assert_eq!(nvfp4.offset(tokens - 1, cols - 1, cols), tokens * cols - 1);
+        assert_eq!(ScaleLayout::Linear.offset(tokens - 1, cols - 1, cols), tokens * cols - 1);
+    }
+}
+
+#[test]
+fn a_round_of_more_tokens_than_a_launch_counts_has_no_shape() {
+    for (tokens, exists) in [((1 << 31) - 1, true), (1 << 31, false), (u64::from(u32::MAX) + 2, false)] {
+        assert_eq!(Shape::of_rows(tokens, 32).is_some(), exists);
+        let plan =
+            Plan::new(&operation(tokens, 16, DType::Bf16, Mode::OneShot), &limits(2, 1 << 60)).unwrap();
+        let rounds: Vec<_> = plan.rounds().collect();
+        assert_eq!(rounds.len(), 1);
+        assert_eq!(Shape::of_round(&plan, &rounds[0], 0).is_some(), exists);
+    }
+}
+
 #[test]
 fn auto_takes_one_shot_for_few_bytes_and_two_shot_for_many() {
     let limits = Limits { one_shot_bytes: 16 * 8192 * 2, ..limits(2, 1 << 30) };
@@ -317,11 +360,10 @@ fn auto_takes_one_shot_for_few_bytes_and_two_shot_for_many() {
 
 #[test]
 fn few_tokens_are_spread_over_clusters_and_many_are_not() {
-    let geometry = |tokens| {
-        Plan::new(&operation(tokens, 8192, DType::Bf16, Mode::OneShot), &limits(2, 1 << 30)).unwrap().geometry
+    let cluster = |tokens| {
+        Plan::new(&operation(tokens, 8192, DType::Bf16, Mode::OneShot), &limits(2, 1 << 30)).unwrap().cluster
     };
-    assert_eq!((geometry(1).cluster, geometry(1).blocks, geometry(1).block_threads), (8, 8, 128));
-    assert_eq!((geometry(2048).cluster, geometry(2048).blocks, geometry(2048).block_threads), (1, 264, 1024));
+    assert_eq!([1, 16, 17, 33, 34, 66, 67, 2048].map(cluster), [8, 8, 4, 4, 2, 2, 1, 1]);
 }
 
 #[test]
@@ -380,8 +422,6 @@ fn limits_that_no_group_can_have_are_refused() {
         Limits { world_size: 0, ..good },
         Limits { world_size: 17, ..good },
         Limits { compute_units: 0, ..good },
-        Limits { blocks_per_unit: 0, ..good },
-        Limits { max_block_threads: 0, ..good },
         Limits { max_cluster: 3, ..good },
         Limits { max_cluster: 0, ..good },
     ];

@@ -256,8 +256,6 @@ impl Communicator {
             world_size: layout.world_size(),
             slot_bytes: layout.slot_bytes(),
             compute_units: 1,
-            blocks_per_unit: 1,
-            max_block_threads: 1,
             max_cluster: 1,
             one_shot_bytes: ONE_SHOT_BYTES,
         };

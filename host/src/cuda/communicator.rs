@@ -15,9 +15,8 @@ use std::{
 use fused_collective_core::{
     agreement::{CALL_WORDS, Call, Chain},
     fusion::Operation,
-    launch::{self, ABORTED, Address, Fused, MAX_BLOCK_THREADS, Shape, Status},
-    pack::Pack,
-    plan::{Algorithm, Limits, Plan, Round, owned_index},
+    launch::{self, ABORTED, Address, Fused, Shape, Status},
+    plan::{Algorithm, Limits, Plan, Round},
     workspace::{Header, Layout},
 };
 
@@ -108,7 +107,7 @@ impl Communicator {
             ))
         })?;
         let gpu = Gpu::open(ordinal)?;
-        let kernels = Kernels::find(&gpu)?;
+        let mut kernels = Kernels::find(&gpu)?;
         let shares_gpus = device::check_group(group, &gpu, oversubscribe)?;
         let layout =
             Layout::new(world_size, slot_bytes).map_err(|error| Error::Devices(error.to_string()))?;
@@ -118,12 +117,11 @@ impl Communicator {
                 world_size,
                 slot_bytes: layout.slot_bytes(),
                 compute_units: gpu.units,
-                blocks_per_unit: (gpu.threads_per_unit / MAX_BLOCK_THREADS).max(1),
-                max_block_threads: MAX_BLOCK_THREADS,
                 max_cluster: kernels.max_cluster(),
                 one_shot_bytes: one_shot_bytes(world_size),
             },
         )?;
+        kernels.agree(limits.compute_units, limits.max_cluster);
         let layout =
             Layout::new(world_size, limits.slot_bytes).map_err(|error| Error::Devices(error.to_string()))?;
         let board = share_board(group)?;
@@ -501,21 +499,14 @@ impl WithEpilogue for RoundLauncher<'_> {
             Algorithm::TwoShot => "two_shot",
             Algorithm::ShardedTwoShot => "sharded",
         };
-        let mut shape = shape(round.first_token, operation.tokens, round.rows.tokens, plan.row_bytes)?;
-        shape.call = call;
-        let mut activations = tensors.activations();
-        if plan.algorithm == Algorithm::ShardedTwoShot {
-            // Rounds start with a token of rank 0's, so that many of every rank's come before.
-            let before = owned_index(round.first_token, plan.world_size) * plan.row_bytes;
-            activations.residual = activations.residual.offset(before);
-            activations.residual_out = activations.residual_out.offset(before);
-        }
+        let shape = Shape::of_round(&plan, &round, call).ok_or(TOO_MANY_TOKENS)?;
+        let activations = tensors.activations().of_round(&plan, &round);
         let parameters = Fused { group: communicator.group(), shape, activations, epilogue };
         let entry = Entry { set: communicator.set, family, part: part.fused, packs: None };
         let launch = communicator.kernels.for_rows(
             operation.dtype,
             entry,
-            plan.geometry.cluster,
+            plan.cluster,
             shape.row_packs,
             round.rows.tokens,
         )?;
@@ -525,18 +516,8 @@ impl WithEpilogue for RoundLauncher<'_> {
     }
 }
 
-/// The rows of one launch.
-pub(crate) fn shape(
-    first_token: u64,
-    total_tokens: u64,
-    tokens: u64,
-    row_bytes: u64,
-) -> Result<Shape, Error> {
-    let too_many = Error::Unsupported("rounds of 2^31 tokens or more");
-    let tokens = u32::try_from(tokens).ok().filter(|&tokens| tokens < 1 << 31).ok_or(too_many)?;
-    // A row has at most 65,536 elements.
-    Ok(Shape { first_token, total_tokens, tokens, row_packs: (row_bytes / Pack::BYTES) as u32, call: 0 })
-}
+/// Why rows have no [`Shape`].
+pub(crate) const TOO_MANY_TOKENS: Error = Error::Unsupported("rounds of 2^31 tokens or more");
 
 /// [`Mode::Auto`](fused_collective_core::fusion::Mode) takes one-shot up to this many bytes of activation. One-shot
 /// sends each byte to all peers, two-shot twice at most: between two ranks that is no less, and a hop more; with more
@@ -551,33 +532,16 @@ fn one_shot_bytes(world_size: u32) -> u64 {
 
 /// The least of all ranks' limits.
 fn agree(group: &Group, own: Limits) -> Result<Limits, Error> {
-    let Limits {
-        world_size,
-        slot_bytes,
-        compute_units,
-        blocks_per_unit,
-        max_block_threads,
-        max_cluster,
-        one_shot_bytes,
-    } = own;
-    let numbers = [
-        u64::from(world_size),
-        slot_bytes,
-        u64::from(compute_units),
-        u64::from(blocks_per_unit),
-        u64::from(max_block_threads),
-        u64::from(max_cluster),
-        one_shot_bytes,
-    ];
-    let all: Vec<[u64; 7]> = gather(group, &numbers)?;
+    let Limits { world_size, slot_bytes, compute_units, max_cluster, one_shot_bytes } = own;
+    let numbers =
+        [u64::from(world_size), slot_bytes, u64::from(compute_units), u64::from(max_cluster), one_shot_bytes];
+    let all: Vec<[u64; 5]> = gather(group, &numbers)?;
     let limits: Vec<Limits> = all
         .into_iter()
-        .map(|[world_size, slot_bytes, units, blocks, threads, cluster, one_shot_bytes]| Limits {
+        .map(|[world_size, slot_bytes, units, cluster, one_shot_bytes]| Limits {
             world_size: world_size as u32,
             slot_bytes,
             compute_units: units as u32,
-            blocks_per_unit: blocks as u32,
-            max_block_threads: threads as u32,
             max_cluster: cluster as u32,
             one_shot_bytes,
         })

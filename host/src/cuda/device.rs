@@ -30,8 +30,6 @@ pub(crate) struct Gpu {
     pub(crate) units: u32,
     /// Bytes of the cache that all multiprocessors share.
     pub(crate) cache_bytes: u64,
-    /// Threads that one multiprocessor holds at once.
-    pub(crate) threads_per_unit: u32,
     context: Context,
 }
 
@@ -71,7 +69,6 @@ impl Gpu {
             capability: major * 10 + minor,
             units: attribute(DeviceAttribute::MultiprocessorCount)?,
             cache_bytes: attribute(DeviceAttribute::L2CacheSize)?.into(),
-            threads_per_unit: attribute(DeviceAttribute::MaxThreadsPerMultiprocessor)?,
             context,
         })
     }

@@ -6,11 +6,16 @@
 //! A file says what layout of the launch structs it was built for, and one of another layout is refused: kernels that
 //! read their parameters in the wrong places reach memory that is not theirs.
 //!
+//! How a row is shared (version, blocks of a cluster, threads of a block) decides in which order its squares are summed,
+//! and so the bits of its norm. It follows from what the group [agreed](Kernels::agree) on, never from what one GPU holds
+//! at once: all ranks get the same bits. How many rows are worked on at once is each rank's own affair.
+//!
 //! What must hold: no grid is larger than what is resident at once, and a kernel is launched as a programmatic
 //! dependent, or in clusters, only if it was compiled for a processor that has these (`sm_90`): PTX for an older one
 //! runs on a new GPU, but does not wait for the kernel before it.
 
 use std::{
+    cell::RefCell,
     collections::{HashMap, hash_map::Entry as Slot},
     env,
     ffi::{CString, c_void},
@@ -65,6 +70,14 @@ impl Set {
     pub(crate) fn for_group(world_size: u32) -> Option<Set> {
         [2, 4, MAX_RANKS].into_iter().find(|&ranks| world_size <= ranks).map(Set::Group)
     }
+
+    /// The most clusters of `cluster` blocks of a grid.
+    fn most_clusters(self, cluster: u32) -> u32 {
+        match self {
+            Set::Group(_) => MAX_BLOCKS / cluster,
+            Set::Local => u32::MAX,
+        }
+    }
 }
 
 impl fmt::Display for Set {
@@ -111,8 +124,70 @@ struct Function {
     handle: Handle,
     /// The most threads of a block that its registers allow.
     max_threads: u32,
+    /// Blocks that one multiprocessor holds at once, by their threads.
+    per_unit: HashMap<u32, u32>,
     /// Clusters that are resident at once, by cluster size and threads of a block.
     resident: HashMap<(u32, u32), u32>,
+}
+
+const OCCUPANCY: &str = "ask how many blocks the GPU holds at once";
+
+impl Function {
+    /// Blocks of `threads` that one multiprocessor holds at once: as many on every GPU of a kind.
+    fn per_unit(&mut self, threads: u32) -> Result<u32, Error> {
+        let slot = match self.per_unit.entry(threads) {
+            Slot::Occupied(slot) => return Ok(*slot.get()),
+            Slot::Vacant(slot) => slot,
+        };
+        let mut count = 0;
+        // SAFETY: a loaded function, and room for the answer.
+        let code = unsafe {
+            cust::sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                &mut count,
+                self.handle.cast(),
+                threads as i32,
+                0,
+            )
+        };
+        check(OCCUPANCY, code as u32)?;
+        Ok(*slot.insert(count.max(0) as u32))
+    }
+
+    /// Clusters of `cluster` blocks of `threads` that a whole GPU of `units` multiprocessors holds at once. Clusters of
+    /// several blocks leave some multiprocessors idle, on each GPU others.
+    fn resident(
+        &mut self,
+        launcher: Option<Launcher>,
+        units: u32,
+        cluster: u32,
+        threads: u32,
+    ) -> Result<u32, Error> {
+        let Some(launcher) = launcher.filter(|_| cluster > 1) else {
+            return Ok(self.per_unit(threads)? * units);
+        };
+        let slot = match self.resident.entry((cluster, threads)) {
+            Slot::Occupied(slot) => return Ok(*slot.get()),
+            Slot::Vacant(slot) => slot,
+        };
+        let attribute = LaunchAttribute::cluster(cluster);
+        let config = LaunchConfig {
+            grid: [cluster, 1, 1],
+            block: [threads, 1, 1],
+            shared_bytes: 0,
+            stream: std::ptr::null_mut(),
+            attributes: &attribute,
+            attribute_count: 1,
+        };
+        let mut count = 0;
+        // SAFETY: a loaded function, and room for the answer.
+        check(OCCUPANCY, unsafe { (launcher.max_active_clusters)(&mut count, self.handle, &config) })?;
+        Ok(*slot.insert(count.max(0) as u32))
+    }
+}
+
+/// The largest cluster that can be launched, with the driver's function for it or without.
+fn max_cluster(has_launcher: bool) -> u32 {
+    if has_launcher { launch::MAX_CLUSTER } else { 1 }
 }
 
 /// What a launch is made of, besides its parameters.
@@ -155,13 +230,41 @@ fn choose_version(
     Ok(("streamed", widest, row_packs.div_ceil(widest).next_multiple_of(WARP).min(most)))
 }
 
+/// As [`choose_version`], for `tokens` rows: `places` tells how many of them a version in clusters of so many blocks of so
+/// many threads works on at once. A kernel that `waits` for one row while it could work on another is taken in narrower
+/// blocks, of which more are resident, where there are more rows than places.
+fn choose_places(
+    row_packs: u32,
+    tokens: u64,
+    waits: bool,
+    clusters: impl Iterator<Item = u32>,
+    mut max_threads: impl FnMut(&'static str) -> Result<u32, Error>,
+    mut places: impl FnMut(&'static str, u32, u32) -> Result<u64, Error>,
+) -> Result<(&'static str, u32, u32), Error> {
+    let wide @ (version, cluster, threads) = choose_version(row_packs, clusters, &mut max_threads)?;
+    if version != "p1" || !waits {
+        return Ok(wide);
+    }
+    let wide_places = places(version, cluster, threads)?;
+    let threads = row_packs.div_ceil(cluster * 2).next_multiple_of(WARP);
+    if wide_places >= tokens || threads > max_threads("p2")? {
+        return Ok(wide);
+    }
+    Ok(if places("p2", cluster, threads)? > wide_places { ("p2", cluster, threads) } else { wide })
+}
+
 /// The kernels for one GPU.
 #[derive(Debug)]
 pub(crate) struct Kernels {
     folder: PathBuf,
     /// What they were compiled for: 90 is `sm_90`.
     compiled_for: u32,
+    /// Multiprocessors of this GPU.
     units: u32,
+    /// The fewest that a GPU of the group has.
+    agreed_units: u32,
+    /// Blocks of the largest cluster that every rank of the group can launch.
+    agreed_cluster: u32,
     launcher: Option<Launcher>,
     functions: HashMap<(DType, Entry), Function>,
     modules: HashMap<(DType, Set), Module>,
@@ -182,6 +285,8 @@ impl Kernels {
             folder,
             compiled_for,
             units: gpu.units,
+            agreed_units: gpu.units,
+            agreed_cluster: max_cluster(launcher.is_some()),
             launcher,
             functions: HashMap::new(),
             modules: HashMap::new(),
@@ -190,7 +295,13 @@ impl Kernels {
 
     /// The largest cluster that kernels can be launched in.
     pub(crate) fn max_cluster(&self) -> u32 {
-        self.launcher.map_or(1, |_| launch::MAX_CLUSTER)
+        max_cluster(self.launcher.is_some())
+    }
+
+    /// From now on rows are shared as by GPUs with `units` multiprocessors and clusters of at most `cluster` blocks: the
+    /// least of all ranks'.
+    pub(crate) fn agree(&mut self, units: u32, cluster: u32) {
+        (self.agreed_units, self.agreed_cluster) = (units, cluster.min(self.max_cluster()));
     }
 
     /// For reports: the processor, and whether launches overlap.
@@ -235,6 +346,7 @@ impl Kernels {
                 Ok(slot.insert(Function {
                     handle: function.to_raw().cast(),
                     max_threads: max_threads.max(0) as u32,
+                    per_unit: HashMap::new(),
                     resident: HashMap::new(),
                 }))
             }
@@ -255,26 +367,20 @@ impl Kernels {
         tokens: u64,
     ) -> Result<Launch, Error> {
         let versioned = |version| Entry { packs: Some(version), ..entry };
-        let most = self.max_cluster();
+        let (most, units) = (self.agreed_cluster, self.agreed_units);
         let clusters =
             iter::successors(Some(cluster), |&cluster| (cluster * 2 <= most).then_some(cluster * 2));
-        let (version, cluster, threads) = choose_version(row_packs, clusters, |version| {
-            Ok(self.function(dtype, versioned(version))?.max_threads)
-        })?;
-        let launch = self.launch_of(dtype, versioned(version), cluster, threads, tokens)?;
-        if version == "p1" && entry.family != "one_shot" && u64::from(launch.blocks / cluster) < tokens {
-            // More rows than places: narrower blocks, more of which are resident, overlap one row's waits with
-            // another's work. One-shot pushes a row ahead, and does not wait.
-            let threads = row_packs.div_ceil(cluster * 2).next_multiple_of(WARP);
-            let narrow = versioned("p2");
-            if threads <= self.function(dtype, narrow)?.max_threads {
-                let narrow = self.launch_of(dtype, narrow, cluster, threads, tokens)?;
-                if narrow.blocks > launch.blocks {
-                    return Ok(narrow);
-                }
-            }
-        }
-        Ok(launch)
+        // One-shot pushes a row ahead, and does not wait.
+        let waits = entry.family != "one_shot";
+        let kernels = RefCell::new(&mut *self);
+        let max_threads = |version| Ok(kernels.borrow_mut().function(dtype, versioned(version))?.max_threads);
+        let places = |version, cluster: u32, threads| {
+            let blocks = kernels.borrow_mut().function(dtype, versioned(version))?.per_unit(threads)? * units;
+            Ok(u64::from((blocks / cluster).min(entry.set.most_clusters(cluster))))
+        };
+        let (version, cluster, threads) =
+            choose_places(row_packs, tokens, waits, clusters, max_threads, places)?;
+        self.launch_of(dtype, versioned(version), cluster, threads, tokens)
     }
 
     /// How to launch an entry point without versions on `tokens` rows, in blocks of about `threads`.
@@ -302,23 +408,14 @@ impl Kernels {
     ) -> Result<Launch, Error> {
         let (launcher, units) = (self.launcher, self.units);
         let function = self.function(dtype, entry)?;
-        let resident = match function.resident.entry((cluster, threads)) {
-            Slot::Occupied(slot) => *slot.get(),
-            Slot::Vacant(slot) => {
-                let clusters = resident(function.handle, launcher, units, cluster, threads)?;
-                *slot.insert(clusters)
-            }
-        };
+        let resident = function.resident(launcher, units, cluster, threads)?;
         if resident == 0 {
             return Err(Error::Kernels(format!(
                 "kernel {entry} for {dtype} cannot run on this GPU: not one cluster of {cluster} blocks of {threads} \
                  threads fits"
             )));
         }
-        let most = match entry.set {
-            Set::Group(_) => resident.min(MAX_BLOCKS / cluster),
-            Set::Local => resident,
-        };
+        let most = resident.min(entry.set.most_clusters(cluster));
         let clusters = tokens.clamp(1, u64::from(most)) as u32;
         Ok(Launch { function: function.handle, blocks: clusters * cluster, cluster, threads })
     }
@@ -370,47 +467,6 @@ impl Kernels {
             (launcher.launch)(&config, launch.function, arguments.as_mut_ptr(), std::ptr::null_mut())
         };
         check(doing, code)
-    }
-}
-
-/// Clusters of `cluster` blocks of `threads` that the whole GPU holds at once.
-fn resident(
-    function: Handle,
-    launcher: Option<Launcher>,
-    units: u32,
-    cluster: u32,
-    threads: u32,
-) -> Result<u32, Error> {
-    let doing = "ask how many blocks the GPU holds at once";
-    let mut count = 0;
-    match launcher {
-        Some(launcher) if cluster > 1 => {
-            let attribute = LaunchAttribute::cluster(cluster);
-            let config = LaunchConfig {
-                grid: [cluster, 1, 1],
-                block: [threads, 1, 1],
-                shared_bytes: 0,
-                stream: std::ptr::null_mut(),
-                attributes: &attribute,
-                attribute_count: 1,
-            };
-            // SAFETY: a loaded function, and room for the answer.
-            check(doing, unsafe { (launcher.max_active_clusters)(&mut count, function, &config) })?;
-            Ok(count.max(0) as u32)
-        }
-        _ => {
-            // SAFETY: a loaded function, and room for the answer.
-            let code = unsafe {
-                cust::sys::cuOccupancyMaxActiveBlocksPerMultiprocessor(
-                    &mut count,
-                    function.cast(),
-                    threads as i32,
-                    0,
-                )
-            };
-            check(doing, code as u32)?;
-            Ok(count.max(0) as u32 * units)
-        }
     }
 }
 
@@ -535,6 +591,8 @@ mod tests {
             folder: folder.path().to_owned(),
             compiled_for: HOPPER,
             units: 1,
+            agreed_units: 1,
+            agreed_cluster: 1,
             launcher: None,
             functions: HashMap::new(),
             modules: HashMap::new(),
@@ -561,5 +619,36 @@ mod tests {
         let tight = |version| Ok(if version == "p1" { 896 } else { 600 });
         assert_eq!(choose_version(1024, [1].into_iter(), tight).unwrap(), ("p2", 1, 512));
         assert_eq!(choose_version(4096, [1].into_iter(), tight).unwrap(), ("streamed", 1, 576));
+    }
+
+    /// Versions of 64 registers a thread and, for `p2`, blocks of at most 512 threads: two of those are resident where one
+    /// of 1,024 is.
+    fn choose_on_gpu(units: u64, tokens: u64, row_packs: u32, waits: bool) -> (&'static str, u32, u32) {
+        let max_threads = |version| Ok(if version == "p1" { 1024 } else { 512 });
+        let places =
+            |_: &str, cluster: u32, threads: u32| Ok(u64::from(1024 / threads) * units / u64::from(cluster));
+        choose_places(row_packs, tokens, waits, [1, 2, 4, 8].into_iter(), max_threads, places).unwrap()
+    }
+
+    #[test]
+    fn more_rows_than_places_are_taken_in_narrower_blocks_unless_a_row_is_pushed_ahead() {
+        assert_eq!(choose_on_gpu(132, 132, 1024, true), ("p1", 1, 1024));
+        assert_eq!(choose_on_gpu(132, 133, 1024, true), ("p2", 1, 512));
+        assert_eq!(choose_on_gpu(132, 133, 1024, false), ("p1", 1, 1024));
+        // Clusters share the places: 2,048 packs are two blocks'.
+        assert_eq!(choose_on_gpu(132, 66, 2048, true), ("p1", 2, 1024));
+        assert_eq!(choose_on_gpu(132, 67, 2048, true), ("p2", 2, 512));
+    }
+
+    #[test]
+    fn narrower_blocks_that_do_not_fit_or_gain_no_place_are_not_taken() {
+        let choose = |p2_threads, p2_places| {
+            let max_threads = |version| Ok(if version == "p1" { 1024 } else { p2_threads });
+            let places = |version: &str, _, _| Ok(if version == "p1" { 132 } else { p2_places });
+            choose_places(1024, 500, true, [1].into_iter(), max_threads, places).unwrap()
+        };
+        assert_eq!(choose(512, 264), ("p2", 1, 512));
+        assert_eq!(choose(512, 132), ("p1", 1, 1024));
+        assert_eq!(choose(480, 264), ("p1", 1, 1024));
     }
 }

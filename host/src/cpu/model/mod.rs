@@ -27,7 +27,7 @@ use std::{
 
 use fused_collective_core::{
     lamport::SLOTS,
-    plan::{Algorithm, Geometry, Plan},
+    plan::{Algorithm, Plan},
     workspace::{HEADER_BYTES, Layout, SLOTS_OFFSET},
 };
 use pulp::Arch;
@@ -241,7 +241,7 @@ fn run_fused<C: Checker>(exchange: &mut Exchange<End<C>>, ranks: u32, rank: u32,
             tokens_per_round: operation.tokens_per_round,
             world_size: ranks,
             row_bytes: operation.row_words as u64 * 8,
-            geometry: Geometry { blocks: 1, cluster: 1, block_threads: 1, packs_per_thread: 1 },
+            cluster: 1,
         };
         let job = Job {
             dealt_to: 1,

@@ -2,14 +2,14 @@
 
 use fused_collective_core::{
     fusion::{Mode, Norm, Operation, Residual},
-    launch::{Activations, Address, Local, Step as EagerStep},
+    launch::{Activations, Address, Local, Shape, Step as EagerStep},
     quant::Quantization,
 };
 
 use super::{
     super::{
         Error as CudaError,
-        communicator::shape,
+        communicator::TOO_MANY_TOKENS,
         driver::Handle,
         epilogue::{Part, WithEpilogue, with_epilogue},
         kernels::{Entry, Kernels, Set},
@@ -140,7 +140,7 @@ impl Engine<'_> {
         let stream = self.handle();
         let groups = problem.hidden.div_ceil(EAGER_GROUP) as u32; // of at most 65,536 elements
         let threads = groups.next_multiple_of(32).min(EAGER_THREADS);
-        let tokens = shape(0, problem.tokens, problem.tokens, problem.row_bytes())?.tokens;
+        let Shape { tokens, .. } = shape(problem)?;
         let kernels = self.communicator.kernels();
         for &(part, a, b, out, value) in launches {
             let entry = Entry { set: Set::Local, family: "eager", part, packs: None };
@@ -160,6 +160,11 @@ fn sum(problem: &Problem) -> Tensor {
     if problem.residual { Tensor::Reduced } else { Tensor::ResidualOut }
 }
 
+/// All rows of the problem.
+fn shape(problem: &Problem) -> Result<Shape, CudaError> {
+    Shape::of_rows(problem.tokens, problem.row_bytes()).ok_or(TOO_MANY_TOKENS)
+}
+
 /// Launches an epilogue that needs no collective.
 struct LocalPass<'a> {
     kernels: &'a mut Kernels,
@@ -171,7 +176,7 @@ struct LocalPass<'a> {
 impl WithEpilogue for LocalPass<'_> {
     fn call<X: Copy>(self, part: Part, epilogue: X) -> Result<(), CudaError> {
         let LocalPass { kernels, problem, activations, stream } = self;
-        let shape = shape(0, problem.tokens, problem.tokens, problem.row_bytes())?;
+        let shape = shape(problem)?;
         let entry = Entry { set: Set::Local, family: "local", part: part.local, packs: None };
         let launch = kernels.for_rows(problem.dtype, entry, 1, shape.row_packs, problem.tokens)?;
         let parameters = Local { shape, activations, epilogue };

@@ -128,6 +128,7 @@ pub const EVERYTHING: [What; 5] = [
 /// One rank's memory for a case. Outputs start as what no operation writes there by chance.
 pub struct Tensors {
     rank: u32,
+    before: Before,
     pub input: Buffer,
     pub residual: Option<Buffer>,
     pub gamma: Buffer,
@@ -136,6 +137,21 @@ pub struct Tensors {
     pub norm_out: Buffer,
     pub values: Buffer,
     pub scales: Buffer,
+}
+
+/// Bytes of each tensor before the rows that are there.
+#[derive(Default)]
+struct Before {
+    /// In the residual and what becomes of it.
+    held: u64,
+    elements: u64,
+    values: u64,
+    scales: u64,
+}
+
+/// The address that comes `bytes` before a buffer.
+fn address_before(buffer: &Buffer, bytes: u64) -> Address {
+    Address(buffer.address().0.wrapping_sub(bytes))
 }
 
 /// What outputs start as.
@@ -150,6 +166,7 @@ impl Tensors {
         let scales = quantization.scale_bytes(operation.tokens, operation.hidden).unwrap();
         Tensors {
             rank,
+            before: Before::default(),
             input: Buffer::of(&case.inputs[rank as usize]),
             residual: case.residual.as_ref().map(|residual| Buffer::of(&case.held(rank, residual))),
             gamma: Buffer::of(&case.gamma),
@@ -161,11 +178,28 @@ impl Tensors {
         }
     }
 
+    /// The same as the last rows of tensors in which `tokens` tokens come before, a multiple of the number of ranks and
+    /// of 128, in memory that is not there and must not be touched.
+    pub fn preceded_by<E: Element>(self, case: &Case<E>, tokens: u64) -> Tensors {
+        let (operation, ranks) = (&case.operation, case.inputs.len() as u64);
+        assert!(tokens.is_multiple_of(128) && tokens.is_multiple_of(ranks));
+        let (quantization, cols) = (operation.quantization, operation.hidden / 16);
+        let elements = tokens * operation.row_bytes();
+        let before = Before {
+            held: if operation.residual == Residual::Sharded { elements / ranks } else { elements },
+            elements,
+            values: tokens * quantization.value_bytes_per_row(operation.hidden),
+            scales: quantization.scale_layout().map_or(0, |layout| layout.offset(tokens, 0, cols)),
+        };
+        Tensors { before, ..self }
+    }
+
     pub fn activations(&self) -> Activations {
+        let held = |buffer: &Buffer| address_before(buffer, self.before.held);
         Activations {
-            input: self.input.address(),
-            residual: self.residual.as_ref().map_or(Address::NULL, Buffer::address),
-            residual_out: self.residual_out.address(),
+            input: address_before(&self.input, self.before.elements),
+            residual: self.residual.as_ref().map_or(Address::NULL, held),
+            residual_out: held(&self.residual_out),
         }
     }
 
@@ -173,7 +207,11 @@ impl Tensors {
         let norm = case.operation.norm.unwrap();
         RmsNorm {
             gamma: self.gamma.address(),
-            norm_out: if case.operation.writes_norm() { self.norm_out.address() } else { Address::NULL },
+            norm_out: if case.operation.writes_norm() {
+                address_before(&self.norm_out, self.before.elements)
+            } else {
+                Address::NULL
+            },
             inverse_hidden: 1.0 / case.operation.hidden as f32,
             epsilon: norm.epsilon,
             weight_bias: norm.weight_bias,
@@ -183,13 +221,13 @@ impl Tensors {
     }
 
     pub fn fp8(&self) -> Fp8Static {
-        Fp8Static { values: self.values.address(), scale: self.scale.address() }
+        Fp8Static { values: address_before(&self.values, self.before.values), scale: self.scale.address() }
     }
 
     pub fn nvfp4(&self, layout: ScaleLayout) -> NvFp4 {
         NvFp4 {
-            values: self.values.address(),
-            scales: self.scales.address(),
+            values: address_before(&self.values, self.before.values),
+            scales: address_before(&self.scales, self.before.scales),
             global_scale: self.scale.address(),
             swizzled: u32::from(layout == ScaleLayout::Swizzled128x4),
             reserved: 0,

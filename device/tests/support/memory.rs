@@ -10,6 +10,7 @@ use std::{
 use fused_collective_core::{
     lamport,
     pack::Pack,
+    plan::Limits,
     workspace::{Layout, SLOTS_OFFSET},
 };
 use fused_collective_device::params::{Address, Group, RankState, Status};
@@ -121,6 +122,17 @@ impl World {
             timeout_ns: self.timeout.as_nanos() as u64,
             world_size: self.size,
             rank,
+        }
+    }
+
+    /// What operations are planned with.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            world_size: self.size,
+            slot_bytes: self.layout.slot_bytes(),
+            compute_units: 1,
+            max_cluster: 1,
+            one_shot_bytes: u64::MAX,
         }
     }
 

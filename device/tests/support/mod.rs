@@ -4,11 +4,17 @@
 
 use std::{thread, time::Duration};
 
-use fused_collective_core::{dtype::Element, fusion::Operation, quant::Quantization, reference::Rounding};
+use fused_collective_core::{
+    dtype::Element,
+    fusion::{Mode, Operation},
+    plan::{Algorithm, Plan, Round},
+    quant::Quantization,
+    reference::Rounding,
+};
 use fused_collective_device::{
     baseline, collective,
     epilogue::{Epilogue, Gathered},
-    params::{Fused, Group, Local, Plain, Shape, Unquantized},
+    params::{Activations, Fused, Group, Local, Plain, Shape, Unquantized},
     simt::host::{Launch, launch},
 };
 
@@ -39,16 +45,33 @@ pub enum Rows {
 /// A kernel with its parameters.
 pub type Launched = Box<dyn Fn() + Send + Sync>;
 
-/// One rank's part of a case: the kernel that the entry points' table has for it, with its parameters.
+impl Kernel {
+    /// The plan of an operation for this kernel, under the world's slots.
+    pub fn plan(self, world: &World, operation: &Operation) -> Plan {
+        let mode = if self == Kernel::OneShot { Mode::OneShot } else { Mode::TwoShot };
+        let plan = Plan::new(&Operation { mode, ..*operation }, &world.limits()).unwrap();
+        assert_eq!(plan.algorithm == Algorithm::ShardedTwoShot, self == Kernel::Sharded);
+        plan
+    }
+}
+
+/// One rank's part of one round of a case: the kernel that the entry points' table has for it, with its parameters.
 pub fn kernel_of<E: Element>(
     world: &World,
     rank: u32,
     case: &Case<E>,
     tensors: &Tensors,
+    (plan, round): (&Plan, &Round),
     kernel: Kernel,
     rows: Rows,
 ) -> Launched {
-    let run = Run { group: world.group(rank), operation: &case.operation, tensors, kernel, rows };
+    let run = Run {
+        group: world.group(rank),
+        shape: Shape::of_round(plan, round, CALL).unwrap(),
+        activations: tensors.activations().of_round(plan, round),
+        kernel,
+        rows,
+    };
     match case.operation.quantization {
         _ if case.operation.norm.is_none() => run.epilogue::<E, _>(Plain { quantizer: Unquantized }),
         Quantization::Fp8Static if kernel == Kernel::Sharded => {
@@ -64,6 +87,25 @@ pub fn kernel_of<E: Element>(
     }
 }
 
+/// One rank's part of a case: its rounds, as the plan has them, each with as much of `geometry` as it has tokens for.
+pub fn rounds_of<E: Element>(
+    world: &World,
+    rank: u32,
+    case: &Case<E>,
+    tensors: &Tensors,
+    kernel: Kernel,
+    rows: Rows,
+    geometry: Launch,
+) -> Vec<(Launch, Launched)> {
+    let plan = kernel.plan(world, &case.operation);
+    let launched = |round: Round| {
+        let teams = u64::from(geometry.blocks / geometry.cluster).min(round.rows.tokens) as u32;
+        let geometry = Launch { blocks: teams * geometry.cluster, ..geometry };
+        (geometry, kernel_of(world, rank, case, tensors, (&plan, &round), kernel, rows))
+    };
+    plan.rounds().map(launched).collect()
+}
+
 /// Runs one rank's part of a case.
 pub fn run_rank<E: Element>(
     world: &World,
@@ -74,7 +116,9 @@ pub fn run_rank<E: Element>(
     rows: Rows,
     geometry: Launch,
 ) {
-    launch(geometry, kernel_of(world, rank, case, tensors, kernel, rows));
+    for (geometry, kernel) in rounds_of(world, rank, case, tensors, kernel, rows, geometry) {
+        launch(geometry, kernel);
+    }
 }
 
 /// Runs everything after the all-reduce, as one kernel.
@@ -97,82 +141,61 @@ pub fn run_local<E: Element>(case: &Case<E>, tensors: &Tensors) {
     }
 }
 
-struct Run<'a> {
+struct Run {
     group: Group,
-    operation: &'a Operation,
-    tensors: &'a Tensors,
+    shape: Shape,
+    activations: Activations,
     kernel: Kernel,
     rows: Rows,
 }
 
-impl Run<'_> {
+/// The version of a collective that the table has for a run.
+macro_rules! version {
+    ($run:ident, $collective:ident, $element:ident, $epilogue:ident) => {
+        match $run.group.world_size {
+            2 => version!($run, $collective, $element, $epilogue, 2),
+            3 | 4 => version!($run, $collective, $element, $epilogue, 4),
+            _ => version!($run, $collective, $element, $epilogue, 8),
+        }
+    };
+    ($run:ident, $collective:ident, $element:ident, $epilogue:ident, $ranks:literal) => {
+        match $run.rows {
+            Rows::P1 => collective::$collective::<$element, $epilogue, $ranks, 1, true>,
+            Rows::P2 => collective::$collective::<$element, $epilogue, $ranks, 2, true>,
+            Rows::Streamed => collective::$collective::<$element, $epilogue, $ranks, 1, false>,
+        }
+    };
+}
+
+impl Run {
     fn epilogue<E: Element, X: Epilogue<E> + Send + Sync + 'static>(&self, epilogue: X) -> Launched {
-        let params = Fused {
-            group: self.group,
-            shape: shape(self.operation),
-            activations: self.tensors.activations(),
+        self.launched(
+            match self.kernel {
+                Kernel::OneShot => version!(self, one_shot, E, X),
+                Kernel::TwoShot => version!(self, two_shot, E, X),
+                Kernel::Sharded => panic!("`gathered` runs these"),
+            },
             epilogue,
-        };
-        let kernel = match self.group.world_size {
-            2 => self.any_rows::<E, X, 2>(),
-            3 | 4 => self.one_pack::<E, X, 4>(),
-            _ => self.one_pack::<E, X, 8>(),
-        };
-        // SAFETY: the parameters are as their documentation says, and geometries cover a row.
-        Box::new(move || unsafe { kernel(&params) })
+        )
     }
 
     fn gathered<E: Element, X: Gathered<E> + Send + Sync + 'static>(&self, epilogue: X) -> Launched {
-        let params = Fused {
-            group: self.group,
-            shape: shape(self.operation),
-            activations: self.tensors.activations(),
-            epilogue,
-        };
-        let kernel = match (self.group.world_size, self.rows) {
-            (2, Rows::P1) => collective::sharded::<E, X, 2, 1, true>,
-            (2, Rows::P2) => collective::sharded::<E, X, 2, 2, true>,
-            (2, Rows::Streamed) => collective::sharded::<E, X, 2, 1, false>,
-            (3 | 4, Rows::P1) => collective::sharded::<E, X, 4, 1, true>,
-            (_, Rows::P1) => collective::sharded::<E, X, 8, 1, true>,
-            _ => panic!("as in `one_pack`"),
-        };
+        self.launched(version!(self, sharded, E, X), epilogue)
+    }
+
+    fn launched<X: Send + Sync + 'static>(&self, kernel: unsafe fn(&Fused<X>), epilogue: X) -> Launched {
+        let params = Fused { group: self.group, shape: self.shape, activations: self.activations, epilogue };
         // SAFETY: the parameters are as their documentation says, and geometries cover a row.
         Box::new(move || unsafe { kernel(&params) })
-    }
-
-    fn any_rows<E: Element, X: Epilogue<E>, const N: usize>(&self) -> unsafe fn(&Fused<X>) {
-        match (self.kernel, self.rows) {
-            (_, Rows::P1) => self.one_pack::<E, X, N>(),
-            (Kernel::OneShot, Rows::P2) => collective::one_shot::<E, X, N, 2, true>,
-            (Kernel::OneShot, Rows::Streamed) => collective::one_shot::<E, X, N, 1, false>,
-            (Kernel::TwoShot, Rows::P2) => collective::two_shot::<E, X, N, 2, true>,
-            (Kernel::TwoShot, Rows::Streamed) => collective::two_shot::<E, X, N, 1, false>,
-            (Kernel::Sharded, _) => panic!("`gathered` runs these"),
-        }
-    }
-
-    fn one_pack<E: Element, X: Epilogue<E>, const N: usize>(&self) -> unsafe fn(&Fused<X>) {
-        assert_eq!(self.rows, Rows::P1, "larger groups are tested with one pack a thread, to compile less");
-        match self.kernel {
-            Kernel::OneShot => collective::one_shot::<E, X, N, 1, true>,
-            Kernel::TwoShot => collective::two_shot::<E, X, N, 1, true>,
-            Kernel::Sharded => panic!("`gathered` runs these"),
-        }
     }
 }
 
 /// What operations are called.
 pub const CALL: u64 = 0x0123_4567_89ab_cdef;
 
+/// All rows of an operation.
 pub fn shape(operation: &Operation) -> Shape {
-    Shape {
-        first_token: 0,
-        total_tokens: operation.tokens,
-        tokens: operation.tokens as u32,
-        row_packs: (operation.row_bytes() / 16) as u32,
-        call: CALL,
-    }
+    Shape::of_rows(operation.tokens, operation.row_bytes()).unwrap()
 }
 
 /// A geometry that covers a row of the operation, in blocks as small as that allows.
@@ -204,15 +227,18 @@ pub fn run_case<E: Element>(
     for rank in 0..world.size {
         assert_eq!(world.failed(rank), 0, "rank {rank} failed ({:?})", case.operation);
     }
-    tensors[0].check(case, Rounding::Once);
-    let outputs = tensors[0].outputs();
-    for other in &tensors[1..] {
-        other.check(case, Rounding::Once);
+    check_all(case, &tensors);
+    tensors[0].outputs()
+}
+
+/// Holds all ranks' outputs to the reference and to each other.
+pub fn check_all<E: Element>(case: &Case<E>, tensors: &[Tensors]) {
+    for own in tensors {
+        own.check(case, Rounding::Once);
         assert!(
-            other.shared_outputs(case) == tensors[0].shared_outputs(case),
+            own.shared_outputs(case) == tensors[0].shared_outputs(case),
             "ranks differ ({:?})",
             case.operation
         );
     }
-    outputs
 }

@@ -3,7 +3,6 @@
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     pack::Pack,
-    reference::Rounding,
 };
 use fused_collective_device::{
     baseline,
@@ -12,8 +11,14 @@ use fused_collective_device::{
 };
 
 use super::{
-    Buffer, Case, EVERYTHING, Kernel, POISON, Random, Rows, Tensors, What, World, geometry, kernel_of,
+    Buffer, Case, EVERYTHING, Kernel, POISON, Random, Rows, Tensors, What, World, check_all, geometry,
+    rounds_of,
 };
+
+/// Bytes of a slot for each rank of a group, with which every member can be planned: two rows of the longest.
+pub const LARGEST_TOKEN: u64 = 2 * 16 * MOST_BLOCKS * 4;
+/// Multiples of 16 elements in the longest row.
+const MOST_BLOCKS: u64 = 16;
 
 /// One operation of a sequence, whatever its element type.
 pub trait Member: Sync {
@@ -35,13 +40,14 @@ struct Typed<E: Element> {
     case: Case<E>,
     tensors: Vec<Tensors>,
     kernel: Kernel,
+    rows: Rows,
     /// For each rank: grids may differ.
     geometries: Vec<Launch>,
 }
 
 impl<E: Element> Typed<E> {
     fn new(random: &mut Random, ranks: u32) -> Self {
-        let (tokens, hidden) = (1 + random.below(6), 16 * (1 + random.below(6)));
+        let (tokens, hidden) = (1 + random.below(6), 16 * (1 + random.below(MOST_BLOCKS)));
         let residual = random.below(2) == 1;
         let what = EVERYTHING[random.below(EVERYTHING.len() as u64) as usize];
         let case = Case::new(random, ranks, tokens, hidden, residual, what);
@@ -49,18 +55,22 @@ impl<E: Element> Typed<E> {
         let has_shards = residual && what != What::Sum;
         let kernel = kernels[random.below(if has_shards { 3 } else { 2 }) as usize];
         let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+        let rows = [Rows::P1, Rows::P2, Rows::Streamed][random.below(3) as usize];
         let tensors = (0..ranks).map(|rank| Tensors::new(&case, rank)).collect();
         let teams = |random: &mut Random| 1 + random.below(tokens.min(2)) as u32;
-        let geometries = (0..ranks).map(|_| geometry(&case.operation, Rows::P1, 1, teams(random))).collect();
-        Typed { case, tensors, kernel, geometries }
+        let geometries = (0..ranks).map(|_| geometry(&case.operation, rows, 1, teams(random))).collect();
+        Typed { case, tensors, kernel, rows, geometries }
     }
 }
 
 impl<E: Element + Send + Sync> Member for Typed<E> {
     fn enqueue(&self, world: &World, rank: u32, stream: &mut Stream<'_>) {
-        let tensors = &self.tensors[rank as usize];
-        let kernel = kernel_of(world, rank, &self.case, tensors, self.kernel, Rows::P1);
-        stream.launch(self.geometries[rank as usize], kernel);
+        let (tensors, geometry) = (&self.tensors[rank as usize], self.geometries[rank as usize]);
+        for (geometry, kernel) in
+            rounds_of(world, rank, &self.case, tensors, self.kernel, self.rows, geometry)
+        {
+            stream.launch(geometry, kernel);
+        }
     }
 
     fn enqueue_audit(&self, rank: u32, expected: &[Buffer; 4], found: &Buffer, stream: &mut Stream<'_>) {
@@ -82,14 +92,7 @@ impl<E: Element + Send + Sync> Member for Typed<E> {
     }
 
     fn check(&self) {
-        for tensors in &self.tensors {
-            tensors.check(&self.case, Rounding::Once);
-            assert!(
-                tensors.shared_outputs(&self.case) == self.tensors[0].shared_outputs(&self.case),
-                "ranks differ ({:?})",
-                self.case.operation
-            );
-        }
+        check_all(&self.case, &self.tensors);
     }
 
     fn outputs(&self, rank: u32) -> [Vec<u8>; 4] {

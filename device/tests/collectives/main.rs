@@ -1,6 +1,9 @@
 //! The kernels' own source, run by the host's threads, against `core::reference`.
 
+mod rounds;
+#[path = "../support/mod.rs"]
 mod support;
+mod versions;
 
 use std::{
     array, env,
@@ -23,52 +26,10 @@ use fused_collective_device::{
 use support::{
     Buffer, CALL, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, geometry, run_case,
     run_local, run_rank,
-    sequence::{Member, random_member},
+    sequence::{LARGEST_TOKEN, Member, random_member},
 };
 
 const KERNELS: [Kernel; 2] = [Kernel::OneShot, Kernel::TwoShot];
-
-/// Every fusion with and without residual, both modes; the shapes and geometries vary along.
-fn every_fusion<E: Element>(seed: u64) {
-    let mut random = Random(seed);
-    let world = World::new(3, 1 << 16);
-    for what in EVERYTHING {
-        for residual in [false, true] {
-            for kernel in KERNELS {
-                let tokens = 1 + random.below(5);
-                let hidden = 16 * (1 + random.below(12));
-                let case = Case::<E>::new(&mut random, world.size, tokens, hidden, residual, what);
-                let teams = 1 + random.below(tokens) as u32;
-                let launch = geometry(&case.operation, Rows::P1, 1, teams);
-                run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);
-            }
-        }
-        if what != What::Sum {
-            for tokens in [1, 2, 7] {
-                let hidden = 16 * (1 + random.below(12));
-                let case = Case::<E>::new(&mut random, world.size, tokens, hidden, true, what).sharded();
-                let launch = geometry(&case.operation, Rows::P1, 1, 1 + random.below(tokens) as u32);
-                run_case(&mut random, &world, &case, Kernel::Sharded, Rows::P1, |_| launch);
-            }
-        }
-    }
-    world.assert_clean();
-}
-
-#[test]
-fn every_fusion_is_right_in_f32() {
-    every_fusion::<f32>(1);
-}
-
-#[test]
-fn every_fusion_is_right_in_f16() {
-    every_fusion::<f16>(2);
-}
-
-#[test]
-fn every_fusion_is_right_in_bf16() {
-    every_fusion::<bf16>(3);
-}
 
 #[test]
 fn groups_of_two_to_eight_ranks_work() {
@@ -95,11 +56,11 @@ fn blocks_of_a_cluster_share_a_row() {
     let world = World::new(2, 1 << 17);
     for cluster in [2, 4] {
         for kernel in KERNELS {
-            let case = Case::<bf16>::new(&mut random, 2, 4, 2880, true, EVERYTHING[4]);
+            let case = Case::<bf16>::new(&mut random, 2, 4, 1440, true, EVERYTHING[4]);
             let launch = geometry(&case.operation, Rows::P1, cluster, 2);
             run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);
         }
-        let case = Case::<bf16>::new(&mut random, 2, 4, 2880, true, EVERYTHING[4]).sharded();
+        let case = Case::<bf16>::new(&mut random, 2, 4, 1440, true, EVERYTHING[4]).sharded();
         let launch = geometry(&case.operation, Rows::P1, cluster, 2);
         run_case(&mut random, &world, &case, Kernel::Sharded, Rows::P1, |_| launch);
     }
@@ -110,19 +71,16 @@ fn blocks_of_a_cluster_share_a_row() {
 fn rows_longer_than_the_registers_are_streamed() {
     let mut random = Random(6);
     let world = World::new(2, 1 << 17);
+    // Three warps, or several chunks, each.
     for rows in [Rows::P2, Rows::Streamed] {
         for kernel in KERNELS {
-            for what in EVERYTHING {
-                let case = Case::<f32>::new(&mut random, 2, 3, 720, true, what);
-                let launch = geometry(&case.operation, rows, 1, 2);
-                run_case(&mut random, &world, &case, kernel, rows, |_| launch);
-            }
-        }
-        for what in EVERYTHING.into_iter().filter(|what| *what != What::Sum) {
-            let case = Case::<bf16>::new(&mut random, 2, 3, 1456, true, what).sharded();
+            let case = Case::<f32>::new(&mut random, 2, 3, 720, true, What::Fp8);
             let launch = geometry(&case.operation, rows, 1, 2);
-            run_case(&mut random, &world, &case, Kernel::Sharded, rows, |_| launch);
+            run_case(&mut random, &world, &case, kernel, rows, |_| launch);
         }
+        let case = Case::<bf16>::new(&mut random, 2, 3, 1456, true, EVERYTHING[4]).sharded();
+        let launch = geometry(&case.operation, rows, 1, 2);
+        run_case(&mut random, &world, &case, Kernel::Sharded, rows, |_| launch);
     }
     world.assert_clean();
 }
@@ -267,7 +225,7 @@ fn ranks_may_run_ahead_of_each_other() {
 
 /// How many random sequences a test tries.
 fn sequences() -> u64 {
-    env::var("DISTURBED_SEQUENCES").map_or(14, |number| number.parse().expect("a number of sequences"))
+    env::var("DISTURBED_SEQUENCES").map_or(10, |number| number.parse().expect("a number of sequences"))
 }
 
 fn random_sequence(seed: u64, ranks: u32, length: usize) -> Vec<Box<dyn Member>> {
@@ -275,13 +233,14 @@ fn random_sequence(seed: u64, ranks: u32, length: usize) -> Vec<Box<dyn Member>>
     (0..length).map(|_| random_member(&mut random, ranks)).collect()
 }
 
-/// Each kernel starts as a programmatic dependent of the one before, threads are held up anywhere, and ranks run ahead
+/// Each round starts as a programmatic dependent of the one before, threads are held up anywhere, and ranks run ahead
 /// of each other as far as the protocol lets them.
 #[test]
 fn operations_may_follow_each_other_on_any_schedule() {
     for seed in 0..sequences() {
         let ranks = 2 + (seed % 7) as u32;
-        let world = World::new(ranks, 1 << 15);
+        // The least that every member fits: many take several rounds.
+        let world = World::new(ranks, u64::from(ranks) * LARGEST_TOKEN);
         let sequence = random_sequence(seed, ranks, 5);
         world.run(|rank| {
             let mut stream = Stream::with_delays(seed << 8 | u64::from(rank));

@@ -3,8 +3,11 @@
 
 use std::{
     io::{self, IsTerminal},
+    panic::resume_unwind,
     path::PathBuf,
     process::{Command, ExitCode},
+    thread,
+    time::Instant,
 };
 
 use anyhow::{Context, Result};
@@ -37,11 +40,20 @@ pub(crate) fn run() -> ExitCode {
     });
     tally.check("which crate depends on which", structure::dependencies);
     tally.check("core without alloc, std and unsafe", structure::core);
-    if let Some(program) = tally.check("the tests' build", build_tests) {
+    let program = tally.check("the tests' build", build_tests);
+    // Most tests wait for something most of the time: the kernels are built meanwhile.
+    let kernels = thread::spawn(build_kernels);
+    if let Some(program) = program {
         let mut tests = cmd::cargo("test");
         // Tests of the program would have cargo build it once more, for nothing but itself.
         tests.args(["--workspace", "--no-fail-fast"]).env("FUSED_COLLECTIVE_TESTED_PROGRAM", program);
         tally.tests("tests", &mut tests);
+    }
+    let kernels = kernels.join().unwrap_or_else(|panic| resume_unwind(panic));
+    if let Some(kernels) = tally.check("the tools for the kernels", || kernels) {
+        for (gpu, result) in kernels {
+            tally.check(&format!("kernels for {}", gpu.cpu), || result.map(|report| print!("{report}")));
+        }
     }
     if let Some(toolchain) = tally.check("a toolchain for core's targets", || Toolchain::find(&CORE_TARGETS))
     {
@@ -55,12 +67,14 @@ pub(crate) fn run() -> ExitCode {
             });
         }
     }
-    if let Some(kernels) = tally.check("the tools for the kernels", ptx::Builder::new) {
-        for (gpu, result) in kernels.build(&ptx::GPUS.each_ref()) {
-            tally.check(&format!("kernels for {}", gpu.cpu), || result.map(|report| print!("{report}")));
-        }
-    }
     tally.close()
+}
+
+/// Builds and checks the kernels for every kind of GPU, out of the way of what runs beside it.
+fn build_kernels() -> Result<Vec<(&'static ptx::Gpu, Result<String>)>> {
+    // Of this thread alone, and of the programs that it starts. Without it they only get in the way.
+    let _ = rustix::process::nice(10);
+    Ok(ptx::Builder::new()?.build(&ptx::GPUS.each_ref()))
 }
 
 /// Builds all tests, and the program that some of them run: where it is.
@@ -92,7 +106,10 @@ impl Tally {
     /// Runs one check; what it returns, if it passed.
     fn check<T>(&mut self, name: &str, check: impl FnOnce() -> Result<T>) -> Option<T> {
         eprintln!("\n== {name}");
-        match check() {
+        let began = Instant::now();
+        let result = check();
+        eprintln!("== {name}: {:.1} s", began.elapsed().as_secs_f64());
+        match result {
             Ok(value) => {
                 self.passed += 1;
                 Some(value)
@@ -110,7 +127,9 @@ impl Tally {
     fn tests(&mut self, name: &str, command: &mut Command) {
         eprintln!("\n== {name}");
         let mut counts = Counts::default();
+        let began = Instant::now();
         let result = cmd::run_lines(command, |line| counts.add(line));
+        eprintln!("== {name}: {:.1} s", began.elapsed().as_secs_f64());
         self.passed += counts.passed;
         self.failed += counts.failed;
         if let Err(error) = result {

@@ -21,7 +21,7 @@ use fused_collective::{
     report::{Outcome, Report, json, markdown, plot, progress::Progress, table},
     settings::{QuantMode, Settings},
 };
-use fused_collective_core::fusion::Mode;
+use fused_collective_core::{fusion::Mode, plan::Limits};
 
 const RANKS: u32 = 2;
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -82,6 +82,10 @@ impl Collective for Faulty {
 
     fn set_cold(&mut self, cold: bool) {
         self.engine.set_cold(cold);
+    }
+
+    fn limits(&self) -> &Limits {
+        self.engine.limits()
     }
 
     fn cache_bytes(&self) -> u64 {

@@ -22,6 +22,7 @@ use fused_collective::{
     report::{Kind, Report as BenchReport, json, progress::Progress},
     settings::{QuantMode, Settings as BenchSettings},
 };
+use fused_collective_core::plan::Limits;
 use fused_collective_tests::{LIMIT, Running, command, report::Machine, run};
 use rustix::process::Signal;
 use serde::Deserialize;
@@ -277,6 +278,10 @@ impl Collective for Faulty {
 
     fn set_cold(&mut self, cold: bool) {
         self.engine.set_cold(cold);
+    }
+
+    fn limits(&self) -> &Limits {
+        self.engine.limits()
     }
 
     fn cache_bytes(&self) -> u64 {

@@ -17,6 +17,7 @@ use fused_collective::{
     rendezvous::{Group, Membership},
     soak::{self, Settings, Tally},
 };
+use fused_collective_core::plan::Limits;
 use fused_collective_tests::{LIMIT, Running, command, run};
 use rustix::process::Signal;
 
@@ -180,6 +181,10 @@ impl Collective for Faulty {
 
     fn set_cold(&mut self, cold: bool) {
         self.engine.set_cold(cold);
+    }
+
+    fn limits(&self) -> &Limits {
+        self.engine.limits()
     }
 
     fn cache_bytes(&self) -> u64 {

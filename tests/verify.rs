@@ -24,6 +24,7 @@ use fused_collective::{
 use fused_collective_core::{
     dtype::DType,
     fusion::Mode,
+    plan::Limits,
     quant::{Quantization, e2m1, e4m3},
 };
 use fused_collective_tests::{command, run};
@@ -244,6 +245,10 @@ impl Collective for Faulty {
 
     fn set_cold(&mut self, cold: bool) {
         self.engine.set_cold(cold);
+    }
+
+    fn limits(&self) -> &Limits {
+        self.engine.limits()
     }
 
     fn cache_bytes(&self) -> u64 {

@@ -58,6 +58,20 @@ impl Limits {
     }
 }
 
+/// How many bytes of activation [`Mode::Auto`] should take one-shot up to, among GPUs with links from each to every
+/// other: [`Limits::one_shot_bytes`].
+///
+/// Of `n` ranks, each pushes an activation of `b` bytes `n - 1` times in one-shot, and `2 (n - 1) / n` times in two-shot,
+/// which waits for a hop more. If `hop_bytes` could be pushed during such a wait, both take the same time where
+/// `b (n - 1) = 2 b (n - 1) / n + hop_bytes`. Two ranks push the same in both modes, so that one-shot is always ahead.
+pub const fn one_shot_bytes(world_size: u32, hop_bytes: u64) -> u64 {
+    if world_size <= 2 {
+        return u64::MAX;
+    }
+    let ranks = world_size as u64;
+    hop_bytes.saturating_mul(ranks) / ((ranks - 1) * (ranks - 2))
+}
+
 /// What every rank does for one operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {

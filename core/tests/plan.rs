@@ -10,7 +10,9 @@ use fused_collective_core::{
     lamport,
     launch::{Activations, Address, Shape},
     pack::Pack,
-    plan::{Algorithm, Limits, Plan, PlanError, owned_index, owned_token, owned_tokens, owner},
+    plan::{
+        Algorithm, Limits, Plan, PlanError, one_shot_bytes, owned_index, owned_token, owned_tokens, owner,
+    },
     quant::{Quantization, ScaleLayout},
     workspace::{ALIGNMENT, Header, HeaderError, LIBRARY, Layout, LayoutError, MAGIC, SlotRows, VERSION},
 };
@@ -346,6 +348,22 @@ fn a_round_of_more_tokens_than_a_launch_counts_has_no_shape() {
         let rounds: Vec<_> = plan.rounds().collect();
         assert_eq!(rounds.len(), 1);
         assert_eq!(Shape::of_round(&plan, &rounds[0], 0).is_some(), exists);
+    }
+}
+
+#[test]
+fn one_shot_ends_where_its_pushes_take_longer_than_a_hop_more() {
+    const HOP: u64 = 350_000;
+    assert_eq!([1, 2].map(|ranks| one_shot_bytes(ranks, HOP)), [u64::MAX; 2]);
+    for ranks in 3..=MAX_WORLD_SIZE {
+        // What both modes push, in parts of an activation of `ranks` parts.
+        let pushed = |bytes: u64| {
+            let (others, part) = (u64::from(ranks) - 1, bytes as f64 / f64::from(ranks));
+            (others as f64 * bytes as f64, 2.0 * others as f64 * part + HOP as f64)
+        };
+        let bytes = one_shot_bytes(ranks, HOP);
+        let ((one_shot, two_shot), (more, less)) = (pushed(bytes), pushed(bytes + 1));
+        assert!(one_shot <= two_shot && more > less, "{ranks} ranks: {bytes} bytes");
     }
 }
 

@@ -11,6 +11,7 @@ use std::{
 use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Norm, Operation, Residual},
+    plan::Limits,
     quant::Quantization,
 };
 
@@ -528,6 +529,9 @@ pub trait Collective {
 
     /// Bytes of the last cache before main memory.
     fn cache_bytes(&self) -> u64;
+
+    /// What fused operations are planned with. The same on every rank.
+    fn limits(&self) -> &Limits;
 
     /// The rank's GPUs by name, in rank order; none if they are not what is measured.
     fn gpus(&self) -> Vec<String> {

@@ -9,7 +9,10 @@ pub(crate) mod verify;
 
 use std::fmt::{self, Write as _};
 
-use fused_collective_core::fusion::Norm;
+use fused_collective_core::{
+    fusion::{Mode, Norm},
+    plan::{Algorithm, Plan},
+};
 
 use crate::{
     collective::{self, AllReduce, Collective, Problem, Step},
@@ -131,6 +134,8 @@ pub fn run(
             progress.step();
         }
         race(settings, group, backend, &mut entrants)?;
+        let plan = Plan::new(&problem.operation(Mode::Auto), backend.limits());
+        notes.extend(plan.ok().and_then(|plan| automatic(plan.algorithm, &entrants)));
         if settings.cold {
             let mib = cache_bytes as f64 / f64::from(1 << 20);
             notes.push(format!(
@@ -249,6 +254,22 @@ fn fastest(entrants: &[(Variant, Result<Trials, String>)], kind: Kind) -> Option
     of_kind.filter_map(|(_, trials)| trials.as_ref().ok()?.median_us()).min_by(f64::total_cmp)
 }
 
+/// Which mode [`Mode::Auto`] is, and how it compares with the other one, if both have times.
+fn automatic(algorithm: Algorithm, entrants: &[(Variant, Result<Trials, String>)]) -> Option<String> {
+    let median = |mode| {
+        let mut of_mode = entrants.iter().filter(|(variant, _)| variant.steps == [Step::Fused(mode)]);
+        of_mode.next()?.1.as_ref().ok()?.median_us()
+    };
+    let (one_shot, two_shot) = (median(Mode::OneShot)?, median(Mode::TwoShot)?);
+    let (taken, took, other, others) = match algorithm {
+        Algorithm::OneShot => ("one-shot", one_shot, "two-shot", two_shot),
+        Algorithm::TwoShot | Algorithm::ShardedTwoShot => ("two-shot", two_shot, "one-shot", one_shot),
+    };
+    let percent = (took / others - 1.0) * 100.0;
+    let compared = if percent <= 0.0 { "faster" } else { "slower" };
+    Some(format!("mode auto takes {taken} here, which is {:.1}% {compared} than {other}", percent.abs()))
+}
+
 /// How much of what the links allow the fastest fused variant makes use of, to reduce `bytes` bytes on each rank.
 fn share_of_links(
     push_gb_s: f64,
@@ -353,6 +374,23 @@ mod tests {
     fn a_copy_that_takes_longer_than_the_separate_operations_predicts_nothing() {
         let note = prediction(&[], 16_384, || Ok(6.0), &entrants(3.69, 3.3)).unwrap().unwrap();
         assert!(note.ends_with("read and written)"), "{note}");
+    }
+
+    #[test]
+    fn the_mode_that_auto_takes_is_compared_with_the_other() {
+        let mut entrants = entrants(11.0, 8.8);
+        entrants[0].0.steps = vec![Step::Fused(Mode::TwoShot)];
+        entrants[1].0.steps = vec![Step::Fused(Mode::OneShot)];
+        let note = |algorithm| automatic(algorithm, &entrants).unwrap();
+        assert_eq!(
+            note(Algorithm::OneShot),
+            "mode auto takes one-shot here, which is 20.0% faster than two-shot"
+        );
+        assert_eq!(
+            note(Algorithm::TwoShot),
+            "mode auto takes two-shot here, which is 25.0% slower than one-shot"
+        );
+        assert_eq!(automatic(Algorithm::OneShot, &entrants[1..]), None);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use fused_collective_core::{
     dtype::{DType, bf16, f16},
     fusion::{Mode, Operation, Residual},
     norm::{self, Gamma},
+    plan::Limits,
     quant::{Quantization, e4m3, scale},
 };
 use pulp::{Simd, WithSimd};
@@ -460,6 +461,10 @@ impl Collective for Engine {
 
     fn set_cold(&mut self, cold: bool) {
         self.cold = cold;
+    }
+
+    fn limits(&self) -> &Limits {
+        self.communicator.limits()
     }
 
     fn cache_bytes(&self) -> u64 {

@@ -15,6 +15,7 @@ use fused_collective_core::{
     fusion::Mode,
     launch::{Address, Audit, Conversions},
     pack::Pack,
+    plan::Limits,
     quant::Quantization,
 };
 
@@ -405,6 +406,10 @@ impl Collective for Engine<'_> {
 
     fn set_cold(&mut self, cold: bool) {
         self.cold = cold;
+    }
+
+    fn limits(&self) -> &Limits {
+        self.communicator.limits()
     }
 
     fn cache_bytes(&self) -> u64 {

@@ -73,7 +73,7 @@ fn numbers_out_of_range() {
     refused_options("--trials 0", &["--trials", "'0'", "use 1 to 1000000"]);
     refused_options("--warmup -1", &["--warmup", "'-1'", "use 0 to 1000000"]);
     refused_options("--seed x", &["--seed", "'x'", "use whole numbers from 0"]);
-    refused_options("--deadline 0", &["--deadline", "'0'", "above 0 and up to 86400"]);
+    refused_options("--deadline 0", &["--deadline", "'0'", "above 0 and up to 3600"]);
     refused_options("--tolerance -1", &["--tolerance", "'-1'", "a number above 0"]);
 }
 

@@ -227,7 +227,10 @@ impl fmt::Display for Call {
                 if *keep_norm { f.write_str(", norm kept") } else { Ok(()) }
             }
             Call::Barrier => f.write_str("a barrier"),
-            Call::Replay { calls, .. } => write!(f, "a replay of {calls} captured operations"),
+            // Graphs of as many operations are told apart by what they hold.
+            Call::Replay { captured, calls } => {
+                write!(f, "a replay of {calls} captured operations, digest {captured:016x}")
+            }
         }
     }
 }

@@ -149,4 +149,8 @@ fn a_call_names_what_ranks_can_differ_in() {
     let alone =
         Operation { residual: Residual::None, norm: None, quantization: Quantization::None, ..operation };
     assert_eq!(named(alone, Some(448.0)), named(alone, None));
+    // Graphs of as many operations differ in what they hold.
+    let replay = |captured| Call::Replay { captured, calls: 20 }.to_string();
+    assert_eq!(replay(0xabc), "a replay of 20 captured operations, digest 0000000000000abc");
+    assert_ne!(replay(1), replay(2));
 }

@@ -58,6 +58,8 @@ pub enum Cause {
     GaveUp(GaveUp),
     /// Another rank made another call.
     OutOfStep(Disagreement),
+    /// What this rank's GPU was given could not be launched, failed or did not end; the text says which.
+    Gpu(String),
 }
 
 /// Without the rank that made the call: whoever shows it knows which one that is.
@@ -74,7 +76,7 @@ impl fmt::Display for Failure {
             (cause, wait) => {
                 match cause {
                     Cause::Deadline(_) => {}
-                    Cause::Lost(how) => f.write_str(how)?,
+                    Cause::Lost(how) | Cause::Gpu(how) => f.write_str(how)?,
                     Cause::Aborted => f.write_str("the group was aborted on this rank")?,
                     Cause::GaveUp(peer) => peer.fmt(f)?,
                     Cause::OutOfStep(disagreement) => disagreement.fmt(f)?,
@@ -114,7 +116,7 @@ impl Failure {
         match &self.cause {
             Cause::Deadline(_) => Some((Fault::Late, from)),
             Cause::Lost(_) => Some((Fault::Lost, from)),
-            Cause::Aborted => Some((Fault::Aborted, self.rank)),
+            Cause::Aborted | Cause::Gpu(_) => Some((Fault::Aborted, self.rank)),
             Cause::OutOfStep(disagreement) => Some((Fault::OutOfStep, disagreement.rank)),
             Cause::GaveUp(_) => None,
         }
@@ -144,5 +146,8 @@ mod tests {
         let told = Failure { wait: None, cause: Cause::GaveUp(told), ..failure };
         assert_eq!(told.to_string(), "rank 2 gave up: it waited for rank 1 past the deadline");
         assert_eq!(told.fault(), None, "the others know from rank 2");
+        let gpu = Failure { cause: Cause::Gpu("could not launch a kernel: no".to_owned()), ..told };
+        assert_eq!(gpu.to_string(), "could not launch a kernel: no");
+        assert_eq!(gpu.fault(), Some((Fault::Aborted, 3)));
     }
 }

@@ -20,6 +20,7 @@ use fused_collective_core::{
 };
 
 use crate::{
+    cuda,
     faults::Settings as FaultsSettings,
     links::Settings as LinksSettings,
     rendezvous::MIN_RANKS,
@@ -42,8 +43,10 @@ pub const EXIT_USAGE: u8 = 2;
 
 /// The most trials, and the most to warm up: every trial's time is kept in memory and in the report.
 const MAX_TRIALS: u32 = 1_000_000;
-/// The longest deadline: a day, in seconds.
-const MAX_DEADLINE: f64 = 86_400.0;
+/// The longest deadline for ranks, in seconds: what kernels can wait. The same on every backend.
+const MAX_DEADLINE: f64 = cuda::MAX_DEADLINE.as_secs() as f64;
+/// The longest deadline for peers: a day, in seconds.
+const MAX_PEER_DEADLINE: f64 = 86_400.0;
 
 /// Why the program was refused: one line that names the value and what is valid. The program prints it after
 /// its name and ends with [`EXIT_USAGE`].
@@ -364,7 +367,7 @@ impl BenchArgs {
             peers: list("--peers", &self.peers, |text| name("--peers", text), default.peers)?,
             peer_deadline_seconds: one(
                 self.peer_deadline,
-                |text| positive("--peer-deadline", text, "a number of seconds", Some(MAX_DEADLINE)),
+                |text| positive("--peer-deadline", text, "a number of seconds", Some(MAX_PEER_DEADLINE)),
                 default.peer_deadline_seconds,
             )?,
             python: file("--python", self.python)?.unwrap_or(default.python),

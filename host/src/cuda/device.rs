@@ -86,6 +86,7 @@ impl Gpu {
 }
 
 /// A GPU's context, retained.
+#[derive(Clone, Debug)]
 pub(crate) struct SharedContext(Context);
 
 impl SharedContext {

@@ -1,6 +1,6 @@
 //! What can go wrong on GPUs, told so that the user learns which rank, which operation and why.
 
-use std::{fmt, time::Duration};
+use std::fmt;
 
 use fused_collective_core::plan::PlanError;
 
@@ -57,13 +57,6 @@ pub enum Error {
     Failed(Box<Failure>),
     /// An earlier operation failed so, and what peers sent for it may lie in any slot: make a new communicator.
     Poisoned(Box<Failure>),
-    /// The GPU did not finish what it was given, although all waits in it are bounded.
-    Stuck {
-        /// This rank.
-        rank: u32,
-        /// How long it was waited for.
-        waited: Duration,
-    },
     /// NCCL failed; the text says at what.
     Nccl(String),
 }
@@ -91,11 +84,6 @@ impl fmt::Display for Error {
             }
             Error::Failed(failure) => failure.fmt(f),
             Error::Poisoned(failure) => write!(f, "an earlier operation failed: {failure}"),
-            Error::Stuck { waited, .. } => write!(
-                f,
-                "this rank's GPU did not finish within {:.1} s, though told to stop",
-                waited.as_secs_f64()
-            ),
             Error::Nccl(what) => write!(f, "NCCL {what}"),
         }
     }

@@ -18,7 +18,7 @@ const ENABLE_PEER_ACCESS: u32 = 1;
 const OUT_OF_MEMORY: u32 = 2;
 
 /// Bytes that the current device has free.
-fn free_bytes() -> Result<u64, Error> {
+pub(super) fn free_bytes() -> Result<u64, Error> {
     let (mut free, mut total) = (0, 0);
     // SAFETY: room for both numbers.
     let code = unsafe { (load()?.cuMemGetInfo_v2)(&mut free, &mut total) };
@@ -279,17 +279,75 @@ impl Drop for PeerMemory {
     }
 }
 
+/// Host memory that stays where it is, so that the device reaches it and copies into it run by themselves.
+#[derive(Debug)]
+pub(crate) struct PinnedMemory {
+    driver: &'static Functions,
+    host: *mut c_void,
+    bytes: usize,
+}
+
+// SAFETY: the memory belongs to the process, not to a thread. Who shares it says how it is accessed.
+unsafe impl Send for PinnedMemory {}
+
+impl PinnedMemory {
+    /// Allocates `bytes` bytes, with zeros in them, at the start of a page.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) fn new(bytes: usize) -> Result<Self, Error> {
+        let driver = load()?;
+        let mut host = null_mut();
+        // SAFETY: the address is written where there is room for it.
+        let code = unsafe { (driver.cuMemHostAlloc)(&mut host, bytes, HOST_MAPPED) };
+        check("allocate host memory that the GPU reaches", code)?;
+        // SAFETY: as large as that, and nobody else knows it.
+        unsafe { host.cast::<u8>().write_bytes(0, bytes) };
+        Ok(PinnedMemory { driver, host, bytes })
+    }
+
+    /// Where this process sees it.
+    pub(crate) fn address(&self) -> *mut c_void {
+        self.host
+    }
+
+    /// How large it is.
+    pub(crate) fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// What is in it.
+    ///
+    /// # Safety
+    /// Nobody writes to it as long as the bytes are borrowed: no copy is under way.
+    pub(crate) unsafe fn bytes(&self) -> &[u8] {
+        // SAFETY: the allocation, with zeros or what was copied there.
+        unsafe { std::slice::from_raw_parts(self.host.cast(), self.bytes) }
+    }
+
+    /// Leaves the memory as it is for good: the device may still write to it.
+    pub(crate) fn leak(&mut self) {
+        self.host = null_mut();
+    }
+}
+
+impl Drop for PinnedMemory {
+    fn drop(&mut self) {
+        if !self.host.is_null() {
+            // SAFETY: allocated in `new`.
+            unsafe { (self.driver.cuMemFreeHost)(self.host) };
+        }
+    }
+}
+
 /// A [`Status`] in host memory that the device reaches.
 #[derive(Debug)]
 pub(crate) struct MappedStatus {
-    driver: &'static Functions,
-    host: *mut c_void,
+    memory: PinnedMemory,
     device: DevicePointer,
 }
 
-// SAFETY: the memory belongs to the process, not to a thread, and is accessed through atomics alone.
-unsafe impl Send for MappedStatus {}
-// SAFETY: as above.
+// SAFETY: the memory is accessed through atomics alone.
 unsafe impl Sync for MappedStatus {}
 
 impl MappedStatus {
@@ -298,18 +356,12 @@ impl MappedStatus {
     /// # Errors
     /// The driver's.
     pub(crate) fn new() -> Result<Self, Error> {
-        let driver = load()?;
-        let mut host = null_mut();
-        // SAFETY: the address is written where there is room for it.
-        let code = unsafe { (driver.cuMemHostAlloc)(&mut host, size_of::<Status>(), HOST_MAPPED) };
-        check("allocate host memory that the GPU reaches", code)?;
-        let mut status = MappedStatus { driver, host, device: 0 };
-        // SAFETY: the allocation has room for a status, and is aligned to a page. Nobody else knows it.
-        unsafe { status.host.cast::<Status>().write(Status::default()) };
+        let memory = PinnedMemory::new(size_of::<Status>())?;
+        let mut device = 0;
         // SAFETY: the allocation is mapped.
-        let code = unsafe { (driver.cuMemHostGetDevicePointer_v2)(&mut status.device, status.host, 0) };
+        let code = unsafe { (load()?.cuMemHostGetDevicePointer_v2)(&mut device, memory.address(), 0) };
         check("map host memory for the GPU", code)?;
-        Ok(status)
+        Ok(MappedStatus { memory, device })
     }
 
     /// Where the device sees it.
@@ -321,13 +373,6 @@ impl MappedStatus {
     pub(crate) fn word(&self, offset: u64) -> &AtomicU32 {
         debug_assert!(offset + 4 <= size_of::<Status>() as u64 && offset.is_multiple_of(4));
         // SAFETY: a word of the allocation, which lives as long as `self` and is never accessed but atomically.
-        unsafe { AtomicU32::from_ptr(self.host.cast::<u32>().add(offset as usize / 4)) }
-    }
-}
-
-impl Drop for MappedStatus {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `new`.
-        unsafe { (self.driver.cuMemFreeHost)(self.host) };
+        unsafe { AtomicU32::from_ptr(self.memory.address().cast::<u32>().add(offset as usize / 4)) }
     }
 }

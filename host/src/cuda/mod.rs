@@ -20,12 +20,14 @@ mod driver;
 mod engine;
 mod epilogue;
 mod error;
+mod free_memory;
 mod graph;
 mod kernels;
 mod links;
 mod memory;
 mod nccl;
 mod tensors;
+mod together;
 mod workspace;
 
 use serde::{Serialize, de::DeserializeOwned};
@@ -33,11 +35,13 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::rendezvous::Group;
 
 pub use abort::Aborter;
-pub use communicator::{Captured, Communicator, Options};
+pub use communicator::{Captured, Communicator, MAX_DEADLINE, Options};
 pub use device::{check_peers, count};
 pub use engine::Engine;
 pub use error::Error;
+pub use free_memory::FreeMemory;
 pub use kernels::{FOLDER_VARIABLE, MAX_RANKS};
+pub use nccl::check as check_nccl;
 pub use tensors::{DeviceTensor, TensorType, Tensors};
 pub use workspace::slot_bytes;
 

@@ -15,6 +15,7 @@ use super::{
         kernels::{Entry, Set},
     },
     EAGER_THREADS, Engine, OPERATIONS_PER_TRIAL,
+    steps::nccl_elements,
 };
 use crate::collective::{Collective, Error, Step};
 
@@ -36,12 +37,13 @@ impl Engine<'_> {
         let index = self.capture(steps, operations)?;
         self.barrier()?;
         let stream = self.handle();
+        self.expect_nccl(steps, 2 * operations);
         let TimedGraph { graph, captured, .. } = &self.graphs[index];
         // Both ahead of the first: nothing should come between the launches.
         self.communicator.replay(*captured)?;
         self.communicator.replay(*captured)?;
         // SAFETY: the engine's stream; the tensors that were captured are there.
-        unsafe { graph.launch(stream)? };
+        unsafe { graph.launch(stream) }.map_err(|error| self.communicator.fail(error))?;
         if let Some(flush) = &self.flush {
             // SAFETY: inside the allocation, which lives as long as this problem.
             let code =
@@ -50,10 +52,20 @@ impl Engine<'_> {
         }
         self.record(0)?;
         // SAFETY: as above.
-        unsafe { graph.launch(stream)? };
+        unsafe { graph.launch(stream) }.map_err(|error| self.communicator.fail(error))?;
         self.record(1)?;
         self.settle()?;
         Ok(self.elapsed()? / f64::from(operations))
+    }
+
+    /// Lets NCCL know that a graph runs its step so many `times`, if it does: what is captured says nothing when it is
+    /// launched.
+    fn expect_nccl(&mut self, steps: &[Step], times: u32) {
+        if let (Some(nccl), Some(problem)) = (&mut self.nccl, &self.problem)
+            && steps.contains(&Step::NcclAllReduce)
+        {
+            nccl.expect(problem.dtype, nccl_elements(problem), times.into());
+        }
     }
 
     /// The index of the graph of `steps`, `operations` times, which is made when it is first timed.
@@ -124,9 +136,10 @@ impl Engine<'_> {
         let graph = unsafe { Graph::capture(stream, enqueue) }?;
         let captured = self.communicator.captured();
         for launch in 1..=times.div_ceil(u64::from(OPERATIONS_PER_TRIAL)) {
+            self.expect_nccl(steps, OPERATIONS_PER_TRIAL);
             self.communicator.replay(captured)?;
             // SAFETY: the engine's stream; the tensors that were captured are there.
-            unsafe { graph.launch(stream)? };
+            unsafe { graph.launch(stream) }.map_err(|error| self.communicator.fail(error))?;
             if launch.is_multiple_of(GRAPHS_AT_ONCE) {
                 self.settle()?;
             }

@@ -21,6 +21,7 @@ use fused_collective_core::{
 
 use super::{
     Communicator, Error as CudaError,
+    communicator::Foreign,
     driver::{Handle, check, failed, load},
     gather,
     kernels::{Entry, Set},
@@ -86,10 +87,12 @@ impl<'a> Engine<'a> {
     /// An engine without a problem yet, whose separate operations use the all-reduces in `all_reduces`. All ranks
     /// call this.
     ///
-    /// Where NCCL is asked for and missing, the [notes](Collective::notes) say so.
+    /// Where NCCL is asked for and missing, or does not connect on some rank, the [notes](Collective::notes) say so and
+    /// why, and no rank uses it.
     ///
     /// # Errors
-    /// The driver's; NCCL is the only all-reduce that was asked for, and is missing.
+    /// The driver's; NCCL is the only all-reduce that was asked for, and is not used; it hangs, and cannot be ended; a
+    /// rank of the group was lost.
     pub fn new(
         group: &'a Group,
         communicator: Communicator,
@@ -111,7 +114,7 @@ impl<'a> Engine<'a> {
             }
             notes.push(why.to_owned());
         } else if all_reduces.contains(&AllReduceChoice::Nccl) {
-            match NcclGroup::join(group, communicator.gpu(), deadline) {
+            match NcclGroup::join(group, communicator.gpu(), deadline)? {
                 Ok(joined) => {
                     notes.push(format!("standard_allreduce is NCCL {}", joined.version()));
                     nccl = Some(joined);
@@ -193,16 +196,13 @@ impl<'a> Engine<'a> {
     /// Waits for all that was enqueued, and checks it.
     fn settle(&mut self) -> Result<(), Error> {
         let stream = self.handle();
+        let communicator = &mut self.communicator;
         // SAFETY: the engine's stream.
-        let settled = unsafe { self.communicator.synchronize(stream) };
-        if let Some(nccl) = &mut self.nccl {
-            if settled.is_err() {
-                nccl.abort();
-            } else {
-                nccl.check()?;
-            }
-        }
-        Ok(settled?)
+        let mut wait =
+            |foreign: Option<Foreign<'_>>| unsafe { communicator.synchronize_with(stream, foreign) };
+        let Some(nccl) = &mut self.nccl else { return Ok(wait(None)?) };
+        nccl.while_waiting(&mut wait)?;
+        nccl.check().map_err(|error| communicator.fail(error).into())
     }
 
     fn barrier(&self) -> Result<(), Error> {

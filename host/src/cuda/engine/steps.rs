@@ -71,11 +71,13 @@ impl Engine<'_> {
     }
 
     fn nccl_all_reduce(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
-        let nccl = self.nccl.as_ref().ok_or(Error::Step { step, why: "NCCL was not loaded" })?;
         let (from, to) = (self.address(Tensor::Input), self.address(sum(problem)));
-        let count = problem.tokens * problem.hidden;
+        let (count, stream) = (nccl_elements(problem), self.handle());
+        let nccl = self.nccl.as_mut().ok_or(Error::Step { step, why: "NCCL was not loaded" })?;
         // SAFETY: as in `fused`.
-        Ok(unsafe { nccl.all_reduce(problem.dtype, from, to, count, self.handle()) }?)
+        let enqueued = unsafe { nccl.all_reduce(problem.dtype, from, to, count, stream) };
+        // The others may have enqueued theirs, and wait in it.
+        enqueued.map_err(|error| self.communicator.fail(error).into())
     }
 
     /// One pass after the all-reduce. Without a norm, it quantizes `NormOut`.
@@ -153,6 +155,11 @@ impl Engine<'_> {
         }
         Ok(())
     }
+}
+
+/// Elements of NCCL's all-reduce.
+pub(super) fn nccl_elements(problem: &Problem) -> u64 {
+    problem.tokens * problem.hidden
 }
 
 /// Where the all-reduce of the separate operations leaves its sum.

@@ -1,22 +1,24 @@
 //! One rank's end of a group of GPUs.
 
+mod limits;
+mod names;
+mod rounds;
+mod wait;
+
 use std::{
-    collections::HashMap,
-    hint,
     os::fd::AsFd,
     sync::{
         Arc,
         atomic::Ordering::{Acquire, Relaxed},
     },
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use fused_collective_core::{
-    agreement::{CALL_WORDS, Call, Chain},
+    agreement::{Call, Chain},
     fusion::Operation,
-    launch::{self, ABORTED, Address, Fused, Shape, Status},
-    plan::{self, Algorithm, Limits, Plan, Round},
+    launch::{self, ABORTED, Address, Status},
+    plan::{self, Limits, Plan},
     workspace::{Header, Layout},
 };
 
@@ -24,10 +26,8 @@ use super::{
     Aborter, Error,
     abort::Switch,
     device::{self, Gpu},
-    driver::{Handle, check, is_ready, load},
-    epilogue::{Part, WithEpilogue, with_epilogue},
-    gather,
-    kernels::{Entry, Kernels, MAX_RANKS, Set},
+    driver::{Handle, check, load},
+    kernels::{Kernels, Launch, MAX_RANKS, Set},
     memory::MappedStatus,
     tensors::Tensors,
     workspace::Workspace,
@@ -38,22 +38,24 @@ use crate::{
     rendezvous::{Control, Group, OnLoss},
     shared_memory::SharedMemory,
 };
+use limits::{HOP_BYTES, agree};
+use names::Names;
+use wait::Progress;
 
-/// The longest wait that kernels count, a little under their clock's turn.
-const MAX_DEADLINE: Duration = Duration::from_secs(3600);
-/// Beyond the deadline, how long a host waits for its GPU: several kernels may each wait for almost as long.
-const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) use rounds::TOO_MANY_TOKENS;
+pub(crate) use wait::Foreign;
+
+/// The longest deadline: kernels count a wait in 32 bits, which turn after 73 minutes.
+pub const MAX_DEADLINE: Duration = Duration::from_secs(3600);
 /// Announced calls that are kept: more than a GPU's queue holds, and so than a host can be ahead of its results.
 const CALLS_KEPT: u64 = 4096;
-/// Looks at the stream before the host's processor is offered to others.
-const SPINS: u32 = 10_000;
 
 /// How a group works.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Bytes of a slot of the workspace, at least: see [`slot_bytes`](super::slot_bytes).
     pub slot_bytes: u64,
-    /// No wait of an operation is longer, nor than an hour.
+    /// No wait of an operation is longer. At most [`MAX_DEADLINE`].
     pub deadline: Duration,
     /// Whether ranks (processes) may share a GPU. They take turns on it, at the driver's pace: operations are right,
     /// and take milliseconds. Not under MPS, where their kernels would compete for the places that each counts on.
@@ -77,12 +79,16 @@ pub struct Communicator {
     shares_gpus: bool,
     board: Board,
     names: Names,
+    /// How the rounds of the operation at hand are launched.
+    launches: Vec<Launch>,
     /// Captured since the last [`captured`](Self::captured).
     captured: Captured,
     switch: Arc<Switch>,
     // A loss throws the switch, whatever this process does meanwhile.
     _on_loss: OnLoss,
     status: Arc<MappedStatus>,
+    // Dropped before the memory that it looks at.
+    progress: Progress,
     workspace: Workspace,
     kernels: Kernels,
     set: Set,
@@ -97,9 +103,11 @@ impl Communicator {
     /// current in the calling thread.
     ///
     /// # Errors
-    /// No driver, no kernels, not enough memory; two ranks that cannot share memory, by name.
+    /// No driver, no kernels, not enough memory; two ranks that cannot share memory, by name; a deadline past
+    /// [`MAX_DEADLINE`].
     pub fn join(group: &Group, ordinal: u32, options: Options) -> Result<Communicator, Error> {
         let Options { slot_bytes, deadline, oversubscribe } = options;
+        check_deadline(deadline)?;
         let (rank, world_size) = (group.rank(), group.world_size());
         let set = Set::for_group(world_size).ok_or_else(|| {
             Error::Devices(format!(
@@ -132,17 +140,19 @@ impl Communicator {
         Ok(Communicator {
             rank,
             limits,
-            deadline: deadline.min(MAX_DEADLINE),
+            deadline,
             control: group.control(),
             failed: None,
             left: false,
             shares_gpus,
             board,
             names: Names::default(),
+            launches: Vec::new(),
             captured: Captured::default(),
             switch,
             _on_loss: group.on_loss(move || on_loss.throw()),
             status,
+            progress: Progress::new(workspace.state())?,
             workspace,
             kernels,
             set,
@@ -199,8 +209,10 @@ impl Communicator {
     /// launch), and wait for it before they read anything but gamma and the scale.
     ///
     /// # Errors
-    /// Before anything is launched: what [`Plan::new`] refuses, tensors that do not fit the operation, a group that
-    /// has failed.
+    /// Before the other ranks are told: what [`Plan::new`] refuses, tensors that do not fit the operation, kernels that
+    /// are missing, a group that has failed. After that, [`Error::Failed`]: the driver did not launch it, and the group is
+    /// over, since the others wait. In a capture, whose operations nobody was told of, the driver's error; the graph must
+    /// not be launched.
     ///
     /// # Safety
     /// The tensors are where and what they are said to be until the operation has ended, those that are written
@@ -214,15 +226,21 @@ impl Communicator {
         self.check_usable()?;
         let plan = Plan::new(operation, &self.limits)?;
         tensors.check(operation, self.rank, self.limits.world_size)?;
+        self.choose_launches(operation, &plan, tensors)?;
+        // SAFETY: a stream of this rank's context, as this function's caller says.
+        let capturing = unsafe { is_capturing(stream)? };
+        let captured = self.captured;
         let call = Call::operation(operation, plan.algorithm, None);
-        self.announce(call, stream)?;
-        let call = self.names.name(call);
-        for round in plan.rounds() {
-            let launcher =
-                RoundLauncher { communicator: self, plan, round, call, operation, tensors, stream };
-            with_epilogue(operation.norm, operation.quantization, operation.hidden, tensors, launcher)?;
-        }
-        Ok(())
+        self.announce(call, capturing);
+        // SAFETY: as this function's.
+        let launched = unsafe { self.launch_rounds(operation, &plan, call, tensors, stream) };
+        launched.map_err(|error| {
+            if !capturing {
+                return self.fail(error);
+            }
+            self.captured = captured;
+            error
+        })
     }
 
     /// What was captured since this was last called, for [`replay`](Self::replay). Call it when a capture has ended.
@@ -231,7 +249,8 @@ impl Communicator {
     }
 
     /// Says that a graph with these operations is about to be launched, so that the ranks' calls can be compared:
-    /// nothing else sees a graph's launches. Where no rank ever says so, they are not compared.
+    /// nothing else sees a graph's launches. Where no rank ever says so, they are not compared. If the launch then fails,
+    /// [abort](Self::aborter): the others wait for it.
     ///
     /// # Errors
     /// A group that has failed.
@@ -301,7 +320,11 @@ impl Communicator {
         Failure { rank: self.rank, wait: None, cause: Cause::OutOfStep(disagreement) }
     }
 
+    /// Ends the group with this failure, unless it has one.
     fn poison(&mut self, failure: Failure) -> Error {
+        if let Some(first) = &self.failed {
+            return Error::Poisoned(first.clone());
+        }
         let failure = Box::new(failure);
         self.failed = Some(failure.clone());
         self.switch.throw();
@@ -312,47 +335,6 @@ impl Communicator {
     /// For other threads: ends the group's operations, on all ranks. It may outlive the communicator.
     pub fn aborter(&self) -> Aborter {
         Aborter { switch: Arc::clone(&self.switch), control: self.control.clone() }
-    }
-
-    /// Waits until everything on `stream` has ended, and [checks](Self::check) it. If a rank of the group is lost
-    /// meanwhile, has made another call, or the GPU takes longer than its deadlines allow, all waits are ended.
-    ///
-    /// # Errors
-    /// As [`check`](Self::check); [`Error::Stuck`] if the GPU does not end.
-    ///
-    /// # Safety
-    /// `stream` is a stream of this rank's context.
-    pub unsafe fn synchronize(&mut self, stream: Handle) -> Result<(), Error> {
-        let driver = load()?;
-        let began = Instant::now();
-        let limit = 2 * self.deadline + PATIENCE;
-        let mut ended: Option<Instant> = None;
-        let mut looks = 0u32;
-        // SAFETY: as this function's.
-        while !is_ready("wait for the GPU", unsafe { (driver.cuStreamQuery)(stream) })? {
-            looks = looks.saturating_add(1);
-            if looks < SPINS {
-                hint::spin_loop();
-                continue;
-            }
-            let over = || {
-                self.control.lost_rank().is_some()
-                    || self.switch.is_thrown()
-                    || self.board.disagreement().is_some()
-                    || began.elapsed() > limit
-            };
-            match ended {
-                None if over() => {
-                    self.switch.throw();
-                    ended = Some(Instant::now());
-                }
-                Some(since) if since.elapsed() > PATIENCE => {
-                    return Err(Error::Stuck { rank: self.rank, waited: began.elapsed() });
-                }
-                _ => thread::yield_now(),
-            }
-        }
-        self.check()
     }
 
     /// Closes other ranks' memory, and returns when all have done so, after which each may free its own: drop it. All
@@ -392,23 +374,18 @@ impl Communicator {
     }
 
     /// Tells the others what is called, before it is launched. What is captured is told of when it is replayed.
-    fn announce(&mut self, call: Call, stream: Handle) -> Result<(), Error> {
-        let mut capturing = 0;
-        // SAFETY: a stream of this rank's context, as `enqueue`'s caller says, and room for the answer.
-        let code = unsafe { (load()?.cuStreamIsCapturing)(stream, &mut capturing) };
-        check("ask whether the stream is being captured", code)?;
+    fn announce(&mut self, call: Call, capturing: bool) {
         if matches!(call, Call::Operation { operation: Operation { tokens: 0, .. }, .. }) {
             // No rank takes part in it, so it is compared with the next call.
-            if capturing == 0 {
+            if !capturing {
                 self.board.pass(&call);
             }
-        } else if capturing == 0 {
-            self.board.announce(call);
-        } else {
+        } else if capturing {
             self.captured.chain = self.captured.chain.then(&call);
             self.captured.calls += 1;
+        } else {
+            self.board.announce(call);
         }
-        Ok(())
     }
 
     fn group(&self) -> launch::Group {
@@ -442,6 +419,33 @@ pub struct Captured {
     calls: u64,
 }
 
+/// Whether what is enqueued on `stream` is captured.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Safety
+/// `stream` is a stream of the current context.
+pub(crate) unsafe fn is_capturing(stream: Handle) -> Result<bool, Error> {
+    let mut capturing = 0;
+    // SAFETY: as this function's, and room for the answer.
+    let code = unsafe { (load()?.cuStreamIsCapturing)(stream, &mut capturing) };
+    check("ask whether the stream is being captured", code)?;
+    Ok(capturing != 0)
+}
+
+/// Refuses a deadline that kernels would not keep.
+fn check_deadline(deadline: Duration) -> Result<(), Error> {
+    if deadline <= MAX_DEADLINE {
+        return Ok(());
+    }
+    Err(Error::Devices(format!(
+        "a deadline of {} s is longer than GPU kernels can wait: use up to {} s",
+        deadline.as_secs_f64(),
+        MAX_DEADLINE.as_secs()
+    )))
+}
+
 /// The memory in which the ranks' hosts tell each other what they call.
 fn share_board(group: &Group) -> Result<Board, Error> {
     let failed = |error: std::io::Error| Error::Group(format!("the group's shared host memory: {error}"));
@@ -456,121 +460,15 @@ fn share_board(group: &Group) -> Result<Board, Error> {
     Ok(Board::new(memory, place, group.rank(), group.world_size()))
 }
 
-/// The calls that kernels were launched for, by the numbers that kernels know them by. They are kept for good, since a
-/// graph may be launched at any time: as many as there are different calls.
-#[derive(Debug, Default)]
-struct Names {
-    calls: Vec<Call>,
-    numbers: HashMap<[u64; CALL_WORDS], u64>,
-}
-
-impl Names {
-    /// The number of `call`.
-    fn name(&mut self, call: Call) -> u64 {
-        *self.numbers.entry(call.to_words()).or_insert_with(|| {
-            self.calls.push(call);
-            self.calls.len() as u64 - 1
-        })
-    }
-
-    /// The call with this number.
-    fn call(&self, number: u64) -> Option<Call> {
-        usize::try_from(number).ok().and_then(|index| self.calls.get(index)).copied()
-    }
-}
-
-/// Launches one round of an operation.
-struct RoundLauncher<'a> {
-    communicator: &'a mut Communicator,
-    plan: Plan,
-    round: Round,
-    /// What kernels call the operation.
-    call: u64,
-    operation: &'a Operation,
-    tensors: &'a Tensors,
-    stream: Handle,
-}
-
-impl WithEpilogue for RoundLauncher<'_> {
-    fn call<X: Copy>(self, part: Part, epilogue: X) -> Result<(), Error> {
-        let RoundLauncher { communicator, plan, round, call, operation, tensors, stream } = self;
-        let family = match plan.algorithm {
-            Algorithm::OneShot => "one_shot",
-            Algorithm::TwoShot => "two_shot",
-            Algorithm::ShardedTwoShot => "sharded",
-        };
-        let shape = Shape::of_round(&plan, &round, call).ok_or(TOO_MANY_TOKENS)?;
-        let activations = tensors.activations().of_round(&plan, &round);
-        let parameters = Fused { group: communicator.group(), shape, activations, epilogue };
-        let entry = Entry { set: communicator.set, family, part: part.fused, packs: None };
-        let launch = communicator.kernels.for_rows(
-            operation.dtype,
-            entry,
-            plan.cluster,
-            shape.row_packs,
-            round.rows.tokens,
-        )?;
-        // SAFETY: the name and the parameters are of one epilogue, and `enqueue` has checked the tensors, whose
-        // addresses its caller vouches for.
-        unsafe { communicator.kernels.launch(launch, &parameters, stream) }
-    }
-}
-
-/// Why rows have no [`Shape`].
-pub(crate) const TOO_MANY_TOKENS: Error = Error::Unsupported("rounds of 2^31 tokens or more");
-
-/// The bytes that a GPU pushes while two-shot waits for its second hop. Between two H200 GPUs, which push the same in both
-/// modes, two-shot takes 1.0 to 1.3 µs longer at 1 to 16 tokens, and 364 bytes are pushed in a nanosecond: `bench` and
-/// `links` show both.
-const HOP_BYTES: u64 = 364_000;
-
-/// The least of all ranks' limits.
-fn agree(group: &Group, own: Limits) -> Result<Limits, Error> {
-    let Limits { world_size, slot_bytes, compute_units, max_cluster, one_shot_bytes } = own;
-    let numbers =
-        [u64::from(world_size), slot_bytes, u64::from(compute_units), u64::from(max_cluster), one_shot_bytes];
-    let all: Vec<[u64; 5]> = gather(group, &numbers)?;
-    let limits: Vec<Limits> = all
-        .into_iter()
-        .map(|[world_size, slot_bytes, units, cluster, one_shot_bytes]| Limits {
-            world_size: world_size as u32,
-            slot_bytes,
-            compute_units: units as u32,
-            max_cluster: cluster as u32,
-            one_shot_bytes,
-        })
-        .collect();
-    Limits::agree(&limits).ok_or_else(|| Error::Group("ranks disagree on the size of the group".to_owned()))
-}
-
 #[cfg(test)]
 mod tests {
-    use fused_collective_core::{
-        dtype::DType,
-        fusion::{Mode, Norm, Residual},
-        quant::Quantization,
-    };
-
     use super::*;
 
     #[test]
-    fn a_number_that_a_kernel_hands_back_names_the_call_it_was_launched_for() {
-        let operation = |tokens| Operation {
-            dtype: DType::Bf16,
-            tokens,
-            hidden: 64,
-            residual: Residual::Replicated,
-            norm: Some(Norm::default()),
-            quantization: Quantization::None,
-            keep_norm: false,
-            mode: Mode::OneShot,
-        };
-        let calls = [1, 2, 1].map(|tokens| Call::operation(&operation(tokens), Algorithm::TwoShot, None));
-        let mut names = Names::default();
-        let numbers = calls.map(|call| names.name(call));
-        assert_eq!(numbers[0], numbers[2]);
-        assert_ne!(numbers[0], numbers[1]);
-        assert_eq!(numbers.map(|number| names.call(number)), calls.map(Some));
-        assert_eq!([2, u64::MAX].map(|number| names.call(number)), [None, None]);
+    fn a_deadline_that_kernels_would_not_keep_is_refused_and_not_cut_short() {
+        assert!(check_deadline(MAX_DEADLINE).is_ok());
+        let error = check_deadline(MAX_DEADLINE + Duration::from_millis(1)).unwrap_err().to_string();
+        assert_eq!(error, "a deadline of 3600.001 s is longer than GPU kernels can wait: use up to 3600 s");
+        assert!(check_deadline(Duration::MAX).is_err());
     }
 }

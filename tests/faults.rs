@@ -40,14 +40,19 @@ fn every_fault_while_a_group_is_set_up_is_reported() {
 
 #[test]
 fn every_fault_during_operations_and_at_the_end_is_reported() {
-    promised(3, &cases(&[Phase::Operations, Phase::Replays, Phase::End], 1));
+    let mut cases = cases(&[Phase::Operations, Phase::Replays, Phase::End], 1);
+    // Without graphs a replay is what operations are: one mismatch in it is enough.
+    let is_extra = |case: &Case| case.phase == Phase::Replays && case.fault.is_mismatch();
+    cases.retain(|case| !is_extra(case) || case.fault == Fault::OtherOrder);
+    promised(3, &cases);
 }
 
 #[test]
 fn the_rank_that_all_others_are_connected_to_is_no_exception() {
     let faults = [Fault::Kill, Fault::Stop, Fault::Abort];
-    let cases: Vec<Case> =
-        Case::all(0).filter(|case| faults.contains(&case.fault) && case.phase != Phase::Joined).collect();
+    let phases = [Phase::Start, Phase::Ready, Phase::Operations, Phase::Replays, Phase::End];
+    let mut cases = cases(&phases, 0);
+    cases.retain(|case| faults.contains(&case.fault));
     promised(4, &cases);
 }
 
@@ -66,6 +71,7 @@ fn a_rank_that_is_out_of_step_is_named_with_both_calls() {
 fn bad_options_are_refused_in_one_line() {
     let refused = [
         ("--cases end/abort/1", "--cases: 'end/abort/1' is not a case: use PHASE/FAULT/RANK with "),
+        ("--cases nccl/kill/1", "--cases: nccl/kill/1: NCCL needs the cuda backend: leave it out"),
         ("--cases end/kill/2 --nproc-per-node 2", "--cases: end/kill/2: there is no rank 2 in a group of 2"),
     ];
     for (options, line) in refused {

@@ -14,8 +14,10 @@ use fused_collective_tests::{LIMIT, Outcome, Running, bench};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tempfile::TempDir;
 
-/// Longest wait of a rank for another.
+/// Longest wait of a rank for another, where nothing else can tell that it is lost.
 const DEADLINE: Duration = Duration::from_secs(2);
+/// The same where its end must be noticed at once: so long that no run which waits for it would end in time.
+const LONG_DEADLINE: Duration = Duration::from_secs(60);
 /// For the kernel and a busy machine to carry out what has been decided.
 const SLACK: Duration = Duration::from_secs(6);
 const OUTPUTS: [(&str, &str); 3] =
@@ -30,12 +32,12 @@ struct Job {
 
 impl Job {
     /// Ranks that are just being started. The first configuration is a short one, the next ones move megabytes.
-    fn begun(ranks: u32) -> Self {
+    fn begun(ranks: u32, deadline: Duration) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut command = bench(&format!(
             "--num-tokens 1 2048 2049 2050 2051 --hidden-dim 4096 --quant-modes none --trials 100 --warmup 0 \
              --nproc-per-node {ranks} --deadline {}",
-            DEADLINE.as_secs()
+            deadline.as_secs()
         ));
         for (option, name) in OUTPUTS {
             fs::write(folder.path().join(name), name).unwrap();
@@ -49,8 +51,8 @@ impl Job {
     }
 
     /// Ranks in the middle of operations on megabytes.
-    fn under_way(ranks: u32) -> Self {
-        let job = Job::begun(ranks);
+    fn under_way(ranks: u32, deadline: Duration) -> Self {
+        let job = Job::begun(ranks, deadline);
         job.running.wait_for_stdout("num_tokens=1, dtype=bfloat16", LIMIT);
         std::thread::sleep(Duration::from_millis(300));
         job
@@ -92,7 +94,7 @@ fn shared_memory() -> BTreeSet<OsString> {
 #[test]
 fn a_killed_rank_ends_the_run_at_once_whichever_it_is() {
     for rank in [0, 1, 2] {
-        let job = Job::under_way(3);
+        let job = Job::under_way(3, LONG_DEADLINE);
         job.signal_rank(rank, Signal::KILL);
         let line = format!("rank {rank} was killed by signal 9 (SIGKILL)");
         job.end(Duration::ZERO).assert_failure(1, &line);
@@ -101,14 +103,14 @@ fn a_killed_rank_ends_the_run_at_once_whichever_it_is() {
 
 #[test]
 fn a_rank_that_crashes_is_named_with_its_signal() {
-    let job = Job::under_way(2);
+    let job = Job::under_way(2, LONG_DEADLINE);
     job.signal_rank(1, Signal::ABORT);
     job.end(Duration::ZERO).assert_failure(1, "rank 1 was killed by signal 6 (SIGABRT)");
 }
 
 #[test]
 fn a_rank_that_dies_while_the_others_still_start_is_named_once() {
-    let job = Job::begun(16);
+    let job = Job::begun(16, LONG_DEADLINE);
     job.signal_rank(1, Signal::KILL);
     job.end(Duration::ZERO).assert_failure(1, "rank 1 was killed by signal 9 (SIGKILL)");
 }
@@ -116,7 +118,7 @@ fn a_rank_that_dies_while_the_others_still_start_is_named_once() {
 #[test]
 fn a_stopped_rank_ends_the_run_after_the_deadline() {
     for rank in [0, 1] {
-        let job = Job::under_way(2);
+        let job = Job::under_way(2, DEADLINE);
         job.signal_rank(rank, Signal::STOP);
         // It cannot end when it is asked to, so it has a second to be asked and one until it is ended.
         let outcome = job.end(DEADLINE + Duration::from_secs(2));
@@ -129,7 +131,7 @@ fn a_stopped_rank_ends_the_run_after_the_deadline() {
 
 #[test]
 fn no_rank_outlives_a_killed_program() {
-    let job = Job::under_way(3);
+    let job = Job::under_way(3, LONG_DEADLINE);
     job.running.signal(job.running.pid(), Signal::KILL);
     let outcome = job.end(Duration::ZERO);
     assert_eq!((outcome.code, outcome.stderr.as_str()), (None, ""), "{outcome}");
@@ -138,7 +140,7 @@ fn no_rank_outlives_a_killed_program() {
 #[test]
 fn an_interrupted_or_terminated_program_ends_with_its_ranks() {
     for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143)] {
-        let job = Job::under_way(3);
+        let job = Job::under_way(3, LONG_DEADLINE);
         job.running.signal(job.running.pid(), signal);
         job.end(Duration::ZERO).assert_failure(status, "interrupted");
     }
@@ -146,14 +148,14 @@ fn an_interrupted_or_terminated_program_ends_with_its_ranks() {
 
 #[test]
 fn ctrl_c_which_reaches_every_process_is_one_interruption() {
-    let job = Job::under_way(3);
+    let job = Job::under_way(3, LONG_DEADLINE);
     kill_process_group(Pid::from_raw(job.running.pid()).unwrap(), Signal::INT).unwrap();
     job.end(Duration::ZERO).assert_failure(130, "interrupted");
 }
 
 #[test]
 fn ctrl_c_while_ranks_start_leaves_nothing_either() {
-    let job = Job::begun(16);
+    let job = Job::begun(16, LONG_DEADLINE);
     job.running.wait_for_rank(3, LIMIT);
     kill_process_group(Pid::from_raw(job.running.pid()).unwrap(), Signal::INT).unwrap();
     job.end(Duration::ZERO).assert_failure(130, "interrupted");

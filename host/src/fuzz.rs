@@ -107,7 +107,7 @@ proptest! {
                 prop_assert!((1..=8).contains(&settings.groups));
             }
             Ok(Invocation::Faults(settings)) => {
-                prop_assert!(settings.cases.iter().all(|case| case.fault.happens_in(case.phase)));
+                prop_assert!(settings.cases.iter().flatten().all(|case| case.fault.happens_in(case.phase)));
                 prop_assert!(settings.deadline() > std::time::Duration::ZERO);
             }
             Ok(Invocation::Print(text)) => prop_assert!(!text.is_empty()),

@@ -17,16 +17,17 @@ use crate::{
     usage = "[<options>]",
     example = "{command_name} --backend cuda --nproc-per-node 4",
     example = "{command_name} --cases operations/kill/0 replays/stop/1 --deadline 5",
-    note = "A case is PHASE/FAULT/RANK. Phases: start, joined, ready, operations, replays, end. Faults:",
-    note = "kill, crash, stop, exit, stuck; in ready, operations and replays abort; in operations",
-    note = "other-shape and other-mode.",
+    note = "A case is PHASE/FAULT/RANK. Phases: start, joined, ready, operations, replays, end; where there is",
+    note = "NCCL, nccl. Faults: kill, crash, stop, exit, stuck; in ready, operations, replays and nccl abort;",
+    note = "in operations and replays other-shape, other-mode, other-dtype, other-quant and other-order.",
     note = "Every other rank must report in time: at once, or at the deadline where nothing shows before.",
-    note = "After abort, other-shape and other-mode the same processes form a new group, which must be right.",
+    note = "What must show at once is run with a deadline of 60 s or more, which cannot help it.",
+    note = "After abort and other-... the same processes form a new group, which must be right.",
     note = "The program starts the ranks itself, so that it can watch how they end.",
     note = "Exit status: 0 all well; 1 a case failed; 2 the command line is not valid."
 )]
 pub(super) struct FaultsArgs {
-    /// cases to run (default: all, of ranks 0 and 1)
+    /// cases to run (default: all that can be, of ranks 0 and 1)
     #[argh(option, arg_name = "case")]
     cases: Vec<String>,
 
@@ -49,9 +50,10 @@ pub(super) struct FaultsArgs {
 
 impl FaultsArgs {
     pub(super) fn settings(self) -> Result<Settings, UsageError> {
-        let all = [0, 1].into_iter().flat_map(Case::all).collect();
+        let parse = |text: &str| name("--cases", text);
+        let cases: Vec<Case> = list("--cases", &self.cases, parse, Vec::new())?;
         Ok(Settings {
-            cases: list("--cases", &self.cases, |text| name("--cases", text), all)?,
+            cases: (!cases.is_empty()).then_some(cases),
             deadline_seconds: one(self.deadline, deadline, 2.0)?,
             backend: one(self.backend, |text| name("--backend", text), BackendChoice::Auto)?,
             oversubscribe: self.oversubscribe,

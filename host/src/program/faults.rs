@@ -16,7 +16,8 @@ use super::{
 use crate::{
     bench::Error,
     collective::{Collective, Tensor},
-    faults::{self, AGAIN, Case, MARK, OUTCOME, Observed, SLACK, Script, Settings},
+    cuda::{self, FreeMemory},
+    faults::{self, AGAIN, Case, MARK, OUTCOME, Observed, Phase, SLACK, Script, Settings},
     launch,
     rendezvous::{self, Group},
     settings::AllReduceChoice,
@@ -25,21 +26,32 @@ use crate::{
 /// A test of faults that has been asked for and can be run.
 pub(super) struct Faults {
     settings: Settings,
+    cases: Vec<Case>,
     job: Job,
+    /// Why cases were left out.
+    note: Option<String>,
 }
 
 /// From the start of a case to its fault: for processes to start and to set up their devices.
 const SET_UP: Duration = Duration::from_secs(120);
 /// From a rank's report to its end, with a new group in between where there is one.
 const WRAP_UP: Duration = Duration::from_secs(120);
+/// For the driver to give back the GPU memory of processes that have ended.
+const GIVEN_BACK: Duration = Duration::from_secs(10);
 
 impl Faults {
     /// Checks all that can be checked before anything runs.
     pub(super) fn new(settings: Settings) -> Result<Self, Failure> {
+        let mut cases =
+            settings.cases.clone().unwrap_or_else(|| [0, 1].into_iter().flat_map(Case::all).collect());
+        let is_nccl = |case: &Case| case.phase == Phase::Nccl;
+        // A rank has one case.
+        let rank_runs_nccl = launch::is_launched() && cases.iter().any(is_nccl);
+        let all_reduce = if rank_runs_nccl { AllReduceChoice::Nccl } else { AllReduceChoice::Custom };
         let job = Job::new(Request {
             backend: settings.backend,
             nproc_per_node: settings.nproc_per_node,
-            all_reduces: vec![AllReduceChoice::Custom],
+            all_reduces: vec![all_reduce],
             groups: 1,
             oversubscribe: settings.oversubscribe,
             cold: false,
@@ -47,24 +59,36 @@ impl Faults {
             problems: vec![faults::problem()],
             held: |problem| problem.bytes_of(&Tensor::OUTPUTS),
         })?;
-        if let Some(case) = settings.cases.iter().find(|case| case.rank >= job.world_size()) {
+        if let Some(case) = cases.iter().find(|case| case.rank >= job.world_size()) {
             return Err(Failure::Usage(format!(
                 "--cases: {case}: there is no rank {} in a group of {}",
                 case.rank,
                 job.world_size()
             )));
         }
-        if job.rank().is_some() && (settings.cases.len() != 1 || !launch::is_launched()) {
+        if job.rank().is_some() && (cases.len() != 1 || !launch::is_launched()) {
             return Err(Failure::Usage(
                 "faults starts its own ranks, to watch how they end: start it plainly, not as a rank"
                     .to_owned(),
             ));
         }
-        Ok(Faults { settings, job })
+        let mut note = None;
+        if job.rank().is_none()
+            && let Some(case) = cases.iter().find(|case| is_nccl(case)).copied()
+            && let Err(why) = check_nccl(&job)
+        {
+            if settings.cases.is_some() {
+                return Err(Failure::Usage(format!("--cases: {case}: {why}: leave it out")));
+            }
+            cases.retain(|case| !is_nccl(case));
+            // Nobody expects them on the CPU.
+            note = (job.backend_name() != "cpu").then(|| format!("note: no cases of phase nccl: {why}\n"));
+        }
+        Ok(Faults { settings, cases, job, note })
     }
 
     pub(super) fn run(self) -> Result<u8, Failure> {
-        match (self.job.rank(), &self.settings.cases[..]) {
+        match (self.job.rank(), &self.cases[..]) {
             (Some(rank), [case]) => self.be_rank(rank, case),
             _ => self.supervise(),
         }
@@ -78,7 +102,7 @@ impl Faults {
 
     /// Runs every case on processes of its own, and says how each went.
     fn supervise(&self) -> Result<u8, Failure> {
-        let (cases, deadline) = (&self.settings.cases, self.settings.deadline());
+        let (cases, deadline) = (&self.cases, self.settings.deadline());
         print(&format!(
             "{} backend, {} ranks, {} cases, deadline {:.1} s\n",
             self.job.backend_name(),
@@ -86,13 +110,29 @@ impl Faults {
             cases.len(),
             deadline.as_secs_f64()
         ))?;
+        if let Some(note) = &self.note {
+            print(note)?;
+        }
+        let mut memory = None;
+        if self.job.backend_name() == "cuda" {
+            match FreeMemory::watch(self.job.world_size()) {
+                Ok(watched) => memory = Some(watched),
+                Err(error) => print(&format!("note: GPU memory is not watched: {error}\n"))?,
+            }
+        }
         let mut failed = 0;
         for case in cases {
+            if let Some(memory) = &mut memory {
+                // What other processes have taken since the last case is not this one's.
+                memory.note().map_err(|error| Failure::Failed(error.to_string()))?;
+            }
             let (observed, left) = self.watch(case)?;
-            let verdict = faults::judge(case, deadline, &observed).and_then(|after| match left {
-                Some(left) => Err(left),
-                None => Ok(after),
+            let left = left.or_else(|| {
+                let missing = memory.as_ref()?.missing(GIVEN_BACK);
+                missing.unwrap_or_else(|error| Some(error.to_string()))
             });
+            let judged = faults::judge(case, case.deadline(deadline), &observed);
+            let verdict = judged.and_then(|after| left.map_or(Ok(after), Err));
             let name = case.to_string();
             let line = match verdict {
                 Ok(after) => {
@@ -116,11 +156,12 @@ impl Faults {
     fn watch(&self, case: &Case) -> Result<(Vec<Observed>, Option<String>), Failure> {
         let failed = |error: launch::Error| Failure::Failed(error.to_string());
         let (key, program) = (launch::new_key().map_err(failed)?, launch::program().map_err(failed)?);
+        let deadline = case.deadline(self.settings.deadline());
         let world_size = self.job.world_size();
         let arguments = [
             "faults".to_owned(),
             format!("--backend={}", self.job.backend_name()),
-            format!("--deadline={}", self.settings.deadline_seconds),
+            format!("--deadline={}", deadline.as_secs_f64()),
             format!("--cases={case}"),
         ];
         let oversubscribe = self.settings.oversubscribe.then_some("--oversubscribe");
@@ -139,7 +180,7 @@ impl Faults {
                 rank.listen();
                 if number == case.rank && fault.is_none() && rank.marked.is_some() {
                     fault = rank.marked;
-                    end = Instant::now() + self.settings.deadline() + SLACK + WRAP_UP;
+                    end = Instant::now() + deadline + SLACK + WRAP_UP;
                 }
                 rank.reap();
             }
@@ -176,6 +217,17 @@ impl Faults {
         };
         Ok((ranks.iter_mut().map(observed).collect(), left))
     }
+}
+
+/// Why there can be no cases of NCCL's all-reduce, if there can be none.
+fn check_nccl(job: &Job) -> Result<(), String> {
+    if job.backend_name() != "cuda" {
+        return Err("NCCL needs the cuda backend".to_owned());
+    }
+    if cuda::count().map_err(|error| error.to_string())? < job.world_size() {
+        return Err("NCCL refuses ranks that share a GPU".to_owned());
+    }
+    cuda::check_nccl().map_err(|error| error.to_string())
 }
 
 /// The key of the group that the same processes form when the first is over.

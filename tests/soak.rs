@@ -242,7 +242,7 @@ fn join(group: &Group, fault: Option<Fault>) -> Faulty {
     let own = (group.rank() == 0).then(|| cpu::create_shared_memory(&layout).unwrap());
     let memory = group.share_fd(own.as_ref().map(AsFd::as_fd)).unwrap();
     let control = group.control();
-    let watch = Watch::new(move || control.lost().map(|lost| lost.to_string()));
+    let watch = Watch::new(move || control.lost());
     let communicator = Communicator::join(memory.as_fd(), layout, group.rank(), DEADLINE, watch).unwrap();
     Faulty { engine: Engine::new(communicator), fault, runs: 0 }
 }

@@ -4,7 +4,10 @@ use std::{fmt, time::Duration};
 
 use fused_collective_core::agreement::Call;
 
-pub use crate::board::{Disagreement, Fault, GaveUp};
+pub use crate::{
+    board::{Disagreement, Fault, GaveUp},
+    rendezvous::Lost,
+};
 
 /// How a call failed: who waited for whom, for what, and why no longer.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,7 +54,7 @@ pub enum Cause {
     /// The deadline passed.
     Deadline(Duration),
     /// A rank of the group is known to be gone.
-    Lost(String),
+    Lost(Lost),
     /// This rank was told to give up.
     Aborted,
     /// Another rank has given up.
@@ -76,7 +79,8 @@ impl fmt::Display for Failure {
             (cause, wait) => {
                 match cause {
                     Cause::Deadline(_) => {}
-                    Cause::Lost(how) | Cause::Gpu(how) => f.write_str(how)?,
+                    Cause::Lost(lost) => lost.fmt(f)?,
+                    Cause::Gpu(what) => f.write_str(what)?,
                     Cause::Aborted => f.write_str("the group was aborted on this rank")?,
                     Cause::GaveUp(peer) => peer.fmt(f)?,
                     Cause::OutOfStep(disagreement) => disagreement.fmt(f)?,
@@ -115,7 +119,8 @@ impl Failure {
         let from = self.wait.map_or(self.rank, |wait| wait.from);
         match &self.cause {
             Cause::Deadline(_) => Some((Fault::Late, from)),
-            Cause::Lost(_) => Some((Fault::Lost, from)),
+            // It may have been waited for by a rank that was waited for.
+            Cause::Lost(lost) => Some((Fault::Lost, lost.rank)),
             Cause::Aborted | Cause::Gpu(_) => Some((Fault::Aborted, self.rank)),
             Cause::OutOfStep(disagreement) => Some((Fault::OutOfStep, disagreement.rank)),
             Cause::GaveUp(_) => None,
@@ -126,6 +131,7 @@ impl Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::rendezvous::How;
 
     #[test]
     fn a_failure_says_who_was_waited_for_in_which_operation_and_leaves_this_rank_to_whoever_shows_it() {
@@ -146,6 +152,17 @@ mod tests {
         let told = Failure { wait: None, cause: Cause::GaveUp(told), ..failure };
         assert_eq!(told.to_string(), "rank 2 gave up: it waited for rank 1 past the deadline");
         assert_eq!(told.fault(), None, "the others know from rank 2");
+        let lost = Lost { rank: 2, how: How::Ended, detail: String::new() };
+        let lost = Failure { wait: Some(wait), cause: Cause::Lost(lost), ..told.clone() };
+        assert_eq!(
+            lost.to_string(),
+            "rank 2 was lost: it ended without a farewell; this rank waited for rank 1's input of token 0 in operation 1234"
+        );
+        assert_eq!(
+            lost.fault(),
+            Some((Fault::Lost, 2)),
+            "the others are told who was lost, not who was waited for"
+        );
         let gpu = Failure { cause: Cause::Gpu("could not launch a kernel: no".to_owned()), ..told };
         assert_eq!(gpu.to_string(), "could not launch a kernel: no");
         assert_eq!(gpu.fault(), Some((Fault::Aborted, 3)));

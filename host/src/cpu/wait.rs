@@ -13,15 +13,16 @@ use std::{
 use crate::{
     board::Board,
     failure::{Awaited, Cause, Failure, What},
+    rendezvous::Lost,
 };
 
-/// Tells whether a rank of the group is known to be gone, and how that reads: `rank 2 was lost: ...`.
+/// Tells whether a rank of the group is known to be gone, and how it was lost.
 #[derive(Clone)]
-pub struct Watch(Arc<dyn Fn() -> Option<String> + Send + Sync>);
+pub struct Watch(Arc<dyn Fn() -> Option<Lost> + Send + Sync>);
 
 impl Watch {
     /// A watch that asks `lost`. It is called from inside waits, so it should cost no more than an atomic load.
-    pub fn new(lost: impl Fn() -> Option<String> + Send + Sync + 'static) -> Self {
+    pub fn new(lost: impl Fn() -> Option<Lost> + Send + Sync + 'static) -> Self {
         Watch(Arc::new(lost))
     }
 

@@ -60,6 +60,8 @@ pub(crate) struct NcclGroup {
     deadline: Duration,
     /// Bytes of the all-reduces that were enqueued and not waited for, and what the last of them was.
     pending: Option<(u64, String)>,
+    /// An all-reduce has come to its end.
+    proven: bool,
     /// Set when the communicator was given up; disconnected when that is done.
     aborted: Option<Receiver<()>>,
 }
@@ -184,6 +186,7 @@ impl NcclGroup {
             control: group.control(),
             deadline,
             pending: None,
+            proven: false,
             aborted: None,
         }))
     }
@@ -265,11 +268,14 @@ impl NcclGroup {
         wait: impl FnOnce(Option<Foreign<'_>>) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let Some((bytes, what)) = self.pending.take() else { return wait(None) };
-        let limit = self.deadline.saturating_add(longest(bytes));
+        // The first one sets up what it uses, on each rank at its own pace.
+        let set_up = if self.proven { Duration::ZERO } else { CONNECT_LIMIT };
+        let limit = self.deadline.saturating_add(longest(bytes)).saturating_add(set_up);
         let mut end = || self.abort();
         let waited = wait(Some(Foreign { what, limit, end: &mut end }));
-        if waited.is_err() {
-            self.abort();
+        match &waited {
+            Ok(()) => self.proven = true,
+            Err(_) => self.abort(),
         }
         waited
     }

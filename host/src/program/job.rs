@@ -20,7 +20,7 @@ use crate::{
     failure::Cause,
     launch::{self, Launcher},
     rank_env::RankEnv,
-    rendezvous::{self, Control, Group, MIN_RANKS, Membership},
+    rendezvous::{self, Group, MIN_RANKS, Membership},
     report::{machine, progress::Progress},
     settings::{AllReduceChoice, BackendChoice},
 };
@@ -276,7 +276,7 @@ impl Job {
         };
         let memory = group.share_fd(own.as_ref().map(AsFd::as_fd))?;
         let control = group.control();
-        let watch = Watch::new(move || control.lost_rank().map(|_| lost_text(&control)));
+        let watch = Watch::new(move || control.lost());
         let communicator = Communicator::join(memory.as_fd(), layout, group.rank(), deadline, watch)
             .map_err(collective::Error::from)?;
         Ok(Engine::new(communicator))
@@ -337,11 +337,6 @@ impl Screen {
             _ => Ok(()),
         }
     }
-}
-
-/// How a group that has lost a rank says so.
-fn lost_text(control: &Control) -> String {
-    control.lost().map_or_else(|| "a rank was lost".to_owned(), |lost| lost.to_string())
 }
 
 /// Tells the others, unless it was one of them, and the user.

@@ -311,7 +311,7 @@ impl Communicator {
     /// Why waits were ended.
     fn end(&self) -> Cause {
         match self.control.lost() {
-            Some(lost) if lost.rank != self.rank => Cause::Lost(lost.to_string()),
+            Some(lost) if lost.rank != self.rank => Cause::Lost(lost),
             _ => Cause::Aborted,
         }
     }

@@ -271,11 +271,10 @@ impl Communicator {
 
     /// Gives the group up because this rank cannot go on: the others would wait for what does not come. `what` says why.
     pub(crate) fn fail(&mut self, what: impl ToString) -> Error {
-        let what = what.to_string();
         let cause = match self.end() {
             // That comes first, and this may come of it.
-            Cause::Lost(how) => Cause::Lost(format!("{how}; then {what}")),
-            _ => Cause::Gpu(what),
+            lost @ Cause::Lost(_) => lost,
+            _ => Cause::Gpu(what.to_string()),
         };
         self.poison(Failure { rank: self.rank, wait: None, cause })
     }

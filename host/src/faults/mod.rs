@@ -96,7 +96,9 @@ fn mismatch(fault: Fault) -> (Problem, [Step; 2]) {
 }
 
 /// Operations before a fault that the rank itself has between two operations.
-const BEFORE: u32 = 20;
+const BEFORE: u32 = 5;
+/// Times that the sequence is repeated in a replay.
+const REPEATS: u32 = 4;
 /// How long operations go on at most where a fault should have ended them.
 const MOST: Duration = Duration::from_secs(120);
 
@@ -193,7 +195,7 @@ impl Part<'_> {
             write_inputs(backend, &problem, Numbers::random(0), group)?;
         }
         self.amid(Phase::Operations, backend, &STEPS, |backend, steps| backend.run(steps))?;
-        let replay = |backend: &mut dyn Collective, steps: &[Step]| backend.time(steps, 10).map(drop);
+        let replay = |backend: &mut dyn Collective, steps: &[Step]| backend.time(steps, REPEATS).map(drop);
         self.amid(Phase::Replays, backend, &STEPS, replay)?;
         if self.case.phase != Phase::Nccl {
             return Ok(());

@@ -18,7 +18,7 @@ use fused_collective::{
     cpu::{self, Communicator, Engine, Watch},
     peers::Peers,
     rendezvous::{Group, Membership},
-    report::{Outcome, Report, json, markdown, plot, progress::Progress, table},
+    report::{Kind, Outcome, Report, Row, json, markdown, plot, progress::Progress, table},
     settings::{QuantMode, Settings},
 };
 use fused_collective_core::{fusion::Mode, plan::Limits};
@@ -46,6 +46,8 @@ struct Faulty {
     fault: Fault,
     here: bool,
     runs: u32,
+    /// What ran without being timed, as each variant does to be verified.
+    ran: Vec<Vec<Step>>,
 }
 
 impl Collective for Faulty {
@@ -63,6 +65,7 @@ impl Collective for Faulty {
 
     fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
         self.engine.run(steps)?;
+        self.ran.push(steps.to_vec());
         if steps == [Step::Fused(Mode::OneShot)] && self.here {
             self.runs += 1;
             if !self.fault.once || self.runs == 1 {
@@ -73,6 +76,10 @@ impl Collective for Faulty {
     }
 
     fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
+        assert_ne!(steps, [Step::Fused(Mode::OneShot)], "a variant that is wrong was timed");
+        // An all-reduce by itself is no variant: its times say which the separate operations should have.
+        let is_variant = !matches!(steps, [Step::AllReduce(_)]);
+        assert!(!is_variant || self.ran.iter().any(|ran| ran == steps), "{steps:?} is timed first");
         self.engine.time(steps, operations)
     }
 
@@ -120,7 +127,7 @@ fn report(settings: &Settings, fault: Fault) -> Report {
         let communicator =
             Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::new(|| None)).unwrap();
         let here = fault.rank.is_none_or(|only| only == rank);
-        let mut backend = Faulty { engine: Engine::new(communicator), fault, here, runs: 0 };
+        let mut backend = Faulty { engine: Engine::new(communicator), fault, here, runs: 0, ran: Vec::new() };
         let mut report = Report::new(vec!["bench".to_owned()], "cpu", RANKS, settings.clone());
         let mut peers = Peers::default();
         bench::run(settings, &group, &mut backend, &mut peers, &Progress::hidden(), |measured| {
@@ -208,6 +215,16 @@ fn a_rank_whose_bits_differ_from_the_others_is_found() {
 fn a_result_that_comes_and_goes_is_found() {
     let fault = Fault { once: true, rank: Some(1), ..fault(Tensor::NormOut, 5 * 2, ONE) };
     check(QuantMode::None, fault, "a repeated run gave other bits");
+}
+
+/// The backend itself fails the run if the variant is timed all the same, or any before it was run to be checked.
+#[test]
+fn no_variant_is_timed_before_it_is_verified_and_a_wrong_one_never() {
+    let report = check(QuantMode::Fp8, fault(Tensor::QuantOut, 2 * 48 + 5, &[0x7e]), "quant_out[2, 5]");
+    let rows = &report.configurations[0].rows;
+    let is_baseline = |row: &&Row| row.figures().is_some_and(|figures| figures.is_baseline);
+    let baselines: Vec<Kind> = rows.iter().filter(is_baseline).map(|row| row.kind).collect();
+    assert_eq!(baselines, [Kind::Standard]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use fused_collective_core::{
     dtype::{Element, bf16, f16},
     fusion::{GammaType, Mode, Norm, Operation, Residual},
     norm::Gamma,
-    plan::owner,
+    plan::{Limits, Plan, owner},
     quant::{Quantization, ScaleLayout},
     reference::{Observed, Rounding, Token, check_token},
 };
@@ -372,7 +372,18 @@ fn the_largest_hidden_size_works() {
 
 #[test]
 fn an_operation_larger_than_a_slot_takes_several_rounds() {
+    let rounds = |mode| {
+        let slot_bytes = cpu::layout(3, 2880 * 2).unwrap().slot_bytes();
+        let limits =
+            Limits { world_size: 3, slot_bytes, compute_units: 1, max_cluster: 1, one_shot_bytes: u64::MAX };
+        let operation = Operation { mode, ..operation::<bf16>(300, 2880) };
+        Plan::new(&operation, &limits).unwrap().rounds().count()
+    };
+    assert!(rounds(Mode::OneShot) > 2 && rounds(Mode::TwoShot) > 2);
     check::<bf16>(operation::<bf16>(300, 2880), 3, 3);
+    // Two tiles of scales and a part of the third, which no round ends with but the last.
+    let nvfp4 = Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 };
+    check::<bf16>(Operation { quantization: nvfp4, ..operation::<bf16>(300, 2880) }, 3, 4);
 }
 
 #[test]

@@ -399,4 +399,24 @@ mod tests {
         let copy = || panic!("a copy is measured");
         assert_eq!(prediction(&gpus, 16_384, copy, &entrants(9.0, 3.3)).unwrap(), None);
     }
+
+    #[test]
+    fn a_time_is_the_slowest_rank_s_and_keeps_its_fractions() {
+        let key = format!("bench test {}", std::process::id());
+        let times = [[1.25, 9.5, 3.0], [2.0625, 9.25, 3.0]];
+        let rank = &|rank: u32| {
+            let deadline = std::time::Duration::from_secs(60);
+            let membership = rendezvous::Membership { rank, world_size: 2, key: &key, config: b"", deadline };
+            let group = Group::join(&membership).unwrap();
+            let slowest = slowest(&group, &times[rank as usize]).unwrap();
+            group.farewell().unwrap();
+            slowest
+        };
+        std::thread::scope(|scope| {
+            let ranks = [0, 1].map(|index| scope.spawn(move || rank(index)));
+            for slowest in ranks.map(|rank| rank.join().unwrap()) {
+                assert_eq!(slowest, [2.0625, 9.5, 3.0]);
+            }
+        });
+    }
 }

@@ -202,6 +202,16 @@ mod tests {
         assert_eq!(ratios, [1.1, 0.8]);
     }
 
+    /// What users of another library found months after its release.
+    #[test]
+    fn two_microseconds_more_in_a_row_of_few_tokens_are_a_loss_at_the_default_tolerance() {
+        let earlier = report(&[(STANDARD, Some(9.0)), (FUSED, Some(4.8))]);
+        let current = report(&[(STANDARD, Some(9.1)), (FUSED, Some(6.8))]);
+        let comparison = compare(&earlier, &current, Settings::default().tolerance_percent);
+        let lost: Vec<_> = comparison.regressions().map(|row| row.variant.as_str()).collect();
+        assert_eq!(lost, [FUSED]);
+    }
+
     #[test]
     fn rows_without_a_counterpart_are_named_and_cost_nothing() {
         let earlier = report(&[(STANDARD, None), ("standard_gone", Some(1.0)), (FUSED, Some(1.0))]);

@@ -283,6 +283,17 @@ fn the_largest_operation_is_planned_without_overflow() {
     }
 }
 
+/// The largest round that a launch counts has more rows in a slot than 32 bits count.
+#[test]
+fn more_rows_of_a_slot_than_32_bits_count_do_not_wrap() {
+    let tokens = (1u64 << 31) - 1;
+    let rows = SlotRows { world_size: 8, tokens, row_bytes: 32 };
+    let owned = 1u64 << 28;
+    assert_eq!(rows.first_hop(7, owned - 1), (8 * owned - 1) * 32);
+    assert_eq!(rows.second_hop(tokens - 1), (8 * owned + tokens - 1) * 32);
+    assert_eq!(rows.one_shot(7, tokens - 1), (8 * tokens - 1) * 32);
+}
+
 /// What 32 bits do not count, neither as bytes nor as elements nor as tokens, is planned and found where it is: in slots,
 /// in tensors, in each rank's share of a sharded residual, and among scales.
 #[test]

@@ -156,7 +156,7 @@ impl NcclGroup {
             }
             Ok((nccl, version, id))
         };
-        let (nccl, version, mut id) = match agreed(together(group, "nccl-load", limits, loading, drop)?)? {
+        let (nccl, version, mut id) = match agreed(together(group, "loading it", limits, loading, drop)?)? {
             Ok(loaded) => loaded,
             Err(why) => return Ok(Err(why)),
         };
@@ -178,7 +178,7 @@ impl NcclGroup {
             Ok(connected)
         };
         let undo = |connected: Arc<Shared>| connected.leave(true);
-        let outcome = together(group, "nccl-connect", limits, connecting, undo)?;
+        let outcome = together(group, "connecting it to the others", limits, connecting, undo)?;
         Ok(agreed(outcome)?.map(|shared| NcclGroup {
             shared,
             version,

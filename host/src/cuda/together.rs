@@ -47,7 +47,7 @@ enum State {
 }
 
 /// Whether all ranks are done or one has failed, and why; `None` while that is open.
-fn verdict(states: &[State], limit: Duration) -> Option<Result<(), (u32, String)>> {
+fn verdict(states: &[State], doing: &str, limit: Duration) -> Option<Result<(), (u32, String)>> {
     let ranks = || (0u32..).zip(states);
     // A rank that knows why comes before those that only wait for it.
     let failed = ranks().find_map(|(rank, state)| match state {
@@ -55,28 +55,28 @@ fn verdict(states: &[State], limit: Duration) -> Option<Result<(), (u32, String)
         _ => None,
     });
     let late = || ranks().find(|(_, state)| **state == State::Late);
-    let why = |rank| (rank, format!("it was not done within {:.1} s", limit.as_secs_f64()));
+    let why = |rank| (rank, format!("{doing} takes longer than {:.1} s", limit.as_secs_f64()));
     if let Some(failed) = failed.or_else(|| late().map(|(rank, _)| why(rank))) {
         return Some(Err(failed));
     }
     states.iter().all(|state| *state == State::Done).then_some(Ok(()))
 }
 
-/// Does `work` in a thread called `name` while all other ranks of `group` do theirs. All ranks call this. Where it comes
-/// to nothing, `undo` gets what had come of it on this rank, in a thread too, however late that is.
+/// Does `work` in a thread while all other ranks of `group` do theirs. All ranks call this. `doing` says what it is, for
+/// a reader: "connecting". Where it comes to nothing, `undo` gets what had come of it on this rank, in a thread too, however late that is.
 ///
 /// # Errors
 /// A rank of the group was lost.
 pub(super) fn together<T: Send + 'static>(
     group: &Group,
-    name: &str,
+    doing: &str,
     limits: Limits,
     work: impl FnOnce() -> Result<T, String> + Send + 'static,
     undo: impl FnOnce(T) + Send + 'static,
 ) -> Result<Outcome<T>, Error> {
     let began = Instant::now();
     let (sender, receiver) = mpsc::channel();
-    let started = thread::Builder::new().name(name.to_owned()).spawn(move || drop(sender.send(work())));
+    let started = thread::Builder::new().name("together".to_owned()).spawn(move || drop(sender.send(work())));
     let mut own = started.err().map(|error| Err(format!("its thread was not started: {error}")));
     loop {
         if own.is_none() {
@@ -99,7 +99,7 @@ pub(super) fn together<T: Send + 'static>(
                 return Err(lost);
             }
         };
-        match (verdict(&states, limits.work), own) {
+        match (verdict(&states, doing, limits.work), own) {
             (None, unchanged) => own = unchanged,
             (Some(Ok(())), Some(Ok(done))) => return Ok(Outcome::Done(done)),
             (Some(Err((rank, why))), own) => {
@@ -215,7 +215,7 @@ mod tests {
             let undo = move |_| {
                 undone.fetch_add(1, SeqCst);
             };
-            together(group, "test", LIMITS, move || Ok(own), undo).unwrap()
+            together(group, "waiting", LIMITS, move || Ok(own), undo).unwrap()
         });
         assert_eq!(results, [0, 10, 20].map(Outcome::Done));
         assert_eq!(undone.load(SeqCst), 0);
@@ -240,7 +240,7 @@ mod tests {
                 opener.open();
                 undone.fetch_add(1, SeqCst);
             };
-            together(group, "test", LIMITS, work, undo).unwrap()
+            together(group, "waiting", LIMITS, work, undo).unwrap()
         });
         let failed = || Outcome::Failed { rank: 1, why: "no such thing".to_owned() };
         assert_eq!(results, [failed(), failed(), failed()]);
@@ -265,9 +265,9 @@ mod tests {
                 }
                 undone.fetch_add(1, SeqCst);
             };
-            together(group, "test", Limits { work: SHORT, ..LIMITS }, work, undo).unwrap()
+            together(group, "waiting", Limits { work: SHORT, ..LIMITS }, work, undo).unwrap()
         });
-        let late = || Outcome::Failed { rank: 1, why: "it was not done within 1.0 s".to_owned() };
+        let late = || Outcome::Failed { rank: 1, why: "waiting takes longer than 1.0 s".to_owned() };
         assert_eq!(results, [late(), late(), late()]);
         assert_eq!(undone.load(SeqCst), 3);
     }
@@ -283,7 +283,7 @@ mod tests {
                 }
                 Ok(())
             };
-            together(group, "test", Limits { work: SHORT, undo: SHORT }, work, |()| {}).unwrap()
+            together(group, "waiting", Limits { work: SHORT, undo: SHORT }, work, |()| {}).unwrap()
         });
         gate.open();
         for result in results {
@@ -304,7 +304,7 @@ mod tests {
                 gate.pass();
                 Ok(())
             };
-            together(group, "test", LIMITS, work, |()| {}).map(drop).map_err(|error| error.to_string())
+            together(group, "waiting", LIMITS, work, |()| {}).map(drop).map_err(|error| error.to_string())
         });
         gate.open();
         let lost = || Err("rank 1 gave up: it had enough".to_owned());

@@ -1,6 +1,6 @@
 //! The GPUs of this host.
 
-use std::fs;
+use std::{fs, sync::Arc};
 
 use cust::{
     context::{Context, CurrentContext},
@@ -30,7 +30,7 @@ pub(crate) struct Gpu {
     pub(crate) units: u32,
     /// Bytes of the cache that all multiprocessors share.
     pub(crate) cache_bytes: u64,
-    context: Context,
+    context: SharedContext,
 }
 
 /// How a rank's GPU is known to the others.
@@ -69,13 +69,13 @@ impl Gpu {
             capability: major * 10 + minor,
             units: attribute(DeviceAttribute::MultiprocessorCount)?,
             cache_bytes: attribute(DeviceAttribute::L2CacheSize)?.into(),
-            context,
+            context: SharedContext(Arc::new(context)),
         })
     }
 
     /// The GPU's context, for another thread.
     pub(crate) fn context(&self) -> SharedContext {
-        SharedContext(self.context.clone())
+        self.context.clone()
     }
 
     fn identity(&self) -> Result<Identity, Error> {
@@ -85,14 +85,14 @@ impl Gpu {
     }
 }
 
-/// A GPU's context, retained.
+/// A GPU's context, retained once for all that share it: to retain it again can fail where the GPU has.
 #[derive(Clone, Debug)]
-pub(crate) struct SharedContext(Context);
+pub(crate) struct SharedContext(Arc<Context>);
 
 impl SharedContext {
     /// Makes it the calling thread's current context.
     pub(crate) fn make_current(&self) -> Result<(), Error> {
-        CurrentContext::set_current(&self.0).map_err(failed("make the GPU's context current"))
+        CurrentContext::set_current(&*self.0).map_err(failed("make the GPU's context current"))
     }
 }
 

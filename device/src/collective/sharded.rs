@@ -2,14 +2,19 @@
 //! row what the epilogue makes of it, and sends that to all. The second hop carries codes in place of elements, half as
 //! many bytes or a quarter; who gets them stores them as they are.
 //!
-//! The first hop, the order of tokens and the waits are [two-shot's](super::two_shot()). What an owner sends is stripped
-//! of the sentinel, and it stores the same itself.
+//! The order of tokens and the waits are [two-shot's](super::two_shot()). What an owner sends is stripped of the sentinel,
+//! and it stores the same itself.
+//!
+//! The second hop is short, so it must not begin only when the first is done: a team pushes its row of a token two turns
+//! before it completes that token, each time what it waits for has arrived. So owners sum and quantize while the links
+//! carry the rows of later tokens. Still ranks cannot wait in a circle: a token is pushed when tokens before it have
+//! arrived, and the first ones of a team wait for nothing.
 
 use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SlotRows};
 
 use super::{
     Begun, first_slot, load_row, pack_of, peer, peers, residual_out,
-    two_shot::{deal, dealt},
+    two_shot::{Deal, dealt},
     wait::{Awaited, Waiter},
 };
 use crate::{
@@ -21,6 +26,8 @@ use crate::{
 
 /// Bytes of a word.
 const WORD: u64 = 4;
+/// How many turns before it completes a token a team pushes its row of it.
+const AHEAD: u32 = 2;
 
 /// The kernel, for groups of at most `N` ranks, with `P` packs of a row in each thread: all of its share if
 /// `RESIDENT`, else a chunk of it.
@@ -63,23 +70,30 @@ where
             Group { regions: group.regions.map(|region| Address(simt::opaque_u64(region.0))), ..*group };
         first_slot::<N>(&group, rank).offset(waiter.slot as u64 * group.slot_bytes)
     };
-    deal(team_index, teams, shape.tokens, |token| {
+    // Pushes this rank's row of a token that another one owns, if there is such a token.
+    let push = |waiter: &Waiter<'_>, token: u32, chunk: u32| {
+        if token >= shape.tokens || waiter.failed {
+            return;
+        }
         let (owner, index) = dealt(token, group.world_size);
-        if owner == group.rank || begun.waiter.failed {
+        if owner == group.rank {
             return;
         }
         // SAFETY: see above.
         unsafe {
-            let row =
-                slot_of(&begun.waiter, owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
-            share.for_chunks(|chunk| {
-                let packs = own(token, chunk);
-                share.for_each(chunk, |p, pack| {
-                    simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip());
-                });
+            let row = slot_of(waiter, owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
+            let packs = own(token, chunk);
+            share.for_each(chunk, |p, pack| {
+                simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip());
             });
         }
-    });
+    };
+    let mut deal = Deal::new(team_index, teams);
+    let mut ahead = deal;
+    for _ in 0..AHEAD {
+        share.for_chunks(|chunk| push(&begun.waiter, ahead.token(), chunk));
+        ahead = ahead.next();
+    }
     begun.advance();
     // What is constant is read when the links have work.
     // SAFETY: see above.
@@ -103,7 +117,16 @@ where
     };
     let has_scales = |pack: u32| X::SCALE_PACKS > 0 && pack.is_multiple_of(X::SCALE_PACKS.max(1));
     let waiter = &mut begun.waiter;
-    deal(team_index, teams, shape.tokens, |token| {
+    while deal.first < shape.tokens {
+        let token = deal.token();
+        let mut ahead = deal;
+        for _ in 0..AHEAD {
+            ahead = ahead.next();
+        }
+        deal = deal.next();
+        if token >= shape.tokens {
+            continue;
+        }
         let (owner, index) = dealt(token, group.world_size);
         if owner != group.rank {
             let awaited = Awaited { shape, token, hop: 2 };
@@ -113,6 +136,7 @@ where
                     let row = slot_of(waiter, group.rank).offset(result(token));
                     let at = |pack| Some(words_at(row, pack));
                     let words = waiter.words(X::WORDS, share, chunk, at, owner, awaited);
+                    push(waiter, ahead.token(), chunk);
                     share.for_each(chunk, |p, pack| epilogue.store(place(token, pack), words[p]));
                     if X::SCALE_PACKS > 0 {
                         let at = |pack| has_scales(pack).then(|| scales_at(row, pack));
@@ -125,7 +149,7 @@ where
                     }
                 }
             });
-            return;
+            continue;
         }
         // SAFETY: see above. The residual's rows are this rank's tokens of the round.
         let sum = |waiter: &mut Waiter<'_>, chunk: u32, row: &mut [Pack; P]| unsafe {
@@ -138,6 +162,7 @@ where
                 |source, _, pack| pack_of(row_at, source, stride, pack),
                 Awaited { shape, token, hop: 1 },
             );
+            push(waiter, ahead.token(), chunk);
             share.for_each(chunk, |p, _| {
                 row[p] = residual_out::<E, N>(group, &packs[p], own[p].strip(), Some(residual[p]));
             });
@@ -163,5 +188,5 @@ where
         };
         // SAFETY: see above.
         unsafe { prepared.make(&mut team, shape, activations, index, waiter, sum, send) };
-    });
+    }
 }

@@ -131,20 +131,46 @@ where
     });
 }
 
-/// Calls `each` for the tokens of team `team`: one of every `teams` in turn, each time the next one of them, so that a
-/// team is owner and receiver by turns whatever the numbers of teams and ranks have in common.
+/// The tokens of a team: one of every `teams` in turn, each time the next one of them, so that a team is owner and
+/// receiver by turns whatever the numbers of teams and ranks have in common.
+#[derive(Clone, Copy)]
+pub(super) struct Deal {
+    /// The first of the `teams` tokens of which one is the team's.
+    pub(super) first: u32,
+    turn: u32,
+    teams: u32,
+}
+
+impl Deal {
+    /// The first turn of team `team`.
+    #[inline(always)]
+    pub(super) fn new(team: u32, teams: u32) -> Self {
+        Deal { first: 0, turn: team, teams }
+    }
+
+    /// The team's token, which may lie past the last one: other teams' of the same turn may not.
+    #[inline(always)]
+    pub(super) fn token(self) -> u32 {
+        self.first + self.turn
+    }
+
+    /// The next turn.
+    #[inline(always)]
+    pub(super) fn next(self) -> Self {
+        let turn = self.turn + 1;
+        Deal { first: self.first + self.teams, turn: if turn == self.teams { 0 } else { turn }, ..self }
+    }
+}
+
+/// Calls `each` for the tokens of team `team`.
 #[inline(always)]
 pub(super) fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)) {
-    let (mut first, mut turn) = (0, team);
-    while first < tokens {
-        if turn < tokens - first {
-            each(first + turn);
+    let mut deal = Deal::new(team, teams);
+    while deal.first < tokens {
+        if deal.token() < tokens {
+            each(deal.token());
         }
-        first += teams;
-        turn += 1;
-        if turn == teams {
-            turn = 0;
-        }
+        deal = deal.next();
     }
 }
 

@@ -101,10 +101,10 @@ impl<E: Element> Quantizer<E> for NvFp4 {
                 if line >= used {
                     simt::store(at, Pack([0; 4]));
                 } else {
-                    let mut quarter = (used - line).div_ceil(32);
-                    while quarter < 4 {
-                        simt::store_value(at.offset(quarter as u64 * 4), 0u32);
-                        quarter += 1;
+                    for quarter in 1..TILE_ROWS / 32 {
+                        if quarter * 32 + line >= used {
+                            simt::store_value(at.offset(quarter as u64 * 4), 0u32);
+                        }
                     }
                 }
             }

@@ -183,6 +183,12 @@ fn an_earlier_report_that_is_missing_or_broken() {
 }
 
 #[test]
+fn an_earlier_report_without_an_end() {
+    let why = "it has more than 268435456 bytes, the most that is read";
+    refused(&mut compare_with(Path::new("/dev/zero")), &["--compare", "/dev/zero", why]);
+}
+
+#[test]
 fn existing_outputs_stay_as_they_are() {
     let folder = tempfile::tempdir().unwrap();
     let names = ["report.md", "report.json", "report.svg"];

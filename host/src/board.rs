@@ -318,6 +318,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::fuzz::{FEW, cases};
 
     const CALLS: u64 = 4;
 
@@ -415,6 +416,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(cases(FEW))]
+
         /// A peer may write anything into its lines.
         #[test]
         fn any_words_in_a_peers_lines_are_taken_without_a_panic(words: [u64; 8], fault: u64) {

@@ -75,6 +75,7 @@
 
 pub mod bench;
 mod board;
+mod bounded;
 pub mod cli;
 pub mod collective;
 pub mod cpu;

@@ -13,6 +13,8 @@ mod verify;
 
 use std::{ffi::OsString, fmt, path::PathBuf, str::FromStr};
 
+#[cfg(test)]
+use argh::FlagInfo;
 use argh::{ArgsInfo, FlagInfoKind, FromArgs, Optionality};
 use fused_collective_core::{
     MAX_WORLD_SIZE,
@@ -20,6 +22,7 @@ use fused_collective_core::{
 };
 
 use crate::{
+    bounded::one_line,
     cuda,
     faults::Settings as FaultsSettings,
     links::Settings as LinksSettings,
@@ -57,11 +60,7 @@ impl UsageError {
     /// An error with this text. Control characters (the text may quote a file name) are escaped, so that it
     /// stays one line.
     pub fn new(text: impl fmt::Display) -> Self {
-        let mut line = String::new();
-        for c in text.to_string().chars() {
-            if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
-        }
-        UsageError(line)
+        UsageError(one_line(&text.to_string()))
     }
 }
 
@@ -367,7 +366,7 @@ impl BenchArgs {
             peers: list("--peers", &self.peers, |text| name("--peers", text), default.peers)?,
             peer_deadline_seconds: one(
                 self.peer_deadline,
-                |text| positive("--peer-deadline", text, "a number of seconds", Some(MAX_PEER_DEADLINE)),
+                |text| seconds("--peer-deadline", text, MAX_PEER_DEADLINE),
                 default.peer_deadline_seconds,
             )?,
             python: file("--python", self.python)?.unwrap_or(default.python),
@@ -410,7 +409,13 @@ fn hidden_dim(text: &str) -> Result<u64, UsageError> {
 }
 
 fn deadline(text: &str) -> Result<f64, UsageError> {
-    positive("--deadline", text, "a number of seconds", Some(MAX_DEADLINE))
+    seconds("--deadline", text, MAX_DEADLINE)
+}
+
+/// A time above 0 and up to `most`, in seconds. It is a nanosecond at least: what is shorter would be no time as a
+/// [`Duration`](std::time::Duration).
+fn seconds(option: &str, text: &str, most: f64) -> Result<f64, UsageError> {
+    positive(option, text, "a number of seconds", Some(most)).map(|seconds| seconds.max(1e-9))
 }
 
 fn one<T>(
@@ -505,6 +510,25 @@ fn file(option: &str, text: Option<String>) -> Result<Option<PathBuf>, UsageErro
         }
         text => Ok(text.map(PathBuf::from)),
     }
+}
+
+/// Of a command: its name, and its options as they are written, each with what stands for its value in the help if it
+/// takes one.
+#[cfg(test)]
+pub(crate) type CommandOptions = (String, Vec<(String, Option<String>)>);
+
+/// Every command, as argh knows it.
+#[cfg(test)]
+pub(crate) fn commands() -> Vec<CommandOptions> {
+    let option = |flag: &FlagInfo<'_>| {
+        let value = match flag.kind {
+            FlagInfoKind::Switch => None,
+            FlagInfoKind::Option { arg_name } => Some(arg_name.to_owned()),
+        };
+        (flag.long.to_owned(), value)
+    };
+    let commands = TopLevel::get_args_info().commands.into_iter();
+    commands.map(|sub| (sub.name.to_owned(), sub.command.flags.iter().map(option).collect())).collect()
 }
 
 #[cfg(test)]

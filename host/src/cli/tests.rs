@@ -73,6 +73,13 @@ fn every_option_reaches_its_setting() {
 }
 
 #[test]
+fn a_deadline_is_never_no_time_at_all() {
+    let settings = bench("--deadline 1e-300 --peer-deadline 1e-300");
+    let nanosecond = std::time::Duration::from_nanos(1);
+    assert_eq!([settings.deadline(), settings.peer_deadline()], [nanosecond; 2]);
+}
+
+#[test]
 fn lists_take_spaces_and_commas_and_drop_repeats() {
     for options in
         ["128 512 7", "128,512,7", "128,512 7", "128, 512, 7,", "128 512 128 7", "128 --num-tokens 512,7"]

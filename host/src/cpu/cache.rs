@@ -2,10 +2,14 @@
 
 use std::{fs, path::Path, sync::OnceLock};
 
+use crate::bounded;
+
 /// Where Linux lists the caches of a processor.
 const CACHES: &str = "/sys/devices/system/cpu/cpu0/cache";
 /// What is taken where the system does not tell: more than most have.
 const UNKNOWN: u64 = 64 << 20;
+/// The most bytes of a cache's size, as text, that are read.
+const MAX_SIZE: u64 = 64;
 
 /// Bytes of the last cache before main memory.
 pub(crate) fn cache_bytes() -> u64 {
@@ -16,7 +20,7 @@ pub(crate) fn cache_bytes() -> u64 {
 /// The largest of the caches that a folder lists.
 fn largest(caches: &Path) -> Option<u64> {
     let sizes = fs::read_dir(caches).ok()?.filter_map(|cache| {
-        let size = fs::read_to_string(cache.ok()?.path().join("size")).ok()?;
+        let size = bounded::read_to_string(&cache.ok()?.path().join("size"), MAX_SIZE).ok()?;
         parse_size(size.trim())
     });
     sizes.max()

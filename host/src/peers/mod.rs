@@ -320,3 +320,109 @@ fn state(reply: Reply, times: &mut Vec<Option<Vec<f64>>>) -> State {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::{collection::vec, prelude::*};
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{
+        bounded::{Line, for_each_line},
+        fuzz::{FEW, cases, count, json_values, replace},
+        rendezvous::MAX_MESSAGE,
+    };
+
+    /// What comes of a line that a peer's process wrote, which must be something that all ranks can be told, and one line
+    /// wherever it is shown. Returns whether it was a reply.
+    fn heed(text: &str) -> bool {
+        let Ok(reply) = serde_json::from_str::<Reply>(text) else { return false };
+        let mut times = Vec::new();
+        let own = state(reply, &mut times);
+        let told = serde_json::to_vec(&own).unwrap();
+        assert!(told.len() <= MAX_MESSAGE, "{} bytes", told.len());
+        let heard: State = serde_json::from_slice(&told).unwrap();
+        assert_eq!(serde_json::to_vec(&heard).unwrap(), told);
+        let shown =
+            |text: &String| assert!(!text.contains(char::is_control) && text.len() <= 1803, "{text:?}");
+        match heard {
+            State::Measured(rows, notes) => {
+                assert!(rows.len() + notes.len() <= MOST && times.len() == rows.len());
+                for (Summary { variant, outcome, .. }, times) in rows.iter().zip(&times) {
+                    shown(variant);
+                    assert_eq!(outcome.is_ok(), times.is_some());
+                    match outcome {
+                        Ok((error, _)) => assert!(error.is_finite()),
+                        Err(why) => shown(why),
+                    }
+                }
+                notes.iter().for_each(shown);
+            }
+            State::Unavailable(why, remedy) => [why].iter().chain(&remedy).for_each(shown),
+            State::Joined(text) | State::Gone(text) => shown(&text),
+            State::Waiting | State::Started(_) => {}
+        }
+        true
+    }
+
+    /// A right reply of every kind.
+    fn replies() -> [Value; 6] {
+        let timed = json!({"variant": "a", "kind": "fused", "max_error_ulp": 0.5, "operations_per_trial": 20, "times_us": [1.5, 2]});
+        let failed = json!({"variant": "b", "kind": "standard", "failed": "wrong"});
+        [
+            json!({"reply": "working", "on": "its kernels"}),
+            json!({"reply": "unavailable", "why": "no", "remedy": "pip install it"}),
+            json!({"reply": "started", "port": 29_500}),
+            json!({"reply": "joined", "about": "1.0"}),
+            json!({"reply": "measured", "rows": [timed.clone(), failed], "notes": ["slow"]}),
+            json!({"reply": "measured", "rows": vec![timed; MOST + 1], "notes": []}),
+        ]
+    }
+
+    #[test]
+    fn right_replies_of_every_kind_are_heeded() {
+        assert!(replies().iter().all(|reply| heed(&reply.to_string())));
+    }
+
+    proptest! {
+        #![proptest_config(cases(FEW))]
+
+        /// Whole lines and cut ones, of text and of what is none.
+        #[test]
+        fn any_bytes_that_a_peer_writes_are_lines_and_replies_or_none(
+            bytes in vec(prop_oneof![4 => any::<u8>(), 1 => Just(b'\n')], 0..200),
+            most in 0u64..50,
+        ) {
+            let mut taken = 0;
+            for_each_line(&bytes[..], most, |Line { text, is_cut }| {
+                // A byte that is no text is replaced by three.
+                assert!(text.len() as u64 <= 3 * most && !text.contains('\n'));
+                taken += usize::from(is_cut);
+                heed(&text);
+                true
+            });
+            prop_assert!(taken <= bytes.len());
+        }
+
+        /// One value anywhere in a right reply is replaced, and the text cut or not.
+        #[test]
+        fn any_change_of_a_reply_gives_another_or_none(
+            which in 0..6usize,
+            at in any::<prop::sample::Index>(),
+            other in prop_oneof![4 => json_values(), 1 => "\\PC{0,400}|[\u{0}-\u{1f}]{0,400}".prop_map(Value::from)],
+            cut in proptest::option::weighted(0.1, any::<prop::sample::Index>()),
+        ) {
+            let mut reply = replies()[which].clone();
+            let count = count(&reply);
+            replace(&mut reply, &mut at.index(count), &other);
+            let text = reply.to_string();
+            match cut {
+                None => drop(heed(&text)),
+                Some(cut) => {
+                    let end = text.floor_char_boundary(cut.index(text.len()));
+                    prop_assert!(!heed(&text[..end]) || text[..end].trim() == text.trim(), "{text}");
+                }
+            }
+        }
+    }
+}

@@ -5,7 +5,7 @@
 
 use std::{
     fs::File,
-    io::{BufRead, BufReader, Read, Write},
+    io::Write,
     os::{fd::AsRawFd, unix::process::CommandExt},
     path::Path,
     process::{Child, ChildStdin, Command, Stdio},
@@ -26,11 +26,14 @@ use rustix::{
 };
 
 use super::protocol::{Reply, Request};
+use crate::bounded::{Line, for_each_line, one_line};
 
 /// The peers' program.
 const PROGRAM: &str = include_str!("peer.py");
 /// The longest line that is read: the times of a million trials of each variant.
 const MAX_LINE: u64 = 256 << 20;
+/// The longest line of its standard error of which more than the start is read.
+const MAX_WORDS: u64 = 64 << 10;
 /// How often a peer may say that it is still working before it must have an answer.
 const MAX_WORKING: u32 = 10_000;
 /// How long a process that has closed its output may take to end.
@@ -41,7 +44,7 @@ const LAST_MOMENT: Duration = Duration::from_secs(2);
 pub(super) struct Process {
     child: Child,
     input: ChildStdin,
-    lines: Receiver<String>,
+    lines: Receiver<Line>,
     /// The last line on its standard error.
     last_words: Arc<Mutex<String>>,
     /// When it said something last, or was asked.
@@ -78,17 +81,17 @@ impl Process {
         else {
             unreachable!("all three were asked for");
         };
-        let (sender, lines) = sync_channel(16);
+        // A line may be long: no more are held than the one that is being read, and one before it.
+        let (sender, lines) = sync_channel(1);
         // Both threads end with the process, which holds the other ends.
-        thread::spawn(move || for_each_line(output, |line| sender.send(line).is_ok()));
+        thread::spawn(move || for_each_line(output, MAX_LINE, |line| sender.send(line).is_ok()));
         let last_words = Arc::<Mutex<String>>::default();
         let said = Arc::clone(&last_words);
         thread::spawn(move || {
-            for_each_line(errors, |line| {
-                let line = line.trim();
-                if !line.is_empty() {
-                    let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
-                    *said = clipped(line);
+            for_each_line(errors, MAX_WORDS, |line| {
+                let words = clipped(&line.text);
+                if !words.is_empty() {
+                    *said.lock().unwrap_or_else(PoisonError::into_inner) = words;
                 }
                 true
             });
@@ -116,9 +119,12 @@ impl Process {
     /// for `limit`.
     pub(super) fn poll(&mut self, wait: Duration, limit: Duration) -> Result<Option<Reply>, String> {
         match self.lines.recv_timeout(wait) {
-            Ok(line) => {
+            Ok(Line { is_cut: true, .. }) => {
+                Err(format!("it wrote a line of more than {MAX_LINE} bytes, the most that is read"))
+            }
+            Ok(Line { text, .. }) => {
                 self.heard = Instant::now();
-                match serde_json::from_str(&line) {
+                match serde_json::from_str(&text) {
                     Ok(Reply::Working { .. }) if self.working == MAX_WORKING => {
                         Err(format!("it has been working in {MAX_WORKING} steps, without an answer"))
                     }
@@ -127,7 +133,7 @@ impl Process {
                         Ok(None)
                     }
                     Ok(reply) => Ok(Some(reply)),
-                    Err(_) => Err(format!("it wrote {:?}, which is no reply", clipped(&line))),
+                    Err(_) => Err(format!("it wrote \"{}\", which is no reply", clipped(&text))),
                 }
             }
             Err(RecvTimeoutError::Timeout) if self.heard.elapsed() > limit => {
@@ -174,27 +180,19 @@ fn program_file() -> std::io::Result<File> {
     Ok(file)
 }
 
-/// Calls `each` with every line of `pipe` until it returns false, or until there are no more.
-fn for_each_line(pipe: impl Read, mut each: impl FnMut(String) -> bool) {
-    let mut pipe = BufReader::new(pipe);
-    loop {
-        let mut line = Vec::new();
-        match pipe.by_ref().take(MAX_LINE).read_until(b'\n', &mut line) {
-            Ok(1..) if each(String::from_utf8_lossy(&line).into_owned()) => {}
-            _ => return,
-        }
-    }
-}
-
 fn describe(status: &WaitIdStatus) -> Option<String> {
     let exited = status.exit_status().map(|code| format!("it exited with status {code}"));
     exited.or_else(|| status.terminating_signal().map(|signal| format!("it was killed by signal {signal}")))
 }
 
-/// The start of a line that may be long, for the user.
-pub(super) fn clipped(line: &str) -> String {
+/// The start of what may be long, for the user: one line, which can do nothing to a terminal.
+pub(super) fn clipped(text: &str) -> String {
     const LENGTH: usize = 300;
-    let line = line.trim();
-    let end = line.floor_char_boundary(LENGTH);
-    if end < line.len() { format!("{}...", &line[..end]) } else { line.to_owned() }
+    let text = text.trim();
+    let end = text.floor_char_boundary(LENGTH);
+    let mut line = one_line(&text[..end]);
+    if end < text.len() {
+        line.push_str("...");
+    }
+    line
 }

@@ -1,7 +1,6 @@
 //! `fused-collective faults`.
 
 use std::{
-    io::{BufRead as _, BufReader},
     process::{Child, Stdio},
     sync::mpsc::{self, Receiver},
     thread,
@@ -15,6 +14,7 @@ use super::{
 };
 use crate::{
     bench::Error,
+    bounded::for_each_line,
     collective::{Collective, Tensor},
     cuda::{self, FreeMemory},
     faults::{self, AGAIN, Case, MARK, OUTCOME, Observed, Phase, SLACK, Script, Settings},
@@ -38,6 +38,8 @@ const SET_UP: Duration = Duration::from_secs(120);
 const WRAP_UP: Duration = Duration::from_secs(120);
 /// For the driver to give back the GPU memory of processes that have ended.
 const GIVEN_BACK: Duration = Duration::from_secs(10);
+/// The longest line of a rank of which more than the start is read.
+const MAX_LINE: u64 = 64 << 10;
 
 impl Faults {
     /// Checks all that can be checked before anything runs.
@@ -262,11 +264,7 @@ impl Rank {
         let (sender, lines) = mpsc::channel();
         if let Some(output) = child.stdout.take() {
             thread::spawn(move || {
-                for line in BufReader::new(output).lines().map_while(Result::ok) {
-                    if sender.send((Instant::now(), line)).is_err() {
-                        return;
-                    }
-                }
+                for_each_line(output, MAX_LINE, |line| sender.send((Instant::now(), line.text)).is_ok());
             });
         }
         Rank {

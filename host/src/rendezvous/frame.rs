@@ -225,6 +225,7 @@ mod tests {
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
+    use crate::fuzz::{FEW, cases};
 
     fn frames() -> impl Strategy<Value = Frame> {
         let operation = || (0..Operation::ALL.len()).prop_map(|index| Operation::ALL[index]);
@@ -246,6 +247,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(cases(FEW))]
+
         #[test]
         fn what_is_encoded_is_parsed_back(frame in frames(), follows in vec(any::<u8>(), 0..40)) {
             let mut bytes = frame.encode();

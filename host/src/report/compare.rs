@@ -5,10 +5,10 @@
 //! measured, so [`check`] refuses before a benchmark runs for nothing. A row without a counterpart is named
 //! and costs nothing: variants come and go.
 
-use std::{fmt::Write, fs, path::Path};
+use std::{fmt::Write, path::Path};
 
 use super::{Configuration, Report, json, table};
-use crate::{cli::UsageError, settings::Settings};
+use crate::{bounded, cli::UsageError, settings::Settings};
 
 /// Rows of two reports, matched.
 #[derive(Clone, Debug, PartialEq)]
@@ -43,7 +43,8 @@ impl Compared {
 
 /// The text of the report at `path`, which the user knows as `named`.
 pub fn read_text(path: &Path, named: &Path) -> Result<String, UsageError> {
-    fs::read_to_string(path).map_err(|error| unusable(named, &json::ReadError::Io(error)))
+    bounded::read_to_string(path, json::MAX_BYTES)
+        .map_err(|error| unusable(named, &json::ReadError::Io(error)))
 }
 
 /// The report that `text` holds, which the user knows as `named`.

@@ -3,11 +3,16 @@
 //! Reading is strict: a report of another schema, with unknown or missing fields, or with figures that no
 //! run could have written, is refused. So what was read may be relied on.
 
-use std::{fmt, fs, io, path::Path};
+use std::{fmt, io, path::Path};
 
 use serde_json::Value;
 
 use super::{Outcome, Report, SCHEMA};
+use crate::bounded;
+
+/// The most bytes of a report that are read: hundreds of times what the longest benchmarks write, of a million trials the
+/// rows of one configuration.
+pub const MAX_BYTES: u64 = 256 << 20;
 
 /// Why there is no report.
 #[derive(Debug)]
@@ -56,7 +61,7 @@ pub fn to_string(report: &Report) -> serde_json::Result<String> {
 
 /// Reads the report in the file at `path`.
 pub fn read(path: &Path) -> Result<Report, ReadError> {
-    parse(&fs::read_to_string(path).map_err(ReadError::Io)?)
+    parse(&bounded::read_to_string(path, MAX_BYTES).map_err(ReadError::Io)?)
 }
 
 /// Reads a report from text.
@@ -83,6 +88,8 @@ pub fn parse(text: &str) -> Result<Report, ReadError> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::{super::fixture, *};
 
     #[test]

@@ -1,9 +1,11 @@
 //! The machine that a report was measured on.
 
-use std::fs;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
+
+use crate::bounded;
 
 /// What a reader needs to know of a machine to judge its figures. Nothing here identifies it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +33,8 @@ pub struct Machine {
 
 /// Where the driver tells its version.
 const DRIVER_VERSION: &str = "/proc/driver/nvidia/version";
+/// The most bytes of it that are read: it has a few lines.
+const MAX_VERSION: u64 = 64 << 10;
 
 impl Machine {
     /// This machine. What the system does not tell is `unknown`, or 0.
@@ -58,8 +62,9 @@ impl Machine {
     /// Names the ranks' GPUs, and their driver.
     pub fn set_gpus(&mut self, gpus: Vec<String>) {
         self.driver = (!gpus.is_empty())
-            .then(|| fs::read_to_string(DRIVER_VERSION).ok().and_then(|text| driver_version(&text)))
-            .flatten();
+            .then(|| bounded::read_to_string(Path::new(DRIVER_VERSION), MAX_VERSION).ok())
+            .flatten()
+            .and_then(|text| driver_version(&text));
         self.gpus = gpus;
     }
 

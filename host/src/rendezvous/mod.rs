@@ -204,7 +204,8 @@ impl Group {
         let all = self.all_gather(&own)?;
         let of_color = |color: &Vec<u8>| all.iter().filter(|other| *other == color).count() as u32;
         for (rank, color) in (0..).zip(&all) {
-            if color[0] != 0 && of_color(color) < MIN_RANKS {
+            // A rank of this program says something; another may not.
+            if color.first().is_some_and(|&has| has != 0) && of_color(color) < MIN_RANKS {
                 return Err(Error::Membership { rank, world_size: of_color(color) });
             }
         }
@@ -272,8 +273,9 @@ impl Group {
         if let Some(lost) = self.lost() {
             return Err(lost.into());
         }
-        self.shared.command(Command::Offer(operation, part));
         let expected = operation.parts(self.world_size) as usize;
+        self.shared.lock().expected = expected;
+        self.shared.command(Command::Offer(operation, part));
         let mut state = self.shared.lock();
         // The margin is waited for on its own: if this process was suspended past the deadline, its monitor
         // still has the time to read what happened meanwhile.
@@ -283,6 +285,7 @@ impl Group {
             state = result.unwrap_or_else(PoisonError::into_inner).0;
         }
         if state.parts.len() >= expected {
+            state.expected = 0;
             return Ok(std::mem::take(&mut state.parts));
         }
         if let Some(lost) = state.lost.clone() {

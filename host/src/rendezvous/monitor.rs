@@ -89,7 +89,9 @@ struct Actions {
 #[derive(Default)]
 pub(super) struct State {
     commands: Vec<Command>,
-    /// What has come of the operation under way.
+    /// How many parts are to come of the operation under way: rank 0 may send no more.
+    pub(super) expected: usize,
+    /// What has come of it.
     pub(super) parts: Vec<Part>,
     /// The first loss.
     pub(super) lost: Option<Lost>,
@@ -127,6 +129,12 @@ impl Shared {
         // Emptied before the commands are taken: one that comes in between wakes the monitor again.
         let _ = read(&self.wake, &mut [0; 8]);
         std::mem::take(&mut self.lock().commands)
+    }
+
+    /// Whether a part is still to come.
+    fn is_waiting(&self) -> bool {
+        let state = self.lock();
+        state.parts.len() < state.expected
     }
 
     fn add_part(&self, part: Part) {
@@ -310,7 +318,7 @@ impl Monitor {
             (Frame::Offer { operation, bytes }, Some(_)) => {
                 self.collect(rank, operation, Part { bytes, descriptor: None });
             }
-            (Frame::Part { operation, bytes, .. }, None) => {
+            (Frame::Part { operation, bytes, .. }, None) if self.shared.is_waiting() => {
                 let descriptor = peer.channel.take_descriptor();
                 self.parted |= operation == Operation::Farewell;
                 self.shared.add_part(Part { bytes, descriptor });

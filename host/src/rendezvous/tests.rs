@@ -7,7 +7,7 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-use proptest::prelude::{ProptestConfig, any, proptest};
+use proptest::prelude::{any, proptest};
 use rustix::{
     fs::{MemfdFlags, memfd_create},
     net::{AddressFamily, SocketAddrUnix, SocketType},
@@ -15,10 +15,11 @@ use rustix::{
 
 use super::{
     channel::Channel,
-    frame::{Frame, PROTOCOL},
+    frame::{Frame, HEADER_BYTES, PROTOCOL},
     join::address,
     *,
 };
+use crate::fuzz::cases;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 const SHORT: Duration = Duration::from_millis(400);
@@ -443,6 +444,72 @@ fn a_false_rank_0_that_says_nothing_or_half_a_message_is_late() {
 }
 
 #[test]
+fn a_false_rank_0_that_sends_more_than_was_asked_for_ends_the_group() {
+    let part = Frame::Part { rank: 0, operation: Operation::Barrier, bytes: vec![0; 1 << 10] }.encode();
+    // None was asked for yet; or one, and then there is no end of them.
+    for (asks, parts) in [(false, 1), (true, 1000)] {
+        let key = new_key();
+        let listener = new_socket();
+        rustix::net::bind(&listener, &address(&key).expect("an address")).expect("bound");
+        rustix::net::listen(&listener, 1).expect("listening");
+        thread::scope(|scope| {
+            let rank = scope.spawn(|| {
+                let group = Group::join(&member(1, 2, &key)).expect("joined");
+                if asks {
+                    // May still have come to its end.
+                    let _ = group.barrier();
+                }
+                let end = Instant::now() + DEADLINE;
+                while group.lost().is_none() && Instant::now() < end {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                let lost = group.lost().expect("rank 0 is out of step");
+                assert_eq!((lost.rank, lost.how), (0, How::OutOfStep), "{lost}");
+                assert!(group.shared.lock().parts.len() <= 1);
+            });
+            let mut root = UnixStream::from(rustix::net::accept(&listener).expect("accepted"));
+            let hear = |mut root: &UnixStream| {
+                let mut header = [0; HEADER_BYTES];
+                root.read_exact(&mut header).expect("a message");
+                let length = u32::from_le_bytes(header[12..].try_into().expect("four bytes"));
+                root.read_exact(&mut vec![0; length as usize]).expect("a payload");
+            };
+            hear(&root);
+            root.write_all(&Frame::Welcome.encode()).expect("sent");
+            if asks {
+                hear(&root);
+            }
+            // The rank may have heard enough before all is sent.
+            let _ = root.write_all(&part.repeat(parts));
+            rank.join().expect("no panic");
+        });
+    }
+}
+
+#[test]
+fn a_part_without_a_color_is_of_no_group() {
+    let key = new_key();
+    thread::scope(|scope| {
+        let rank = |rank| {
+            let group = Group::join(&member(rank, 3, &key)).expect("joined");
+            let own = group.split(Some(1)).expect("split").expect("a group");
+            own.barrier().expect("a barrier");
+            own.farewell().expect("farewell");
+            group
+        };
+        let ranks = [0, 1].map(|number| scope.spawn(move || rank(number)));
+        let mut other = stranger(&key);
+        other.write_all(&hello(2, 3)).expect("sent");
+        other.read_exact(&mut [0; 16]).expect("a welcome");
+        let offer = Frame::Offer { operation: Operation::AllGather, bytes: Vec::new() };
+        other.write_all(&offer.encode()).expect("sent");
+        // Both are kept until both are done: one that ends takes the group with it.
+        let groups = ranks.map(|rank| rank.join().expect("no panic"));
+        assert!(groups.iter().all(|group| group.lost().is_none()));
+    });
+}
+
+#[test]
 fn a_member_that_never_stops_talking_or_says_half_a_message_does_not_hold_the_others_up() {
     let flood: Vec<u8> = Frame::Welcome.encode().repeat(10_000);
     let half = Frame::Offer { operation: Operation::Barrier, bytes: vec![0; 100] }.encode();
@@ -558,7 +625,7 @@ fn any_deadline_is_taken() {
 
 proptest! {
     // Threads and sockets take their time: fewer cases than usual, and as many more as are asked for.
-    #![proptest_config(if std::env::var_os("PROPTEST_CASES").is_some() { ProptestConfig::default() } else { ProptestConfig::with_cases(64) })]
+    #![proptest_config(cases(64))]
 
     /// Bytes of every kind, and right messages with some bytes changed.
     #[test]

@@ -45,8 +45,12 @@ pub(crate) fn run() -> ExitCode {
     let kernels = thread::spawn(build_kernels);
     if let Some(program) = program {
         let mut tests = cmd::cargo("test");
-        // Tests of the program would have cargo build it once more, for nothing but itself.
-        tests.args(["--workspace", "--no-fail-fast"]).env("FUSED_COLLECTIVE_TESTED_PROGRAM", program);
+        tests
+            .args(["--workspace", "--no-fail-fast"])
+            // Tests of the program would have cargo build it once more, for nothing but itself.
+            .env("FUSED_COLLECTIVE_TESTED_PROGRAM", program)
+            // Fuzzing and soaking go on for a minute.
+            .env("FUSED_COLLECTIVE_LONG_TESTS", "1");
         tally.tests("tests", &mut tests);
     }
     let kernels = kernels.join().unwrap_or_else(|panic| resume_unwind(panic));

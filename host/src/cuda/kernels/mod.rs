@@ -14,6 +14,8 @@
 //! dependent, or in clusters, only if it was compiled for a processor that has these (`sm_90`): PTX for an older one
 //! runs on a new GPU, but does not wait for the kernel before it.
 
+mod versions;
+
 use std::{
     cell::RefCell,
     collections::{HashMap, hash_map::Entry as Slot},
@@ -29,6 +31,8 @@ use fused_collective_core::{
     launch::{self, LAYOUT, MAX_BLOCKS, layout_of},
 };
 
+use versions::choose_places;
+
 use super::{
     Error,
     device::Gpu,
@@ -41,8 +45,6 @@ pub const FOLDER_VARIABLE: &str = "FUSED_COLLECTIVE_PTX";
 const FOLDER: &str = "ptx";
 /// The largest group that there are kernels for.
 pub const MAX_RANKS: u32 = launch::MAX_RANKS as u32;
-/// Threads of a warp.
-const WARP: u32 = 32;
 /// The first processor with clusters and programmatic dependent launch.
 const HOPPER: u32 = 90;
 
@@ -204,53 +206,6 @@ impl Launch {
     pub(crate) fn blocks(&self) -> u32 {
         self.blocks
     }
-}
-
-/// Which version of a kernel serves rows of `row_packs` packs, how many blocks share a row, and their threads.
-///
-/// A version holds a share of a row in registers (`p1`, `p2`: packs of a thread) or, as the last resort, streams it.
-/// `clusters` are the numbers of blocks that may share a row, the best first; `max_threads` tells what each version
-/// allows.
-fn choose_version(
-    row_packs: u32,
-    clusters: impl Iterator<Item = u32>,
-    mut max_threads: impl FnMut(&'static str) -> Result<u32, Error>,
-) -> Result<(&'static str, u32, u32), Error> {
-    let mut widest = 1;
-    for cluster in clusters {
-        widest = cluster;
-        for (version, packs) in [("p1", 1), ("p2", 2)] {
-            let threads = row_packs.div_ceil(cluster * packs).next_multiple_of(WARP);
-            if threads <= max_threads(version)? {
-                return Ok((version, cluster, threads));
-            }
-        }
-    }
-    let most = max_threads("streamed")? / WARP * WARP;
-    Ok(("streamed", widest, row_packs.div_ceil(widest).next_multiple_of(WARP).min(most)))
-}
-
-/// As [`choose_version`], for `tokens` rows: `places` tells how many of them a version in clusters of so many blocks of so
-/// many threads works on at once. A kernel that `waits` for one row while it could work on another is taken in narrower
-/// blocks, of which more are resident, where there are more rows than places.
-fn choose_places(
-    row_packs: u32,
-    tokens: u64,
-    waits: bool,
-    clusters: impl Iterator<Item = u32>,
-    mut max_threads: impl FnMut(&'static str) -> Result<u32, Error>,
-    mut places: impl FnMut(&'static str, u32, u32) -> Result<u64, Error>,
-) -> Result<(&'static str, u32, u32), Error> {
-    let wide @ (version, cluster, threads) = choose_version(row_packs, clusters, &mut max_threads)?;
-    if version != "p1" || !waits {
-        return Ok(wide);
-    }
-    let wide_places = places(version, cluster, threads)?;
-    let threads = row_packs.div_ceil(cluster * 2).next_multiple_of(WARP);
-    if wide_places >= tokens || threads > max_threads("p2")? {
-        return Ok(wide);
-    }
-    Ok(if places("p2", cluster, threads)? > wide_places { ("p2", cluster, threads) } else { wide })
 }
 
 /// The kernels for one GPU.
@@ -600,55 +555,5 @@ mod tests {
         let error = kernels.load(DType::Bf16, Set::Group(2)).unwrap_err().to_string();
         assert!(error.contains("bf16_w2.ptx") && error.contains("another version"), "{error}");
         assert!(error.contains("run `cargo xtask ptx`"), "{error}");
-    }
-
-    #[test]
-    fn a_row_is_held_in_registers_where_threads_allow_it() {
-        let limits = |version| Ok(if version == "p1" { 1024 } else { 512 });
-        let choose =
-            |packs, clusters: &[u32]| choose_version(packs, clusters.iter().copied(), limits).unwrap();
-        // 1,024 packs are a row of 8,192 elements of two bytes.
-        assert_eq!(choose(1024, &[1, 2, 4, 8]), ("p1", 1, 1024));
-        assert_eq!(choose(1024, &[8]), ("p1", 8, 128));
-        assert_eq!(choose(6, &[1]), ("p1", 1, 32));
-        // What one block cannot hold, two can; without clusters it is streamed.
-        assert_eq!(choose(2048, &[1, 2, 4, 8]), ("p1", 2, 1024));
-        assert_eq!(choose(2048, &[1]), ("streamed", 1, 512));
-        assert_eq!(choose(16_384, &[1, 2, 4, 8]), ("streamed", 8, 512));
-        // Registers may allow fewer threads than the version was made for.
-        let tight = |version| Ok(if version == "p1" { 896 } else { 600 });
-        assert_eq!(choose_version(1024, [1].into_iter(), tight).unwrap(), ("p2", 1, 512));
-        assert_eq!(choose_version(4096, [1].into_iter(), tight).unwrap(), ("streamed", 1, 576));
-    }
-
-    /// Versions of 64 registers a thread and, for `p2`, blocks of at most 512 threads: two of those are resident where one
-    /// of 1,024 is.
-    fn choose_on_gpu(units: u64, tokens: u64, row_packs: u32, waits: bool) -> (&'static str, u32, u32) {
-        let max_threads = |version| Ok(if version == "p1" { 1024 } else { 512 });
-        let places =
-            |_: &str, cluster: u32, threads: u32| Ok(u64::from(1024 / threads) * units / u64::from(cluster));
-        choose_places(row_packs, tokens, waits, [1, 2, 4, 8].into_iter(), max_threads, places).unwrap()
-    }
-
-    #[test]
-    fn more_rows_than_places_are_taken_in_narrower_blocks_unless_a_row_is_pushed_ahead() {
-        assert_eq!(choose_on_gpu(132, 132, 1024, true), ("p1", 1, 1024));
-        assert_eq!(choose_on_gpu(132, 133, 1024, true), ("p2", 1, 512));
-        assert_eq!(choose_on_gpu(132, 133, 1024, false), ("p1", 1, 1024));
-        // Clusters share the places: 2,048 packs are two blocks'.
-        assert_eq!(choose_on_gpu(132, 66, 2048, true), ("p1", 2, 1024));
-        assert_eq!(choose_on_gpu(132, 67, 2048, true), ("p2", 2, 512));
-    }
-
-    #[test]
-    fn narrower_blocks_that_do_not_fit_or_gain_no_place_are_not_taken() {
-        let choose = |p2_threads, p2_places| {
-            let max_threads = |version| Ok(if version == "p1" { 1024 } else { p2_threads });
-            let places = |version: &str, _, _| Ok(if version == "p1" { 132 } else { p2_places });
-            choose_places(1024, 500, true, [1].into_iter(), max_threads, places).unwrap()
-        };
-        assert_eq!(choose(512, 264), ("p2", 1, 512));
-        assert_eq!(choose(512, 132), ("p1", 1, 1024));
-        assert_eq!(choose(480, 264), ("p1", 1, 1024));
     }
 }

@@ -28,6 +28,8 @@ use crate::{
 const WORD: u64 = 4;
 /// How many turns before it completes a token a team pushes its row of it.
 const AHEAD: u32 = 2;
+// A row that is pushed only when its token has arrived is waited for in vain.
+const _: () = assert!(AHEAD > 0);
 
 /// The kernel, for groups of at most `N` ranks, with `P` packs of a row in each thread: all of its share if
 /// `RESIDENT`, else a chunk of it.

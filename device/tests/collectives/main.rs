@@ -157,15 +157,15 @@ fn results_that_are_the_sentinel_arrive() {
 #[test]
 fn ranks_may_use_different_grids() {
     let mut random = Random(8);
-    let world = World::new(3, 1 << 16);
+    let world = World::new(3, 1 << 17);
+    let grid = |rank| Launch { blocks: (rank + 1) * 2, cluster: rank % 2 + 1, threads: 64 };
     for kernel in KERNELS {
         let case = Case::<f16>::new(&mut random, 3, 7, 512, false, What::Sum);
-        run_case(&mut random, &world, &case, kernel, Rows::P1, |rank| Launch {
-            blocks: (rank + 1) * 2,
-            cluster: rank % 2 + 1,
-            threads: 64,
-        });
+        run_case(&mut random, &world, &case, kernel, Rows::P1, grid);
     }
+    // A team of the smallest grid has a dozen turns, of the largest four.
+    let case = Case::<f16>::new(&mut random, 3, 23, 512, true, What::Fp8).sharded();
+    run_case(&mut random, &world, &case, Kernel::Sharded, Rows::P1, grid);
     world.assert_clean();
 }
 

@@ -1,6 +1,6 @@
 //! The GPUs of this host.
 
-use std::{fs, sync::Arc};
+use std::sync::Arc;
 
 use cust::{
     context::{Context, CurrentContext},
@@ -12,7 +12,7 @@ use super::{
     Error,
     driver::{check, failed, load},
 };
-use crate::rendezvous::Group;
+use crate::{bounded, rendezvous::Group};
 
 /// What tells hosts apart: a number that the kernel draws when it boots.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -79,7 +79,7 @@ impl Gpu {
     }
 
     fn identity(&self) -> Result<Identity, Error> {
-        let host = fs::read_to_string(BOOT_ID)
+        let host = bounded::read_to_string(BOOT_ID.as_ref(), 4096)
             .map_err(|error| Error::Devices(format!("cannot tell hosts apart by {BOOT_ID}: {error}")))?;
         Ok(Identity { host, uuid: uuid(self.ordinal)? })
     }

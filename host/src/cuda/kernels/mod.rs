@@ -21,7 +21,7 @@ use std::{
     collections::{HashMap, hash_map::Entry as Slot},
     env,
     ffi::{CString, c_void},
-    fmt, fs, iter,
+    fmt, iter,
     path::{Path, PathBuf},
 };
 
@@ -38,6 +38,7 @@ use super::{
     device::Gpu,
     driver::{Handle, LaunchAttribute, LaunchConfig, Launcher, check, failed},
 };
+use crate::bounded;
 
 /// Names the folder with the kernels.
 pub const FOLDER_VARIABLE: &str = "FUSED_COLLECTIVE_PTX";
@@ -45,6 +46,8 @@ pub const FOLDER_VARIABLE: &str = "FUSED_COLLECTIVE_PTX";
 const FOLDER: &str = "ptx";
 /// The largest group that there are kernels for.
 pub const MAX_RANKS: u32 = launch::MAX_RANKS as u32;
+/// The most bytes of a module that is read: twenty times as many as the largest has.
+const MAX_MODULE_BYTES: u64 = 64 << 20;
 /// The first processor with clusters and programmatic dependent launch.
 const HOPPER: u32 = 90;
 
@@ -276,7 +279,7 @@ impl Kernels {
         let unusable = |why: &dyn fmt::Display| {
             Error::Kernels(format!("the kernels in {} cannot be used: {why}; {remedy}", file.display()))
         };
-        let text = fs::read_to_string(&file).map_err(|error| unusable(&error))?;
+        let text = bounded::read_to_string(&file, MAX_MODULE_BYTES).map_err(|error| unusable(&error))?;
         check_layout(&text).map_err(|why| unusable(&why))?;
         let text = CString::new(text).map_err(|_| unusable(&"it holds a zero byte"))?;
         let module = Module::from_ptx_cstr(&text, &[]);
@@ -477,6 +480,8 @@ fn find_folder(places: &[PathBuf], capability: u32) -> Result<(PathBuf, u32), Er
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -530,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn kernels_of_another_layout_are_refused() {
+    fn kernels_of_another_layout_or_without_end_are_refused() {
         let module =
             |layout: u32| format!(".visible .global .align 4 .u32 fused_collective_layout = {layout};\n");
         assert_eq!(check_layout(&module(LAYOUT)), Ok(()));
@@ -555,5 +560,9 @@ mod tests {
         let error = kernels.load(DType::Bf16, Set::Group(2)).unwrap_err().to_string();
         assert!(error.contains("bf16_w2.ptx") && error.contains("another version"), "{error}");
         assert!(error.contains("run `cargo xtask ptx`"), "{error}");
+
+        std::os::unix::fs::symlink("/dev/zero", folder.path().join("bf16_w4.ptx")).unwrap();
+        let error = kernels.load(DType::Bf16, Set::Group(4)).unwrap_err().to_string();
+        assert!(error.contains("bf16_w4.ptx") && error.contains("more than 67108864 bytes"), "{error}");
     }
 }

@@ -366,7 +366,7 @@ fn bound_blocks(ptx: &str, cpu: &str, element: &str, set: &str) -> String {
             let large = set == "w8"
                 || name.ends_with("_p2")
                 || name.ends_with("_streamed")
-                || (element == "f32" && set == "w4" && name.contains("shot_nvfp4"));
+                || (set == "w4" && name.contains("shot_nvfp4") && (element == "f32" || cpu == "sm_100a"));
             // Twice on a multiprocessor where 64 registers do.
             let twice = set == "w2" && name.ends_with("_p2") && !name.starts_with("one_shot");
             let threads = match set {
@@ -505,6 +505,11 @@ mod tests {
             2
         );
         assert_eq!(bound_blocks(ptx, "sm_90", "bf16", "w8").matches("maxntid 512").count(), 2);
+        let nvfp4 = ptx.replace("norm", "nvfp4");
+        for (cpu, element, count) in [("sm_90", "bf16", 1), ("sm_100a", "bf16", 2), ("sm_90", "f32", 2)] {
+            let bounded = bound_blocks(&nvfp4, cpu, element, "w4");
+            assert_eq!(bounded.matches("maxntid 512").count(), count, "{cpu} {element}");
+        }
         assert_eq!(bound_blocks(ptx, "sm_120a", "bf16", "w4").matches("maxntid 512").count(), 2);
         let two_shot = ptx.replace("fill", "two_shot_norm");
         let bounded = bound_blocks(&two_shot, "sm_90", "bf16", "w2");

@@ -5,16 +5,16 @@
 //! The order of tokens and the waits are [two-shot's](super::two_shot()). What an owner sends is stripped of the sentinel,
 //! and it stores the same itself.
 //!
-//! The second hop is short, so it must not begin only when the first is done: a team pushes its row of a token two turns
-//! before it completes that token, each time what it waits for has arrived. So owners sum and quantize while the links
-//! carry the rows of later tokens. Still ranks cannot wait in a circle: a token is pushed when tokens before it have
-//! arrived, and the first ones of a team wait for nothing.
+//! The second hop is short, so it should not begin only when the first is done: where it can, a team pushes its row of a
+//! token two turns before it completes that token, each time what it waits for has arrived. So owners sum and quantize
+//! while the links carry the rows of later tokens. Still ranks cannot wait in a circle: a token is pushed when tokens
+//! before it have arrived, and the first ones of a team wait for nothing.
 
 use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SlotRows};
 
 use super::{
     Begun, first_slot, load_row, pack_of, peer, peers, residual_out,
-    two_shot::{Deal, dealt},
+    two_shot::{Deal, deal, dealt},
     wait::{Awaited, Waiter},
 };
 use crate::{
@@ -26,10 +26,13 @@ use crate::{
 
 /// Bytes of a word.
 const WORD: u64 = 4;
-/// How many turns before it completes a token a team pushes its row of it.
-const AHEAD: u32 = 2;
-// A row that is pushed only when its token has arrived is waited for in vain.
-const _: () = assert!(AHEAD > 0);
+/// How many turns before it completes a token a team pushes its row of it; 0 is all of them before it completes any.
+///
+/// With one pack a thread there are no registers to spare, and mostly as many teams as tokens. What more than two ranks
+/// gain has not been measured.
+const fn turns_ahead(ranks: usize, packs: usize, resident: bool) -> u32 {
+    if ranks > 2 || resident && packs == 1 { 0 } else { 2 }
+}
 
 /// The kernel, for groups of at most `N` ranks, with `P` packs of a row in each thread: all of its share if
 /// `RESIDENT`, else a chunk of it.
@@ -90,11 +93,17 @@ where
             });
         }
     };
-    let mut deal = Deal::new(team_index, teams);
-    let mut ahead = deal;
-    for _ in 0..AHEAD {
-        share.for_chunks(|chunk| push(&begun.waiter, ahead.token(), chunk));
-        ahead = ahead.next();
+    let turns_ahead = const { turns_ahead(N, P, RESIDENT) };
+    let push_all = |token| share.for_chunks(|chunk| push(&begun.waiter, token, chunk));
+    let mut turn = Deal::new(team_index, teams);
+    if turns_ahead == 0 {
+        deal(team_index, teams, shape.tokens, push_all);
+    } else {
+        let mut ahead = turn;
+        for _ in 0..turns_ahead {
+            push_all(ahead.token());
+            ahead = ahead.next();
+        }
     }
     begun.advance();
     // What is constant is read when the links have work.
@@ -119,13 +128,13 @@ where
     };
     let has_scales = |pack: u32| X::SCALE_PACKS > 0 && pack.is_multiple_of(X::SCALE_PACKS.max(1));
     let waiter = &mut begun.waiter;
-    while deal.first < shape.tokens {
-        let token = deal.token();
-        let mut ahead = deal;
-        for _ in 0..AHEAD {
+    while turn.first < shape.tokens {
+        let token = turn.token();
+        let mut ahead = turn;
+        for _ in 0..turns_ahead {
             ahead = ahead.next();
         }
-        deal = deal.next();
+        turn = turn.next();
         if token >= shape.tokens {
             continue;
         }
@@ -138,7 +147,9 @@ where
                     let row = slot_of(waiter, group.rank).offset(result(token));
                     let at = |pack| Some(words_at(row, pack));
                     let words = waiter.words(X::WORDS, share, chunk, at, owner, awaited);
-                    push(waiter, ahead.token(), chunk);
+                    if turns_ahead > 0 {
+                        push(waiter, ahead.token(), chunk);
+                    }
                     share.for_each(chunk, |p, pack| epilogue.store(place(token, pack), words[p]));
                     if X::SCALE_PACKS > 0 {
                         let at = |pack| has_scales(pack).then(|| scales_at(row, pack));
@@ -164,7 +175,9 @@ where
                 |source, _, pack| pack_of(row_at, source, stride, pack),
                 Awaited { shape, token, hop: 1 },
             );
-            push(waiter, ahead.token(), chunk);
+            if turns_ahead > 0 {
+                push(waiter, ahead.token(), chunk);
+            }
             share.for_each(chunk, |p, _| {
                 row[p] = residual_out::<E, N>(group, &packs[p], own[p].strip(), Some(residual[p]));
             });

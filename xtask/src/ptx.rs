@@ -169,6 +169,7 @@ impl Compiler {
         packages: &[&str],
         modules: &[Module],
     ) -> Result<()> {
+        share_lock()?;
         let mut cargo = self.toolchain.cargo(&cmd::root().join(MANIFEST), "build", TARGET, "ptx")?;
         cargo.args(["--release", "--lib", "--examples", "--message-format=json-render-diagnostics"]);
         for package in packages {
@@ -215,6 +216,15 @@ impl Compiler {
         }
         Ok(())
     }
+}
+
+/// Gives the workspace of [`MANIFEST`] the versions that this one's lock file has. What it needs of other crates is what
+/// `core` and `device` need, so nothing is missing; cargo drops what is not needed.
+fn share_lock() -> Result<()> {
+    let (from, to) =
+        (cmd::root().join("Cargo.lock"), cmd::root().join(MANIFEST).with_file_name("Cargo.lock"));
+    fs::copy(&from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+    Ok(())
 }
 
 /// The static libraries that cargo's messages name, with their targets' names.

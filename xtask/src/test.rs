@@ -78,7 +78,10 @@ pub(crate) fn run() -> ExitCode {
 fn build_kernels() -> Result<Vec<(&'static ptx::Gpu, Result<String>)>> {
     // Of this thread alone, and of the programs that it starts. Without it they only get in the way.
     let _ = rustix::process::nice(10);
-    Ok(ptx::Builder::new()?.build(&ptx::GPUS.each_ref()))
+    let began = Instant::now();
+    let built = ptx::Builder::new()?.build(&ptx::GPUS.each_ref());
+    eprintln!("== kernels, beside the tests: {:.1} s", began.elapsed().as_secs_f64());
+    Ok(built)
 }
 
 /// Builds all tests, and the program that some of them run: where it is.

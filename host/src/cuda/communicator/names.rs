@@ -29,28 +29,11 @@ impl Names {
 
 #[cfg(test)]
 mod tests {
-    use fused_collective_core::{
-        dtype::DType,
-        fusion::{Mode, Norm, Operation, Residual},
-        plan::Algorithm,
-        quant::Quantization,
-    };
-
     use super::*;
 
     #[test]
     fn a_number_that_a_kernel_hands_back_names_the_call_it_was_launched_for() {
-        let operation = |tokens| Operation {
-            dtype: DType::Bf16,
-            tokens,
-            hidden: 64,
-            residual: Residual::Replicated,
-            norm: Some(Norm::default()),
-            quantization: Quantization::None,
-            keep_norm: false,
-            mode: Mode::OneShot,
-        };
-        let calls = [1, 2, 1].map(|tokens| Call::operation(&operation(tokens), Algorithm::TwoShot, None));
+        let calls = [1, 2, 1].map(|calls| Call::Replay { captured: 7, calls });
         let mut names = Names::default();
         let numbers = calls.map(|call| names.name(call));
         assert_eq!(numbers[0], numbers[2]);

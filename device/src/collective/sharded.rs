@@ -94,14 +94,14 @@ where
         }
     };
     let turns_ahead = const { turns_ahead(N, P, RESIDENT) };
-    let push_all = |token| share.for_chunks(|chunk| push(&begun.waiter, token, chunk));
+    let push_row = |token| share.for_chunks(|chunk| push(&begun.waiter, token, chunk));
     let mut turn = Deal::new(team_index, teams);
     if turns_ahead == 0 {
-        deal(team_index, teams, shape.tokens, push_all);
+        deal(team_index, teams, shape.tokens, push_row);
     } else {
         let mut ahead = turn;
         for _ in 0..turns_ahead {
-            push_all(ahead.token());
+            push_row(ahead.token());
             ahead = ahead.next();
         }
     }

@@ -133,6 +133,14 @@ fn by_compilation<'a>(gpus: &[&'a Gpu]) -> Vec<(&'static Gpu, Vec<&'a Gpu>)> {
     GPUS.iter().filter_map(compiled_for).collect()
 }
 
+/// Where kernels are, in a folder for each processor, once they are built.
+///
+/// # Errors
+/// When cargo does not say where this workspace is built.
+pub(crate) fn folder() -> Result<PathBuf> {
+    Ok(cmd::metadata()?.target_directory.into_std_path_buf().join("ptx"))
+}
+
 /// What it takes to build kernels.
 pub(crate) struct Compiler {
     toolchain: Toolchain,
@@ -158,7 +166,7 @@ impl Compiler {
         for (compiled_for, gpus) in by_compilation(gpus) {
             self.compile(compiled_for, &gpus, &[PACKAGE], &kernels())?;
         }
-        Ok(self.target_directory.join("ptx"))
+        folder()
     }
 
     /// Compiles `packages`, which make `modules`, and writes the files for each of `gpus`.

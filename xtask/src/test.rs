@@ -22,6 +22,9 @@ use crate::{
 /// unit and compare-and-swap, and a browser.
 const CORE_TARGETS: [&str; 3] = ["thumbv7em-none-eabihf", "thumbv6m-none-eabi", "wasm32-unknown-unknown"];
 
+/// The tests that run the kernels as they were compiled. They are none of `cargo test`'s, which does not build kernels.
+const COMPILED_KERNELS: [&str; 2] = ["--test", "compiled"];
+
 /// Runs everything. The exit status is 1 if anything failed.
 pub(crate) fn run() -> ExitCode {
     let mut tally = Tally::default();
@@ -33,7 +36,10 @@ pub(crate) fn run() -> ExitCode {
     });
     tally.check("clippy", || {
         toolchain::require_component("clippy", "clippy")?;
-        cmd::run(cmd::cargo("clippy").args(["--workspace", "--all-targets", "--", "-D", "warnings"]))
+        for targets in [&["--all-targets"][..], &COMPILED_KERNELS] {
+            cmd::run(cmd::cargo("clippy").arg("--workspace").args(targets).args(["--", "-D", "warnings"]))?;
+        }
+        Ok(())
     });
     tally.check("docs", || {
         cmd::run(cmd::cargo("doc").args(["--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
@@ -55,8 +61,19 @@ pub(crate) fn run() -> ExitCode {
     }
     let kernels = kernels.join().unwrap_or_else(|panic| resume_unwind(panic));
     if let Some(kernels) = tally.check("the tools for the kernels", || kernels) {
+        let mut all_passed = true;
         for (gpu, result) in kernels {
-            tally.check(&format!("kernels for {}", gpu.cpu), || result.map(|report| print!("{report}")));
+            let name = format!("kernels for {}", gpu.cpu);
+            all_passed &= tally.check(&name, || result.map(|report| print!("{report}"))).is_some();
+        }
+        let folder = tally.check("the folder of the kernels", ptx::folder);
+        if let Some(folder) = folder.filter(|_| all_passed) {
+            let mut tests = cmd::cargo("test");
+            tests
+                .args(["--workspace", "--no-fail-fast"])
+                .args(COMPILED_KERNELS)
+                .env("FUSED_COLLECTIVE_PTX", folder);
+            tally.tests("kernels, emulated", &mut tests);
         }
     }
     if let Some(toolchain) = tally.check("a toolchain for core's targets", || Toolchain::find(&CORE_TARGETS))
@@ -86,6 +103,7 @@ fn build_kernels() -> Result<Vec<(&'static ptx::Gpu, Result<String>)>> {
 
 /// Builds all tests, and the program that some of them run: where it is.
 fn build_tests() -> Result<PathBuf> {
+    cmd::run(cmd::cargo("test").args(["--workspace", "--no-run"]).args(COMPILED_KERNELS))?;
     let mut build = cmd::cargo("test");
     build.args(["--workspace", "--no-run", "--message-format=json-render-diagnostics"]);
     for message in Message::parse_stream(cmd::read(&mut build)?.as_bytes()) {

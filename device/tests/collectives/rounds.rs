@@ -117,13 +117,13 @@ fn a_wait_in_a_later_round_is_recorded_with_the_operation_s_token() {
             let own = &tensors[rank as usize];
             let (geometry, kernel) =
                 rounds_of(&world, rank, &case, own, kernel, Rows::P1, launch_all).swap_remove(0);
-            launch(geometry, kernel);
+            launch(geometry, || kernel.run());
         });
         assert_eq!([0, 1].map(|rank| world.failed(rank)), [0; 2]);
         world.timeout = Duration::from_millis(50);
         let (geometry, next) =
             rounds_of(&world, 0, &case, &tensors[0], kernel, Rows::P1, launch_all).swap_remove(1);
-        launch(geometry, next);
+        launch(geometry, || next.run());
         assert_eq!(world.failed(0), TIMED_OUT);
         let status = &world.statuses[0];
         assert_eq!(status.atomic(Status::MISSING_RANK).load(Ordering::Relaxed), 1);
@@ -154,7 +154,8 @@ fn offsets_beyond_32_bits_do_not_wrap() {
             let geometry = geometry(&case.operation, Rows::P1, 1, 2);
             world.run(|rank| {
                 let own = &tensors[rank as usize];
-                launch(geometry, kernel_of(&world, rank, &case, own, (&plan, &round), kernel, Rows::P1));
+                let kernel = kernel_of(&world, rank, &case, own, (&plan, &round), kernel, Rows::P1);
+                launch(geometry, || kernel.run());
             });
             check_all(&case, &tensors);
         }

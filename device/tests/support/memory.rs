@@ -2,7 +2,13 @@
 
 use std::{
     array,
-    sync::atomic::{AtomicU32, Ordering},
+    collections::BTreeMap,
+    mem::MaybeUninit,
+    ops::Range,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -13,11 +19,17 @@ use fused_collective_core::{
     plan::Limits,
     workspace::{Layout, SLOTS_OFFSET},
 };
-use fused_collective_device::params::{Address, Group, RankState, Status};
+use fused_collective_device::{
+    params::{Address, Group, RankState, Status},
+    simt::host::Launch,
+};
 
 /// Packs before and after each buffer that nobody may touch.
 const GUARD: usize = 4;
 const GUARD_WORD: u32 = 0xdead_beef;
+
+/// Where each buffer that lives starts and ends.
+static LIVE: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
 
 /// Memory that kernels reach by address, filled with one word, with guards on both sides.
 pub struct Buffer {
@@ -32,11 +44,20 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
+    /// The addresses of all that live, without their guards.
+    pub fn allocations() -> Vec<Range<u64>> {
+        let live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
+        live.iter().map(|(start, end)| *start..*end).collect()
+    }
+
     pub fn new(bytes: usize, fill: u32) -> Buffer {
         let mut packs = vec![Pack([GUARD_WORD; 4]); bytes.div_ceil(16) + 2 * GUARD];
         let inside = GUARD..packs.len() - GUARD;
         packs[inside].fill(Pack([fill; 4]));
-        Buffer { memory: Box::into_raw(packs.into_boxed_slice()), bytes }
+        let buffer = Buffer { memory: Box::into_raw(packs.into_boxed_slice()), bytes };
+        let start = buffer.address().0;
+        LIVE.lock().unwrap_or_else(PoisonError::into_inner).insert(start, start + bytes as u64);
+        buffer
     }
 
     pub fn of<T: Copy>(values: &[T]) -> Buffer {
@@ -83,13 +104,19 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        LIVE.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.address().0);
         // SAFETY: made by `Box::into_raw`.
         drop(unsafe { Box::from_raw(self.memory) });
     }
 }
 
+/// Runs a kernel in place of `simt`: an entry point, with the bytes of its parameter.
+pub type Runner = Box<dyn Fn(Launch, &str, &[MaybeUninit<u8>]) + Send + Sync>;
+
 /// A group of ranks with their workspaces.
 pub struct World {
+    /// What runs the group's kernels, if it is not `simt`.
+    pub runner: Option<Runner>,
     pub size: u32,
     layout: Layout,
     regions: Vec<Buffer>,
@@ -104,6 +131,7 @@ impl World {
         let regions: Vec<Buffer> =
             (0..size).map(|_| Buffer::new(layout.region_bytes() as usize, lamport::SENTINEL)).collect();
         World {
+            runner: None,
             size,
             layout,
             regions,

@@ -2,7 +2,7 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part of this")]
 
-use std::{thread, time::Duration};
+use std::{mem::MaybeUninit, slice, thread, time::Duration};
 
 use fused_collective_core::{
     dtype::Element,
@@ -42,8 +42,44 @@ pub enum Rows {
     Streamed,
 }
 
-/// A kernel with its parameters.
-pub type Launched = Box<dyn Fn() + Send + Sync>;
+impl Rows {
+    /// As entry points are named for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Rows::P1 => "p1",
+            Rows::P2 => "p2",
+            Rows::Streamed => "streamed",
+        }
+    }
+}
+
+/// A kernel with its parameters: as source, and as what it is launched by where it is compiled.
+pub struct Launched {
+    run: Box<dyn Fn() + Send + Sync>,
+    /// The name of the entry point.
+    pub entry: String,
+    /// The parameter's bytes.
+    pub parameter: Box<[MaybeUninit<u8>]>,
+}
+
+/// The bytes of a parameter, padding included.
+pub fn bytes_of<P>(params: &P) -> Box<[MaybeUninit<u8>]> {
+    // SAFETY: the bytes of a value, initialized or not.
+    unsafe { slice::from_raw_parts((&raw const *params).cast(), size_of::<P>()) }.into()
+}
+
+impl Launched {
+    fn new<P: Send + Sync + 'static>(entry: String, kernel: unsafe fn(&P), params: P) -> Launched {
+        let parameter = bytes_of(&params);
+        // SAFETY: the parameters are as their documentation says, and geometries cover a row.
+        Launched { run: Box::new(move || unsafe { kernel(&params) }), entry, parameter }
+    }
+
+    /// Runs the source, as one thread of a grid.
+    pub fn run(&self) {
+        (self.run)();
+    }
+}
 
 impl Kernel {
     /// The plan of an operation for this kernel, under the world's slots.
@@ -73,17 +109,12 @@ pub fn kernel_of<E: Element>(
         rows,
     };
     match case.operation.quantization {
-        _ if case.operation.norm.is_none() => run.epilogue::<E, _>(Plain { quantizer: Unquantized }),
-        Quantization::Fp8Static if kernel == Kernel::Sharded => {
-            run.gathered::<E, _>(tensors.norm(case, tensors.fp8()))
+        _ if case.operation.norm.is_none() => run.epilogue::<E, _>("none", Plain { quantizer: Unquantized }),
+        Quantization::Fp8Static => run.either::<E, _>("fp8", tensors.norm(case, tensors.fp8())),
+        Quantization::NvFp4 { layout } => {
+            run.either::<E, _>("nvfp4", tensors.norm(case, tensors.nvfp4(layout)))
         }
-        Quantization::NvFp4 { layout } if kernel == Kernel::Sharded => {
-            run.gathered::<E, _>(tensors.norm(case, tensors.nvfp4(layout)))
-        }
-        _ if kernel == Kernel::Sharded => run.gathered::<E, _>(tensors.norm(case, Unquantized)),
-        Quantization::Fp8Static => run.epilogue::<E, _>(tensors.norm(case, tensors.fp8())),
-        Quantization::NvFp4 { layout } => run.epilogue::<E, _>(tensors.norm(case, tensors.nvfp4(layout))),
-        _ => run.epilogue::<E, _>(tensors.norm(case, Unquantized)),
+        _ => run.either::<E, _>("norm", tensors.norm(case, Unquantized)),
     }
 }
 
@@ -117,7 +148,10 @@ pub fn run_rank<E: Element>(
     geometry: Launch,
 ) {
     for (geometry, kernel) in rounds_of(world, rank, case, tensors, kernel, rows, geometry) {
-        launch(geometry, kernel);
+        match &world.runner {
+            None => launch(geometry, || kernel.run()),
+            Some(run) => run(geometry, &kernel.entry, &kernel.parameter),
+        }
     }
 }
 
@@ -168,25 +202,40 @@ macro_rules! version {
 }
 
 impl Run {
-    fn epilogue<E: Element, X: Epilogue<E> + Send + Sync + 'static>(&self, epilogue: X) -> Launched {
-        self.launched(
-            match self.kernel {
-                Kernel::OneShot => version!(self, one_shot, E, X),
-                Kernel::TwoShot => version!(self, two_shot, E, X),
-                Kernel::Sharded => panic!("`gathered` runs these"),
-            },
-            epilogue,
-        )
+    fn epilogue<E: Element, X: Epilogue<E> + Send + Sync + 'static>(
+        &self,
+        fusion: &str,
+        epilogue: X,
+    ) -> Launched {
+        let (name, kernel) = match self.kernel {
+            Kernel::OneShot => ("one_shot", version!(self, one_shot, E, X)),
+            Kernel::TwoShot => ("two_shot", version!(self, two_shot, E, X)),
+            Kernel::Sharded => panic!("`either` runs these"),
+        };
+        self.launched(name, kernel, fusion, epilogue)
     }
 
-    fn gathered<E: Element, X: Gathered<E> + Send + Sync + 'static>(&self, epilogue: X) -> Launched {
-        self.launched(version!(self, sharded, E, X), epilogue)
+    /// With a sharded residual or without.
+    fn either<E: Element, X: Gathered<E> + Send + Sync + 'static>(
+        &self,
+        fusion: &str,
+        epilogue: X,
+    ) -> Launched {
+        if self.kernel != Kernel::Sharded {
+            return self.epilogue::<E, X>(fusion, epilogue);
+        }
+        self.launched("sharded", version!(self, sharded, E, X), fusion, epilogue)
     }
 
-    fn launched<X: Send + Sync + 'static>(&self, kernel: unsafe fn(&Fused<X>), epilogue: X) -> Launched {
+    fn launched<X: Send + Sync + 'static>(
+        &self,
+        name: &str,
+        kernel: unsafe fn(&Fused<X>),
+        fusion: &str,
+        epilogue: X,
+    ) -> Launched {
         let params = Fused { group: self.group, shape: self.shape, activations: self.activations, epilogue };
-        // SAFETY: the parameters are as their documentation says, and geometries cover a row.
-        Box::new(move || unsafe { kernel(&params) })
+        Launched::new(format!("{name}_{fusion}_{}", self.rows.name()), kernel, params)
     }
 }
 

@@ -69,7 +69,7 @@ impl<E: Element + Send + Sync> Member for Typed<E> {
         for (geometry, kernel) in
             rounds_of(world, rank, &self.case, tensors, self.kernel, self.rows, geometry)
         {
-            stream.launch(geometry, kernel);
+            stream.launch(geometry, move || kernel.run());
         }
     }
 

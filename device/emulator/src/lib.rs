@@ -1,0 +1,30 @@
+//! Runs the PTX that kernels were compiled to, on the host, one instruction after the other.
+//!
+//! `simt` runs the kernels' source on the host's threads; this runs what the compiler made of it, for every kind of
+//! GPU, on a machine without any. Each thread of a grid goes on by itself, some instructions at a time, in a random
+//! order: nothing keeps the threads of a warp together but instructions that say so. Stores to global memory are seen by
+//! others some time later, each word by itself, and overtake each other, unless a barrier or a release orders them.
+//!
+//! A run ends with a [`Fault`] where a GPU would do anything at all:
+//! - memory outside the allocations that the run was given, or not aligned
+//! - shared memory that nobody has written, or that threads access with nothing between them that orders it
+//! - a shuffle or a barrier that its threads do not all reach, or not at the same instruction
+//! - a block that ends while other blocks of its cluster still send to it
+//! - global memory that is accessed before `griddepcontrol.wait`
+//!
+//! # What it is not
+//! It knows the instructions that the kernels consist of, and says so of any other. Loads are executed in order, and a
+//! barrier makes stores visible to everyone, not to its threads alone. Approximate instructions are as exact as the host
+//! computes them. What the assembler makes of the PTX, and how fast it is, only a GPU shows.
+
+mod alu;
+mod decode;
+mod grid;
+mod memory;
+mod module;
+mod shared;
+
+pub use decode::Entry;
+pub use grid::{Fault, Geometry, Grid};
+pub use memory::Memory;
+pub use module::{Module, ParseError};

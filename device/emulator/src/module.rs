@@ -1,0 +1,84 @@
+//! A file of PTX: its entry points, found but not yet decoded.
+
+use std::{collections::BTreeMap, error::Error, fmt};
+
+use crate::decode::{self, Entry};
+
+/// PTX that the emulator does not understand.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParseError {
+    /// The line of the file, counted from 1.
+    pub line: usize,
+    /// What is wrong with it.
+    pub what: String,
+}
+
+impl fmt::Display for ParseError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}: {}", self.line, self.what)
+    }
+}
+
+impl Error for ParseError {}
+
+/// The text of one entry point.
+#[derive(Debug)]
+struct Text {
+    /// The line that its body starts in, counted from 1.
+    line: usize,
+    param_bytes: u64,
+    body: String,
+}
+
+/// A file of PTX.
+#[derive(Debug)]
+pub struct Module {
+    entries: BTreeMap<String, Text>,
+}
+
+impl Module {
+    /// Finds the entry points of `ptx`.
+    pub fn parse(ptx: &str) -> Result<Module, ParseError> {
+        let mut entries = BTreeMap::new();
+        let mut lines = ptx.lines().zip(1..);
+        while let Some((line, number)) = lines.next() {
+            let fail = |what: &str| ParseError { line: number, what: what.to_owned() };
+            if line.starts_with(".func") || line.starts_with(".visible .func") {
+                return Err(fail("a function that is no entry point"));
+            }
+            let Some(name) = line.strip_prefix(".visible .entry ") else { continue };
+            let name = name.trim_end_matches(['(', ' ']).to_owned();
+            let mut param_bytes = 0;
+            let start = loop {
+                let (line, number) = lines.next().ok_or_else(|| fail("an entry point without a body"))?;
+                if line.trim_start().starts_with(".param ") {
+                    let bytes = line.split_once('[').and_then(|(_, rest)| rest.split(']').next());
+                    param_bytes = bytes
+                        .and_then(|bytes| bytes.parse().ok())
+                        .ok_or_else(|| fail("a parameter that is no array of bytes"))?;
+                }
+                if line == "{" {
+                    break number + 1;
+                }
+            };
+            let mut body = String::new();
+            for (line, _) in lines.by_ref().take_while(|(line, _)| *line != "}") {
+                body.push_str(line);
+                body.push('\n');
+            }
+            entries.insert(name, Text { line: start, param_bytes, body });
+        }
+        Ok(Module { entries })
+    }
+
+    /// The names of the entry points, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Decodes an entry point, if there is one of this name.
+    pub fn entry(&self, name: &str) -> Option<Result<Entry, ParseError>> {
+        let Text { line, param_bytes, body } = self.entries.get(name)?;
+        Some(decode::entry(name, *line, *param_bytes, body))
+    }
+}

@@ -1,0 +1,154 @@
+//! Every entry point of every collective, for every kind of GPU.
+
+use std::{
+    env,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use fused_collective_core::dtype::{Element, bf16, f16};
+use fused_collective_device::params::{Status, TIMED_OUT};
+
+use crate::{
+    Compiled, KERNELS, ROWS, gpus, has_clusters,
+    support::{
+        CALL, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, geometry, run_case, run_rank,
+    },
+};
+
+/// A group whose kernels are those of `compiled`.
+pub(crate) fn world(size: u32, compiled: &Arc<Compiled>) -> World {
+    let mut world = World::new(size, 1 << 17);
+    let compiled = Arc::clone(compiled);
+    world.runner = Some(Box::new(move |launch, entry, parameter| compiled.run(launch, entry, parameter)));
+    world
+}
+
+/// Packs of a row for a warp to keep in each way, as in the tests of the source.
+fn packs(random: &mut Random, rows: Rows) -> u64 {
+    match rows {
+        Rows::P1 => 1 + random.below(32),
+        Rows::P2 => 33 + random.below(32),
+        Rows::Streamed => 33 + random.below(64),
+    }
+}
+
+/// Runs every entry point as often as `EMULATED_ROUNDS` says, once by default, each time with other operations.
+fn every_collective_is_right<E: Element>(seed: u64, dtype: &str) {
+    let rounds = env::var("EMULATED_ROUNDS").map_or(1, |rounds| rounds.parse().expect("a number of rounds"));
+    for round in 0..rounds {
+        every_collective_is_right_once::<E>(seed + 3 * round, dtype);
+    }
+}
+
+fn every_collective_is_right_once<E: Element>(seed: u64, dtype: &str) {
+    for gpu in gpus() {
+        // A group for each set of kernels: those for at most 2, 4 and 8 ranks.
+        for (ranks, most) in [(2, 2), (3, 4), (5, 8)] {
+            let compiled = Arc::new(Compiled::read(&gpu, &format!("{dtype}_w{most}")));
+            let mut random = Random(seed);
+            let world = world(ranks, &compiled);
+            for rows in ROWS {
+                for what in EVERYTHING {
+                    let sharded = what != What::Sum;
+                    for kernel in KERNELS.into_iter().filter(|kernel| sharded || *kernel != Kernel::Sharded) {
+                        let tokens = 1 + random.below(4);
+                        let hidden = (packs(&mut random, rows) * E::LANES as u64).next_multiple_of(16);
+                        let residual = kernel == Kernel::Sharded || random.below(2) == 1;
+                        let case = Case::<E>::new(&mut random, ranks, tokens, hidden, residual, what);
+                        let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+                        let teams = 1 + random.below(tokens.min(2)) as u32;
+                        let launch = geometry(&case.operation, rows, 1, teams);
+                        run_case(&mut random, &world, &case, kernel, rows, |_| launch);
+                    }
+                }
+            }
+            world.assert_clean();
+            compiled.assert_all_ran("-");
+        }
+    }
+}
+
+#[test]
+fn every_collective_is_right_in_f32() {
+    every_collective_is_right::<f32>(1, "f32");
+}
+
+#[test]
+fn every_collective_is_right_in_f16() {
+    every_collective_is_right::<f16>(2, "f16");
+}
+
+#[test]
+fn every_collective_is_right_in_bf16() {
+    every_collective_is_right::<bf16>(3, "bf16");
+}
+
+/// Blocks of a cluster, each of one warp or several, share a row of real length.
+#[test]
+fn blocks_of_a_cluster_share_a_row() {
+    let mut random = Random(5);
+    for gpu in gpus().into_iter().filter(|gpu| has_clusters(gpu)) {
+        let compiled = Arc::new(Compiled::read(&gpu, "bf16_w2"));
+        let world = world(2, &compiled);
+        for (cluster, rows) in [(2, Rows::P1), (4, Rows::P2), (8, Rows::P1), (4, Rows::Streamed)] {
+            for kernel in KERNELS {
+                let case = Case::<bf16>::new(&mut random, 2, 3, 4112, true, EVERYTHING[4]);
+                let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+                let launch = geometry(&case.operation, rows, cluster, 2);
+                run_case(&mut random, &world, &case, kernel, rows, |_| launch);
+            }
+        }
+        world.assert_clean();
+    }
+}
+
+/// Many tokens for few teams, whose number is each rank's own: rows are pushed ahead, and got a turn late.
+#[test]
+fn ranks_may_use_different_grids() {
+    let mut random = Random(6);
+    for gpu in gpus() {
+        for (ranks, most) in [(2, 2), (3, 4)] {
+            let compiled = Arc::new(Compiled::read(&gpu, &format!("bf16_w{most}")));
+            let world = world(ranks, &compiled);
+            for (tokens, rows) in [(23, Rows::P2), (12, Rows::P1), (13, Rows::Streamed)] {
+                for kernel in KERNELS {
+                    let case = Case::<bf16>::new(&mut random, ranks, tokens, 304, true, EVERYTHING[3]);
+                    let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+                    run_case(&mut random, &world, &case, kernel, rows, |rank| {
+                        geometry(&case.operation, rows, 1, 1 + rank * 2)
+                    });
+                }
+            }
+            world.assert_clean();
+        }
+    }
+}
+
+#[test]
+fn a_missing_rank_ends_the_wait_with_a_record() {
+    let mut random = Random(7);
+    for gpu in gpus() {
+        let compiled = Arc::new(Compiled::read(&gpu, "bf16_w2"));
+        for kernel in KERNELS {
+            let mut world = world(2, &compiled);
+            let case = Case::<bf16>::new(&mut random, 2, 2, 512, true, What::Fp8);
+            let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+            let launch = geometry(&case.operation, Rows::P1, 1, 2);
+            run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);
+
+            world.timeout = Duration::from_millis(20);
+            let tensors = Tensors::new(&case, 0);
+            run_rank(&world, 0, &case, &tensors, kernel, Rows::P1, launch);
+            assert_eq!(world.failed(0), TIMED_OUT);
+            let status = &world.statuses[0];
+            assert_eq!(status.atomic(Status::MISSING_RANK).load(Ordering::Relaxed), 1);
+            assert_eq!(status.get::<u64>()[Status::OPERATION as usize / 8], 1);
+            assert_eq!(status.get::<u64>()[Status::CALL as usize / 8], CALL);
+
+            // What follows on the poisoned rank ends at once, whatever its deadline is.
+            world.timeout = Duration::from_secs(3600);
+            run_rank(&world, 0, &case, &tensors, kernel, Rows::P1, launch);
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! Every entry point that needs no group, but for those that measure links, for every kind of GPU.
+
+use std::path::Path;
+
+use fused_collective_core::{
+    dtype::{Element, bf16, f16},
+    quant::{Quantization, e2m1, e4m3},
+    reference::Rounding,
+};
+use fused_collective_device::{
+    params::{Activations, Address, Audit, Conversions, Fill, Local, Plain, Step, Unquantized},
+    simt::host::Launch,
+};
+
+use crate::{
+    Compiled, ROWS, gpus,
+    support::{Buffer, Case, EVERYTHING, POISON, Random, Rows, Tensors, What, bytes_of, geometry, shape},
+};
+
+const SMALL: Launch = Launch { blocks: 2, cluster: 1, threads: 64 };
+
+/// Runs one pass over rows, as entry point `local_{name}`.
+fn one_pass<E: Element, X>(
+    compiled: &Compiled,
+    (name, rows): (&str, Rows),
+    case: &Case<E>,
+    activations: Activations,
+    epilogue: X,
+) {
+    let params = Local { shape: shape(&case.operation), activations, epilogue };
+    let launch = geometry(&case.operation, rows, 1, 2);
+    compiled.run(launch, &format!("local_{name}_{}", rows.name()), &bytes_of(&params));
+}
+
+fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
+    for rows in ROWS {
+        for what in EVERYTHING {
+            let hidden = 16 * (17 + random.below(17));
+            let residual = random.below(2) == 1;
+            let mut case = Case::<E>::new(random, 1, 3, hidden, residual, what);
+            case.operation.keep_norm |= case.operation.norm.is_some();
+            let [fused, apart] = [(); 2].map(|()| Tensors::new(&case, 0));
+            let with = fused.activations();
+            match case.operation.quantization {
+                _ if what == What::Sum => {
+                    one_pass(compiled, ("none", rows), &case, with, Plain { quantizer: Unquantized });
+                }
+                Quantization::Fp8Static => {
+                    one_pass(compiled, ("norm_fp8", rows), &case, with, fused.norm(&case, fused.fp8()));
+                }
+                Quantization::NvFp4 { layout } => {
+                    let epilogue = fused.norm(&case, fused.nvfp4(layout));
+                    one_pass(compiled, ("norm_nvfp4", rows), &case, with, epilogue);
+                }
+                _ => one_pass(compiled, ("norm", rows), &case, with, fused.norm(&case, Unquantized)),
+            }
+            fused.check(&case, Rounding::Once);
+            if case.operation.quantization == Quantization::None {
+                continue;
+            }
+            // The norm, then its quantization: the bits of both in one.
+            one_pass(compiled, ("norm", rows), &case, apart.activations(), apart.norm(&case, Unquantized));
+            let norm = Activations {
+                input: apart.norm_out.address(),
+                residual: Address::NULL,
+                residual_out: Address::NULL,
+            };
+            match case.operation.quantization {
+                Quantization::NvFp4 { layout } => {
+                    one_pass(
+                        compiled,
+                        ("nvfp4", rows),
+                        &case,
+                        norm,
+                        Plain { quantizer: apart.nvfp4(layout) },
+                    );
+                }
+                _ => one_pass(compiled, ("fp8", rows), &case, norm, Plain { quantizer: apart.fp8() }),
+            }
+            assert!(fused.outputs() == apart.outputs(), "{what:?} {rows:?}");
+        }
+    }
+}
+
+/// The primitive steps of RMSNorm and FP8 quantization, one kernel each.
+fn steps_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
+    let mut case = Case::<E>::new(random, 1, 3, 96, true, What::Fp8);
+    case.operation.keep_norm = true;
+    let tensors = Tensors::new(&case, 0);
+    let (tokens, hidden) = (case.operation.tokens as u32, case.operation.hidden as u32);
+    let norm = case.operation.norm.unwrap();
+    let wide = || Buffer::new((tokens * hidden) as usize * 4, 0);
+    let [x, y, z] = [wide(), wide(), wide()];
+    let factors = Buffer::new(tokens as usize * 4, 0);
+    let residual = tensors.residual.as_ref().unwrap();
+    let run = |name: &str, a: &Buffer, b: &Buffer, out: &Buffer, value: f32| {
+        let step =
+            Step { a: a.address(), b: b.address(), out: out.address(), tokens, hidden, value, reserved: 0 };
+        compiled.run(SMALL, &format!("eager_{name}"), &bytes_of(&step));
+    };
+    let unused = &factors;
+    run("to_f32", &tensors.input, unused, &x, 0.0);
+    run("to_f32", residual, unused, &y, 0.0);
+    run("add", &x, &y, &z, 0.0);
+    run("round", &z, unused, &tensors.residual_out, 0.0);
+    run("to_f32", &tensors.residual_out, unused, &x, 0.0);
+    run("square", &x, unused, &y, 0.0);
+    run("mean_rsqrt", &y, unused, &factors, norm.epsilon);
+    run("scale_rows", &x, &factors, &y, 0.0);
+    run("mul_weight", &y, &tensors.gamma, &z, norm.weight_bias);
+    run("round", &z, unused, &tensors.norm_out, 0.0);
+    run("to_f32", &tensors.norm_out, unused, &x, 0.0);
+    run("mul_inverse", &x, &tensors.scale, &y, 0.0);
+    run("clamp", &y, unused, &z, 0.0);
+    run("to_fp8", &z, unused, &tensors.values, 0.0);
+    tensors.check(&case, Rounding::Once);
+}
+
+fn fill_and_audit_are_right(compiled: &Compiled) {
+    let [actual, expected] = [(); 2].map(|()| Buffer::new(100 * 16, 1));
+    let fill = Fill { out: actual.address(), packs: 99, word: 7, reserved: 0 };
+    compiled.run(SMALL, "fill", &bytes_of(&fill));
+    let words = actual.get::<u32>();
+    assert!(words[..99 * 4].iter().all(|word| *word == 7) && words[99 * 4..].iter().all(|word| *word == 1));
+
+    let found = Buffer::new(16, 0);
+    let audit = |expected: &Buffer| Audit {
+        actual: actual.address(),
+        expected: expected.address(),
+        found: found.address(),
+        packs: 100,
+        poison: POISON,
+        reserved: 0,
+    };
+    let same = Buffer::of(&words);
+    compiled.run(SMALL, "audit_outputs", &bytes_of(&audit(&same)));
+    assert_eq!(found.get::<u32>()[0], 0);
+    assert!(actual.get::<u32>().iter().all(|word| *word == POISON));
+    compiled.run(SMALL, "audit_outputs", &bytes_of(&audit(&expected)));
+    assert!((1..=100).contains(&found.get::<u32>()[0]));
+}
+
+/// Random ranges of numbers, those around the largest, and those where the count of bits wraps.
+fn conversions_are_right(random: &mut Random, compiled: &Compiled) {
+    let edges = [448f32.to_bits() - 500, 0u32.wrapping_sub(500), 1.5f32.to_bits(), 6f32.to_bits() - 500];
+    let firsts: Vec<u32> = edges.into_iter().chain((0..60).map(|_| random.next() as u32)).collect();
+    for first in firsts {
+        let (bytes, halves) = (Buffer::new(1000, 0), Buffer::new(500, 0));
+        let e4m3 = Conversions { out: bytes.address(), first, count: 1000 };
+        compiled.run(SMALL, "encode_e4m3", &bytes_of(&e4m3));
+        compiled.run(SMALL, "encode_e2m1", &bytes_of(&Conversions { out: halves.address(), ..e4m3 }));
+        let (bytes, halves) = (bytes.get::<u8>(), halves.get::<u8>());
+        for index in 0..1000 {
+            let value = f32::from_bits(first.wrapping_add(index as u32));
+            assert_eq!(bytes[index], e4m3::encode(value), "{value:e}");
+            assert_eq!(e2m1::unpack(halves[index / 2])[index % 2], e2m1::encode(value), "{value:e}");
+        }
+    }
+}
+
+fn every_kernel_is_right<E: Element>(seed: u64, gpu: &Path, dtype: &str) {
+    let mut random = Random(seed);
+    let compiled = Compiled::read(gpu, &format!("{dtype}_local"));
+    passes_are_right::<E>(&mut random, &compiled);
+    steps_are_right::<E>(&mut random, &compiled);
+    fill_and_audit_are_right(&compiled);
+    conversions_are_right(&mut random, &compiled);
+    compiled.assert_all_ran("links_");
+}
+
+#[test]
+fn kernels_without_a_group_are_right() {
+    for gpu in gpus() {
+        every_kernel_is_right::<f32>(11, &gpu, "f32");
+        every_kernel_is_right::<f16>(12, &gpu, "f16");
+        every_kernel_is_right::<bf16>(13, &gpu, "bf16");
+    }
+}

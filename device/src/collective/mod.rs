@@ -56,6 +56,7 @@ use crate::{
 pub mod links;
 mod one_shot;
 mod sharded;
+mod turns;
 mod two_shot;
 mod wait;
 

@@ -2,19 +2,18 @@
 //! row what the epilogue makes of it, and sends that to all. The second hop carries codes in place of elements, half as
 //! many bytes or a quarter; who gets them stores them as they are.
 //!
-//! The order of tokens and the waits are [two-shot's](super::two_shot()). What an owner sends is stripped of the sentinel,
-//! and it stores the same itself.
+//! What an owner sends is stripped of the sentinel, and it stores the same itself. [`turns`](super::turns) says in which
+//! order a team completes tokens.
 //!
-//! The second hop is short, so it should not begin only when the first is done: where it can, a team pushes its row of a
-//! token two turns before it completes that token, each time what it waits for has arrived. So owners sum and quantize
-//! while the links carry the rows of later tokens. Still ranks cannot wait in a circle: a token is pushed when tokens
-//! before it have arrived, and the first ones of a team wait for nothing.
+//! The second hop is short, so it should not begin only when the first is done: where it can, a team pushes a row only
+//! when it sums the token before that of its own, each time what it waits for has arrived. So owners sum and quantize
+//! while the links carry the rows of later tokens.
 
 use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SlotRows};
 
 use super::{
     Begun, first_slot, load_row, pack_of, peer, peers, residual_out,
-    two_shot::{Deal, deal, dealt},
+    turns::{Token, Tokens},
     wait::{Awaited, Waiter},
 };
 use crate::{
@@ -26,12 +25,12 @@ use crate::{
 
 /// Bytes of a word.
 const WORD: u64 = 4;
-/// How many turns before it completes a token a team pushes its row of it; 0 is all of them before it completes any.
+/// How many rows of other ranks' tokens a team pushes before it sums its first token; 0 is all of them.
 ///
 /// With one pack a thread there are no registers to spare, and mostly as many teams as tokens. What more than two ranks
 /// gain has not been measured.
 const fn turns_ahead(ranks: usize, packs: usize, resident: bool) -> u32 {
-    if ranks > 2 || resident && packs == 1 { 0 } else { 2 }
+    if ranks > 2 || resident && packs == 1 { 0 } else { 1 }
 }
 
 /// The kernel, for groups of at most `N` ranks, with `P` packs of a row in each thread: all of its share if
@@ -52,6 +51,7 @@ where
     let Fused { group, shape, activations, epilogue } = params;
     let mut team = Team::join(X::ROW_SUM);
     let (team_index, teams) = (team.index, team.teams);
+    let tokens = Tokens::<N>::new(group, shape);
     let share = Share::<P, RESIDENT>::new(&team, shape);
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
@@ -76,12 +76,9 @@ where
         first_slot::<N>(&group, rank).offset(waiter.slot as u64 * group.slot_bytes)
     };
     // Pushes this rank's row of a token that another one owns, if there is such a token.
-    let push = |waiter: &Waiter<'_>, token: u32, chunk: u32| {
-        if token >= shape.tokens || waiter.failed {
-            return;
-        }
-        let (owner, index) = dealt(token, group.world_size);
-        if owner == group.rank {
+    let push = |waiter: &Waiter<'_>, other: i32, chunk: u32| {
+        let Some(Token { token, owner, index }) = tokens.other(other) else { return };
+        if waiter.failed {
             return;
         }
         // SAFETY: see above.
@@ -94,16 +91,12 @@ where
         }
     };
     let turns_ahead = const { turns_ahead(N, P, RESIDENT) };
-    let push_row = |token| share.for_chunks(|chunk| push(&begun.waiter, token, chunk));
-    let mut turn = Deal::new(team_index, teams);
-    if turns_ahead == 0 {
-        deal(team_index, teams, shape.tokens, push_row);
-    } else {
-        let mut ahead = turn;
-        for _ in 0..turns_ahead {
-            push_row(ahead.token());
-            ahead = ahead.next();
-        }
+    let mut other = tokens.first_other(team_index, teams);
+    let mut pushed = 0;
+    while (turns_ahead == 0 || pushed < turns_ahead) && tokens.other(other).is_some() {
+        share.for_chunks(|chunk| push(&begun.waiter, other, chunk));
+        other += teams as i32;
+        pushed += 1;
     }
     begun.advance();
     // What is constant is read when the links have work.
@@ -121,87 +114,85 @@ where
     // The second hop's rows follow the first's, as far apart as they would be if they were elements: each starts with
     // the words of its packs, and its scales follow. Computed where they are used, so as to take up no registers before.
     let result = |token: u32| group.world_size as u64 * simt::opaque_u64(stride) + token as u64 * row_bytes;
-    let words_at = |row: Address, pack: u32| row.offset(pack as u64 * (X::WORDS as u64 * WORD));
+    let words_at =
+        |row: Address, pack: u32| row.offset(simt::opaque_u64(pack as u64) * (X::WORDS as u64 * WORD));
     let scales_at = |row: Address, pack: u32| {
         let first = simt::opaque_u64(shape.row_packs as u64) * (X::WORDS as u64 * WORD);
         row.offset(first + (pack / X::SCALE_PACKS.max(1)) as u64 * WORD)
     };
     let has_scales = |pack: u32| X::SCALE_PACKS > 0 && pack.is_multiple_of(X::SCALE_PACKS.max(1));
     let waiter = &mut begun.waiter;
-    while turn.first < shape.tokens {
-        let token = turn.token();
-        let mut ahead = turn;
-        for _ in 0..turns_ahead {
-            ahead = ahead.next();
-        }
-        turn = turn.next();
-        if token >= shape.tokens {
-            continue;
-        }
-        let (owner, index) = dealt(token, group.world_size);
-        if owner != group.rank {
-            let awaited = Awaited { shape, token, hop: 2 };
-            share.for_chunks(|chunk| {
-                // SAFETY: see above.
-                unsafe {
-                    let row = slot_of(waiter, group.rank).offset(result(token));
-                    let at = |pack| Some(words_at(row, pack));
-                    let words = waiter.words(X::WORDS, share, chunk, at, owner, awaited);
-                    if turns_ahead > 0 {
-                        push(waiter, ahead.token(), chunk);
-                    }
-                    share.for_each(chunk, |p, pack| epilogue.store(place(token, pack), words[p]));
-                    if X::SCALE_PACKS > 0 {
-                        let at = |pack| has_scales(pack).then(|| scales_at(row, pack));
-                        let scales = waiter.words(1, share, chunk, at, owner, awaited);
-                        share.for_each(chunk, |p, pack| {
-                            if has_scales(pack) {
-                                epilogue.store_scales(place(token, pack), scales[p].0[0]);
-                            }
-                        });
-                    }
+    let mut index = team_index;
+    let mut other = tokens.first_late(team_index, teams);
+    while tokens.remain(index, other) {
+        if let Some(Token { token, index, .. }) = tokens.own(index) {
+            // SAFETY: see above. The residual's rows are this rank's tokens of the round.
+            let sum = |waiter: &mut Waiter<'_>, chunk: u32, row: &mut [Pack; P]| unsafe {
+                let own = own(token, chunk);
+                let residual =
+                    load_row(activations.residual, share, chunk, &share.places(index as u64, chunk));
+                let row_at = slot_of(waiter, group.rank).offset(index as u64 * row_bytes);
+                let packs = waiter.all::<N, P, RESIDENT>(
+                    share,
+                    chunk,
+                    |source, _, pack| pack_of(row_at, source, stride, pack),
+                    Awaited { shape, token, hop: 1 },
+                );
+                if turns_ahead > 0 {
+                    // The team is a turn late with the others' tokens. None of two ranks is left out, as a team has
+                    // at most one more of them than of its own.
+                    push(waiter, other + ((turns_ahead + 1) * simt::clusters()) as i32, chunk);
                 }
-            });
-            continue;
-        }
-        // SAFETY: see above. The residual's rows are this rank's tokens of the round.
-        let sum = |waiter: &mut Waiter<'_>, chunk: u32, row: &mut [Pack; P]| unsafe {
-            let own = own(token, chunk);
-            let residual = load_row(activations.residual, share, chunk, &share.places(index as u64, chunk));
-            let row_at = slot_of(waiter, group.rank).offset(index as u64 * row_bytes);
-            let packs = waiter.all::<N, P, RESIDENT>(
-                share,
-                chunk,
-                |source, _, pack| pack_of(row_at, source, stride, pack),
-                Awaited { shape, token, hop: 1 },
-            );
-            if turns_ahead > 0 {
-                push(waiter, ahead.token(), chunk);
-            }
-            share.for_each(chunk, |p, _| {
-                row[p] = residual_out::<E, N>(group, &packs[p], own[p].strip(), Some(residual[p]));
-            });
-        };
-        // SAFETY: see above.
-        let send = |waiter: &mut Waiter<'_>, pack: u32, words: Pack, scales: u32| unsafe {
-            let (words, scales) = (words.strip(), lamport::strip(scales));
-            epilogue.store(place(token, pack), words);
-            if has_scales(pack) {
-                epilogue.store_scales(place(token, pack), scales);
-            }
-            if waiter.failed {
-                return;
-            }
-            let result = result(token);
-            for distance in 1..group.world_size {
-                let row = slot_of(waiter, peer(group, distance)).offset(result);
-                simt::push_words(words_at(row, pack), words, X::WORDS);
+                share.for_each(chunk, |p, _| {
+                    row[p] = residual_out::<E, N>(group, &packs[p], own[p].strip(), Some(residual[p]));
+                });
+            };
+            // SAFETY: see above.
+            let send = |waiter: &mut Waiter<'_>, pack: u32, words: Pack, scales: u32| unsafe {
+                let (words, scales) = (words.strip(), lamport::strip(scales));
+                epilogue.store(place(token, pack), words);
                 if has_scales(pack) {
-                    simt::push_words(scales_at(row, pack), Pack([scales, 0, 0, 0]), 1);
+                    epilogue.store_scales(place(token, pack), scales);
                 }
+                if waiter.failed {
+                    return;
+                }
+                let result = result(token);
+                for distance in 1..group.world_size {
+                    let row = slot_of(waiter, peer(group, distance)).offset(result);
+                    simt::push_words(words_at(row, pack), words, X::WORDS);
+                    if has_scales(pack) {
+                        simt::push_words(scales_at(row, pack), Pack([scales, 0, 0, 0]), 1);
+                    }
+                }
+            };
+            // SAFETY: see above.
+            unsafe { prepared.make(&mut team, shape, activations, index, waiter, sum, send) };
+        }
+        index += simt::clusters();
+        for _ in 1..tokens.ranks() {
+            if let Some(Token { token, owner, .. }) = tokens.other(other) {
+                let awaited = Awaited { shape, token, hop: 2 };
+                share.for_chunks(|chunk| {
+                    // SAFETY: see above.
+                    unsafe {
+                        let row = slot_of(waiter, group.rank).offset(result(token));
+                        let at = |pack| Some(words_at(row, pack));
+                        let words = waiter.words(X::WORDS, share, chunk, at, owner, awaited);
+                        share.for_each(chunk, |p, pack| epilogue.store(place(token, pack), words[p]));
+                        if X::SCALE_PACKS > 0 {
+                            let at = |pack| has_scales(pack).then(|| scales_at(row, pack));
+                            let scales = waiter.words(1, share, chunk, at, owner, awaited);
+                            share.for_each(chunk, |p, pack| {
+                                if has_scales(pack) {
+                                    epilogue.store_scales(place(token, pack), scales[p].0[0]);
+                                }
+                            });
+                        }
+                    }
+                });
             }
-        };
-        // SAFETY: see above.
-        unsafe { prepared.make(&mut team, shape, activations, index, waiter, sum, send) };
+            other += simt::clusters() as i32;
+        }
     }
 }

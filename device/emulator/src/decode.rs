@@ -7,6 +7,34 @@ use crate::{
     module::ParseError,
 };
 
+/// Loads from global memory. Those without a state space have addresses of any; only global ones are known here.
+const GLOBAL_LOADS: [&str; 11] = [
+    "ld.b32",
+    "ld.global.u32",
+    "ld.global.v2.u32",
+    "ld.global.v4.u32",
+    "ld.global.nc.u32",
+    "ld.global.nc.u64",
+    "ld.global.nc.v4.u32",
+    "ld.relaxed.sys.global.u32",
+    "ld.relaxed.sys.global.u64",
+    "ld.relaxed.sys.global.v2.u32",
+    "ld.relaxed.sys.global.v4.u32",
+];
+/// Stores to it.
+const GLOBAL_STORES: [&str; 10] = [
+    "st.b8",
+    "st.b16",
+    "st.b32",
+    "st.b64",
+    "st.global.u32",
+    "st.global.v4.u32",
+    "st.relaxed.sys.global.u32",
+    "st.relaxed.sys.global.v2.u32",
+    "st.relaxed.sys.global.v4.u32",
+    "st.release.sys.global.u32",
+];
+
 /// An entry point, ready to run.
 #[derive(Debug)]
 pub struct Entry {
@@ -436,22 +464,18 @@ impl Decoder {
             ("st.shared.f32", [to, from]) => {
                 Operation::StoreShared { to: self.place(to)?, from: self.source(from)? }
             }
-            (_, [to, from]) if name.starts_with("ld.") && !name.contains("local") => Operation::LoadGlobal {
+            (_, [to, from]) if GLOBAL_LOADS.contains(&name) => Operation::LoadGlobal {
                 to: self.registers_of(to)?,
                 bytes: self.bytes(name)?,
                 from: self.place(from)?,
                 constant: name.contains(".nc"),
             },
-            (_, [to, from])
-                if name.starts_with("st.") && !name.contains("async") && !name.contains("local") =>
-            {
-                Operation::StoreGlobal {
-                    to: self.place(to)?,
-                    bytes: self.bytes(name)?,
-                    from: self.sources_of(from)?,
-                    release: name.contains(".release"),
-                }
-            }
+            (_, [to, from]) if GLOBAL_STORES.contains(&name) => Operation::StoreGlobal {
+                to: self.place(to)?,
+                bytes: self.bytes(name)?,
+                from: self.sources_of(from)?,
+                release: name.contains(".release"),
+            },
             ("atom.relaxed.sys.global.cas.b32", [old, at, expected, new]) => Operation::CompareAndSwap {
                 old: self.register(old)?,
                 at: self.place(at)?,

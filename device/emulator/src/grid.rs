@@ -134,6 +134,7 @@ struct Block {
 
 /// A word on its way to a block of the same cluster.
 struct Message {
+    sender: usize,
     block: usize,
     address: u64,
     value: u32,
@@ -146,6 +147,11 @@ struct Store {
     cell: Cell,
     bytes: u64,
     value: u64,
+}
+
+/// How many phases of a counter a thread knows to have ended, by what it has `observed`.
+fn phases_in(observed: &[(u32, u64)]) -> impl Fn(u32) -> u64 {
+    |counter| observed.iter().find(|(known, _)| *known == counter).map_or(0, |(_, phases)| *phases)
 }
 
 /// How a thread's turn goes on.
@@ -216,7 +222,7 @@ impl<'a> Running<'a> {
                 self.deliver(index)?;
                 continue;
             }
-            if !self.stores.is_empty() && self.below(2) == 0 {
+            if !self.stores.is_empty() && self.below(16) == 0 {
                 let index = self.below(self.stores.len());
                 self.complete_store(index);
             }
@@ -252,10 +258,10 @@ impl<'a> Running<'a> {
             let Some(instruction) = self.grid.entry.code.get(self.threads[thread].at) else {
                 return Err(self.fault(thread, "went past the last instruction"));
             };
-            let guarded = instruction.guard.is_some_and(|(predicate, value)| {
+            let is_skipped = instruction.guard.is_some_and(|(predicate, value)| {
                 (self.registers[thread * self.grid.entry.registers + predicate] != 0) != value
             });
-            let step = if guarded {
+            let step = if is_skipped {
                 Step::Next
             } else {
                 self.execute(thread, &instruction.operation).map_err(|what| self.fault(thread, what))?
@@ -268,7 +274,7 @@ impl<'a> Running<'a> {
                     return Ok(true);
                 }
                 // Whoever sets it free moves it on: perhaps itself, just now.
-                Step::Wait => return Ok(self.resume_if_free(thread)),
+                Step::Wait => return Ok(self.is_free(thread)),
                 Step::End => return Ok(false),
             }
         }
@@ -276,7 +282,7 @@ impl<'a> Running<'a> {
     }
 
     /// Whether a thread that has just come to a wait need not wait. It is then still among the runnable.
-    fn resume_if_free(&mut self, thread: usize) -> bool {
+    fn is_free(&self, thread: usize) -> bool {
         let thread = &self.threads[thread];
         thread.lane.is_none() && thread.barrier.is_none() && !thread.waits_for_cluster
     }
@@ -309,7 +315,7 @@ impl<'a> Running<'a> {
     }
 
     /// Where in shared memory a place is; an address there has 32 bits.
-    fn local(&self, thread: usize, place: Place) -> u64 {
+    fn shared_address(&self, thread: usize, place: Place) -> u64 {
         u64::from((self.get(thread, place.address) as u32).wrapping_add(place.offset as u32))
     }
 
@@ -369,8 +375,8 @@ impl<'a> Running<'a> {
                 self.check_grid(thread, false)?;
                 let cell = self.grid.memory.at(self.global(thread, to), bytes * from.len() as u64)?;
                 if release {
-                    let block = self.block_of(thread);
-                    self.complete_stores_of_block(block);
+                    // What others stored before was made visible where it was ordered before this.
+                    self.complete_stores(|other| other == thread);
                 }
                 for (index, source) in from.iter().enumerate() {
                     let (cell, value) = (cell.at(index as u64 * bytes), self.get(thread, *source));
@@ -390,15 +396,12 @@ impl<'a> Running<'a> {
             }
             Operation::LoadShared { ref to, from } => {
                 let (address, access, block) =
-                    (self.local(thread, from), self.access(thread), self.block_of(thread));
+                    (self.shared_address(thread, from), self.access(thread), self.block_of(thread));
                 if !address.is_multiple_of(4 * to.len() as u64) {
                     return Err(format!("address {address} of shared memory is not aligned"));
                 }
                 for (index, register) in to.iter().enumerate() {
-                    let known = &self.threads[thread].observed;
-                    let observed = |counter| {
-                        known.iter().find(|(known, _)| *known == counter).map_or(0, |(_, phases)| *phases)
-                    };
+                    let observed = phases_in(&self.threads[thread].observed);
                     let shared = &mut self.blocks[block].shared;
                     let value = shared.load(address + index as u64 * 4, access, observed)?;
                     self.set(thread, *register, u64::from(value));
@@ -406,12 +409,13 @@ impl<'a> Running<'a> {
             }
             Operation::StoreShared { to, from } => {
                 let (address, value, access, block) = (
-                    self.local(thread, to),
+                    self.shared_address(thread, to),
                     self.get(thread, from) as u32,
                     self.access(thread),
                     self.block_of(thread),
                 );
-                self.blocks[block].shared.store(address, value, access)?;
+                let observed = phases_in(&self.threads[thread].observed);
+                self.blocks[block].shared.store(address, value, access, observed)?;
             }
             Operation::Branch { target } => return Ok(Step::Jump(target)),
             Operation::BranchIndexed { index, ref targets } => {
@@ -461,48 +465,51 @@ impl<'a> Running<'a> {
             }
             Operation::WaitForCluster => {
                 let cluster = self.cluster_of(thread);
-                self.threads[thread].waits_for_cluster = true;
-                self.threads[thread].at += 1;
                 if self.cluster_has_passed(thread, cluster) {
-                    self.threads[thread].waits_for_cluster = false;
+                    return Ok(Step::Next);
                 }
+                self.threads[thread].waits_for_cluster = true;
                 return Ok(Step::Wait);
             }
             Operation::InitializeCounter { at, count } => {
                 let (address, count, block) =
-                    (self.local(thread, at), self.get(thread, count) as u32, self.block_of(thread));
+                    (self.shared_address(thread, at), self.get(thread, count) as u32, self.block_of(thread));
                 self.blocks[block].shared.initialize_counter(address, count)?;
             }
             Operation::Expect { at, bytes } => {
                 let (address, bytes, block) =
-                    (self.local(thread, at), self.get(thread, bytes), self.block_of(thread));
+                    (self.shared_address(thread, at), self.get(thread, bytes) as u32, self.block_of(thread));
                 self.blocks[block].shared.expect(address, bytes)?;
             }
             Operation::Map { to, address, rank } => {
-                let (address, rank) = (self.get(thread, address), self.get(thread, rank) & 0xffff_ffff);
-                if rank >= u64::from(self.grid.geometry.cluster) {
+                let (address, rank) = (self.get(thread, address) as u32, self.get(thread, rank) as u32);
+                if rank >= self.grid.geometry.cluster {
                     return Err(format!(
                         "there is no block {rank} in a cluster of {}",
                         self.grid.geometry.cluster
                     ));
                 }
-                self.set(thread, to, address | (rank + 1) << WINDOW_BITS);
+                self.set(thread, to, u64::from(address | (rank + 1) << WINDOW_BITS));
             }
             Operation::Send { to, value, counter } => {
-                let (to, counter) = (self.local(thread, to), self.local(thread, counter));
-                let (rank, same) = (to >> WINDOW_BITS, to >> WINDOW_BITS == counter >> WINDOW_BITS);
-                if rank == 0 || !same {
+                let (to, counter) = (self.shared_address(thread, to), self.shared_address(thread, counter));
+                let rank = to >> WINDOW_BITS;
+                if !(1..=u64::from(self.grid.geometry.cluster)).contains(&rank) {
+                    return Err(format!("a word for address {to:#x}, which is in no block's memory"));
+                }
+                if rank != counter >> WINDOW_BITS {
                     return Err("a word for one block's memory and another's counter".to_owned());
                 }
                 let first = self.cluster_of(thread) * self.grid.geometry.cluster as usize;
                 let offset = |address: u64| address & ((1 << WINDOW_BITS) - 1);
                 let (address, counter) = (offset(to), offset(counter));
                 let value = self.get(thread, value) as u32;
-                self.messages.push(Message { block: first + rank as usize - 1, address, value, counter });
+                let block = first + rank as usize - 1;
+                self.messages.push(Message { sender: thread, block, address, value, counter });
             }
             Operation::TryWait { to, at, parity } => {
                 let (address, parity, block) =
-                    (self.local(thread, at), self.get(thread, parity) & 1, self.block_of(thread));
+                    (self.shared_address(thread, at), self.get(thread, parity) & 1, self.block_of(thread));
                 let phase = self.blocks[block].shared.counter(address)?.phase;
                 let has_ended = phase & 1 != parity;
                 if has_ended {
@@ -562,24 +569,18 @@ impl<'a> Running<'a> {
         Ok(())
     }
 
-    /// Makes a store visible, and those before it to the same place.
-    fn complete_store(&mut self, index: usize) {
-        let Store { cell, bytes, .. } = self.stores[index];
-        let mut left = index;
-        let mut at = 0;
-        loop {
-            let is_it = at == left;
-            if is_it || self.stores[at].cell.overlaps(self.stores[at].bytes, cell, bytes) {
-                let Store { cell, bytes, value, .. } = self.stores.remove(at);
-                cell.store(bytes, value);
-                if is_it {
-                    return;
-                }
-                left -= 1;
-            } else {
-                at += 1;
-            }
+    /// Makes a store visible, and before it those before it that overlap it.
+    fn complete_store(&mut self, mut index: usize) {
+        let Store { cell, bytes, value, .. } = self.stores[index];
+        while let Some(older) =
+            self.stores[..index].iter().position(|store| store.cell.overlaps(store.bytes, cell, bytes))
+        {
+            let before = self.stores.len();
+            self.complete_store(older);
+            index -= before - self.stores.len();
         }
+        self.stores.remove(index);
+        cell.store(bytes, value);
     }
 
     /// Makes the stores of some threads visible, and those before them to the same places.
@@ -656,11 +657,12 @@ impl<'a> Running<'a> {
             if here[0].1.shuffle.is_none() {
                 self.complete_stores(|thread| lanes.contains(&thread));
             }
-            for (lane_thread, _) in here {
+            for (lane_thread, lane) in here {
                 let state = &mut self.threads[lane_thread];
                 state.lane = None;
                 state.at += 1;
-                state.meetings += u64::from(mask == u32::MAX);
+                // A shuffle orders no memory.
+                state.meetings += u64::from(lane.shuffle.is_none() && mask == u32::MAX);
                 if lane_thread != thread {
                     self.runnable.push(lane_thread);
                 }
@@ -719,6 +721,7 @@ impl<'a> Running<'a> {
         for member in cluster * members..(cluster + 1) * members {
             if self.threads[member].waits_for_cluster && self.cluster_has_passed(member, cluster) {
                 self.threads[member].waits_for_cluster = false;
+                self.threads[member].at += 1;
                 self.runnable.push(member);
             }
         }
@@ -737,14 +740,14 @@ impl<'a> Running<'a> {
 
     /// Brings a word to the block that it was sent to.
     fn deliver(&mut self, index: usize) -> Result<(), Fault> {
-        let Message { block, address, value, counter } = self.messages.swap_remove(index);
+        let Message { sender, block, address, value, counter } = self.messages.swap_remove(index);
         let threads = self.grid.geometry.threads;
         let state = &mut self.blocks[block];
         let received = if state.ended == threads {
-            Err("the block ended before what another one sent to it arrived".to_owned())
+            Err(format!("sent a word to block {block}, which ended before it arrived"))
         } else {
             state.shared.receive(address, value, counter)
         };
-        received.map_err(|what| self.fault(block * threads as usize, what))
+        received.map_err(|what| self.fault(sender, what))
     }
 }

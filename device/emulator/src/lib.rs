@@ -6,16 +6,23 @@
 //! others some time later, each word by itself, and overtake each other, unless a barrier or a release orders them.
 //!
 //! A run ends with a [`Fault`] where a GPU would do anything at all:
-//! - memory outside the allocations that the run was given, or not aligned
-//! - shared memory that nobody has written, or that threads access with nothing between them that orders it
-//! - a shuffle or a barrier that its threads do not all reach, or not at the same instruction
+//! - global memory outside the allocations that the run was given, or not aligned
+//! - shared memory that nobody has written, that threads access with nothing between them that orders it, or that another
+//!   block sends and the thread has not waited for
+//! - a barrier of the block that its threads do not all reach; a shuffle, or a barrier of the warp, that the lanes of its
+//!   mask do not all reach, or at different instructions
 //! - a block that ends while other blocks of its cluster still send to it
-//! - global memory that is accessed before `griddepcontrol.wait`
+//! - global memory that is accessed before `griddepcontrol.wait`, but by loads of what is constant
 //!
 //! # What it is not
-//! It knows the instructions that the kernels consist of, and says so of any other. Loads are executed in order, and a
-//! barrier makes stores visible to everyone, not to its threads alone. Approximate instructions are as exact as the host
-//! computes them. What the assembler makes of the PTX, and how fast it is, only a GPU shows.
+//! It knows the instructions that the kernels consist of, and says so of any other. It does not judge
+//! - global memory and registers that nobody has written
+//! - accesses of one grid's threads to the same global memory; they only happen in another order each time
+//! - a word that is sent to a block over one that a thread still reads
+//!
+//! Loads are executed in order; a barrier makes stores visible to everyone, not to its threads alone; fences do nothing,
+//! as nothing here overtakes what the kernels' fence orders. Approximate instructions are as exact as the host computes
+//! them. What the assembler makes of the PTX, and how fast it is, only a GPU shows.
 
 mod alu;
 mod decode;

@@ -48,14 +48,16 @@ impl Module {
             }
             let Some(name) = line.strip_prefix(".visible .entry ") else { continue };
             let name = name.trim_end_matches(['(', ' ']).to_owned();
-            let mut param_bytes = 0;
+            let mut param_bytes = None;
             let start = loop {
                 let (line, number) = lines.next().ok_or_else(|| fail("an entry point without a body"))?;
                 if line.trim_start().starts_with(".param ") {
                     let bytes = line.split_once('[').and_then(|(_, rest)| rest.split(']').next());
-                    param_bytes = bytes
-                        .and_then(|bytes| bytes.parse().ok())
-                        .ok_or_else(|| fail("a parameter that is no array of bytes"))?;
+                    let bytes = bytes.and_then(|bytes| bytes.parse().ok());
+                    let bytes = bytes.ok_or_else(|| fail("a parameter that is no array of bytes"))?;
+                    if param_bytes.replace(bytes).is_some() {
+                        return Err(fail("an entry point with more than one parameter"));
+                    }
                 }
                 if line == "{" {
                     break number + 1;
@@ -66,6 +68,7 @@ impl Module {
                 body.push_str(line);
                 body.push('\n');
             }
+            let param_bytes = param_bytes.unwrap_or(0);
             entries.insert(name, Text { line: start, param_bytes, body });
         }
         Ok(Module { entries })

@@ -62,6 +62,10 @@ impl Counter {
     }
 }
 
+fn not_waited_for(address: u64) -> String {
+    format!("address {address} of shared memory was sent, and this thread has not waited for its counter")
+}
+
 pub(crate) struct Shared {
     words: Vec<Word>,
     counters: HashMap<u32, Counter>,
@@ -106,9 +110,7 @@ impl Shared {
                 ));
             }
             Some(Writer::Sent { counter, phase }) if observed(counter) <= phase => {
-                return Err(format!(
-                    "address {address} of shared memory was sent, and this thread has not waited for its counter"
-                ));
+                return Err(not_waited_for(address));
             }
             _ => {}
         }
@@ -117,8 +119,20 @@ impl Shared {
         Ok(word.value)
     }
 
-    pub(crate) fn store(&mut self, address: u64, value: u32, access: Access) -> Result<(), String> {
+    /// What a thread writes. `observed` as in [`load`](Self::load).
+    pub(crate) fn store(
+        &mut self,
+        address: u64,
+        value: u32,
+        access: Access,
+        observed: impl Fn(u32) -> u64,
+    ) -> Result<(), String> {
         let word = self.word(address)?;
+        if let Some(Writer::Sent { counter, phase }) = word.writer
+            && observed(counter) <= phase
+        {
+            return Err(not_waited_for(address));
+        }
         if let Some(Writer::Thread(writer)) = word.writer
             && !writer.is_before(access)
         {
@@ -152,7 +166,7 @@ impl Shared {
     }
 
     /// A thread arrives and expects `bytes` bytes.
-    pub(crate) fn expect(&mut self, address: u64, bytes: u64) -> Result<(), String> {
+    pub(crate) fn expect(&mut self, address: u64, bytes: u32) -> Result<(), String> {
         let counter = self.counter(address)?;
         if counter.arrivals_left == 0 {
             return Err(format!(
@@ -160,7 +174,7 @@ impl Shared {
             ));
         }
         counter.arrivals_left -= 1;
-        counter.bytes_left += bytes as i64;
+        counter.bytes_left += i64::from(bytes);
         counter.advance();
         Ok(())
     }

@@ -6,11 +6,17 @@ use std::{
     time::Duration,
 };
 
-use fused_collective_core::dtype::{Element, bf16, f16};
-use fused_collective_device::params::{Status, TIMED_OUT};
+use fused_collective_core::{
+    dtype::{Element, bf16, f16},
+    fusion::Operation,
+};
+use fused_collective_device::{
+    params::{Status, TIMED_OUT},
+    simt::host::Launch,
+};
 
 use crate::{
-    Compiled, KERNELS, ROWS, gpus, has_clusters,
+    Compiled, KERNELS, ROWS, gpus_of, has_clusters,
     support::{
         CALL, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, geometry, run_case, run_rank,
     },
@@ -20,17 +26,26 @@ use crate::{
 pub(crate) fn world(size: u32, compiled: &Arc<Compiled>) -> World {
     let mut world = World::new(size, 1 << 17);
     let compiled = Arc::clone(compiled);
-    world.runner = Some(Box::new(move |launch, entry, parameter| compiled.run(launch, entry, parameter)));
+    world.runner = Some(Box::new(move |rank, launch, kernel, ranges| {
+        compiled.run(rank, launch, &kernel.entry, &kernel.parameter, ranges);
+    }));
     world
 }
 
-/// Packs of a row for a warp to keep in each way, as in the tests of the source.
+/// Packs of a row for one warp or two to keep in each way.
 fn packs(random: &mut Random, rows: Rows) -> u64 {
     match rows {
-        Rows::P1 => 1 + random.below(32),
-        Rows::P2 => 33 + random.below(32),
-        Rows::Streamed => 33 + random.below(64),
+        Rows::P1 => 1 + random.below(64),
+        Rows::P2 => 33 + random.below(96),
+        Rows::Streamed => 33 + random.below(128),
     }
+}
+
+/// A geometry for rows of a case, with one warp or two.
+fn random_geometry(random: &mut Random, operation: &Operation, rows: Rows) -> Launch {
+    let launch = geometry(operation, rows, 1, 1 + random.below(operation.tokens.min(2)) as u32);
+    let warps = if rows == Rows::Streamed { 1 + random.below(2) as u32 } else { 1 };
+    Launch { threads: launch.threads * warps, ..launch }
 }
 
 /// Runs every entry point as often as `EMULATED_ROUNDS` says, once by default, each time with other operations.
@@ -42,10 +57,11 @@ fn every_collective_is_right<E: Element>(seed: u64, dtype: &str) {
 }
 
 fn every_collective_is_right_once<E: Element>(seed: u64, dtype: &str) {
-    for gpu in gpus() {
-        // A group for each set of kernels: those for at most 2, 4 and 8 ranks.
-        for (ranks, most) in [(2, 2), (3, 4), (5, 8)] {
-            let compiled = Arc::new(Compiled::read(&gpu, &format!("{dtype}_w{most}")));
+    // A group for each set of kernels: those for at most 2, 4 and 8 ranks.
+    for (ranks, most) in [(2, 2), (3, 4), (5, 8)] {
+        let module = format!("{dtype}_w{most}");
+        for gpu in gpus_of(&module) {
+            let compiled = Arc::new(Compiled::read(gpu, &module, seed));
             let mut random = Random(seed);
             let world = world(ranks, &compiled);
             for rows in ROWS {
@@ -57,14 +73,13 @@ fn every_collective_is_right_once<E: Element>(seed: u64, dtype: &str) {
                         let residual = kernel == Kernel::Sharded || random.below(2) == 1;
                         let case = Case::<E>::new(&mut random, ranks, tokens, hidden, residual, what);
                         let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
-                        let teams = 1 + random.below(tokens.min(2)) as u32;
-                        let launch = geometry(&case.operation, rows, 1, teams);
+                        let launch = random_geometry(&mut random, &case.operation, rows);
                         run_case(&mut random, &world, &case, kernel, rows, |_| launch);
                     }
                 }
             }
             world.assert_clean();
-            compiled.assert_all_ran("-");
+            compiled.assert_all_ran(|_| false);
         }
     }
 }
@@ -88,8 +103,8 @@ fn every_collective_is_right_in_bf16() {
 #[test]
 fn blocks_of_a_cluster_share_a_row() {
     let mut random = Random(5);
-    for gpu in gpus().into_iter().filter(|gpu| has_clusters(gpu)) {
-        let compiled = Arc::new(Compiled::read(&gpu, "bf16_w2"));
+    for gpu in gpus_of("bf16_w2").into_iter().filter(|gpu| has_clusters(gpu)) {
+        let compiled = Arc::new(Compiled::read(gpu, "bf16_w2", 4));
         let world = world(2, &compiled);
         for (cluster, rows) in [(2, Rows::P1), (4, Rows::P2), (8, Rows::P1), (4, Rows::Streamed)] {
             for kernel in KERNELS {
@@ -107,9 +122,10 @@ fn blocks_of_a_cluster_share_a_row() {
 #[test]
 fn ranks_may_use_different_grids() {
     let mut random = Random(6);
-    for gpu in gpus() {
-        for (ranks, most) in [(2, 2), (3, 4)] {
-            let compiled = Arc::new(Compiled::read(&gpu, &format!("bf16_w{most}")));
+    for (ranks, most) in [(2, 2), (3, 4)] {
+        let module = format!("bf16_w{most}");
+        for gpu in gpus_of(&module) {
+            let compiled = Arc::new(Compiled::read(gpu, &module, 5));
             let world = world(ranks, &compiled);
             for (tokens, rows) in [(23, Rows::P2), (12, Rows::P1), (13, Rows::Streamed)] {
                 for kernel in KERNELS {
@@ -125,21 +141,20 @@ fn ranks_may_use_different_grids() {
     }
 }
 
-#[test]
-fn a_missing_rank_ends_the_wait_with_a_record() {
+fn a_missing_rank_ends_the_wait<E: Element>(module: &str) {
     let mut random = Random(7);
-    for gpu in gpus() {
-        let compiled = Arc::new(Compiled::read(&gpu, "bf16_w2"));
-        for kernel in KERNELS {
+    for gpu in gpus_of(module) {
+        let compiled = Arc::new(Compiled::read(gpu, module, 6));
+        for (kernel, rows) in KERNELS.into_iter().flat_map(|kernel| ROWS.map(|rows| (kernel, rows))) {
             let mut world = world(2, &compiled);
-            let case = Case::<bf16>::new(&mut random, 2, 2, 512, true, What::Fp8);
+            let case = Case::<E>::new(&mut random, 2, 2, 512, true, What::Fp8);
             let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
-            let launch = geometry(&case.operation, Rows::P1, 1, 2);
-            run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);
+            let launch = geometry(&case.operation, rows, 1, 2);
+            run_case(&mut random, &world, &case, kernel, rows, |_| launch);
 
             world.timeout = Duration::from_millis(20);
             let tensors = Tensors::new(&case, 0);
-            run_rank(&world, 0, &case, &tensors, kernel, Rows::P1, launch);
+            run_rank(&world, 0, &case, &tensors, kernel, rows, launch);
             assert_eq!(world.failed(0), TIMED_OUT);
             let status = &world.statuses[0];
             assert_eq!(status.atomic(Status::MISSING_RANK).load(Ordering::Relaxed), 1);
@@ -148,7 +163,13 @@ fn a_missing_rank_ends_the_wait_with_a_record() {
 
             // What follows on the poisoned rank ends at once, whatever its deadline is.
             world.timeout = Duration::from_secs(3600);
-            run_rank(&world, 0, &case, &tensors, kernel, Rows::P1, launch);
+            run_rank(&world, 0, &case, &tensors, kernel, rows, launch);
         }
     }
+}
+
+#[test]
+fn a_missing_rank_ends_the_wait_with_a_record() {
+    a_missing_rank_ends_the_wait::<bf16>("bf16_w2");
+    a_missing_rank_ends_the_wait::<f32>("f32_w2");
 }

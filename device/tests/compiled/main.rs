@@ -1,6 +1,7 @@
 //! The kernels as they were compiled, for every kind of GPU, run by the emulator, against `core::reference`.
 //!
-//! `cargo xtask test` builds them, and says where they are in `FUSED_COLLECTIVE_PTX`: in a folder for each kind.
+//! `cargo xtask test` builds them, and says where they are in `FUSED_COLLECTIVE_PTX`: in a folder for each kind. By hand:
+//! `cargo xtask ptx`, then `FUSED_COLLECTIVE_PTX=$PWD/target/ptx cargo test -p fused-collective-device --test compiled`.
 
 mod collectives;
 mod local;
@@ -9,9 +10,11 @@ mod necessary;
 mod support;
 
 use std::{
+    array,
     collections::BTreeMap,
     env, fs,
     mem::MaybeUninit,
+    ops::Range,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -20,25 +23,45 @@ use std::{
     time::Duration,
 };
 
-use fused_collective_device::simt::host::Launch;
+use fused_collective_device::{params::MAX_RANKS, simt::host::Launch};
 use fused_collective_emulator::{Entry, Geometry, Grid, Memory, Module};
-use support::{Buffer, Kernel, Rows};
+use support::{Kernel, Rows};
 
 const KERNELS: [Kernel; 3] = [Kernel::OneShot, Kernel::TwoShot, Kernel::Sharded];
 const ROWS: [Rows; 3] = [Rows::P1, Rows::P2, Rows::Streamed];
 
-/// The folders of the kinds of GPUs.
-fn gpus() -> Vec<PathBuf> {
-    let folder = env::var_os("FUSED_COLLECTIVE_PTX").expect("`cargo xtask test` says where the kernels are");
-    let mut gpus: Vec<PathBuf> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-    gpus.sort();
-    assert!(!gpus.is_empty(), "there are no kernels in {}", folder.display());
-    gpus
-}
+/// The kinds of GPUs that there are kernels for.
+const GPUS: [&str; 4] = ["sm_80", "sm_90", "sm_100a", "sm_120a"];
 
 /// Whether GPUs of the kind have clusters of blocks.
-fn has_clusters(gpu: &Path) -> bool {
-    !gpu.ends_with("sm_80")
+fn has_clusters(gpu: &str) -> bool {
+    gpu != "sm_80"
+}
+
+fn folder() -> PathBuf {
+    let folder = env::var_os("FUSED_COLLECTIVE_PTX");
+    folder.expect("`FUSED_COLLECTIVE_PTX` says where the kernels are: see the top of this file").into()
+}
+
+/// The kinds of GPUs for which `module` is compiled to different instructions.
+fn gpus_of(module: &str) -> Vec<&'static str> {
+    let instructions = |gpu: &str| -> Vec<String> {
+        let ptx = read(&folder().join(gpu).join(format!("{module}.ptx")));
+        // Directives are the assembler's.
+        ptx.lines().filter(|line| !line.starts_with('.')).map(str::to_owned).collect()
+    };
+    let mut different: Vec<(&str, Vec<String>)> = Vec::new();
+    for gpu in GPUS {
+        let of_gpu = instructions(gpu);
+        if different.iter().all(|(_, of_other)| *of_other != of_gpu) {
+            different.push((gpu, of_gpu));
+        }
+    }
+    different.into_iter().map(|(gpu, _)| gpu).collect()
+}
+
+fn read(file: &Path) -> String {
+    fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
 }
 
 /// A module of kernels for one kind of GPU.
@@ -47,55 +70,77 @@ struct Compiled {
     module: Module,
     /// The entry points that have been run.
     ran: Mutex<BTreeMap<String, Arc<Entry>>>,
-    /// Of the next grid: each has another order of threads.
-    seed: AtomicU64,
+    /// How many grids each rank has run, which decides in which order the threads of the next take turns.
+    grids: [AtomicU64; MAX_RANKS],
+    seed: u64,
+    /// What kernels were found to do that they must not.
+    faults: Mutex<Vec<String>>,
 }
 
 impl Compiled {
-    fn read(gpu: &Path, module: &str) -> Compiled {
-        Compiled::read_changed(gpu, module, |ptx| ptx)
+    /// The module `name` for `gpu`. The order in which threads take turns is `seed`'s.
+    fn read(gpu: &str, name: &str, seed: u64) -> Compiled {
+        Compiled::read_changed(gpu, name, seed, |ptx| ptx)
     }
 
     /// The module with a change that is to show.
-    fn read_changed(gpu: &Path, module: &str, change: impl FnOnce(String) -> String) -> Compiled {
-        let file = gpu.join(format!("{module}.ptx"));
-        let ptx = fs::read_to_string(&file).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
-        let module =
-            Module::parse(&change(ptx)).unwrap_or_else(|error| panic!("{}: {error}", file.display()));
-        Compiled { file, module, ran: Mutex::default(), seed: AtomicU64::new(1) }
+    fn read_changed(gpu: &str, name: &str, seed: u64, change: impl FnOnce(String) -> String) -> Compiled {
+        let file = folder().join(gpu).join(format!("{name}.ptx"));
+        let module = Module::parse(&change(read(&file)));
+        let module = module.unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        Compiled {
+            file,
+            module,
+            ran: Mutex::default(),
+            grids: array::from_fn(|_| AtomicU64::new(0)),
+            seed,
+            faults: Mutex::default(),
+        }
     }
 
-    /// Runs an entry point to its end.
+    /// Runs an entry point to its end, which may access `ranges`.
     ///
     /// # Panics
     /// If it does what a kernel must not do.
-    fn run(&self, launch: Launch, name: &str, parameter: &[MaybeUninit<u8>]) {
+    fn run(
+        &self,
+        rank: u32,
+        launch: Launch,
+        name: &str,
+        parameter: &[MaybeUninit<u8>],
+        ranges: Vec<Range<u64>>,
+    ) {
         let file = self.file.display();
         let decode = || {
             let entry = self.module.entry(name).unwrap_or_else(|| panic!("{file} has no {name}"));
             Arc::new(entry.unwrap_or_else(|error| panic!("{file}, {error}")))
         };
         let entry = Arc::clone(self.ran.lock().unwrap().entry(name.to_owned()).or_insert_with(decode));
-        // SAFETY: buffers live while kernels run with them, and are accessed by those alone. Of a buffer of another
-        // test, whose address it does not know, a kernel could at worst break the contents.
-        let memory = unsafe { Memory::new(Buffer::allocations()) };
+        // SAFETY: callers hold the buffers until this returns, and only kernels access them meanwhile.
+        let memory = unsafe { Memory::new(ranges) };
+        let seed = (self.seed << 32)
+            + (u64::from(rank) << 24)
+            + self.grids[rank as usize].fetch_add(1, Ordering::Relaxed);
         let grid = Grid {
             entry: &entry,
             geometry: Geometry { blocks: launch.blocks, cluster: launch.cluster, threads: launch.threads },
             parameter,
             memory: &memory,
-            seed: self.seed.fetch_add(1, Ordering::Relaxed),
+            seed,
             timeout: Duration::from_secs(60),
         };
         // SAFETY: kernels load fields of the parameter, which are initialized.
-        unsafe { grid.run() }.unwrap_or_else(|fault| panic!("{file}: {fault}"));
+        if let Err(fault) = unsafe { grid.run() } {
+            self.faults.lock().unwrap().push(fault.what.clone());
+            panic!("{file}: {fault} (rank {rank}, seed {seed:#x})");
+        }
     }
 
-    /// Every entry point has been run, but for those whose names start with `except`.
-    fn assert_all_ran(&self, except: &str) {
+    /// Every entry point has been run, but for those whose names `is_left_out`.
+    fn assert_all_ran(&self, is_left_out: impl Fn(&str) -> bool) {
         let ran = self.ran.lock().unwrap();
-        let left = self.module.names().filter(|name| !ran.contains_key(*name) && !name.starts_with(except));
-        let left: Vec<&str> = left.collect();
+        let left: Vec<&str> =
+            self.module.names().filter(|name| !ran.contains_key(*name) && !is_left_out(name)).collect();
         assert!(left.is_empty(), "{}: {left:?} did not run", self.file.display());
     }
 }

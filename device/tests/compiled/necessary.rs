@@ -2,85 +2,116 @@
 
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
     sync::Arc,
+    time::Duration,
 };
 
 use fused_collective_core::dtype::bf16;
 
 use crate::{
-    Compiled, KERNELS, collectives, gpus, has_clusters,
+    Compiled, KERNELS, collectives, gpus_of, has_clusters,
     support::{Case, EVERYTHING, Kernel, Random, Rows, geometry, run_case},
 };
 
-/// The text of `ptx` with what `change` makes of the entry point `name`.
-fn changed(ptx: &str, name: &str, change: impl FnOnce(&str) -> String) -> String {
-    let start = ptx.find(&format!(".entry {name}(")).expect("the entry point");
-    let end = start + ptx[start..].find("\n}").expect("its end");
-    format!("{}{}{}", &ptx[..start], change(&ptx[start..end]), &ptx[end..])
+const MODULE: &str = "bf16_w2";
+
+/// How a run ended.
+struct Outcome {
+    /// Whether every result was right.
+    is_right: bool,
+    /// What the emulator found.
+    faults: Vec<String>,
 }
 
-/// Runs `kernel` with what `change` makes of it, and returns why that failed.
-fn failure(gpu: &Path, kernel: Kernel, cluster: u32, change: impl FnOnce(&str) -> String) -> Option<String> {
+/// Runs `kernel`, with what `change` makes of it if there is one.
+fn run(
+    gpu: &str,
+    kernel: Kernel,
+    cluster: u32,
+    seed: u64,
+    change: Option<&dyn Fn(&str) -> String>,
+) -> Outcome {
     let name = match kernel {
         Kernel::OneShot => "one_shot_nvfp4_p1",
         Kernel::TwoShot => "two_shot_nvfp4_p1",
         Kernel::Sharded => "sharded_nvfp4_p1",
     };
-    let compiled = Compiled::read_changed(gpu, "bf16_w2", |ptx| changed(&ptx, name, change));
+    let changed = |ptx: String| {
+        let Some(change) = change else { return ptx };
+        let start = ptx.find(&format!(".entry {name}(")).expect("the entry point");
+        let end = start + ptx[start..].find("\n}").expect("its end");
+        format!("{}{}{}", &ptx[..start], change(&ptx[start..end]), &ptx[end..])
+    };
+    let compiled = Arc::new(Compiled::read_changed(gpu, MODULE, seed, changed));
+    let mut world = collectives::world(2, &compiled);
+    if change.is_some() {
+        // A rank at fault leaves the other one alone.
+        world.timeout = Duration::from_millis(300);
+    }
     let mut random = Random(8);
-    let mut world = collectives::world(2, &Arc::new(compiled));
-    // The one rank that is at fault leaves the other alone.
-    world.timeout = std::time::Duration::from_millis(50);
     let case = Case::<bf16>::new(&mut random, 2, 6, 1440, true, EVERYTHING[4]);
     let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
     let launch = geometry(&case.operation, Rows::P1, cluster, 1);
     let run = || run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);
-    let panic = catch_unwind(AssertUnwindSafe(run)).err()?;
-    Some(panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "a rank's panic".to_owned()))
+    let is_right = catch_unwind(AssertUnwindSafe(run)).is_ok();
+    let faults = compiled.faults.lock().unwrap().clone();
+    Outcome { is_right, faults }
+}
+
+/// The text without the `index`-th `part` of it, if there are so many.
+fn without(text: &str, part: &str, index: usize) -> Option<String> {
+    let (at, _) = text.match_indices(part).nth(index)?;
+    Some(format!("{}{}", &text[..at], &text[at + part.len()..]))
 }
 
 #[test]
-fn every_barrier_of_the_block_is_necessary() {
-    for gpu in gpus() {
+fn barriers_between_warps_are_necessary() {
+    for gpu in gpus_of(MODULE) {
         for kernel in KERNELS {
-            assert_eq!(failure(&gpu, kernel, 1, str::to_owned), None);
-            let mut barriers = 0;
-            loop {
-                let mut found = false;
-                let without = failure(&gpu, kernel, 1, |text| {
-                    let place = text.match_indices("barrier.sync 0;").nth(barriers);
-                    found = place.is_some();
-                    place.map_or_else(
-                        || text.to_owned(),
-                        |(at, barrier)| format!("{}{}", &text[..at], &text[at + barrier.len()..]),
-                    )
-                });
-                if !found {
-                    break;
-                }
-                assert!(without.is_some(), "{}: {kernel:?} without barrier {barriers}", gpu.display());
-                barriers += 1;
-            }
-            assert!(barriers > 0, "{}: {kernel:?}", gpu.display());
+            assert!(run(gpu, kernel, 1, 1, None).is_right, "{gpu}: {kernel:?}");
+            // The row's sum has a barrier in each of them.
+            let change = |text: &str| without(text, "barrier.sync 0;", 0).expect("a barrier");
+            let Outcome { faults, .. } = run(gpu, kernel, 1, 1, Some(&change));
+            let is_of_memory = |fault: &String| fault.contains("of shared memory");
+            assert!(!faults.is_empty() && faults.iter().all(is_of_memory), "{gpu}: {kernel:?}: {faults:?}");
+            let more = |text: &str| {
+                assert!(without(text, "barrier.sync 0;", 1).is_none(), "{gpu}: {kernel:?}: another barrier");
+                text.to_owned()
+            };
+            run(gpu, kernel, 1, 1, Some(&more));
+        }
+    }
+}
+
+/// The barrier at which threads learn whether one of them has failed also keeps the first from writing the next turn before
+/// the last has read this one.
+#[test]
+fn the_barrier_before_the_next_turn_is_necessary() {
+    let change = |text: &str| without(text, "barrier.red.or.pred any, 0, any;", 0).expect("a barrier");
+    for gpu in gpus_of(MODULE) {
+        for kernel in KERNELS {
+            let is_found = |seed| !run(gpu, kernel, 1, seed, Some(&change)).is_right;
+            assert!((1..20).any(is_found), "{gpu}: {kernel:?}");
         }
     }
 }
 
 #[test]
 fn waiting_for_the_cluster_s_sums_is_necessary() {
-    for gpu in gpus().into_iter().filter(|gpu| has_clusters(gpu)) {
+    let change = |text: &str| {
+        let mut parts = text.split("mbarrier.try_wait");
+        let first = parts.next().unwrap_or_default().to_owned();
+        parts.fold(first, |text, part| {
+            let (_, rest) = part.split_once(';').expect("the instruction's end");
+            format!("{text}setp.eq.b32 done, 0, 0;{rest}")
+        })
+    };
+    for gpu in gpus_of(MODULE).into_iter().filter(|gpu| has_clusters(gpu)) {
         for kernel in KERNELS {
-            assert_eq!(failure(&gpu, kernel, 3, str::to_owned), None);
-            let without = failure(&gpu, kernel, 3, |text| {
-                let mut parts = text.split("mbarrier.try_wait");
-                let first = parts.next().unwrap_or_default().to_owned();
-                parts.fold(first, |text, part| {
-                    let (_, rest) = part.split_once(';').expect("the instruction's end");
-                    format!("{text}setp.eq.b32 done, 0, 0;{rest}")
-                })
-            });
-            assert!(without.is_some(), "{}: {kernel:?}", gpu.display());
+            assert!(run(gpu, kernel, 3, 1, None).is_right, "{gpu}: {kernel:?}");
+            let Outcome { faults, .. } = run(gpu, kernel, 3, 1, Some(&change));
+            let is_of_memory = |fault: &String| fault.contains("of shared memory");
+            assert!(!faults.is_empty() && faults.iter().all(is_of_memory), "{gpu}: {kernel:?}: {faults:?}");
         }
     }
 }

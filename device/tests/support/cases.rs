@@ -1,5 +1,7 @@
 //! Operations with random tensors, a rank's memory for one, and the judgement of `core::reference`.
 
+use std::ops::Range;
+
 use fused_collective_core::{
     dtype::Element,
     fusion::{Mode, Norm, Operation, Residual},
@@ -192,6 +194,13 @@ impl Tensors {
             scales: quantization.scale_layout().map_or(0, |layout| layout.offset(tokens, 0, cols)),
         };
         Tensors { before, ..self }
+    }
+
+    /// The addresses of all tensors.
+    pub fn ranges(&self) -> Vec<Range<u64>> {
+        let inputs = [&self.input, &self.gamma, &self.scale].into_iter().chain(&self.residual);
+        let outputs = [&self.residual_out, &self.norm_out, &self.values, &self.scales];
+        inputs.chain(outputs).map(Buffer::range).collect()
     }
 
     pub fn activations(&self) -> Activations {

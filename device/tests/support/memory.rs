@@ -2,13 +2,8 @@
 
 use std::{
     array,
-    collections::BTreeMap,
-    mem::MaybeUninit,
     ops::Range,
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::atomic::{AtomicU32, Ordering},
     thread,
     time::Duration,
 };
@@ -24,12 +19,11 @@ use fused_collective_device::{
     simt::host::Launch,
 };
 
+use super::Launched;
+
 /// Packs before and after each buffer that nobody may touch.
 const GUARD: usize = 4;
 const GUARD_WORD: u32 = 0xdead_beef;
-
-/// Where each buffer that lives starts and ends.
-static LIVE: Mutex<BTreeMap<u64, u64>> = Mutex::new(BTreeMap::new());
 
 /// Memory that kernels reach by address, filled with one word, with guards on both sides.
 pub struct Buffer {
@@ -44,20 +38,17 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    /// The addresses of all that live, without their guards.
-    pub fn allocations() -> Vec<Range<u64>> {
-        let live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
-        live.iter().map(|(start, end)| *start..*end).collect()
+    /// The addresses inside.
+    pub fn range(&self) -> Range<u64> {
+        let start = self.address().0;
+        start..start + self.bytes as u64
     }
 
     pub fn new(bytes: usize, fill: u32) -> Buffer {
         let mut packs = vec![Pack([GUARD_WORD; 4]); bytes.div_ceil(16) + 2 * GUARD];
         let inside = GUARD..packs.len() - GUARD;
         packs[inside].fill(Pack([fill; 4]));
-        let buffer = Buffer { memory: Box::into_raw(packs.into_boxed_slice()), bytes };
-        let start = buffer.address().0;
-        LIVE.lock().unwrap_or_else(PoisonError::into_inner).insert(start, start + bytes as u64);
-        buffer
+        Buffer { memory: Box::into_raw(packs.into_boxed_slice()), bytes }
     }
 
     pub fn of<T: Copy>(values: &[T]) -> Buffer {
@@ -104,14 +95,13 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        LIVE.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.address().0);
         // SAFETY: made by `Box::into_raw`.
         drop(unsafe { Box::from_raw(self.memory) });
     }
 }
 
-/// Runs a kernel in place of `simt`: an entry point, with the bytes of its parameter.
-pub type Runner = Box<dyn Fn(Launch, &str, &[MaybeUninit<u8>]) + Send + Sync>;
+/// Runs a rank's kernel in place of `simt`. It may access the memory at the addresses, which lives until it has ended.
+pub type Runner = Box<dyn Fn(u32, Launch, &Launched, Vec<Range<u64>>) + Send + Sync>;
 
 /// A group of ranks with their workspaces.
 pub struct World {
@@ -151,6 +141,12 @@ impl World {
             world_size: self.size,
             rank,
         }
+    }
+
+    /// The addresses that rank `rank`'s kernels may access, besides its tensors.
+    pub fn ranges(&self, rank: u32) -> impl Iterator<Item = Range<u64>> {
+        let own = [&self.states[rank as usize], &self.statuses[rank as usize]];
+        self.regions.iter().chain(own).map(Buffer::range)
     }
 
     /// What operations are planned with.

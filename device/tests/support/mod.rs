@@ -150,7 +150,7 @@ pub fn run_rank<E: Element>(
     for (geometry, kernel) in rounds_of(world, rank, case, tensors, kernel, rows, geometry) {
         match &world.runner {
             None => launch(geometry, || kernel.run()),
-            Some(run) => run(geometry, &kernel.entry, &kernel.parameter),
+            Some(run) => run(rank, geometry, &kernel, world.ranges(rank).chain(tensors.ranges()).collect()),
         }
     }
 }

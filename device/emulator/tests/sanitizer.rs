@@ -122,13 +122,17 @@ $end:"
 fn what_was_sent_is_not_read_before_it_is_there() {
     let faults: Vec<String> =
         (0..50).filter_map(|seed| run(&sending("", "mov.b32 %r6, 0;"), CLUSTER, seed).err()).collect();
-    let known = ["has not waited", "nobody has written", "ended before"];
+    let known = ["has not waited", "nobody has written", "which ended before"];
     assert!(!faults.is_empty() && faults.iter().all(|fault| known.iter().any(|known| fault.contains(known))));
 }
 
 #[test]
 fn a_block_does_not_end_before_what_is_sent_to_it() {
-    assert_found(&sending("ret;", ""), CLUSTER, "ended before");
+    assert_found(&sending("ret;", ""), CLUSTER, "which ended before it arrived");
+    let to_nobody = sending("", "").replace("xor.b32 other, rank, 1;", "mov.b32 other, 2;");
+    assert_fault(&to_nobody, CLUSTER, 7, "no block 2 in a cluster of 2");
+    let not_mapped = sending("", "").replace("mapa.shared::cluster.u32 at, %r2, other;", "mov.b32 at, %r2;");
+    assert_fault(&not_mapped, CLUSTER, 8, "in no block's memory");
 }
 
 #[test]
@@ -160,9 +164,16 @@ fn shared_memory_is_not_accessed_out_of_order() {
     assert!(faults.len() == 50 && faults.iter().all(|fault| known.iter().any(|known| fault.contains(known))));
     // A barrier of the warp orders nothing between warps, and within one it is enough.
     let by_warp = read_early.replace("xor.b32", "bar.warp.sync -1; xor.b32");
-    assert!((0..50).all(|seed| run(&by_warp, TWO_WARPS, seed).is_err()));
+    let faults: Vec<String> = (0..50).filter_map(|seed| run(&by_warp, TWO_WARPS, seed).err()).collect();
+    assert!(faults.len() == 50 && faults.iter().all(|fault| known.iter().any(|known| fault.contains(known))));
     let in_warp = by_warp.replace("252", "124");
     assert!((0..50).all(|seed| run(&in_warp, TWO_WARPS, seed).is_ok()));
+    // A shuffle orders nothing.
+    assert_found(
+        &in_warp.replace("bar.warp.sync -1;", "shfl.sync.bfly.b32 %r7, %r1, 1, 31, -1;"),
+        ONE_WARP,
+        "before this load",
+    );
     assert_fault(&format!("{SHARED} st.shared.f32 [%r2], %r1;"), ONE_WARP, 0, "before this one");
     let overwritten = read_early.replace("xor.b32", "barrier.sync 0; xor.b32") + " st.shared.f32 [%r4], %r1;";
     assert_found(&overwritten, TWO_WARPS, "before this");
@@ -171,7 +182,8 @@ fn shared_memory_is_not_accessed_out_of_order() {
 #[test]
 fn a_barrier_needs_all_threads_of_the_block() {
     let some = "setp.gt.u32 %p1, %r1, 40; @%p1 bra $end; barrier.sync 0; $end:";
-    assert!((0..50).all(|seed| run(some, TWO_WARPS, seed).is_err()));
+    let faults: Vec<String> = (0..50).filter_map(|seed| run(some, TWO_WARPS, seed).err()).collect();
+    assert!(faults.len() == 50 && faults.iter().all(|fault| fault.contains("barrier")), "{faults:?}");
     let of_two_kinds = "setp.gt.u32 %p1, %r1, 40;
 @%p1 barrier.sync 0;
 @!%p1 barrier.red.or.pred %p2, 0, %p1;";
@@ -230,6 +242,24 @@ fn stores_overtake_each_other_unless_they_are_ordered() {
     let relaxed = outcomes("st.relaxed.sys.global.u32");
     assert!(relaxed.contains(&77) && relaxed.contains(&11), "{relaxed:?}");
     assert!(outcomes("st.release.sys.global.u32").iter().all(|word| *word == 77));
+}
+
+/// Thread 1 stores a word, and thread 0 releases a flag for it, after something that they do together.
+fn released_by_another(together: &str) -> String {
+    passing_on("st.release.sys.global.u32").replace(
+        "@%p1 st.relaxed.sys.global.u32 [%rd1], %r2;",
+        &format!("setp.eq.b32 %p4, %r1, 1; @%p4 st.relaxed.sys.global.u32 [%rd1], %r2; {together}"),
+    )
+}
+
+#[test]
+fn a_release_is_for_what_is_ordered_before_it() {
+    let outcomes = |together: &str| -> Vec<u32> {
+        (0..200).map(|seed| run(&released_by_another(together), TWO_WARPS, seed).unwrap()[2]).collect()
+    };
+    assert!(outcomes("shfl.sync.bfly.b32 %r7, %r1, 1, 31, -1;").contains(&11));
+    assert!(outcomes("bar.warp.sync -1;").iter().all(|word| *word == 77));
+    assert!(outcomes("barrier.sync 0;").iter().all(|word| *word == 77));
 }
 
 #[test]

@@ -119,12 +119,14 @@ pub(crate) enum Operation {
         bytes: u64,
         from: Place,
         constant: bool,
+        is_weak: bool,
     },
     StoreGlobal {
         to: Place,
         bytes: u64,
         from: Vec<Source>,
         release: bool,
+        is_weak: bool,
     },
     CompareAndSwap {
         old: Register,
@@ -469,12 +471,14 @@ impl Decoder {
                 bytes: self.bytes(name)?,
                 from: self.place(from)?,
                 constant: name.contains(".nc"),
+                is_weak: !name.contains(".relaxed"),
             },
             (_, [to, from]) if GLOBAL_STORES.contains(&name) => Operation::StoreGlobal {
                 to: self.place(to)?,
                 bytes: self.bytes(name)?,
                 from: self.sources_of(from)?,
                 release: name.contains(".release"),
+                is_weak: !name.contains(".relaxed") && !name.contains(".release"),
             },
             ("atom.relaxed.sys.global.cas.b32", [old, at, expected, new]) => Operation::CompareAndSwap {
                 old: self.register(old)?,

@@ -11,6 +11,7 @@ use std::{
 use crate::{
     decode::{Entry, Operation, Place, Register, Source, Special},
     memory::{Cell, Memory},
+    races::Races,
     shared::{Access, Shared},
 };
 
@@ -174,6 +175,7 @@ struct Running<'a> {
     messages: Vec<Message>,
     /// The oldest first. Those of one address arrive in this order, others in any.
     stores: Vec<Store>,
+    races: Races,
     runnable: Vec<usize>,
     random: u64,
     began: Instant,
@@ -199,6 +201,7 @@ impl<'a> Running<'a> {
             cluster_arrivals: vec![0; (blocks / cluster) as usize],
             messages: Vec::new(),
             stores: Vec::new(),
+            races: Races::default(),
             runnable: (0..all).collect(),
             // Of xorshift, whose state is never 0.
             random: grid.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
@@ -309,9 +312,20 @@ impl<'a> Running<'a> {
         self.registers[thread * self.grid.entry.registers + register] = value;
     }
 
-    /// Where in global memory a place is.
-    fn global(&self, thread: usize, place: Place) -> u64 {
-        self.get(thread, place.address).wrapping_add(place.offset)
+    /// The global memory at a place, which a thread accesses.
+    fn touch(
+        &mut self,
+        thread: usize,
+        place: Place,
+        bytes: u64,
+        stores: bool,
+        is_weak: bool,
+    ) -> Result<Cell, String> {
+        let address = self.get(thread, place.address).wrapping_add(place.offset);
+        let cell = self.grid.memory.at(address, bytes)?;
+        let by = (self.block_of(thread) as u32, self.access(thread));
+        self.races.touch(address, bytes, by, stores, is_weak)?;
+        Ok(cell)
     }
 
     /// Where in shared memory a place is; an address there has 32 bits.
@@ -361,19 +375,20 @@ impl<'a> Running<'a> {
                 let value = self.parameter(offset, bytes)?;
                 self.set(thread, to, value);
             }
-            Operation::LoadGlobal { ref to, bytes, from, constant } => {
+            Operation::LoadGlobal { ref to, bytes, from, constant, is_weak } => {
                 self.check_grid(thread, constant)?;
-                let cell = self.grid.memory.at(self.global(thread, from), bytes * to.len() as u64)?;
-                self.see_own_stores(thread, cell, bytes * to.len() as u64);
+                let all = bytes * to.len() as u64;
+                let cell = self.touch(thread, from, all, false, is_weak)?;
+                self.see_own_stores(thread, cell, all);
                 for (index, register) in to.iter().enumerate() {
                     self.set(thread, *register, cell.at(index as u64 * bytes).load(bytes));
                 }
                 // It may be polling.
                 return Ok(Step::Pause);
             }
-            Operation::StoreGlobal { to, bytes, ref from, release } => {
+            Operation::StoreGlobal { to, bytes, ref from, release, is_weak } => {
                 self.check_grid(thread, false)?;
-                let cell = self.grid.memory.at(self.global(thread, to), bytes * from.len() as u64)?;
+                let cell = self.touch(thread, to, bytes * from.len() as u64, true, is_weak)?;
                 if release {
                     // What others stored before was made visible where it was ordered before this.
                     self.complete_stores(|other| other == thread);
@@ -388,7 +403,7 @@ impl<'a> Running<'a> {
             }
             Operation::CompareAndSwap { old, at, expected, new } => {
                 self.check_grid(thread, false)?;
-                let cell = self.grid.memory.at(self.global(thread, at), 4)?;
+                let cell = self.touch(thread, at, 4, true, false)?;
                 self.see_own_stores(thread, cell, 4);
                 let (expected, new) = (self.get(thread, expected) as u32, self.get(thread, new) as u32);
                 let was = cell.compare_and_swap(expected, new);

@@ -7,6 +7,8 @@
 //!
 //! A run ends with a [`Fault`] where a GPU would do anything at all:
 //! - global memory outside the allocations that the run was given, or not aligned
+//! - global memory that two threads of the grid access with nothing between them that orders it, of which one stores, and
+//!   not both in a way that allows for it (`relaxed`, `release` and atomic accesses do)
 //! - shared memory that nobody has written, that threads access with nothing between them that orders it, or that another
 //!   block sends and the thread has not waited for
 //! - a barrier of the block that its threads do not all reach; a shuffle, or a barrier of the warp, that the lanes of its
@@ -17,7 +19,7 @@
 //! # What it is not
 //! It knows the instructions that the kernels consist of, and says so of any other. It does not judge
 //! - global memory and registers that nobody has written
-//! - accesses of one grid's threads to the same global memory; they only happen in another order each time
+//! - what two grids do with the same global memory; they only do it in another order each time
 //! - a word that is sent to a block over one that a thread still reads
 //!
 //! Loads are executed in order; a barrier makes stores visible to everyone, not to its threads alone; fences do nothing,
@@ -29,6 +31,7 @@ mod decode;
 mod grid;
 mod memory;
 mod module;
+mod races;
 mod shared;
 
 pub use decode::Entry;

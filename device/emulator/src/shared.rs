@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-/// Where in its thread's life an access to shared memory was.
+/// Where in its thread's life an access to memory was.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Access {
     /// The thread of the block.
@@ -14,8 +14,8 @@ pub(crate) struct Access {
 }
 
 impl Access {
-    /// Whether something orders this access before `later`.
-    fn is_before(self, later: Access) -> bool {
+    /// Whether something orders this access before `later`, of the same block.
+    pub(crate) fn is_before(self, later: Access) -> bool {
         self.thread == later.thread
             || later.barriers > self.barriers
             || self.thread / 32 == later.thread / 32 && later.meetings > self.meetings

@@ -244,6 +244,27 @@ fn stores_overtake_each_other_unless_they_are_ordered() {
     assert!(outcomes("st.release.sys.global.u32").iter().all(|word| *word == 77));
 }
 
+#[test]
+fn global_memory_is_not_accessed_out_of_order() {
+    let all_store = "st.global.u32 [%rd1], %r1;";
+    assert_fault(all_store, ONE_WARP, 0, "nothing orders the store");
+    assert!(run(&all_store.replace("global", "relaxed.sys.global"), ONE_WARP, 1).is_ok());
+    let one_stores = "setp.eq.b32 %p1, %r1, 3; @%p1 st.global.u32 [%rd1], %r1; ld.global.u32 %r2, [%rd1];";
+    assert_found(one_stores, TWO_WARPS, "nothing orders the");
+    let ordered = one_stores.replace("ld.global", "barrier.sync 0; ld.global");
+    assert!((0..50).all(|seed| run(&ordered, TWO_WARPS, seed).is_ok()));
+    let by_warp = one_stores.replace("ld.global", "bar.warp.sync -1; ld.global");
+    assert!((0..50).all(|seed| run(&by_warp, ONE_WARP, seed).is_ok()));
+    assert_found(&by_warp, TWO_WARPS, "nothing orders the");
+    // Bytes of one word are each a thread's own.
+    let bytes =
+        "setp.gt.u32 %p1, %r1, 15; cvt.u64.u32 %rd2, %r1; add.s64 %rd2, %rd1, %rd2; cvt.u16.u32 %rs1, %r1;
+@!%p1 st.b8 [%rd2], %rs1;";
+    assert_eq!(run(bytes, ONE_WARP, 1).unwrap()[1], 0x0706_0504);
+    let twice = format!("{bytes} xor.b64 %rd2, %rd2, 1; @!%p1 st.b8 [%rd2], %rs1;");
+    assert_found(&twice, ONE_WARP, "nothing orders the store");
+}
+
 /// Thread 1 stores a word, and thread 0 releases a flag for it, after something that they do together.
 fn released_by_another(together: &str) -> String {
     passing_on("st.release.sys.global.u32").replace(

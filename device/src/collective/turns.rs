@@ -99,3 +99,132 @@ impl<'a, const N: usize> Tokens<'a, N> {
         own < owned || other < (self.shape.tokens - owned) as i32
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{vec, vec::Vec};
+
+    use super::*;
+    use crate::params::Address;
+
+    /// What a team does next: all of it as `sharded` does it.
+    #[derive(Clone, Copy)]
+    enum Step {
+        Push(u32),
+        Sum(u32),
+        Get(u32),
+    }
+
+    /// The steps of a team, in order. `ahead` is how many rows it pushes before its first sum; 0 is all.
+    fn steps(tokens: Tokens<'_, 8>, team: u32, teams: u32, ahead: u32) -> Vec<Step> {
+        let mut steps = Vec::new();
+        let mut other = tokens.first_other(team, teams);
+        let mut pushed = 0;
+        while (ahead == 0 || pushed < ahead)
+            && let Some(Token { token, .. }) = tokens.other(other)
+        {
+            steps.push(Step::Push(token));
+            other += teams as i32;
+            pushed += 1;
+        }
+        let (mut own, mut other) = (team, tokens.first_late(team, teams));
+        while tokens.remain(own, other) {
+            if let Some(Token { token, .. }) = tokens.own(own) {
+                steps.push(Step::Sum(token));
+                let next = tokens.other(other + ((ahead + 1) * teams) as i32);
+                steps.extend(next.filter(|_| ahead > 0).map(|next| Step::Push(next.token)));
+            }
+            own += teams;
+            for _ in 1..tokens.ranks() {
+                steps.extend(tokens.other(other).map(|other| Step::Get(other.token)));
+                other += teams as i32;
+            }
+        }
+        steps
+    }
+
+    /// Has all teams of all ranks take their steps, each as soon as it need not wait, and holds that they come to their
+    /// ends, and that each rank pushes, sums and gets every token that it has to, once.
+    fn check(count: u32, grids: &[u32], ahead: u32) {
+        let ranks = grids.len() as u32;
+        let shape = Shape::of_rows(u64::from(count), 32).unwrap();
+        let groups: Vec<Group> = (0..ranks)
+            .map(|rank| Group {
+                regions: [Address::NULL; 8],
+                state: Address::NULL,
+                status: Address::NULL,
+                slot_bytes: 0,
+                timeout_ns: 0,
+                world_size: ranks,
+                rank,
+            })
+            .collect();
+        let mut teams: Vec<(u32, Vec<Step>, usize)> = Vec::new();
+        for (group, &grid) in groups.iter().zip(grids) {
+            let tokens = Tokens::new(group, &shape);
+            teams.extend((0..grid).map(|team| (group.rank, steps(tokens, team, grid, ahead), 0)));
+        }
+        let table = || vec![vec![0; count as usize]; ranks as usize];
+        let (mut pushed, mut summed, mut got) = (table(), vec![0; count as usize], table());
+        let mut moves = true;
+        while moves {
+            moves = false;
+            for (rank, steps, next) in &mut teams {
+                let rank = *rank as usize;
+                while let Some(&step) = steps.get(*next) {
+                    match step {
+                        Step::Push(token) => pushed[rank][token as usize] += 1,
+                        Step::Sum(token) => {
+                            let is_there = |other: usize| other == rank || pushed[other][token as usize] > 0;
+                            if !(0..ranks as usize).all(is_there) {
+                                break;
+                            }
+                            summed[token as usize] += 1;
+                        }
+                        Step::Get(token) if summed[token as usize] == 0 => break,
+                        Step::Get(token) => got[rank][token as usize] += 1,
+                    }
+                    *next += 1;
+                    moves = true;
+                }
+            }
+        }
+        let what = (count, grids, ahead);
+        assert!(
+            teams.iter().all(|(_, steps, next)| *next == steps.len()),
+            "teams wait in a circle: {what:?}"
+        );
+        for (token, owner) in (0..count).map(|token| (token as usize, token % ranks)) {
+            assert_eq!(summed[token], 1, "{what:?}");
+            for rank in 0..ranks as usize {
+                let is_others = u32::from(rank as u32 != owner);
+                assert_eq!([pushed[rank][token], got[rank][token]], [is_others; 2], "{what:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn two_ranks_of_any_grids_do_everything_once_and_do_not_wait_in_a_circle() {
+        for count in 1..=40 {
+            for first in 1..=count.min(12) {
+                for second in 1..=count.min(12) {
+                    check(count, &[first, second], 0);
+                    check(count, &[first, second], 1);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn larger_groups_of_any_grids_do_everything_once_and_do_not_wait_in_a_circle() {
+        for ranks in 3..=8 {
+            for count in 1..=40 {
+                for seed in 0..40 {
+                    let grid = |rank: u32| 1 + (seed * 7 + rank * (seed + 3)) % count.min(12);
+                    let grids: Vec<u32> = (0..ranks).map(grid).collect();
+                    check(count, &grids, 0);
+                }
+            }
+        }
+    }
+}

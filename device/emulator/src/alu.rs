@@ -160,6 +160,7 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "div.rn.f32": |a, b, _| bits(float(a) / float(b)),
         "rcp.rn.f32": |a, _, _| bits(1.0 / float(a)),
         "rsqrt.approx.f32": |a, _, _| bits((1.0 / f64::from(float(a)).sqrt()) as f32),
+        "ex2.approx.f32": |a, _, _| bits(float(a).exp2()),
         "min.f32": |a, b, _| bits(float(a).min(float(b))),
         "abs.f32": |a, _, _| bits(float(a).abs()),
         "cvt.rn.f32.u16": |a, _, _| bits(f32::from(a as u16)),

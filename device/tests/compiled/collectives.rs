@@ -3,6 +3,7 @@
 use std::{
     env,
     sync::{Arc, atomic::Ordering},
+    thread,
     time::Duration,
 };
 
@@ -18,7 +19,8 @@ use fused_collective_device::{
 use crate::{
     Compiled, KERNELS, ROWS, gpus_of, has_clusters,
     support::{
-        CALL, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, geometry, run_case, run_rank,
+        CALL, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, check_all, geometry, run_case,
+        run_rank,
     },
 };
 
@@ -135,6 +137,47 @@ fn ranks_may_use_different_grids() {
                         geometry(&case.operation, rows, 1, 1 + rank * 2)
                     });
                 }
+            }
+            world.assert_clean();
+        }
+    }
+}
+
+/// Operations follow each other in each rank, whether the others have ended theirs or not, in grids of its own.
+#[test]
+fn ranks_may_run_ahead_of_each_other() {
+    for (ranks, most) in [(2, 2), (3, 4)] {
+        let module = format!("bf16_w{most}");
+        for gpu in gpus_of(&module) {
+            let mut random = Random(7 + u64::from(ranks));
+            let compiled = Arc::new(Compiled::read(gpu, &module, 10));
+            let world = world(ranks, &compiled);
+            let operations: Vec<_> = (0..20)
+                .map(|index| {
+                    let (kernel, rows) = (KERNELS[random.below(3) as usize], ROWS[random.below(3) as usize]);
+                    let what = EVERYTHING[1 + random.below(4) as usize];
+                    let (tokens, hidden) = (1 + random.below(6), 16 * (1 + random.below(30)));
+                    let case = Case::<bf16>::new(&mut random, ranks, tokens, hidden, true, what);
+                    let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+                    let tensors: Vec<Tensors> = (0..ranks).map(|rank| Tensors::new(&case, rank)).collect();
+                    let launches: Vec<Launch> = (0..ranks)
+                        .map(|_| geometry(&case.operation, rows, 1, 1 + random.below(tokens) as u32))
+                        .collect();
+                    // One of them is late, and not always the same.
+                    (case, tensors, kernel, rows, launches, index % (ranks + 1))
+                })
+                .collect();
+            world.run(|rank| {
+                for (case, tensors, kernel, rows, launches, late) in &operations {
+                    if rank == *late {
+                        thread::sleep(Duration::from_millis(3));
+                    }
+                    let rank_index = rank as usize;
+                    run_rank(&world, rank, case, &tensors[rank_index], *kernel, *rows, launches[rank_index]);
+                }
+            });
+            for (case, tensors, ..) in &operations {
+                check_all(case, tensors);
             }
             world.assert_clean();
         }

@@ -1,4 +1,4 @@
-//! Every entry point that needs no group, but for those that measure links, for every kind of GPU.
+//! Every entry point that needs no group, for every kind of GPU.
 
 use fused_collective_core::{
     dtype::{Element, bf16, f16},

@@ -4,6 +4,8 @@
 //! `cargo xtask ptx`, then `FUSED_COLLECTIVE_PTX=$PWD/target/ptx cargo test -p fused-collective-device --test compiled`.
 
 mod collectives;
+mod example;
+mod links;
 mod local;
 mod necessary;
 #[path = "../support/mod.rs"]
@@ -43,6 +45,11 @@ fn folder() -> PathBuf {
     folder.expect("`FUSED_COLLECTIVE_PTX` says where the kernels are: see the top of this file").into()
 }
 
+/// Where the kernels of the examples are, beside the others.
+fn examples() -> PathBuf {
+    folder().with_file_name("ptx-examples")
+}
+
 /// The kinds of GPUs for which `module` is compiled to different instructions.
 fn gpus_of(module: &str) -> Vec<&'static str> {
     let instructions = |gpu: &str| -> Vec<String> {
@@ -80,12 +87,18 @@ struct Compiled {
 impl Compiled {
     /// The module `name` for `gpu`. The order in which threads take turns is `seed`'s.
     fn read(gpu: &str, name: &str, seed: u64) -> Compiled {
-        Compiled::read_changed(gpu, name, seed, |ptx| ptx)
+        Compiled::read_from(&folder(), gpu, name, seed, |ptx| ptx)
     }
 
-    /// The module with a change that is to show.
-    fn read_changed(gpu: &str, name: &str, seed: u64, change: impl FnOnce(String) -> String) -> Compiled {
-        let file = folder().join(gpu).join(format!("{name}.ptx"));
+    /// The module in a folder of modules, perhaps with a change that is to show.
+    fn read_from(
+        folder: &Path,
+        gpu: &str,
+        name: &str,
+        seed: u64,
+        change: impl FnOnce(String) -> String,
+    ) -> Compiled {
+        let file = folder.join(gpu).join(format!("{name}.ptx"));
         let module = Module::parse(&change(read(&file)));
         let module = module.unwrap_or_else(|error| panic!("{}: {error}", file.display()));
         Compiled {

@@ -9,7 +9,7 @@ use std::{
 use fused_collective_core::dtype::bf16;
 
 use crate::{
-    Compiled, KERNELS, collectives, gpus_of, has_clusters,
+    Compiled, KERNELS, collectives, folder, gpus_of, has_clusters,
     support::{Case, EVERYTHING, Kernel, Random, Rows, geometry, run_case},
 };
 
@@ -42,7 +42,7 @@ fn run(
         let end = start + ptx[start..].find("\n}").expect("its end");
         format!("{}{}{}", &ptx[..start], change(&ptx[start..end]), &ptx[end..])
     };
-    let compiled = Arc::new(Compiled::read_changed(gpu, MODULE, seed, changed));
+    let compiled = Arc::new(Compiled::read_from(&folder(), gpu, MODULE, seed, changed));
     let mut world = collectives::world(2, &compiled);
     if change.is_some() {
         // A rank at fault leaves the other one alone.

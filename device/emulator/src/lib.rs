@@ -11,8 +11,8 @@
 //!   not both in a way that allows for it (`relaxed`, `release` and atomic accesses do)
 //! - shared memory that nobody has written, that threads access with nothing between them that orders it, or that another
 //!   block sends and the thread has not waited for
-//! - a barrier of the block that its threads do not all reach; a shuffle, or a barrier of the warp, that the lanes of its
-//!   mask do not all reach, or at different instructions
+//! - a barrier of the block that its threads do not all reach; a shuffle, or a barrier of the warp, that lanes of its mask
+//!   reach at different instructions, or neither reach nor end; a shuffle that reads a lane which has ended
 //! - a block that ends while other blocks of its cluster still send to it
 //! - global memory that is accessed before `griddepcontrol.wait`, but by loads of what is constant
 //!
@@ -22,7 +22,8 @@
 //! - what two grids do with the same global memory; they only do it in another order each time
 //! - a word that is sent to a block over one that a thread still reads
 //!
-//! Loads are executed in order; a barrier makes stores visible to everyone, not to its threads alone; fences do nothing,
+//! A grid runs by itself: a programmatic dependent that starts before its end would be the next one, afterwards. Loads are
+//! executed in order; a barrier makes stores visible to everyone, not to its threads alone; fences do nothing,
 //! as nothing here overtakes what the kernels' fence orders. Approximate instructions are as exact as the host computes
 //! them. What the assembler makes of the PTX, and how fast it is, only a GPU shows.
 

@@ -9,7 +9,7 @@ pub(crate) struct Access {
     pub(crate) thread: u32,
     /// Barriers of the block that it had passed.
     pub(crate) barriers: u64,
-    /// Times that all lanes of its warp had come together.
+    /// Barriers of its whole warp that it had passed.
     pub(crate) meetings: u64,
 }
 

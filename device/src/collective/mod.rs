@@ -35,9 +35,9 @@
 //! every block of the one before is running, so it takes no place that a block it depends on needs.
 //!
 //! # Waits
-//! A rank waits for peers' data only, never for their blocks. Every block pushes all that it has to push before it
-//! waits for a result that needs other ranks' waits to end, so ranks cannot wait in a circle. Waits are bounded: see
-//! the `wait` module.
+//! A rank waits for peers' data only, never for their blocks. In which order a block pushes and waits, and why ranks cannot
+//! wait in a circle, each collective says for itself: `one_shot`, `two_shot`, and for a sharded residual `turns`. Waits
+//! are bounded: see the `wait` module.
 //!
 //! [`Turn`]: crate::params::Turn
 

@@ -134,9 +134,9 @@ where
 /// The tokens of a team: one of every `teams` in turn, each time the next one of them, so that a team is owner and
 /// receiver by turns whatever the numbers of teams and ranks have in common.
 #[derive(Clone, Copy)]
-pub(super) struct Deal {
+struct Deal {
     /// The first of the `teams` tokens of which one is the team's.
-    pub(super) first: u32,
+    first: u32,
     turn: u32,
     teams: u32,
 }
@@ -144,19 +144,19 @@ pub(super) struct Deal {
 impl Deal {
     /// The first turn of team `team`.
     #[inline(always)]
-    pub(super) fn new(team: u32, teams: u32) -> Self {
+    fn new(team: u32, teams: u32) -> Self {
         Deal { first: 0, turn: team, teams }
     }
 
     /// The team's token, which may lie past the last one: other teams' of the same turn may not.
     #[inline(always)]
-    pub(super) fn token(self) -> u32 {
+    fn token(self) -> u32 {
         self.first + self.turn
     }
 
     /// The next turn.
     #[inline(always)]
-    pub(super) fn next(self) -> Self {
+    fn next(self) -> Self {
         let turn = self.turn + 1;
         Deal { first: self.first + self.teams, turn: if turn == self.teams { 0 } else { turn }, ..self }
     }
@@ -176,7 +176,7 @@ pub(super) fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)
 
 /// A token's owner, and which of its tokens it is.
 #[inline(always)]
-pub(super) fn dealt(token: u32, world_size: u32) -> (u32, u32) {
+fn dealt(token: u32, world_size: u32) -> (u32, u32) {
     let (owner, index) = (owner(token as u64, world_size), owned_index(token as u64, world_size));
     (owner, index as u32)
 }

@@ -112,44 +112,25 @@ fn a_norm_alone_leaves_its_input_where_it_is() {
     }
 }
 
-/// The primitive steps of RMSNorm and FP8 quantization, one kernel each.
 fn eager_steps<E: Element>(seed: u64) {
-    let mut random = Random(seed);
-    let mut case = Case::<E>::new(&mut random, 1, 3, 96, true, What::Fp8);
-    case.operation.keep_norm = true;
-    let tensors = Tensors::new(&case, 0);
-    let (tokens, hidden) = (case.operation.tokens as u32, case.operation.hidden as u32);
-    let norm = case.operation.norm.unwrap();
-    let wide = || Buffer::new((tokens * hidden) as usize * 4, 0);
-    let [x, y, z] = [wide(), wide(), wide()];
-    let factors = Buffer::new(tokens as usize * 4, 0);
-    let residual = tensors.residual.as_ref().unwrap();
-
-    let run = |kernel: unsafe fn(&Step), a: &Buffer, b: &Buffer, out: &Buffer, value: f32| {
-        let step =
-            Step { a: a.address(), b: b.address(), out: out.address(), tokens, hidden, value, reserved: 0 };
+    support::eager_steps::<E>(&mut Random(seed), |name, step, buffers| {
+        let kernel: unsafe fn(&Step) = match name {
+            "to_f32" => eager::to_f32::<E>,
+            "add" => eager::add,
+            "round" => eager::round::<E>,
+            "square" => eager::square,
+            "mean_rsqrt" => eager::mean_rsqrt,
+            "scale_rows" => eager::scale_rows,
+            "mul_weight" => eager::mul_weight::<E>,
+            "mul_inverse" => eager::mul_inverse,
+            "clamp" => eager::clamp,
+            "to_fp8" => eager::to_fp8,
+            _ => panic!("no step is called {name}"),
+        };
         // SAFETY: the tensors have the types and the shapes that the steps ask for.
-        launch(SMALL, || unsafe { kernel(&step) });
-        for buffer in [a, b, out] {
-            buffer.assert_guards();
-        }
-    };
-    let unused = &factors;
-    run(eager::to_f32::<E>, &tensors.input, unused, &x, 0.0);
-    run(eager::to_f32::<E>, residual, unused, &y, 0.0);
-    run(eager::add, &x, &y, &z, 0.0);
-    run(eager::round::<E>, &z, unused, &tensors.residual_out, 0.0);
-    run(eager::to_f32::<E>, &tensors.residual_out, unused, &x, 0.0);
-    run(eager::square, &x, unused, &y, 0.0);
-    run(eager::mean_rsqrt, &y, unused, &factors, norm.epsilon);
-    run(eager::scale_rows, &x, &factors, &y, 0.0);
-    run(eager::mul_weight::<E>, &y, &tensors.gamma, &z, norm.weight_bias);
-    run(eager::round::<E>, &z, unused, &tensors.norm_out, 0.0);
-    run(eager::to_f32::<E>, &tensors.norm_out, unused, &x, 0.0);
-    run(eager::mul_inverse, &x, &tensors.scale, &y, 0.0);
-    run(eager::clamp, &y, unused, &z, 0.0);
-    run(eager::to_fp8, &z, unused, &tensors.values, 0.0);
-    tensors.check(&case, Rounding::Once);
+        launch(SMALL, || unsafe { kernel(step) });
+        buffers.iter().for_each(|buffer| buffer.assert_guards());
+    });
 }
 
 #[test]

@@ -3,110 +3,23 @@
 mod support;
 
 use std::{
-    array,
     sync::atomic::{AtomicU32, Ordering},
     thread,
     time::Duration,
 };
 
-use fused_collective_core::{
-    links::{PLACES_OFFSET, WARM_UP_TRIPS, flag_offset, pattern, region_bytes},
-    pack::Pack,
-};
+use fused_collective_core::{links::WARM_UP_TRIPS, pack::Pack};
 use fused_collective_device::{
     collective::links,
-    params::{ABORTED, Address, Group, Meet, Ping, Pull, Push, RankState, Status, TIMED_OUT},
+    params::{ABORTED, Meet, Pull, Push, Status, TIMED_OUT},
     simt::host::{Launch, launch},
 };
-use support::Buffer;
+use support::{
+    Buffer,
+    ranks::{Ranks, UNTOUCHED, patterns, ping},
+};
 
-/// What memory holds that nobody has written.
-const UNTOUCHED: u32 = 0x5a5a_5a5a;
 const ONE_WARP: Launch = Launch { blocks: 1, cluster: 1, threads: 32 };
-
-/// Ranks with memory to measure links with.
-struct Ranks {
-    regions: Vec<Buffer>,
-    states: Vec<Buffer>,
-    statuses: Vec<Buffer>,
-    place_bytes: u64,
-    timeout: Duration,
-}
-
-impl Ranks {
-    fn new(size: u32, place_packs: u32) -> Ranks {
-        let place_bytes = u64::from(place_packs) * Pack::BYTES;
-        let buffers = |bytes, fill| (0..size).map(|_| Buffer::new(bytes, fill)).collect::<Vec<_>>();
-        let ranks = Ranks {
-            regions: buffers(region_bytes(size, place_bytes).unwrap() as usize, UNTOUCHED),
-            states: buffers(size_of::<RankState>(), 0),
-            statuses: buffers(size_of::<Status>(), 0),
-            place_bytes,
-            timeout: Duration::from_secs(60),
-        };
-        for rank in 0..size {
-            for source in 0..size {
-                ranks.set_flag(rank, source, 0);
-            }
-        }
-        ranks
-    }
-
-    fn size(&self) -> u32 {
-        self.regions.len() as u32
-    }
-
-    fn group(&self, rank: u32) -> Group {
-        Group {
-            regions: array::from_fn(|rank| self.regions.get(rank).map_or(Address::NULL, Buffer::address)),
-            state: self.states[rank as usize].address(),
-            status: self.statuses[rank as usize].address(),
-            slot_bytes: 0,
-            timeout_ns: self.timeout.as_nanos() as u64,
-            world_size: self.size(),
-            rank,
-        }
-    }
-
-    fn flag(&self, rank: u32, source: u32) -> [&AtomicU32; 4] {
-        let region = &self.regions[rank as usize];
-        array::from_fn(|word| region.atomic(flag_offset(source) + word as u64 * 4))
-    }
-
-    fn set_flag(&self, rank: u32, source: u32, count: u32) {
-        self.flag(rank, source).iter().for_each(|word| word.store(count, Ordering::Relaxed));
-    }
-
-    /// The place of rank `source` in rank `rank`'s memory.
-    fn place(&self, rank: u32, source: u32) -> Vec<Pack> {
-        let packs = self.regions[rank as usize].get::<Pack>();
-        let (first, length) = (PLACES_OFFSET / Pack::BYTES, self.place_bytes / Pack::BYTES);
-        let start = (first + u64::from(source) * length) as usize;
-        packs[start..start + length as usize].to_vec()
-    }
-
-    fn status(&self, rank: u32, offset: u64) -> u32 {
-        self.statuses[rank as usize].atomic(offset).load(Ordering::Acquire)
-    }
-
-    fn assert_guards(&self) {
-        self.regions.iter().chain(&self.states).chain(&self.statuses).for_each(Buffer::assert_guards);
-    }
-
-    /// Runs `rank` for every rank at the same time.
-    fn run(&self, rank: impl Fn(u32) + Sync) {
-        thread::scope(|scope| {
-            for index in 0..self.size() {
-                let rank = &rank;
-                scope.spawn(move || rank(index));
-            }
-        });
-    }
-}
-
-fn patterns(source: u32, run: u32, packs: u32) -> impl Iterator<Item = Pack> {
-    (0..packs).map(move |index| pattern(source, run, index))
-}
 
 #[test]
 fn a_push_fills_the_place_of_its_rank_in_every_target_and_nothing_else() {
@@ -176,18 +89,6 @@ fn a_pull_reads_what_its_source_wrote() {
         assert_eq!(&read[packs as usize..], rest);
     }
     ranks.assert_guards();
-}
-
-/// Parameters of a ping between ranks 0 and 1, of which 0 leads.
-fn ping(ranks: &Ranks, rank: u32, clock: &Buffer, count: u32, trips: u32) -> Ping {
-    Ping {
-        group: ranks.group(rank),
-        nanoseconds: clock.address(),
-        peer: 1 - rank,
-        leads: u32::from(rank == 0),
-        count,
-        trips,
-    }
 }
 
 #[test]

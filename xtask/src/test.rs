@@ -60,14 +60,13 @@ pub(crate) fn run() -> ExitCode {
         tally.tests("tests", &mut tests);
     }
     let kernels = kernels.join().unwrap_or_else(|panic| resume_unwind(panic));
-    if let Some(kernels) = tally.check("the tools for the kernels", || kernels) {
+    if let Some((folder, kernels)) = tally.check("the tools for the kernels", || kernels) {
         let mut all_passed = true;
         for (gpu, result) in kernels {
             let name = format!("kernels for {}", gpu.cpu);
             all_passed &= tally.check(&name, || result.map(|report| print!("{report}"))).is_some();
         }
-        let folder = tally.check("the folder of the kernels", ptx::folder);
-        if let Some(folder) = folder.filter(|_| all_passed) {
+        if all_passed {
             let mut tests = cmd::cargo("test");
             tests
                 .args(["--workspace", "--no-fail-fast"])
@@ -91,14 +90,18 @@ pub(crate) fn run() -> ExitCode {
     tally.close()
 }
 
+/// Kinds of GPUs, each with the report of its kernels.
+type Built = Vec<(&'static ptx::Gpu, Result<String>)>;
+
 /// Builds and checks the kernels for every kind of GPU, out of the way of what runs beside it.
-fn build_kernels() -> Result<Vec<(&'static ptx::Gpu, Result<String>)>> {
+/// Returns the folder that they are in, and how each kind fared.
+fn build_kernels() -> Result<(PathBuf, Built)> {
     // Of this thread alone, and of the programs that it starts. Without it they only get in the way.
     let _ = rustix::process::nice(10);
     let began = Instant::now();
     let built = ptx::Builder::new()?.build(&ptx::GPUS.each_ref());
     eprintln!("== kernels, beside the tests: {:.1} s", began.elapsed().as_secs_f64());
-    Ok(built)
+    Ok((ptx::folder()?, built))
 }
 
 /// Builds all tests, and the program that some of them run: where it is.

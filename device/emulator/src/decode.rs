@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 
 use crate::{
-    alu::{self, Compute},
+    alu,
+    instruction::{Entry, Instruction, Operation, Place, Register, Source, Special},
     module::ParseError,
 };
 
@@ -34,165 +35,6 @@ const GLOBAL_STORES: [&str; 10] = [
     "st.relaxed.sys.global.v4.u32",
     "st.release.sys.global.u32",
 ];
-
-/// An entry point, ready to run.
-#[derive(Debug)]
-pub struct Entry {
-    pub(crate) name: String,
-    pub(crate) code: Vec<Instruction>,
-    pub(crate) registers: usize,
-    pub(crate) shared_bytes: u32,
-    pub(crate) param_bytes: u64,
-    /// Whether it has a `griddepcontrol.wait`, and so must not access what an earlier kernel may write before it.
-    pub(crate) waits_for_grid: bool,
-}
-
-/// An instruction, with the line that it is in.
-#[derive(Debug)]
-pub(crate) struct Instruction {
-    /// The predicate under which it is executed, and the value that it must have.
-    pub(crate) guard: Option<(Register, bool)>,
-    pub(crate) operation: Operation,
-    pub(crate) line: usize,
-}
-
-/// A register of a thread, by number.
-pub(crate) type Register = usize;
-
-/// What an instruction reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Source {
-    Register(Register),
-    Constant(u64),
-}
-
-/// Where a load or a store is: an address and a distance from it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
-    pub(crate) address: Source,
-    pub(crate) offset: u64,
-}
-
-/// What threads ask about themselves.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Special {
-    Thread,
-    Threads,
-    Block,
-    Blocks,
-    ClusterRank,
-    ClusterSize,
-    Cluster,
-    Clusters,
-    Nanoseconds,
-}
-
-#[derive(Debug)]
-pub(crate) enum Operation {
-    Compute {
-        compute: Compute,
-        to: Register,
-        from: [Source; 3],
-    },
-    Special {
-        to: Register,
-        of: Special,
-    },
-    /// Parts of a value, the lowest first, each of so many bits.
-    Unpack {
-        to: [Option<Register>; 2],
-        from: Source,
-        bits: u32,
-    },
-    Pack {
-        to: Register,
-        from: [Source; 2],
-        bits: u32,
-    },
-    LoadParameter {
-        to: Register,
-        offset: u64,
-        bytes: u64,
-    },
-    LoadGlobal {
-        to: Vec<Register>,
-        bytes: u64,
-        from: Place,
-        constant: bool,
-        is_weak: bool,
-    },
-    StoreGlobal {
-        to: Place,
-        bytes: u64,
-        from: Vec<Source>,
-        release: bool,
-        is_weak: bool,
-    },
-    CompareAndSwap {
-        old: Register,
-        at: Place,
-        expected: Source,
-        new: Source,
-    },
-    LoadShared {
-        to: Vec<Register>,
-        from: Place,
-    },
-    StoreShared {
-        to: Place,
-        from: Source,
-    },
-    Branch {
-        target: usize,
-    },
-    BranchIndexed {
-        index: Source,
-        targets: Vec<usize>,
-    },
-    Return,
-    Shuffle {
-        to: Register,
-        value: Source,
-        distance: Source,
-        clamp: Source,
-        mask: Source,
-    },
-    SynchronizeWarp {
-        mask: Source,
-    },
-    Barrier,
-    BarrierAny {
-        to: Register,
-        value: Source,
-    },
-    ArriveAtCluster,
-    WaitForCluster,
-    InitializeCounter {
-        at: Place,
-        count: Source,
-    },
-    Expect {
-        at: Place,
-        bytes: Source,
-    },
-    Map {
-        to: Register,
-        address: Source,
-        rank: Source,
-    },
-    Send {
-        to: Place,
-        value: Source,
-        counter: Place,
-    },
-    TryWait {
-        to: Register,
-        at: Place,
-        parity: Source,
-    },
-    WaitForGrid,
-    Nothing,
-}
 
 /// Decodes the body of an entry point, which starts in line `line` of its file.
 pub(crate) fn entry(name: &str, line: usize, param_bytes: u64, body: &str) -> Result<Entry, ParseError> {
@@ -233,6 +75,8 @@ struct Decoder {
     shared_bytes: u32,
     code: Vec<Instruction>,
     labels: HashMap<String, usize>,
+    /// The label that came last: that of the list of labels, if one follows.
+    last_label: String,
     /// Lists of labels that indexed branches choose from.
     tables: HashMap<String, Vec<String>>,
     /// Branches whose targets may come later: the instruction, and what it names.
@@ -282,6 +126,7 @@ impl Decoder {
                     // No instruction has a single colon.
                     ':' if statement.starts_with('$') && !statement.contains(char::is_whitespace) => {
                         let label = std::mem::take(&mut statement);
+                        self.last_label.clone_from(&label);
                         self.labels.insert(label, self.code.len());
                     }
                     _ => statement.push(character),
@@ -313,14 +158,7 @@ impl Decoder {
             ".shared" => return self.declare_shared(&operands),
             ".pragma" => return Ok(()),
             ".branchtargets" => {
-                // Its label is the one that stands here.
-                let here = self.code.len();
-                let mut labels = self.labels.iter().filter(|(label, at)| {
-                    **at == here && label.starts_with("$L_brx") && !self.tables.contains_key(*label)
-                });
-                let Some(label) = labels.next().map(|(label, _)| label.clone()) else {
-                    return self.fail("branch targets without a label");
-                };
+                let label = std::mem::take(&mut self.last_label);
                 self.tables.insert(label, operands);
                 return Ok(());
             }
@@ -433,11 +271,12 @@ impl Decoder {
     }
 
     fn operation(&mut self, name: &str, operands: &[&str]) -> Decoded<Operation> {
+        if let ("mov.u32" | "mov.u64", [to, from]) = (name, operands)
+            && let Some(of) = special_register(from)
+        {
+            return Ok(Operation::Special { to: self.register(to)?, of });
+        }
         Ok(match (name, operands) {
-            ("mov.u32" | "mov.u64", [to, special]) if special_register(special).is_some() => {
-                let Some(of) = special_register(special) else { return self.fail("no special register") };
-                Operation::Special { to: self.register(to)?, of }
-            }
             ("mov.b32" | "mov.b64", [to, from]) if to.starts_with('{') => {
                 let parts = Self::list(to).into_iter();
                 let parts: Vec<Option<Register>> = parts

@@ -30,12 +30,14 @@
 mod alu;
 mod decode;
 mod grid;
+mod instruction;
 mod memory;
 mod module;
 mod races;
 mod shared;
+mod stores;
 
-pub use decode::Entry;
 pub use grid::{Fault, Geometry, Grid};
+pub use instruction::Entry;
 pub use memory::Memory;
 pub use module::{Module, ParseError};

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, error::Error, fmt};
 
-use crate::decode::{self, Entry};
+use crate::{decode, instruction::Entry};
 
 /// PTX that the emulator does not understand.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -131,46 +131,18 @@ where
     });
 }
 
-/// The tokens of a team: one of every `teams` in turn, each time the next one of them, so that a team is owner and
-/// receiver by turns whatever the numbers of teams and ranks have in common.
-#[derive(Clone, Copy)]
-struct Deal {
-    /// The first of the `teams` tokens of which one is the team's.
-    first: u32,
-    turn: u32,
-    teams: u32,
-}
-
-impl Deal {
-    /// The first turn of team `team`.
-    #[inline(always)]
-    fn new(team: u32, teams: u32) -> Self {
-        Deal { first: 0, turn: team, teams }
-    }
-
-    /// The team's token, which may lie past the last one: other teams' of the same turn may not.
-    #[inline(always)]
-    fn token(self) -> u32 {
-        self.first + self.turn
-    }
-
-    /// The next turn.
-    #[inline(always)]
-    fn next(self) -> Self {
-        let turn = self.turn + 1;
-        Deal { first: self.first + self.teams, turn: if turn == self.teams { 0 } else { turn }, ..self }
-    }
-}
-
-/// Calls `each` for the tokens of team `team`.
+/// Calls `each` for the tokens of team `team`: one of every `teams` in turn, each time the next one of them, so that a team
+/// is owner and receiver by turns whatever the numbers of teams and ranks have in common.
 #[inline(always)]
 pub(super) fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)) {
-    let mut deal = Deal::new(team, teams);
-    while deal.first < tokens {
-        if deal.token() < tokens {
-            each(deal.token());
+    let (mut first, mut turn) = (0, team);
+    while first < tokens {
+        if first + turn < tokens {
+            each(first + turn);
         }
-        deal = deal.next();
+        let next = turn + 1;
+        first += teams;
+        turn = if next == teams { 0 } else { next };
     }
 }
 

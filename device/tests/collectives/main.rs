@@ -5,12 +5,7 @@ mod rounds;
 mod support;
 mod versions;
 
-use std::{
-    array, env,
-    sync::atomic::Ordering,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{array, env, sync::atomic::Ordering, thread, time::Duration};
 
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
@@ -24,7 +19,7 @@ use fused_collective_device::{
     simt::host::{Launch, Stream, launch},
 };
 use support::{
-    Buffer, CALL, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, geometry, run_case,
+    Buffer, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, geometry, missing_rank, run_case,
     run_local, run_rank,
     sequence::{LARGEST_TOKEN, Member, random_member},
 };
@@ -399,28 +394,8 @@ fn a_sum_with_the_bits_of_the_sentinel_arrives() {
 #[test]
 fn a_missing_rank_ends_the_wait_with_a_record() {
     let mut random = Random(13);
-    for kernel in KERNELS {
-        let mut world = World::new(2, 1 << 14);
-        let case = Case::<bf16>::new(&mut random, 2, 1, 64, true, What::Norm);
-        let launch = geometry(&case.operation, Rows::P1, 1, 1);
-        run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);
-
-        world.timeout = Duration::from_millis(50);
-        let tensors = Tensors::new(&case, 0);
-        run_rank(&world, 0, &case, &tensors, kernel, Rows::P1, launch);
-        assert_eq!(world.failed(0), TIMED_OUT);
-        let status = &world.statuses[0];
-        assert_eq!(status.atomic(Status::MISSING_RANK).load(Ordering::Relaxed), 1);
-        assert_eq!(status.atomic(Status::HOP).load(Ordering::Relaxed), 1);
-        assert_eq!(status.get::<u64>()[Status::OPERATION as usize / 8], 1);
-        assert_eq!(status.get::<u64>()[Status::TOKEN as usize / 8], 0);
-        assert_eq!(status.get::<u64>()[Status::CALL as usize / 8], CALL);
-
-        // What follows on the poisoned rank ends at once, whatever its deadline is.
-        world.timeout = Duration::from_secs(3600);
-        let started = Instant::now();
-        run_rank(&world, 0, &case, &tensors, kernel, Rows::P1, launch);
-        assert!(started.elapsed() < Duration::from_secs(60));
+    for kernel in [Kernel::OneShot, Kernel::TwoShot, Kernel::Sharded] {
+        missing_rank::<bf16>(&mut random, World::new(2, 1 << 14), 1, kernel, Rows::P1);
     }
 }
 

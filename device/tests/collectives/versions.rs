@@ -2,41 +2,12 @@
 
 use fused_collective_core::dtype::{Element, bf16, f16};
 
-use crate::{
-    KERNELS,
-    support::{Case, EVERYTHING, Kernel, Random, Rows, What, World, geometry, run_case},
-};
+use crate::support::{Random, World, every_version};
 
-/// Packs of a row for a warp to keep in each way: all of a thread's share, its first pack or a chunk, and some of the
-/// second.
-fn packs(random: &mut Random, rows: Rows) -> u64 {
-    match rows {
-        Rows::P1 => 1 + random.below(32),
-        Rows::P2 => 33 + random.below(32),
-        Rows::Streamed => 33 + random.below(64),
-    }
-}
-
-/// With and without residual; shapes and geometries vary along.
 fn every_entry_point<E: Element>(seed: u64, groups: &[u32]) {
     let mut random = Random(seed);
     for &ranks in groups {
-        let world = World::new(ranks, 1 << 16);
-        for rows in [Rows::P1, Rows::P2, Rows::Streamed] {
-            for what in EVERYTHING {
-                let sharded = (what != What::Sum).then_some(Kernel::Sharded);
-                for kernel in KERNELS.into_iter().chain(sharded) {
-                    let tokens = 1 + random.below(4);
-                    let hidden = (packs(&mut random, rows) * E::LANES as u64).next_multiple_of(16);
-                    let residual = kernel == Kernel::Sharded || random.below(2) == 1;
-                    let case = Case::<E>::new(&mut random, ranks, tokens, hidden, residual, what);
-                    let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
-                    let launch = geometry(&case.operation, rows, 1, 1);
-                    run_case(&mut random, &world, &case, kernel, rows, |_| launch);
-                }
-            }
-        }
-        world.assert_clean();
+        every_version::<E>(&mut random, &World::new(ranks, 1 << 16), 1);
     }
 }
 

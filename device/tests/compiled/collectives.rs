@@ -1,26 +1,15 @@
 //! Every entry point of every collective, for every kind of GPU.
 
-use std::{
-    env,
-    sync::{Arc, atomic::Ordering},
-    thread,
-    time::Duration,
-};
+use std::{env, sync::Arc, thread, time::Duration};
 
-use fused_collective_core::{
-    dtype::{Element, bf16, f16},
-    fusion::Operation,
-};
-use fused_collective_device::{
-    params::{Status, TIMED_OUT},
-    simt::host::Launch,
-};
+use fused_collective_core::dtype::{Element, bf16, f16};
+use fused_collective_device::simt::host::Launch;
 
 use crate::{
     Compiled, KERNELS, ROWS, gpus_of, has_clusters,
     support::{
-        CALL, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, check_all, geometry, run_case,
-        run_rank,
+        Case, EVERYTHING, Kernel, Random, Rows, Tensors, World, check_all, every_version, geometry,
+        missing_rank, run_case, run_rank,
     },
 };
 
@@ -32,22 +21,6 @@ pub(crate) fn world(size: u32, compiled: &Arc<Compiled>) -> World {
         compiled.run(rank, launch, &kernel.entry, &kernel.parameter, ranges);
     }));
     world
-}
-
-/// Packs of a row for one warp or two to keep in each way.
-fn packs(random: &mut Random, rows: Rows) -> u64 {
-    match rows {
-        Rows::P1 => 1 + random.below(64),
-        Rows::P2 => 33 + random.below(96),
-        Rows::Streamed => 33 + random.below(128),
-    }
-}
-
-/// A geometry for rows of a case, with one warp or two.
-fn random_geometry(random: &mut Random, operation: &Operation, rows: Rows) -> Launch {
-    let launch = geometry(operation, rows, 1, 1 + random.below(operation.tokens.min(2)) as u32);
-    let warps = if rows == Rows::Streamed { 1 + random.below(2) as u32 } else { 1 };
-    Launch { threads: launch.threads * warps, ..launch }
 }
 
 /// Runs every entry point as often as `EMULATED_ROUNDS` says, once by default, each time with other operations.
@@ -64,23 +37,7 @@ fn every_collective_is_right_once<E: Element>(seed: u64, dtype: &str) {
         let module = format!("{dtype}_w{most}");
         for gpu in gpus_of(&module) {
             let compiled = Arc::new(Compiled::read(gpu, &module, seed));
-            let mut random = Random(seed);
-            let world = world(ranks, &compiled);
-            for rows in ROWS {
-                for what in EVERYTHING {
-                    let sharded = what != What::Sum;
-                    for kernel in KERNELS.into_iter().filter(|kernel| sharded || *kernel != Kernel::Sharded) {
-                        let tokens = 1 + random.below(4);
-                        let hidden = (packs(&mut random, rows) * E::LANES as u64).next_multiple_of(16);
-                        let residual = kernel == Kernel::Sharded || random.below(2) == 1;
-                        let case = Case::<E>::new(&mut random, ranks, tokens, hidden, residual, what);
-                        let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
-                        let launch = random_geometry(&mut random, &case.operation, rows);
-                        run_case(&mut random, &world, &case, kernel, rows, |_| launch);
-                    }
-                }
-            }
-            world.assert_clean();
+            every_version::<E>(&mut Random(seed), &world(ranks, &compiled), 2);
             compiled.assert_all_ran(|_| false);
         }
     }
@@ -189,24 +146,7 @@ fn a_missing_rank_ends_the_wait<E: Element>(module: &str) {
     for gpu in gpus_of(module) {
         let compiled = Arc::new(Compiled::read(gpu, module, 6));
         for (kernel, rows) in KERNELS.into_iter().flat_map(|kernel| ROWS.map(|rows| (kernel, rows))) {
-            let mut world = world(2, &compiled);
-            let case = Case::<E>::new(&mut random, 2, 2, 512, true, What::Fp8);
-            let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
-            let launch = geometry(&case.operation, rows, 1, 2);
-            run_case(&mut random, &world, &case, kernel, rows, |_| launch);
-
-            world.timeout = Duration::from_millis(20);
-            let tensors = Tensors::new(&case, 0);
-            run_rank(&world, 0, &case, &tensors, kernel, rows, launch);
-            assert_eq!(world.failed(0), TIMED_OUT);
-            let status = &world.statuses[0];
-            assert_eq!(status.atomic(Status::MISSING_RANK).load(Ordering::Relaxed), 1);
-            assert_eq!(status.get::<u64>()[Status::OPERATION as usize / 8], 1);
-            assert_eq!(status.get::<u64>()[Status::CALL as usize / 8], CALL);
-
-            // What follows on the poisoned rank ends at once, whatever its deadline is.
-            world.timeout = Duration::from_secs(3600);
-            run_rank(&world, 0, &case, &tensors, kernel, rows, launch);
+            missing_rank::<E>(&mut random, world(2, &compiled), 2, kernel, rows);
         }
     }
 }

@@ -6,13 +6,15 @@ use fused_collective_core::{
     reference::Rounding,
 };
 use fused_collective_device::{
-    params::{Activations, Address, Audit, Conversions, Fill, Local, Plain, Step, Unquantized},
+    params::{Activations, Address, Audit, Conversions, Fill, Local, Plain, Unquantized},
     simt::host::Launch,
 };
 
 use crate::{
     Compiled, ROWS, gpus_of,
-    support::{Buffer, Case, EVERYTHING, POISON, Random, Rows, Tensors, What, bytes_of, geometry, shape},
+    support::{
+        Buffer, Case, EVERYTHING, POISON, Random, Rows, Tensors, What, bytes_of, eager_steps, geometry, shape,
+    },
 };
 
 const SMALL: Launch = Launch { blocks: 2, cluster: 1, threads: 64 };
@@ -104,40 +106,6 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
     }
 }
 
-/// The primitive steps of RMSNorm and FP8 quantization, one kernel each.
-fn steps_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
-    let mut case = Case::<E>::new(random, 1, 3, 96, true, What::Fp8);
-    case.operation.keep_norm = true;
-    let tensors = Tensors::new(&case, 0);
-    let (tokens, hidden) = (case.operation.tokens as u32, case.operation.hidden as u32);
-    let norm = case.operation.norm.unwrap();
-    let wide = || Buffer::new((tokens * hidden) as usize * 4, 0);
-    let [x, y, z] = [wide(), wide(), wide()];
-    let factors = Buffer::new(tokens as usize * 4, 0);
-    let residual = tensors.residual.as_ref().unwrap();
-    let run = |name: &str, a: &Buffer, b: &Buffer, out: &Buffer, value: f32| {
-        let step =
-            Step { a: a.address(), b: b.address(), out: out.address(), tokens, hidden, value, reserved: 0 };
-        run_on(compiled, &format!("eager_{name}"), &step, &[a, b, out]);
-    };
-    let unused = &factors;
-    run("to_f32", &tensors.input, unused, &x, 0.0);
-    run("to_f32", residual, unused, &y, 0.0);
-    run("add", &x, &y, &z, 0.0);
-    run("round", &z, unused, &tensors.residual_out, 0.0);
-    run("to_f32", &tensors.residual_out, unused, &x, 0.0);
-    run("square", &x, unused, &y, 0.0);
-    run("mean_rsqrt", &y, unused, &factors, norm.epsilon);
-    run("scale_rows", &x, &factors, &y, 0.0);
-    run("mul_weight", &y, &tensors.gamma, &z, norm.weight_bias);
-    run("round", &z, unused, &tensors.norm_out, 0.0);
-    run("to_f32", &tensors.norm_out, unused, &x, 0.0);
-    run("mul_inverse", &x, &tensors.scale, &y, 0.0);
-    run("clamp", &y, unused, &z, 0.0);
-    run("to_fp8", &z, unused, &tensors.values, 0.0);
-    tensors.check(&case, Rounding::Once);
-}
-
 fn fill_and_audit_are_right(compiled: &Compiled) {
     let [actual, expected] = [(); 2].map(|()| Buffer::new(100 * 16, 1));
     let fill = Fill { out: actual.address(), packs: 99, word: 7, reserved: 0 };
@@ -188,7 +156,9 @@ fn every_kernel_is_right<E: Element>(seed: u64, dtype: &str) {
         let mut random = Random(seed);
         let compiled = Compiled::read(gpu, &module, seed);
         passes_are_right::<E>(&mut random, &compiled);
-        steps_are_right::<E>(&mut random, &compiled);
+        eager_steps::<E>(&mut random, |name, step, buffers| {
+            run_on(&compiled, &format!("eager_{name}"), step, &buffers);
+        });
         fill_and_audit_are_right(&compiled);
         conversions_are_right(&mut random, &compiled);
         compiled.assert_all_ran(|name| name.starts_with("links_"));

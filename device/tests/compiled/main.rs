@@ -157,3 +157,11 @@ impl Compiled {
         assert!(left.is_empty(), "{}: {left:?} did not run", self.file.display());
     }
 }
+
+#[test]
+fn every_kind_that_there_are_kernels_for_is_emulated() {
+    let folders =
+        fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let unknown: Vec<String> = folders.filter(|name| !GPUS.contains(&name.as_str())).collect();
+    assert!(unknown.is_empty(), "{unknown:?}: kinds that `GPUS` lacks, or of an earlier build");
+}

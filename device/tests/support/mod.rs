@@ -2,7 +2,13 @@
 
 #![allow(dead_code, unreachable_pub, reason = "each test program uses a part of this")]
 
-use std::{mem::MaybeUninit, slice, thread, time::Duration};
+use std::{
+    mem::MaybeUninit,
+    slice,
+    sync::atomic::Ordering,
+    thread,
+    time::{Duration, Instant},
+};
 
 use fused_collective_core::{
     dtype::Element,
@@ -14,12 +20,13 @@ use fused_collective_core::{
 use fused_collective_device::{
     baseline, collective,
     epilogue::{Epilogue, Gathered},
-    params::{Activations, Fused, Group, Local, Plain, Shape, Unquantized},
+    params::{Activations, Fused, Group, Local, Plain, Shape, Status, Step, TIMED_OUT, Unquantized},
     simt::host::{Launch, launch},
 };
 
 mod cases;
 mod memory;
+pub mod ranks;
 pub mod sequence;
 
 pub use cases::{Case, EVERYTHING, POISON, Random, Tensors, What};
@@ -175,6 +182,41 @@ pub fn run_local<E: Element>(case: &Case<E>, tensors: &Tensors) {
     }
 }
 
+/// Runs the primitive steps of RMSNorm and FP8 quantization, each a kernel of its own that `run` runs by its name, and
+/// holds what comes out of them to the reference. The buffers are those that a step reads and writes.
+pub fn eager_steps<E: Element>(random: &mut Random, run: impl Fn(&str, &Step, [&Buffer; 3])) {
+    let mut case = Case::<E>::new(random, 1, 3, 96, true, What::Fp8);
+    case.operation.keep_norm = true;
+    let tensors = Tensors::new(&case, 0);
+    let (tokens, hidden) = (case.operation.tokens as u32, case.operation.hidden as u32);
+    let norm = case.operation.norm.unwrap();
+    let wide = || Buffer::new((tokens * hidden) as usize * 4, 0);
+    let [x, y, z] = [wide(), wide(), wide()];
+    let factors = Buffer::new(tokens as usize * 4, 0);
+    let residual = tensors.residual.as_ref().unwrap();
+    let step = |name: &str, a: &Buffer, b: &Buffer, out: &Buffer, value: f32| {
+        let [a_address, b_address, out_address] = [a, b, out].map(Buffer::address);
+        let step = Step { a: a_address, b: b_address, out: out_address, tokens, hidden, value, reserved: 0 };
+        run(name, &step, [a, b, out]);
+    };
+    let unused = &factors;
+    step("to_f32", &tensors.input, unused, &x, 0.0);
+    step("to_f32", residual, unused, &y, 0.0);
+    step("add", &x, &y, &z, 0.0);
+    step("round", &z, unused, &tensors.residual_out, 0.0);
+    step("to_f32", &tensors.residual_out, unused, &x, 0.0);
+    step("square", &x, unused, &y, 0.0);
+    step("mean_rsqrt", &y, unused, &factors, norm.epsilon);
+    step("scale_rows", &x, &factors, &y, 0.0);
+    step("mul_weight", &y, &tensors.gamma, &z, norm.weight_bias);
+    step("round", &z, unused, &tensors.norm_out, 0.0);
+    step("to_f32", &tensors.norm_out, unused, &x, 0.0);
+    step("mul_inverse", &x, &tensors.scale, &y, 0.0);
+    step("clamp", &y, unused, &z, 0.0);
+    step("to_fp8", &z, unused, &tensors.values, 0.0);
+    tensors.check(&case, Rounding::Once);
+}
+
 struct Run {
     group: Group,
     shape: Shape,
@@ -290,4 +332,73 @@ pub fn check_all<E: Element>(case: &Case<E>, tensors: &[Tensors]) {
             case.operation
         );
     }
+}
+
+/// Packs of a row for blocks of up to `warps` warps to keep: all of a thread's share, its first pack and some of the
+/// second, or a chunk.
+fn packs(random: &mut Random, rows: Rows, warps: u64) -> u64 {
+    match rows {
+        Rows::P1 => 1 + random.below(32 * warps),
+        Rows::P2 => 33 + random.below(64 * warps - 32),
+        Rows::Streamed => 33 + random.below(64 * warps),
+    }
+}
+
+/// Runs a case for every version of every collective that there is for the group, in blocks of up to `warps` warps. Shapes
+/// and geometries vary, and so does whether there is a residual.
+pub fn every_version<E: Element>(random: &mut Random, world: &World, warps: u64) {
+    for rows in [Rows::P1, Rows::P2, Rows::Streamed] {
+        for what in EVERYTHING {
+            for kernel in [Kernel::OneShot, Kernel::TwoShot, Kernel::Sharded] {
+                if kernel == Kernel::Sharded && what == What::Sum {
+                    continue;
+                }
+                let tokens = 1 + random.below(4);
+                let hidden = (packs(random, rows, warps) * E::LANES as u64).next_multiple_of(16);
+                let residual = kernel == Kernel::Sharded || random.below(2) == 1;
+                let case = Case::<E>::new(random, world.size, tokens, hidden, residual, what);
+                let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+                let launch = geometry(&case.operation, rows, 1, 1 + random.below(tokens.min(warps)) as u32);
+                let streaming = if rows == Rows::Streamed { 1 + random.below(warps) as u32 } else { 1 };
+                let launch = Launch { threads: launch.threads * streaming, ..launch };
+                run_case(random, world, &case, kernel, rows, |_| launch);
+            }
+        }
+    }
+    world.assert_clean();
+}
+
+/// Holds that rank 0 of two ends its wait for rank 1, which does not come to the second operation, and says so. Each token
+/// has a block.
+pub fn missing_rank<E: Element>(
+    random: &mut Random,
+    mut world: World,
+    tokens: u32,
+    kernel: Kernel,
+    rows: Rows,
+) {
+    let case = Case::<E>::new(random, 2, u64::from(tokens), 512, true, What::Fp8);
+    let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+    let launch = geometry(&case.operation, rows, 1, tokens);
+    run_case(random, &world, &case, kernel, rows, |_| launch);
+
+    world.timeout = Duration::from_millis(50);
+    let tensors = Tensors::new(&case, 0);
+    run_rank(&world, 0, &case, &tensors, kernel, rows, launch);
+    assert_eq!(world.failed(0), TIMED_OUT);
+    let status = &world.statuses[0];
+    assert_eq!(status.atomic(Status::MISSING_RANK).load(Ordering::Relaxed), 1);
+    let token = status.get::<u64>()[Status::TOKEN as usize / 8];
+    assert!(token < u64::from(tokens));
+    // In two hops rank 1 sums every second token.
+    let hop = if kernel == Kernel::OneShot || token.is_multiple_of(2) { 1 } else { 2 };
+    assert_eq!(status.atomic(Status::HOP).load(Ordering::Relaxed), hop);
+    assert_eq!(status.get::<u64>()[Status::OPERATION as usize / 8], 1);
+    assert_eq!(status.get::<u64>()[Status::CALL as usize / 8], CALL);
+
+    // What follows on the poisoned rank ends at once, whatever its deadline is.
+    world.timeout = Duration::from_secs(3600);
+    let started = Instant::now();
+    run_rank(&world, 0, &case, &tensors, kernel, rows, launch);
+    assert!(started.elapsed() < Duration::from_secs(60));
 }

@@ -5,7 +5,6 @@
 //! CPU's, with one output changed after the fused one-shot operation.
 
 use std::{
-    os::fd::AsFd,
     process::id,
     sync::atomic::{AtomicU32, Ordering},
     thread,
@@ -13,13 +12,22 @@ use std::{
 };
 
 use fused_collective::{
-    bench,
-    collective::{Collective, Error, Problem, Step, Tensor},
-    cpu::{self, Communicator, Engine, Watch},
+    cpu::{self, Communicator},
+    group::rendezvous::{Group, Membership},
+};
+use fused_collective_cli::{
+    backend::{
+        collective::Collective,
+        cpu::Engine,
+        error::Error,
+        problem::{Problem, Tensor},
+        steps::Step,
+    },
+    commands::bench::{run as bench, settings::Settings},
+    measurement::Kind,
     peers::Peers,
-    rendezvous::{Group, Membership},
-    report::{Kind, Outcome, Report, Row, json, markdown, plot, progress::Progress, table},
-    settings::{QuantMode, Settings},
+    quant_mode::QuantMode,
+    report::{Outcome, Report, Row, json, markdown, plot, progress::Progress, table},
 };
 use fused_collective_core::{fusion::Mode, plan::Limits};
 
@@ -119,13 +127,12 @@ fn settings(quant_mode: QuantMode) -> Settings {
 fn report(settings: &Settings, fault: Fault) -> Report {
     static GROUPS: AtomicU32 = AtomicU32::new(0);
     let key = format!("faulty {} {}", id(), GROUPS.fetch_add(1, Ordering::Relaxed));
-    let layout = cpu::layout(RANKS, settings.hidden_dim * 4).unwrap();
-    let memory = cpu::create_shared_memory(&layout).unwrap();
+    let max_row_bytes = settings.hidden_dim * 4;
     let rank = |rank| {
         let membership = Membership { rank, world_size: RANKS, key: &key, config: b"", deadline: DEADLINE };
         let group = Group::join(&membership).unwrap();
         let communicator =
-            Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::new(|| None)).unwrap();
+            Communicator::join(&group, cpu::Options { max_row_bytes, deadline: DEADLINE }).unwrap();
         let here = fault.rank.is_none_or(|only| only == rank);
         let mut backend = Faulty { engine: Engine::new(communicator), fault, here, runs: 0, ran: Vec::new() };
         let mut report = Report::new(vec!["bench".to_owned()], "cpu", RANKS, settings.clone());

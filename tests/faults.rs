@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use fused_collective::faults::{Case, Fault, Phase};
+use fused_collective_cli::commands::faults::case::{Case, Fault, Phase};
 use fused_collective_tests::{command, run};
 
 fn faults(options: &str) -> Command {

@@ -5,7 +5,6 @@
 
 use std::{
     fs,
-    os::fd::AsFd,
     process::{Command, id},
     sync::atomic::{AtomicU32, Ordering},
     thread,
@@ -13,14 +12,26 @@ use std::{
 };
 
 use fused_collective::{
-    bench,
-    collective::{Collective, Error, Problem, Step, Tensor},
-    cpu::{self, Communicator, Engine, Watch},
-    links::{self, Exercise, Links, Measure},
+    cpu::{self, Communicator},
+    group::rendezvous::{Group, Membership},
+};
+use fused_collective_cli::{
+    backend::{
+        collective::Collective,
+        cpu::Engine,
+        error::Error,
+        links::{Exercise, Links, Measure},
+        problem::{Problem, Tensor},
+        steps::Step,
+    },
+    commands::{
+        bench::{run as bench, settings::Settings as BenchSettings},
+        links::run as links,
+    },
+    measurement::Kind,
     peers::Peers,
-    rendezvous::{Group, Membership},
-    report::{Kind, Report as BenchReport, json, progress::Progress},
-    settings::{QuantMode, Settings as BenchSettings},
+    quant_mode::QuantMode,
+    report::{Report as BenchReport, json, progress::Progress},
 };
 use fused_collective_core::plan::Limits;
 use fused_collective_tests::{LIMIT, Running, command, report::Machine, run};
@@ -334,13 +345,12 @@ fn on_two_ranks<T: Send>(harmed: Exercise, work: impl Fn(&Group, &mut Faulty) ->
     const DEADLINE: Duration = Duration::from_secs(60);
     static GROUPS: AtomicU32 = AtomicU32::new(0);
     let key = format!("faulty links {} {}", id(), GROUPS.fetch_add(1, Ordering::Relaxed));
-    let layout = cpu::layout(2, 4 * HIDDEN).unwrap();
-    let memory = cpu::create_shared_memory(&layout).unwrap();
+    let max_row_bytes = 4 * HIDDEN;
     let rank = |rank| {
         let membership = Membership { rank, world_size: 2, key: &key, config: b"", deadline: DEADLINE };
         let group = Group::join(&membership).unwrap();
         let communicator =
-            Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::nobody()).unwrap();
+            Communicator::join(&group, cpu::Options { max_row_bytes, deadline: DEADLINE }).unwrap();
         let mut backend = Faulty { engine: Engine::new(communicator), harmed };
         let result = work(&group, &mut backend);
         group.farewell().unwrap();

@@ -4,18 +4,28 @@
 //! one bit changed after one of its operations, or an error in place of one.
 
 use std::{
-    os::fd::AsFd,
     process::{Command, id},
     thread,
     time::{Duration, Instant},
 };
 
 use fused_collective::{
-    bench,
-    collective::{Collective, Error, Problem, Step, Tensor},
-    cpu::{self, Communicator, Engine, Watch},
-    rendezvous::{Group, Membership},
-    soak::{self, Settings, Tally},
+    cpu::{self, Communicator},
+    group::rendezvous::{Group, Membership},
+};
+use fused_collective_cli::commands::soak::groups::{group_seed, run_groups};
+use fused_collective_cli::{
+    backend::{
+        collective::Collective,
+        cpu::Engine,
+        error::Error,
+        problem::{Problem, Tensor},
+        steps::Step,
+    },
+    commands::soak::{
+        run as soak,
+        run::{Settings, Tally},
+    },
 };
 use fused_collective_core::plan::Limits;
 use fused_collective_tests::{LIMIT, Running, command, run};
@@ -80,7 +90,7 @@ fn the_same_seed_gives_the_same_operations_and_another_one_others() {
 fn groups_soak_at_the_same_time_and_each_does_what_its_seed_does_alone() {
     let outcome = run(&mut soak("--operations 400 --seed 7 --nproc-per-node 2 --groups 2"));
     outcome.assert_success();
-    let other = soak::group_seed(7, 1);
+    let other = group_seed(7, 1);
     let lines: Vec<&str> = outcome.stdout.lines().collect();
     let [heading, first, second, total] = lines[..] else { panic!("{outcome}") };
     assert_eq!(heading, format!("cpu backend, 2 groups of 2 ranks, seeds 7, {other}"));
@@ -216,7 +226,7 @@ fn soak_with_a_wrong_bit_in(tensor: Tensor) -> Vec<(Tally, Vec<String>)> {
 }
 
 /// What came of a soak of groups on a rank, and the lines that it was told.
-type Said = (Result<Vec<Tally>, bench::Error>, Vec<String>);
+type Said = (Result<Vec<Tally>, fused_collective_cli::job::ranks::Error>, Vec<String>);
 
 /// What two groups of two ranks say of a soak with a fault on rank 1 of group 1, which ends it before its time.
 fn soak_groups_with(fault: Fault) -> Vec<Said> {
@@ -228,7 +238,7 @@ fn soak_groups_with(fault: Fault) -> Vec<Said> {
         let mut backend = join(&group, (world.rank() == 3).then_some(fault));
         let mut lines = Vec::new();
         let tell = |line: &str| lines.push(line.to_owned());
-        let tallies = soak::run_groups(&settings, world, number, &group, &mut backend, tell);
+        let tallies = run_groups(&settings, world, number, &group, &mut backend, tell);
         if let Err(error) = &tallies {
             world.abort(&error.to_string());
         }
@@ -243,12 +253,8 @@ fn soak_groups_with(fault: Fault) -> Vec<Said> {
 /// This rank's end of the CPU backend, for `group`.
 fn join(group: &Group, fault: Option<Fault>) -> Faulty {
     let row_bytes = soak::largest_problems().iter().map(Problem::row_bytes).max().unwrap();
-    let layout = cpu::layout(group.world_size(), row_bytes).unwrap();
-    let own = (group.rank() == 0).then(|| cpu::create_shared_memory(&layout).unwrap());
-    let memory = group.share_fd(own.as_ref().map(AsFd::as_fd)).unwrap();
-    let control = group.control();
-    let watch = Watch::new(move || control.lost());
-    let communicator = Communicator::join(memory.as_fd(), layout, group.rank(), DEADLINE, watch).unwrap();
+    let options = cpu::Options { max_row_bytes: row_bytes, deadline: DEADLINE };
+    let communicator = Communicator::join(group, options).unwrap();
     Faulty { engine: Engine::new(communicator), fault, runs: 0 }
 }
 
@@ -285,7 +291,7 @@ fn a_wrong_bit_on_one_rank_ends_the_soak_on_all_and_is_named() {
 
 #[test]
 fn a_wrong_bit_in_one_group_ends_the_soak_of_all_and_is_named() {
-    let start = format!("FAILED group 1, seed {}, round ", soak::group_seed(0, 1));
+    let start = format!("FAILED group 1, seed {}, round ", group_seed(0, 1));
     for (tallies, lines) in soak_groups_with(Fault::WrongBit(Tensor::ResidualOut)) {
         let failed: Vec<u64> = tallies.unwrap().iter().map(|tally| tally.failed).collect();
         assert_eq!((failed, lines.len()), (vec![0, 1], 1), "{lines:?}");
@@ -295,7 +301,7 @@ fn a_wrong_bit_in_one_group_ends_the_soak_of_all_and_is_named() {
 
 #[test]
 fn a_failure_in_one_group_ends_the_soak_of_all_and_is_named() {
-    let start = format!("group 1, seed {}, round ", soak::group_seed(0, 1));
+    let start = format!("group 1, seed {}, round ", group_seed(0, 1));
     for (rank, (tallies, _)) in soak_groups_with(Fault::Error).into_iter().enumerate() {
         let line = tallies.unwrap_err().to_string();
         match rank {

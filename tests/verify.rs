@@ -6,7 +6,6 @@
 
 use std::{
     cell::Cell,
-    os::fd::AsFd,
     process::{Command, id},
     sync::atomic::{AtomicU32, Ordering},
     thread,
@@ -14,12 +13,23 @@ use std::{
 };
 
 use fused_collective::{
-    bench,
-    collective::{Collective, Conversion, Error, Problem, Step, Tensor},
-    cpu::{self, Communicator, Engine, Watch},
-    rendezvous::{Group, Membership},
+    cpu::{self, Communicator},
+    group::rendezvous::{Group, Membership},
+};
+use fused_collective_cli::commands::verify::{conversions, dependents};
+use fused_collective_cli::{
+    backend::{
+        collective::Collective,
+        cpu::Engine,
+        error::Error,
+        problem::{Problem, Tensor},
+        steps::{Conversion, Step},
+    },
+    commands::verify::{
+        run as verify,
+        run::{Place, Settings, Tally},
+    },
     report::progress::Progress,
-    verify::{self, Place, Settings, Tally},
 };
 use fused_collective_core::{
     dtype::DType,
@@ -159,7 +169,7 @@ fn outputs_that_are_not_always_finished_are_found() {
     let (tally, failed) = on_faulty_ranks(now_and_then, None, |place, tell| {
         let settings =
             Settings { num_tokens: vec![3], hidden_dims: vec![48], dependents: 20, ..Settings::default() };
-        verify::run_dependents(&settings, place, &Progress::hidden(), tell)
+        dependents::run_dependents(&settings, place, &Progress::hidden(), tell)
     });
     // The first has its 22 runs before the fault.
     assert_eq!((tally.verified, tally.failed), (7, 2), "{failed:?}");
@@ -295,7 +305,8 @@ fn matrix_with(
 fn on_faulty_ranks(
     fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
     stray: Option<&'static str>,
-    work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, bench::Error> + Sync,
+    work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, fused_collective_cli::job::ranks::Error>
+    + Sync,
 ) -> (Tally, Vec<String>) {
     on_ranks_with_a_faulty(Step::Fused(Mode::TwoShot), fault, stray, work)
 }
@@ -305,19 +316,19 @@ fn on_ranks_with_a_faulty(
     faulty: Step,
     fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
     stray: Option<&'static str>,
-    work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, bench::Error> + Sync,
+    work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, fused_collective_cli::job::ranks::Error>
+    + Sync,
 ) -> (Tally, Vec<String>) {
     const RANKS: u32 = 2;
     const DEADLINE: Duration = Duration::from_secs(60);
     static GROUPS: AtomicU32 = AtomicU32::new(0);
     let key = format!("faulty matrix {} {}", id(), GROUPS.fetch_add(1, Ordering::Relaxed));
-    let layout = cpu::layout(RANKS, 48 * 4).unwrap();
-    let memory = cpu::create_shared_memory(&layout).unwrap();
+    let max_row_bytes = 48 * 4;
     let rank = |rank| {
         let membership = Membership { rank, world_size: RANKS, key: &key, config: b"", deadline: DEADLINE };
         let group = Group::join(&membership).unwrap();
         let communicator =
-            Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::new(|| None)).unwrap();
+            Communicator::join(&group, cpu::Options { max_row_bytes, deadline: DEADLINE }).unwrap();
         let mut backend =
             Faulty { engine: Engine::new(communicator), fault, problem: None, stray, faulty, has_run: false };
         let mut failed = Vec::new();
@@ -473,7 +484,7 @@ fn a_conversion_that_is_not_cores_is_found_whichever_rank_has_its_block() {
             |_, _| Ok(()),
             None,
             |place, tell| {
-                verify::run_conversions(
+                conversions::run_conversions(
                     &Settings::default(),
                     blocks.clone(),
                     place,

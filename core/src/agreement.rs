@@ -28,6 +28,8 @@ pub enum Call {
         operation: Operation,
         /// The per-tensor or global scale, if the quantization reads one and the caller gave a number.
         scale: Option<f32>,
+        /// A digest of the kernel, where it is the caller's own; 0 for this project's.
+        kernel: u64,
     },
     /// A barrier.
     Barrier,
@@ -70,13 +72,22 @@ impl Call {
         };
         let reads_scale =
             matches!(operation.quantization, Quantization::Fp8Static | Quantization::NvFp4 { .. });
-        Call::Operation { operation: Operation { mode, ..*operation }, scale: scale.filter(|_| reads_scale) }
+        let operation = Operation { mode, ..*operation };
+        Call::Operation { operation, scale: scale.filter(|_| reads_scale), kernel: 0 }
+    }
+
+    /// The call of `operation`, which was planned as `algorithm`, with a kernel of the caller's that has this digest.
+    pub fn custom(operation: &Operation, algorithm: Algorithm, kernel: u64) -> Call {
+        match Call::operation(operation, algorithm, None) {
+            Call::Operation { operation, scale, .. } => Call::Operation { operation, scale, kernel },
+            call => call,
+        }
     }
 
     /// The call as words. Calls that differ have different words.
     pub fn to_words(&self) -> [u64; CALL_WORDS] {
         match self {
-            Call::Operation { operation, scale } => {
+            Call::Operation { operation, scale, kernel } => {
                 let Operation { dtype, tokens, hidden, residual, norm, quantization, keep_norm, mode } =
                     *operation;
                 let (kind, group) = quantization_code(quantization);
@@ -95,7 +106,7 @@ impl Call {
                     | flags << FLAGS_SHIFT;
                 let (epsilon, bias) = norm.map_or((0.0, 0.0), |norm| (norm.epsilon, norm.weight_bias));
                 let numbers = u64::from(epsilon.to_bits()) | u64::from(bias.to_bits()) << 32;
-                [head, tokens, hidden, numbers, u64::from(scale.map_or(0, f32::to_bits)), 0, 0]
+                [head, tokens, hidden, numbers, u64::from(scale.map_or(0, f32::to_bits)), *kernel, 0]
             }
             Call::Barrier => [BARRIER, 0, 0, 0, 0, 0, 0],
             Call::Replay { captured, calls } => [REPLAY, *captured, *calls, 0, 0, 0, 0],
@@ -104,7 +115,7 @@ impl Call {
 
     /// The call that these words are, if they are one: they may come from another process.
     pub fn from_words(words: &[u64; CALL_WORDS]) -> Option<Call> {
-        let &[head, tokens, hidden, numbers, scale, ..] = words;
+        let &[head, tokens, hidden, numbers, scale, kernel, _] = words;
         let call = match head & 0xff {
             OPERATION => {
                 let field = |shift: u32, bits: u32| head >> shift & ((1 << bits) - 1);
@@ -137,7 +148,11 @@ impl Call {
                 if flags & !ALL_FLAGS != 0 {
                     return None;
                 }
-                Call::Operation { operation, scale: is(SCALE).then_some(f32::from_bits(scale as u32)) }
+                Call::Operation {
+                    operation,
+                    scale: is(SCALE).then_some(f32::from_bits(scale as u32)),
+                    kernel,
+                }
             }
             BARRIER => Call::Barrier,
             REPLAY => Call::Replay { captured: tokens, calls: hidden },
@@ -190,11 +205,14 @@ fn quantization(code: u64, group: u32, layout: ScaleLayout) -> Option<Quantizati
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Call::Operation { operation, scale } => {
+            Call::Operation { operation, scale, kernel } => {
                 let Operation { dtype, tokens, hidden, residual, norm, quantization, keep_norm, mode } =
                     operation;
                 let mode = if *mode == Mode::TwoShot { "two-shot" } else { "one-shot" };
                 write!(f, "{mode}, {tokens} tokens of {hidden} {dtype}")?;
+                if *kernel != 0 {
+                    write!(f, ", kernel {kernel:016x}")?;
+                }
                 match residual {
                     Residual::None => {}
                     Residual::Replicated => f.write_str(", residual")?,

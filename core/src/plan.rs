@@ -148,14 +148,23 @@ impl Plan {
             return Err(PlanError::Limits("the largest cluster must be a power of two"));
         }
         let row_bytes = operation.row_bytes();
-        let algorithm = match operation.mode {
-            _ if operation.residual == Residual::Sharded => Algorithm::ShardedTwoShot,
-            Mode::OneShot => Algorithm::OneShot,
-            Mode::TwoShot => Algorithm::TwoShot,
-            Mode::Auto if operation.activation_bytes() <= limits.one_shot_bytes => Algorithm::OneShot,
-            Mode::Auto => Algorithm::TwoShot,
+        let plan = |algorithm| {
+            tokens_per_round(algorithm, operation.tokens, row_bytes, limits).map(|tokens| (algorithm, tokens))
         };
-        let tokens_per_round = tokens_per_round(algorithm, operation.tokens, row_bytes, limits)?;
+        let (algorithm, tokens_per_round) = match operation.mode {
+            _ if operation.residual == Residual::Sharded => plan(Algorithm::ShardedTwoShot)?,
+            Mode::OneShot => plan(Algorithm::OneShot)?,
+            Mode::TwoShot => plan(Algorithm::TwoShot)?,
+            Mode::Auto => {
+                let (first, second) = if operation.activation_bytes() <= limits.one_shot_bytes {
+                    (Algorithm::OneShot, Algorithm::TwoShot)
+                } else {
+                    (Algorithm::TwoShot, Algorithm::OneShot)
+                };
+                // A slot may hold the smallest round of one algorithm alone.
+                plan(first).or_else(|error| plan(second).map_err(|_| error))?
+            }
+        };
         Ok(Plan {
             algorithm,
             tokens: operation.tokens,

@@ -35,9 +35,9 @@ use pulp::Arch;
 use super::{
     exchange::{EMPTY, Exchange, Medium, Word},
     fused::{self, Job, Scratch},
-    wait::{Vigil, Wait, Watch},
+    wait::{Wait, WaitGuard},
 };
-use crate::failure::{Failure, What};
+use crate::group::failure::{Failure, What};
 
 /// What a model checker brings.
 trait Checker: Send + Sync + 'static {
@@ -177,8 +177,8 @@ impl<C: Checker> Medium for End<C> {
 }
 
 /// Waits that nothing but their data ends.
-fn patience(rank: u32) -> Vigil {
-    Vigil { rank, deadline: Duration::MAX, watch: Watch::nobody(), board: None }
+fn patience(rank: u32) -> WaitGuard {
+    WaitGuard { rank, deadline: Duration::MAX, monitor: None, log: None }
 }
 
 /// Runs `rank` for each rank of a group whose slots have `slot_words` words, all joined, and checks that every slot is

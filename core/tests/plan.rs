@@ -294,8 +294,8 @@ fn more_rows_of_a_slot_than_32_bits_count_do_not_wrap() {
     assert_eq!(rows.one_shot(7, tokens - 1), (8 * tokens - 1) * 32);
 }
 
-/// What 32 bits do not count, neither as bytes nor as elements nor as tokens, is planned and found where it is: in slots,
-/// in tensors, in each rank's share of a sharded residual, and among scales.
+/// Plans and offsets of more than 2^32 bytes, elements or tokens: in slots, in tensors, in the rows of a sharded residual
+/// on each rank, and among scales.
 #[test]
 fn sizes_and_offsets_beyond_32_bits_do_not_wrap() {
     const WORLD: u32 = 3;

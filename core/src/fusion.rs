@@ -245,10 +245,10 @@ impl Operation {
             Quantization::None | Quantization::Fp8Static | Quantization::NvFp4 { .. }
         );
         if !sent {
-            return Err("supports no quantization, static FP8 or NVFP4: use one of these");
+            return Err("works without quantization, with static FP8 and with NVFP4: use one of these");
         }
         if self.keep_norm && self.quantization != Quantization::None {
-            return Err("supports the norm or its quantization as output, not both: do not keep the norm");
+            return Err("leaves the norm or its quantization on all ranks, not both: do not keep the norm");
         }
         Ok(())
     }

@@ -367,7 +367,7 @@ fn one_shot_ends_where_its_pushes_take_longer_than_a_hop_more() {
     const HOP: u64 = 350_000;
     assert_eq!([1, 2].map(|ranks| one_shot_bytes(ranks, HOP)), [u64::MAX; 2]);
     for ranks in 3..=MAX_WORLD_SIZE {
-        // What both modes push, in parts of an activation of `ranks` parts.
+        // Bytes that each mode pushes, with the wait of two-shot as bytes.
         let pushed = |bytes: u64| {
             let (others, part) = (u64::from(ranks) - 1, bytes as f64 / f64::from(ranks));
             (others as f64 * bytes as f64, 2.0 * others as f64 * part + HOP as f64)
@@ -418,20 +418,22 @@ fn invalid_operations_are_refused_by_name() {
         (Operation { norm: None, quantization: nvfp4, ..valid }, OperationError::QuantizationWithoutNorm),
         (
             Operation { norm: None, ..sharded },
-            OperationError::Sharded("needs a norm: it is what all ranks get"),
+            OperationError::Sharded("needs a norm, which is the result that all ranks get"),
         ),
         (
             Operation { mode: Mode::OneShot, ..sharded },
-            OperationError::Sharded("is added by tokens' owners, which one-shot has none of: use two-shot"),
+            OperationError::Sharded("needs owners of tokens, which one-shot does not have: use two-shot"),
         ),
         (
             Operation { quantization: Quantization::Fp8PerToken, ..sharded },
-            OperationError::Sharded("goes with no quantization, static FP8 or NVFP4"),
+            OperationError::Sharded(
+                "works without quantization, with static FP8 and with NVFP4: use one of these",
+            ),
         ),
         (
             Operation { quantization: nvfp4, keep_norm: true, ..sharded },
             OperationError::Sharded(
-                "leaves no unquantized norm beside the quantized one: the ranks get one of them",
+                "leaves the norm or its quantization on all ranks, not both: do not keep the norm",
             ),
         ),
     ];

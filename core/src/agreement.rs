@@ -1,8 +1,8 @@
 //! The calls that ranks of a group must agree on: the same calls, in the same order, with the same parameters.
 //!
-//! A rank publishes each [`Call`] as [words](Call::to_words) that its peers can read, with a [`Chain`]: a digest of this
-//! call and of all calls before it. Ranks with equal chains after the same number of calls have made the same calls all
-//! along. A comparison may therefore skip calls and still detect every difference.
+//! A rank publishes each [`Call`] as [words](Call::to_words) that its peers can read, with a [`Chain`]: a digest of
+//! this call and of all calls before it. Ranks with equal chains after the same number of calls have made the same
+//! calls all along. A comparison may therefore skip calls and still detect every difference.
 //!
 //! Properties that may differ between ranks are no part of a call: addresses, launch geometry, contents of tensors. A
 //! scale is part of a call if the caller gives it as a number; a scale in a tensor is content.

@@ -35,7 +35,8 @@ impl DType {
         16 / self.bytes()
     }
 
-    /// Bits of the significand, the implied one included. Rounding changes a normal number by at most `2^-digits` of it.
+    /// Bits of the significand, the implied one included. Rounding changes a normal number by at most `2^-digits` of
+    /// it.
     pub const fn digits(self) -> u32 {
         match self {
             DType::F32 => 24,

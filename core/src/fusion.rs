@@ -1,8 +1,8 @@
 //! The description of one fused operation: shape, types, fused steps, outputs.
 //!
-//! An operation adds up the inputs of all ranks and adds a residual. It may normalize the sum (RMSNorm) and quantize the
-//! norm. An [`Operation`] names these parts and no memory, backend or group. [`Operation::validate`] holds all rules that
-//! need no group; a [`Plan`](crate::plan::Plan) applies the limits of one.
+//! An operation adds up the inputs of all ranks and adds a residual. It may normalize the sum (RMSNorm) and quantize
+//! the norm. An [`Operation`] names these parts and no memory, backend or group. [`Operation::validate`] holds all
+//! rules that need no group; a [`Plan`](crate::plan::Plan) applies the limits of one.
 
 use core::fmt;
 
@@ -48,13 +48,13 @@ impl Default for Norm {
 /// Presence and distribution of the residual.
 ///
 /// A *sharded* residual lies with the [owners](crate::plan::owner) of the tokens, as between the reduce-scatter and the
-/// all-gather of sequence parallelism. Token `t` of an operation is row `t / world_size` of rank `t % world_size`, and no
-/// other rank reads or writes this row. Each rank thus stores, reads and writes one row in `world_size`. In the second
-/// hop an owner sends the norm, or its quantization in half or a quarter of the bytes, in place of the sum. The next
-/// operation takes `residual_out` as its residual without a copy.
+/// all-gather of sequence parallelism. Token `t` of an operation is row `t / world_size` of rank `t % world_size`, and
+/// no other rank reads or writes this row. Each rank thus stores, reads and writes one row in `world_size`. In the
+/// second hop an owner sends the norm, or its quantization in half or a quarter of the bytes, in place of the sum. The
+/// next operation takes `residual_out` as its residual without a copy.
 ///
-/// Every rank still gets all rows of the norm or its quantization, with the values that a replicated residual gives. Only a
-/// zero of a norm or a code may be `+0` in place of `-0`.
+/// Every rank still gets all rows of the norm or its quantization, with the values that a replicated residual gives.
+/// Only a zero of a norm or a code may be `+0` in place of `-0`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Residual {
     /// No residual is added.

@@ -77,7 +77,8 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// The limits that every rank can keep: the least of each. `None` for no ranks, or if ranks differ in the world size.
+    /// The limits that every rank can keep: the least of each. `None` for no ranks, or if ranks differ in the world
+    /// size.
     pub fn agree(ranks: &[Limits]) -> Option<Limits> {
         let (first, rest) = ranks.split_first()?;
         rest.iter().try_fold(*first, |least, other| {
@@ -95,9 +96,9 @@ impl Limits {
 /// A model of [`Limits::one_shot_bytes`] for GPUs with direct links between every two of them.
 ///
 /// For an activation of `b` bytes, each of `n` ranks pushes `b (n - 1)` bytes in one-shot. In two-shot it pushes
-/// `2 b (n - 1) / n` bytes and waits for one more hop. Let `hop_bytes` be the bytes that could be pushed during this wait.
-/// Both take the same time where `b (n - 1) = 2 b (n - 1) / n + hop_bytes`. Two ranks push the same bytes in both modes, so
-/// one-shot is always faster there.
+/// `2 b (n - 1) / n` bytes and waits for one more hop. Let `hop_bytes` be the bytes that could be pushed during this
+/// wait. Both take the same time where `b (n - 1) = 2 b (n - 1) / n + hop_bytes`. Two ranks push the same bytes in both
+/// modes, so one-shot is always faster there.
 pub const fn one_shot_bytes(world_size: u32, hop_bytes: u64) -> u64 {
     if world_size <= 2 {
         return u64::MAX;
@@ -120,8 +121,8 @@ pub struct Plan {
     pub world_size: u32,
     /// Bytes of a row.
     pub row_bytes: u64,
-    /// Blocks that share a token; 1 where there are no clusters. Kernels that cannot hold a row in the registers of this
-    /// many blocks may use more, up to [`Limits::max_cluster`].
+    /// Blocks that share a token; 1 where there are no clusters. Kernels that cannot hold a row in the registers of
+    /// this many blocks may use more, up to [`Limits::max_cluster`].
     pub cluster: u32,
 }
 

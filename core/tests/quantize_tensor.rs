@@ -166,7 +166,7 @@ fn dequantizes_by_formula<E: Element>(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(ProptestConfig::with_cases(120))]
 
     #[test]
     fn a_tensor_is_quantized_as_its_rows_and_padding_is_zeroed(

@@ -1,7 +1,7 @@
 //! E2M1: FP4 with a sign, two exponent bits of bias 1 and one mantissa bit; neither infinity nor NaN.
 //!
-//! The format of the OCP microscaling (MX) specification: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. A code is four
-//! bits. Two codes share a byte: the first element, whose index is even, has bits 0 to 3, the second bits 4 to 7.
+//! The format of the OCP microscaling (MX) specification: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. A code is
+//! four bits. Two codes share a byte: the first element, whose index is even, has bits 0 to 3, the second bits 4 to 7.
 
 use super::minifloat;
 

@@ -15,8 +15,8 @@ pub const NAN: u8 = 0x7f;
 /// infinity included, become [`MAX`] with their sign. Every NaN becomes [`NAN`].
 #[inline(always)]
 pub fn encode(value: f32) -> u8 {
-    // The NaN's code, read as a number, would be 480. Comparisons with NaN are false, so the last of these selects, each
-    // one instruction, turns every NaN into +480.
+    // The NaN's code, read as a number, would be 480. Comparisons with NaN are false, so the last of these selects,
+    // each one instruction, turns every NaN into +480.
     const BEYOND: f32 = 480.0;
     let value = if value > MAX { MAX } else { value };
     let value = if value < -MAX { -MAX } else { value };

@@ -110,8 +110,8 @@ impl ScaleLayout {
         if self == ScaleLayout::Linear || rows.is_multiple_of(TILE_ROWS) {
             return;
         }
-        // Only the last row of tiles has padding rows. A tile is 32 lines of 16 bytes. A line has four bytes for each of
-        // the rows `line`, `line + 32`, `line + 64` and `line + 96`, so its padding is at its end.
+        // Only the last row of tiles has padding rows. A tile is 32 lines of 16 bytes. A line has four bytes for each
+        // of the rows `line`, `line + 32`, `line + 64` and `line + 96`, so its padding is at its end.
         let Ok(start) = usize::try_from(self.offset(rows / TILE_ROWS * TILE_ROWS, 0, cols)) else { return };
         let used = (rows % TILE_ROWS) as usize;
         let mut keep = [[0; 16]; (TILE_BYTES / 16) as usize];

@@ -11,8 +11,8 @@
 pub(super) fn round<const MANTISSA: u32, const BIAS: u32>(magnitude: u32) -> u32 {
     let smallest_normal = (128 - BIAS) << 23;
     let exponent = (magnitude & 0x7f80_0000).max(smallest_normal);
-    // The last place of an f32 of this exponent is the format's step. Adding the magnitude to the anchor therefore rounds
-    // the magnitude and leaves the number of steps in the low bits: at least 2^MANTISSA for normal numbers.
+    // The last place of an f32 of this exponent is the format's step. Adding the magnitude to the anchor therefore
+    // rounds the magnitude and leaves the number of steps in the low bits: at least 2^MANTISSA for normal numbers.
     let anchor = exponent.wrapping_add((23 - MANTISSA) << 23);
     let steps = (f32::from_bits(magnitude) + f32::from_bits(anchor)).to_bits().wrapping_sub(anchor);
     steps.wrapping_add(exponent.wrapping_sub(smallest_normal) >> (23 - MANTISSA))

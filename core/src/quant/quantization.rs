@@ -18,8 +18,8 @@ use super::{
 /// | `MxFp8` | `[T, H]` E4M3 | `[T, H / 32]` UE8M0 | none |
 /// | `MxFp4` | `[T, H / 2]` E2M1 pairs | `[T, H / 32]` UE8M0 | none |
 ///
-/// Tensors of scales with one byte a scale are in a [`ScaleLayout`]. The `f32` scales of `Fp8PerToken` are little-endian
-/// and adjacent.
+/// Tensors of scales with one byte a scale are in a [`ScaleLayout`]. The `f32` scales of `Fp8PerToken` are
+/// little-endian and adjacent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Quantization {
     /// No quantization: no codes and no scales.

@@ -93,7 +93,8 @@ impl From<ScaleError> for TensorError {
 /// - `scale`: the per-tensor scale of [`Fp8Static`](Quantization::Fp8Static) or the global scale of
 ///   [`NvFp4`](Quantization::NvFp4); the other quantizations compute their scales and ignore it;
 /// - `codes`: receives `tokens` times [`value_bytes_per_row`](Quantization::value_bytes_per_row) bytes, row-major;
-/// - `scales`: receives [`scale_bytes`](Quantization::scale_bytes) bytes in the layout of `quantization`, padding zeroed.
+/// - `scales`: receives [`scale_bytes`](Quantization::scale_bytes) bytes in the layout of `quantization`, padding
+///   zeroed.
 ///
 /// The formulas are those of the [module](super). `f32` scales of tokens are little-endian.
 ///
@@ -150,10 +151,11 @@ pub fn quantize<E: Element>(
 /// # Inverse
 /// - Encoding the `f32` results under the same scales gives the same codes, bit for bit, as long as no result is
 ///   infinite. Only NaN codes lose their sign, and a block under an NVFP4 scale of 0 becomes zeros.
-/// - Under UE8M0 scales, finite `f32` results are exact. Quantizing such a tensor once more may choose smaller scales, but
-///   dequantizes to the same bits.
-/// - A finite element comes back within half the spacing of its format, times `s` or `b / g`, apart from `f32` rounding.
-///   Only an element that saturated is further off, which scales of the caller and the nearest scales of NVFP4 allow.
+/// - Under UE8M0 scales, finite `f32` results are exact. Quantizing such a tensor once more may choose smaller scales,
+///   but dequantizes to the same bits.
+/// - A finite element comes back within half the spacing of its format, times `s` or `b / g`, apart from `f32`
+///   rounding. Only an element that saturated is further off, which scales of the caller and the nearest scales of
+///   NVFP4 allow.
 ///
 /// ```
 /// use fused_collective_core::quant::{Quantization, ScaleLayout, dequantize, quantize};

@@ -4,12 +4,12 @@
 //! `__nv_cvt_float_to_e8m0` does, since a scale is never negative.
 //!
 //! # Rounding
-//! Block scales are rounded *up*, by [`encode_up`]: `code = clamp(ceil(log2(x)) + 127, 0, 254)`. Here `x` is the largest
-//! magnitude of the block, `amax`, divided by the largest number of the element format: 448 for E4M3, 6 for E2M1. No
-//! finite element saturates under such a scale.
+//! Block scales are rounded *up*, by [`encode_up`]: `code = clamp(ceil(log2(x)) + 127, 0, 254)`. Here `x` is the
+//! largest magnitude of the block, `amax`, divided by the largest number of the element format: 448 for E4M3, 6 for
+//! E2M1. No finite element saturates under such a scale.
 //!
-//! The specification suggests `2^(floor(log2(amax)) - e)`, where `e` is the exponent of that largest number (8 or 2). If
-//! the significand of `amax` is above 1.75 (E4M3) or 1.5 (E2M1), that is half the scale of this crate. The largest
+//! The specification suggests `2^(floor(log2(amax)) - e)`, where `e` is the exponent of that largest number (8 or 2).
+//! If the significand of `amax` is above 1.75 (E4M3) or 1.5 (E2M1), that is half the scale of this crate. The largest
 //! elements of such a block saturate.
 //!
 //! [`encode`] rounds to the nearest power of two instead, for other uses.

@@ -218,7 +218,8 @@ impl<E: Element> Checker<'_, E> {
             if !allows(bounds, value) && !self.may_overflow(index) {
                 return Err(self.mismatch(Output::Residual, index, value, bounds));
             }
-            // If addends cancel, the last place of the sum is too fine a unit: `f32` rounds at the last place of addends.
+            // If addends cancel, the last place of the sum is too fine a unit: `f32` rounds at the last place of
+            // addends.
             let unit_of_addends = spacing(self.magnitude(index), 24, -126);
             let unit = spacing(allowed.exact, E::DTYPE.digits(), E::DTYPE.min_exponent());
             let error = element_error(got, allowed.exact) * (unit / unit.max(unit_of_addends));
@@ -385,8 +386,8 @@ impl<E: Element> Checker<'_, E> {
     ) -> [f32; 2] {
         (first..first + elements).fold([0.0, 0.0], |[low, high], index| {
             let [a, b] = self.norm_bounds(norm, index).map(f32::abs);
-            // The least magnitude of an interval across 0 would be 0. That is left out: such an interval is as narrow as
-            // the allowed error, so a block with this largest magnitude is one of zeros.
+            // The least magnitude of an interval across 0 would be 0. That is left out: such an interval is as narrow
+            // as the allowed error, so a block with this largest magnitude is one of zeros.
             [largest(low, a.min(b)), largest(high, a.max(b))]
         })
     }

@@ -44,8 +44,8 @@ impl Special {
         Special::OneHuge,
     ];
 
-    /// The kind of token `token` in a tensor of special rows: even tokens are ordinary, odd ones have the other kinds in
-    /// turn.
+    /// The kind of token `token` in a tensor of special rows: even tokens are ordinary, odd ones have the other kinds
+    /// in turn.
     pub fn of_token(token: u64) -> Special {
         let kinds = Self::ALL.len() as u64 - 1;
         if token.is_multiple_of(2) { Special::Ordinary } else { Self::ALL[1 + (token / 2 % kinds) as usize] }

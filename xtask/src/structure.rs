@@ -1,5 +1,5 @@
-//! What the compiler does not check of the workspace's structure: which crate may depend on which, and that `core`
-//! needs neither an allocator nor `unsafe` outside `arch`.
+//! Rules of the workspace's structure that the compiler does not check: the dependencies between crates, and a `core`
+//! without `alloc`, `std` and `unsafe`.
 
 use std::{
     fs,
@@ -39,10 +39,10 @@ pub(crate) fn dependencies() -> Result<()> {
     Ok(())
 }
 
-/// Checks that `core` and all it depends on is built without `alloc` and `std`, and that only `arch` has `unsafe`.
+/// Checks that `core` and all its dependencies are built without `alloc` and `std`, and that `core` forbids `unsafe`.
 ///
-/// That there is no `std` is shown by the targets it is built for as well; that there is no `alloc` is not, since their
-/// toolchains may bring one.
+/// Builds for targets without an operating system show the absence of `std` as well. They do not show the absence of
+/// `alloc`, which their toolchains may have.
 pub(crate) fn core() -> Result<()> {
     let mut wrong = features()?;
     let source = cmd::root().join("core/src");
@@ -55,9 +55,9 @@ pub(crate) fn core() -> Result<()> {
             if !has("#![no_std]") {
                 wrong.push("core/src/lib.rs lacks #![no_std]".to_owned());
             }
-            // With `forbid`, the compiler lets not even `arch` allow it.
-            if !has("#![forbid(unsafe_code)]") && !has("#![deny(unsafe_code)]") {
-                wrong.push("core/src/lib.rs neither forbids nor denies unsafe_code".to_owned());
+            // The compiler does the rest: no module can allow a forbidden lint.
+            if !has("#![forbid(unsafe_code)]") {
+                wrong.push("core/src/lib.rs lacks #![forbid(unsafe_code)]".to_owned());
             }
         }
     }
@@ -83,27 +83,19 @@ fn features() -> Result<Vec<String>> {
     Ok(wrong)
 }
 
-/// The lines of `file` (relative to the source folder) that take in `alloc` or `std` outside tests, or that allow
-/// `unsafe` outside `arch`, each as `file:line: reason`.
+/// The lines of `file` (relative to the source folder) that link `alloc` or `std` outside tests, each as
+/// `file:line: reason`.
 fn lines_to_reject(file: &Path, text: &str) -> Vec<String> {
-    let in_arch = file.iter().next().is_some_and(|first| first == "arch" || first == "arch.rs");
     let mut previous = "";
     let mut wrong = Vec::new();
     for (number, line) in (1..).zip(text.lines().map(str::trim)) {
-        let takes_in = |name| line.contains(&format!("extern crate {name}"));
-        let reason = if (takes_in("alloc") || takes_in("std")) && previous != "#[cfg(test)]" {
-            Some("only tests may use alloc and std (write `#[cfg(test)]` on the line before)")
-        } else if line.starts_with('#')
-            && ["allow(unsafe_code)", "expect(unsafe_code)", "warn(unsafe_code)"]
-                .iter()
-                .any(|it| line.contains(it))
-            && !in_arch
-        {
-            Some("only the files of `arch` may allow unsafe code, each for itself")
-        } else {
-            None
-        };
-        wrong.extend(reason.map(|reason| format!("{}:{number}: {reason}", file.display())));
+        let links = |name| line.contains(&format!("extern crate {name}"));
+        if (links("alloc") || links("std")) && previous != "#[cfg(test)]" {
+            wrong.push(format!(
+                "{}:{number}: only tests may use alloc and std (write `#[cfg(test)]` on the line before)",
+                file.display()
+            ));
+        }
         previous = line;
     }
     wrong
@@ -141,22 +133,5 @@ mod tests {
                 "{wrong:?}"
             );
         }
-    }
-
-    #[test]
-    fn only_arch_may_allow_unsafe_code() {
-        for attribute in ["#[allow(unsafe_code)]", "#![allow(unsafe_code)]", "    #[expect(unsafe_code)]"] {
-            assert_eq!(lines_to_reject(Path::new("arch/x86_64.rs"), attribute), [""; 0]);
-            assert_eq!(lines_to_reject(Path::new("arch.rs"), attribute), [""; 0]);
-            let wrong = lines_to_reject(Path::new("pack.rs"), attribute);
-            assert!(
-                matches!(&wrong[..], [line] if line.starts_with("pack.rs:1: only the files of `arch`")),
-                "{wrong:?}"
-            );
-        }
-        assert_eq!(
-            lines_to_reject(Path::new("lib.rs"), "#![deny(unsafe_code)]\n#![forbid(unsafe_code)]"),
-            [""; 0]
-        );
     }
 }

@@ -7,11 +7,11 @@ extern crate std;
 
 pub mod agreement;
 pub mod dtype;
+pub mod fingerprint;
 pub mod fusion;
 pub mod kernels;
 pub mod lamport;
 pub mod launch;
-pub mod links;
 pub mod norm;
 pub mod pack;
 pub mod plan;

@@ -8,7 +8,7 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
     epilogue::{Epilogue, Gathered, Place},
-    params::{Activations, Address, MAX_BLOCK_THREADS, MAX_CLUSTER, Shape},
+    launch::{Activations, Address, MAX_BLOCK_THREADS, MAX_CLUSTER, Shape},
     simt::{self, SHARED_FLOATS, Shared, WARP},
 };
 

@@ -16,6 +16,7 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use cargo_metadata::Message;
+use fused_collective_bench::{launch as bench, table};
 use fused_collective_core::launch::{LAYOUT, layout_of};
 
 use crate::{cmd, ptxas::Ptxas, toolchain::Toolchain};
@@ -33,7 +34,7 @@ const SETS: [&str; 4] = ["w2", "w4", "w8", "local"];
 /// Its packages that are examples.
 const EXAMPLES: [&str; 1] = ["custom-epilogue"];
 /// The packages outside of it that have device code.
-const LIBRARIES: [&str; 2] = ["fused-collective-core", "fused-collective-device"];
+const LIBRARIES: [&str; 3] = ["fused-collective-bench", "fused-collective-core", "fused-collective-device"];
 /// How long all modules for one processor may take to build: minutes, on two cores.
 const BUILD_LIMIT: Duration = Duration::from_secs(3600);
 
@@ -58,7 +59,9 @@ impl Module {
 fn kernels() -> Vec<Module> {
     let of_element = |element| SETS.map(|set| (element, set));
     let module = |(element, set)| Module { name: format!("{element}_{set}"), set, folder: "ptx" };
-    ELEMENTS.into_iter().flat_map(of_element).map(module).collect()
+    let benchmark =
+        table::modules().map(|name| Module { name: name.to_owned(), set: "local", folder: "ptx" });
+    ELEMENTS.into_iter().flat_map(of_element).map(module).chain(benchmark).collect()
 }
 
 /// What shows how to write kernels of one's own. In another folder, since no program loads it.
@@ -356,6 +359,10 @@ impl Builder {
         }
         if layout_of(&text) != Some(LAYOUT) {
             wrong += &format!("\n  {name}: its launch layout is {:?}, not {LAYOUT}", layout_of(&text));
+        }
+        let is_benchmark = table::modules().any(|name| name == module.name);
+        if is_benchmark && bench::layout_of(&text) != Some(bench::LAYOUT) {
+            wrong += &format!("\n  {name}: its benchmark layout is {:?}", bench::layout_of(&text));
         }
         for function in self.ptxas.assemble(&file, gpu.arch)? {
             report += &format!("{name}: {function}\n");

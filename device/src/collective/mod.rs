@@ -39,7 +39,11 @@
 //! wait in a circle, each collective says for itself: `one_shot`, `two_shot`, and for a sharded residual `turns`. Waits
 //! are bounded: see the `wait` module.
 //!
-//! [`Turn`]: crate::params::Turn
+//! # Protocols of one's own
+//! [`Begun`], [`Waiter`], [`region`], [`peer`] and [`deal`] are what the collectives are made of, and what a kernel of
+//! another protocol needs to keep their rules about poison, deadlines and the host's word.
+//!
+//! [`Turn`]: crate::launch::Turn
 
 use core::num::NonZeroU32;
 
@@ -48,12 +52,11 @@ use fused_collective_core::{dtype::Element, lamport::SLOTS, pack::Pack, workspac
 use crate::{
     convert,
     epilogue::Place,
-    params::{Address, Group, MAX_BLOCKS, MAX_RANKS, RankState},
+    launch::{Address, Group, MAX_BLOCKS, MAX_RANKS, RankState},
     row::Share,
     simt,
 };
 
-pub mod links;
 mod one_shot;
 mod sharded;
 mod turns;
@@ -63,20 +66,20 @@ mod wait;
 pub use one_shot::one_shot;
 pub use sharded::sharded;
 pub use two_shot::two_shot;
-use wait::Waiter;
+pub use wait::{Awaited, Waiter};
 
 /// The state of the rank as this operation found it.
-struct Begun<'a> {
+pub struct Begun<'a> {
     group: &'a Group,
     operation: u64,
     /// Bounds the waits of this thread.
-    waiter: Waiter<'a>,
+    pub waiter: Waiter<'a>,
 }
 
 impl<'a> Begun<'a> {
     /// Where this block's turn is.
     #[inline(always)]
-    fn turn(group: &Group) -> Address {
+    pub fn turn(group: &Group) -> Address {
         group.state.offset(RankState::turn(simt::block()))
     }
 
@@ -85,7 +88,7 @@ impl<'a> Begun<'a> {
     /// # Safety
     /// The addresses in `group` are as its documentation says, and `turn` is [this block's](Self::turn).
     #[inline(always)]
-    unsafe fn read(group: &'a Group, turn: Address) -> Self {
+    pub unsafe fn read(group: &'a Group, turn: Address) -> Self {
         // SAFETY: the block's turn, and a word of the state. Relaxed: see the module's "Order and scope".
         let (Pack([low, high, slot, _]), poisoned) =
             unsafe { (simt::poll(turn), simt::load_relaxed(group.state.offset(RankState::POISONED))) };
@@ -137,7 +140,7 @@ fn peers<const N: usize>(group: &Group) -> Option<NonZeroU32> {
 
 /// The region of rank `rank`, of a kernel for at most `N` ranks.
 #[inline(always)]
-fn region<const N: usize>(group: &Group, rank: u32) -> Address {
+pub fn region<const N: usize>(group: &Group, rank: u32) -> Address {
     // Selected with constant indices: parameters that are indexed at run time are copied to local memory first.
     const { assert!(N <= MAX_RANKS && MAX_RANKS == 8) };
     let mut at = group.regions[0];
@@ -161,7 +164,7 @@ fn first_slot<const N: usize>(group: &Group, rank: u32) -> Address {
 /// The rank `distance` (less than the group's size) after this one. Ranks start with different peers, so that they
 /// do not all write to one at the same time.
 #[inline(always)]
-fn peer(group: &Group, distance: u32) -> u32 {
+pub fn peer(group: &Group, distance: u32) -> u32 {
     let rank = group.rank + distance;
     if rank >= group.world_size { rank - group.world_size } else { rank }
 }
@@ -179,6 +182,21 @@ fn for_peers<const N: usize>(group: &Group, mut each: impl FnMut(u32)) {
         )*};
     }
     each!(1 2 3 4 5 6 7);
+}
+
+/// Calls `each` for the tokens of team `team`: one of every `teams` in turn, each time the next one of them, so that a team
+/// is owner and receiver by turns whatever the numbers of teams and ranks have in common.
+#[inline(always)]
+pub fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)) {
+    let (mut first, mut turn) = (0, team);
+    while first < tokens {
+        if first + turn < tokens {
+            each(first + turn);
+        }
+        let next = turn + 1;
+        first += teams;
+        turn = if next == teams { 0 } else { next };
+    }
 }
 
 /// A pack of the row that rank `source` sent: rank 0's is at `first`, and each is `stride` bytes after the one before.

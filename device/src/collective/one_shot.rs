@@ -13,7 +13,7 @@ use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 use super::{Begun, first_slot, for_peers, load_row, peer, peers, residual_out, wait::Awaited};
 use crate::{
     epilogue::Epilogue,
-    params::{Address, Fused},
+    launch::{Address, Fused},
     row::{Prepared, Share, Team},
     simt,
 };
@@ -22,7 +22,7 @@ use crate::{
 /// `RESIDENT`, else a chunk of it.
 ///
 /// # Safety
-/// Called once by every thread of a grid launched by the rules in [`params`](crate::params), with parameters as
+/// Called once by every thread of a grid launched by the rules in [`launch`](crate::launch), with parameters as
 /// their documentation says.
 #[inline(always)]
 pub unsafe fn one_shot<E, X, const N: usize, const P: usize, const RESIDENT: bool>(params: &Fused<X>)

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     epilogue::{Gathered, Place},
-    params::{Address, Fused, Group},
+    launch::{Address, Fused, Group},
     row::{Prepared, Share, Team},
     simt,
 };
@@ -37,7 +37,7 @@ const fn turns_ahead(ranks: usize, packs: usize, resident: bool) -> u32 {
 /// `RESIDENT`, else a chunk of it.
 ///
 /// # Safety
-/// Called once by every thread of a grid launched by the rules in [`params`](crate::params), with parameters as
+/// Called once by every thread of a grid launched by the rules in [`launch`](crate::launch), with parameters as
 /// their documentation says for a sharded residual.
 #[inline(always)]
 pub unsafe fn sharded<E, X, const N: usize, const P: usize, const RESIDENT: bool>(params: &Fused<X>)

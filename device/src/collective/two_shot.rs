@@ -14,10 +14,10 @@ use fused_collective_core::{
     workspace::SlotRows,
 };
 
-use super::{Begun, load_row, pack_of, peer, peers, residual_out, wait::Awaited};
+use super::{Begun, deal, load_row, pack_of, peer, peers, residual_out, wait::Awaited};
 use crate::{
     epilogue::Epilogue,
-    params::Fused,
+    launch::Fused,
     row::{Prepared, Share, Team},
     simt,
 };
@@ -26,7 +26,7 @@ use crate::{
 /// `RESIDENT`, else a chunk of it.
 ///
 /// # Safety
-/// Called once by every thread of a grid launched by the rules in [`params`](crate::params), with parameters as
+/// Called once by every thread of a grid launched by the rules in [`launch`](crate::launch), with parameters as
 /// their documentation says.
 #[inline(always)]
 pub unsafe fn two_shot<E, X, const N: usize, const P: usize, const RESIDENT: bool>(params: &Fused<X>)
@@ -129,21 +129,6 @@ where
             });
         }
     });
-}
-
-/// Calls `each` for the tokens of team `team`: one of every `teams` in turn, each time the next one of them, so that a team
-/// is owner and receiver by turns whatever the numbers of teams and ranks have in common.
-#[inline(always)]
-pub(super) fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)) {
-    let (mut first, mut turn) = (0, team);
-    while first < tokens {
-        if first + turn < tokens {
-            each(first + turn);
-        }
-        let next = turn + 1;
-        first += teams;
-        turn = if next == teams { 0 } else { next };
-    }
 }
 
 /// A token's owner, and which of its tokens it is.

@@ -10,27 +10,29 @@ use fused_collective_core::{lamport, pack::Pack};
 
 use super::peer;
 use crate::{
-    params::{ABORTED, Address, Group, RankState, Shape, Status, TIMED_OUT},
+    launch::{ABORTED, Address, Group, RankState, Shape, Status, TIMED_OUT},
     row::Share,
     simt::{self, CHECKS_PER_ABORT_LOOK, POLLS_PER_CHECK},
 };
 
 /// What a wait is for, as [`Status`] records it.
 #[derive(Clone, Copy)]
-pub(super) struct Awaited<'a> {
-    pub(super) shape: &'a Shape,
-    /// Of the round.
-    pub(super) token: u32,
-    pub(super) hop: u32,
+pub struct Awaited<'a> {
+    /// The round.
+    pub shape: &'a Shape,
+    /// The token of the round.
+    pub token: u32,
+    /// See [`Status::hop`].
+    pub hop: u32,
 }
 
 /// The waits of one thread in one operation.
-pub(super) struct Waiter<'a> {
+pub struct Waiter<'a> {
     group: &'a Group,
     /// The operation's slot.
     pub(super) slot: u32,
     /// Whether a wait of this thread failed, or the rank was poisoned before: nothing is waited for.
-    pub(super) failed: bool,
+    pub failed: bool,
 }
 
 /// How long a wait has lasted.
@@ -192,7 +194,7 @@ impl<'a> Waiter<'a> {
     /// # Safety
     /// `at` is valid for a [poll](simt::poll) for as long as the group is.
     #[inline(always)]
-    pub(super) unsafe fn until(
+    pub unsafe fn until(
         &mut self,
         at: Address,
         source: u32,

@@ -8,7 +8,7 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
     convert,
-    params::{Address, Plain, RmsNorm, Shape},
+    launch::{Address, Plain, RmsNorm, Shape},
     simt::{self, WARP},
 };
 

@@ -9,7 +9,7 @@ use fused_collective_core::{
 use super::{Encoder, Place, Quantizer};
 use crate::{
     convert,
-    params::{Address, Fp8Static, NvFp4, Shape, Unquantized},
+    launch::{Address, Fp8Static, NvFp4, Shape, Unquantized},
     simt::{self, WARP},
 };
 

@@ -24,7 +24,7 @@ use std::{
 use fused_collective_core::pack::Pack;
 
 use super::{COUNTERS, SHARED_FLOATS, WARP};
-use crate::params::{MAX_BLOCK_THREADS, MAX_CLUSTER};
+use crate::launch::{MAX_BLOCK_THREADS, MAX_CLUSTER};
 
 mod memory;
 mod stream;

@@ -9,7 +9,7 @@
 
 use fused_collective_core::pack::Pack;
 
-use crate::params::Address;
+use crate::launch::Address;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod host;
@@ -271,16 +271,6 @@ pub unsafe fn load_constant(address: Address) -> Pack {
 pub unsafe fn load_constant_u32(address: Address) -> u32 {
     // SAFETY: as this function's.
     unsafe { imp::load_constant_u32(address) }
-}
-
-/// Reads a double word that nobody writes while the kernel runs.
-///
-/// # Safety
-/// As [`load_constant`], for eight bytes.
-#[inline(always)]
-pub unsafe fn load_constant_u64(address: Address) -> u64 {
-    // SAFETY: as this function's.
-    unsafe { imp::load_constant_u64(address) }
 }
 
 /// Weak load: for memory that no other thread writes at the same time.

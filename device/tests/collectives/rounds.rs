@@ -9,11 +9,11 @@ use fused_collective_core::{
     quant::ScaleLayout,
 };
 use fused_collective_device::{
-    params::{RankState, Status, TIMED_OUT, Turn},
+    launch::{RankState, Status, TIMED_OUT, Turn},
     simt::host::launch,
 };
 
-use crate::support::{
+use fused_collective_device_tests::{
     Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, check_all, geometry, kernel_of, rounds_of,
     run_case,
 };

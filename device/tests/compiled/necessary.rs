@@ -8,10 +8,9 @@ use std::{
 
 use fused_collective_core::dtype::bf16;
 
-use crate::{
-    Compiled, KERNELS, collectives, folder, gpus_of, has_clusters,
-    support::{Case, EVERYTHING, Kernel, Random, Rows, geometry, run_case},
-};
+use fused_collective_device_tests::{Case, EVERYTHING, Kernel, Random, Rows, geometry, run_case};
+
+use crate::{Compiled, KERNELS, collectives, folder, gpus_of, has_clusters};
 
 const MODULE: &str = "bf16_w2";
 

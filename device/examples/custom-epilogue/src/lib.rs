@@ -9,7 +9,7 @@
 //! which leaves `../../ptx/target/nvptx64-nvidia-cuda/release/deps/custom_epilogue-*.s`. `Cargo.toml` says what a copy of
 //! this folder needs.
 //!
-//! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, by the rules in `fused_collective_device::params`.
+//! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, by the rules in `fused_collective_device::launch`.
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch)]
 
@@ -20,7 +20,7 @@ use fused_collective_device::{
     dtype::{Element, bf16},
     epilogue::{Epilogue, Place},
     pack::Pack,
-    params::{Address, Fused},
+    launch::{Address, Fused},
     simt,
 };
 
@@ -77,7 +77,7 @@ fn gelu(x: f32) -> f32 {
 /// For groups of at most four ranks, with one pack of a row in each thread.
 ///
 /// # Safety
-/// Launched by the rules in `fused_collective_device::params`.
+/// Launched by the rules in `fused_collective_device::launch`.
 #[unsafe(no_mangle)]
 pub unsafe extern "ptx-kernel" fn all_reduce_gelu(params: Fused<Gelu>) {
     // SAFETY: as this function's.

@@ -7,7 +7,8 @@
 
 use std::ops::Range;
 
-use fused_collective_core::{links::pattern, pack::Pack};
+use fused_collective_bench::links::pattern;
+use fused_collective_core::pack::Pack;
 use serde::{Deserialize, Serialize};
 
 use super::error::Error;

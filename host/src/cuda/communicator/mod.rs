@@ -234,7 +234,7 @@ impl Communicator {
     /// # Errors
     /// They are missing or unusable.
     pub fn prepare(&mut self, operation: &Operation) -> Result<(), Error> {
-        self.kernels.load(self.module(operation.dtype)).map(drop)
+        self.kernels.load(self.module(operation.dtype).name()).map(drop)
     }
 
     /// Enqueues `operation` on `stream`, a `CUstream` of this rank's context. It may be captured into a graph, and
@@ -442,8 +442,8 @@ impl Communicator {
         self.launch_group(self.workspace.regions())
     }
 
-    fn module(&self, dtype: DType) -> &'static str {
-        Module { dtype, set: self.set }.name()
+    fn module(&self, dtype: DType) -> Module {
+        Module { dtype, set: self.set }
     }
 
     /// This rank's place in the group, for kernels of one's own that reach other `regions` than the workspace's.

@@ -18,7 +18,7 @@ mod versions;
 use std::{collections::HashMap, iter};
 
 use fused_collective_core::{
-    kernels::{Family, Kernel, Processor, Version},
+    kernels::{self, Entry, Family, Kernel, Processor, Version},
     launch::{self, MAX_BLOCKS},
 };
 
@@ -165,8 +165,8 @@ pub struct Kernels {
     processor: Processor,
     limits: LaunchLimits,
     modules: HashMap<&'static str, Module>,
-    functions: HashMap<(&'static str, &'static str), Function>,
-    kernels: HashMap<(&'static str, &'static Kernel), Versions>,
+    functions: HashMap<Entry, Function>,
+    kernels: HashMap<(kernels::Module, &'static Kernel), Versions>,
 }
 
 impl Kernels {
@@ -245,14 +245,14 @@ impl Kernels {
     /// As [`load`](Self::load); the module lacks the kernel.
     pub fn versions(
         &mut self,
-        module: &'static str,
+        module: kernels::Module,
         kernel: &'static Kernel,
     ) -> Result<&mut Versions, Error> {
         if !self.kernels.contains_key(&(module, kernel)) {
-            let loaded = self.load(module)?;
+            let loaded = self.load(module.name())?;
             let mut functions = [None, None, None];
             for version in Version::ALL {
-                functions[version as usize] = Some(loaded.function(kernel.entry(version))?);
+                functions[version as usize] = Some(loaded.function(kernel.name(version))?);
             }
             self.kernels.insert((module, kernel), Versions { family: kernel.family, functions });
         }
@@ -263,12 +263,12 @@ impl Kernels {
     ///
     /// # Errors
     /// As [`load`](Self::load); the module lacks it.
-    pub fn function(&mut self, module: &'static str, entry: &'static str) -> Result<&mut Function, Error> {
-        if !self.functions.contains_key(&(module, entry)) {
-            let function = self.load(module)?.function(entry)?;
-            self.functions.insert((module, entry), function);
+    pub fn function(&mut self, entry: Entry) -> Result<&mut Function, Error> {
+        if !self.functions.contains_key(&entry) {
+            let function = self.load(entry.module)?.function(entry.name)?;
+            self.functions.insert(entry, function);
         }
-        self.functions.get_mut(&(module, entry)).ok_or(Error::Unsupported("this kernel"))
+        self.functions.get_mut(&entry).ok_or(Error::Unsupported("this kernel"))
     }
 
     /// Launches a kernel on `stream`, where it may start before the kernel ahead of it is complete.

@@ -5,7 +5,7 @@
 //! for brings all ranks to the same point. In a cold trial the cache is flushed in between, and each operation has
 //! tensors of its own.
 
-use fused_collective_core::{dtype::DType, launch::Audit};
+use fused_collective_bench::{launch::Audit, table::Probe};
 
 use fused_collective::cuda::{
     Captured,
@@ -16,8 +16,7 @@ use fused_collective::cuda::{
 use crate::backend::{collective::Collective, error::Error, steps::Step};
 
 use super::{
-    EAGER_THREADS, Engine, OPERATIONS_PER_TRIAL, cust_driver::failed, graph::Graph, local_module,
-    steps::nccl_elements,
+    EAGER_THREADS, Engine, OPERATIONS_PER_TRIAL, cust_driver::failed, graph::Graph, steps::nccl_elements,
 };
 
 /// Graphs of an audit that are launched before it is waited for.
@@ -94,13 +93,13 @@ impl Engine<'_> {
     }
 
     /// Enqueues kernels that depend on what was enqueued before them, and hold outputs to what they should be.
-    fn enqueue_audits(&mut self, dtype: DType, audits: &[Audit]) -> Result<(), Error> {
+    fn enqueue_audits(&mut self, audits: &[Audit]) -> Result<(), Error> {
         let stream = self.handle();
-        let kernels = self.communicator.kernels();
+        let kernels = &mut self.probes;
         let limits = kernels.limits();
         for audit in audits {
             let blocks = audit.packs.div_ceil(u64::from(EAGER_THREADS));
-            let function = kernels.function(local_module(dtype), "audit_outputs")?;
+            let function = kernels.function(Probe::AuditOutputs.entry())?;
             let launch = limits.for_elements(function, EAGER_THREADS, blocks)?;
             // SAFETY: the struct has no padding, which its crate asserts.
             let parameters = unsafe { Parameters::of(audit) };
@@ -112,22 +111,16 @@ impl Engine<'_> {
     }
 
     /// Runs `steps` and `audits`, `times` times, in graphs.
-    pub(super) fn run_audited(
-        &mut self,
-        steps: &[Step],
-        dtype: DType,
-        audits: &[Audit],
-        times: u64,
-    ) -> Result<(), Error> {
+    pub(super) fn run_audited(&mut self, steps: &[Step], audits: &[Audit], times: u64) -> Result<(), Error> {
         // Whatever is set up at first use is so before the capture.
         self.run(steps)?;
-        self.enqueue_audits(dtype, audits)?;
+        self.enqueue_audits(audits)?;
         self.settle()?;
         let stream = self.handle();
         let enqueue = || {
             (0..OPERATIONS_PER_TRIAL).try_for_each(|_| {
                 self.enqueue_all(steps)?;
-                self.enqueue_audits(dtype, audits)
+                self.enqueue_audits(audits)
             })
         };
         // SAFETY: the engine's stream; the graph is dropped, after `settle`, before the tensors.

@@ -8,19 +8,18 @@ use cust::{
     event::{Event, EventFlags},
     stream::{Stream, StreamFlags},
 };
-use fused_collective_core::{
-    dtype::DType,
+use fused_collective_bench::{
     launch::{Meet, Ping, Pull, Push},
     links::{PLACES_OFFSET, WARM_UP_TRIPS, region_bytes},
-    pack::Pack,
-    workspace::Header,
+    table::{PROBES, Probe},
 };
+use fused_collective_core::{pack::Pack, workspace::Header};
 
 use fused_collective::{
     cuda::{
         Communicator,
         driver::Handle,
-        kernels::{Launch, Parameters},
+        kernels::{Kernels, Launch, Parameters},
         memory::DeviceMemory,
         workspace::Regions,
     },
@@ -32,10 +31,8 @@ use crate::backend::{
     links::{self, Exercise, Measure, find_wrong},
 };
 
-use super::{cust_driver::failed, local_module};
+use super::cust_driver::failed;
 
-/// The module of the kernels: they know no element type, and are with those of this one.
-const LINKS: &str = local_module(DType::Bf16);
 /// Larger than the rows of most operations, and than what a link holds under way many times over.
 const PLACE_BYTES: u64 = 32 << 20;
 /// More than any GPU's cache holds.
@@ -80,6 +77,7 @@ pub(super) struct Links<'a> {
     run: u32,
     events: [Event; 2],
     stream: Stream,
+    probes: &'a mut Kernels,
     communicator: &'a mut Communicator,
 }
 
@@ -88,9 +86,13 @@ impl<'a> Links<'a> {
     ///
     /// # Errors
     /// It does not fit into the GPU's memory, or two ranks cannot share it; the kernels are missing.
-    pub(super) fn share(group: &'a Group, communicator: &'a mut Communicator) -> Result<Self, Error> {
+    pub(super) fn share(
+        group: &'a Group,
+        communicator: &'a mut Communicator,
+        probes: &'a mut Kernels,
+    ) -> Result<Self, Error> {
         let world_size = group.world_size();
-        communicator.kernels().load(LINKS)?;
+        probes.load(PROBES)?;
         let context = communicator.gpu().context().clone();
         let header = |rank| Header { world_size, rank, slot_bytes: PLACE_BYTES };
         let bytes = region_bytes(world_size, PLACE_BYTES).unwrap_or(u64::MAX);
@@ -104,6 +106,7 @@ impl<'a> Links<'a> {
             run: 0,
             events: [event()?, event()?],
             stream: Stream::new(StreamFlags::DEFAULT, None).map_err(failed("make a stream"))?,
+            probes,
             communicator,
         })
     }
@@ -113,10 +116,9 @@ impl<'a> Links<'a> {
     }
 
     /// How a kernel is launched in `blocks` blocks, or as many as are resident at once.
-    fn prepare(&mut self, entry: &'static str, threads: u32, blocks: u32) -> Result<Launch, Error> {
-        let kernels = self.communicator.kernels();
-        let limits = kernels.limits();
-        Ok(limits.for_elements(kernels.function(LINKS, entry)?, threads, blocks.into())?)
+    fn prepare(&mut self, probe: Probe, threads: u32, blocks: u32) -> Result<Launch, Error> {
+        let limits = self.probes.limits();
+        Ok(limits.for_elements(self.probes.function(probe.entry())?, threads, blocks.into())?)
     }
 
     /// Enqueues a kernel.
@@ -129,7 +131,7 @@ impl<'a> Links<'a> {
         let parameters = unsafe { Parameters::of(parameters) };
         // SAFETY: the kernel takes these parameters, as this function's caller says; the stream is of the communicator's
         // context, which the engine has made current.
-        Ok(unsafe { self.communicator.kernels().launch(launch, &parameters, stream) }?)
+        Ok(unsafe { self.probes.launch(launch, &parameters, stream) }?)
     }
 
     fn record(&self, event: usize) -> Result<(), Error> {
@@ -168,7 +170,7 @@ impl<'a> Links<'a> {
     }
 
     fn word(&mut self, peer: u32, leads: bool, count: u32, times: u32) -> Result<f64, Error> {
-        let launch = self.prepare("links_ping", 32, 1)?;
+        let launch = self.prepare(Probe::LinksPing, 32, 1)?;
         let parameters = Ping {
             group: self.communicator.launch_group(self.regions.addresses()),
             nanoseconds: self.clock.address(),
@@ -201,7 +203,7 @@ impl<'a> Links<'a> {
     }
 
     fn push(&mut self, first: u32, targets: u32, blocks: u32, times: u32) -> Result<f64, Error> {
-        let launch = self.prepare("links_push", THREADS, blocks)?;
+        let launch = self.prepare(Probe::LinksPush, THREADS, blocks)?;
         let (once, timed) = (self.pushes(first, targets, 1), self.pushes(first, targets, times));
         // SAFETY: the entry point takes these parameters; every rank has a place in every rank's memory, and reads it
         // only after a barrier.
@@ -210,7 +212,7 @@ impl<'a> Links<'a> {
 
     fn pull(&mut self, source: u32, times: u32) -> Result<f64, Error> {
         let blocks = self.all_blocks();
-        let launch = self.prepare("links_pull", THREADS, blocks)?;
+        let launch = self.prepare(Probe::LinksPull, THREADS, blocks)?;
         let pulls = |passes| Pull {
             group: self.communicator.launch_group(self.regions.addresses()),
             place_bytes: PLACE_BYTES,
@@ -228,7 +230,7 @@ impl<'a> Links<'a> {
     /// Fills this rank's own place in its own memory, for others to read.
     fn fill(&mut self) -> Result<(), Error> {
         let blocks = self.all_blocks();
-        let launch = self.prepare("links_push", THREADS, blocks)?;
+        let launch = self.prepare(Probe::LinksPush, THREADS, blocks)?;
         let parameters = self.pushes(0, 1, 1);
         // SAFETY: as in `push`.
         unsafe { self.enqueue(launch, &parameters)? };
@@ -237,7 +239,7 @@ impl<'a> Links<'a> {
 
     /// All ranks push at the same time, from a meeting of their GPUs on.
     fn push_all(&mut self, blocks: u32, times: u32) -> Result<f64, Error> {
-        let launch = self.prepare("links_meet", 32, 1)?;
+        let launch = self.prepare(Probe::LinksMeet, 32, 1)?;
         let parameters = Meet {
             group: self.communicator.launch_group(self.regions.addresses()),
             count: self.count,
@@ -299,7 +301,7 @@ impl links::Links for Links<'_> {
         let units = self.communicator.gpu().units;
         let mut grids = Vec::new();
         for blocks in [FEW_BLOCKS, units, 2 * units] {
-            grids.push(Some(self.prepare("links_push", THREADS, blocks)?.blocks()));
+            grids.push(Some(self.prepare(Probe::LinksPush, THREADS, blocks)?.blocks()));
         }
         grids.dedup();
         Ok(grids)

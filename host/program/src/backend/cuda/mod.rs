@@ -20,11 +20,15 @@ use cust::{
     event::{Event, EventFlags},
     stream::{Stream, StreamFlags},
 };
+use fused_collective_bench::{
+    launch::{Audit, Conversions},
+    table::{PROBES, Probe, eager_module},
+};
 use fused_collective_core::{
     dtype::DType,
     fusion::Mode,
     kernels::{Module, Set},
-    launch::{Address, Audit, Conversions},
+    launch::Address,
     pack::Pack,
     plan::Limits,
     quant::Quantization,
@@ -32,9 +36,9 @@ use fused_collective_core::{
 
 use fused_collective::{
     cuda::{
-        Communicator, DeviceTensor, ExternalWork, TensorType, Tensors,
+        Communicator, DeviceTensor, ExternalWork, KernelSource, TensorType, Tensors,
         driver::{Handle, check, load},
-        kernels::Parameters,
+        kernels::{Kernels, Parameters},
         memory::{DeviceMemory, require},
     },
     group::rendezvous::Group,
@@ -63,11 +67,6 @@ const OPERATIONS_PER_TRIAL: u32 = 20;
 const COPIES: usize = 9;
 /// Threads of a block of an eager step.
 const EAGER_THREADS: u32 = 512;
-
-/// The module of kernels that need no group.
-const fn local_module(dtype: DType) -> &'static str {
-    Module { dtype, set: Set::Local }.name()
-}
 
 /// A problem that was put aside, with what belongs to it.
 #[derive(Debug)]
@@ -103,6 +102,8 @@ pub struct Engine<'a> {
     notes: Vec<String>,
     gpus: Vec<String>,
     stream: Stream,
+    /// The kernels of the benchmark's own.
+    probes: Kernels,
     communicator: Communicator,
     // Dropped last: the context that everything above lives in, current in this thread.
     _context: cust::context::Context,
@@ -170,6 +171,7 @@ impl<'a> Engine<'a> {
             notes,
             gpus: gather(group, &communicator.gpu().name)?,
             stream: Stream::new(StreamFlags::DEFAULT, None).map_err(failed("make a stream"))?,
+            probes: Kernels::find(communicator.gpu(), &KernelSource::default(), PROBES)?,
             communicator,
             _context: context,
         })
@@ -279,7 +281,11 @@ impl Collective for Engine<'_> {
         scale.write(0, &problem.scale.to_ne_bytes())?;
         self.scale = Some(scale);
         self.communicator.prepare(&problem.operation(Mode::Auto))?;
-        self.communicator.kernels().load(local_module(problem.dtype))?;
+        let local = Module { dtype: problem.dtype, set: Set::Local };
+        self.communicator.kernels().load(local.name())?;
+        for module in [eager_module(problem.dtype), PROBES] {
+            self.probes.load(module)?;
+        }
         self.problem = Some(*problem);
         Ok(())
     }
@@ -330,7 +336,7 @@ impl Collective for Engine<'_> {
     }
 
     fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn LinksTrait + 'b>, Error> {
-        Ok(Box::new(Links::share(group, &mut self.communicator)?))
+        Ok(Box::new(Links::share(group, &mut self.communicator, &mut self.probes)?))
     }
 
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
@@ -377,7 +383,9 @@ impl Collective for Engine<'_> {
     }
 
     fn audit(&mut self, steps: &[Step], outputs: &[Tensor], times: u64) -> Result<Option<String>, Error> {
-        let Some(problem) = self.problem else { return Ok(None) };
+        if self.problem.is_none() {
+            return Ok(None);
+        }
         let context = self.context();
         let mut expected = Vec::new();
         for &tensor in outputs {
@@ -396,7 +404,7 @@ impl Collective for Engine<'_> {
                 reserved: 0,
             })
             .collect();
-        let ran = self.run_audited(steps, problem.dtype, &audits, times);
+        let ran = self.run_audited(steps, &audits, times);
         // What was enqueued reads `expected`, so it has ended before that is freed, whatever became of it.
         ran.and(self.settle())?;
         found.read(0, &mut words)?;
@@ -416,14 +424,13 @@ impl Collective for Engine<'_> {
         // A code that is not written is wrong.
         out.fill_from(0, u32::MAX)?;
         let stream = self.handle();
-        let kernels = self.communicator.kernels();
+        let kernels = &mut self.probes;
         let limits = kernels.limits();
-        let entry = match to {
-            Conversion::E4M3 => "encode_e4m3",
-            Conversion::E2M1 => "encode_e2m1",
+        let probe = match to {
+            Conversion::E4M3 => Probe::EncodeE4m3,
+            Conversion::E2M1 => Probe::EncodeE2m1,
         };
-        // The kernels for every element type have these.
-        let function = kernels.function(local_module(DType::F32), entry)?;
+        let function = kernels.function(probe.entry())?;
         let launch = limits.for_elements(function, EAGER_THREADS, u64::from(count / 4))?;
         // SAFETY: the struct has no padding, which its crate asserts.
         let parameters = unsafe { Parameters::of(&Conversions { out: out.address(), first, count }) };

@@ -1,17 +1,18 @@
-//! An epilogue without a collective.
+//! An epilogue on a row that needs no collective: RMSNorm with or without a residual, quantization alone, and both in
+//! one pass, which is what a graph compiler makes of everything after an all-reduce.
 
 use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
     convert,
     epilogue::Epilogue,
-    params::Local,
+    launch::Local,
     row::{Prepared, Share, Team},
     simt,
 };
 
-/// The kernel: adds the residual, if there is one, and applies the epilogue. `P` and `RESIDENT` as in the
-/// [collectives](crate::collective::one_shot).
+/// The kernel without a collective: adds the residual, if there is one, and applies the epilogue. `P` and `RESIDENT` as
+/// in the [collectives](crate::collective::one_shot).
 ///
 /// # Safety
 /// As the collectives'.

@@ -17,6 +17,7 @@ extern crate std;
 pub mod agreement;
 pub mod dtype;
 pub mod fusion;
+pub mod kernels;
 pub mod lamport;
 pub mod launch;
 pub mod links;

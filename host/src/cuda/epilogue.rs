@@ -2,6 +2,7 @@
 
 use fused_collective_core::{
     fusion::Norm,
+    kernels::Epilogue,
     launch::{Fp8Static, NvFp4, Plain, RmsNorm, Unquantized},
     quant::{Quantization, ScaleLayout},
 };
@@ -11,19 +12,10 @@ use super::{
     tensors::{Tensors, address},
 };
 
-/// The epilogue's part of kernel names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Part {
-    /// In kernels with a collective.
-    pub(crate) fused: &'static str,
-    /// In kernels without.
-    pub(crate) local: &'static str,
-}
-
 /// What is done with an epilogue's parameters, whose type depends on the operation.
 pub(crate) trait WithEpilogue {
     /// Does it.
-    fn call<X: Copy>(self, part: Part, epilogue: X) -> Result<(), Error>;
+    fn call<X: Copy>(self, epilogue: Epilogue, parameters: X) -> Result<(), Error>;
 }
 
 /// Calls `with` with the epilogue of RMSNorm, if there is a `norm`, and `quantization`, on rows of `hidden` elements.
@@ -37,18 +29,15 @@ pub(crate) fn with_epilogue(
     tensors: &Tensors,
     with: impl WithEpilogue,
 ) -> Result<(), Error> {
+    const NO_KERNEL: Error = Error::Unsupported("this quantization");
+    let epilogue = Epilogue::of(norm.is_some(), quantization).ok_or(NO_KERNEL)?;
     match quantization {
-        Quantization::None => {
-            let part = if norm.is_some() { "norm" } else { "none" };
-            finish(norm, hidden, tensors, Part { fused: part, local: part }, Unquantized, with)
-        }
+        Quantization::None => finish(norm, hidden, tensors, epilogue, Unquantized, with),
         Quantization::Fp8Static => {
-            let part = Part { fused: "fp8", local: if norm.is_some() { "norm_fp8" } else { "fp8" } };
             let quantizer = Fp8Static { values: address(tensors.quant_out), scale: address(tensors.scale) };
-            finish(norm, hidden, tensors, part, quantizer, with)
+            finish(norm, hidden, tensors, epilogue, quantizer, with)
         }
         Quantization::NvFp4 { layout } => {
-            let part = Part { fused: "nvfp4", local: if norm.is_some() { "norm_nvfp4" } else { "nvfp4" } };
             let quantizer = NvFp4 {
                 values: address(tensors.quant_out),
                 scales: address(tensors.scale_out),
@@ -56,9 +45,9 @@ pub(crate) fn with_epilogue(
                 swizzled: u32::from(layout == ScaleLayout::Swizzled128x4),
                 reserved: 0,
             };
-            finish(norm, hidden, tensors, part, quantizer, with)
+            finish(norm, hidden, tensors, epilogue, quantizer, with)
         }
-        _ => Err(Error::Unsupported("this quantization")),
+        _ => Err(NO_KERNEL),
     }
 }
 
@@ -66,14 +55,14 @@ fn finish<Q: Copy>(
     norm: Option<Norm>,
     hidden: u64,
     tensors: &Tensors,
-    part: Part,
+    epilogue: Epilogue,
     quantizer: Q,
     with: impl WithEpilogue,
 ) -> Result<(), Error> {
     match norm {
-        None => with.call(part, Plain { quantizer }),
+        None => with.call(epilogue, Plain { quantizer }),
         Some(norm) => with.call(
-            part,
+            epilogue,
             RmsNorm {
                 gamma: address(tensors.gamma),
                 norm_out: address(tensors.norm_out),

@@ -17,6 +17,7 @@ use std::{
 use fused_collective_core::{
     agreement::{Call, Chain},
     fusion::Operation,
+    kernels::{Module, Set},
     launch::{self, ABORTED, Address, Status},
     plan::{self, Limits, Plan},
     workspace::{Header, Layout},
@@ -27,7 +28,7 @@ use super::{
     abort::Switch,
     device::{self, Gpu},
     driver::{Handle, check, load},
-    kernels::{Kernels, Launch, MAX_RANKS, Set},
+    kernels::{Kernels, Launch, MAX_RANKS},
     memory::MappedStatus,
     tensors::Tensors,
     workspace::Workspace,
@@ -199,7 +200,7 @@ impl Communicator {
     /// # Errors
     /// They are missing or unusable.
     pub fn prepare(&mut self, operation: &Operation) -> Result<(), Error> {
-        self.kernels.load(operation.dtype, self.set)
+        self.kernels.load(Module { dtype: operation.dtype, set: self.set }.name())
     }
 
     /// Enqueues `operation` on `stream`, a `CUstream` of this rank's context. It may be captured into a graph, and

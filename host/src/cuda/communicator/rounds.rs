@@ -6,16 +6,17 @@
 use fused_collective_core::{
     agreement::Call,
     fusion::Operation,
+    kernels::{Epilogue, Kernel, Module},
     launch::{Fused, Shape},
-    plan::{Algorithm, Plan, Round},
+    plan::{Plan, Round},
 };
 
 use super::{
     super::{
         Error,
         driver::Handle,
-        epilogue::{Part, WithEpilogue, with_epilogue},
-        kernels::{Entry, Launch},
+        epilogue::{WithEpilogue, with_epilogue},
+        kernels::Launch,
         tensors::Tensors,
     },
     Communicator,
@@ -74,18 +75,15 @@ struct Chooser<'a> {
 }
 
 impl WithEpilogue for Chooser<'_> {
-    fn call<X: Copy>(self, part: Part, _: X) -> Result<(), Error> {
+    fn call<X: Copy>(self, epilogue: Epilogue, _: X) -> Result<(), Error> {
         let Chooser { communicator, plan, round, operation } = self;
-        let family = match plan.algorithm {
-            Algorithm::OneShot => "one_shot",
-            Algorithm::TwoShot => "two_shot",
-            Algorithm::ShardedTwoShot => "sharded",
-        };
-        let entry = Entry { set: communicator.set, family, part: part.fused, packs: None };
+        let kernel =
+            Kernel::of(plan.algorithm.into(), epilogue).ok_or(Error::Unsupported("this epilogue"))?;
+        let module = Module { dtype: operation.dtype, set: communicator.set };
         let tokens = round.rows.tokens;
         let Shape { row_packs, .. } = Shape::of_round(plan, &round, 0).ok_or(TOO_MANY_TOKENS)?;
         let cluster = plan.cluster;
-        let launch = communicator.kernels.for_rows(operation.dtype, entry, cluster, row_packs, tokens)?;
+        let launch = communicator.kernels.for_rows(module, kernel, cluster, row_packs, tokens)?;
         communicator.launches.push(launch);
         Ok(())
     }
@@ -105,7 +103,7 @@ struct Launcher<'a> {
 }
 
 impl WithEpilogue for Launcher<'_> {
-    fn call<X: Copy>(self, _: Part, epilogue: X) -> Result<(), Error> {
+    fn call<X: Copy>(self, _: Epilogue, epilogue: X) -> Result<(), Error> {
         let Launcher { communicator, plan, round, launch, call, tensors, stream } = self;
         let shape = Shape::of_round(plan, &round, call).ok_or(TOO_MANY_TOKENS)?;
         let activations = tensors.activations().of_round(plan, &round);

@@ -5,14 +5,18 @@
 //! for brings all ranks to the same point. In a cold trial the cache is flushed in between, and each operation has
 //! tensors of its own.
 
-use fused_collective_core::{dtype::DType, launch::Audit};
+use fused_collective_core::{
+    dtype::DType,
+    kernels::{Module, Set},
+    launch::Audit,
+};
 
 use super::{
     super::{
         Captured, Error as CudaError,
         driver::{check, failed, load},
         graph::Graph,
-        kernels::{Entry, Set},
+        kernels::Entry,
     },
     EAGER_THREADS, Engine, OPERATIONS_PER_TRIAL,
     steps::nccl_elements,
@@ -99,10 +103,11 @@ impl Engine<'_> {
     fn enqueue_audits(&mut self, dtype: DType, audits: &[Audit]) -> Result<(), CudaError> {
         let stream = self.handle();
         let kernels = self.communicator.kernels();
-        let entry = Entry { set: Set::Local, family: "audit", part: "outputs", packs: None };
+        let module = Module { dtype, set: Set::Local }.name();
         for audit in audits {
             let blocks = audit.packs.div_ceil(u64::from(EAGER_THREADS));
-            let launch = kernels.for_elements(dtype, entry, EAGER_THREADS, blocks)?;
+            let launch =
+                kernels.for_elements(Entry { module, name: "audit_outputs" }, EAGER_THREADS, blocks)?;
             // SAFETY: the entry point takes these parameters, which are memory of whole packs; its owner settles before
             // it is freed.
             unsafe { kernels.launch(launch, audit, stream)? };

@@ -13,6 +13,7 @@ use cust::{
 use fused_collective_core::{
     dtype::DType,
     fusion::Mode,
+    kernels::{Module, Set},
     launch::{Address, Audit, Conversions},
     pack::Pack,
     plan::Limits,
@@ -24,7 +25,7 @@ use super::{
     communicator::Foreign,
     driver::{Handle, check, failed, load},
     gather,
-    kernels::{Entry, Set},
+    kernels::Entry,
     links::Links,
     memory::{DeviceMemory, GuardedMemory, require},
     nccl::NcclGroup,
@@ -243,7 +244,7 @@ impl Collective for Engine<'_> {
         scale.write(0, &problem.scale.to_ne_bytes())?;
         self.scale = Some(scale);
         self.communicator.prepare(&problem.operation(Mode::Auto))?;
-        self.communicator.kernels().load(problem.dtype, Set::Local)?;
+        self.communicator.kernels().load(Module { dtype: problem.dtype, set: Set::Local }.name())?;
         self.problem = Some(*problem);
         Ok(())
     }
@@ -378,9 +379,13 @@ impl Collective for Engine<'_> {
         out.fill_from(0, u32::MAX)?;
         let stream = self.handle();
         let kernels = self.communicator.kernels();
-        let entry = Entry { set: Set::Local, family: "encode", part: to.name(), packs: None };
+        let name = match to {
+            Conversion::E4M3 => "encode_e4m3",
+            Conversion::E2M1 => "encode_e2m1",
+        };
         // The kernels for every element type have these.
-        let launch = kernels.for_elements(DType::F32, entry, EAGER_THREADS, u64::from(count / 4))?;
+        let module = Module { dtype: DType::F32, set: Set::Local }.name();
+        let launch = kernels.for_elements(Entry { module, name }, EAGER_THREADS, u64::from(count / 4))?;
         let parameters = Conversions { out: out.address(), first, count };
         // SAFETY: the entry point takes these parameters; `out` has room for all codes, and lives until `settle`.
         unsafe { kernels.launch(launch, &parameters, stream)? };

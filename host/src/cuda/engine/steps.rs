@@ -2,6 +2,7 @@
 
 use fused_collective_core::{
     fusion::{Mode, Norm, Operation, Residual},
+    kernels::{Epilogue, Family, Kernel, Module, Set},
     launch::{Activations, Address, Local, Shape, Step as EagerStep},
     quant::Quantization,
 };
@@ -11,8 +12,8 @@ use super::{
         Error as CudaError,
         communicator::TOO_MANY_TOKENS,
         driver::Handle,
-        epilogue::{Part, WithEpilogue, with_epilogue},
-        kernels::{Entry, Kernels, Set},
+        epilogue::{WithEpilogue, with_epilogue},
+        kernels::{Entry, Kernels},
         memory::GuardedMemory,
         tensors::DeviceTensor,
     },
@@ -121,32 +122,32 @@ impl Engine<'_> {
         // Entry point, first and second operand, result, number.
         let launches: &[(&'static str, Address, Address, Address, f32)] = &match eager {
             Eager::AddResidual => vec![
-                ("to_f32", at(Tensor::Reduced), none, wide_a, 0.0),
-                ("to_f32", at(Tensor::Residual), none, wide_b, 0.0),
-                ("add", wide_a, wide_b, wide_a, 0.0),
-                ("round", wide_a, none, at(Tensor::ResidualOut), 0.0),
+                ("eager_to_f32", at(Tensor::Reduced), none, wide_a, 0.0),
+                ("eager_to_f32", at(Tensor::Residual), none, wide_b, 0.0),
+                ("eager_add", wide_a, wide_b, wide_a, 0.0),
+                ("eager_round", wide_a, none, at(Tensor::ResidualOut), 0.0),
             ],
-            Eager::WidenResidual => vec![("to_f32", at(Tensor::ResidualOut), none, wide_a, 0.0)],
-            Eager::Square => vec![("square", wide_a, none, wide_b, 0.0)],
+            Eager::WidenResidual => vec![("eager_to_f32", at(Tensor::ResidualOut), none, wide_a, 0.0)],
+            Eager::Square => vec![("eager_square", wide_a, none, wide_b, 0.0)],
             // One kernel does both, to the advantage of the operation that it is part of.
-            Eager::Mean => vec![("mean_rsqrt", wide_b, none, per_token, norm.epsilon)],
+            Eager::Mean => vec![("eager_mean_rsqrt", wide_b, none, per_token, norm.epsilon)],
             Eager::Rsqrt => vec![],
-            Eager::ScaleRows => vec![("scale_rows", wide_a, per_token, wide_a, 0.0)],
-            Eager::Weight => vec![("mul_weight", wide_a, at(Tensor::Gamma), wide_a, norm.weight_bias)],
-            Eager::RoundNorm => vec![("round", wide_a, none, at(Tensor::NormOut), 0.0)],
-            Eager::WidenNorm => vec![("to_f32", at(Tensor::NormOut), none, wide_a, 0.0)],
-            Eager::Rescale => vec![("mul_inverse", wide_a, scale, wide_a, 0.0)],
-            Eager::Clamp => vec![("clamp", wide_a, none, wide_a, 0.0)],
-            Eager::RoundFp8 => vec![("to_fp8", wide_a, none, at(Tensor::QuantOut), 0.0)],
+            Eager::ScaleRows => vec![("eager_scale_rows", wide_a, per_token, wide_a, 0.0)],
+            Eager::Weight => vec![("eager_mul_weight", wide_a, at(Tensor::Gamma), wide_a, norm.weight_bias)],
+            Eager::RoundNorm => vec![("eager_round", wide_a, none, at(Tensor::NormOut), 0.0)],
+            Eager::WidenNorm => vec![("eager_to_f32", at(Tensor::NormOut), none, wide_a, 0.0)],
+            Eager::Rescale => vec![("eager_mul_inverse", wide_a, scale, wide_a, 0.0)],
+            Eager::Clamp => vec![("eager_clamp", wide_a, none, wide_a, 0.0)],
+            Eager::RoundFp8 => vec![("eager_to_fp8", wide_a, none, at(Tensor::QuantOut), 0.0)],
         };
         let stream = self.handle();
         let groups = problem.hidden.div_ceil(EAGER_GROUP) as u32; // of at most 65,536 elements
         let threads = groups.next_multiple_of(32).min(EAGER_THREADS);
         let Shape { tokens, .. } = shape(problem)?;
         let kernels = self.communicator.kernels();
-        for &(part, a, b, out, value) in launches {
-            let entry = Entry { set: Set::Local, family: "eager", part, packs: None };
-            let launch = kernels.for_elements(problem.dtype, entry, threads, problem.tokens)?;
+        let module = Module { dtype: problem.dtype, set: Set::Local }.name();
+        for &(name, a, b, out, value) in launches {
+            let launch = kernels.for_elements(Entry { module, name }, threads, problem.tokens)?;
             let parameters =
                 EagerStep { a, b, out, tokens, hidden: problem.hidden as u32, value, reserved: 0 };
             // SAFETY: the entry point takes these parameters; the tensors have the shapes that it asks for, and live
@@ -181,11 +182,12 @@ struct LocalPass<'a> {
 }
 
 impl WithEpilogue for LocalPass<'_> {
-    fn call<X: Copy>(self, part: Part, epilogue: X) -> Result<(), CudaError> {
+    fn call<X: Copy>(self, name: Epilogue, epilogue: X) -> Result<(), CudaError> {
         let LocalPass { kernels, problem, activations, stream } = self;
         let shape = shape(problem)?;
-        let entry = Entry { set: Set::Local, family: "local", part: part.local, packs: None };
-        let launch = kernels.for_rows(problem.dtype, entry, 1, shape.row_packs, problem.tokens)?;
+        let kernel = Kernel::of(Family::Local, name).ok_or(CudaError::Unsupported("this epilogue"))?;
+        let module = Module { dtype: problem.dtype, set: Set::Local };
+        let launch = kernels.for_rows(module, kernel, 1, shape.row_packs, problem.tokens)?;
         let parameters = Local { shape, activations, epilogue };
         // SAFETY: the name and the parameters are of one epilogue; the tensors are the engine's and of the problem's
         // shapes, and live as in `fused`.

@@ -1,7 +1,7 @@
 //! The kernels: PTX files, loaded when first needed, and how each is launched.
 //!
-//! `cargo xtask ptx` makes a folder for each kind of GPU and in it a file for each element type and set of kernels:
-//! `sm_90/bf16_w4.ptx`. The entry points' names are those of the device crate's table.
+//! `cargo xtask ptx` makes a folder for each kind of GPU and in it a file for each module: `sm_90/bf16_w4.ptx`.
+//! [`fused_collective_core::kernels`] has their names, and those of the entry points.
 //!
 //! A file says what layout of the launch structs it was built for, and one of another layout is refused: kernels that
 //! read their parameters in the wrong places reach memory that is not theirs.
@@ -25,9 +25,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use cust::{function::FunctionAttribute, module::Module};
+use cust::function::FunctionAttribute;
 use fused_collective_core::{
-    dtype::DType,
+    kernels::{Family, Kernel, Module, Processor},
     launch::{self, LAYOUT, MAX_BLOCKS, layout_of},
 };
 
@@ -48,78 +48,26 @@ const FOLDER: &str = "ptx";
 pub const MAX_RANKS: u32 = launch::MAX_RANKS as u32;
 /// The most bytes of a module that is read: twenty times as many as the largest has.
 const MAX_MODULE_BYTES: u64 = 64 << 20;
-/// The first processor with clusters and programmatic dependent launch.
-const HOPPER: u32 = 90;
-
-/// The folders of kernels for a GPU of compute capability `capability` (90 is 9.0), the best first, with the
-/// capability that each was compiled for. The `a` of a processor means that its code runs on no other.
-fn processors(capability: u32) -> impl Iterator<Item = (&'static str, u32)> {
-    [("sm_120a", 120), ("sm_100a", 100), ("sm_90", 90), ("sm_80", 80)].into_iter().filter(
-        move |&(name, compiled)| {
-            if name.ends_with('a') { compiled == capability } else { compiled <= capability }
-        },
-    )
-}
-
-/// The set of kernels in one file, as part of the file's name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Set {
-    /// The collectives for groups of at most so many ranks.
-    Group(u32),
-    /// What needs no group.
-    Local,
-}
-
-impl Set {
-    /// The collectives for `world_size` ranks.
-    pub(crate) fn for_group(world_size: u32) -> Option<Set> {
-        [2, 4, MAX_RANKS].into_iter().find(|&ranks| world_size <= ranks).map(Set::Group)
-    }
-
-    /// The most clusters of `cluster` blocks of a grid.
-    fn most_clusters(self, cluster: u32) -> u32 {
-        match self {
-            Set::Group(_) => MAX_BLOCKS / cluster,
-            Set::Local => u32::MAX,
-        }
-    }
-}
-
-impl fmt::Display for Set {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Set::Group(ranks) => write!(f, "w{ranks}"),
-            Set::Local => f.write_str("local"),
-        }
-    }
-}
-
-/// The file of a set of kernels.
-fn file_name(dtype: DType, set: Set) -> String {
-    let element = match dtype {
-        DType::F32 => "f32",
-        DType::F16 => "f16",
-        DType::Bf16 => "bf16",
-    };
-    format!("{element}_{set}.ptx")
-}
 
 /// One entry point.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Entry {
-    pub(crate) set: Set,
-    /// `one_shot`, `two_shot`, `sharded`, `local`, `eager` or another of the table's.
-    pub(crate) family: &'static str,
-    /// The epilogue, or the eager step.
-    pub(crate) part: &'static str,
-    /// `p1`, `p2`, `streamed`, or nothing.
-    pub(crate) packs: Option<&'static str>,
+    /// The module that has it.
+    pub(crate) module: &'static str,
+    pub(crate) name: &'static str,
 }
 
 impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}_{}", self.family, self.part)?;
-        self.packs.map_or(Ok(()), |packs| write!(f, "_{packs}"))
+        write!(f, "{} of {}", self.name, self.module)
+    }
+}
+
+/// The most clusters of `cluster` blocks of a grid of a kernel's.
+fn most_clusters(family: Family, cluster: u32) -> u32 {
+    match family {
+        Family::OneShot | Family::TwoShot | Family::Sharded => MAX_BLOCKS / cluster,
+        Family::Local => u32::MAX,
     }
 }
 
@@ -215,8 +163,8 @@ impl Launch {
 #[derive(Debug)]
 pub(crate) struct Kernels {
     folder: PathBuf,
-    /// What they were compiled for: 90 is `sm_90`.
-    compiled_for: u32,
+    /// What they were compiled for.
+    processor: Processor,
     /// Multiprocessors of this GPU.
     units: u32,
     /// The fewest that a GPU of the group has.
@@ -224,8 +172,8 @@ pub(crate) struct Kernels {
     /// Blocks of the largest cluster that every rank of the group can launch.
     agreed_cluster: u32,
     launcher: Option<Launcher>,
-    functions: HashMap<(DType, Entry), Function>,
-    modules: HashMap<(DType, Set), Module>,
+    functions: HashMap<Entry, Function>,
+    modules: HashMap<&'static str, cust::module::Module>,
 }
 
 impl Kernels {
@@ -236,12 +184,12 @@ impl Kernels {
     pub(crate) fn find(gpu: &Gpu) -> Result<Kernels, Error> {
         let program = env::current_exe().ok();
         let places = places(env::var_os(FOLDER_VARIABLE).map(PathBuf::from), program.as_deref());
-        let (folder, compiled_for) = find_folder(&places, gpu.capability)?;
+        let (folder, processor) = find_folder(&places, gpu.capability)?;
         // Without the functions of CUDA 12 kernels run all the same, one after the other.
-        let launcher = if compiled_for >= HOPPER { Launcher::find().ok() } else { None };
+        let launcher = if processor.has_clusters() { Launcher::find().ok() } else { None };
         Ok(Kernels {
             folder,
-            compiled_for,
+            processor,
             units: gpu.units,
             agreed_units: gpu.units,
             agreed_cluster: max_cluster(launcher.is_some()),
@@ -265,16 +213,16 @@ impl Kernels {
     /// For reports: the processor, and whether launches overlap.
     pub(crate) fn describe(&self) -> String {
         let how = if self.launcher.is_some() { "with" } else { "without" };
-        format!("kernels for sm_{}, {how} programmatic dependent launch", self.compiled_for)
+        format!("kernels for {}, {how} programmatic dependent launch", self.processor.name)
     }
 
-    /// Loads a set of kernels, which takes the driver about a second, unless it is loaded.
+    /// Loads a module, which takes the driver about a second, unless it is loaded.
     ///
     /// # Errors
     /// The file is missing, or the driver cannot use it.
-    pub(crate) fn load(&mut self, dtype: DType, set: Set) -> Result<(), Error> {
-        let Slot::Vacant(slot) = self.modules.entry((dtype, set)) else { return Ok(()) };
-        let file = self.folder.join(file_name(dtype, set));
+    pub(crate) fn load(&mut self, module: &'static str) -> Result<(), Error> {
+        let Slot::Vacant(slot) = self.modules.entry(module) else { return Ok(()) };
+        let file = self.folder.join(format!("{module}.ptx"));
         let remedy = "run `cargo xtask ptx`, which builds them, or use those that came with this program";
         let unusable = |why: &dyn fmt::Display| {
             Error::Kernels(format!("the kernels in {} cannot be used: {why}; {remedy}", file.display()))
@@ -282,22 +230,21 @@ impl Kernels {
         let text = bounded::read_to_string(&file, MAX_MODULE_BYTES).map_err(|error| unusable(&error))?;
         check_layout(&text).map_err(|why| unusable(&why))?;
         let text = CString::new(text).map_err(|_| unusable(&"it holds a zero byte"))?;
-        let module = Module::from_ptx_cstr(&text, &[]);
+        let module = cust::module::Module::from_ptx_cstr(&text, &[]);
         slot.insert(module.map_err(failed("load the kernels")).map_err(|error| unusable(&error))?);
         Ok(())
     }
 
-    fn function(&mut self, dtype: DType, entry: Entry) -> Result<&mut Function, Error> {
-        self.load(dtype, entry.set)?;
-        match self.functions.entry((dtype, entry)) {
+    fn function(&mut self, entry: Entry) -> Result<&mut Function, Error> {
+        self.load(entry.module)?;
+        match self.functions.entry(entry) {
             Slot::Occupied(slot) => Ok(slot.into_mut()),
             Slot::Vacant(slot) => {
                 let missing = |why: Error| {
-                    Error::Kernels(format!("kernel {entry} for {dtype}: {why}; run `cargo xtask ptx` again"))
+                    Error::Kernels(format!("kernel {entry}: {why}; run `cargo xtask ptx` again"))
                 };
-                let module = self.modules.get(&(dtype, entry.set)).ok_or(Error::Unsupported("this group"))?;
-                let function =
-                    module.get_function(entry.to_string()).map_err(failed("find it")).map_err(missing)?;
+                let module = self.modules.get(entry.module).ok_or(Error::Unsupported("this group"))?;
+                let function = module.get_function(entry.name).map_err(failed("find it")).map_err(missing)?;
                 let max_threads = function
                     .get_attribute(FunctionAttribute::MaxThreadsPerBlock)
                     .map_err(failed("ask for its limits"))?;
@@ -318,63 +265,55 @@ impl Kernels {
     /// The kernel is missing, or not one cluster of it can be resident.
     pub(crate) fn for_rows(
         &mut self,
-        dtype: DType,
-        entry: Entry,
+        module: Module,
+        kernel: &Kernel,
         cluster: u32,
         row_packs: u32,
         tokens: u64,
     ) -> Result<Launch, Error> {
-        let versioned = |version| Entry { packs: Some(version), ..entry };
+        let entry = |version| Entry { module: module.name(), name: kernel.entry(version) };
         let (most, units) = (self.agreed_cluster, self.agreed_units);
         let clusters =
             iter::successors(Some(cluster), |&cluster| (cluster * 2 <= most).then_some(cluster * 2));
         // One-shot pushes a row ahead, and does not wait.
-        let waits = entry.family != "one_shot";
+        let waits = kernel.family != Family::OneShot;
         let kernels = RefCell::new(&mut *self);
-        let max_threads = |version| Ok(kernels.borrow_mut().function(dtype, versioned(version))?.max_threads);
+        let max_threads = |version| Ok(kernels.borrow_mut().function(entry(version))?.max_threads);
         let places = |version, cluster: u32, threads| {
-            let blocks = kernels.borrow_mut().function(dtype, versioned(version))?.per_unit(threads)? * units;
-            Ok(u64::from((blocks / cluster).min(entry.set.most_clusters(cluster))))
+            let blocks = kernels.borrow_mut().function(entry(version))?.per_unit(threads)? * units;
+            Ok(u64::from((blocks / cluster).min(most_clusters(kernel.family, cluster))))
         };
         let (version, cluster, threads) =
             choose_places(row_packs, tokens, waits, clusters, max_threads, places)?;
-        self.launch_of(dtype, versioned(version), cluster, threads, tokens)
+        self.launch_of(
+            entry(version),
+            cluster,
+            threads,
+            tokens.min(most_clusters(kernel.family, cluster).into()),
+        )
     }
 
-    /// How to launch an entry point without versions on `tokens` rows, in blocks of about `threads`.
+    /// How to launch an entry point without versions, and without a collective, on `tokens` rows, in blocks of about
+    /// `threads`.
     ///
     /// # Errors
     /// As [`for_rows`](Self::for_rows).
-    pub(crate) fn for_elements(
-        &mut self,
-        dtype: DType,
-        entry: Entry,
-        threads: u32,
-        tokens: u64,
-    ) -> Result<Launch, Error> {
-        let threads = threads.min(self.function(dtype, entry)?.max_threads);
-        self.launch_of(dtype, entry, 1, threads, tokens)
+    pub(crate) fn for_elements(&mut self, entry: Entry, threads: u32, tokens: u64) -> Result<Launch, Error> {
+        let threads = threads.min(self.function(entry)?.max_threads);
+        self.launch_of(entry, 1, threads, tokens)
     }
 
-    fn launch_of(
-        &mut self,
-        dtype: DType,
-        entry: Entry,
-        cluster: u32,
-        threads: u32,
-        tokens: u64,
-    ) -> Result<Launch, Error> {
+    fn launch_of(&mut self, entry: Entry, cluster: u32, threads: u32, tokens: u64) -> Result<Launch, Error> {
         let (launcher, units) = (self.launcher, self.units);
-        let function = self.function(dtype, entry)?;
+        let function = self.function(entry)?;
         let resident = function.resident(launcher, units, cluster, threads)?;
         if resident == 0 {
             return Err(Error::Kernels(format!(
-                "kernel {entry} for {dtype} cannot run on this GPU: not one cluster of {cluster} blocks of {threads} \
+                "kernel {entry} cannot run on this GPU: not one cluster of {cluster} blocks of {threads} \
                  threads fits"
             )));
         }
-        let most = resident.min(entry.set.most_clusters(cluster));
-        let clusters = tokens.clamp(1, u64::from(most)) as u32;
+        let clusters = tokens.clamp(1, u64::from(resident)) as u32;
         Ok(Launch { function: function.handle, blocks: clusters * cluster, cluster, threads })
     }
 
@@ -454,16 +393,16 @@ fn places(named: Option<PathBuf>, program: Option<&Path>) -> Vec<PathBuf> {
 }
 
 /// The first of `places` that has kernels for the GPU, and what they were compiled for.
-fn find_folder(places: &[PathBuf], capability: u32) -> Result<(PathBuf, u32), Error> {
+fn find_folder(places: &[PathBuf], capability: u32) -> Result<(PathBuf, Processor), Error> {
     for place in places {
-        for (processor, compiled_for) in processors(capability) {
-            let folder = place.join(processor);
+        for processor in Processor::for_capability(capability) {
+            let folder = place.join(processor.name);
             if folder.is_dir() {
-                return Ok((folder, compiled_for));
+                return Ok((folder, processor));
             }
         }
     }
-    let names: Vec<&str> = processors(capability).map(|(name, _)| name).collect();
+    let names: Vec<&str> = Processor::for_capability(capability).map(|processor| processor.name).collect();
     let (major, minor) = (capability / 10, capability % 10);
     Err(Error::Kernels(if names.is_empty() {
         format!("there are no kernels for GPUs of compute capability {major}.{minor}: 8.0 is the least")
@@ -485,34 +424,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_and_entry_points_have_the_names_that_the_build_gives_them() {
-        assert_eq!(file_name(DType::Bf16, Set::Group(4)), "bf16_w4.ptx");
-        assert_eq!(file_name(DType::F32, Set::Local), "f32_local.ptx");
-        let entry = Entry { set: Set::Group(2), family: "two_shot", part: "nvfp4", packs: Some("streamed") };
-        assert_eq!(entry.to_string(), "two_shot_nvfp4_streamed");
-        let entry = Entry { set: Set::Local, family: "eager", part: "square", packs: None };
-        assert_eq!(entry.to_string(), "eager_square");
-    }
-
-    #[test]
-    fn a_group_uses_the_smallest_kernels_that_serve_it() {
-        let sets: Vec<_> = [2, 3, 4, 5, 8, 9].map(Set::for_group).to_vec();
-        let expected = [Some(2), Some(4), Some(4), Some(8), Some(8), None].map(|n| n.map(Set::Group));
-        assert_eq!(sets, expected);
-    }
-
-    #[test]
-    fn code_for_one_processor_alone_is_used_on_no_other() {
-        let names = |capability| processors(capability).map(|(name, _)| name).collect::<Vec<_>>();
-        assert_eq!(names(90), ["sm_90", "sm_80"]);
-        assert_eq!(names(100), ["sm_100a", "sm_90", "sm_80"]);
-        assert_eq!(names(103), ["sm_90", "sm_80"]);
-        assert_eq!(names(120), ["sm_120a", "sm_90", "sm_80"]);
-        assert_eq!(names(86), ["sm_80"]);
-        assert!(names(75).is_empty());
-    }
-
-    #[test]
     fn kernels_are_found_beside_the_program_or_where_the_variable_says() {
         let program = Path::new("/a/target/release/program");
         let expected = ["/a/target/release/ptx", "/a/target/ptx"].map(PathBuf::from);
@@ -531,7 +442,8 @@ mod tests {
         let error = find_folder(&[root.path().to_owned()], 75).unwrap_err().to_string();
         assert!(error.contains("7.5"), "{error}");
         fs::create_dir(root.path().join("sm_80")).unwrap();
-        assert_eq!(find_folder(&[root.path().to_owned()], 90).unwrap(), (root.path().join("sm_80"), 80));
+        let (folder, processor) = find_folder(&[root.path().to_owned()], 90).unwrap();
+        assert_eq!((folder, processor.capability), (root.path().join("sm_80"), 80));
     }
 
     #[test]
@@ -549,7 +461,7 @@ mod tests {
         fs::write(folder.path().join("bf16_w2.ptx"), module(LAYOUT ^ 1)).unwrap();
         let mut kernels = Kernels {
             folder: folder.path().to_owned(),
-            compiled_for: HOPPER,
+            processor: Processor::ALL[1],
             units: 1,
             agreed_units: 1,
             agreed_cluster: 1,
@@ -557,12 +469,12 @@ mod tests {
             functions: HashMap::new(),
             modules: HashMap::new(),
         };
-        let error = kernels.load(DType::Bf16, Set::Group(2)).unwrap_err().to_string();
+        let error = kernels.load("bf16_w2").unwrap_err().to_string();
         assert!(error.contains("bf16_w2.ptx") && error.contains("another version"), "{error}");
         assert!(error.contains("run `cargo xtask ptx`"), "{error}");
 
         std::os::unix::fs::symlink("/dev/zero", folder.path().join("bf16_w4.ptx")).unwrap();
-        let error = kernels.load(DType::Bf16, Set::Group(4)).unwrap_err().to_string();
+        let error = kernels.load("bf16_w4").unwrap_err().to_string();
         assert!(error.contains("bf16_w4.ptx") && error.contains("more than 67108864 bytes"), "{error}");
     }
 }

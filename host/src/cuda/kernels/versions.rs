@@ -1,6 +1,8 @@
 //! How the threads of blocks and clusters share a row: which version of a kernel, in clusters of how many blocks of how many
 //! threads.
 
+use fused_collective_core::kernels::Version;
+
 use crate::cuda::Error;
 
 /// Threads of a warp.
@@ -14,20 +16,20 @@ const WARP: u32 = 32;
 fn choose_version(
     row_packs: u32,
     clusters: impl Iterator<Item = u32>,
-    mut max_threads: impl FnMut(&'static str) -> Result<u32, Error>,
-) -> Result<(&'static str, u32, u32), Error> {
+    mut max_threads: impl FnMut(Version) -> Result<u32, Error>,
+) -> Result<(Version, u32, u32), Error> {
     let mut widest = 1;
     for cluster in clusters {
         widest = cluster;
-        for (version, packs) in [("p1", 1), ("p2", 2)] {
+        for (version, packs) in [(Version::P1, 1), (Version::P2, 2)] {
             let threads = row_packs.div_ceil(cluster * packs).next_multiple_of(WARP);
             if threads <= max_threads(version)? {
                 return Ok((version, cluster, threads));
             }
         }
     }
-    let most = max_threads("streamed")? / WARP * WARP;
-    Ok(("streamed", widest, row_packs.div_ceil(widest).next_multiple_of(WARP).min(most)))
+    let most = max_threads(Version::Streamed)? / WARP * WARP;
+    Ok((Version::Streamed, widest, row_packs.div_ceil(widest).next_multiple_of(WARP).min(most)))
 }
 
 /// As [`choose_version`], for `tokens` rows: `places` tells how many of them a version in clusters of so many blocks of so
@@ -38,19 +40,23 @@ pub(super) fn choose_places(
     tokens: u64,
     waits: bool,
     clusters: impl Iterator<Item = u32>,
-    mut max_threads: impl FnMut(&'static str) -> Result<u32, Error>,
-    mut places: impl FnMut(&'static str, u32, u32) -> Result<u64, Error>,
-) -> Result<(&'static str, u32, u32), Error> {
+    mut max_threads: impl FnMut(Version) -> Result<u32, Error>,
+    mut places: impl FnMut(Version, u32, u32) -> Result<u64, Error>,
+) -> Result<(Version, u32, u32), Error> {
     let wide @ (version, cluster, threads) = choose_version(row_packs, clusters, &mut max_threads)?;
-    if version != "p1" || !waits {
+    if version != Version::P1 || !waits {
         return Ok(wide);
     }
     let wide_places = places(version, cluster, threads)?;
     let threads = row_packs.div_ceil(cluster * 2).next_multiple_of(WARP);
-    if wide_places >= tokens || threads > max_threads("p2")? {
+    if wide_places >= tokens || threads > max_threads(Version::P2)? {
         return Ok(wide);
     }
-    Ok(if places("p2", cluster, threads)? > wide_places { ("p2", cluster, threads) } else { wide })
+    Ok(if places(Version::P2, cluster, threads)? > wide_places {
+        (Version::P2, cluster, threads)
+    } else {
+        wide
+    })
 }
 
 #[cfg(test)]
@@ -59,51 +65,52 @@ mod tests {
 
     #[test]
     fn a_row_is_held_in_registers_where_threads_allow_it() {
-        let limits = |version| Ok(if version == "p1" { 1024 } else { 512 });
+        let limits = |version| Ok(if version == Version::P1 { 1024 } else { 512 });
         let choose =
             |packs, clusters: &[u32]| choose_version(packs, clusters.iter().copied(), limits).unwrap();
         // 1,024 packs are a row of 8,192 elements of two bytes.
-        assert_eq!(choose(1024, &[1, 2, 4, 8]), ("p1", 1, 1024));
-        assert_eq!(choose(1024, &[8]), ("p1", 8, 128));
-        assert_eq!(choose(6, &[1]), ("p1", 1, 32));
+        assert_eq!(choose(1024, &[1, 2, 4, 8]), (Version::P1, 1, 1024));
+        assert_eq!(choose(1024, &[8]), (Version::P1, 8, 128));
+        assert_eq!(choose(6, &[1]), (Version::P1, 1, 32));
         // What one block cannot hold, two can; without clusters it is streamed.
-        assert_eq!(choose(2048, &[1, 2, 4, 8]), ("p1", 2, 1024));
-        assert_eq!(choose(2048, &[1]), ("streamed", 1, 512));
-        assert_eq!(choose(16_384, &[1, 2, 4, 8]), ("streamed", 8, 512));
+        assert_eq!(choose(2048, &[1, 2, 4, 8]), (Version::P1, 2, 1024));
+        assert_eq!(choose(2048, &[1]), (Version::Streamed, 1, 512));
+        assert_eq!(choose(16_384, &[1, 2, 4, 8]), (Version::Streamed, 8, 512));
         // Registers may allow fewer threads than the version was made for.
-        let tight = |version| Ok(if version == "p1" { 896 } else { 600 });
-        assert_eq!(choose_version(1024, [1].into_iter(), tight).unwrap(), ("p2", 1, 512));
-        assert_eq!(choose_version(4096, [1].into_iter(), tight).unwrap(), ("streamed", 1, 576));
+        let tight = |version| Ok(if version == Version::P1 { 896 } else { 600 });
+        assert_eq!(choose_version(1024, [1].into_iter(), tight).unwrap(), (Version::P2, 1, 512));
+        assert_eq!(choose_version(4096, [1].into_iter(), tight).unwrap(), (Version::Streamed, 1, 576));
     }
 
     /// Versions of 64 registers a thread and, for `p2`, blocks of at most 512 threads: two of those are resident where one
     /// of 1,024 is.
-    fn choose_on_gpu(units: u64, tokens: u64, row_packs: u32, waits: bool) -> (&'static str, u32, u32) {
-        let max_threads = |version| Ok(if version == "p1" { 1024 } else { 512 });
-        let places =
-            |_: &str, cluster: u32, threads: u32| Ok(u64::from(1024 / threads) * units / u64::from(cluster));
+    fn choose_on_gpu(units: u64, tokens: u64, row_packs: u32, waits: bool) -> (Version, u32, u32) {
+        let max_threads = |version| Ok(if version == Version::P1 { 1024 } else { 512 });
+        let places = |_: Version, cluster: u32, threads: u32| {
+            Ok(u64::from(1024 / threads) * units / u64::from(cluster))
+        };
         choose_places(row_packs, tokens, waits, [1, 2, 4, 8].into_iter(), max_threads, places).unwrap()
     }
 
     #[test]
     fn more_rows_than_places_are_taken_in_narrower_blocks_unless_a_row_is_pushed_ahead() {
-        assert_eq!(choose_on_gpu(132, 132, 1024, true), ("p1", 1, 1024));
-        assert_eq!(choose_on_gpu(132, 133, 1024, true), ("p2", 1, 512));
-        assert_eq!(choose_on_gpu(132, 133, 1024, false), ("p1", 1, 1024));
+        assert_eq!(choose_on_gpu(132, 132, 1024, true), (Version::P1, 1, 1024));
+        assert_eq!(choose_on_gpu(132, 133, 1024, true), (Version::P2, 1, 512));
+        assert_eq!(choose_on_gpu(132, 133, 1024, false), (Version::P1, 1, 1024));
         // Clusters share the places: 2,048 packs are two blocks'.
-        assert_eq!(choose_on_gpu(132, 66, 2048, true), ("p1", 2, 1024));
-        assert_eq!(choose_on_gpu(132, 67, 2048, true), ("p2", 2, 512));
+        assert_eq!(choose_on_gpu(132, 66, 2048, true), (Version::P1, 2, 1024));
+        assert_eq!(choose_on_gpu(132, 67, 2048, true), (Version::P2, 2, 512));
     }
 
     #[test]
     fn narrower_blocks_that_do_not_fit_or_gain_no_place_are_not_taken() {
         let choose = |p2_threads, p2_places| {
-            let max_threads = |version| Ok(if version == "p1" { 1024 } else { p2_threads });
-            let places = |version: &str, _, _| Ok(if version == "p1" { 132 } else { p2_places });
+            let max_threads = |version| Ok(if version == Version::P1 { 1024 } else { p2_threads });
+            let places = |version: Version, _, _| Ok(if version == Version::P1 { 132 } else { p2_places });
             choose_places(1024, 500, true, [1].into_iter(), max_threads, places).unwrap()
         };
-        assert_eq!(choose(512, 264), ("p2", 1, 512));
-        assert_eq!(choose(512, 132), ("p1", 1, 1024));
-        assert_eq!(choose(480, 264), ("p1", 1, 1024));
+        assert_eq!(choose(512, 264), (Version::P2, 1, 512));
+        assert_eq!(choose(512, 132), (Version::P1, 1, 1024));
+        assert_eq!(choose(480, 264), (Version::P1, 1, 1024));
     }
 }

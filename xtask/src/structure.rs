@@ -11,13 +11,15 @@ use anyhow::{Context, Result, ensure};
 use crate::cmd;
 
 /// The crates of the workspace that each crate may depend on, for its tests as well. Crates without a row are free.
-const MAY_DEPEND_ON: [(&str, &[&str]); 6] = [
+const MAY_DEPEND_ON: [(&str, &[&str]); 8] = [
     ("fused-collective-core", &[]),
     ("fused-collective-device", &["fused-collective-core", "fused-collective-emulator"]),
     ("fused-collective-emulator", &["fused-collective-core"]),
+    ("fused-collective-build", &["fused-collective-core"]),
+    ("fused-collective-kernels", &["fused-collective-core"]),
     ("nccl-sys", &[]),
-    ("fused-collective", &["fused-collective-core", "nccl-sys"]),
-    ("xtask", &["fused-collective-core", "nccl-sys"]),
+    ("fused-collective", &["fused-collective-core", "fused-collective-kernels", "nccl-sys"]),
+    ("xtask", &["fused-collective-build", "fused-collective-core", "fused-collective-kernels", "nccl-sys"]),
 ];
 
 /// Checks every crate's dependencies against [`MAY_DEPEND_ON`].

@@ -37,6 +37,7 @@
 //! ```
 //! and `kernels/src/lib.rs` is `#![no_std]`, has a panic handler, and functions that are `extern "ptx-kernel"`. Every library
 //! or example of crate-type `staticlib` becomes a [`Module`]. Optimization and linking need no profile: they are set here.
+//! The crate has no build script. Its dependencies may have: they are compiled without a processor's features, as `core` is.
 
 #[cfg(not(unix))]
 compile_error!("fused-collective-build runs on Unix only: use it on Linux, or in a container");

@@ -1,7 +1,7 @@
 //! The package of kernels, as cargo describes it.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     path::{Path, PathBuf},
 };
 
@@ -16,8 +16,8 @@ pub(crate) struct Package {
     pub(crate) name: String,
     /// The targets to build, each of which is a module.
     modules: Vec<Target>,
-    /// The packages with device code: this one, and all whose code goes into it. Procedural macros and what they need run on
-    /// the host.
+    /// The packages to compile for the processor: this one, and those whose code goes into it. Those with a build script are
+    /// not among them, as it would be compiled for the processor as well.
     pub(crate) device: BTreeSet<String>,
     /// The files and folders whose change changes the kernels.
     pub(crate) sources: Vec<PathBuf>,
@@ -39,7 +39,10 @@ impl Package {
             MetadataCommand::parse(text).map_err(|error| package_error(error.to_string()))
         })?;
         Package::of(&metadata, &manifest).ok_or_else(|| {
-            package_error("not a package with a library or an example of crate-type staticlib".to_owned())
+            package_error(
+                "not a package with a library or an example of crate-type staticlib and without a build script"
+                    .to_owned(),
+            )
         })
     }
 
@@ -54,12 +57,17 @@ impl Package {
         }
         let mut device = BTreeSet::new();
         let mut sources = Vec::new();
+        let mut seen = HashSet::new();
         let mut waiting = vec![&package.id];
         while let Some(id) = waiting.pop() {
             let package = packages.get(id)?;
-            let of_host = package.targets.iter().any(Target::is_proc_macro);
-            if of_host || !device.insert(package.name.to_string()) {
+            let has = |kind: fn(&Target) -> bool| package.targets.iter().any(kind);
+            // Procedural macros, and what they need, run on the host.
+            if has(Target::is_proc_macro) || !seen.insert(id) {
                 continue;
+            }
+            if !has(Target::is_custom_build) {
+                device.insert(package.name.to_string());
             }
             if package.source.is_none() {
                 sources.push(package.manifest_path.clone().into_std_path_buf());
@@ -76,7 +84,7 @@ impl Package {
         sources.sort();
         sources.dedup();
         let (manifest, name) = (manifest.to_owned(), package.name.to_string());
-        Some(Package { manifest, name, modules, device, sources })
+        device.contains(&name).then_some(Package { manifest, name, modules, device, sources })
     }
 
     /// The modules' names.

@@ -33,17 +33,6 @@ impl Processor {
         }
     }
 
-    /// The processor whose PTX is the best for a GPU of compute capability `capability` (90 is 9.0); `None` below 8.0.
-    pub const fn for_capability(capability: u32) -> Option<Processor> {
-        match capability {
-            120 => Some(Processor::Sm120a),
-            100 => Some(Processor::Sm100a),
-            90.. => Some(Processor::Sm90),
-            80.. => Some(Processor::Sm80),
-            _ => None,
-        }
-    }
-
     /// The processor that rustc compiles for. Its PTX serves other processors that have the same instructions.
     pub const fn compiled_for(self) -> Processor {
         match self {
@@ -114,13 +103,6 @@ mod tests {
         assert_eq!(by_compilation(&[Sm120a, Sm120a]), [(Sm100a, vec![Sm120a])]);
         assert_eq!(Sm120a.compiled_for().flags(), ["-Ctarget-cpu=sm_100a", "-Ctarget-feature=+ptx86"]);
         assert_eq!(Sm120a.header(), ".version 8.7\n.target sm_120a\n");
-    }
-
-    #[test]
-    fn a_gpu_gets_the_kernels_that_run_on_it() {
-        let name = |capability| Processor::for_capability(capability).map(Processor::name);
-        assert_eq!([75, 80, 89, 90].map(name), [None, Some("sm_80"), Some("sm_80"), Some("sm_90")]);
-        assert_eq!([100, 103, 120].map(name), [Some("sm_100a"), Some("sm_90"), Some("sm_120a")]);
     }
 
     #[test]

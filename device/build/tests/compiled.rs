@@ -11,9 +11,8 @@ use std::{
 use fused_collective_build::{Assembly, Bounds, Error, FaultKind, Kernels, Module, Processor};
 use tempfile::TempDir;
 
+/// What follows the name.
 const MANIFEST: &str = "\
-[package]
-name = 'own-kernels'
 edition = '2024'
 
 [workspace]
@@ -43,13 +42,18 @@ pub unsafe extern \"ptx-kernel\" fn double(number: *mut f32) {
 struct Crate(TempDir);
 
 impl Crate {
-    fn new(kernels: &str) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        fs::create_dir(folder.path().join("src")).unwrap();
-        fs::write(folder.path().join("Cargo.toml"), MANIFEST).unwrap();
-        let own = Crate(folder);
+    /// The builds share a cache, in which crates are told apart by their names.
+    fn new(name: &str, kernels: &str) -> Self {
+        let own = Crate(tempfile::tempdir().unwrap());
+        fs::create_dir(own.0.path().join("src")).unwrap();
+        own.write_manifest(name, MANIFEST);
         own.write(kernels);
         own
+    }
+
+    fn write_manifest(&self, name: &str, rest: &str) {
+        let text = format!("[package]\nname = '{name}'\n{rest}");
+        fs::write(self.0.path().join("Cargo.toml"), text).unwrap();
     }
 
     fn write(&self, kernels: &str) {
@@ -82,12 +86,12 @@ impl Crate {
 
 #[test]
 fn a_crate_becomes_ptx_with_bounds_and_machine_code_for_every_processor() {
-    let own = Crate::new(SOUND);
+    let own = Crate::new("sound-kernels", SOUND);
     let modules = own.kernels().processors(&Processor::ALL).assembly(Assembly::Keep).build().unwrap();
     let processors: Vec<Processor> = modules.iter().map(|module| module.processor).collect();
     assert_eq!(processors, Processor::ALL);
     for Module { name, processor, path, machine_code, report, .. } in modules {
-        assert_eq!(path, own.output().join(processor.name()).join("own_kernels.ptx"));
+        assert_eq!(path, own.output().join(processor.name()).join("sound_kernels.ptx"));
         let ptx = fs::read_to_string(&path).unwrap();
         assert!(ptx.contains(&format!(".target {processor}\n")), "{ptx}");
         assert_eq!(ptx.matches(".maxntid 256, 1, 1\n.minnctapersm 2\n{").count(), 1, "{ptx}");
@@ -108,6 +112,7 @@ fn a_crate_becomes_ptx_with_bounds_and_machine_code_for_every_processor() {
 #[test]
 fn kernels_that_panic_or_use_local_memory_are_refused() {
     let panics = Crate::new(
+        "panicking",
         "
 #[unsafe(no_mangle)]
 pub unsafe extern \"ptx-kernel\" fn checked(numbers: &mut [f32; 4], index: usize) {
@@ -119,41 +124,49 @@ pub unsafe extern \"ptx-kernel\" fn checked(numbers: &mut [f32; 4], index: usize
     assert!(faults.iter().any(|fault| matches!(fault, FaultKind::PanicPath(_))), "{faults:?}");
 
     let local = Crate::new(
+        "indexing",
         "
 #[unsafe(no_mangle)]
 pub unsafe extern \"ptx-kernel\" fn indexed(out: *mut u32, index: u32) {
-    let mut numbers = [0; 16];
+    let mut numbers = [0; 256];
     for (place, number) in numbers.iter_mut().enumerate() {
         *number = unsafe { out.add(place).read_volatile() };
     }
-    unsafe { *out = numbers[(index % 16) as usize] };
+    unsafe { *out = numbers[(index % 256) as usize] };
 }
 ",
     );
     let faults = local.faults();
     let [FaultKind::LocalMemory(function)] = &faults[..] else { panic!("{faults:?}") };
-    assert_eq!((&*function.name, function.stack), ("indexed", 64));
+    assert_eq!((&*function.name, function.stack), ("indexed", 1024));
 }
 
 #[test]
 fn kernels_of_other_launch_structs_are_refused() {
     let other = "
+#[used]
 #[unsafe(no_mangle)]
-pub static fused_collective_layout: u32 = 7;
+#[allow(non_upper_case_globals)]
+pub static fused_collective_layout: u32 = 0x0102_0304;
 ";
-    let faults = Crate::new(&format!("{SOUND}{}", other.replace("pub", "#[used]\npub"))).faults();
-    assert!(matches!(&faults[..], [FaultKind::Layout { found: 7, .. }]), "{faults:?}");
+    let faults = Crate::new("other-launch", &format!("{SOUND}{other}")).faults();
+    assert!(matches!(&faults[..], [FaultKind::Layout { found: 0x0102_0304, .. }]), "{faults:?}");
 }
 
 #[test]
 fn what_does_not_compile_or_is_no_crate_of_kernels_is_an_error_that_says_why() {
-    let own = Crate::new("fn broken() -> u32 {}");
+    let own = Crate::new("broken", "fn broken() -> u32 {}");
     let error = own.kernels().build().unwrap_err();
     assert!(matches!(error, Error::Command { .. }) && error.to_string().contains("E0308"), "{error}");
 
-    fs::write(own.0.path().join("Cargo.toml"), MANIFEST.replace("staticlib", "rlib")).unwrap();
+    own.write_manifest("broken", &MANIFEST.replace("staticlib", "rlib"));
     let error = own.kernels().build().unwrap_err();
     assert!(matches!(error, Error::Package { .. }) && error.to_string().contains("staticlib"), "{error}");
+
+    own.write_manifest("broken", MANIFEST);
+    fs::write(own.0.path().join("build.rs"), "fn main() {}").unwrap();
+    let error = own.kernels().build().unwrap_err();
+    assert!(matches!(error, Error::Package { .. }) && error.to_string().contains("build script"), "{error}");
 
     let error = Kernels::new("no-such-folder").output("ptx").cache("cache").build().unwrap_err();
     assert!(matches!(error, Error::Io { .. }) && error.to_string().contains("no-such-folder"), "{error}");

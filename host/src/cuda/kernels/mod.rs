@@ -1,7 +1,8 @@
-//! The kernels: PTX files, loaded when first needed, and how each is launched.
+//! The kernels: PTX files or an archive of PTX and machine code, loaded when first needed, and how each is launched.
 //!
 //! `cargo xtask ptx` makes a folder for each kind of GPU and in it a file for each module: `sm_90/bf16_w4.ptx`.
-//! [`fused_collective_core::kernels`] has their names, and those of the entry points.
+//! [`fused_collective_core::kernels`] has their names, and those of the entry points. Where there is no such folder, kernels
+//! are those that `fused_collective_kernels` carries.
 //!
 //! A file says what layout of the launch structs it was built for, and one of another layout is refused: kernels that
 //! read their parameters in the wrong places reach memory that is not theirs.
@@ -30,6 +31,7 @@ use fused_collective_core::{
     kernels::{Family, Kernel, Module, Processor},
     launch::{self, LAYOUT, MAX_BLOCKS, layout_of},
 };
+use fused_collective_kernels::Archive;
 
 use versions::choose_places;
 
@@ -162,7 +164,10 @@ impl Launch {
 /// The kernels for one GPU.
 #[derive(Debug)]
 pub(crate) struct Kernels {
-    folder: PathBuf,
+    /// Where modules are, if not in the library's archive.
+    folder: Option<PathBuf>,
+    /// This GPU's compute capability.
+    capability: u32,
     /// What they were compiled for.
     processor: Processor,
     /// Multiprocessors of this GPU.
@@ -183,12 +188,18 @@ impl Kernels {
     /// There are none: where they were looked for, and what to do.
     pub(crate) fn find(gpu: &Gpu) -> Result<Kernels, Error> {
         let program = env::current_exe().ok();
-        let places = places(env::var_os(FOLDER_VARIABLE).map(PathBuf::from), program.as_deref());
-        let (folder, processor) = find_folder(&places, gpu.capability)?;
+        let named = env::var_os(FOLDER_VARIABLE).map(PathBuf::from);
+        let is_named = named.is_some();
+        let (folder, processor) = match find_folder(&places(named, program.as_deref()), gpu.capability) {
+            Ok((folder, processor)) => (Some(folder), processor),
+            Err(none) if is_named => return Err(none),
+            Err(none) => (None, carried_for(gpu.capability)?.ok_or(none)?),
+        };
         // Without the functions of CUDA 12 kernels run all the same, one after the other.
         let launcher = if processor.has_clusters() { Launcher::find().ok() } else { None };
         Ok(Kernels {
             folder,
+            capability: gpu.capability,
             processor,
             units: gpu.units,
             agreed_units: gpu.units,
@@ -222,16 +233,10 @@ impl Kernels {
     /// The file is missing, or the driver cannot use it.
     pub(crate) fn load(&mut self, module: &'static str) -> Result<(), Error> {
         let Slot::Vacant(slot) = self.modules.entry(module) else { return Ok(()) };
-        let file = self.folder.join(format!("{module}.ptx"));
-        let remedy = "run `cargo xtask ptx`, which builds them, or use those that came with this program";
-        let unusable = |why: &dyn fmt::Display| {
-            Error::Kernels(format!("the kernels in {} cannot be used: {why}; {remedy}", file.display()))
-        };
-        let text = bounded::read_to_string(&file, MAX_MODULE_BYTES).map_err(|error| unusable(&error))?;
-        check_layout(&text).map_err(|why| unusable(&why))?;
-        let text = CString::new(text).map_err(|_| unusable(&"it holds a zero byte"))?;
-        let module = cust::module::Module::from_ptx_cstr(&text, &[]);
-        slot.insert(module.map_err(failed("load the kernels")).map_err(|error| unusable(&error))?);
+        slot.insert(match &self.folder {
+            Some(folder) => load_file(&folder.join(format!("{module}.ptx")))?,
+            None => load_carried(self.processor, self.capability, module)?,
+        });
         Ok(())
     }
 
@@ -367,6 +372,46 @@ impl Kernels {
     }
 }
 
+fn load_file(file: &Path) -> Result<cust::module::Module, Error> {
+    let remedy = "run `cargo xtask ptx`, which builds them, or use those that came with this program";
+    let unusable = |why: &dyn fmt::Display| {
+        Error::Kernels(format!("the kernels in {} cannot be used: {why}; {remedy}", file.display()))
+    };
+    let text = bounded::read_to_string(file, MAX_MODULE_BYTES).map_err(|error| unusable(&error))?;
+    check_layout(&text).map_err(|why| unusable(&why))?;
+    let text = CString::new(text).map_err(|_| unusable(&"it holds a zero byte"))?;
+    let module = cust::module::Module::from_ptx_cstr(&text, &[]);
+    module.map_err(failed("load the kernels")).map_err(|error| unusable(&error))
+}
+
+/// Loads a module that the library carries. Its archive is of this version's launch layout, or else it does not open.
+fn load_carried(processor: Processor, capability: u32, name: &str) -> Result<cust::module::Module, Error> {
+    let archive = Archive::embedded().map_err(unusable)?;
+    let Some(module) = archive.module(processor.name, name) else {
+        return Err(unusable(format!("{name} for {} is missing", processor.name)));
+    };
+    // A driver older than the release of the assembler does not take its machine code.
+    if let Some(code) = module.machine_code(capability).map_err(unusable)?
+        && let Ok(module) = cust::module::Module::from_cubin(code, &[])
+    {
+        return Ok(module);
+    }
+    let ptx = CString::new(module.ptx().map_err(unusable)?).map_err(unusable)?;
+    let module = cust::module::Module::from_ptx_cstr(&ptx, &[]);
+    module.map_err(failed("load the kernels")).map_err(unusable)
+}
+
+/// The best processor for the GPU that the library carries kernels for.
+fn carried_for(capability: u32) -> Result<Option<Processor>, Error> {
+    let archive = Archive::embedded().map_err(unusable)?;
+    let carried = |processor: &Processor| archive.processors().any(|name| name == processor.name);
+    Ok(Processor::for_capability(capability).find(carried))
+}
+
+fn unusable(why: impl fmt::Display) -> Error {
+    Error::Kernels(format!("the kernels in this library cannot be used: {why}"))
+}
+
 /// Checks that a module's kernels take what this program launches them with.
 fn check_layout(ptx: &str) -> Result<(), String> {
     match layout_of(ptx) {
@@ -409,8 +454,8 @@ fn find_folder(places: &[PathBuf], capability: u32) -> Result<(PathBuf, Processo
     } else {
         let looked: Vec<_> = places.iter().map(|place| place.display().to_string()).collect();
         format!(
-            "no kernels for this GPU ({}) in {}: run `cargo xtask ptx`, or set {FOLDER_VARIABLE} to the folder that \
-             holds them",
+            "no kernels for this GPU ({}) in this library or in {}: run `cargo xtask ptx`, or set {FOLDER_VARIABLE} \
+             to the folder that holds them",
             names.join(" or "),
             looked.join(" or ")
         )
@@ -460,7 +505,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("bf16_w2.ptx"), module(LAYOUT ^ 1)).unwrap();
         let mut kernels = Kernels {
-            folder: folder.path().to_owned(),
+            folder: Some(folder.path().to_owned()),
+            capability: 90,
             processor: Processor::ALL[1],
             units: 1,
             agreed_units: 1,

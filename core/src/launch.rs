@@ -32,7 +32,7 @@ pub const MAX_BLOCK_THREADS: u32 = 1024;
 /// The most blocks of a cluster: what every GPU with clusters guarantees.
 pub const MAX_CLUSTER: u32 = 8;
 
-/// The most blocks of a grid: each has a [`Turn`] of its own.
+/// The most blocks of a grid: each has an [`Epoch`] of its own.
 pub const MAX_BLOCKS: u32 = 1024;
 /// The most ranks of a group that a kernel serves.
 pub const MAX_RANKS: usize = 8;
@@ -69,24 +69,24 @@ pub struct RankState {
     /// Keeps what follows on lines of its own.
     pub reserved: [u32; 15],
     /// The operation to run, once for every block that a grid may have: all are the same between operations.
-    pub turns: [Turn; MAX_BLOCKS as usize],
+    pub epochs: [Epoch; MAX_BLOCKS as usize],
 }
 
 impl RankState {
     /// Where `poisoned` is.
     pub const POISONED: u64 = core::mem::offset_of!(RankState, poisoned) as u64;
 
-    /// Where the turn of block `block` is.
+    /// The offset of block `block`'s epoch.
     #[inline(always)]
-    pub const fn turn(block: u32) -> u64 {
-        core::mem::offset_of!(RankState, turns) as u64 + block as u64 * size_of::<Turn>() as u64
+    pub const fn epoch(block: u32) -> u64 {
+        core::mem::offset_of!(RankState, epochs) as u64 + block as u64 * size_of::<Epoch>() as u64
     }
 }
 
 /// An operation's number, and what follows from it.
 #[repr(C, align(16))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Turn {
+pub struct Epoch {
     /// Operations finished, which is the number of the one to run.
     pub operation: u64,
     /// The slot that it uses: [`lamport::slot`](crate::lamport::slot) of it, kept because a
@@ -115,7 +115,7 @@ pub struct Status {
     /// 1: an input, in one-shot or as a token's owner; 2: a token's sum, from its owner. Kernels of other crates have
     /// numbers of their own, from 3 on.
     pub hop: u32,
-    /// The operation: see [`Turn::operation`].
+    /// The operation: see [`Epoch::operation`].
     pub operation: u64,
     /// The token, counted from the operation's first.
     pub token: u64,
@@ -342,8 +342,8 @@ type AnyRmsNorm = RmsNorm<Unquantized>;
 /// differs.
 pub const LAYOUT: u32 = crate::fingerprint! {
     [SLOTS, SLOTS_OFFSET, SENTINEL, workspace::VERSION, REVISION]
-    RankState { poisoned, reserved, turns }
-    Turn { operation, slot, reserved }
+    RankState { poisoned, reserved, epochs }
+    Epoch { operation, slot, reserved }
     Status { abort, failed, missing_rank, hop, operation, token, call }
     Group { regions, state, status, slot_bytes, timeout_ns, world_size, rank }
     Shape { first_token, total_tokens, tokens, row_packs, call }

@@ -7,7 +7,7 @@ use crate::{
     convert,
     epilogue::Epilogue,
     launch::Local,
-    row::{Prepared, Share, Team},
+    row::{Prepared, Team, ThreadSlice},
     simt,
 };
 
@@ -24,9 +24,9 @@ where
 {
     let Local { shape, activations, epilogue } = params;
     let mut team = Team::join(X::ROW_SUM);
-    let share = Share::<P, RESIDENT>::new(&team, shape);
+    let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     // SAFETY: as this function's; each pack of a tensor is one thread's. The same holds for the block below.
-    let prepared = unsafe { Prepared::<E, X, 2, P, RESIDENT>::new(epilogue, share, &team) };
+    let prepared = unsafe { Prepared::<E, X, 2, P, RESIDENT>::new(epilogue, slice, &team) };
     let has_residual = !activations.residual.is_null();
 
     simt::wait_for_prerequisites();
@@ -43,16 +43,16 @@ where
     while token < shape.tokens {
         // SAFETY: see above.
         unsafe {
-            prepared.complete(&mut team, shape, activations, token, |chunk, places, row| {
+            prepared.complete(&mut team, shape, activations, token, |chunk, indices, row| {
                 let mut residuals = [Pack::default(); P];
-                share.for_each(chunk, |p, _| {
-                    row[p] = simt::load(places[p].of(activations.input));
+                slice.for_each(chunk, |p, _| {
+                    row[p] = simt::load(indices[p].of(activations.input));
                     if has_residual {
-                        residuals[p] = simt::load(places[p].of(activations.residual));
+                        residuals[p] = simt::load(indices[p].of(activations.residual));
                     }
                 });
                 if has_residual {
-                    share.for_each(chunk, |p, _| row[p] = add::<E>(row[p], residuals[p]));
+                    slice.for_each(chunk, |p, _| row[p] = add::<E>(row[p], residuals[p]));
                 }
             });
         }

@@ -40,12 +40,14 @@ pub(crate) fn make(output: Option<PathBuf>, processors: &[Processor]) -> Result<
     eprintln!("building the kernels (minutes the first time)");
     let kernels = kernels::embed(processors)?;
     let program = program(&target)?;
-    ensure!(
-        contains(&program, &kernels)?,
-        "{} does not carry the kernels in {}: build again",
-        program.display(),
-        kernels.display()
-    );
+    for archive in kernels {
+        ensure!(
+            contains(&program, &archive)?,
+            "{} does not carry the kernels in {}: build again",
+            program.display(),
+            archive.display()
+        );
+    }
     let contents = Contents {
         version: version()?,
         glibc: glibc_needed(&program)?,

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use fused_collective_bench::table;
 use fused_collective_build::{Assembly, Bounds, Entry, Error, Kernels, Module, Processor};
 use fused_collective_core::{
     dtype::DType,
@@ -22,8 +23,10 @@ use crate::cmd;
 const MODULES: &str = "device/ptx";
 /// The folder of packages that show how to write kernels of one's own.
 const EXAMPLES: &str = "device/examples";
-/// The archive that `fused-collective-kernels` embeds.
+/// The archive that `fused-collective-kernels` embeds: the library's kernels.
 const ARCHIVE: &str = "device/kernels/archive/kernels.zst";
+/// The archive that the program embeds: the benchmark's kernels.
+const BENCH_ARCHIVE: &str = "host/program/archive/kernels.zst";
 /// Zstandard's highest level. It takes a minute for all processors, and is done once for each release.
 const LEVEL: i32 = 22;
 
@@ -47,20 +50,37 @@ pub(crate) fn folder() -> Result<PathBuf> {
 pub(crate) fn build(processors: &[Processor], assembly: Assembly) -> Result<Vec<Module>> {
     let bounds = |entry: &Entry<'_>| match kernels::Module::named(entry.module) {
         Some(module) => bounds(entry, module.dtype, module.set),
-        // It is refused below.
-        None => Bounds { threads: 1, blocks: 1 },
+        None => of_core(table::BOUNDS),
     };
     let modules = complete(package(MODULES, processors, assembly)?.output(folder()?).bounds(bounds))?;
     for processor in processors {
         let built = |name: &str| modules.iter().any(|it| it.processor == *processor && it.name == name);
-        let missing: Vec<_> =
-            kernels::Module::all().map(kernels::Module::name).filter(|name| !built(name)).collect();
+        let missing: Vec<_> = expected().filter(|name| !built(name)).collect();
         ensure!(missing.is_empty(), "{MODULES} lacks the modules {}", missing.join(", "));
     }
-    if let Some(other) = modules.iter().find(|module| kernels::Module::named(&module.name).is_none()) {
-        bail!("{MODULES} has the module {}, which core's table of kernels has not", other.name);
+    if let Some(other) = modules.iter().find(|module| !expected().any(|name| name == module.name)) {
+        bail!("{MODULES} has the module {}, which no table of kernels has", other.name);
+    }
+    for module in modules.iter().filter(|module| is_of_bench(module)) {
+        let text = fs::read_to_string(&module.path)?;
+        let layout = fused_collective_bench::launch::layout_of(&text);
+        ensure!(
+            layout == Some(fused_collective_bench::launch::LAYOUT),
+            "{}/{} does not have the launch layout of the benchmark's kernels",
+            module.processor,
+            module.name
+        );
     }
     Ok(modules)
+}
+
+/// The names of the library's modules and of the benchmark's.
+fn expected() -> impl Iterator<Item = &'static str> {
+    kernels::Module::all().map(kernels::Module::name).chain(table::modules())
+}
+
+fn is_of_bench(module: &Module) -> bool {
+    table::modules().any(|name| name == module.name)
 }
 
 /// Builds the examples, into another folder, since no program of this project loads them.
@@ -95,7 +115,10 @@ fn package(folder: &str, processors: &[Processor], assembly: Assembly) -> Result
 }
 
 fn bounds(entry: &Entry<'_>, dtype: DType, set: Set) -> Bounds {
-    let kernels::Bounds { threads, blocks } = kernels::bounds(entry.processor.name(), dtype, set, entry.name);
+    of_core(kernels::bounds(entry.processor.name(), dtype, set, entry.name))
+}
+
+fn of_core(kernels::Bounds { threads, blocks }: kernels::Bounds) -> Bounds {
     Bounds { threads, blocks }
 }
 
@@ -115,25 +138,32 @@ fn complete(kernels: Kernels) -> Result<Vec<Module>> {
     Ok(modules)
 }
 
-/// Builds the modules that programs load and puts them into the archive of `fused-collective-kernels`, with machine code.
-/// Prints the archive's sizes, and returns the archive's file.
+/// Builds the modules that programs load and puts them, with machine code, into the archives of `fused-collective-kernels`
+/// and of the program: these files. Prints their sizes.
 ///
 /// # Errors
-/// As [`build`]; the archive cannot be written.
-pub(crate) fn embed(processors: &[Processor]) -> Result<PathBuf> {
-    let modules = build(processors, Assembly::Keep)?;
+/// As [`build`]; an archive cannot be written.
+pub(crate) fn embed(processors: &[Processor]) -> Result<[PathBuf; 2]> {
+    let (of_bench, of_library): (Vec<_>, Vec<_>) =
+        build(processors, Assembly::Keep)?.into_iter().partition(is_of_bench);
     eprintln!("compressing");
-    let (archive, sizes) = archive(&modules, LEVEL)?;
-    let file = cmd::root().join(ARCHIVE);
+    let archives = [ARCHIVE, BENCH_ARCHIVE].map(|archive| cmd::root().join(archive));
+    write(&archives[0], &of_library)?;
+    write(&archives[1], &of_bench)?;
+    Ok(archives)
+}
+
+/// Writes an archive of `modules`. The one that is there stays until the new one is whole.
+fn write(file: &Path, modules: &[Module]) -> Result<()> {
+    let (archive, sizes) = archive(modules, LEVEL)?;
     let folder = file.parent().context("the archive is in a folder")?;
-    // The archive that is there stays until the new one is whole.
     let scratch = tempfile::NamedTempFile::new_in(folder)
         .with_context(|| format!("cannot write to {}", folder.display()))?;
     fs::write(scratch.path(), &archive)?;
-    scratch.persist(&file)?;
+    scratch.persist(file)?;
     print!("{sizes}");
     println!("{}: {} KB", file.display(), archive.len() / 1000);
-    Ok(file)
+    Ok(())
 }
 
 /// The modules as an archive, and a line on the size of each frame in it.
@@ -143,7 +173,7 @@ pub(crate) fn embed(processors: &[Processor]) -> Result<PathBuf> {
 pub(crate) fn archive(modules: &[Module], level: i32) -> Result<(Vec<u8>, String)> {
     let mut frames: BTreeMap<_, Vec<Member>> = BTreeMap::new();
     for module in modules {
-        let (_, set) = module.name.split_once('_').context("a module is named by element type and set")?;
+        let set = module.name.split_once('_').map_or(&*module.name, |(_, set)| set);
         let mut add = |kind, label, alike: Processor, path: &Path| -> Result<()> {
             let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
             let (processor, name) = (module.processor.name().to_owned(), module.name.clone());

@@ -58,7 +58,7 @@ pub struct Conversions {
 }
 
 /// The parameters of the kernel `links_meet`. In every `links_*` kernel's `group`, the regions are those of
-/// [`links`](crate::links), and the operation and its turns those of the group's workspace.
+/// [`links`](crate::links), and the operation and its epochs those of the group's workspace.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Meet {

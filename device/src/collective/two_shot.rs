@@ -18,7 +18,7 @@ use super::{Begun, deal, load_row, pack_of, peer, peers, residual_out, wait::Awa
 use crate::{
     epilogue::Epilogue,
     launch::Fused,
-    row::{Prepared, Share, Team},
+    row::{Prepared, Team, ThreadSlice},
     simt,
 };
 
@@ -40,16 +40,16 @@ where
     let Fused { group, shape, activations, epilogue } = params;
     let mut team = Team::join(X::ROW_SUM);
     let (team_index, teams) = (team.index, team.teams);
-    let share = Share::<P, RESIDENT>::new(&team, shape);
+    let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     let has_residual = !activations.residual.is_null();
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     let (row_bytes, stride) = (shape.row_bytes(), rows.first_hop(1, 0));
 
-    // SAFETY: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the tensors and the slots,
+    // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,
     // and by the launch rules this thread's alone. The same holds for the blocks below.
     let input = |token, chunk| unsafe {
-        load_row(activations.input, share, chunk, &share.places(shape.operation_token(token), chunk))
+        load_row(activations.input, slice, chunk, &slice.indices(shape.operation_token(token), chunk))
     };
 
     simt::wait_for_prerequisites();
@@ -57,7 +57,7 @@ where
     let keeps = const { RESIDENT && P == 1 && N == 2 };
     let first = if keeps { input(team.index, 0) } else { [Pack::default(); P] };
     // SAFETY: see above.
-    let mut begun = unsafe { Begun::read(group, Begun::turn(group)) };
+    let mut begun = unsafe { Begun::read(group, Begun::epoch(group)) };
     simt::launch_dependents();
 
     let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
@@ -69,9 +69,9 @@ where
         // SAFETY: see above.
         unsafe {
             let row = begun.slot_of::<N>(owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
-            share.for_chunks(|chunk| {
+            slice.for_chunks(|chunk| {
                 let packs = own(token, chunk);
-                share.for_each(chunk, |p, pack| {
+                slice.for_each(chunk, |p, pack| {
                     simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip());
                 });
             });
@@ -80,7 +80,7 @@ where
     begun.advance();
     // What is constant is read when the links have work.
     // SAFETY: see above.
-    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, share, &team) };
+    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, slice, &team) };
     // SAFETY: see above.
     unsafe {
         epilogue.fill_padding(
@@ -91,28 +91,29 @@ where
     };
 
     // The second hop's rows follow the first's. Computed where it is used, so as to take up no registers before.
-    let result = |token: u32| group.world_size as u64 * simt::opaque_u64(stride) + token as u64 * row_bytes;
+    let result =
+        |token: u32| group.world_size as u64 * simt::black_box_u64(stride) + token as u64 * row_bytes;
     deal(team_index, teams, shape.tokens, |token| {
         let (owner, index) = dealt(token, group.world_size);
         // SAFETY: see above.
         unsafe {
             let slot = begun.slot_of::<N>(group.rank);
-            prepared.complete(&mut team, shape, activations, token, |chunk, places, row| {
+            prepared.complete(&mut team, shape, activations, token, |chunk, indices, row| {
                 if owner != group.rank {
                     let awaited = Awaited { shape, token, hop: 2 };
-                    *row = begun.waiter.row(slot.offset(result(token)), share, chunk, owner, awaited);
+                    *row = begun.waiter.row(slot.offset(result(token)), slice, chunk, owner, awaited);
                     return;
                 }
                 let own = own(token, chunk);
-                let residual = load_row(activations.residual, share, chunk, places);
+                let residual = load_row(activations.residual, slice, chunk, indices);
                 let row_at = slot.offset(index as u64 * row_bytes);
                 let packs = begun.waiter.all::<N, P, RESIDENT>(
-                    share,
+                    slice,
                     chunk,
                     |source, _, pack| pack_of(row_at, source, stride, pack),
                     Awaited { shape, token, hop: 1 },
                 );
-                share.for_each(chunk, |p, pack| {
+                slice.for_each(chunk, |p, pack| {
                     row[p] = residual_out::<E, N>(
                         group,
                         &packs[p],

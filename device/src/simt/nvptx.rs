@@ -330,7 +330,7 @@ pub(super) fn rsqrt(value: f32) -> f32 {
 }
 
 #[inline(always)]
-pub(super) fn opaque(pack: Pack) -> Pack {
+pub(super) fn black_box(pack: Pack) -> Pack {
     let [mut a, mut b, mut c, mut d] = pack.0;
     // SAFETY: nothing. Volatile, or it would be moved out of the loop as well.
     unsafe {
@@ -340,7 +340,7 @@ pub(super) fn opaque(pack: Pack) -> Pack {
 }
 
 #[inline(always)]
-pub(super) fn opaque_u64(mut value: u64) -> u64 {
+pub(super) fn black_box_u64(mut value: u64) -> u64 {
     // SAFETY: nothing. Volatile, as above.
     unsafe { asm!("// {0}", inout(reg64) value, options(nomem)) }
     value

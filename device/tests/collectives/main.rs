@@ -12,7 +12,7 @@ use fused_collective_core::{
     reference::Special,
 };
 use fused_collective_device::{
-    launch::{ABORTED, RankState, Status, TIMED_OUT, Turn},
+    launch::{ABORTED, Epoch, RankState, Status, TIMED_OUT},
     simt::host::{Launch, Stream, launch},
 };
 use fused_collective_device_tests::{
@@ -188,7 +188,9 @@ fn any_operation_may_follow_any_other() {
     for state in &world.states {
         let state = state.get::<RankState>()[0];
         assert_eq!(state.poisoned, 0);
-        assert!(state.turns.iter().all(|turn| *turn == Turn { operation: 20, slot: 20 % 3, reserved: 0 }));
+        assert!(
+            state.epochs.iter().all(|epoch| *epoch == Epoch { operation: 20, slot: 20 % 3, reserved: 0 })
+        );
     }
 }
 
@@ -434,5 +436,5 @@ fn a_kernel_for_too_few_ranks_ends_at_once() {
         collective::two_shot::<f32, _, 2, 1, true>(&params);
     });
     world.assert_clean();
-    assert_eq!(world.states[0].get::<RankState>()[0].turns[0], Turn::default());
+    assert_eq!(world.states[0].get::<RankState>()[0].epochs[0], Epoch::default());
 }

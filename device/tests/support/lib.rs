@@ -20,7 +20,7 @@ use fused_collective_core::{
 };
 use fused_collective_device::{
     collective,
-    epilogue::{Epilogue, Gathered},
+    epilogue::Epilogue,
     launch::{Activations, Fused, Group, Local, Plain, Shape, Status, TIMED_OUT, Unquantized},
     local,
     simt::host::{Launch, launch},
@@ -260,7 +260,7 @@ impl Run {
     }
 
     /// With a sharded residual or without.
-    fn either<E: Element, X: Gathered<E> + Send + Sync + 'static>(
+    fn either<E: Element, X: Epilogue<E> + Send + Sync + 'static>(
         &self,
         fusion: &str,
         epilogue: X,

@@ -1,6 +1,6 @@
 //! The links alone: the collectives' own stores, polls and waits, and nothing else.
 //!
-//! These kernels reach the memory that [`links`] describes, not the workspace. They leave the turns of the group's
+//! These kernels reach the memory that [`links`] describes, not the workspace. They leave the epochs of the group's
 //! operations as they are, and wait as the collectives do: never longer than the group allows, nor past the host's word.
 
 use core::num::NonZeroU32;
@@ -50,7 +50,7 @@ pub unsafe fn meet(params: &Meet) {
     }
     // SAFETY: the group is as its documentation says, and a flag is accessed by pushes and polls alone.
     unsafe {
-        let mut begun = Begun::read(group, Begun::turn(group));
+        let mut begun = Begun::read(group, Begun::epoch(group));
         if !begun.waiter.failed {
             simt::push(flag(group, source, group.rank), Pack([params.count; 4]));
         }
@@ -79,7 +79,7 @@ pub unsafe fn ping(params: &Ping) {
     let leads = params.leads != 0;
     // SAFETY: as in `meet`.
     unsafe {
-        let mut begun = Begun::read(group, Begun::turn(group));
+        let mut begun = Begun::read(group, Begun::epoch(group));
         let (mut trip, mut began) = (0, simt::nanoseconds());
         while trip < params.trips && !begun.waiter.failed {
             if trip == WARM_UP_TRIPS {

@@ -29,7 +29,7 @@ use core::arch::asm;
 use fused_collective_device::{
     collective, convert,
     dtype::{Element, bf16},
-    epilogue::{Epilogue, Place},
+    epilogue::{Epilogue, PackIndex},
     pack::Pack,
     launch::{Address, Fused},
     simt,
@@ -44,33 +44,18 @@ pub struct Gelu {
 }
 
 impl<E: Element> Epilogue<E> for Gelu {
-    const ROW_SUM: bool = false;
     type Constants = ();
     type Weights = ();
     type Ready = ();
 
-    unsafe fn constants(&self) {}
-
-    unsafe fn weights(&self, _pack: u32) {}
-
-    fn ready(&self, _weights: ()) {}
-
-    fn addend(&self, _row: Pack) -> f32 {
-        0.0
-    }
-
-    fn row_value(&self, _sum: f32) -> f32 {
-        0.0
-    }
-
     #[inline(always)]
-    unsafe fn finish(&self, place: Place, row: Pack, _row_value: f32, _weights: (), _constants: ()) {
+    unsafe fn finish(&self, index: PackIndex, row: Pack, _row_value: f32, _weights: (), _constants: ()) {
         let mut values = convert::widen::<E>(row);
         for value in values.as_mut() {
             *value = gelu(*value);
         }
-        // SAFETY: the place is inside the tensor, and this thread's alone.
-        unsafe { simt::store(place.of(self.out), convert::narrow::<E>(values)) };
+        // SAFETY: the pack is inside the tensor, and this thread's alone.
+        unsafe { simt::store(index.of(self.out), convert::narrow::<E>(values)) };
     }
 }
 

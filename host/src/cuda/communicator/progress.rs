@@ -17,7 +17,7 @@ const NON_BLOCKING: u32 = 1;
 // SAFETY: a `CUstream` belongs to its context, and the driver takes it from any thread.
 unsafe impl Send for Progress {}
 
-/// Sees from outside whether a rank's kernels come to their ends: they advance the turns of its [`RankState`], which
+/// Sees from outside whether a rank's kernels come to their ends: they advance the epochs of its [`RankState`], which
 /// are copied to the host beside them. Nothing waits for the copy.
 #[derive(Debug)]
 pub(super) struct Progress {

@@ -26,6 +26,8 @@ pub enum KernelSource {
     /// The kernels inside this library.
     #[default]
     Embedded,
+    /// An archive in the form of `fused-collective-kernels`.
+    Archive(&'static [u8]),
     /// A folder with a folder for each processor, `sm_90` for instance, and in it a file of PTX for each module,
     /// `bf16_w4.ptx`.
     Folder(PathBuf),
@@ -40,6 +42,7 @@ impl fmt::Debug for KernelSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             KernelSource::Embedded => f.write_str("Embedded"),
+            KernelSource::Archive(_) => f.write_str("Archive"),
             KernelSource::Folder(folder) => f.debug_tuple("Folder").field(folder).finish(),
             KernelSource::Bytes(_) => f.write_str("Bytes"),
         }
@@ -80,14 +83,25 @@ impl KernelSource {
             KernelSource::Folder(folder) => {
                 format!("there are no kernels for this GPU ({names}) in {}", folder.display())
             }
-            KernelSource::Bytes(_) => format!("the caller gave no kernels for this GPU ({names})"),
+            KernelSource::Archive(_) | KernelSource::Bytes(_) => {
+                format!("the caller gave no kernels for this GPU ({names})")
+            }
         }))
+    }
+
+    /// The archive; empty where the source is none.
+    fn archive(&self) -> Result<Archive<'static>, fused_collective_kernels::Error> {
+        match self {
+            KernelSource::Embedded => Archive::embedded(),
+            KernelSource::Archive(bytes) => Archive::open(bytes),
+            KernelSource::Folder(_) | KernelSource::Bytes(_) => Archive::open(&[]),
+        }
     }
 
     fn has(&self, processor: Processor, module: &str) -> bool {
         match self {
-            KernelSource::Embedded => {
-                Archive::embedded().is_ok_and(|archive| archive.module(processor.name, module).is_some())
+            KernelSource::Embedded | KernelSource::Archive(_) => {
+                self.archive().is_ok_and(|archive| archive.module(processor.name, module).is_some())
             }
             KernelSource::Folder(folder) => folder.join(processor.name).is_dir(),
             KernelSource::Bytes(bytes) => bytes(processor.name, module).is_some(),
@@ -106,10 +120,10 @@ impl KernelSource {
         module: &str,
     ) -> Result<Vec<Vec<u8>>, Error> {
         match self {
-            KernelSource::Embedded => {
+            KernelSource::Embedded | KernelSource::Archive(_) => {
                 let unusable =
-                    |why: &dyn fmt::Display| Error::Kernels(format!("the kernels in this library: {why}"));
-                let archive = Archive::embedded().map_err(|error| unusable(&error))?;
+                    |why: &dyn fmt::Display| Error::Kernels(format!("the archive of kernels: {why}"));
+                let archive = self.archive().map_err(|error| unusable(&error))?;
                 let name = module;
                 let module = archive
                     .module(processor.name, name)

@@ -68,6 +68,12 @@ const COPIES: usize = 9;
 /// Threads of a block of an eager step.
 const EAGER_THREADS: u32 = 512;
 
+/// The archive of the benchmark's kernels; empty in a build without it.
+#[cfg(embedded)]
+static EMBEDDED: &[u8] = include_bytes!("../../../archive/kernels.zst");
+#[cfg(not(embedded))]
+static EMBEDDED: &[u8] = &[];
+
 /// A problem that was put aside, with what belongs to it.
 #[derive(Debug)]
 struct Aside {
@@ -171,7 +177,7 @@ impl<'a> Engine<'a> {
             notes,
             gpus: gather(group, &communicator.gpu().name)?,
             stream: Stream::new(StreamFlags::DEFAULT, None).map_err(failed("make a stream"))?,
-            probes: Kernels::find(communicator.gpu(), &KernelSource::default(), PROBES)?,
+            probes: Kernels::find(communicator.gpu(), &KernelSource::Archive(EMBEDDED), PROBES)?,
             communicator,
             _context: context,
         })

@@ -419,7 +419,7 @@ fn a_benchmark_on_gpus_compares_the_fused_operation_with_the_put_bandwidth() {
          {bandwidth:.1} GB/s, is {:.0}% of it",
         bandwidth / rate * 100.0
     );
-    // Where there are most tokens.
+    // In the configuration with the most tokens.
     assert_eq!(said(&report), [Some(expected), None]);
     assert_eq!(json::parse(&json::to_string(&report).unwrap()).unwrap(), report);
 

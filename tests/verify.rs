@@ -289,8 +289,7 @@ impl Collective for Faulty {
 /// Numbers that [`Faulty`] converts wrong: 1 and the one after it, and the one before 2.
 const WRONG_BITS: [u32; 3] = [0x3f80_0000, 0x3f80_0001, 0x3fff_ffff];
 
-/// The tally of the matrix of one small shape with a fault on both of two ranks, which are threads, and the lines of the
-/// failed cases.
+/// The tally and the failed lines of the matrix of one small shape. Two ranks, which are threads, both have the fault.
 fn matrix_with(
     fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
     stray: Option<&'static str>,

@@ -1,4 +1,4 @@
-//! What the command line promises: which arguments mean what, and the exact line for each that is refused.
+//! The promises of the command line: the meaning of arguments, and the exact line for each that is refused.
 
 use fused_collective_core::dtype::DType;
 

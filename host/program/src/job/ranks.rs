@@ -5,7 +5,7 @@ use std::fmt;
 use fused_collective::group::rendezvous::{self, Group};
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::backend;
+use crate::backend::error;
 
 /// The reason why ranks end their common work early.
 #[derive(Debug)]
@@ -13,7 +13,7 @@ pub enum Error {
     /// A rank was lost, or could not be reached.
     Group(rendezvous::Error),
     /// An operation could not run.
-    Collective(backend::error::Error),
+    Collective(error::Error),
     /// Another failure; the text is for the user.
     Failed(String),
 }
@@ -36,8 +36,8 @@ impl From<rendezvous::Error> for Error {
     }
 }
 
-impl From<backend::error::Error> for Error {
-    fn from(error: backend::error::Error) -> Self {
+impl From<error::Error> for Error {
+    fn from(error: error::Error) -> Self {
         Error::Collective(error)
     }
 }
@@ -97,9 +97,9 @@ pub(crate) fn gather_verdicts<T: Serialize + DeserializeOwned>(
 pub(crate) fn gather<T: Serialize + DeserializeOwned>(
     group: &Group,
     own: &T,
-) -> Result<Vec<T>, backend::error::Error> {
+) -> Result<Vec<T>, error::Error> {
     let unreadable = |error: serde_json::Error| {
-        backend::error::Error::Other(format!("cannot read a rank's part of the set-up: {error}"))
+        error::Error::Other(format!("cannot read a rank's part of the set-up: {error}"))
     };
     let bytes = serde_json::to_vec(own).map_err(unreadable)?;
     group.all_gather(&bytes)?.iter().map(|bytes| serde_json::from_slice(bytes).map_err(unreadable)).collect()

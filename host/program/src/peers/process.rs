@@ -155,7 +155,7 @@ impl Process {
                 Err(_) => break None,
             }
         };
-        // What it wrote before it ended may still be on its way.
+        // Its last line may still be on its way.
         thread::sleep(Duration::from_millis(50));
         let how = status.and_then(|status| describe(&status));
         let how = how.unwrap_or_else(|| "it closed its output".to_owned());

@@ -81,8 +81,9 @@ pub(super) struct CpuLinks<'a> {
 impl<'a> CpuLinks<'a> {
     /// Makes memory that all ranks of `group` share. All ranks call this.
     pub(super) fn share(group: &Group, communicator: &'a mut Communicator) -> Result<Self, Error> {
-        let failed =
-            |what: &dyn std::fmt::Display| Error::Other(format!("the memory to measure links with: {what}"));
+        let failed = |what: &dyn std::fmt::Display| {
+            Error::Other(format!("cannot share memory to measure links: {what}"))
+        };
         let (rank, world_size) = (group.rank(), group.world_size());
         // A few MiB in the largest group.
         let region_bytes = region_bytes(world_size, PLACE_BYTES).unwrap_or(u64::MAX);

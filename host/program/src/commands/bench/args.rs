@@ -51,8 +51,8 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "mode")]
     quant_modes: Vec<String>,
 
-    /// residual: replicated (every rank has all of it), sharded (also measures fused variants in which a rank has the
-    /// rows of its own tokens only), or none (default: replicated)
+    /// residual: replicated (on every rank), sharded (measures also fused variants with each row on its token's owner
+    /// only), or none (default: replicated)
     #[argh(option, arg_name = "how")]
     residual: Option<String>,
 

@@ -7,9 +7,9 @@
 //! - the operation has not written its inputs, unrelated tensors, the guards of tensors or idle slots of the workspace. It
 //!   has not read unrelated tensors and guards, which are full of NaN.
 //!
-//! The reference is slow, so each shape is checked against it once. A later case is right as well if it has the same bits,
-//! or if its codes and scales are `core`'s own quantization of a norm that was right. Only other results are checked
-//! against the reference again.
+//! The reference is slow, so each shape is checked against it once. A later case is right if it has the same bits, or if it
+//! has the codes and scales of `core`'s quantization of the same norm. Only other results are checked against the reference
+//! again.
 //!
 //! Every rank calls [`run`] with its [`Place`]. All ranks go through the same steps and reach the same verdicts. A rank
 //! never waits for another for longer than the check of a slice takes, so the deadline holds for problems of every size.

@@ -4,8 +4,8 @@
 //! - The 99th percentile is by nearest rank: the smallest measured time that at least 99% of the trials do not exceed.
 //!   With fewer than 100 trials that is the slowest one.
 //! - Bandwidths are those of nccl-tests (`doc/PERFORMANCE.md` there). The algorithm bandwidth is a rank's input bytes over
-//!   the time. The bus bandwidth of an all-reduce is that times `2 (n - 1) / n` for `n` ranks, which is comparable with the
-//!   speed of the links for every `n`. Gigabytes are 10^9 bytes. The residual, gamma and quantized outputs are not counted,
+//!   the time. The bus bandwidth of an all-reduce of `n` ranks is that times `2 (n - 1) / n`, and so is comparable with the
+//!   speed of the links. Gigabytes are 10^9 bytes. The residual, gamma and quantized outputs are not counted,
 //!   so that separate and fused operations are measured alike. The same holds for a variant with a sharded residual,
 //!   although it sends fewer bytes.
 //! - The baseline is the verified standard variant with the smallest median, the first of equals. The speedup of a row is

@@ -46,7 +46,7 @@ impl fmt::Display for ReadError {
                 write!(f, "its schema is {found}, this program reads schema {SCHEMA}")
             }
             ReadError::Fields(error) => write!(f, "it is not a report of schema {SCHEMA}: {error}"),
-            ReadError::Figures(row) => write!(f, "its figures for {row} are not possible"),
+            ReadError::Figures(row) => write!(f, "its figures for {row} are impossible"),
         }
     }
 }
@@ -168,7 +168,7 @@ mod tests {
         let set =
             |v: &mut Value| v["configurations"][0]["rows"][1]["outcome"]["figures"]["median_us"] = 0.into();
         let row = "standard_allreduce_rmsnorm_native_compiled at num_tokens=128, dtype=bfloat16, with residual, quant=none";
-        refused(set, &format!("its figures for {row} are not possible"));
+        refused(set, &format!("its figures for {row} are impossible"));
     }
 
     #[test]

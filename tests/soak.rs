@@ -1,7 +1,6 @@
-//! `fused-collective soak` on real rank processes; and a result that is wrong once in a while is found.
+//! `fused-collective soak` on real rank processes, and on a backend with rare faults.
 //!
-//! The program has no switch that makes a backend wrong, so the tests of that soak a backend that is: the CPU's, with
-//! one bit changed after one of its operations, or an error in place of one.
+//! That backend is the CPU's, with one bit changed after one of its operations, or an error in place of one.
 
 use std::{
     process::{Command, id},
@@ -13,7 +12,6 @@ use fused_collective::{
     cpu::{self, Communicator},
     group::rendezvous::{Group, Membership},
 };
-use fused_collective_cli::commands::soak::groups::{group_seed, run_groups};
 use fused_collective_cli::{
     backend::{
         collective::Collective,
@@ -23,9 +21,11 @@ use fused_collective_cli::{
         steps::Step,
     },
     commands::soak::{
-        run as soak,
-        run::{Settings, Tally},
+        groups::{group_seed, run_groups},
+        run::{self, Tally},
+        settings::Settings,
     },
+    job::{options::JobOptions, ranks},
 };
 use fused_collective_core::plan::Limits;
 use fused_collective_tests::{LIMIT, Running, command, run};
@@ -66,14 +66,14 @@ fn random_operations_of_two_three_and_four_ranks_are_right() {
     }
 }
 
-/// [`numbers_of`] without the time.
+/// Like [`numbers_of`], without the time.
 fn counts(line: &str) -> Vec<u64> {
     let mut numbers = numbers_of(line);
     numbers.remove(3);
     numbers
 }
 
-/// What two ranks have done that soak alone.
+/// The work of two ranks that soak alone.
 fn soaked(seed: u64) -> Vec<u64> {
     let outcome = run(&mut soak(&format!("--operations 400 --seed {seed}")));
     outcome.assert_success();
@@ -131,7 +131,7 @@ fn bad_options_are_refused_in_one_line() {
     }
 }
 
-/// What a backend does from its 100th run on.
+/// The fault of a backend from its 100th run on.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     /// Changes a bit of a result.
@@ -213,24 +213,25 @@ impl Collective for Faulty {
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What two ranks, which are threads, say of a soak in which one bit of `tensor` goes wrong on rank 1.
+/// The tallies and lines of two ranks, which are threads, in a soak with one wrong bit in `tensor` on rank 1.
 fn soak_with_a_wrong_bit_in(tensor: Tensor) -> Vec<(Tally, Vec<String>)> {
     let settings = Settings { operations: Some(20_000), ..Settings::default() };
     let ranks = |world: &Group| {
         let mut backend = join(world, (world.rank() == 1).then_some(Fault::WrongBit(tensor)));
         let mut lines = Vec::new();
-        let tally = soak::run(&settings, world, &mut backend, |line| lines.push(line.to_owned())).unwrap();
+        let tally = run::run(&settings, world, &mut backend, |line| lines.push(line.to_owned())).unwrap();
         (tally, lines)
     };
     on_ranks(2, &format!("faulty soak {tensor:?}"), ranks)
 }
 
-/// What came of a soak of groups on a rank, and the lines that it was told.
-type Said = (Result<Vec<Tally>, fused_collective_cli::job::ranks::Error>, Vec<String>);
+/// The result of a soak of groups on a rank, and the lines that it got.
+type Said = (Result<Vec<Tally>, ranks::Error>, Vec<String>);
 
-/// What two groups of two ranks say of a soak with a fault on rank 1 of group 1, which ends it before its time.
+/// The results of two groups of two ranks, in a soak that a fault on rank 1 of group 1 ends early.
 fn soak_groups_with(fault: Fault) -> Vec<Said> {
-    let settings = Settings { minutes: 1.0, groups: 2, ..Settings::default() };
+    let job = JobOptions { groups: 2, ..JobOptions::default() };
+    let settings = Settings { minutes: 1.0, job, ..Settings::default() };
     let began = Instant::now();
     let ranks = |world: &Group| {
         let number = world.rank() / 2;
@@ -250,15 +251,15 @@ fn soak_groups_with(fault: Fault) -> Vec<Said> {
     said
 }
 
-/// This rank's end of the CPU backend, for `group`.
+/// The CPU backend of `group`, on this rank.
 fn join(group: &Group, fault: Option<Fault>) -> Faulty {
-    let row_bytes = soak::largest_problems().iter().map(Problem::row_bytes).max().unwrap();
+    let row_bytes = run::largest_problems().iter().map(Problem::row_bytes).max().unwrap();
     let options = cpu::Options { max_row_bytes: row_bytes, deadline: DEADLINE };
     let communicator = Communicator::join(group, options).unwrap();
     Faulty { engine: Engine::new(communicator), fault, runs: 0 }
 }
 
-/// What `work` gives on so many ranks, which are threads.
+/// The results of `work` on `world_size` ranks, which are threads.
 fn on_ranks<T: Send>(world_size: u32, key: &str, work: impl Fn(&Group) -> T + Sync) -> Vec<T> {
     let key = format!("{key} {}", id());
     let rank = |rank| {

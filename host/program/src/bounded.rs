@@ -1,5 +1,4 @@
-//! Reading what others have written, and never more than is of use: a file may be a device without an end, and a pipe may
-//! bring a line without one.
+//! Bounded reads of data from outside: a file may be an endless device, and a line from a pipe may never end.
 
 use std::{
     fs::File,
@@ -7,10 +6,10 @@ use std::{
     path::Path,
 };
 
-/// The text of the file, pipe or device at `path`.
+/// Reads the text of the file, pipe or device at `path`.
 ///
 /// # Errors
-/// It cannot be read, it has more than `most` bytes ([`ErrorKind::FileTooLarge`]), or they are not UTF-8
+/// It cannot be read, it has more than `most` bytes ([`ErrorKind::FileTooLarge`]), or it is not UTF-8
 /// ([`ErrorKind::InvalidData`]).
 pub(crate) fn read_to_string(path: &Path, most: u64) -> io::Result<String> {
     let mut bytes = Vec::new();
@@ -22,7 +21,7 @@ pub(crate) fn read_to_string(path: &Path, most: u64) -> io::Result<String> {
     String::from_utf8(bytes).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))
 }
 
-/// `text` as one line that can do nothing to a terminal: control characters are escaped.
+/// `text` with control characters escaped: one line that cannot control a terminal.
 pub(crate) fn one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for c in text.chars() {
@@ -34,19 +33,18 @@ pub(crate) fn one_line(text: &str) -> String {
 /// A line without its end.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Line {
-    /// What is not UTF-8 is replaced.
+    /// The text, in which bytes that are not UTF-8 are replaced.
     pub(crate) text: String,
-    /// Whether the line went on: this is its start.
+    /// True if the line was longer, and this is its start.
     pub(crate) is_cut: bool,
 }
 
-/// Calls `each` with every line of `pipe`, or with as much of it as `most` bytes hold, until it returns false or there are
-/// no more.
+/// Calls `each` with the first `most` bytes of every line of `pipe`, until it returns false or the pipe ends.
 pub(crate) fn for_each_line(pipe: impl Read, most: u64, mut each: impl FnMut(Line) -> bool) {
     let mut pipe = BufReader::new(pipe);
     loop {
         let mut bytes = Vec::new();
-        // Room for the line's end.
+        // One more byte for the line's end.
         match pipe.by_ref().take(most.saturating_add(1)).read_until(b'\n', &mut bytes) {
             Ok(1..) => {}
             _ => return,
@@ -56,7 +54,7 @@ pub(crate) fn for_each_line(pipe: impl Read, most: u64, mut each: impl FnMut(Lin
         if is_cut {
             bytes.pop();
         }
-        // Told before what follows is passed over, which may be without an end.
+        // The rest of the line may never end, so `each` is called before it is skipped.
         let text = String::from_utf8(bytes)
             .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned());
         if !each(Line { text, is_cut }) {
@@ -85,7 +83,7 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::FileTooLarge);
             assert_eq!(error.to_string(), format!("it has more than {most} bytes, the most that is read"));
         }
-        // Too long comes first, also where a character is cut in two.
+        // The length is checked first, even if the limit cuts a character.
         fs::write(&file, "é").unwrap();
         assert_eq!(read_to_string(&file, 0).unwrap_err().kind(), ErrorKind::FileTooLarge);
         fs::write(&file, b"\xff").unwrap();

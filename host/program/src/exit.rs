@@ -1,25 +1,34 @@
-//! How the program ends: its exit statuses, and the lines that say why.
+//! The end of the program: its exit statuses, and the lines on the standard error that give the reason.
 
-use std::io::{self, Write as _};
+use std::{
+    fmt::Display,
+    io::{self, Write as _},
+    process::ExitCode,
+};
 
 use crate::usage::{PROGRAM, UsageError};
 
 /// Exit status of success.
 pub const SUCCESS: u8 = 0;
-/// Exit status of a failure that the process has told the user about.
+/// Exit status of a failure whose reason the process has printed.
 pub const FAILURE: u8 = 1;
-/// Exit status of a mistake in how the program was started, which the process has told the user about.
+/// Exit status of an invalid command line or environment. The process has printed the reason.
 pub const USAGE: u8 = 2;
-/// Exit status of a rank that failed because another one did, and said nothing about it.
+/// Exit status of a rank that failed because another rank did, and printed nothing.
 pub const SECONDARY: u8 = 90;
 
-/// How a run ended, if not well.
+/// Exit status of a program that a signal has interrupted, as shells report it.
+pub(crate) const fn of_signal(signal: u8) -> u8 {
+    128 + signal
+}
+
+/// The end of a run that was not a success.
 pub(crate) enum Failure {
-    /// Nothing was run: the line says what is wrong with what was asked.
+    /// The program was started with invalid options, so nothing has run. The line names the value and the valid ones.
     Usage(String),
-    /// Something failed; the line says what. Empty if the report has said it.
+    /// A failure with its reason. The line is empty if the report has the reason.
     Failed(String),
-    /// Something failed on another rank, which says so.
+    /// A failure of another rank, which prints the reason.
     Elsewhere,
 }
 
@@ -29,13 +38,27 @@ impl From<UsageError> for Failure {
     }
 }
 
-/// Writes a line to stderr, after the program's name.
-pub(crate) fn complain(what: &dyn std::fmt::Display) {
-    // Nobody is left to tell if stderr is gone.
-    let _ = writeln!(io::stderr(), "{PROGRAM}: {what}");
+/// Prints the reason of a failure, and returns the exit status of the process.
+pub(crate) fn code(result: Result<u8, Failure>) -> ExitCode {
+    let (status, line) = match result {
+        Ok(status) => (status, String::new()),
+        Err(Failure::Usage(line)) => (USAGE, line),
+        Err(Failure::Failed(line)) => (FAILURE, line),
+        Err(Failure::Elsewhere) => (SECONDARY, String::new()),
+    };
+    if !line.is_empty() {
+        complain(&line);
+    }
+    status.into()
 }
 
-/// Writes to stdout. A reader who has gone away is a failure, not a panic.
+/// Writes a line to the standard error, after the program's name.
+pub(crate) fn complain(line: &dyn Display) {
+    // If the standard error is closed, nobody reads it.
+    let _ = writeln!(io::stderr(), "{PROGRAM}: {line}");
+}
+
+/// Writes to the standard output. A reader that has gone away is a failure, not a panic.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
     let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());

@@ -1,9 +1,7 @@
-//! Whatever bytes come from outside, they are read or refused, without a panic and without going on for long: command
-//! lines, the environment, reports. Peers' replies are in `peers`, messages of ranks in `rendezvous::frame`, announcements
-//! in `board`, headers and calls in `core`.
+//! Random bytes from outside are read or refused, without a panic and in bounded time: command lines, the environment and
+//! reports. The tests of `peers` do the same with replies; those of the library with messages, calls and headers.
 //!
-//! `FUSED_COLLECTIVE_LONG_TESTS=1 cargo test any_` does this for a minute, `PROPTEST_CASES=1000000 cargo test any_` for
-//! longer.
+//! `FUSED_COLLECTIVE_LONG_TESTS=1 cargo test any_` tries for a minute, `PROPTEST_CASES=1000000 cargo test any_` for longer.
 
 use std::{collections::HashMap, ffi::OsString, os::unix::ffi::OsStringExt as _, time::Duration};
 
@@ -12,12 +10,14 @@ use proptest::{collection::vec, prelude::*};
 use serde_json::Value;
 
 use crate::{
-    commands::{self as cli, Invocation},
+    commands::{
+        self, Invocation,
+        bench::report::{compare, fixture, json},
+    },
     job::rank_env::RankEnv,
-    report::{compare, fixture, json},
 };
 
-/// How many cases a test tries: as many as `PROPTEST_CASES` says, or else `few`, or fifty times as many where
+/// The number of cases that a test tries: `PROPTEST_CASES` if that is set, else `few`, or `50 * few` if
 /// `FUSED_COLLECTIVE_LONG_TESTS` is set.
 pub(crate) fn cases(few: u32) -> ProptestConfig {
     let set = |variable| std::env::var_os(variable).is_some();
@@ -28,11 +28,10 @@ pub(crate) fn cases(few: u32) -> ProptestConfig {
     }
 }
 
-/// What a test tries in a second or so.
+/// The cases that a test tries in about a second.
 pub(crate) const FEW: u32 = 256;
 
-/// Values for an option, by what stands for them in the help: those that some option takes, and some that stand next to
-/// them.
+/// Values for an option, by the word that stands for them in the help: valid ones, and similar invalid ones.
 fn values_of(kind: &str) -> &'static [&'static str] {
     match kind {
         "n" => &[
@@ -69,14 +68,14 @@ fn values_of(kind: &str) -> &'static [&'static str] {
             "end/stop/16",
             "//",
         ],
-        other => panic!("nothing is known of values that the help calls '{other}': say here which there are"),
+        other => panic!("no values are known for '{other}' of the help: add some here"),
     }
 }
 
-/// An option of any command, with or without a value, of its own or of another option.
+/// An option of any command, with a value of its own or of another option, or without one.
 fn options() -> impl Strategy<Value = Vec<String>> {
     let options: Vec<(String, Option<String>)> =
-        cli::commands().into_iter().flat_map(|(_, options)| options).collect();
+        commands::commands().into_iter().flat_map(|(_, options)| options).collect();
     let kinds: Vec<String> = options.iter().filter_map(|(_, kind)| kind.clone()).collect();
     let value = |kind: String| prop::sample::select(values_of(&kind)).prop_map(str::to_owned);
     let any_value = prop_oneof![
@@ -100,7 +99,7 @@ fn options() -> impl Strategy<Value = Vec<String>> {
     })
 }
 
-/// Words that stand by themselves.
+/// Arguments that are no options with values.
 fn words() -> impl Strategy<Value = Vec<String>> {
     let known = [
         "bench",
@@ -120,9 +119,9 @@ fn words() -> impl Strategy<Value = Vec<String>> {
     word.prop_map(|word| vec![word])
 }
 
-/// A command line: mostly options of its own command.
+/// A command line, mostly with options of its own command.
 fn lines() -> impl Strategy<Value = Vec<String>> {
-    let own = prop::sample::select(cli::commands()).prop_flat_map(|(command, options)| {
+    let own = prop::sample::select(commands::commands()).prop_flat_map(|(command, options)| {
         let option = |(option, kind): (String, Option<String>)| match kind {
             None => Just(vec![option]).boxed(),
             Some(kind) => prop::sample::select(values_of(&kind))
@@ -140,17 +139,17 @@ fn lines() -> impl Strategy<Value = Vec<String>> {
     ]
 }
 
-/// Of the values above some are right, or nothing behind them would be tried.
+/// Some of the values above must be valid, or the code behind the parser would not be tried.
 #[test]
 fn every_option_of_every_command_takes_some_value_that_is_tried() {
-    for (command, options) in cli::commands() {
+    for (command, options) in commands::commands() {
         for (option, kind) in options.into_iter().filter(|(option, _)| option != "--help") {
             let values = kind.as_deref().map_or(&[""][..], values_of);
             let takes = |value: &str| {
                 let words = [command.as_str(), option.as_str(), value];
                 let words = words.into_iter().filter(|word| !word.is_empty());
-                // Not help or the version.
-                matches!(cli::parse(words.map(OsString::from)), Ok(run) if !matches!(run, Invocation::Print(_)))
+                // Help and the version do not count.
+                matches!(commands::parse(words.map(OsString::from)), Ok(run) if !matches!(run, Invocation::Print(_)))
             };
             let taken = values.iter().filter(|value| takes(value)).count();
             assert!(taken > 0, "{command} {option}: {values:?}");
@@ -164,29 +163,29 @@ proptest! {
 
     #[test]
     fn any_arguments_are_understood_or_refused_in_one_line(args in lines()) {
-        match cli::parse(args.into_iter().map(OsString::from)) {
+        match commands::parse(args.into_iter().map(OsString::from)) {
             Ok(Invocation::Bench(settings)) => {
                 prop_assert!(!settings.num_tokens.is_empty() && settings.trials > 0);
-                prop_assert!(settings.deadline() > Duration::ZERO && settings.peer_deadline() > Duration::ZERO);
+                prop_assert!(settings.job.deadline() > Duration::ZERO && settings.peer_deadline() > Duration::ZERO);
                 for case in settings.cases() {
                     prop_assert_eq!(settings.operation(case, Mode::Auto).validate(), Ok(()));
                 }
             }
             Ok(Invocation::Verify(settings)) => {
                 prop_assert!(settings.problems().all(|problem| problem.operation(Mode::Auto).validate().is_ok()));
-                prop_assert!((1..=8).contains(&settings.groups) && settings.deadline() > Duration::ZERO);
+                prop_assert!((1..=8).contains(&settings.job.groups) && settings.job.deadline() > Duration::ZERO);
             }
-            Ok(Invocation::Links(settings, json)) => {
-                prop_assert!(settings.deadline() > Duration::ZERO);
-                prop_assert!(json.is_none_or(|file| !file.as_os_str().is_empty()));
+            Ok(Invocation::Links(settings)) => {
+                prop_assert!(settings.job.deadline() > Duration::ZERO);
+                prop_assert!(settings.json.is_none_or(|file| !file.as_os_str().is_empty()));
             }
             Ok(Invocation::Soak(settings)) => {
                 prop_assert!(settings.minutes > 0.0 && settings.minutes.is_finite() && settings.operations != Some(0));
-                prop_assert!((1..=8).contains(&settings.groups) && settings.deadline() > Duration::ZERO);
+                prop_assert!((1..=8).contains(&settings.job.groups) && settings.job.deadline() > Duration::ZERO);
             }
             Ok(Invocation::Faults(settings)) => {
                 prop_assert!(settings.cases.iter().flatten().all(|case| case.fault.happens_in(case.phase)));
-                prop_assert!(settings.deadline() > Duration::ZERO);
+                prop_assert!(settings.job.deadline() > Duration::ZERO);
             }
             Ok(Invocation::Print(text)) => prop_assert!(!text.is_empty()),
             Err(error) => {
@@ -198,7 +197,7 @@ proptest! {
 
     #[test]
     fn any_bytes_as_arguments_are_understood_or_refused(args in vec(vec(any::<u8>(), 0..20), 0..5)) {
-        if let Err(error) = cli::parse(args.into_iter().map(OsString::from_vec)) {
+        if let Err(error) = commands::parse(args.into_iter().map(OsString::from_vec)) {
             prop_assert!(!error.to_string().chars().any(char::is_control));
         }
     }
@@ -226,7 +225,7 @@ proptest! {
         }
     }
 
-    /// One value anywhere in a right report is replaced: if it is still one, it can be compared with and shown.
+    /// Replaces one value anywhere in a valid report. If the result is a report, it can be compared and shown.
     #[test]
     fn any_change_of_a_report_gives_another_or_is_refused(at in any::<prop::sample::Index>(), other in json_values()) {
         let report = fixture::report();
@@ -290,7 +289,7 @@ pub(crate) fn json_values() -> impl Strategy<Value = Value> {
     ]
 }
 
-/// Values in `value`, itself included.
+/// The number of values in `value`, itself included.
 pub(crate) fn count(value: &Value) -> usize {
     1 + match value {
         Value::Array(values) => values.iter().map(count).sum::<usize>(),
@@ -299,12 +298,12 @@ pub(crate) fn count(value: &Value) -> usize {
     }
 }
 
-/// Replaces the value that `left` values come before.
+/// Replaces the value after `left` other values.
 pub(crate) fn replace(value: &mut Value, left: &mut usize, other: &Value) {
     if *left == 0 {
         *value = other.clone();
     }
-    // Past 0 no other is.
+    // The counter stays above 0 after the replacement, so no other value is replaced.
     let Some(next) = left.checked_sub(1) else {
         *left = usize::MAX;
         return;

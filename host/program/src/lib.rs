@@ -1,8 +1,14 @@
-//! The program `fused-collective`: fused all-reduces measured against the separate operations, verified, soaked, and made
-//! to fail.
+//! The program `fused-collective`, which measures fused all-reduces against separate operations, verifies them, and tests
+//! them under load and under faults.
 //!
-//! [`commands`] holds each command whole; a [`job`] is the ranks that run one; a [`backend`] does what they ask; [`check`]
-//! says what is right; [`peers`] measures other packages; [`mod@report`] shows what was found.
+//! | module | content |
+//! | --- | --- |
+//! | [`commands`] | the command line, and each command in a folder |
+//! | [`job`] | the ranks that run a command |
+//! | [`backend`] | the operations of the program on CPUs and GPUs |
+//! | [`check`] | inputs, variants, and the check of their results |
+//! | [`peers`] | other packages that the benchmark measures |
+//! | [`mod@report`] | the parts of reports that commands share |
 
 pub mod backend;
 mod bounded;
@@ -17,3 +23,4 @@ pub mod peers;
 pub mod quant_mode;
 pub mod report;
 pub mod usage;
+mod values;

@@ -1,4 +1,4 @@
-//! The program: see `fused-collective --help`.
+//! The binary `fused-collective`.
 
 use std::process::ExitCode;
 

@@ -5,15 +5,15 @@ use std::{fmt, str::FromStr};
 use fused_collective_core::quant::{Quantization, ScaleLayout};
 use serde::{Deserialize, Serialize};
 
-/// What follows the norm in a measured operation.
+/// The quantization after the norm in a measured operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum QuantMode {
-    /// Nothing: all-reduce, residual add, RMSNorm.
+    /// No quantization: all-reduce, residual add, RMSNorm.
     None,
-    /// E4M3 with a static scale for the whole tensor.
+    /// E4M3 with one static scale for the whole tensor.
     Fp8,
-    /// NVFP4, block scales in the layout that matrix kernels read.
+    /// NVFP4, with block scales in the layout that matrix kernels read.
     Fp4,
 }
 
@@ -39,10 +39,10 @@ impl QuantMode {
         }
     }
 
-    /// The per-tensor or global scale for the [random inputs](crate::bench::fill_row).
+    /// The per-tensor or global scale for the [random inputs](crate::check::inputs).
     ///
-    /// Inputs have variance 1 and so has the norm before the weight, whose magnitude is below 1.8. The scales put
-    /// almost all of it in range: FP8 is scaled to within 448, NVFP4 so that the largest block scale is near 448.
+    /// The inputs have variance 1, and so has the norm before the weight, whose magnitude is below 1.8. The scales put almost
+    /// all values in range: FP8 values within 448, and the largest block scale of NVFP4 near 448.
     pub const fn scale(self) -> f32 {
         match self {
             QuantMode::None => 1.0,

@@ -1,19 +1,18 @@
-//! The refusal of a command line: one line that names the value and what is valid.
+//! The error of an invalid command line.
 
 use std::fmt;
 
 use crate::bounded::one_line;
 
-/// The program's name, which starts every line it writes to stderr.
+/// The program's name, which starts every line on the standard error.
 pub const PROGRAM: &str = "fused-collective";
-/// Why the program was refused: one line that names the value and what is valid. The program prints it after
-/// its name and ends with [`USAGE`](crate::exit::USAGE).
+
+/// An invalid option or variable: one line that names the value and the valid ones.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UsageError(String);
 
 impl UsageError {
-    /// An error with this text. Control characters (the text may quote a file name) are escaped, so that it
-    /// stays one line.
+    /// An error with this text. Control characters are escaped, as the text may quote a file name.
     pub fn new(text: impl fmt::Display) -> Self {
         UsageError(one_line(&text.to_string()))
     }

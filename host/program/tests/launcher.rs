@@ -1,7 +1,7 @@
-//! The launcher with real ranks: whatever happens to one, the user reads one line, gets the right status, and
-//! no process is left.
+//! The launcher with real ranks. After any end of a rank the user gets one line and the right status, and no process is
+//! left.
 //!
-//! Launcher and ranks are this very test program, started again to run `launched_program` alone.
+//! Launcher and ranks are this test program, started again to run `launched_program` only.
 
 use std::{
     env,
@@ -21,7 +21,7 @@ use fused_collective_cli::{
 };
 use rustix::process::{Pid, Signal, getpid, kill_process};
 
-/// Tells the program what its ranks do.
+/// The variable with the work of the ranks.
 const WORK: &str = "LAUNCHER_TEST_WORK";
 const RANKS: u32 = 3;
 
@@ -34,14 +34,14 @@ fn launched_program() {
         rank_main(&rank, &work);
     }
     let launcher = Launcher::new(RANKS).expect("a launcher").grace(Duration::from_millis(800));
-    let outcome = launcher.run().expect("ranks");
-    if let Some(message) = outcome.message {
+    let end = launcher.run().expect("ranks");
+    if let Some(message) = end.message {
         eprintln!("{message}");
     }
-    exit(outcome.status.into());
+    exit(end.status.into());
 }
 
-/// What a program does by the launcher's convention, with a mishap where `work` wants one.
+/// A rank by the launcher's convention, with a mishap if `work` has one.
 fn rank_main(environment: &RankEnv, work: &str) -> ! {
     let &RankEnv { rank, world_size, .. } = environment;
     let mut input = Vec::new();
@@ -97,7 +97,7 @@ fn sleep() -> ! {
 fn start(work: &str) -> Child {
     let mut command = Command::new(env::current_exe().expect("this program"));
     command.args(["--ignored", "--exact", "launched_program", "--nocapture"]);
-    // What the tests' own surroundings may say about ranks is not the program's business.
+    // The test's own environment may make it a rank.
     for variable in
         ["RANK", "WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE"]
     {
@@ -107,10 +107,10 @@ fn start(work: &str) -> Child {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("a process")
 }
 
-/// Runs a job to its end: status, error output, its ranks' process numbers.
+/// Runs a job to its end. Returns the status, the standard error, and the ranks' process numbers.
 fn run(work: &str) -> (Option<i32>, String, Vec<u32>) {
     let mut launcher = start(work);
-    // Ranks that read the launcher's input would wait for this one for ever.
+    // A rank that reads the launcher's input would wait for ever.
     let mut input = launcher.stdin.take().expect("an input");
     input.write_all(b"x").expect("written");
     let output = launcher.wait_with_output().expect("ended");
@@ -119,7 +119,7 @@ fn run(work: &str) -> (Option<i32>, String, Vec<u32>) {
     (output.status.code(), String::from_utf8(output.stderr).expect("text"), pids)
 }
 
-/// Whether the process has ended; one whose parent has not collected it yet has.
+/// True if the process has ended, even if its parent has not collected it yet.
 fn is_gone(pid: u32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     status

@@ -1,5 +1,5 @@
-//! NaN, infinities, subnormal numbers, zeros and the largest numbers on the CPU backend: they come through as they would
-//! in separate operations, and stay in their rows.
+//! NaN, infinities, subnormal numbers, zeros and the largest numbers on the CPU backend. They have the same results as in
+//! separate operations, and stay in their rows.
 
 use std::{thread, time::Duration};
 
@@ -30,10 +30,10 @@ const HIDDEN: usize = 96;
 const QUANTIZATIONS: [Quantization; 3] =
     [Quantization::None, Quantization::Fp8Static, Quantization::NvFp4 { layout: ScaleLayout::Linear }];
 
-/// What one run wrote: `residual_out`, `quant_out`, `scale_out`, and `norm_out` where it is not quantized.
+/// The outputs of one run: `residual_out`, `quant_out`, `scale_out`, and `norm_out` unless it is quantized.
 type Outputs = [Vec<u8>; 4];
 
-/// The kind of a row: special numbers in every other one, or none.
+/// The kind of a row. If `special`, every other row has special numbers.
 fn kind(token: u64, special: bool) -> Special {
     if special { Special::of_token(token) } else { Special::Ordinary }
 }
@@ -52,14 +52,14 @@ fn bytes<E: Pod>(rows: impl IntoIterator<Item = Vec<E>>) -> Vec<u8> {
     rows.into_iter().flat_map(|row| bytemuck::cast_slice(&row).to_vec()).collect()
 }
 
-/// The residual is a row of a rank that is not in the group: whole numbers.
+/// The rank whose rows are the residual. It is not in the group.
 const RESIDUAL: u32 = RANKS;
 
 fn residual<E: Element>(token: u64) -> Vec<E> {
     row(RESIDUAL, token, false)
 }
 
-/// Runs each sequence of steps on every rank, outputs poisoned before: for each rank, each sequence's outputs.
+/// Runs each sequence of steps on every rank, with outputs poisoned before. Returns each sequence's outputs for each rank.
 fn run<E: Element + Pod>(problem: &Problem, special: bool, sequences: &[Vec<Step>]) -> Vec<Vec<Outputs>> {
     let max_row_bytes = problem.row_bytes();
     let deadline = Duration::from_secs(30);

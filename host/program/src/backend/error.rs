@@ -1,4 +1,4 @@
-//! Why a backend could not do what was asked.
+//! The errors of backends.
 
 use std::fmt;
 
@@ -18,9 +18,9 @@ pub enum Error {
     },
     /// The problem's tensors do not fit.
     Memory(String),
-    /// NCCL failed; the text says at what.
+    /// NCCL failed; the text says in which call.
     Nccl(String),
-    /// Something else; the text is for the user.
+    /// Another failure; the text is for the user.
     Other(String),
 }
 
@@ -45,12 +45,12 @@ impl std::error::Error for Error {
 }
 
 impl Error {
-    /// An error of ranks that could not exchange what a backend needs.
+    /// The error of an exchange between ranks.
     pub(crate) fn of_group(error: &fused_collective::group::rendezvous::Error) -> Error {
         Error::Other(error.to_string())
     }
 
-    /// How an operation of the group failed while it ran, if it did, and was not refused for an earlier failure.
+    /// The failure of an operation that ran. `None` for other errors, and for an operation refused after an earlier failure.
     pub fn failure(&self) -> Option<&fused_collective::group::failure::Failure> {
         match self {
             Error::Collective(error) if !error.is_poisoned() => error.failure(),
@@ -58,7 +58,7 @@ impl Error {
         }
     }
 
-    /// Whether it says that an earlier operation failed, and nothing was tried.
+    /// True if the operation was refused because an earlier one failed.
     pub fn is_poisoned(&self) -> bool {
         matches!(self, Error::Collective(error) if error.is_poisoned())
     }

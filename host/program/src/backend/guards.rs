@@ -2,12 +2,12 @@
 
 use std::ops::{BitOr, BitXor};
 
-/// Bytes of the guards before and after each tensor.
+/// Bytes of the guard before and of the guard after each tensor.
 pub(crate) const GUARD_BYTES: usize = 4096;
-/// What guards are full of: NaN in every element type, so that a read past a tensor's end shows in the results.
+/// The byte that fills guards. It makes NaN in every element type, so a read past a tensor's end shows in the results.
 pub(crate) const GUARD: u8 = 0xff;
 
-/// Where the guards `before` and `after` a tensor were written, if they were.
+/// Describes a write into the guards `before` and `after` a tensor.
 pub(crate) fn stray_write(before: &[u8], after: &[u8]) -> Option<String> {
     if let Some(at) = before.iter().rposition(|&byte| byte != GUARD) {
         return Some(format!("{} bytes before its start", before.len() - at));
@@ -20,7 +20,7 @@ pub(crate) fn first_other<T>(items: &[T], value: T) -> Option<usize>
 where
     T: Copy + Default + PartialEq + BitXor<Output = T> + BitOr<Output = T>,
 {
-    // A loop that ends at the first would look at one at a time.
+    // A loop that may end at each item would not be vectorized.
     const CHUNK: usize = 4096;
     let differs = |chunk: &[T]| chunk.iter().fold(T::default(), |bits, &item| bits | (item ^ value));
     let chunk = items.chunks(CHUNK).position(|chunk| differs(chunk) != T::default())?;
@@ -46,7 +46,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stray_write_is_told_of_by_its_distance() {
+    fn a_stray_write_is_described_by_its_distance() {
         let guard = [GUARD; 8];
         let written = |at: usize| {
             let mut bytes = guard;

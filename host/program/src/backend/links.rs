@@ -1,9 +1,7 @@
-//! The exercises that measure links, as each backend does them: how long a word takes, and how many bytes a second links
-//! carry.
+//! The exercises that measure links: the latency of a word, and the bandwidth of stores and loads.
 //!
-//! A fused operation moves its rows over the links as these exercises do, by the same stores, loads and waits, and has
-//! everything else to do besides. So the rate at which all ranks push at once is what an operation's bandwidth is
-//! judged against.
+//! A fused operation moves its rows by the same stores, loads and waits as these exercises, and does more besides. So the
+//! all-to-all put bandwidth is the limit for its bus bandwidth.
 
 use std::ops::Range;
 
@@ -13,15 +11,15 @@ use serde::{Deserialize, Serialize};
 
 use super::error::Error;
 
-/// What is measured.
+/// A measure of links.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Measure {
-    /// How long a word takes from one rank to another.
+    /// The latency of a word from one rank to another.
     Word,
-    /// One rank stores into another's memory, and nothing else happens.
+    /// One rank stores into another's memory, while all others are idle.
     Push,
-    /// The same while the other polls what is stored.
+    /// Like [`Push`](Measure::Push), while the other rank polls the stored words.
     PolledPush,
     /// One rank loads from another's memory.
     Pull,
@@ -32,30 +30,30 @@ pub enum Measure {
 }
 
 impl Measure {
-    /// Its name for a reader.
+    /// The name for a reader.
     pub fn name(self) -> &'static str {
         match self {
             Measure::Word => "word",
             Measure::Push => "push",
             Measure::PolledPush => "polled push",
             Measure::Pull => "pull",
-            Measure::PushAll => "every rank pushes to all others",
-            Measure::Copy => "every rank copies in its memory",
+            Measure::PushAll => "all-to-all put",
+            Measure::Copy => "copy in each rank's own memory",
         }
     }
 
-    /// Whether it is of a pair of ranks.
+    /// True if it is about a pair of ranks.
     pub fn is_of_pairs(self) -> bool {
         !matches!(self, Measure::PushAll | Measure::Copy)
     }
 }
 
-/// Something to be done and timed.
+/// An exercise to be timed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exercise {
-    /// A word goes from rank `from` to rank `to` and back; half of that is its time.
+    /// A word goes from rank `from` to rank `to` and back. Its latency is half of that time.
     Word {
-        /// The rank that sends first, and has the time.
+        /// The rank that sends first, and measures the time.
         from: u32,
         /// The rank that answers.
         to: u32,
@@ -64,27 +62,27 @@ pub enum Exercise {
     Push {
         /// The rank that stores.
         from: u32,
-        /// The rank whose memory it is.
+        /// The rank with the memory.
         to: u32,
-        /// Whether that rank polls what is stored.
+        /// True if that rank polls the stored words.
         polled: bool,
     },
-    /// Rank `to` reads what rank `from` has in its memory.
+    /// Rank `to` reads from rank `from`'s memory.
     Pull {
-        /// The rank whose memory it is.
+        /// The rank with the memory.
         from: u32,
         /// The rank that loads.
         to: u32,
     },
     /// Every rank fills its place in every other's memory.
     PushAll {
-        /// Blocks of each rank's grid, on GPUs.
+        /// Blocks of each rank's grid; `None` if the backend has no blocks.
         blocks: Option<u32>,
     },
 }
 
 impl Exercise {
-    /// The exercise that measures `measure` between two ranks, if it is one of pairs.
+    /// The exercise for `measure` between two ranks; `None` if the measure is about all ranks.
     pub(crate) fn of_pair(measure: Measure, from: u32, to: u32) -> Option<Exercise> {
         Some(match measure {
             Measure::Word => Exercise::Word { from, to },
@@ -95,7 +93,7 @@ impl Exercise {
         })
     }
 
-    /// The ranks whose places in rank `rank`'s memory it fills.
+    /// The ranks whose places in rank `rank`'s memory the exercise fills.
     pub(crate) fn sources(self, rank: u32, world_size: u32) -> Vec<u32> {
         match self {
             Exercise::Push { from, to, .. } | Exercise::Pull { from, to } if to == rank => vec![from],
@@ -104,7 +102,7 @@ impl Exercise {
         }
     }
 
-    /// Bytes that leave the busiest rank each time, with places of `place_bytes`; 0 if it is not about bytes.
+    /// Bytes that leave the busiest rank each time, for places of `place_bytes`; 0 for a latency.
     pub(crate) fn bytes(self, place_bytes: u64, world_size: u32) -> u64 {
         match self {
             Exercise::Word { .. } => 0,
@@ -114,51 +112,51 @@ impl Exercise {
     }
 }
 
-/// One rank's end of what measures the links of a group: memory that all its ranks reach, apart from the workspace.
+/// One rank of the exercises of a group, which use memory of their own that all its ranks map.
 ///
-/// All ranks call the same methods with the same arguments in the same order, but for [`received`](Self::received).
+/// All ranks call the same methods with the same arguments in the same order, except [`received`](Self::received).
 pub trait Links {
-    /// What can be measured here, and how it is.
+    /// The measures of this backend, each with its method in words.
     fn methods(&self) -> Vec<(Measure, &'static str)>;
 
     /// Bytes that a rank sends to another each time.
     fn place_bytes(&self) -> u64;
 
-    /// Bytes that a [copy](Measure::Copy) should be of.
+    /// Bytes of a [copy](Measure::Copy).
     fn copy_bytes(&self) -> u64;
 
-    /// The numbers of blocks that [`Exercise::PushAll`] is worth trying with: `None` alone where there are no blocks.
+    /// The grids to try for [`Exercise::PushAll`], in blocks. Only `None` if the backend has no blocks.
     ///
     /// # Errors
-    /// The backend's.
+    /// The backend failed.
     fn grids(&mut self) -> Result<Vec<Option<u32>>, Error>;
 
-    /// Does `exercise` so many `times`, one after the other; all ranks that it needs begin together. Microseconds for
-    /// each time, by this rank's clock; 0 on a rank that does nothing or only answers.
+    /// Repeats `exercise` `times` times. All active ranks begin together. Returns the microseconds of one time by this rank's
+    /// clock, or 0 on a rank that is idle or only answers.
     ///
     /// # Errors
-    /// A rank that did not do its part in time; the backend's.
+    /// A rank did not do its part in time, or the backend failed.
     fn time(&mut self, exercise: Exercise, times: u32) -> Result<f64, Error>;
 
-    /// Holds what the last exercise wrote into rank `source`'s place in this rank's memory to what it should have
-    /// written. What is wrong, for a reader; `None` if nothing is.
+    /// Checks the bytes that the last exercise wrote into rank `source`'s place in this rank's memory. Returns a description
+    /// of the first wrong ones.
     ///
     /// # Errors
-    /// The backend's.
+    /// The backend failed.
     fn received(&mut self, source: u32) -> Result<Option<String>, Error>;
 
-    /// Lets go of what this rank has of other ranks' memory, so that they may free it. No other call follows.
+    /// Unmaps the other ranks' memory, so that they may free it. No other call follows.
     ///
     /// # Errors
     /// A rank was lost.
     fn leave(&mut self) -> Result<(), Error>;
 }
 
-/// What is wrong with packs `range` of rank `source`'s place, which should hold the pattern of run `run`, for a
-/// reader; `None` if nothing is. `found` is their bytes.
+/// Describes the first wrong pack in `found`, the bytes of packs `range` of rank `source`'s place. They should hold the
+/// pattern of run `run`.
 pub(crate) fn find_wrong(found: &[u8], range: Range<u32>, source: u32, run: u32) -> Option<String> {
     let (packs, _) = found.as_chunks::<{ Pack::BYTES as usize }>();
-    let wrong = packs.len() != range.len();
+    let expected = range.len();
     let at = range.zip(packs).find(|&(index, pack)| {
         let Pack(words) = pattern(source, run, index);
         bytemuck::bytes_of(&words) != pack
@@ -166,9 +164,10 @@ pub(crate) fn find_wrong(found: &[u8], range: Range<u32>, source: u32, run: u32)
     match at {
         Some((index, pack)) => {
             let byte = u64::from(index) * Pack::BYTES;
-            Some(format!("byte {byte} and on of what rank {source} sent is not what it sent: {pack:02x?}"))
+            Some(format!("the bytes from rank {source} are wrong from byte {byte} on: {pack:02x?}"))
         }
-        None => wrong.then(|| format!("of what rank {source} sent there are {} packs", packs.len())),
+        None => (packs.len() != expected)
+            .then(|| format!("rank {source}'s place has {} packs, not {expected}", packs.len())),
     }
 }
 
@@ -197,10 +196,12 @@ mod tests {
         let mut late = sent(3);
         late[32..48].copy_from_slice(&sent(2)[32..48]);
         let wrong = find_wrong(&late, 5..9, 1, 3).unwrap();
-        assert!(wrong.starts_with("byte 112 and on of what rank 1 sent is not what it sent: ["), "{wrong}");
+        assert!(wrong.starts_with("the bytes from rank 1 are wrong from byte 112 on: ["), "{wrong}");
         let mut flipped = sent(3);
         flipped[63] ^= 1;
-        assert!(find_wrong(&flipped, 5..9, 1, 3).is_some_and(|wrong| wrong.starts_with("byte 128 ")));
+        assert!(
+            find_wrong(&flipped, 5..9, 1, 3).is_some_and(|wrong| wrong.contains("wrong from byte 128 on"))
+        );
         assert!(find_wrong(&sent(3)[..48], 5..9, 1, 3).is_some());
     }
 }

@@ -1,7 +1,8 @@
-//! What a benchmark asks of a backend: tensors, the steps that variants are made of, and their time.
+//! The backends of the program: tensors, the steps of variants, and their times.
 //!
-//! A [`Problem`](problem::Problem) is one configuration; its tensors have fixed roles ([`Tensor`](problem::Tensor)). A variant is a sequence of
-//! [`Step`](steps::Step)s on them, the same on every backend. Every rank holds one [`Collective`](collective::Collective) and makes the same calls.
+//! A [`Problem`](problem::Problem) is one configuration. Its tensors have fixed roles, listed in
+//! [`Tensor`](problem::Tensor). A variant is a sequence of [`Step`](steps::Step)s on them, the same on every backend. Every
+//! rank has one [`Collective`](collective::Collective), and makes the same calls as the others.
 
 pub mod collective;
 pub mod cpu;

@@ -1,4 +1,4 @@
-//! What is computed: a configuration, and the roles of its tensors.
+//! A configuration, and the roles of its tensors.
 
 use fused_collective_core::{
     dtype::DType,
@@ -6,7 +6,7 @@ use fused_collective_core::{
     quant::Quantization,
 };
 
-/// One configuration: what is computed, whatever the steps.
+/// One configuration: the operation to compute, by any steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Problem {
     /// Element type of activations and gamma.
@@ -15,20 +15,21 @@ pub struct Problem {
     pub tokens: u64,
     /// Elements of a row.
     pub hidden: u64,
-    /// Whether a residual is added.
+    /// True if a residual is added.
     pub residual: bool,
-    /// Whether there is a sharded one as well, with the same rows, for [`Step::FusedSharded`].
+    /// True if there is a sharded residual as well, with the same rows, for
+    /// [`Step::FusedSharded`](super::steps::Step::FusedSharded).
     pub sharded: bool,
     /// RMSNorm's parameters.
     pub norm: Norm,
-    /// What the norm is quantized to.
+    /// The quantization of the norm.
     pub quantization: Quantization,
-    /// The per-tensor or global scale, where the quantization reads one.
+    /// The per-tensor or global scale, if the quantization reads one.
     pub scale: f32,
 }
 
 impl Problem {
-    /// The fused operation that solves it.
+    /// The fused operation that solves the problem.
     pub fn operation(&self, mode: Mode) -> Operation {
         Operation {
             dtype: self.dtype,
@@ -42,7 +43,7 @@ impl Problem {
         }
     }
 
-    /// The fused operation that solves it with the residual sharded.
+    /// The fused operation that solves the problem with a sharded residual.
     pub fn sharded_operation(&self) -> Operation {
         Operation { residual: Residual::Sharded, ..self.operation(Mode::TwoShot) }
     }
@@ -62,19 +63,19 @@ impl Problem {
         self.hidden * self.dtype.bytes()
     }
 
-    /// Bytes of one activation, which must not be more than 64 bits count.
+    /// Bytes of one activation. They must fit in 64 bits.
     pub fn activation_bytes(&self) -> u64 {
         self.tokens * self.row_bytes()
     }
 
-    /// Bytes of `tensor`, 0 if the problem has no use for it; `None` past 64 bits.
+    /// Bytes of `tensor`; 0 if the problem does not use it, `None` past 64 bits.
     pub fn bytes(&self, tensor: Tensor) -> Option<u64> {
         let elements = self.tokens.checked_mul(self.hidden)?;
         let activation = elements.checked_mul(self.dtype.bytes());
         let quantized = self.quantization != Quantization::None;
         match tensor {
             Tensor::Input | Tensor::Residual | Tensor::ResidualOut | Tensor::NormOut => activation,
-            // Rows of every rank: which of them are one's own depends on the rank.
+            // Room for all rows, as the number of a rank's own rows depends on the rank.
             Tensor::ResidualShard | Tensor::ResidualShardOut if self.sharded => activation,
             Tensor::ResidualShard | Tensor::ResidualShardOut => Some(0),
             Tensor::Reduced if self.residual => activation,
@@ -106,30 +107,29 @@ impl Problem {
 pub enum Tensor {
     /// This rank's addend.
     Input,
-    /// The residual, the same on every rank. It is there in a problem without a residual too, full of NaN, so that
-    /// whoever reads it all the same is found out.
+    /// The residual, the same on every rank. In a problem without a residual it is full of NaN, which shows a read.
     Residual,
-    /// This rank's rows of a sharded residual, and room for the others'.
+    /// This rank's rows of a sharded residual, with room for all rows.
     ResidualShard,
     /// RMSNorm's weight, `[hidden]`.
     Gamma,
-    /// The all-reduced input of the separate operations, where a residual is still to be added.
+    /// The all-reduced input, to which separate operations still add a residual.
     Reduced,
-    /// The sum, plus the residual.
+    /// The sum of inputs and residual.
     ResidualOut,
-    /// This rank's rows of it, and room for the others', where the residual is sharded.
+    /// This rank's rows of the sum with a sharded residual, with room for all rows.
     ResidualShardOut,
-    /// The norm, if it is not quantized on the way.
+    /// The norm, unless an operation quantizes it without writing it.
     NormOut,
     /// The quantized norm.
     QuantOut,
-    /// Its scales.
+    /// The scales of the quantized norm.
     ScaleOut,
     /// An `f32` activation between eager steps.
     WideA,
-    /// Another one.
+    /// Another `f32` activation.
     WideB,
-    /// `[tokens]` `f32`: the reciprocal root mean squares between eager steps.
+    /// `[tokens]` `f32`: mean squares, then reciprocal root mean squares, between eager steps.
     PerToken,
 }
 

@@ -1,13 +1,15 @@
-//! The steps that variants are made of, the same on every backend.
+//! The steps of variants, the same on every backend.
 
 use fused_collective_core::fusion::Mode;
 
 /// One operation that a framework would launch. *Sum* is `Reduced`, or `ResidualOut` if there is no residual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Everything: `Input`, `Residual`, `Gamma` to `ResidualOut` and `NormOut` or `QuantOut` and `ScaleOut`.
+    /// The whole operation: `Input`, `Residual` and `Gamma` to `ResidualOut` and `NormOut`, or to `ResidualOut`, `QuantOut` and
+    /// `ScaleOut`.
     Fused(Mode),
-    /// The same with a sharded residual: `ResidualShard` and `ResidualShardOut` in place of `Residual` and `ResidualOut`.
+    /// The whole operation with a sharded residual: `ResidualShard` and `ResidualShardOut` in place of `Residual` and
+    /// `ResidualOut`.
     FusedSharded,
     /// `Input` to sum, by this project's own all-reduce.
     AllReduce(Mode),
@@ -69,7 +71,7 @@ pub fn eager_fp8() -> Vec<Step> {
     [Eager::WidenNorm, Eager::Rescale, Eager::Clamp, Eager::RoundFp8].map(Step::Eager).to_vec()
 }
 
-/// A format of fewer bits that `f32` is converted to.
+/// A narrow format to which `f32` is converted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Conversion {
     /// [`e4m3`](fused_collective_core::quant::e4m3): a byte for each number.
@@ -79,7 +81,7 @@ pub enum Conversion {
 }
 
 impl Conversion {
-    /// All of them.
+    /// Every format.
     pub const ALL: [Conversion; 2] = [Conversion::E4M3, Conversion::E2M1];
 
     /// The format's name.
@@ -90,7 +92,7 @@ impl Conversion {
         }
     }
 
-    /// Codes that share a byte.
+    /// Codes in a byte.
     pub const fn codes_per_byte(self) -> u32 {
         match self {
             Conversion::E4M3 => 1,
@@ -102,14 +104,14 @@ impl Conversion {
 /// An all-reduce that the separate operations can use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AllReduce {
-    /// Its part of variants' names: `allreduce`, `custom_allreduce`.
+    /// The name within variants' names: `allreduce` or `custom_allreduce`.
     pub name: &'static str,
-    /// The ways to run it, with their names for a reader; the fastest is used.
+    /// The ways to run it, with names for a reader. The fastest is used.
     pub ways: Vec<(&'static str, Step)>,
 }
 
 impl AllReduce {
-    /// This project's own, which runs in either mode.
+    /// This project's own all-reduce, which runs in either mode.
     pub fn of_both_modes(name: &'static str) -> Self {
         let ways =
             vec![("one-shot", Step::AllReduce(Mode::OneShot)), ("two-shot", Step::AllReduce(Mode::TwoShot))];

@@ -1,10 +1,9 @@
-//! The inputs of a benchmark: a pure function of seed, tensor and position.
-//!
-//! Any rank can therefore make any other rank's input, row by row, to check the sum.
+//! Random inputs, a pure function of seed, tensor and position. So any rank can make the inputs of all ranks to check the
+//! sum.
 
 use fused_collective_core::{dtype::Element, reference::Special};
 
-/// Which random tensor.
+/// A random tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// The input of a rank.
@@ -25,17 +24,17 @@ impl Source {
     }
 }
 
-/// What the tensors of a problem hold.
+/// The contents of the tensors of a problem.
 #[derive(Clone, Copy, Debug)]
 pub struct Numbers {
-    /// Seed of the random ones.
+    /// Seed of the random numbers.
     pub seed: u64,
-    /// Whether every other row of the inputs holds [special](Special) ones.
+    /// True if every other row of the inputs holds [special](Special) numbers.
     pub special: bool,
 }
 
 impl Numbers {
-    /// Random ones, and no special rows.
+    /// Random numbers, without special rows.
     pub fn random(seed: u64) -> Self {
         Numbers { seed, special: false }
     }
@@ -51,11 +50,11 @@ impl Numbers {
     }
 }
 
-/// Half the width of the uniform distribution of variance 1.
+/// Half the width of a uniform distribution of variance 1.
 const SQRT_3: f32 = 1.732_050_8;
 
-/// Fills `row` with row `token` of a tensor: uniform with mean 0 and variance 1, but for one element in 256,
-/// which is a zero, of either sign: `-0.0` is what the Lamport protocols treat specially.
+/// Fills `row` with row `token` of a tensor, uniform with mean 0 and variance 1. One element in 256 is a zero of either
+/// sign, because the Lamport protocols treat `-0.0` specially.
 pub fn fill_row<E: Element>(seed: u64, source: Source, token: u64, row: &mut [E]) {
     let first = token.wrapping_mul(row.len() as u64);
     let stream = mix(seed ^ mix(source.stream()));
@@ -70,7 +69,7 @@ pub fn fill_row<E: Element>(seed: u64, source: Source, token: u64, row: &mut [E]
     }
 }
 
-/// The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), which turns consecutive numbers into random ones.
+/// The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), which makes random numbers from consecutive ones.
 fn mix(number: u64) -> u64 {
     let number = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let number = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);

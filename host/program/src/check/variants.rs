@@ -1,10 +1,10 @@
-//! What is compared: the separate operations in the forms that a framework has them, and the fused one.
+//! The variants of a problem: separate operations, as frameworks run them, and fused ones.
 //!
-//! Names are those of vLLM's benchmark of the same comparison:
-//! - *allreduce*, *custom_allreduce*: the backend's [all-reduces](crate::backend::AllReduce);
-//! - *native*: the operation as an eager framework runs it, one primitive step after another through memory;
+//! The names are those of vLLM's benchmark of the same comparison:
+//! - *allreduce*, *custom_allreduce*: the backend's [all-reduces](crate::backend::steps::AllReduce);
+//! - *native*: the operation as an eager framework runs it, primitive steps that each pass through memory;
 //! - *custom*: one hand-written pass per operation;
-//! - *compiled*: what a graph compiler makes of everything after the all-reduce, one pass.
+//! - *compiled*: one pass for everything after the all-reduce, like the code of a graph compiler.
 
 use fused_collective_core::{fusion::Mode, reference::Rounding};
 
@@ -24,21 +24,21 @@ pub struct Variant {
     pub name: String,
     /// Separate operations, or a fused one.
     pub kind: Kind,
-    /// What runs, in order.
+    /// The steps, in order.
     pub steps: Vec<Step>,
-    /// Whether the residual that it reads and writes is a sharded one.
+    /// True if the residual that it reads and writes is sharded.
     pub sharded: bool,
-    /// Whether `NormOut` is written on the way although the result is quantized.
+    /// True if it writes `NormOut`, which a quantized result may do without.
     pub writes_norm: bool,
 }
 
 impl Variant {
-    /// Where it leaves the sum.
+    /// The tensor that gets the sum.
     pub fn sum(&self) -> Tensor {
         if self.sharded { Tensor::ResidualShardOut } else { Tensor::ResidualOut }
     }
 
-    /// Where it rounds.
+    /// The rounding of its sum.
     pub fn rounding(&self) -> Rounding {
         match self.kind {
             Kind::Standard => Rounding::AfterAllReduce,
@@ -47,8 +47,8 @@ impl Variant {
     }
 }
 
-/// Every variant that solves `quant_mode`: for each all-reduce in `all_reduces` (its part of the names, and how it is
-/// run) the separate operations, then the fused ones; with `sharded` one of a sharded residual, too.
+/// Every variant of `quant_mode`: the separate operations for each of `all_reduces`, then the fused ones. `all_reduces` has
+/// pairs of a name and a step. If `sharded`, one fused variant has a sharded residual.
 pub fn variants(
     quant_mode: QuantMode,
     residual: bool,
@@ -87,7 +87,7 @@ pub fn variants(
     all
 }
 
-/// The forms of everything after the all-reduce.
+/// The steps after the all-reduce in each form, with the form's name.
 fn after_all_reduce(quant_mode: QuantMode, residual: bool) -> Vec<(&'static str, Vec<Step>)> {
     let native = || eager_rms_norm(residual);
     let custom = || vec![Step::AddRmsNorm];
@@ -113,7 +113,7 @@ fn after_all_reduce(quant_mode: QuantMode, residual: bool) -> Vec<(&'static str,
     }
 }
 
-/// How many variants there are for `quant_mode`, on a backend with so many all-reduces.
+/// The number of [`variants`] for `all_reduces` all-reduces.
 pub(crate) fn count(quant_mode: QuantMode, sharded: bool, oneshot: bool, all_reduces: usize) -> usize {
     after_all_reduce(quant_mode, true).len() * all_reduces + 1 + usize::from(oneshot) + usize::from(sharded)
 }

@@ -1,8 +1,7 @@
-//! Checking a variant before it is timed.
+//! The verification of a variant.
 //!
-//! Outputs are poisoned, the variant runs, and every rank checks its share of the tokens against the reference;
-//! that all ranks' outputs are the same bits makes the shares cover everything. A second run must give the same
-//! bits again.
+//! The outputs are poisoned, the variant runs, and every rank checks its share of the tokens against the reference. As all
+//! ranks must have the same bits, the shares cover all outputs. A second run must give the same bits again.
 
 use std::{
     hash::{DefaultHasher, Hasher},
@@ -12,6 +11,7 @@ use std::{
     thread,
 };
 
+use fused_collective::{cpu::Plain, group::rendezvous::Group};
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
     fusion::{Mode, Operation},
@@ -20,15 +20,12 @@ use fused_collective_core::{
     quant::Quantization,
     reference::{Observed, Token, check_token},
 };
-
 use zerocopy::IntoBytes as _;
 
 use super::{
     inputs::{Numbers, Source},
     variants::Variant,
 };
-use fused_collective::{cpu::Plain, group::rendezvous::Group};
-
 use crate::{
     backend::{
         collective::Collective,
@@ -37,7 +34,7 @@ use crate::{
     job::ranks::{Error, gather_verdicts},
 };
 
-/// What outputs hold before a run: a NaN in every element type, and no code that the inputs could give often.
+/// The byte that fills outputs before a run. It makes NaN in every element type, and is a rare code of random inputs.
 pub(crate) const POISON: u8 = 0xff;
 /// Bytes of a tensor that are poisoned at a time.
 const POISONED_AT_ONCE: u64 = 1 << 20;
@@ -55,8 +52,7 @@ pub(crate) fn poison(backend: &mut dyn Collective, problem: &Problem, tensor: Te
     Ok(())
 }
 
-/// Writes the problem's inputs: those of this rank, and those that all ranks share. A residual that the problem
-/// does not have is poisoned.
+/// Writes this rank's input, and the tensors that all ranks share. A residual that the problem does not have is poisoned.
 pub(crate) fn write_inputs(
     backend: &mut dyn Collective,
     problem: &Problem,
@@ -76,7 +72,7 @@ fn write_typed_inputs<E: Plain>(
     numbers: Numbers,
     group: &Group,
 ) -> Result<(), Error> {
-    // What is no row of this rank's is found out if it is read.
+    // Poison shows a read of rows that this rank does not have.
     poison(backend, problem, Tensor::ResidualShard)?;
     let mut row = vec![E::default(); problem.hidden as usize];
     let mut write = |tensor, source, token: u64, place: u64| {
@@ -101,7 +97,7 @@ fn write_typed_inputs<E: Plain>(
     Ok(())
 }
 
-/// The outputs of one run, as bytes; empty where there are none.
+/// The outputs of one run, as bytes. A tensor that the variant does not write is empty.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Outputs {
     pub(crate) residual_out: Vec<u8>,
@@ -111,7 +107,7 @@ pub(crate) struct Outputs {
 }
 
 impl Outputs {
-    /// Runs the variant on poisoned outputs.
+    /// Poisons the outputs, runs the variant, and reads them.
     pub(crate) fn of(
         backend: &mut dyn Collective,
         problem: &Problem,
@@ -129,23 +125,23 @@ impl Outputs {
         })
     }
 
-    /// One digest for each output that all ranks have: `residual_out`, unless it is sharded, `norm_out`, `quant_out`,
-    /// `scale_out`.
+    /// Digests of the outputs that are the same on all ranks: `residual_out` unless it is sharded, `norm_out`, `quant_out`
+    /// and `scale_out`.
     pub(crate) fn digests(&self, variant: &Variant) -> [u64; 4] {
         let residual_out = if variant.sharded { &[][..] } else { &self.residual_out };
         [residual_out, &self.norm_out, &self.quant_out, &self.scale_out].map(digest)
     }
 }
 
-/// Tells bytes from other bytes, in this build of the program: ranks that compare digests run the same one.
+/// A digest of bytes, for comparison between ranks of this build of the program.
 fn digest(bytes: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
     hasher.write(bytes);
     hasher.finish()
 }
 
-/// Verifies `variant` on the problem whose inputs `write_inputs` wrote. Every rank learns the same: that it is right,
-/// and what its largest error is in units in the last place, or why it is wrong.
+/// Verifies `variant` on the problem whose inputs [`write_inputs`] wrote. Every rank returns the same: the largest error in
+/// units in the last place, or the reason why the variant is wrong.
 pub(crate) fn verify(
     backend: &mut dyn Collective,
     group: &Group,
@@ -177,7 +173,7 @@ pub(crate) fn verify(
     }))
 }
 
-/// Checks this rank's share of the tokens, on this rank's share of the processors.
+/// Checks this rank's share of the tokens.
 fn check<E: Plain>(
     outputs: &Outputs,
     group: &Group,
@@ -193,7 +189,7 @@ fn check<E: Plain>(
     Ok(largest)
 }
 
-/// The largest error that `check` finds in `tokens`, or the first mistake.
+/// The largest error that `check` finds in `tokens`, or the first failure.
 pub(crate) fn largest_error(
     mut tokens: impl Iterator<Item = u64>,
     mut check: impl FnMut(u64) -> Result<f64, String>,
@@ -201,13 +197,13 @@ pub(crate) fn largest_error(
     tokens.try_fold(0.0f64, |largest, token| check(token).map(|error| largest.max(error)))
 }
 
-/// Where `token`'s row is in the sum that `variant` leaves, on the rank that has it.
+/// The row of `token` in the sum that `variant` leaves, on a rank that has it.
 pub(crate) fn row_of_sum(variant: &Variant, token: u64, world_size: u32) -> u64 {
     if variant.sharded { owned_index(token, world_size) } else { token }
 }
 
-/// Has this rank's share of `tokens`, those that it owns in two-shot, checked on this rank's share of the processors: each thread calls `check` with the
-/// tokens that are its own. The largest error, or the first mistake.
+/// Checks this rank's share of `tokens`, which are those that it owns in two-shot. This rank's share of the processors runs
+/// threads, each of which calls `check` with its tokens. Returns the largest error, or the first failure.
 pub(crate) fn spread(
     group: &Group,
     tokens: Range<u64>,
@@ -220,7 +216,7 @@ pub(crate) fn spread(
     thread::scope(|scope| {
         let checks: Vec<_> = (0..threads)
             .map(|thread| {
-                // The first token from the start on that is this rank's.
+                // The first of this rank's tokens.
                 let skipped = (rank + world_size - tokens.start % world_size) % world_size;
                 let first = (tokens.start + skipped + thread * world_size).min(tokens.end);
                 let own = (first..tokens.end).step_by((world_size * threads) as usize);
@@ -234,7 +230,7 @@ pub(crate) fn spread(
     })
 }
 
-/// Checks tokens of one run against the reference, whose inputs it makes itself.
+/// The check of tokens against the reference. It makes the inputs of all ranks itself.
 pub(crate) struct Judge<'a, E> {
     operation: Operation,
     problem: &'a Problem,
@@ -261,7 +257,7 @@ impl<'a, E: Plain> Judge<'a, E> {
         }
     }
 
-    /// The largest error of any output of token `index`, in units in the last place, or what is wrong with it.
+    /// The largest error of any output of token `index` in units in the last place, or a description of a wrong output.
     pub(crate) fn check(&mut self, outputs: &Outputs, index: u64) -> Result<f64, String> {
         let Judge { problem, numbers, .. } = *self;
         for (rank, input) in (0..).zip(&mut self.inputs) {
@@ -308,7 +304,7 @@ pub(crate) fn row<E: Plain>(bytes: &[u8], index: u64, hidden: usize) -> Vec<E> {
     row.chunks_exact(size_of::<E>()).flat_map(E::read_from_bytes).collect()
 }
 
-/// Whatever pads the scales is 0.
+/// Checks that the padding of the scales is 0.
 pub(crate) fn check_padding(problem: &Problem, scales: &[u8]) -> Result<(), String> {
     let Some(layout) = problem.quantization.scale_layout() else { return Ok(()) };
     let cols = problem.quantization.scale_cols(problem.hidden);

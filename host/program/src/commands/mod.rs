@@ -1,28 +1,27 @@
-//! The program's commands, each whole in a folder of its own: its arguments, what it does, its report.
+//! The command line, and the commands, each in a folder of its own with its arguments, its work and its report.
 //!
-//! A program that was started plainly checks everything it can, then starts itself once per rank; each rank
-//! checks again, which costs nothing, and takes part. Only rank 0 writes to the standard output.
+//! A program that was started plainly checks its settings, and then starts itself once per rank. Each rank checks the
+//! settings again, and takes part. Only rank 0 writes to the standard output.
 //!
-//! argh splits the arguments into options and writes the help; [`values`] checks every value. Reading them touches no file
-//! and starts nothing: whether files can be read and written is for
-//! [`OutputFiles`](crate::report::outputs::OutputFiles) to say.
+//! argh splits the arguments into options and writes the help. [`values`](crate::values) and
+//! [`job::options`](crate::job::options) check every value. Parsing reads no file and starts no process; a command checks
+//! its files before it runs.
 
 pub mod bench;
 pub mod faults;
 pub mod links;
 mod normalize;
 pub mod soak;
-pub(crate) mod values;
 pub mod verify;
 
-use std::{env, ffi::OsString, path::PathBuf, process::ExitCode};
+use std::{env, ffi::OsString, process::ExitCode};
 
 #[cfg(test)]
 use argh::FlagInfo;
 use argh::{ArgsInfo, FlagInfoKind, FromArgs, Optionality};
 
 use crate::{
-    exit::{self, Failure, complain, print},
+    exit::{self, Failure, print},
     job::launch,
     usage::{PROGRAM, UsageError},
 };
@@ -30,25 +29,8 @@ use normalize::{Takes, normalize};
 
 /// Runs the program with the process's arguments and environment.
 pub fn main() -> ExitCode {
-    if let Err(error) = launch::tie_to_parent() {
-        complain(&error);
-        return ExitCode::from(exit::FAILURE);
-    }
-    let status = match run() {
-        Ok(status) => status,
-        Err(Failure::Usage(line)) => {
-            complain(&line);
-            exit::USAGE
-        }
-        Err(Failure::Failed(line)) => {
-            if !line.is_empty() {
-                complain(&line);
-            }
-            exit::FAILURE
-        }
-        Err(Failure::Elsewhere) => exit::SECONDARY,
-    };
-    ExitCode::from(status)
+    let tied = launch::tie_to_parent().map_err(|error| Failure::Failed(error.to_string()));
+    exit::code(tied.and_then(|()| run()))
 }
 
 fn run() -> Result<u8, Failure> {
@@ -59,36 +41,36 @@ fn run() -> Result<u8, Failure> {
         }
         Invocation::Bench(settings) => bench::Bench::new(*settings)?.run(),
         Invocation::Verify(settings) => verify::Verify::new(settings)?.run(),
-        Invocation::Links(settings, json) => links::Links::new(settings, json)?.run(),
+        Invocation::Links(settings) => links::Links::new(settings)?.run(),
         Invocation::Soak(settings) => soak::Soak::new(settings)?.run(),
         Invocation::Faults(settings) => faults::Faults::new(settings)?.run(),
     }
 }
 
-/// What the arguments ask for.
+/// The request that the arguments make.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Invocation {
     /// Run the benchmark.
     Bench(Box<bench::settings::Settings>),
     /// Run the verification matrix.
-    Verify(verify::Settings),
-    /// Measure the links between ranks, and write every figure to the file, if there is one.
-    Links(links::Settings, Option<PathBuf>),
+    Verify(verify::settings::Settings),
+    /// Measure the links between ranks.
+    Links(links::settings::Settings),
     /// Run random operations.
-    Soak(soak::Settings),
+    Soak(soak::settings::Settings),
     /// Make ranks fail.
-    Faults(faults::Settings),
-    /// Print this text (help, version) to stdout and end with status 0.
+    Faults(faults::settings::Settings),
+    /// Print the help or the version.
     Print(String),
 }
 
-/// Fused all-reduce, residual add, RMSNorm and quantization, against the separate operations.
+/// Measure and verify fused all-reduce, residual add, RMSNorm and quantization.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(
     help_triggers("-h", "--help", "help"),
     usage = "<command> [<options>]",
     example = "{command_name} bench --help",
-    note = "Exit status: 0 all well, 1 something failed, 2 the command line is not valid."
+    note = "Exit status: 0 success; 1 something failed; 2 the command line is not valid."
 )]
 struct TopLevel {
     /// print the version
@@ -100,7 +82,10 @@ struct TopLevel {
 
 #[derive(FromArgs, ArgsInfo)]
 #[argh(subcommand)]
-#[expect(clippy::large_enum_variant, reason = "there is one of it, and argh does not parse into a box")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "the program has one value of it, and argh does not parse into a box"
+)]
 enum Command {
     Bench(bench::args::BenchArgs),
     Verify(verify::args::VerifyArgs),
@@ -131,9 +116,7 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
         _ if top.version => Ok(Invocation::Print(format!("{PROGRAM} {}\n", env!("CARGO_PKG_VERSION")))),
         Some(Command::Bench(args)) => args.settings().map(|settings| Invocation::Bench(Box::new(settings))),
         Some(Command::Verify(args)) => args.settings().map(Invocation::Verify),
-        Some(Command::Links(args)) => {
-            args.settings().map(|(settings, json)| Invocation::Links(settings, json))
-        }
+        Some(Command::Links(args)) => args.settings().map(Invocation::Links),
         Some(Command::Soak(args)) => args.settings().map(Invocation::Soak),
         Some(Command::Faults(args)) => args.settings().map(Invocation::Faults),
         None => {
@@ -145,13 +128,13 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
     }
 }
 
-/// The command that `args` name: the first that is no option and not a help trigger. No option comes before it that
-/// has a value.
+/// The command that `args` name: the first argument that is neither an option nor a help trigger. No option before it has
+/// a value.
 fn command(args: &[String]) -> &str {
     args.iter().map(String::as_str).find(|arg| !arg.starts_with('-') && *arg != "help").unwrap_or_default()
 }
 
-/// What an option of a command takes, as argh knows it.
+/// The number of values that an option of a command takes.
 fn takes(command: &str, option: &str) -> Takes {
     let info = TopLevel::get_args_info();
     let mut commands = info.commands.iter().filter(|sub| sub.name == command);
@@ -164,12 +147,11 @@ fn takes(command: &str, option: &str) -> Takes {
     }
 }
 
-/// Of a command: its name, and its options as they are written, each with what stands for its value in the help if it
-/// takes one.
+/// The name of a command, and its options. An option with a value has the word that stands for it in the help.
 #[cfg(test)]
 pub(crate) type CommandOptions = (String, Vec<(String, Option<String>)>);
 
-/// Every command, as argh knows it.
+/// Every command.
 #[cfg(test)]
 pub(crate) fn commands() -> Vec<CommandOptions> {
     let option = |flag: &FlagInfo<'_>| {

@@ -1,12 +1,11 @@
-//! Brings an argument list into the one form that argh parses.
+//! The conversion of an argument list into the form that argh parses.
 //!
-//! argh takes an option's value as the next argument, whatever it is, and one value an option. The options
-//! of this program may also be written `--option=value`, and its lists as several arguments
-//! (`--num-tokens 128 512`).
+//! argh takes one value per option, which is the next argument. The options of this program may also be written
+//! `--option=value`, and its lists as several arguments (`--num-tokens 128 512`).
 
 use std::borrow::Cow;
 
-/// The values that an option takes.
+/// The number of values that an option takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Takes {
     /// None: a switch, or an option that argh will refuse.
@@ -17,13 +16,11 @@ pub(super) enum Takes {
     List,
 }
 
-/// Rewrites `args` (without the program's name), where `takes` says what follows an option's name:
-/// - `--option=value` becomes `--option value`;
-/// - a list's values, up to the next argument that starts with `-` and is no number, each get its name:
-///   `--list a b` becomes `--list a --list b`.
+/// Rewrites `args`, which do not include the program's name. `takes` returns the number of values of an option.
+/// - `--option=value` becomes `--option value`.
+/// - `--list a b` becomes `--list a --list b`. A list ends before an argument that starts with `-` and is no number.
 ///
-/// Everything after a bare `--` stays as it is. An option that should have a value and is followed by
-/// another option, or by nothing, is an error.
+/// Everything after a bare `--` stays as it is. An option without its value is an error.
 pub(super) fn normalize<'a>(
     args: &'a [String],
     takes: impl Fn(&str) -> Takes,

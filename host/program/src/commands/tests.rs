@@ -1,14 +1,12 @@
-//! What the command line promises: which arguments mean what, and the exact line for each that is refused.
+//! The promises of the command line: the meaning of arguments, and the exact line for each that is refused.
 
 use fused_collective_core::dtype::DType;
 
 use super::*;
 use crate::{
-    commands::{
-        bench::settings::{Outputs, PeerChoice, Settings},
-        values::world_size,
-    },
-    job::options::{AllReduceChoice, BackendChoice},
+    commands::bench::settings::{Outputs, Settings},
+    job::options::{AllReduceChoice, BackendChoice, JobOptions},
+    peers::choice::PeerChoice,
     quant_mode::QuantMode,
 };
 
@@ -23,7 +21,7 @@ fn bench(options: &str) -> Settings {
     }
 }
 
-fn verify(options: &str) -> verify::Settings {
+fn verify(options: &str) -> verify::settings::Settings {
     match run(&format!("verify {options}")).unwrap() {
         Invocation::Verify(settings) => settings,
         other => panic!("{other:?}"),
@@ -59,11 +57,14 @@ fn every_option_reaches_its_setting() {
         warmup: 0,
         trials: 1,
         seed: 7,
-        deadline_seconds: 0.5,
-        backend: BackendChoice::Cpu,
+        job: JobOptions {
+            backend: BackendChoice::Cpu,
+            nproc_per_node: Some(16),
+            groups: 1,
+            oversubscribe: true,
+            deadline_seconds: 0.5,
+        },
         all_reduces: vec![AllReduceChoice::Custom],
-        nproc_per_node: Some(16),
-        oversubscribe: true,
         cold: true,
         peers: vec![PeerChoice::Torch, PeerChoice::FlashInfer],
         peer_deadline_seconds: 2.5,
@@ -83,7 +84,7 @@ fn every_option_reaches_its_setting() {
 fn a_deadline_is_never_no_time_at_all() {
     let settings = bench("--deadline 1e-300 --peer-deadline 1e-300");
     let nanosecond = std::time::Duration::from_nanos(1);
-    assert_eq!([settings.deadline(), settings.peer_deadline()], [nanosecond; 2]);
+    assert_eq!([settings.job.deadline(), settings.peer_deadline()], [nanosecond; 2]);
 }
 
 #[test]
@@ -123,45 +124,52 @@ fn help_at_both_levels_names_everything() {
 
 #[test]
 fn every_option_of_verify_reaches_its_setting() {
-    assert_eq!(verify(""), verify::Settings::default());
-    assert_eq!(verify("--quick"), verify::Settings::quick());
+    assert_eq!(verify(""), verify::settings::Settings::default());
+    assert_eq!(verify("--quick"), verify::settings::Settings::quick());
     let options = "--num-tokens 0 17 --hidden-dim 48,64 80 --seed 7 --special --backend cpu --nproc-per-node 3 2 --groups 4 \
          --oversubscribe --faults --dependents 5 --deadline 2";
-    let expected = verify::Settings {
+    let expected = verify::settings::Settings {
         num_tokens: vec![0, 17],
         hidden_dims: vec![48, 64, 80],
         seed: 7,
         special: true,
-        deadline_seconds: 2.0,
-        backend: BackendChoice::Cpu,
-        nproc_per_node: vec![3, 2],
-        groups: 4,
-        oversubscribe: true,
+        job: JobOptions {
+            backend: BackendChoice::Cpu,
+            nproc_per_node: Some(3),
+            groups: 4,
+            oversubscribe: true,
+            deadline_seconds: 2.0,
+        },
+        group_sizes: vec![3, 2],
         conversions: true,
         faults: true,
         dependents: 5,
     };
     assert_eq!(verify(options), expected);
-    let expected = verify::Settings { conversions: false, ..expected };
+    let expected = verify::settings::Settings { conversions: false, ..expected };
     assert_eq!(verify(&format!("{options} --quick")), expected);
 }
 
 #[test]
 fn every_option_of_links_reaches_its_setting() {
     let links = |options: &str| match run(&format!("links {options}")) {
-        Ok(Invocation::Links(settings, json)) => (settings, json),
+        Ok(Invocation::Links(settings)) => settings,
         other => panic!("{other:?}"),
     };
-    assert_eq!(links(""), (links::Settings::default(), None));
+    assert_eq!(links(""), links::settings::Settings::default());
     assert_eq!(links("--backend auto --deadline 10"), links(""));
     let options = "--backend cpu --nproc-per-node 3 --oversubscribe --deadline 2.5 --json a.json";
-    let expected = links::Settings {
-        deadline_seconds: 2.5,
-        backend: BackendChoice::Cpu,
-        oversubscribe: true,
-        nproc_per_node: Some(3),
+    let expected = links::settings::Settings {
+        job: JobOptions {
+            backend: BackendChoice::Cpu,
+            nproc_per_node: Some(3),
+            groups: 1,
+            oversubscribe: true,
+            deadline_seconds: 2.5,
+        },
+        json: Some("a.json".into()),
     };
-    assert_eq!(links(options), (expected, Some("a.json".into())));
+    assert_eq!(links(options), expected);
     refused("links --json=", "--json: '' is not a file name");
     refused("links --nproc-per-node 1", "--nproc-per-node: 1 rank cannot form a group: use 2 to 16");
     refused("links --num-tokens 1", "Unrecognized argument: --num-tokens; see fused-collective --help");
@@ -172,7 +180,7 @@ fn the_help_of_verify_states_the_lists_that_hold() {
     let Ok(Invocation::Print(help)) = run("verify --help") else { panic!("no help") };
     let help = help.split_whitespace().collect::<Vec<_>>().join(" ");
     let words = |list: &[u64]| list.iter().map(u64::to_string).collect::<Vec<_>>().join(" ");
-    let (whole, quick) = (verify::Settings::default(), verify::Settings::quick());
+    let (whole, quick) = (verify::settings::Settings::default(), verify::settings::Settings::quick());
     for list in [&whole.num_tokens, &whole.hidden_dims] {
         assert!(help.contains(&format!("(default: {})", words(list))), "{help}");
     }
@@ -331,21 +339,6 @@ fn a_group_has_2_to_16_ranks() {
 }
 
 #[test]
-fn the_launcher_and_the_option_must_agree() {
-    assert_eq!(world_size(None, None), Ok(None));
-    assert_eq!(world_size(Some(4), None), Ok(Some(4)));
-    assert_eq!(world_size(None, Some(3)), Ok(Some(3)));
-    assert_eq!(world_size(Some(3), Some(3)), Ok(Some(3)));
-    let error = |asked, launched| world_size(asked, Some(launched)).unwrap_err().to_string();
-    assert_eq!(
-        error(Some(2), 4),
-        "--nproc-per-node: 2 disagrees with the launcher's WORLD_SIZE, 4: leave it out or use 4"
-    );
-    assert_eq!(error(None, 1), "WORLD_SIZE: 1 rank cannot form a group: use 2 to 16");
-    assert_eq!(error(None, 17), "WORLD_SIZE: 17 ranks cannot form a group: use 2 to 16");
-}
-
-#[test]
 fn an_error_stays_one_line_whatever_it_quotes() {
     let args = ["bench", "--dtypes", "a\nb"].map(OsString::from);
     let error = parse(args).unwrap_err().to_string();
@@ -354,7 +347,7 @@ fn an_error_stays_one_line_whatever_it_quotes() {
 
 #[test]
 fn groups_that_are_too_many_are_refused() {
-    assert_eq!(verify("--groups 8").groups, 8);
+    assert_eq!(verify("--groups 8").job.groups, 8);
     refused("verify --groups 0", "--groups: '0' is not a number of groups: use 1 to 8");
     refused("verify --groups 9", "--groups: '9' is not a number of groups: use 1 to 8");
     refused(

@@ -1,17 +1,17 @@
-//! Starts the ranks of a job on this host, and answers for all of them.
+//! The launcher, which starts the ranks of a job on this host and reports their end.
 //!
-//! A program that was started plainly calls [`Launcher::run`], which starts it again once for each rank, with
-//! the [variables](crate::job::rank_env) of a `torchrun` job; each of these processes calls [`tie_to_parent`] first
-//! of all. By convention only rank 0 writes to the standard output.
+//! A program that was started plainly calls [`Launcher::run`], which starts the program again once for each rank, with the
+//! [variables](super::rank_env) of a `torchrun` job. Each of these processes calls [`tie_to_parent`] first. By convention
+//! only rank 0 writes to the standard output.
 //!
-//! What must hold:
-//! - no process outlives the launcher, however it ends: the kernel kills the ranks with it;
-//! - when a rank fails, the others have the grace period to notice, say why and end; then they are ended. Once the
-//!   cause is known they are ended sooner: what they could still say is only that they miss that rank;
-//! - **one clear error reaches the user.** A rank that fails for a reason of its own prints it and exits with
-//!   [`FAILURE`] or [`USAGE`]; a rank that fails because another was lost prints nothing and exits with
-//!   [`SECONDARY`], unless it is the one that [reports the loss](reports). The launcher adds a line for what no
-//!   rank can have printed: a rank that was killed, or that ended in another way.
+//! Invariants:
+//! - No process outlives the launcher: the kernel kills the ranks with it.
+//! - After a rank has failed, the others have the grace period to report the reason and to end; then the launcher ends
+//!   them. Once the cause is known, it ends them sooner, as they could only report the loss of that rank.
+//! - **One clear error reaches the user.** A rank that fails for a reason of its own prints it, and exits with [`FAILURE`]
+//!   or [`USAGE`]. A rank that fails because another was lost prints nothing and exits with [`SECONDARY`], unless it is the
+//!   one that [reports the loss](reports). The launcher prints a line for an end that no rank can have reported, such as a
+//!   kill.
 
 use std::{
     env,
@@ -48,33 +48,32 @@ use signal_hook::{
 use fused_collective::group::{How, Lost};
 
 use crate::{
-    exit::{FAILURE, SECONDARY, SUCCESS, USAGE},
+    exit::{self, FAILURE, SECONDARY, SUCCESS, USAGE},
     job::rank_env,
 };
 
-/// Set for the ranks of a [`Launcher`]: its process number.
+/// The variable with the [`Launcher`]'s process number, which its ranks have.
 const PARENT: &str = "FUSED_COLLECTIVE_PARENT";
-/// What a rank may take to end when nothing is left to do or to say: before it is asked to, and then before it is ended
-/// by force.
+/// The time that a rank has to end once the cause is known, before SIGTERM, and again before SIGKILL.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
-/// Why ranks could not be started or watched.
+/// The error of starting or observing ranks.
 #[derive(Debug)]
 pub enum Error {
     /// A rank's process could not be started.
     Start {
         /// The rank.
         rank: u32,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// The launcher of this rank is gone.
+    /// The launcher of this rank has ended.
     Orphan,
     /// The operating system refused something.
     System {
-        /// What was being done.
+        /// The action that was refused.
         doing: &'static str,
-        /// What it said.
+        /// The system's error.
         source: io::Error,
     },
 }
@@ -104,11 +103,11 @@ impl std::error::Error for Error {
     }
 }
 
-/// Makes this process end with its launcher; does nothing in a process that none started. A program calls it
-/// before anything else, on its main thread: the tie ends with the thread that made it.
+/// Makes the kernel end this process with its launcher. Does nothing in a process that no launcher started. A program calls
+/// it first, on its main thread, because the tie ends with the thread that made it.
 ///
 /// # Errors
-/// [`Error::Orphan`] if the launcher has ended already: there is nobody left to work for.
+/// [`Error::Orphan`] if the launcher has already ended.
 pub fn tie_to_parent() -> Result<(), Error> {
     let Some(parent) = env::var_os(PARENT) else { return Ok(()) };
     set_parent_process_death_signal(Some(Signal::KILL))
@@ -118,14 +117,14 @@ pub fn tie_to_parent() -> Result<(), Error> {
     if adopted { Err(Error::Orphan) } else { Ok(()) }
 }
 
-/// What the launcher of this rank has [handed over](Launcher::hand_over) as `variable`: a path to open.
+/// The path of the content that this rank's launcher has [handed over](Launcher::hand_over) as `variable`.
 pub fn handed_over(variable: &str) -> Option<PathBuf> {
     let descriptor: u32 = env::var(variable).ok()?.parse().ok()?;
     // Opened anew, so that every rank reads from the start.
     is_launched().then(|| format!("/proc/self/fd/{descriptor}").into())
 }
 
-/// A key that no other job has.
+/// A random key for a job.
 ///
 /// # Errors
 /// The system gives no random numbers.
@@ -135,8 +134,8 @@ pub fn new_key() -> Result<String, Error> {
     Ok(format!("launch/{:032x}", u128::from_ne_bytes(random)))
 }
 
-/// `program` as rank `rank` of `ranks`, which share the `key`, for callers that watch ranks themselves. Like a
-/// [`Launcher`]'s, it [ends with this process](tie_to_parent). It has no input.
+/// A command that starts `program` as rank `rank` of `ranks`, for callers that observe ranks themselves. The ranks of a job
+/// share the `key`. Like a [`Launcher`]'s rank, the process [ends with this one](tie_to_parent). It has no input.
 pub fn rank_command(program: &Path, rank: u32, ranks: u32, key: &str) -> Command {
     let (number, size) = (rank.to_string(), ranks.to_string());
     let mut command = Command::new(program);
@@ -151,50 +150,50 @@ pub fn rank_command(program: &Path, rank: u32, ranks: u32, key: &str) -> Command
     command
 }
 
-/// This program's file.
+/// The path of this program's file.
 ///
 /// # Errors
-/// The system does not say which it is.
+/// The system does not say it.
 pub fn program() -> Result<PathBuf, Error> {
     env::current_exe().map_err(Error::system("find this program's file"))
 }
 
-/// Whether a [`Launcher`] started this process.
+/// True if a [`Launcher`] started this process.
 pub fn is_launched() -> bool {
     env::var_os(PARENT).is_some()
 }
 
-/// Whether `rank` should tell the user of `lost` and exit with [`FAILURE`], or say nothing and exit with
-/// [`SECONDARY`]. `launched` is [`is_launched`]: a launcher sees for itself how a process ended.
+/// True if `rank` should report the lost rank and exit with [`FAILURE`], false if it should exit with [`SECONDARY`] and
+/// print nothing. `launched` is [`is_launched`]: a launcher observes itself that a process has ended.
 pub fn reports(lost: &Lost, rank: u32, launched: bool) -> bool {
     rank == lost.reporter() && !(launched && lost.how == How::Ended)
 }
 
-/// Starts the ranks of one job. See the [module](self).
+/// The launcher of one job. See the [module](self).
 #[derive(Debug)]
 pub struct Launcher {
     program: PathBuf,
     arguments: Vec<OsString>,
     ranks: u32,
     grace: Duration,
-    /// Files that ranks inherit, each with the variable that tells its descriptor.
+    /// Files that ranks inherit, each with the variable for its descriptor.
     files: Vec<(&'static str, OwnedFd)>,
 }
 
-/// How a job ended.
+/// The end of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
+pub struct JobEnd {
     /// The status to exit with.
     pub status: u8,
-    /// A line for the user, where no rank can have told what happened.
+    /// A line for the user, if no rank can have reported the cause.
     pub message: Option<String>,
 }
 
 impl Launcher {
-    /// For `ranks` copies of this process: the same program with the same arguments.
+    /// A launcher of `ranks` copies of this process: the same program with the same arguments.
     ///
     /// # Errors
-    /// The system does not say which file this program is.
+    /// The system does not say the path of this program.
     pub fn new(ranks: u32) -> Result<Self, Error> {
         Ok(Launcher {
             program: program()?,
@@ -205,20 +204,21 @@ impl Launcher {
         })
     }
 
-    /// How long the other ranks may go on once one has failed and while none says why (10 s unless set).
+    /// Sets the time that the other ranks may go on after one has failed and none has reported the reason. The default is
+    /// 10 s.
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self
     }
 
-    /// Gives every rank `content` to read, as a file without a name: [`handed_over`] opens it under the same `variable`.
-    /// What this process has read from a pipe no other can read again.
+    /// Gives `content` to every rank, as an anonymous file. A rank finds it by [`handed_over`] with the same `variable`. This
+    /// serves for the content of a pipe, which can be read once.
     ///
     /// # Errors
-    /// The system's.
+    /// The system cannot make the file.
     pub fn hand_over(mut self, variable: &'static str, content: &[u8]) -> Result<Self, Error> {
         let doing = "hand a file to the ranks";
-        // Inherited: not closed where a rank's program starts.
+        // Without CLOEXEC, so that ranks inherit it.
         let file = memfd_create(variable, MemfdFlags::empty()).map_err(Error::system(doing))?;
         let mut file = File::from(file);
         file.write_all(content).map_err(Error::system(doing))?;
@@ -226,24 +226,25 @@ impl Launcher {
         Ok(self)
     }
 
-    /// Starts all ranks and waits until the last has ended.
+    /// Starts all ranks, and waits until the last has ended.
     ///
-    /// SIGINT and SIGTERM end the ranks, with status 130 or 143. They stay caught afterwards, so the program
-    /// should exit soon. Call this on a thread that does not end before it returns, or the ranks end with it.
+    /// SIGINT and SIGTERM end the ranks, with status 130 or 143. The signals stay caught afterwards, so the program should
+    /// exit soon. The ranks end with the thread that calls this.
     ///
     /// # Errors
-    /// Ranks could not be started or waited for; none is left running.
-    pub fn run(&self) -> Result<Outcome, Error> {
-        // Before the first rank starts, so that no signal comes unnoticed.
+    /// Ranks could not be started or waited for. None is left running.
+    pub fn run(&self) -> Result<JobEnd, Error> {
+        // Before the first rank starts, so that no signal is missed.
         let signals = Signals::catch().map_err(Error::system("catch signals"))?;
-        let mut job = Job { ranks: self.start()?, cause: None, interrupted: None, pressure: Pressure::None };
+        let mut ranks =
+            Ranks { ranks: self.start()?, cause: None, interrupted: None, pressure: Pressure::None };
         loop {
-            job.reap()?;
-            if job.ranks.iter().all(|rank| rank.status.is_some()) {
-                return Ok(job.outcome());
+            ranks.reap()?;
+            if ranks.ranks.iter().all(|rank| rank.status.is_some()) {
+                return Ok(ranks.end());
             }
-            job.press(signals.interruption(), self.grace)?;
-            signals.wait(job.pressure.due())?;
+            ranks.press(signals.interruption(), self.grace)?;
+            signals.wait(ranks.pressure.due())?;
         }
     }
 
@@ -268,33 +269,33 @@ impl Launcher {
 struct Rank {
     child: Child,
     status: Option<ExitStatus>,
-    /// It was still running when the launcher asked it to end.
+    /// True if it was still running when the launcher asked it to end.
     ended_by_us: bool,
 }
 
 impl Drop for Rank {
     fn drop(&mut self) {
         if self.status.is_none() {
-            // Fails only if it has ended; then there is only its status left to collect.
+            // Fails only if the process has ended. Then only its status is left to collect.
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
     }
 }
 
-/// What the launcher does to make ranks end.
+/// The launcher's means to make ranks end.
 #[derive(Clone, Copy)]
 enum Pressure {
     None,
-    /// A rank has failed; the others should notice.
+    /// A rank has failed, and the others should notice.
     Grace {
         until: Instant,
     },
-    /// They were asked to end.
+    /// The ranks have got SIGTERM.
     Asked {
         until: Instant,
     },
-    /// They were killed.
+    /// The ranks have got SIGKILL.
     Killed,
 }
 
@@ -307,7 +308,8 @@ impl Pressure {
     }
 }
 
-struct Job {
+/// The processes of a job.
+struct Ranks {
     ranks: Vec<Rank>,
     /// The first rank that failed for a reason of its own.
     cause: Option<(u32, ExitStatus)>,
@@ -316,7 +318,7 @@ struct Job {
     pressure: Pressure,
 }
 
-impl Job {
+impl Ranks {
     /// Collects the ranks that have ended.
     fn reap(&mut self) -> Result<(), Error> {
         let mut causes = Vec::new();
@@ -328,13 +330,13 @@ impl Job {
                 causes.push((number, status));
             }
         }
-        // Of several seen at once, one that was killed is the likelier cause of the others.
+        // Of several that ended at once, a killed one is the likelier cause of the others.
         causes.sort_by_key(|(_, status)| status.signal().is_none());
         self.cause = self.cause.or(causes.first().copied());
         Ok(())
     }
 
-    /// Takes the next step towards the end of those that are left, if it is time.
+    /// Takes the next step to end the remaining ranks, if it is time.
     fn press(&mut self, interruption: Option<i32>, grace: Duration) -> Result<(), Error> {
         let now = Instant::now();
         if self.interrupted.is_none() && interruption.is_some() {
@@ -363,10 +365,10 @@ impl Job {
         Ok(())
     }
 
-    /// How much longer ranks may go on after one has failed.
+    /// The time that ranks may go on after one has failed.
     fn patience(&self, grace: Duration) -> Duration {
         match self.cause {
-            // One of them is about to say what it is.
+            // A rank is about to report the cause.
             None => grace,
             Some((_, status)) if has_told(status) => grace.min(LAST_WORDS),
             Some(_) => Duration::ZERO,
@@ -383,32 +385,32 @@ impl Job {
         Ok(())
     }
 
-    /// Of a job whose ranks have all ended.
-    fn outcome(&self) -> Outcome {
+    /// The end of the job, once all ranks have ended.
+    fn end(&self) -> JobEnd {
         if let Some(signal) = self.interrupted {
-            return Outcome { status: 128 + signal as u8, message: Some("interrupted".to_owned()) };
+            return JobEnd { status: exit::of_signal(signal as u8), message: Some("interrupted".to_owned()) };
         }
         if let Some((rank, status)) = self.cause {
             return match status.code().map(u8::try_from) {
-                Some(Ok(code)) if has_told(status) => Outcome { status: code, message: None },
-                _ => Outcome { status: FAILURE, message: Some(format!("rank {rank} {}", describe(status))) },
+                Some(Ok(code)) if has_told(status) => JobEnd { status: code, message: None },
+                _ => JobEnd { status: FAILURE, message: Some(format!("rank {rank} {}", describe(status))) },
             };
         }
         let of = |matches: fn(&Rank) -> bool| self.ranks.iter().position(matches);
         let message = if let Some(rank) = of(|rank| rank.ended_by_us) {
             format!("rank {rank} did not end when the others did, and was ended")
         } else if of(|rank| !rank.status.is_some_and(|status| status.success())).is_none() {
-            return Outcome { status: SUCCESS, message: None };
+            return JobEnd { status: SUCCESS, message: None };
         } else if let Some(rank) = of(|rank| rank.status.is_some_and(|status| status.success())) {
             format!("rank {rank} ended before the others were done")
         } else {
-            "the ranks lost each other, and none says why".to_owned()
+            "the ranks lost each other, and none reported the reason".to_owned()
         };
-        Outcome { status: FAILURE, message: Some(message) }
+        JobEnd { status: FAILURE, message: Some(message) }
     }
 }
 
-/// Whether the user has the reason for this status from the rank itself.
+/// True if the rank itself has reported the reason for this status.
 fn has_told(status: ExitStatus) -> bool {
     [FAILURE, USAGE].map(|told| Some(i32::from(told))).contains(&status.code())
 }
@@ -424,10 +426,10 @@ fn describe(status: ExitStatus) -> String {
     }
 }
 
-/// The signals that a launcher waits for, as bytes in a pipe.
+/// The signals that a launcher waits for, which a pipe delivers as bytes.
 struct Signals {
     pipe: UnixStream,
-    /// The last of SIGINT and SIGTERM that came, or 0.
+    /// The last of SIGINT and SIGTERM, or 0.
     interruption: Arc<AtomicUsize>,
     registered: Vec<SigId>,
 }
@@ -441,7 +443,7 @@ impl Signals {
             let flag = Arc::clone(&signals.interruption);
             signals.registered.push(signal_hook::flag::register_usize(signal, flag, signal as usize)?);
         }
-        // After the flags: actions run in the order they were registered.
+        // After the flags, as actions run in the order of their registration.
         for signal in [SIGCHLD, SIGINT, SIGTERM] {
             signals.registered.push(signal_hook::low_level::pipe::register(signal, written.try_clone()?)?);
         }
@@ -458,13 +460,13 @@ impl Signals {
     /// Sleeps until a signal has come since the last call, or until `end`.
     fn wait(&self, end: Option<Instant>) -> Result<(), Error> {
         let left = end.map(|end| end.saturating_duration_since(Instant::now()));
-        // A time too long to be told to the kernel is as good as none.
+        // A time too long for the kernel is as good as none.
         let timeout = left.and_then(|left| Timespec::try_from(left).ok());
         match poll(&mut [PollFd::from_borrowed_fd(self.pipe.as_fd(), PollFlags::IN)], timeout.as_ref()) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(Error::system("wait for the ranks")(error)),
         }
-        // The bytes say no more than that something came: what, the caller looks up.
+        // The bytes only say that a signal came. The caller looks up which.
         while matches!(rustix::io::read(&self.pipe, &mut [0; 64]), Ok(1..)) {}
         Ok(())
     }

@@ -1,30 +1,31 @@
-//! Which rank this process is, from the environment that `torchrun`, `mpirun`, `mpiexec` or `srun` gave it.
+//! This process's rank, from the environment of `torchrun`, `mpirun`, `mpiexec` or `srun`.
 //!
 //! | started by | rank, size | rank on this host, ranks on this host | key |
 //! | --- | --- | --- | --- |
-//! | [`launch`](crate::job::launch), `torchrun` | `RANK`, `WORLD_SIZE` | `LOCAL_RANK`, `LOCAL_WORLD_SIZE` | `MASTER_ADDR`, `MASTER_PORT`, `TORCHELASTIC_RUN_ID`, `TORCHELASTIC_RESTART_COUNT` |
+//! | this program, `torchrun` | `RANK`, `WORLD_SIZE` | `LOCAL_RANK`, `LOCAL_WORLD_SIZE` | `MASTER_ADDR`, `MASTER_PORT`, `TORCHELASTIC_RUN_ID`, `TORCHELASTIC_RESTART_COUNT` |
 //! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE` | `OMPI_COMM_WORLD_LOCAL_RANK`, `_LOCAL_SIZE` | `PMIX_NAMESPACE`, else `OMPI_MCA_ess_base_jobid` |
 //! | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` | the parent process |
 //! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS` or `SLURM_NTASKS` | `SLURM_LOCALID`; hosts: `SLURM_STEP_NUM_NODES` | `SLURM_JOB_ID`, `SLURM_STEP_ID` |
 //!
-//! The first line whose rank or size is set counts, so that `torchrun` inside a Slurm job is `torchrun`. The
-//! key is what all ranks of a job have in common and no other job on the host; [`KEY`] overrides it.
+//! The first line whose rank or size is set counts, so `torchrun` inside a Slurm job is `torchrun`. The key is the same for
+//! all ranks of a job, and differs from every other job's on the host; [`KEY`] overrides it.
 //!
-//! Slurm describes every process of a job, ranks or not: a batch script has a `SLURM_PROCID` too, and so has
-//! a shell that `srun --pty` or `salloc` opened. Only the tasks of a job step of several tasks are ranks.
+//! Slurm sets its variables for every process of a job, even if it is no rank: a batch script, or a shell of `srun --pty` or
+//! `salloc`. Only the tasks of a job step with several tasks are ranks.
 
 use std::{env, fmt};
 
-/// Names the job, for starters whose own variables do not tell jobs apart: any text, the same on all ranks.
+/// The variable with the job's key, for starters whose own variables do not tell jobs apart. Any text, the same on all
+/// ranks.
 pub const KEY: &str = "FUSED_COLLECTIVE_KEY";
 
-/// Slurm's step numbers from here on are not steps of `srun`: interactive shell, batch script, and the like.
+/// The first of Slurm's special step numbers, which belong to interactive shells, batch scripts and the like.
 const SLURM_SPECIAL_STEPS: u64 = 0xffff_fff0;
 
-/// What started this process as a rank.
+/// The program that started this process as a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Starter {
-    /// `torchrun`, this program itself, or anything that sets the same variables.
+    /// `torchrun`, this program itself, or another program that sets the same variables.
     Torchrun,
     /// Open MPI's `mpirun`.
     OpenMpi,
@@ -41,38 +42,38 @@ pub struct RankEnv {
     pub rank: u32,
     /// Ranks in the job.
     pub world_size: u32,
-    /// The rank among those on this host, for choosing a device.
+    /// The rank among those on this host, which chooses the device.
     pub local_rank: u32,
     /// The same on all ranks of the job, and different from every other job's on this host.
     pub key: String,
-    /// What started it.
+    /// The program that started it.
     pub starter: Starter,
 }
 
-/// Why the environment does not say which rank this is.
+/// The error of an environment that does not give a rank.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
-    /// One variable is set without another that it needs.
+    /// A variable is set without another that it needs.
     Missing {
         /// The variable that is set.
         set: &'static str,
-        /// What is missing.
+        /// The missing variable.
         missing: &'static str,
     },
-    /// A variable's value is not one that it can have.
+    /// A variable has an invalid value.
     Invalid {
         /// The variable.
         variable: &'static str,
-        /// Its value.
+        /// The value.
         value: String,
-        /// What it can be.
+        /// The valid values.
         valid: String,
     },
     /// The job has ranks on other hosts.
     SeveralHosts {
         /// The variable that says so.
         variable: &'static str,
-        /// Its value.
+        /// The value.
         value: u32,
         /// The value for a job on one host.
         expected: u32,
@@ -103,16 +104,16 @@ impl fmt::Display for Error {
 impl std::error::Error for Error {}
 
 impl RankEnv {
-    /// From this process's environment; `None` if it was started plainly.
+    /// Reads this process's environment. `None` if the process was started plainly.
     ///
     /// # Errors
-    /// Variables that are incomplete, contradict each other or tell of several hosts.
+    /// The variables are incomplete, contradict each other, or name several hosts.
     pub fn from_env() -> Result<Option<Self>, Error> {
         let lookup = |name: &str| env::var_os(name).map(|value| value.to_string_lossy().into_owned());
         Self::parse(lookup, std::os::unix::process::parent_id())
     }
 
-    /// As [`from_env`](Self::from_env), with the environment as a function and the parent's process number.
+    /// Like [`from_env`](Self::from_env), with the environment as a function and the parent's process number.
     ///
     /// # Errors
     /// As [`from_env`](Self::from_env).
@@ -152,7 +153,7 @@ struct Names {
     rank: &'static str,
     size: &'static str,
     local_rank: &'static str,
-    /// Ranks on this host; for Slurm, which has no such number, hosts.
+    /// The number of ranks on this host. For Slurm, which has none, the number of hosts.
     local_size: &'static str,
 }
 
@@ -177,10 +178,10 @@ impl Names {
         local_rank: "SLURM_LOCALID",
         local_size: SLURM_HOSTS,
     };
-    /// For versions of Slurm that do not count a step's own tasks.
+    /// The variables of Slurm versions that do not count a step's own tasks.
     const SLURM_JOB: Names = Names { size: "SLURM_NTASKS", ..Names::SLURM };
 
-    /// What `local_size` is where all ranks are on one host.
+    /// The value of `local_size` if all ranks are on one host.
     fn local_size_on_one_host(&self, world_size: u32) -> u32 {
         if self.local_size == SLURM_HOSTS { 1 } else { world_size }
     }
@@ -208,7 +209,7 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         Error::Invalid { variable, value: self.get(variable).unwrap_or_default(), valid: valid.into() }
     }
 
-    /// Whose ranks these are, if this is one.
+    /// The starter of this rank, with its variables; `None` if this process is no rank.
     fn starter(&self) -> Result<Option<(Starter, Names)>, Error> {
         let starters = [
             (Starter::Torchrun, Names::TORCHRUN),
@@ -231,7 +232,7 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         Ok(is_task.then_some((Starter::Slurm, names)))
     }
 
-    /// What the starter tells its ranks, and no others.
+    /// The key from the starter's variables.
     fn key(&self, starter: Starter, parent: u32) -> Result<String, Error> {
         let join = |names: &[&str]| {
             let values: Vec<_> = names.iter().map(|name| self.get(name).unwrap_or_default()).collect();
@@ -276,7 +277,7 @@ fn missing(set: &'static str, missing: &'static str) -> Error {
 mod tests {
     use super::*;
 
-    /// From `NAME=value NAME=value`.
+    /// Parses `NAME=value NAME=value`.
     fn parse(variables: &str) -> Result<Option<RankEnv>, Error> {
         let lookup = |name: &str| {
             let find = |pair: &str| {

@@ -1,20 +1,20 @@
-//! The ranks of a job: why their common work ends early, and what they tell each other of it.
+//! Exchanges between the ranks of a job, and the errors that end their common work.
 
 use std::fmt;
 
 use fused_collective::group::rendezvous::{self, Group};
-
-use crate::backend;
 use serde::{Serialize, de::DeserializeOwned};
 
-/// The end of ranks' common work ahead of time.
+use crate::backend::error;
+
+/// The reason why ranks end their common work early.
 #[derive(Debug)]
 pub enum Error {
     /// A rank was lost, or could not be reached.
     Group(rendezvous::Error),
     /// An operation could not run.
-    Collective(backend::error::Error),
-    /// Something else; the text is for the user.
+    Collective(error::Error),
+    /// Another failure; the text is for the user.
     Failed(String),
 }
 
@@ -36,18 +36,24 @@ impl From<rendezvous::Error> for Error {
     }
 }
 
-impl From<backend::error::Error> for Error {
-    fn from(error: backend::error::Error) -> Self {
+impl From<error::Error> for Error {
+    fn from(error: error::Error) -> Self {
         Error::Collective(error)
     }
 }
 
-/// Whether `holds` on every rank.
+impl From<fused_collective::Error> for Error {
+    fn from(error: fused_collective::Error) -> Self {
+        Error::Collective(error.into())
+    }
+}
+
+/// True if `holds` is true on every rank.
 pub(crate) fn all(group: &Group, holds: bool) -> Result<bool, Error> {
     Ok(group.all_gather(&[u8::from(holds)])?.iter().all(|answer| answer == &[1]))
 }
 
-/// For each of this rank's times the largest that any rank has.
+/// The element-wise maximum of `times` over all ranks. Every rank passes as many times.
 pub(crate) fn slowest(group: &Group, times: &[f64]) -> Result<Vec<f64>, Error> {
     let mut slowest = Vec::with_capacity(times.len());
     for times in times.chunks(rendezvous::MAX_MESSAGE / size_of::<f64>()) {
@@ -66,7 +72,7 @@ pub(crate) fn slowest(group: &Group, times: &[f64]) -> Result<Vec<f64>, Error> {
     Ok(slowest)
 }
 
-/// What every rank found, in rank order, or the first rank's reason why something is wrong.
+/// The results of all ranks, in rank order, or the error of the first rank that has one. Every rank returns the same.
 pub(crate) fn gather_verdicts<T: Serialize + DeserializeOwned>(
     group: &Group,
     verdict: Result<T, String>,
@@ -74,9 +80,8 @@ pub(crate) fn gather_verdicts<T: Serialize + DeserializeOwned>(
     let bytes = serde_json::to_vec(&verdict).map_err(|error| Error::Failed(error.to_string()))?;
     let mut found = Vec::new();
     for (rank, bytes) in group.all_gather(&bytes)?.iter().enumerate() {
-        let verdict: Result<T, String> = serde_json::from_slice(bytes).map_err(|error| {
-            Error::Failed(format!("rank {rank} sent a verdict that cannot be read: {error}"))
-        })?;
+        let verdict: Result<T, String> = serde_json::from_slice(bytes)
+            .map_err(|error| Error::Failed(format!("cannot read the verdict of rank {rank}: {error}")))?;
         match verdict {
             Ok(result) => found.push(result),
             Err(why) => return Ok(Err(format!("rank {rank}: {why}"))),
@@ -85,16 +90,16 @@ pub(crate) fn gather_verdicts<T: Serialize + DeserializeOwned>(
     Ok(Ok(found))
 }
 
-/// Gives every rank the values of every rank, by rank.
+/// The values of all ranks, in rank order.
 ///
 /// # Errors
-/// A rank was lost, or sent what cannot be read.
+/// A rank was lost, or its value cannot be read.
 pub(crate) fn gather<T: Serialize + DeserializeOwned>(
     group: &Group,
     own: &T,
-) -> Result<Vec<T>, backend::error::Error> {
+) -> Result<Vec<T>, error::Error> {
     let unreadable = |error: serde_json::Error| {
-        backend::error::Error::Other(format!("what a rank contributed to the set-up cannot be read: {error}"))
+        error::Error::Other(format!("cannot read a rank's part of the set-up: {error}"))
     };
     let bytes = serde_json::to_vec(own).map_err(unreadable)?;
     group.all_gather(&bytes)?.iter().map(|bytes| serde_json::from_slice(bytes).map_err(unreadable)).collect()

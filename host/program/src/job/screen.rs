@@ -4,19 +4,18 @@ use std::io;
 
 use fused_collective::group::rendezvous::Group;
 
+use super::ranks::Error;
 use crate::{
     exit::{Failure, print},
-    report::{progress::Progress, table},
+    report::{grid, progress::Progress},
 };
 
-use super::ranks::Error;
-
-/// Columns of the terminal, or of the tables where there is none.
+/// Columns of the terminal, or of the tables if there is no terminal.
 pub(crate) fn width() -> u16 {
-    rustix::termios::tcgetwinsize(io::stdout()).map_or(table::WIDTH, |size| size.ws_col.max(40))
+    rustix::termios::tcgetwinsize(io::stdout()).map_or(grid::WIDTH, |size| size.ws_col.max(40))
 }
 
-/// What the user sees while a job runs: rank 0's lines. A reader who goes away fails the job, at its end.
+/// Standard output during a job. Rank 0 alone writes to it. A reader that goes away fails the job, at the job's end.
 pub(crate) struct Screen {
     shows: bool,
     shown: Result<(), Failure>,
@@ -27,7 +26,7 @@ impl Screen {
         Screen { shows: group.rank() == 0, shown: Ok(()) }
     }
 
-    /// A progress bar over so many steps.
+    /// A progress bar over `steps` steps.
     pub(crate) fn progress(&self, steps: u64) -> Progress {
         if self.shows { Progress::new(steps) } else { Progress::hidden() }
     }
@@ -39,7 +38,7 @@ impl Screen {
         }
     }
 
-    /// Whether everything could be shown.
+    /// Returns an error if some text could not be shown.
     pub(crate) fn finish(self) -> Result<(), Error> {
         match self.shown {
             Err(Failure::Failed(line) | Failure::Usage(line)) => Err(Error::Failed(line)),

@@ -1,43 +1,56 @@
-//! Other packages' all-reduce, residual add, RMSNorm and quantization, measured in the same run: their rows stand in the
+//! Other packages' all-reduce, residual add, RMSNorm and quantization, measured in the same run. Their rows stand in the
 //! same report.
 //!
-//! A peer is a Python package. For each one asked for, every rank starts a process of its own that runs `peer.py`, and
-//! has it measure each configuration right after this project's variants. Ranks go through the same steps: none waits
-//! for its process without telling the others, so one that hangs or dies costs the benchmark that peer and nothing else.
+//! A peer is a Python package. For each peer, every rank starts a process of its own that runs `peer.py`. The process
+//! measures each configuration right after this project's variants. Ranks go through the same steps, and exchange the
+//! states of their processes while they wait. So a process that hangs or dies costs the benchmark that peer's rows only.
 //!
-//! A peer that is not there is no failure but a note that says what to install; results that are wrong are.
+//! A peer that is not installed is no failure but a note that says what to install. Wrong results are a failure.
 
+pub mod choice;
 mod process;
-mod protocol;
+pub mod protocol;
 
-use std::time::Duration;
-
-use serde::{Deserialize, Serialize};
+use std::{mem::take, path::Path, time::Duration};
 
 use fused_collective::group::rendezvous::Group;
+use serde::{Deserialize, Serialize};
 
 use crate::{
-    backend::problem::Problem,
-    commands::bench::{
-        run as bench,
-        settings::{Case, PeerChoice, Settings},
-    },
     job::ranks::{Error, all, slowest},
     measurement::{Kind, Measurement, Trials},
 };
+use choice::PeerChoice;
 use process::{Process, clipped};
-use protocol::{Measure, Outcome, Reply, Request, Row, Start};
+use protocol::{MeasureRequest, Reply, Request, Row, RowResult, StartRequest};
 
 /// The most rows and notes of one configuration.
 const MOST: usize = 64;
-/// How long a rank listens to its process before it looks at the other ranks.
+/// The time that a rank listens to its process before it looks at the other ranks.
 const POLL: Duration = Duration::from_millis(250);
 
-/// The peers of a benchmark.
+/// The peers to start.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerOptions<'a> {
+    /// The packages, in order.
+    pub choices: &'a [PeerChoice],
+    /// The Python to run them.
+    pub python: &'a Path,
+    /// Longest silence of a process.
+    pub deadline: Duration,
+    /// The largest number of tokens in any configuration.
+    pub max_tokens: u64,
+    /// Elements of a token.
+    pub hidden_dim: u64,
+    /// This rank's GPU, if the peers run on GPUs.
+    pub cuda: Option<u32>,
+}
+
+/// The running peers of a benchmark.
 #[derive(Debug, Default)]
 pub struct Peers {
     peers: Vec<Peer>,
-    /// What the next configuration should say of them.
+    /// Notes for the next configuration.
     notes: Vec<String>,
 }
 
@@ -47,44 +60,45 @@ struct Peer {
     /// The packages' versions.
     about: String,
     process: Process,
+    /// Longest silence of the process.
+    deadline: Duration,
 }
 
-/// What a rank's process has come to, as the other ranks learn it.
+/// The state of a rank's process, as the other ranks learn it.
 #[derive(Debug, Serialize, Deserialize)]
 enum State {
     /// It has not answered yet.
     Waiting,
-    /// It is of no more use.
+    /// It is no longer usable, for this reason.
     Gone(String),
-    /// It cannot run here: why, and what would help.
+    /// It cannot run here: the reason, and a command that would help.
     Unavailable(String, Option<String>),
     Started(Option<u16>),
     Joined(String),
     Measured(Vec<Summary>, Vec<String>),
 }
 
-/// What came of a configuration: rows, and what a reader should know.
-pub type OfPeers = (Vec<Measurement>, Vec<String>);
+/// The rows of the peers for one configuration, and notes for a reader.
+pub type PeerRows = (Vec<Measurement>, Vec<String>);
 
-/// A row without its times, which are too many to tell.
+/// A row without its times, which are too many for a message.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Summary {
     variant: String,
     kind: Kind,
-    /// The largest error and the operations of a trial, or why it is wrong.
-    outcome: Result<(f64, u32), String>,
+    /// The largest error and the operations of a trial, or the reason why the results are wrong.
+    result: Result<(f64, u32), String>,
 }
 
 impl Peers {
-    /// Starts the peers that `settings` ask for; those that cannot run here are left out, with a note. All ranks call
-    /// this. `cuda`: the GPU, if they are to run on one.
+    /// Starts the peers. One that cannot run here is left out, with a note. All ranks call this.
     ///
     /// # Errors
     /// The group's.
-    pub fn start(settings: &Settings, group: &Group, cuda: Option<u32>) -> Result<Peers, Error> {
+    pub fn start(options: &PeerOptions<'_>, group: &Group) -> Result<Peers, Error> {
         let mut started = Peers::default();
-        for &choice in &settings.peers {
-            match Peer::start(choice, settings, group, cuda)? {
+        for &choice in options.choices {
+            match Peer::start(choice, options, group)? {
                 Ok(peer) => started.peers.push(peer),
                 Err(why) => started.notes.push(format!("{choice} was not measured: {why}")),
             }
@@ -92,23 +106,16 @@ impl Peers {
         Ok(started)
     }
 
-    /// Has every peer measure `case`. All ranks call this, and learn the same. `cache_bytes` is 0 unless tensors are to
-    /// be found in no cache.
+    /// Measures a configuration with every peer. All ranks call this with the same request, and get the same rows.
     ///
     /// # Errors
     /// The group's.
-    pub fn measure(
-        &mut self,
-        settings: &Settings,
-        group: &Group,
-        case: Case,
-        cache_bytes: u64,
-    ) -> Result<OfPeers, Error> {
+    pub fn measure(&mut self, request: &MeasureRequest, group: &Group) -> Result<PeerRows, Error> {
         let mut measured = Vec::new();
-        let mut notes = std::mem::take(&mut self.notes);
+        let mut notes = take(&mut self.notes);
         let mut left = Vec::new();
-        for mut peer in std::mem::take(&mut self.peers) {
-            match peer.measure(settings, group, case, cache_bytes)? {
+        for mut peer in take(&mut self.peers) {
+            match peer.measure(request, group)? {
                 Ok((rows, of_peer)) => {
                     notes.push(format!("{} is {}", peer.choice, peer.about));
                     notes.extend(of_peer);
@@ -126,23 +133,23 @@ impl Peers {
 impl Peer {
     fn start(
         choice: PeerChoice,
-        settings: &Settings,
+        options: &PeerOptions<'_>,
         group: &Group,
-        cuda: Option<u32>,
     ) -> Result<Result<Peer, String>, Error> {
-        let (rank, limit) = (group.rank(), settings.peer_deadline());
-        let start = Request::Start(Start {
+        let &PeerOptions { deadline, cuda, .. } = options;
+        let rank = group.rank();
+        let start = Request::Start(StartRequest {
             peer: choice.name(),
             rank,
             world_size: group.world_size(),
             device: if cuda.is_some() { "cuda" } else { "cpu" },
             local_rank: cuda.unwrap_or(rank),
-            timeout_seconds: limit.as_secs_f64(),
-            max_tokens: settings.num_tokens.iter().copied().max().unwrap_or(1),
-            hidden_dim: settings.hidden_dim,
+            timeout_seconds: deadline.as_secs_f64(),
+            max_tokens: options.max_tokens,
+            hidden_dim: options.hidden_dim,
         });
-        let mut process = Process::start(&settings.python);
-        let states = match ask(group, &mut process, &start, limit)? {
+        let mut process = Process::start(options.python);
+        let states = match ask(group, &mut process, &start, deadline)? {
             Ok(states) => states,
             Err(why) => return Ok(Err(why)),
         };
@@ -152,41 +159,24 @@ impl Peer {
         }) else {
             return Ok(Err("rank 0 has no port for the others".to_owned()));
         };
-        let states = match ask(group, &mut process, &Request::Join { port }, limit)? {
+        let states = match ask(group, &mut process, &Request::Join { port }, deadline)? {
             Ok(states) => states,
             Err(why) => return Ok(Err(why)),
         };
         let (Some(State::Joined(about)), Ok(process)) = (states.into_iter().next(), process) else {
             return Ok(Err("it did not join its ranks".to_owned()));
         };
-        Ok(Ok(Peer { choice, about, process }))
+        Ok(Ok(Peer { choice, about, process, deadline }))
     }
 
     fn measure(
         &mut self,
-        settings: &Settings,
+        request: &MeasureRequest,
         group: &Group,
-        case: Case,
-        cache_bytes: u64,
-    ) -> Result<Result<OfPeers, String>, Error> {
-        let problem: Problem = bench::problem(settings, case);
-        let request = Request::Measure(Measure {
-            num_tokens: case.num_tokens,
-            hidden_dim: settings.hidden_dim,
-            dtype: case.dtype.name(),
-            use_residual: settings.use_residual,
-            quant_mode: case.quant_mode.name(),
-            epsilon: problem.norm.epsilon,
-            scale: problem.scale,
-            oneshot: settings.oneshot,
-            warmup: settings.warmup,
-            trials: settings.trials,
-            seed: settings.seed,
-            cache_bytes,
-        });
+    ) -> Result<Result<PeerRows, String>, Error> {
         let mut times = Vec::new();
-        let limit = settings.peer_deadline();
-        let states = match ask_and_keep(group, Ok(&mut self.process), &request, limit, &mut times)? {
+        let asked = Request::Measure(request);
+        let states = match ask_and_keep(group, Ok(&mut self.process), &asked, self.deadline, &mut times)? {
             Ok(states) => states,
             Err(why) => return Ok(Err(why)),
         };
@@ -198,28 +188,28 @@ impl Peer {
             ranks.push((rows, notes));
         }
         let same = |rows: &[Summary]| {
-            rows.iter().map(|row| (row.variant.clone(), row.kind, row.outcome.is_ok())).collect::<Vec<_>>()
+            rows.iter().map(|row| (row.variant.clone(), row.kind, row.result.is_ok())).collect::<Vec<_>>()
         };
         if ranks.iter().any(|(rows, _)| same(rows) != same(&ranks[0].0)) {
             return Ok(Err("its ranks measured different things".to_owned()));
         }
         // The same on every rank, or the next exchange would not be.
-        let trials = settings.trials as usize;
+        let trials = request.trials as usize;
         let complete = times.iter().flatten().all(|times: &Vec<f64>| times.len() == trials);
         if !all(group, complete)? {
             return Ok(Err(format!("it did not time {trials} trials")));
         }
         let mut measured = Vec::new();
         for (index, times) in times.into_iter().enumerate() {
-            let outcomes = ranks.iter().map(|(rows, _)| &rows[index].outcome);
-            let largest = outcomes.clone().flatten().fold(0.0f64, |largest, (error, _)| largest.max(*error));
-            let result = match (times, outcomes.clone().next()) {
+            let results = ranks.iter().map(|(rows, _)| &rows[index].result);
+            let largest = results.clone().flatten().fold(0.0f64, |largest, (error, _)| largest.max(*error));
+            let result = match (times, results.clone().next()) {
                 (Some(times), Some(Ok((_, operations)))) => Ok(Trials {
                     max_error_ulp: largest,
                     operations_per_trial: *operations,
                     times_us: slowest(group, &times)?,
                 }),
-                (_, outcome) => Err(outcome.and_then(|it| it.as_ref().err()).cloned().unwrap_or_default()),
+                (_, result) => Err(result.and_then(|it| it.as_ref().err()).cloned().unwrap_or_default()),
             };
             let Summary { variant, kind, .. } = &ranks[0].0[index];
             measured.push(Measurement { variant: variant.clone(), kind: *kind, result });
@@ -228,7 +218,7 @@ impl Peer {
     }
 }
 
-/// [`ask_and_keep`] of a process that is being started, which may have failed to.
+/// Like [`ask_and_keep`], for a process that may have failed to start, and a reply without times.
 fn ask(
     group: &Group,
     process: &mut Result<Process, String>,
@@ -238,9 +228,9 @@ fn ask(
     ask_and_keep(group, process.as_mut().map_err(|why| why.clone()), request, limit, &mut Vec::new())
 }
 
-/// Sends a request to every rank's process and waits until all have answered, or one cannot. Every rank learns the same:
-/// what each has answered, in rank order, or why that is not to be had. This rank's times go to `times`, row by row; a
-/// row that failed has none.
+/// Sends a request to this rank's process, and waits until the processes of all ranks have answered or one cannot. Every
+/// rank returns the same: the answers in rank order, or the reason why there are none. This rank's times go to `times`, row
+/// by row; a row that failed has none.
 fn ask_and_keep(
     group: &Group,
     mut process: Result<&mut Process, String>,
@@ -266,8 +256,7 @@ fn ask_and_keep(
         let bytes = serde_json::to_vec(&own).map_err(|error| Error::Failed(error.to_string()))?;
         let mut states: Vec<State> = Vec::new();
         for bytes in group.all_gather(&bytes)? {
-            let unreadable =
-                |error| Error::Failed(format!("what a rank says of a peer cannot be read: {error}"));
+            let unreadable = |error| Error::Failed(format!("cannot read a rank's state of a peer: {error}"));
             states.push(serde_json::from_slice(&bytes).map_err(unreadable)?);
         }
         if let Some(why) = trouble(&states) {
@@ -279,7 +268,7 @@ fn ask_and_keep(
     }
 }
 
-/// Why the ranks' answers are of no use, if so. What a rank lacks comes before what another made of it.
+/// The reason why the ranks' answers are not usable, if so. A missing package comes before an error that it caused.
 fn trouble(states: &[State]) -> Option<String> {
     let unavailable = states.iter().find_map(|state| match state {
         State::Unavailable(why, Some(remedy)) => {
@@ -296,7 +285,7 @@ fn trouble(states: &[State]) -> Option<String> {
     })
 }
 
-/// What a process answered, for the other ranks: never more than they can be told. The times of its rows are kept.
+/// The state after a reply, short enough for a message to the other ranks. The times of its rows go to `times`.
 fn state(reply: Reply, times: &mut Vec<Option<Vec<f64>>>) -> State {
     match reply {
         Reply::Working { .. } => State::Waiting,
@@ -309,15 +298,15 @@ fn state(reply: Reply, times: &mut Vec<Option<Vec<f64>>>) -> State {
             State::Gone(format!("it has {} rows and notes, more than {MOST}", rows.len() + notes.len()))
         }
         Reply::Measured { rows, notes } => {
-            let summary = |Row { variant, kind, outcome }| {
-                let (outcome, own) = match outcome {
-                    Outcome::Timed { max_error_ulp, operations_per_trial, times_us } => {
+            let summary = |Row { variant, kind, result }| {
+                let (result, own) = match result {
+                    RowResult::Timed { max_error_ulp, operations_per_trial, times_us } => {
                         (Ok((max_error_ulp, operations_per_trial)), Some(times_us))
                     }
-                    Outcome::Failed { failed } => (Err(clipped(&failed)), None),
+                    RowResult::Failed { failed } => (Err(clipped(&failed)), None),
                 };
                 times.push(own);
-                Summary { variant: clipped(&variant), kind, outcome }
+                Summary { variant: clipped(&variant), kind, result }
             };
             let notes = notes.iter().map(|note| clipped(note)).collect();
             State::Measured(rows.into_iter().map(summary).collect(), notes)
@@ -337,8 +326,8 @@ mod tests {
         fuzz::{FEW, cases, count, json_values, replace},
     };
 
-    /// What comes of a line that a peer's process wrote, which must be something that all ranks can be told, and one line
-    /// wherever it is shown. Returns whether it was a reply.
+    /// Handles a line that a peer's process wrote. All ranks must be able to learn the result, and everything shown must be
+    /// one line. Returns true if the line was a reply.
     fn heed(text: &str) -> bool {
         let Ok(reply) = serde_json::from_str::<Reply>(text) else { return false };
         let mut times = Vec::new();
@@ -352,10 +341,10 @@ mod tests {
         match heard {
             State::Measured(rows, notes) => {
                 assert!(rows.len() + notes.len() <= MOST && times.len() == rows.len());
-                for (Summary { variant, outcome, .. }, times) in rows.iter().zip(&times) {
+                for (Summary { variant, result, .. }, times) in rows.iter().zip(&times) {
                     shown(variant);
-                    assert_eq!(outcome.is_ok(), times.is_some());
-                    match outcome {
+                    assert_eq!(result.is_ok(), times.is_some());
+                    match result {
                         Ok((error, _)) => assert!(error.is_finite()),
                         Err(why) => shown(why),
                     }
@@ -391,7 +380,7 @@ mod tests {
     proptest! {
         #![proptest_config(cases(FEW))]
 
-        /// Whole lines and cut ones, of text and of what is none.
+        /// Whole lines and cut ones, of text and of other bytes.
         #[test]
         fn any_bytes_that_a_peer_writes_are_lines_and_replies_or_none(
             bytes in vec(prop_oneof![4 => any::<u8>(), 1 => Just(b'\n')], 0..200),

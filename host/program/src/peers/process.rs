@@ -1,7 +1,7 @@
 //! One rank's process of a peer.
 //!
-//! What must hold: it cannot hang this program, whatever it does or does not say; it does not outlive this process; and
-//! when it ends early, its last words reach the user.
+//! Invariants: the process cannot hang this program; it does not outlive this program; and if it ends early, the last line
+//! of its standard error reaches the user.
 
 use std::{
     fs::File,
@@ -32,14 +32,14 @@ use crate::bounded::{Line, for_each_line, one_line};
 const PROGRAM: &str = include_str!("peer.py");
 /// The longest line that is read: the times of a million trials of each variant.
 const MAX_LINE: u64 = 256 << 20;
-/// The longest line of its standard error of which more than the start is read.
+/// Bytes of a line of the standard error that are read; the rest of a longer line is skipped.
 const MAX_WORDS: u64 = 64 << 10;
-/// How often a peer may say that it is still working before it must have an answer.
+/// The most signs of life before the final reply.
 const MAX_WORKING: u32 = 10_000;
-/// How long a process that has closed its output may take to end.
+/// The time in which a process that has closed its output must end.
 const LAST_MOMENT: Duration = Duration::from_secs(2);
 
-/// A peer's process, and everything that it starts. Dropping it ends them.
+/// A peer's process and its children. Dropping this value ends all of them.
 #[derive(Debug)]
 pub(super) struct Process {
     child: Child,
@@ -47,16 +47,16 @@ pub(super) struct Process {
     lines: Receiver<Line>,
     /// The last line on its standard error.
     last_words: Arc<Mutex<String>>,
-    /// When it said something last, or was asked.
+    /// The time of its last line, or of the last request.
     heard: Instant,
     working: u32,
 }
 
 impl Process {
-    /// Has `python` run the peers' program.
+    /// Starts `python` with the peers' program.
     ///
     /// # Errors
-    /// Why it does not start, for the user.
+    /// The reason why it does not start, for the user.
     pub(super) fn start(python: &Path) -> Result<Process, String> {
         let program =
             program_file().map_err(|error| format!("cannot pass on the peers' program: {error}"))?;
@@ -64,7 +64,7 @@ impl Process {
         command
             .arg("-u")
             .arg(format!("/proc/self/fd/{}", program.as_raw_fd()))
-            // What it starts ends with it, by the group's number.
+            // Its children are in its process group, and end with it.
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -102,7 +102,7 @@ impl Process {
     /// Sends a request.
     ///
     /// # Errors
-    /// Why the process is of no more use, for the user.
+    /// The reason why the process is no longer usable, for the user.
     pub(super) fn send(&mut self, request: &Request<'_>) -> Result<(), String> {
         self.heard = Instant::now();
         self.working = 0;
@@ -115,8 +115,8 @@ impl Process {
     /// The answer to the last request, if it comes within `wait`.
     ///
     /// # Errors
-    /// Why the process is of no more use, for the user: it has ended, it says what is no reply, or it has said nothing
-    /// for `limit`.
+    /// The reason why the process is no longer usable, for the user: it has ended, it wrote an invalid reply, or it has
+    /// been silent for `limit`.
     pub(super) fn poll(&mut self, wait: Duration, limit: Duration) -> Result<Option<Reply>, String> {
         match self.lines.recv_timeout(wait) {
             Ok(Line { is_cut: true, .. }) => {
@@ -126,7 +126,7 @@ impl Process {
                 self.heard = Instant::now();
                 match serde_json::from_str(&text) {
                     Ok(Reply::Working { .. }) if self.working == MAX_WORKING => {
-                        Err(format!("it has been working in {MAX_WORKING} steps, without an answer"))
+                        Err(format!("it reported {MAX_WORKING} steps of work without a reply"))
                     }
                     Ok(Reply::Working { .. }) => {
                         self.working += 1;
@@ -144,7 +144,7 @@ impl Process {
         }
     }
 
-    /// How the process ended, as a reason. Its number stays its own: it is looked at, and not yet waited for.
+    /// Describes the end of the process. The process is not waited for yet, so its number stays its own.
     fn end(&mut self) -> String {
         let deadline = Instant::now() + LAST_MOMENT;
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
@@ -155,7 +155,7 @@ impl Process {
                 Err(_) => break None,
             }
         };
-        // What it wrote before it ended may still be on its way.
+        // Its last line may still be on its way.
         thread::sleep(Duration::from_millis(50));
         let how = status.and_then(|status| describe(&status));
         let how = how.unwrap_or_else(|| "it closed its output".to_owned());
@@ -166,14 +166,14 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Until it is waited for, its number, and so the group's, is no one else's.
+        // Until the process is waited for, its number, and so the group's, is not reused.
         let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// The peers' program as a file without a name, which children inherit and which is gone with its last user.
+/// The peers' program as an anonymous file, which children inherit and which is gone with its last user.
 fn program_file() -> std::io::Result<File> {
     let mut file = File::from(memfd_create("fused-collective-peer.py", MemfdFlags::empty())?);
     file.write_all(PROGRAM.as_bytes())?;
@@ -185,7 +185,7 @@ fn describe(status: &WaitIdStatus) -> Option<String> {
     exited.or_else(|| status.terminating_signal().map(|signal| format!("it was killed by signal {signal}")))
 }
 
-/// The start of what may be long, for the user: one line, which can do nothing to a terminal.
+/// The start of a text, as one line without control characters.
 pub(super) fn clipped(text: &str) -> String {
     const LENGTH: usize = 300;
     let text = text.trim();

@@ -1,23 +1,24 @@
-//! What is said to a peer's process and what it answers, each one JSON object on a line of its own.
+//! The requests to a peer's process and its replies. Each is one JSON object on a line of its own.
 
 use serde::{Deserialize, Serialize};
 
 use crate::measurement::Kind;
 
-/// What a peer is asked. Each request but the last has one final [`Reply`].
+/// A request to a peer. Each has one final [`Reply`].
 #[derive(Debug, Serialize)]
 #[serde(tag = "request", rename_all = "lowercase")]
 pub(super) enum Request<'a> {
     /// Find the packages. Rank 0 opens the port that all ranks meet at.
-    Start(Start<'a>),
+    Start(StartRequest<'a>),
     /// Meet the other ranks.
     Join { port: u16 },
     /// Verify and time every variant of one configuration.
-    Measure(Measure<'a>),
+    Measure(&'a MeasureRequest),
 }
 
+/// One rank of a group of peers.
 #[derive(Debug, Serialize)]
-pub(super) struct Start<'a> {
+pub(super) struct StartRequest<'a> {
     pub(super) peer: &'a str,
     pub(super) rank: u32,
     pub(super) world_size: u32,
@@ -25,48 +26,59 @@ pub(super) struct Start<'a> {
     pub(super) device: &'a str,
     /// The GPU.
     pub(super) local_rank: u32,
-    /// The longest that ranks may wait for each other.
+    /// Longest wait of a rank for another.
     pub(super) timeout_seconds: f64,
-    /// The most tokens that will be asked for.
+    /// The largest number of tokens in any request.
     pub(super) max_tokens: u64,
     pub(super) hidden_dim: u64,
 }
 
+/// A configuration to measure.
 #[derive(Debug, Serialize)]
-pub(super) struct Measure<'a> {
-    pub(super) num_tokens: u64,
-    pub(super) hidden_dim: u64,
-    pub(super) dtype: &'a str,
-    pub(super) use_residual: bool,
-    pub(super) quant_mode: &'a str,
-    pub(super) epsilon: f32,
+pub struct MeasureRequest {
+    /// Tokens.
+    pub num_tokens: u64,
+    /// Elements of a token.
+    pub hidden_dim: u64,
+    /// PyTorch's name of the element type.
+    pub dtype: &'static str,
+    /// True if a residual is added.
+    pub use_residual: bool,
+    /// The name of the [quantization mode](crate::quant_mode::QuantMode).
+    pub quant_mode: &'static str,
+    /// RMSNorm's epsilon.
+    pub epsilon: f32,
     /// The per-tensor or global scale.
-    pub(super) scale: f32,
-    pub(super) oneshot: bool,
-    pub(super) warmup: u32,
-    pub(super) trials: u32,
-    pub(super) seed: u64,
-    /// Bytes of the cache that tensors must not be found in; 0 if they may.
-    pub(super) cache_bytes: u64,
+    pub scale: f32,
+    /// True if one-shot variants are measured.
+    pub oneshot: bool,
+    /// Trials before those that count.
+    pub warmup: u32,
+    /// Trials that count.
+    pub trials: u32,
+    /// Seed of the random inputs.
+    pub seed: u64,
+    /// Bytes of the cache in which no operation may find its tensors; 0 if it may.
+    pub cache_bytes: u64,
 }
 
-/// What a peer answers.
+/// A reply of a peer.
 #[derive(Debug, PartialEq, Deserialize)]
 #[serde(tag = "reply", rename_all = "lowercase", deny_unknown_fields)]
 pub(super) enum Reply {
-    /// Not the answer yet.
+    /// A sign of life before the final reply.
     Working {
-        /// What it is at.
+        /// The work at hand.
         on: String,
     },
-    /// The packages are not there, or not usable.
+    /// The packages are missing, or not usable.
     Unavailable {
         why: String,
-        /// What would help, as one would type it.
+        /// A command that would help.
         remedy: Option<String>,
     },
     Started {
-        /// Rank 0's.
+        /// The port of rank 0; `None` from other ranks.
         port: Option<u16>,
     },
     Joined {
@@ -75,7 +87,7 @@ pub(super) enum Reply {
     },
     Measured {
         rows: Vec<Row>,
-        /// What was not measured, and why.
+        /// Variants that were not measured, and the reasons.
         notes: Vec<String>,
     },
 }
@@ -86,20 +98,20 @@ pub(super) struct Row {
     pub(super) variant: String,
     pub(super) kind: Kind,
     #[serde(flatten)]
-    pub(super) outcome: Outcome,
+    pub(super) result: RowResult,
 }
 
 #[derive(Debug, PartialEq, Deserialize)]
 #[serde(untagged)]
-pub(super) enum Outcome {
+pub(super) enum RowResult {
     Timed {
         max_error_ulp: f64,
         operations_per_trial: u32,
-        /// On this rank.
+        /// The times of this rank.
         times_us: Vec<f64>,
     },
     Failed {
-        /// Why the results are wrong.
+        /// The reason why the results are wrong.
         failed: String,
     },
 }
@@ -119,13 +131,13 @@ mod tests {
                 {"variant": "a", "kind": "fused", "max_error_ulp": 0.5, "operations_per_trial": 20, "times_us": [1.5]},
                 {"variant": "b", "kind": "standard", "failed": "wrong"}]}"#,
         );
-        let timed = Outcome::Timed { max_error_ulp: 0.5, operations_per_trial: 20, times_us: vec![1.5] };
+        let timed = RowResult::Timed { max_error_ulp: 0.5, operations_per_trial: 20, times_us: vec![1.5] };
         let rows = vec![
-            Row { variant: "a".to_owned(), kind: Kind::Fused, outcome: timed },
+            Row { variant: "a".to_owned(), kind: Kind::Fused, result: timed },
             Row {
                 variant: "b".to_owned(),
                 kind: Kind::Standard,
-                outcome: Outcome::Failed { failed: "wrong".to_owned() },
+                result: RowResult::Failed { failed: "wrong".to_owned() },
             },
         ];
         assert_eq!(measured, Reply::Measured { rows, notes: Vec::new() });

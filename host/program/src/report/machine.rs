@@ -1,4 +1,4 @@
-//! The machine that a report was measured on.
+//! The machine of a measurement.
 
 use std::path::Path;
 
@@ -7,7 +7,7 @@ use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
 use crate::bounded;
 
-/// What a reader needs to know of a machine to judge its figures. Nothing here identifies it.
+/// The facts about a machine that a reader needs to judge figures. None of them identifies the machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Machine {
@@ -21,7 +21,7 @@ pub struct Machine {
     pub os: String,
     /// Kernel version.
     pub kernel: String,
-    /// Processor architecture: `x86_64`, `aarch64`, ...
+    /// Processor architecture, as `x86_64` or `aarch64`.
     pub arch: String,
     /// The ranks' GPUs by name, in rank order; none if the ranks ran on the processor.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -31,13 +31,13 @@ pub struct Machine {
     pub driver: Option<String>,
 }
 
-/// Where the driver tells its version.
+/// The file in which the driver has its version.
 const DRIVER_VERSION: &str = "/proc/driver/nvidia/version";
-/// The most bytes of it that are read: it has a few lines.
+/// The most bytes of that file that are read. It has a few lines.
 const MAX_VERSION: u64 = 64 << 10;
 
 impl Machine {
-    /// This machine. What the system does not tell is `unknown`, or 0.
+    /// This machine. Facts that the system does not give are `unknown`, or 0.
     pub fn here() -> Machine {
         let wanted = RefreshKind::nothing()
             .with_cpu(CpuRefreshKind::nothing())
@@ -59,7 +59,7 @@ impl Machine {
         }
     }
 
-    /// Names the ranks' GPUs, and their driver.
+    /// Sets the ranks' GPUs, and reads the version of their driver.
     pub fn set_gpus(&mut self, gpus: Vec<String>) {
         self.driver = (!gpus.is_empty())
             .then(|| bounded::read_to_string(Path::new(DRIVER_VERSION), MAX_VERSION).ok())
@@ -93,8 +93,8 @@ fn driver_version(text: &str) -> Option<String> {
     line.split_whitespace().find(is_version).map(str::to_owned)
 }
 
-/// Bytes that processes can still take without swapping, within the limit of this process's control group.
-/// `None` where the system does not tell.
+/// Bytes that processes can still take without swapping, within the limit of this process's control group. `None` if the
+/// system does not say.
 pub fn available_memory() -> Option<u64> {
     let wanted = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
     let system = System::new_with_specifics(wanted).ok()?;
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn the_driver_s_version_is_read_from_what_it_says() {
+    fn the_version_of_the_driver_is_read_from_its_file() {
         let text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (root@a)\n\
                     GCC version:  gcc version 13.3.0\n";
         assert_eq!(driver_version(text).as_deref(), Some("580.95.05"));

@@ -1,9 +1,8 @@
-//! A progress bar that is there for a person and for nobody else.
+//! A progress bar on a terminal.
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// A bar on stderr, drawn only if that is a terminal; otherwise every call does nothing. Dropping it clears
-/// it, so that no error is printed over a bar.
+/// A bar on the standard error, drawn only on a terminal. Dropping it clears it, so that no error is printed over a bar.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
@@ -19,12 +18,12 @@ impl Progress {
         Progress { bar }
     }
 
-    /// A bar that is never drawn: for the ranks that show nothing.
+    /// A bar that is never drawn, for ranks that show nothing.
     pub fn hidden() -> Progress {
         Progress { bar: ProgressBar::hidden() }
     }
 
-    /// Says what is being done.
+    /// Shows the work at hand.
     pub fn doing(&self, what: impl Into<std::borrow::Cow<'static, str>>) {
         self.bar.set_message(what);
     }
@@ -34,12 +33,12 @@ impl Progress {
         self.bar.inc(1);
     }
 
-    /// Steps counted.
+    /// Steps counted so far.
     pub fn steps(&self) -> u64 {
         self.bar.position()
     }
 
-    /// Runs `print`, which may write to the terminal, with the bar out of the way.
+    /// Hides the bar while `print` writes to the terminal.
     pub fn suspend<T>(&self, print: impl FnOnce() -> T) -> T {
         self.bar.suspend(print)
     }

@@ -1,12 +1,12 @@
-//! How large the processor's caches are.
+//! The size of the processor's caches.
 
 use std::{fs, path::Path, sync::OnceLock};
 
 use crate::bounded;
 
-/// Where Linux lists the caches of a processor.
+/// The folder in which Linux lists the caches of a processor.
 const CACHES: &str = "/sys/devices/system/cpu/cpu0/cache";
-/// What is taken where the system does not tell: more than most have.
+/// The assumed size if the system does not say, more than most processors have.
 const UNKNOWN: u64 = 64 << 20;
 /// The most bytes of a cache's size, as text, that are read.
 const MAX_SIZE: u64 = 64;
@@ -17,7 +17,7 @@ pub(crate) fn cache_bytes() -> u64 {
     *BYTES.get_or_init(|| largest(Path::new(CACHES)).unwrap_or(UNKNOWN))
 }
 
-/// The largest of the caches that a folder lists.
+/// The size of the largest cache that a folder lists.
 fn largest(caches: &Path) -> Option<u64> {
     let sizes = fs::read_dir(caches).ok()?.filter_map(|cache| {
         let size = bounded::read_to_string(&cache.ok()?.path().join("size"), MAX_SIZE).ok()?;

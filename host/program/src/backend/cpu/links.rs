@@ -1,8 +1,8 @@
-//! Measuring the links between ranks that are processes, or threads: what memory that they share carries.
+//! The links between ranks that are processes or threads on one host: shared memory.
 //!
-//! Words travel from the cache of one rank's core to that of another's, as the exchange's do: before a place is stored
-//! into, the rank that it belongs to has emptied it, and before it is loaded from, the other rank has filled it. Lines are
-//! stored and loaded by the exchange's instructions, and only that is timed.
+//! As in the exchange, words travel from the cache of one rank's core to that of another's. Before a rank stores into a
+//! place, the place's owner empties it; before a rank loads from a place, the other rank fills it. The exercises use the
+//! exchange's instructions, and time nothing else.
 
 use std::{
     os::fd::AsFd,
@@ -29,32 +29,33 @@ use fused_collective::{
         shared_memory::SharedMemory,
     },
 };
+use fused_collective_core::{
+    links::{PLACES_OFFSET, WARM_UP_TRIPS, flag_offset, pattern, region_bytes},
+    pack::Pack,
+};
 
 use crate::backend::{
     error::Error,
-    links::{self, Exercise, Measure, find_wrong},
+    links::{Exercise, Links, Measure, find_wrong},
 };
 
-/// What a slot of the workspace holds of a rank's rows: it stays in a core's own caches.
+/// Bytes of a rank's rows in a slot of the workspace. They stay in a core's own caches.
 const PLACE_BYTES: u64 = SLOT_BYTES_PER_RANK;
-/// Bytes that go to one rank before the next one's turn: a row of usual length.
+/// Bytes that go to one rank before the next rank's turn, a row of usual length.
 const ROW_BYTES: u64 = 16 << 10;
-/// More than most processors' caches hold.
+/// Bytes of a copy, more than most processors' caches hold.
 const COPY_BYTES: u64 = 64 << 20;
 const _: () =
     assert!(PLACE_BYTES.is_multiple_of(ROW_BYTES) && ROW_BYTES.is_multiple_of(line::WORDS as u64 * 8));
 
 const METHODS: [(Measure, &str); 6] = [
-    (
-        Measure::Word,
-        "half the time that a word of 8 bytes takes to the other rank and back, in shared memory",
-    ),
+    (Measure::Word, "half the round trip of a word of 8 bytes to the other rank, in shared memory"),
     (Measure::Push, "stores into memory that the other rank has just emptied, 128 KiB at a time"),
-    (Measure::PolledPush, "the same while the other rank polls line after line"),
+    (Measure::PolledPush, "as push, while the other rank polls line after line"),
     (Measure::Pull, "loads from memory that the other rank has just filled, 128 KiB at a time"),
     (
         Measure::PushAll,
-        "every rank pushes to all others at the same time, 16 KiB to each in turn: bytes out of the slowest rank",
+        "every rank stores into the memory of all others at the same time, 16 KiB to each in turn: bytes out of the slowest rank",
     ),
     (
         Measure::Copy,
@@ -62,28 +63,30 @@ const METHODS: [(Measure, &str); 6] = [
     ),
 ];
 
-/// One rank's end.
-pub(super) struct Links<'a> {
+/// One rank of the exercises.
+pub(super) struct CpuLinks<'a> {
     rank: u32,
     world_size: u32,
     memory: SharedMemory,
     region_bytes: u64,
-    /// For each rank: how often this rank has set its flag there, and waited for that rank's here.
+    /// The signals sent to each rank.
     sent: Vec<u64>,
+    /// The signals awaited from each rank.
     awaited: Vec<u64>,
-    /// Counts what was timed.
+    /// The number of the current exercise.
     run: u32,
-    /// What this rank sends in this run.
+    /// The words that this rank sends in this run.
     content: Vec<u64>,
     mover: Mover,
     communicator: &'a mut Communicator,
 }
 
-impl<'a> Links<'a> {
+impl<'a> CpuLinks<'a> {
     /// Makes memory that all ranks of `group` share. All ranks call this.
     pub(super) fn share(group: &Group, communicator: &'a mut Communicator) -> Result<Self, Error> {
-        let failed =
-            |what: &dyn std::fmt::Display| Error::Other(format!("the memory to measure links with: {what}"));
+        let failed = |what: &dyn std::fmt::Display| {
+            Error::Other(format!("cannot share memory to measure links: {what}"))
+        };
         let (rank, world_size) = (group.rank(), group.world_size());
         // A few MiB in the largest group.
         let region_bytes = region_bytes(world_size, PLACE_BYTES).unwrap_or(u64::MAX);
@@ -94,7 +97,7 @@ impl<'a> Links<'a> {
         };
         let file = group.share_fd(own.as_ref().map(AsFd::as_fd)).map_err(|error| failed(&error))?;
         let memory = SharedMemory::map(file.as_fd(), bytes).map_err(|error| failed(&error))?;
-        Ok(Links {
+        Ok(CpuLinks {
             rank,
             world_size,
             memory,
@@ -108,7 +111,7 @@ impl<'a> Links<'a> {
         })
     }
 
-    /// Where rank `source` sets its flag in rank `rank`'s memory.
+    /// The flag of rank `source` in rank `rank`'s memory.
     fn flag(&self, rank: u32, source: u32) -> &AtomicU64 {
         &self.memory.words(u64::from(rank) * self.region_bytes + flag_offset(source), 8)[0]
     }
@@ -119,13 +122,13 @@ impl<'a> Links<'a> {
         self.memory.words(first + u64::from(source) * PLACE_BYTES, PLACE_BYTES)
     }
 
-    /// Tells rank `peer` that it may go on. What this rank did before is visible to it then.
+    /// Signals rank `peer`, which then sees everything that this rank has written before.
     fn signal(&mut self, peer: u32) {
         self.sent[peer as usize] += 1;
         self.flag(peer, self.rank).store(self.sent[peer as usize], Release);
     }
 
-    /// Waits until rank `peer` has signalled once more.
+    /// Waits for one more signal of rank `peer`.
     fn await_signal(&mut self, peer: u32) -> Result<(), Error> {
         self.awaited[peer as usize] += 1;
         let count = self.awaited[peer as usize];
@@ -144,12 +147,12 @@ impl<'a> Links<'a> {
         Wait::new(self.communicator.guard(), peer, What::Flag, u64::from(self.run))
     }
 
-    /// A wait that failed ends the group's communicator, too, as the others learn.
+    /// Ends the group's communicator if a wait failed, so that the other ranks learn of it.
     fn succeed(&mut self, waited: Result<(), Box<Failure>>) -> Result<(), Error> {
         Ok(waited.map_err(|failure| self.communicator.fail(failure))?)
     }
 
-    /// Returns when every rank has come.
+    /// Waits until every rank has called this.
     fn meet(&mut self) -> Result<(), Error> {
         let peers = || (0..self.world_size).filter(|&peer| peer != self.rank);
         let peers: Vec<u32> = peers().collect();
@@ -157,7 +160,7 @@ impl<'a> Links<'a> {
         peers.iter().try_for_each(|&peer| self.await_signal(peer))
     }
 
-    /// As the exchange sends a row. `words` and `values` are as long as each other, and whole lines.
+    /// Stores whole lines as the exchange does. `words` and `values` have the same length.
     fn store(&self, words: &[AtomicU64], values: &[u64]) {
         fence(Release);
         for (line, values) in words.as_chunks().0.iter().zip(values.as_chunks().0) {
@@ -212,7 +215,7 @@ impl<'a> Links<'a> {
         Ok(0.0)
     }
 
-    /// Waits for all that rank `source` stores here, one line after the other.
+    /// Waits for every line that rank `source` stores here, in order.
     fn poll(&self, source: u32) -> Result<(), Box<Failure>> {
         for line in self.place(self.rank, source).as_chunks().0 {
             let mut wait = None;
@@ -237,7 +240,7 @@ impl<'a> Links<'a> {
             busy += began.elapsed();
             std::hint::black_box(&mut read);
         }
-        // Where it is looked for.
+        // The check of received bytes looks here.
         self.store(self.place(self.rank, from), &read);
         Ok(microseconds(busy) / f64::from(times))
     }
@@ -245,7 +248,7 @@ impl<'a> Links<'a> {
     fn be_pulled_from(&mut self, by: u32, times: u32) -> Result<f64, Error> {
         for _ in 0..times {
             self.await_signal(by)?;
-            // In this core's cache alone, as what was just computed.
+            // The lines are then in this core's cache only, as just computed ones are.
             self.store(self.place(self.rank, self.rank), &self.content);
             self.signal(by);
         }
@@ -279,7 +282,7 @@ fn microseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
 }
 
-impl links::Links for Links<'_> {
+impl Links for CpuLinks<'_> {
     fn methods(&self) -> Vec<(Measure, &'static str)> {
         METHODS.to_vec()
     }
@@ -324,7 +327,7 @@ impl links::Links for Links<'_> {
     }
 
     fn leave(&mut self) -> Result<(), Error> {
-        // The memory goes with its last user.
+        // The memory is freed with its last user.
         Ok(())
     }
 }
@@ -335,10 +338,10 @@ mod tests {
 
     use fused_collective::{cpu, group::rendezvous::Membership};
 
-    use super::{links::Links as _, *};
+    use super::*;
 
-    /// Runs `rank` on `ranks` ranks, which are threads, none of which waits past `deadline`.
-    fn with_links(test: &str, ranks: u32, deadline: Duration, rank: impl Fn(&Group, Links<'_>) + Sync) {
+    /// Runs `rank` on `ranks` threads. No exercise waits past `deadline`.
+    fn with_links(test: &str, ranks: u32, deadline: Duration, rank: impl Fn(&Group, CpuLinks<'_>) + Sync) {
         let key = format!("links {test} {}", id());
         let play = |number| {
             let patient = Duration::from_secs(60);
@@ -347,7 +350,7 @@ mod tests {
             let group = Group::join(&membership).unwrap();
             let options = cpu::Options { max_row_bytes: 0, deadline };
             let mut communicator = Communicator::join(&group, options).unwrap();
-            rank(&group, Links::share(&group, &mut communicator).unwrap());
+            rank(&group, CpuLinks::share(&group, &mut communicator).unwrap());
             group.farewell().unwrap();
         };
         thread::scope(|scope| (0..ranks).for_each(|number| drop(scope.spawn(move || play(number)))));
@@ -370,7 +373,7 @@ mod tests {
                 let time = links.time(exercise, 3).unwrap();
                 group.barrier().unwrap();
                 let (from, to) = of_pair(exercise);
-                // Whoever stores or loads has the time.
+                // The rank that stores or loads measures the time.
                 let timed = if matches!(exercise, Exercise::Pull { .. }) { to } else { from };
                 assert_eq!(time > 0.0, rank == timed, "{exercise:?}");
                 if rank == to {
@@ -378,7 +381,7 @@ mod tests {
                     let word = &links.place(rank, from)[100];
                     word.store(word.load(Relaxed) ^ 1, Relaxed);
                     let wrong = links.received(from).unwrap().unwrap();
-                    assert!(wrong.starts_with("byte 800 "), "{wrong}");
+                    assert!(wrong.contains("wrong from byte 800 on"), "{wrong}");
                 }
             }
             assert!(links.time(Exercise::PushAll { blocks: None }, 2).unwrap() > 0.0);
@@ -386,7 +389,7 @@ mod tests {
                 assert_eq!(links.received(source).unwrap(), None);
             }
             group.barrier().unwrap();
-            // What the run before left is not what this one sends.
+            // The bytes of one run are wrong for the next.
             links.run += 1;
             assert!(links.received((rank + 1) % 3).unwrap().is_some());
             let time = links.time(Exercise::Word { from: 1, to: 0 }, 10).unwrap();
@@ -402,7 +405,7 @@ mod tests {
                     let error = links.time(exercise, 1).unwrap_err().to_string();
                     let expected = "waited 0.1 s for rank 1 in a measurement of links: it is stuck, or slower than the deadline";
                     assert_eq!(error, expected);
-                    // And not waited for again.
+                    // The rank is not waited for again.
                     assert!(links.time(exercise, 1).unwrap_err().is_poisoned());
                 }
                 group.barrier().unwrap();

@@ -1,13 +1,19 @@
-//! The CPU backend's side of the benchmark: tensors in memory, and every [`Step`] as a vectorized pass.
+//! The CPU backend: tensors in memory, and every [`Step`] as a vectorized pass.
 //!
-//! The separate operations use the row loops of the fused one, so a difference in time is a difference in
-//! passes over memory.
+//! The separate operations use the row loops of the fused one, so a difference in time comes from passes over memory.
 
-mod cache;
+pub(crate) mod cache;
 mod links;
 
 use std::{collections::HashMap, marker::PhantomData, mem::replace, time::Instant};
 
+use fused_collective::{
+    cpu::{
+        Communicator, Inputs, Outputs, Plain,
+        rows::{AddRow, Finish, FinishRow, QuantizeRow, RowOutputs, elements, elements_mut},
+    },
+    group::rendezvous::Group,
+};
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
     fusion::{Mode, Operation, Residual},
@@ -17,28 +23,19 @@ use fused_collective_core::{
 };
 use pulp::{Simd, WithSimd};
 
-use fused_collective::{
-    cpu::{
-        Communicator, Inputs, Outputs, Plain,
-        rows::{AddRow, Finish, FinishRow, QuantizeRow, RowOutputs, elements, elements_mut},
-    },
-    group::rendezvous::Group,
-};
-
 use crate::backend::{
     collective::{Collective, MAX_OPERATIONS, copies},
     error::Error,
     guards::{GUARD, GUARD_BYTES, stray_write},
-    links::Links as LinksTrait,
+    links::Links,
     problem::{Problem, Tensor},
     steps::{Eager, Step},
 };
 
-pub(crate) use cache::cache_bytes;
-use links::Links;
+use cache::cache_bytes;
+use links::CpuLinks;
 
-/// A tensor between its guards: bytes that start with a cache line. Some processors copy to anywhere else several
-/// times slower.
+/// A tensor between its guards. It starts at a cache line, as some processors copy to other addresses several times slower.
 #[derive(Debug, Default)]
 struct Buffer {
     words: Vec<u64>,
@@ -65,7 +62,7 @@ impl Buffer {
         Ok(Buffer { words, start, bytes: length })
     }
 
-    /// Where the guards were written, if they were.
+    /// Describes a write into the guards.
     fn stray_write(&self) -> Option<String> {
         let all: &[u8] = bytemuck::cast_slice(&self.words);
         stray_write(&all[..self.start], &all[self.start + self.bytes..])
@@ -131,21 +128,22 @@ impl Tensors {
 pub struct Engine {
     communicator: Communicator,
     problem: Option<Problem>,
-    /// The tensors, and the copies that operations of a cold trial take turns on.
+    /// The tensors, and the copies on which the operations of a cold trial take turns.
     sets: Vec<Tensors>,
-    /// The ones in use.
+    /// The set in use.
     set: usize,
     cold: bool,
-    /// Written before a cold trial, to have the cache full of it.
+    /// Memory that is written before a cold trial, to replace everything in the cache.
     flush: Vec<u64>,
-    /// The problems put aside, by slot, with their tensors, and the slot of the one at hand.
+    /// The saved problems with their tensors, by slot.
     aside: HashMap<usize, (Option<Problem>, Vec<Tensors>)>,
+    /// The slot of the current problem.
     slot: usize,
     scratch: Vec<u64>,
 }
 
 impl Engine {
-    /// An engine without a problem yet.
+    /// An engine without a problem.
     pub fn new(communicator: Communicator) -> Self {
         Engine {
             communicator,
@@ -237,7 +235,7 @@ impl Engine {
         Ok(self.communicator.all_reduce(&problem.all_reduce(mode), inputs, outputs)?)
     }
 
-    /// What follows the sum, with another quantization than the problem's if need be.
+    /// The parameters of the steps after the sum, with this `quantization` in place of the problem's.
     fn finish<'a, E: Plain>(
         gamma: &'a Buffer,
         problem: &Problem,
@@ -391,7 +389,7 @@ impl Collective for Engine {
             for tensor in Tensor::ALL {
                 let bytes = problem.bytes(tensor).ok_or_else(|| {
                     Error::Memory(format!(
-                        "{tensor:?} of {} tokens is more bytes than 64 bits count",
+                        "{tensor:?} of {} tokens has more bytes than 64 bits count",
                         problem.tokens
                     ))
                 })?;
@@ -447,7 +445,7 @@ impl Collective for Engine {
 
     fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
         if self.cold {
-            // Other numbers each time, so that it is really written.
+            // The compiler must not know the number, so that the memory is really written.
             let number = std::hint::black_box(operations).into();
             self.flush.fill(number);
             std::hint::black_box(&mut self.flush);
@@ -483,12 +481,12 @@ impl Collective for Engine {
                 }
             }
         }
-        // It is small enough to be read whole each time.
+        // The workspace is small enough to be read whole each time.
         Ok(self.communicator.find_stray_write())
     }
 
-    fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn LinksTrait + 'b>, Error> {
-        Ok(Box::new(Links::share(group, &mut self.communicator)?))
+    fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn Links + 'b>, Error> {
+        Ok(Box::new(CpuLinks::share(group, &mut self.communicator)?))
     }
 
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
@@ -506,12 +504,12 @@ impl Collective for Engine {
     }
 }
 
-/// Sets of tensors that operations take turns on.
+/// The number of sets of tensors on which operations take turns.
 pub(crate) fn sets(problem: &Problem, cold: bool) -> u32 {
     if cold { copies(problem, cache_bytes(), MAX_OPERATIONS) } else { 1 }
 }
 
-/// Copies that [`Engine::copy_time`] takes the median of.
+/// Copies whose median time is [`Engine::copy_time`](Collective::copy_time).
 const COPIES: usize = 9;
 
 #[cfg(test)]

@@ -5,13 +5,12 @@ use fused_collective_core::fusion::Mode;
 
 use super::settings::{Outputs, Settings};
 use crate::{
-    commands::values::{
-        check_operation, deadline, file, hidden_dim, list, name, number, one, positive, ranks, seconds, seed,
-    },
+    job::options::JobArgs,
     usage::UsageError,
+    values::{check_operation, file, hidden_dim, list, name, number, one, positive, seconds, seed},
 };
 
-/// The most trials, and the most to warm up: every trial's time is kept in memory and in the report.
+/// The most trials, and the most warm-up trials. Memory and the report hold the time of every trial.
 const MAX_TRIALS: u32 = 1_000_000;
 /// The longest deadline for peers: a day, in seconds.
 const MAX_PEER_DEADLINE: f64 = 86_400.0;
@@ -28,12 +27,12 @@ const MAX_PEER_DEADLINE: f64 = 86_400.0;
     example = "{command_name} --json today.json --compare yesterday.json --tolerance 5",
     example = "{command_name} --peers flashinfer,torch --python ~/venv/bin/python",
     example = "torchrun --no-python --nproc_per_node=4 {command_name}",
-    note = "Every variant is verified before it is timed; its row says by how much it was off at most.",
-    note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is one.",
-    note = "Lists are given with spaces, with commas, or both. A repeated value counts once.",
-    note = "Files appear when the run is done; one that cannot be written is found before it starts.",
-    note = "Exit status: 0 all well; 1 a variant or a rank failed, or a row lost more than the tolerance;",
-    note = "2 the command line is not valid."
+    note = "Every variant is verified before it is timed. Its row has the largest error of any element.",
+    note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is a rank.",
+    note = "List values are separated by spaces, commas or both. A repeated value counts once.",
+    note = "Files are checked before the run, and written when it is complete.",
+    note = "Exit status: 0 success; 1 a variant or a rank failed, or a row is slower than the tolerance",
+    note = "allows; 2 the command line is not valid."
 )]
 pub(crate) struct BenchArgs {
     /// token counts (default: 128 512 1024 2048)
@@ -52,12 +51,12 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "mode")]
     quant_modes: Vec<String>,
 
-    /// the residual: replicated (on every rank), sharded (fused variants as well that have each row on its token's
-    /// owner alone), or none (default: replicated)
+    /// residual: replicated (on every rank), sharded (measures also fused variants with each row on its token's owner
+    /// only), or none (default: replicated)
     #[argh(option, arg_name = "how")]
     residual: Option<String>,
 
-    /// the same as --residual none
+    /// same as --residual none
     #[argh(switch)]
     no_residual: bool,
 
@@ -65,7 +64,7 @@ pub(crate) struct BenchArgs {
     #[argh(switch)]
     no_oneshot: bool,
 
-    /// trials before those that count (default: 5)
+    /// trials that do not count, before those that do (default: 5)
     #[argh(option, arg_name = "n")]
     warmup: Option<String>,
 
@@ -77,7 +76,7 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "n")]
     seed: Option<String>,
 
-    /// auto, cpu or cuda (default: auto, which is cuda where there are GPUs enough)
+    /// auto, cpu or cuda (default: auto, which is cuda if there are enough GPUs)
     #[argh(option, arg_name = "name")]
     backend: Option<String>,
 
@@ -85,11 +84,11 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "name")]
     allreduce: Vec<String>,
 
-    /// ranks to start, 2 to 16 (default: the GPUs there are, else 2)
+    /// ranks to start, 2 to 16 (default: one per GPU, else 2)
     #[argh(option, arg_name = "n")]
     nproc_per_node: Option<String>,
 
-    /// let ranks share a GPU: slow but right, and times mean nothing
+    /// let ranks share a GPU: results are right, times are meaningless
     #[argh(switch)]
     oversubscribe: bool,
 
@@ -97,19 +96,19 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "seconds")]
     deadline: Option<String>,
 
-    /// tensors come from memory, not from a cache: operations of a trial take turns on copies of them
+    /// read tensors from memory, not from a cache: the operations of a trial take turns on copies of them
     #[argh(switch)]
     cold: bool,
 
-    /// packages of Python to measure as well, where they are installed: flashinfer, torch (default: none)
+    /// other packages to measure, if Python has them: flashinfer, torch (default: none)
     #[argh(option, arg_name = "name")]
     peers: Vec<String>,
 
-    /// python for the peers (default: python3)
+    /// path of the Python that runs the peers (default: python3)
     #[argh(option, arg_name = "program")]
     python: Option<String>,
 
-    /// longest silence of a peer, in seconds: some compile their kernels first (default: 300)
+    /// longest silence of a peer, in seconds; some compile their kernels first (default: 300)
     #[argh(option, arg_name = "seconds")]
     peer_deadline: Option<String>,
 
@@ -117,24 +116,25 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "file")]
     output_file: Option<String>,
 
-    /// write every figure to this file, for scripts and for --compare
+    /// write every figure to this file as JSON, for scripts and for --compare
     #[argh(option, arg_name = "file")]
     json: Option<String>,
 
-    /// draw time over tokens into this SVG file
+    /// plot time over tokens into this SVG file
     #[argh(option, arg_name = "file")]
     plot: Option<String>,
 
-    /// compare with the report that an earlier run wrote with --json
+    /// compare with the JSON report of an earlier run
     #[argh(option, arg_name = "file")]
     compare: Option<String>,
 
-    /// loss in percent past which --compare fails (default: 10)
+    /// slowdown in percent past which --compare fails (default: 10)
     #[argh(option, arg_name = "percent")]
     tolerance: Option<String>,
 }
 
 impl BenchArgs {
+    /// Checks every value.
     pub(crate) fn settings(self) -> Result<Settings, UsageError> {
         let default = Settings::default();
         let tokens = |text: &str| number("--num-tokens", text, "a number of tokens", 1, None);
@@ -173,16 +173,20 @@ impl BenchArgs {
             warmup: one(self.warmup, trials("--warmup", 0), default.warmup)?,
             trials: one(self.trials, trials("--trials", 1), default.trials)?,
             seed: one(self.seed, seed, default.seed)?,
-            deadline_seconds: one(self.deadline, deadline, default.deadline_seconds)?,
-            backend: one(self.backend, |text| name("--backend", text), default.backend)?,
+            job: JobArgs {
+                backend: self.backend,
+                nproc_per_node: self.nproc_per_node,
+                groups: None,
+                oversubscribe: self.oversubscribe,
+                deadline: self.deadline,
+            }
+            .parse(default.job)?,
             all_reduces: list(
                 "--allreduce",
                 &self.allreduce,
                 |text| name("--allreduce", text),
                 default.all_reduces,
             )?,
-            nproc_per_node: self.nproc_per_node.map(|text| ranks(&text)).transpose()?,
-            oversubscribe: self.oversubscribe,
             cold: self.cold,
             peers: list("--peers", &self.peers, |text| name("--peers", text), default.peers)?,
             peer_deadline_seconds: one(

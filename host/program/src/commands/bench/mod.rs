@@ -1,6 +1,7 @@
-//! `fused-collective bench`.
+//! `fused-collective bench`: every variant of every configuration, verified, timed and reported.
 
 pub(crate) mod args;
+pub mod report;
 pub mod run;
 pub mod settings;
 
@@ -10,47 +11,46 @@ use fused_collective::group::rendezvous::Group;
 
 use crate::{
     backend::{collective::Collective, problem::Tensor},
-    commands::bench::{run as bench, settings::Settings},
     exit::{self, Failure, complain, print},
     job::{
         Job, Request, launch,
         ranks::Error,
         screen::{Screen, width},
     },
-    peers::Peers,
-    report::{Report, compare, outputs::OutputFiles, table},
+    peers::{PeerOptions, Peers},
 };
+use report::{compare, data::Report, files::Files, table};
+use settings::Settings;
 
-/// A benchmark that has been asked for and can be run.
+/// Tells a rank the path of the report that `--compare` names.
+const EARLIER: &str = "FUSED_COLLECTIVE_EARLIER";
+
+/// A benchmark whose settings have been checked.
 pub(crate) struct Bench {
     settings: Settings,
     job: Job,
-    outputs: OutputFiles,
+    files: Files,
     earlier: Option<Report>,
 }
 
 impl Bench {
-    /// Checks all that can be checked before anything runs.
+    /// Checks everything that can be checked before the run.
     pub(crate) fn new(settings: Settings) -> Result<Self, Failure> {
         let mut job = Job::new(Request {
-            backend: settings.backend,
-            nproc_per_node: settings.nproc_per_node,
-            groups: 1,
-            oversubscribe: settings.oversubscribe,
             all_reduces: settings.all_reduces.clone(),
-            deadline: settings.deadline(),
-            problems: settings.cases().map(|case| bench::problem(&settings, case)).collect(),
+            problems: settings.cases().map(|case| run::problem(&settings, case)).collect(),
             cold: settings.cold,
             // A copy of the outputs while they are verified.
             held: |problem| problem.bytes_of(&Tensor::OUTPUTS),
+            ..Request::new(settings.job.clone())
         })?;
-        let outputs = OutputFiles::check(&settings.outputs)?;
+        let files = Files::check(&settings.outputs)?;
         let earlier = match &settings.outputs.compare {
             Some(path) => earlier(path, &settings, &mut job)?,
             None => None,
         };
         job.check_memory()?;
-        Ok(Bench { settings, job, outputs, earlier })
+        Ok(Bench { settings, job, files, earlier })
     }
 
     pub(crate) fn run(self) -> Result<u8, Failure> {
@@ -58,18 +58,26 @@ impl Bench {
         self.job.run(&self.settings, measure, |report| self.conclude(&report))
     }
 
-    /// Runs the benchmark, and on rank 0 shows it as it goes.
+    /// Runs the benchmark. Rank 0 shows each configuration when it is measured.
     fn measure(&self, group: &Group, backend: &mut dyn Collective) -> Result<Report, Error> {
         let settings = &self.settings;
         let (name, world_size) = (self.job.backend_name(), self.job.world_size());
         let mut report = Report::new(env::args().skip(1).collect(), name, world_size, settings.clone());
         report.machine.set_gpus(backend.gpus());
-        let mut peers = Peers::start(settings, group, self.job.cuda())?;
+        let peers = PeerOptions {
+            choices: &settings.peers,
+            python: &settings.python,
+            deadline: settings.peer_deadline(),
+            max_tokens: settings.num_tokens.iter().copied().max().unwrap_or(1),
+            hidden_dim: settings.hidden_dim,
+            cuda: self.job.cuda(),
+        };
+        let mut peers = Peers::start(&peers, group)?;
         let mut screen = Screen::new(group);
-        let progress = screen.progress(bench::count(settings, backend.all_reduces().len()));
+        let progress = screen.progress(run::count(settings, backend.all_reduces().len()));
         screen.show(&progress, &table::heading(&report));
-        bench::run(settings, group, backend, &mut peers, &progress, |measured| {
-            report.push_gb_s = measured.push_gb_s;
+        run::run(settings, group, backend, &mut peers, &progress, |measured| {
+            report.push_gb_s = measured.put_gb_s;
             report.push(measured.case, measured.notes, measured.variants);
             if let Some(configuration) = report.configurations.last() {
                 screen.show(&progress, &format!("\n{}", table::configuration(configuration, width())));
@@ -78,9 +86,9 @@ impl Bench {
         screen.finish().map(|()| report)
     }
 
-    /// On rank 0: writes the files and says how it went.
+    /// Writes the files, shows failures and the comparison, and returns the exit status. Rank 0 calls this.
     fn conclude(&self, report: &Report) -> Result<u8, Failure> {
-        self.outputs.write(report).map_err(|error| Failure::Failed(error.to_string()))?;
+        self.files.write(report).map_err(|error| Failure::Failed(error.to_string()))?;
         let mut status = exit::SUCCESS;
         let failures = report.failures().count();
         if failures > 0 {
@@ -99,8 +107,10 @@ impl Bench {
     }
 }
 
-/// The report to compare with, which must be of such a run. A pipe can be read once: whoever starts ranks reads it for
-/// them, and where nobody does rank 0 alone reads what is no ordinary file.
+/// Reads the report to compare with, and checks that it is comparable.
+///
+/// A pipe can be read once. So a process that starts ranks reads the report for them. If another launcher started the
+/// ranks, rank 0 alone reads a file that is not a regular one.
 fn earlier(path: &Path, settings: &Settings, job: &mut Job) -> Result<Option<Report>, Failure> {
     let handed_over = launch::handed_over(EARLIER);
     let is_file = || path.metadata().is_ok_and(|metadata| metadata.is_file());
@@ -115,6 +125,3 @@ fn earlier(path: &Path, settings: &Settings, job: &mut Job) -> Result<Option<Rep
     }
     Ok(Some(earlier))
 }
-
-/// Tells a rank where it finds the report that `--compare` names.
-const EARLIER: &str = "FUSED_COLLECTIVE_EARLIER";

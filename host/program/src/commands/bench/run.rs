@@ -1,17 +1,17 @@
 //! The benchmark: every variant of every configuration, verified, then timed.
 //!
-//! Each rank runs [`run`] with its end of the group and of the backend; all of them go through the same
-//! steps. A trial runs a variant several times back to back, from a barrier; its time is the slowest rank's.
+//! Every rank calls [`run`], and all ranks go through the same steps. A trial runs a variant several times back to back
+//! after a barrier. The time of a trial is that of the slowest rank.
 
 use std::fmt::Write as _;
 
+use fused_collective::group::rendezvous::Group;
 use fused_collective_core::{
     fusion::{Mode, Norm},
     plan::{Algorithm, Plan},
 };
 
-use fused_collective::group::rendezvous::Group;
-
+use super::settings::{Case, Settings};
 use crate::{
     backend::{
         collective::Collective,
@@ -20,20 +20,17 @@ use crate::{
     },
     check::{
         inputs::Numbers,
-        variants::{Variant, count as count_variants, variants},
+        variants::{self, Variant, variants},
         verify,
     },
-    commands::{
-        bench::settings::{Case, Settings},
-        links::run as links,
-    },
+    commands::links::run::put_bandwidth,
     job::ranks::{Error, slowest},
     measurement::{Kind, Measurement, Trials, bus_factor},
-    peers::Peers,
+    peers::{Peers, protocol::MeasureRequest},
     report::progress::Progress,
 };
 
-/// Trials that decide how the separate operations run an all-reduce.
+/// Trials that choose the fastest way to run an all-reduce.
 const CHOICE_TRIALS: u32 = 5;
 
 /// The problem that a configuration measures.
@@ -50,25 +47,25 @@ pub fn problem(settings: &Settings, case: Case) -> Problem {
     }
 }
 
-/// What one configuration gave.
+/// The results of one configuration.
 #[derive(Debug)]
 pub struct Measured {
     /// The configuration.
     pub case: Case,
-    /// What a reader should know of it.
+    /// Notes for a reader, a sentence each.
     pub notes: Vec<String>,
-    /// Its variants.
+    /// The variants.
     pub variants: Vec<Measurement>,
-    /// The [push rate](links::push_rate) of the links between the ranks' GPUs, if they have each their own. The same for
-    /// every configuration.
-    pub push_gb_s: Option<f64>,
+    /// The [all-to-all put bandwidth](put_bandwidth) in GB/s, if every rank has a GPU of its own. The same for every
+    /// configuration.
+    pub put_gb_s: Option<f64>,
 }
 
-/// Measures every configuration of `settings`, with what `peers` there are, and hands each to `done`; every rank is given
-/// the same figures.
+/// Measures every configuration of `settings`, then the `peers` on it, and passes each to `done`. Every rank gets the same
+/// figures.
 ///
 /// # Errors
-/// The group or the backend failed. A variant that is wrong is no error but a measurement that says so.
+/// The group or the backend failed. A wrong variant is no error but a measurement without times.
 pub fn run(
     settings: &Settings,
     group: &Group,
@@ -79,8 +76,8 @@ pub fn run(
 ) -> Result<(), Error> {
     backend.set_cold(settings.cold);
     let cache_bytes = if settings.cold { backend.cache_bytes() } else { 0 };
-    let has_links = !backend.gpus().is_empty() && !settings.oversubscribe;
-    let push_rate = has_links.then(|| links::push_rate(group, backend, progress)).transpose()?;
+    let has_links = !backend.gpus().is_empty() && !settings.job.oversubscribe;
+    let put_bandwidth = has_links.then(|| put_bandwidth(group, backend, progress)).transpose()?;
     let most_tokens = settings.num_tokens.iter().max().copied();
     for case in settings.cases() {
         let problem = problem(settings, case);
@@ -122,11 +119,11 @@ pub fn run(
             notes.extend(prediction(&gpus, bytes, copy, &entrants)?);
         }
         if Some(case.num_tokens) == most_tokens {
-            notes.extend(match &push_rate {
-                Some(Ok(rate)) => {
-                    share_of_links(*rate, problem.activation_bytes(), group.world_size(), &entrants)
+            notes.extend(match &put_bandwidth {
+                Some(Ok(put_gb_s)) => {
+                    share_of_links(*put_gb_s, problem.activation_bytes(), group.world_size(), &entrants)
                 }
-                Some(Err(why)) => Some(format!("what the links allow is not known: {why}")),
+                Some(Err(why)) => Some(format!("the all-to-all put bandwidth is not known: {why}")),
                 None => None,
             });
         }
@@ -138,27 +135,46 @@ pub fn run(
         let mut measured: Vec<Measurement> = entrants.into_iter().map(measurement).collect();
         if !settings.peers.is_empty() {
             progress.doing(format!("{} tokens, {}: peers", case.num_tokens, case.quant_mode));
-            let (of_peers, notes_of_peers) = peers.measure(settings, group, case, cache_bytes)?;
-            measured.extend(of_peers);
+            let (rows, notes_of_peers) = peers.measure(&request(settings, case, cache_bytes), group)?;
+            measured.extend(rows);
             notes.extend(notes_of_peers);
         }
-        let push_gb_s = push_rate.as_ref().and_then(|rate| rate.as_ref().ok()).copied();
-        done(Measured { case, notes, variants: measured, push_gb_s });
+        let put_gb_s = put_bandwidth.as_ref().and_then(|found| found.as_ref().ok()).copied();
+        done(Measured { case, notes, variants: measured, put_gb_s });
     }
     Ok(())
 }
 
-/// The variants that [`run`] will measure on a backend with so many all-reduces.
+/// A configuration as peers are asked for it.
+fn request(settings: &Settings, case: Case, cache_bytes: u64) -> MeasureRequest {
+    let problem = problem(settings, case);
+    MeasureRequest {
+        num_tokens: problem.tokens,
+        hidden_dim: problem.hidden,
+        dtype: problem.dtype.name(),
+        use_residual: problem.residual,
+        quant_mode: case.quant_mode.name(),
+        epsilon: problem.norm.epsilon,
+        scale: problem.scale,
+        oneshot: settings.oneshot,
+        warmup: settings.warmup,
+        trials: settings.trials,
+        seed: settings.seed,
+        cache_bytes,
+    }
+}
+
+/// The number of variants that [`run`] will measure on a backend with `all_reduces` all-reduces.
 pub fn count(settings: &Settings, all_reduces: usize) -> u64 {
     settings
         .cases()
         .map(|case| {
-            count_variants(case.quant_mode, settings.sharded_residual, settings.oneshot, all_reduces) as u64
+            variants::count(case.quant_mode, settings.sharded_residual, settings.oneshot, all_reduces) as u64
         })
         .sum()
 }
 
-/// The separate operations deserve the fastest way of an all-reduce: measures those there are.
+/// Measures every way to run an all-reduce, and chooses the fastest for the separate operations.
 fn choose_way(
     group: &Group,
     backend: &mut dyn Collective,
@@ -177,7 +193,7 @@ fn choose_way(
         for _ in 0..=CHOICE_TRIALS {
             times.push(backend.time(&[step], 1)?);
         }
-        // The first one warmed up.
+        // The first trial warms up.
         let time = slowest(group, &times[1..])?.into_iter().fold(f64::INFINITY, f64::min);
         figures.push(format!("{name} {time:.2} µs"));
         if time < best.0 {
@@ -189,11 +205,11 @@ fn choose_way(
     Ok((step, Some(format!("standard_{which} uses the {name} all-reduce ({})", figures.join(", ")))))
 }
 
-/// What fusing is worth at least: separate operations write the all-reduced activation to memory and read it
-/// back, which is a copy of it, and the fused one does not. `copy` measures that copy, in microseconds.
+/// A lower bound of the gain from fusion. Separate operations write the all-reduced activation to memory and read it back,
+/// which is a copy of it; the fused operation does not. `copy` measures that copy, in microseconds.
 ///
-/// Nothing of GPUs: their separate operations hide launches and memory behind each other by dependent launch, and a copy
-/// by itself does not, so its time is no part of theirs. How much of the links an operation uses says more there.
+/// `None` on GPUs: dependent launch hides the memory traffic of separate operations, so the time of a copy by itself is no
+/// part of theirs.
 fn prediction(
     gpus: &[String],
     bytes: u64,
@@ -206,28 +222,28 @@ fn prediction(
     let copy = copy()?;
     let rate = 2.0 * bytes as f64 / copy / 1e3;
     let mut note = format!("copying the input once takes {copy:.2} µs ({rate:.2} GB/s read and written)");
-    // A copy that takes longer than all of the separate operations was disturbed, and predicts nothing.
+    // A copy that takes longer than all of the separate operations was disturbed.
     if let (Some(standard), Some(fused)) = (fastest(entrants, Kind::Standard), fastest(entrants, Kind::Fused))
         && copy < standard
     {
         let predicted = standard - copy;
         let _ = write!(
             note,
-            ", as the all-reduced activation's way to memory and back does: fused should take at most \
+            ", and so does writing and reading the all-reduced activation: fused should take at most \
              {predicted:.2} µs, and takes {fused:.2} µs"
         );
     }
     Ok(Some(note))
 }
 
-/// The median of the fastest verified variant of a kind; not of one with a sharded residual, which sends fewer bytes and
-/// writes fewer.
+/// The median of the fastest verified variant of a kind. Variants with a sharded residual do not count: they send and write
+/// fewer bytes.
 fn fastest(entrants: &[(Variant, Result<Trials, String>)], kind: Kind) -> Option<f64> {
     let of_kind = entrants.iter().filter(|(variant, _)| variant.kind == kind && !variant.sharded);
     of_kind.filter_map(|(_, trials)| trials.as_ref().ok()?.median_us()).min_by(f64::total_cmp)
 }
 
-/// Which mode [`Mode::Auto`] is, and how it compares with the other one, if both have times.
+/// Names the mode that [`Mode::Auto`] takes, and compares it with the other one if both have times.
 fn automatic(algorithm: Algorithm, entrants: &[(Variant, Result<Trials, String>)]) -> Option<String> {
     let median = |mode| {
         let mut of_mode = entrants.iter().filter(|(variant, _)| variant.steps == [Step::Fused(mode)]);
@@ -243,22 +259,23 @@ fn automatic(algorithm: Algorithm, entrants: &[(Variant, Result<Trials, String>)
     Some(format!("mode auto takes {taken} here, which is {:.1}% {compared} than {other}", percent.abs()))
 }
 
-/// How much of what the links allow the fastest fused variant makes use of, to reduce `bytes` bytes on each rank.
+/// Compares the bus bandwidth of the fastest fused variant with the all-to-all put bandwidth. Each rank reduces `bytes`
+/// bytes.
 fn share_of_links(
-    push_gb_s: f64,
+    put_gb_s: f64,
     bytes: u64,
     world_size: u32,
     entrants: &[(Variant, Result<Trials, String>)],
 ) -> Option<String> {
     let bandwidth = bytes as f64 * bus_factor(world_size) / fastest(entrants, Kind::Fused)? / 1e3;
     Some(format!(
-        "every rank can push {push_gb_s:.1} GB/s to all others at the same time: the fastest fused variant's bus \
-         bandwidth, {bandwidth:.1} GB/s, is {:.0}% of that",
-        bandwidth / push_gb_s * 100.0
+        "the all-to-all put bandwidth is {put_gb_s:.1} GB/s: the fastest fused variant's bus bandwidth, \
+         {bandwidth:.1} GB/s, is {:.0}% of it",
+        bandwidth / put_gb_s * 100.0
     ))
 }
 
-/// Runs `variant` once, to learn how many operations a trial of it should have.
+/// Runs `variant` once, and chooses the number of operations of its trials.
 fn first_trial(
     group: &Group,
     backend: &mut dyn Collective,
@@ -273,8 +290,8 @@ fn first_trial(
     })
 }
 
-/// Times the verified variants: warm-up trials, then those that count. The variants take turns, so that whatever
-/// else the machine does meanwhile, and however its clock drifts, it does to all of them alike.
+/// Times the verified variants: warm-up trials, then those that count. The variants take turns, so a change of the clock
+/// or of the machine's other load affects all of them alike.
 fn race(
     settings: &Settings,
     group: &Group,

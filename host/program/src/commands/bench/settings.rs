@@ -1,10 +1,10 @@
-//! What a benchmark is asked to measure, and where its results go.
+//! The settings of a benchmark.
 //!
-//! [`Settings`] is plain data: the [command line](crate::commands) makes one, the benchmark reads it, and the
-//! [report](crate::report) stores what describes the measurement. Its lists hold at least one value and no
-//! value twice, and every operation it [describes](Settings::operation) is valid.
+//! [`Settings`] is plain data: the command line makes one, the benchmark reads it, and the report stores the fields that
+//! describe the measurement. Its lists hold at least one value and no value twice, and every operation that it
+//! [describes](Settings::operation) is valid.
 
-use std::{fmt, ops::Not, path::PathBuf, str::FromStr, time::Duration};
+use std::{ops::Not, path::PathBuf, time::Duration};
 
 use fused_collective_core::{
     dtype::DType,
@@ -13,61 +13,12 @@ use fused_collective_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    job::options::{AllReduceChoice, BackendChoice},
+    job::options::{AllReduceChoice, JobOptions},
+    peers::choice::PeerChoice,
     quant_mode::QuantMode,
 };
 
-/// Other packages that the benchmark can measure in the same run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum PeerChoice {
-    /// FlashInfer's fused all-reduce.
-    FlashInfer,
-    /// PyTorch's all-reduce with eager and with compiled operations after it.
-    Torch,
-}
-
-impl PeerChoice {
-    /// All of them.
-    pub const ALL: [PeerChoice; 2] = [PeerChoice::FlashInfer, PeerChoice::Torch];
-
-    /// The name on the command line and in reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            PeerChoice::FlashInfer => "flashinfer",
-            PeerChoice::Torch => "torch",
-        }
-    }
-}
-
-impl fmt::Display for PeerChoice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for PeerChoice {
-    type Err = UnknownPeer;
-
-    /// Reads `flashinfer` or `torch`.
-    fn from_str(text: &str) -> Result<Self, UnknownPeer> {
-        PeerChoice::ALL.into_iter().find(|peer| peer.name() == text).ok_or(UnknownPeer)
-    }
-}
-
-/// The text names no peer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UnknownPeer;
-
-impl fmt::Display for UnknownPeer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("not a peer: use flashinfer or torch")
-    }
-}
-
-impl std::error::Error for UnknownPeer {}
-
-/// Where results go besides the terminal, and what they are compared with.
+/// The files that a benchmark reads and writes.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outputs {
     /// Markdown report.
@@ -76,11 +27,11 @@ pub struct Outputs {
     pub json: Option<PathBuf>,
     /// SVG plot.
     pub plot: Option<PathBuf>,
-    /// An earlier JSON report to compare with.
+    /// Earlier JSON report to compare with.
     pub compare: Option<PathBuf>,
 }
 
-/// Everything that the command line says about a benchmark.
+/// Everything that the command line says about a benchmark, in the form of the JSON report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -93,12 +44,12 @@ pub struct Settings {
     pub dtypes: Vec<DType>,
     /// Quantization modes to measure.
     pub quant_modes: Vec<QuantMode>,
-    /// Whether a residual is added.
+    /// True if a residual is added.
     pub use_residual: bool,
-    /// Whether fused variants with a sharded residual are measured as well.
+    /// True if fused variants with a sharded residual are measured as well.
     #[serde(default, skip_serializing_if = "Not::not")]
     pub sharded_residual: bool,
-    /// Whether one-shot variants are measured.
+    /// True if one-shot variants are measured.
     pub oneshot: bool,
     /// Trials before those that count.
     pub warmup: u32,
@@ -106,15 +57,12 @@ pub struct Settings {
     pub trials: u32,
     /// Seed of the random inputs.
     pub seed: u64,
-    /// Longest wait for another rank, in seconds; finite and above 0.
-    pub deadline_seconds: f64,
-    /// The backend asked for.
-    pub backend: BackendChoice,
-    /// The all-reduces asked for.
+    /// The ranks and their backend.
+    #[serde(flatten)]
+    pub job: JobOptions,
+    /// The all-reduces of the separate operations on GPUs.
     pub all_reduces: Vec<AllReduceChoice>,
-    /// Ranks asked for; `None` leaves it to the launcher or to the backend.
-    pub nproc_per_node: Option<u32>,
-    /// Whether operations find their tensors in main memory, and in no cache.
+    /// True if operations find their tensors in main memory, and in no cache.
     #[serde(default)]
     pub cold: bool,
     /// Other packages to measure.
@@ -123,21 +71,18 @@ pub struct Settings {
     /// Longest silence of a peer, in seconds; finite and above 0.
     #[serde(default = "default_peer_deadline")]
     pub peer_deadline_seconds: f64,
-    /// Python for the peers. Where it lies says nothing about the measurement, so reports leave it out.
+    /// Python for the peers. Its path says nothing about the measurement, so reports leave it out.
     #[serde(skip, default = "default_python")]
     pub python: PathBuf,
-    /// Whether ranks may share a GPU, which makes times meaningless.
-    #[serde(default, skip_serializing_if = "Not::not")]
-    pub oversubscribe: bool,
     /// Loss in percent past which a comparison fails; finite and above 0.
     pub tolerance_percent: f64,
-    /// Files. They say nothing about the measurement, so reports leave them out.
+    /// The files. They say nothing about the measurement, so reports leave them out.
     #[serde(skip)]
     pub outputs: Outputs,
 }
 
 impl Default for Settings {
-    /// The benchmark that runs when nothing else is said.
+    /// The benchmark without options.
     fn default() -> Self {
         Settings {
             num_tokens: vec![128, 512, 1024, 2048],
@@ -150,29 +95,26 @@ impl Default for Settings {
             warmup: 5,
             trials: 20,
             seed: 0,
-            deadline_seconds: 10.0,
-            backend: BackendChoice::Auto,
+            job: JobOptions::default(),
             all_reduces: AllReduceChoice::ALL.to_vec(),
-            nproc_per_node: None,
             cold: false,
             peers: Vec::new(),
             peer_deadline_seconds: default_peer_deadline(),
             python: default_python(),
-            oversubscribe: false,
             tolerance_percent: 10.0,
             outputs: Outputs::default(),
         }
     }
 }
 
-/// One configuration to measure: all its variants compute the same thing.
+/// One configuration to measure. All its variants compute the same result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Case {
     /// Tokens.
     pub num_tokens: u64,
     /// Element type.
     pub dtype: DType,
-    /// What follows the norm.
+    /// The quantization of the norm.
     pub quant_mode: QuantMode,
 }
 
@@ -200,11 +142,6 @@ impl Settings {
         }
     }
 
-    /// Longest wait for another rank.
-    pub fn deadline(&self) -> Duration {
-        Duration::from_secs_f64(self.deadline_seconds)
-    }
-
     /// Longest silence of a peer.
     pub fn peer_deadline(&self) -> Duration {
         Duration::from_secs_f64(self.peer_deadline_seconds)
@@ -215,7 +152,7 @@ fn default_python() -> PathBuf {
     "python3".into()
 }
 
-/// Enough for a package to compile its kernels.
+/// The time that a package may need to compile its kernels.
 const fn default_peer_deadline() -> f64 {
     300.0
 }
@@ -283,14 +220,18 @@ mod tests {
 
     #[test]
     fn settings_survive_json_but_for_the_files() {
-        let mut settings =
-            Settings { dtypes: DType::ALL.to_vec(), nproc_per_node: Some(4), ..Settings::default() };
+        let job = JobOptions { nproc_per_node: Some(4), ..JobOptions::default() };
+        let mut settings = Settings { dtypes: DType::ALL.to_vec(), job, ..Settings::default() };
         settings.outputs.json = Some("a.json".into());
         settings.peers = PeerChoice::ALL.to_vec();
         let text = serde_json::to_string(&settings).unwrap();
         assert!(text.contains(r#""dtypes":["float32","float16","bfloat16"]"#), "{text}");
         assert!(text.contains(r#""peers":["flashinfer","torch"]"#), "{text}");
+        assert!(text.contains(r#""nproc_per_node":4"#), "{text}");
         let back: Settings = serde_json::from_str(&text).unwrap();
         assert_eq!(back, Settings { outputs: Outputs::default(), ..settings });
+        let more = text.replacen('{', r#"{"surprise":1,"#, 1);
+        let error = serde_json::from_str::<Settings>(&more).unwrap_err().to_string();
+        assert!(error.starts_with("unknown field `surprise`"), "{error}");
     }
 }

@@ -1,29 +1,29 @@
-//! Which faults there are, and when they can happen.
+//! The faults, and the phases in which they can happen.
 
 use std::{fmt, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-/// When a fault happens.
+/// The phase of a group's life in which a fault happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Phase {
     /// Before the rank has met the others.
     Start,
-    /// When all have met, before they share memory.
+    /// After all have met, before they share memory.
     Joined,
-    /// When they share memory, before the first operation.
+    /// After they share memory, before the first operation.
     Ready,
     /// In the middle of operations.
     Operations,
-    /// In the middle of repeated sequences: on GPUs, launches of captured graphs.
+    /// In the middle of repeated sequences; on GPUs, launches of captured graphs.
     Replays,
-    /// In the middle of separate operations with NCCL's all-reduce, single and in captured graphs. On GPUs alone.
+    /// In the middle of separate operations with NCCL's all-reduce, single and in captured graphs. On GPUs only.
     Nccl,
-    /// When all is done, before the ranks part.
+    /// After all operations, before the ranks part.
     End,
 }
 
-/// What happens to a rank.
+/// The fault of a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Fault {
     /// It is killed: SIGKILL.
@@ -34,7 +34,7 @@ pub enum Fault {
     Stop,
     /// It exits, with status 0.
     Exit,
-    /// It does not go on, though its process lives.
+    /// It makes no progress, though its process lives.
     Stuck,
     /// Another of its threads aborts the group.
     Abort,
@@ -51,7 +51,7 @@ pub enum Fault {
 }
 
 impl Phase {
-    /// All of them, in order.
+    /// Every phase, in order.
     pub const ALL: [Phase; 7] = [
         Phase::Start,
         Phase::Joined,
@@ -75,14 +75,14 @@ impl Phase {
         }
     }
 
-    /// Whether ranks wait for each other's data in it, and not for each other at the rendezvous.
+    /// True if ranks wait in it for data of each other, and not for each other at the rendezvous.
     pub(super) const fn is_amid_operations(self) -> bool {
         matches!(self, Phase::Operations | Phase::Replays | Phase::Nccl)
     }
 }
 
 impl Fault {
-    /// All of them.
+    /// Every fault.
     pub const ALL: [Fault; 11] = [
         Fault::Kill,
         Fault::Crash,
@@ -114,7 +114,7 @@ impl Fault {
         }
     }
 
-    /// Whether the rank calls something else than the others.
+    /// True if the rank calls another operation than the others.
     pub const fn is_mismatch(self) -> bool {
         matches!(
             self,
@@ -122,12 +122,12 @@ impl Fault {
         )
     }
 
-    /// Whether the rank itself lives on and learns of it, like the others.
+    /// True if the faulty rank survives and reports the fault, like the others.
     pub const fn is_survived(self) -> bool {
         matches!(self, Fault::Abort) || self.is_mismatch()
     }
 
-    /// Whether it can happen in `phase`.
+    /// True if it can happen in `phase`.
     pub const fn happens_in(self, phase: Phase) -> bool {
         match self {
             Fault::Abort => matches!(phase, Phase::Ready) || phase.is_amid_operations(),
@@ -140,11 +140,11 @@ impl Fault {
 /// A fault of a rank in a phase. In text: `operations/kill/1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Case {
-    /// When.
+    /// The phase.
     pub phase: Phase,
-    /// What.
+    /// The fault.
     pub fault: Fault,
-    /// To whom.
+    /// The faulty rank.
     pub rank: u32,
 }
 
@@ -155,14 +155,14 @@ impl Case {
         Phase::ALL.into_iter().flat_map(of).filter(|case| case.fault.happens_in(case.phase))
     }
 
-    /// Whether there is a connection or an announcement that tells of it, so that nobody has to wait for a deadline. A
-    /// rank that never came is missed at the deadline, whatever became of it.
+    /// True if a connection or an announcement shows the fault, so that no rank has to wait for a deadline. A rank that
+    /// never came is missed at the deadline, whatever its fault.
     pub(super) const fn shows_at_once(&self) -> bool {
         !matches!(self.fault, Fault::Stop | Fault::Stuck) && !matches!(self.phase, Phase::Start)
     }
 
-    /// The deadline that the case is run with, where `asked` is that of the others. What shows at once is run with one so
-    /// long that reports which came of the deadline would be late.
+    /// The deadline of the case, at least `asked`. A fault that shows at once has a long one, so that a report at the
+    /// deadline would be late.
     pub fn deadline(&self, asked: Duration) -> Duration {
         const LONG: Duration = Duration::from_secs(60);
         if self.shows_at_once() { asked.max(LONG) } else { asked }
@@ -184,7 +184,7 @@ impl fmt::Display for UnknownCase {
         let names = |names: Vec<&str>| names.join(", ");
         write!(
             f,
-            "not a case: use PHASE/FAULT/RANK with a phase of {}, a fault of {} that can happen then, and a rank",
+            "not a case: use PHASE/FAULT/RANK with a phase of {}, a fault of {} that can happen in it, and a rank",
             names(Phase::ALL.iter().map(|phase| phase.name()).collect()),
             names(Fault::ALL.iter().map(|fault| fault.name()).collect())
         )
@@ -210,7 +210,7 @@ impl FromStr for Case {
     }
 }
 
-/// What a rank says whose group ended well.
+/// The report of a rank whose group ended without an error.
 pub const NO_ERROR: &str = "no error";
 
 #[cfg(test)]

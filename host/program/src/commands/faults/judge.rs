@@ -1,32 +1,32 @@
-//! Whether a case went as promised.
+//! The verdict on a case.
 
 use std::time::Duration;
 
 use super::case::{Case, Fault, NO_ERROR, Phase};
 
-/// What was seen of a rank.
+/// The observations of a rank.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Observed {
-    /// How its group ended for it, as it said itself.
+    /// Its report of the end of its group.
     pub outcome: Option<String>,
-    /// How a new group did, if it said so.
+    /// Its report on a new group.
     pub again: Option<String>,
-    /// When it reported, counted from the fault; `None` if it did not.
+    /// Time from the fault to its report; `None` if it reported nothing.
     pub after: Option<Duration>,
 }
 
-/// For processes to be noticed and to end on a busy machine: after a fault that [shows at once](Case::deadline), whose
-/// deadline is far longer, and else past the deadline.
+/// The time that a report may take on a busy machine. It counts from a fault that [shows at once](Case::deadline), and else
+/// from the deadline.
 pub const SLACK: Duration = Duration::from_secs(8);
 
-/// What a report says of NCCL's all-reduce, which does not tell for whom it waits.
+/// The part of a report about NCCL's all-reduce, which does not say for which rank it waits.
 const NCCL: &str = "NCCL's all-reduce";
 
-/// Whether a case went as promised: the time that the last rank took to report, or what is wrong. `observed` is by rank,
-/// and `deadline` the [case's](Case::deadline).
+/// Judges a case, and returns the time that the last rank took to report. `observed` is in rank order, and `deadline` the
+/// [case's](Case::deadline).
 ///
 /// # Errors
-/// A rank that lives on did not report, too late, without the rank that failed, or gave another reason.
+/// A surviving rank did not report, reported late, did not name the faulty rank, or gave a reason that does not fit.
 pub fn judge(case: &Case, deadline: Duration, observed: &[Observed]) -> Result<Duration, String> {
     let mut slowest = Duration::ZERO;
     let mut named = false;
@@ -71,20 +71,19 @@ pub fn judge(case: &Case, deadline: Duration, observed: &[Observed]) -> Result<D
     Ok(slowest)
 }
 
-/// Whether a rank that gives this reason must know which rank failed. All do that have it from a connection, from an
-/// announcement or from the rendezvous. Where the others' waits for data pass their deadline, a rank knows whom it waited
-/// for itself, and that may be one that waited too.
+/// True if a rank with this report must know the faulty rank. A connection, an announcement and the rendezvous name it. A
+/// wait for data that passes its deadline names only the rank that was waited for, which may have waited, too.
 fn knows_culprit(case: &Case, outcome: &str) -> bool {
     let by_deadline = case.phase.is_amid_operations() && !case.shows_at_once();
     !by_deadline || !(outcome.contains("rank ") || names_nobody_by_right(case, outcome))
 }
 
-/// Whether it is NCCL that was waited for, past the deadline.
+/// True if the wait that passed its deadline was NCCL's.
 fn names_nobody_by_right(case: &Case, outcome: &str) -> bool {
     case.phase == Phase::Nccl && !case.shows_at_once() && outcome.contains(NCCL)
 }
 
-/// Whether `text` names this rank and not just one whose number starts with the same digit.
+/// True if `text` names this rank, and not one whose number starts with the same digits.
 fn names_rank(text: &str, rank: u32) -> bool {
     let name = format!("rank {rank}");
     text.match_indices(&name)
@@ -154,7 +153,7 @@ mod tests {
             wrong(&kill, &[lost(), dead.clone(), saw(other, 0)]),
             format!("rank 2 did not name rank 1: {other}")
         );
-        // Past a deadline amid operations, one that waited for a rank that waited is told so.
+        // Past a deadline amid operations, a rank may name one that waited, too.
         let (stop, sum) = (case("operations/stop/1"), saw("waited 2.0 s for rank 0's sum", 2));
         assert!(
             judge(&stop, DEADLINE, &[saw("waited 2.0 s for rank 1's input", 2), dead.clone(), sum.clone()])
@@ -165,12 +164,12 @@ mod tests {
             wrong(&stop, &[saw("it is late", 2), dead.clone(), sum.clone()])
                 .contains("rank 0 did not name rank 1")
         );
-        // At the rendezvous all are told the same.
+        // The rendezvous tells all ranks the same.
         assert!(
             wrong(&case("end/stop/1"), &[saw("rank 1 is late", 2), dead.clone(), sum])
                 .contains("rank 2 did not name")
         );
-        // NCCL tells nobody whom it waits for, but is told of an end by connection as all are.
+        // NCCL does not say for which rank it waits. A connection shows an end, as in other phases.
         let nccl = saw("NCCL's all-reduce did not end within 2.0 s", 2);
         assert!(judge(&case("nccl/stop/1"), DEADLINE, &[nccl.clone(), dead.clone()]).is_ok());
         assert!(wrong(&case("nccl/kill/1"), &[nccl.clone(), dead.clone()]).contains("did not name"));

@@ -1,77 +1,53 @@
-//! `fused-collective faults`.
+//! `fused-collective faults`: one fault of one rank at a time, which all other ranks must report in time.
 
 pub(crate) mod args;
 pub mod case;
 pub mod judge;
 pub mod run;
+pub mod settings;
+mod watch;
 
-use std::{
-    process::{Child, Stdio},
-    sync::mpsc::{self, Receiver},
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::Duration;
 
-use fused_collective::{
-    cuda,
-    group::rendezvous::{self, Group},
-};
+use fused_collective::{cuda, group::rendezvous::Group};
 
 use crate::{
-    backend::{
-        collective::Collective,
-        cuda::{self as cuda_backend, free_memory::FreeMemory},
-        problem::Tensor,
-    },
-    bounded::for_each_line,
-    commands::faults::{
-        case::{Case, Phase},
-        judge::{Observed, SLACK},
-        run as faults,
-        run::{AGAIN, MARK, OUTCOME, Script},
-    },
+    backend::{self, collective::Collective, cuda::free_memory::FreeMemory, problem::Tensor},
     exit::{self, Failure, print},
     job::{Job, Request, launch, options::AllReduceChoice, ranks::Error},
 };
-pub use run::Settings;
+use case::{Case, Phase};
+use judge::judge;
+use run::{Script, again_key};
+use settings::Settings;
+use watch::watch;
 
-/// A test of faults that has been asked for and can be run.
+/// The time in which the driver must give back the GPU memory of processes that have ended.
+const GIVEN_BACK: Duration = Duration::from_secs(10);
+
+/// A test of faults whose settings have been checked.
 pub(crate) struct Faults {
     settings: Settings,
     cases: Vec<Case>,
     job: Job,
-    /// Why cases were left out.
+    /// The reason why cases were left out.
     note: Option<String>,
 }
 
-/// From the start of a case to its fault: for processes to start and to set up their devices.
-const SET_UP: Duration = Duration::from_secs(120);
-/// From a rank's report to its end, with a new group in between where there is one.
-const WRAP_UP: Duration = Duration::from_secs(120);
-/// For the driver to give back the GPU memory of processes that have ended.
-const GIVEN_BACK: Duration = Duration::from_secs(10);
-/// The longest line of a rank of which more than the start is read.
-const MAX_LINE: u64 = 64 << 10;
-
 impl Faults {
-    /// Checks all that can be checked before anything runs.
+    /// Checks everything that can be checked before the run.
     pub(crate) fn new(settings: Settings) -> Result<Self, Failure> {
         let mut cases =
             settings.cases.clone().unwrap_or_else(|| [0, 1].into_iter().flat_map(Case::all).collect());
         let is_nccl = |case: &Case| case.phase == Phase::Nccl;
-        // A rank has one case.
+        // The process of a rank has one case.
         let rank_runs_nccl = launch::is_launched() && cases.iter().any(is_nccl);
         let all_reduce = if rank_runs_nccl { AllReduceChoice::Nccl } else { AllReduceChoice::Custom };
         let job = Job::new(Request {
-            backend: settings.backend,
-            nproc_per_node: settings.nproc_per_node,
             all_reduces: vec![all_reduce],
-            groups: 1,
-            oversubscribe: settings.oversubscribe,
-            cold: false,
-            deadline: settings.deadline(),
-            problems: vec![faults::problem()],
+            problems: vec![run::problem()],
             held: |problem| problem.bytes_of(&Tensor::OUTPUTS),
+            ..Request::new(settings.job.clone())
         })?;
         if let Some(case) = cases.iter().find(|case| case.rank >= job.world_size()) {
             return Err(Failure::Usage(format!(
@@ -95,7 +71,7 @@ impl Faults {
                 return Err(Failure::Usage(format!("--cases: {case}: {why}: leave it out")));
             }
             cases.retain(|case| !is_nccl(case));
-            // Nobody expects them on the CPU.
+            // On the CPU nobody expects them.
             note = (job.backend_name() != "cpu").then(|| format!("note: no cases of phase nccl: {why}\n"));
         }
         Ok(Faults { settings, cases, job, note })
@@ -108,15 +84,15 @@ impl Faults {
         }
     }
 
-    /// Plays one rank's part, and says on the standard output how it went.
+    /// Plays one rank's part, and prints its result.
     fn be_rank(&self, rank: u32, case: &Case) -> Result<u8, Failure> {
-        faults::play(case, rank, &self.job, |line| print(&format!("{line}\n")))?;
+        run::play(case, rank, &self.job, |line| print(&format!("{line}\n")))?;
         Ok(exit::SUCCESS)
     }
 
-    /// Runs every case on processes of its own, and says how each went.
+    /// Runs every case, and prints the verdicts.
     fn supervise(&self) -> Result<u8, Failure> {
-        let (cases, deadline) = (&self.cases, self.settings.deadline());
+        let (cases, deadline) = (&self.cases, self.settings.job.deadline());
         print(&format!(
             "{} backend, {} ranks, {} cases, deadline {:.1} s\n",
             self.job.backend_name(),
@@ -137,15 +113,15 @@ impl Faults {
         let mut failed = 0;
         for case in cases {
             if let Some(memory) = &mut memory {
-                // What other processes have taken since the last case is not this one's.
+                // Memory that other processes have taken since the last case is not this case's.
                 memory.note().map_err(|error| Failure::Failed(error.to_string()))?;
             }
-            let (observed, left) = self.watch(case)?;
+            let (observed, left) = watch(case, &self.job, &self.settings)?;
             let left = left.or_else(|| {
                 let missing = memory.as_ref()?.missing(GIVEN_BACK);
                 missing.unwrap_or_else(|error| Some(error.to_string()))
             });
-            let judged = judge::judge(case, case.deadline(deadline), &observed);
+            let judged = judge(case, case.deadline(deadline), &observed);
             let verdict = judged.and_then(|after| left.map_or(Ok(after), Err));
             let name = case.to_string();
             let line = match verdict {
@@ -165,75 +141,9 @@ impl Faults {
         print(&format!("{} cases, {failed} FAILED\n", cases.len()))?;
         Ok(if failed == 0 { exit::SUCCESS } else { exit::FAILURE })
     }
-
-    /// Runs one case and tells what was seen of each rank, and what was left behind.
-    fn watch(&self, case: &Case) -> Result<(Vec<Observed>, Option<String>), Failure> {
-        let failed = |error: launch::Error| Failure::Failed(error.to_string());
-        let (key, program) = (launch::new_key().map_err(failed)?, launch::program().map_err(failed)?);
-        let deadline = case.deadline(self.settings.deadline());
-        let world_size = self.job.world_size();
-        let arguments = [
-            "faults".to_owned(),
-            format!("--backend={}", self.job.backend_name()),
-            format!("--deadline={}", deadline.as_secs_f64()),
-            format!("--cases={case}"),
-        ];
-        let oversubscribe = self.settings.oversubscribe.then_some("--oversubscribe");
-        let mut ranks = Vec::new();
-        for rank in 0..world_size {
-            let mut command = launch::rank_command(&program, rank, world_size, &key);
-            command.args(&arguments).args(oversubscribe).stdout(Stdio::piped());
-            let child = command.spawn().map_err(|source| failed(launch::Error::Start { rank, source }))?;
-            ranks.push(Rank::watch(child));
-        }
-        let mut fault: Option<Instant> = None;
-        let mut end = Instant::now() + SET_UP;
-        // A rank that has reported has still to end; the faulty one may never.
-        loop {
-            for (number, rank) in (0..).zip(&mut ranks) {
-                rank.listen();
-                if number == case.rank && fault.is_none() && rank.marked.is_some() {
-                    fault = rank.marked;
-                    end = Instant::now() + deadline + SLACK + WRAP_UP;
-                }
-                rank.reap();
-            }
-            let all_ended = (0..)
-                .zip(&ranks)
-                .all(|(number, rank)| rank.ended || number == case.rank && !case.fault.is_survived());
-            if all_ended || Instant::now() >= end {
-                break;
-            }
-            thread::sleep(Duration::from_millis(2));
-        }
-        let mut left = None;
-        for (number, rank) in (0..).zip(&mut ranks) {
-            rank.end();
-            rank.listen();
-            if rank.survived_its_end && number != case.rank {
-                left = Some(format!("rank {number}'s process did not end by itself"));
-            }
-        }
-        for key in [key.clone(), again(&key)] {
-            if rendezvous::is_taken(&key) {
-                left = Some(format!("the socket of the key '{key}' is still there"));
-            }
-        }
-        // Ranks may have ended before the fault's mark was read.
-        let fault = fault.or_else(|| ranks.get(case.rank as usize).and_then(|rank| rank.marked));
-        let observed = |rank: &mut Rank| Observed {
-            after: rank
-                .reported
-                .zip(fault)
-                .map(|(reported, fault)| reported.saturating_duration_since(fault)),
-            outcome: rank.outcome.take(),
-            again: rank.again.take(),
-        };
-        Ok((ranks.iter_mut().map(observed).collect(), left))
-    }
 }
 
-/// Why there can be no cases of NCCL's all-reduce, if there can be none.
+/// Returns the reason if cases of NCCL's all-reduce cannot run.
 fn check_nccl(job: &Job) -> Result<(), String> {
     if job.backend_name() != "cuda" {
         return Err("NCCL needs the cuda backend".to_owned());
@@ -241,91 +151,15 @@ fn check_nccl(job: &Job) -> Result<(), String> {
     if cuda::count().map_err(|error| error.to_string())? < job.world_size() {
         return Err("NCCL refuses ranks that share a GPU".to_owned());
     }
-    cuda_backend::check_nccl().map_err(|error| error.to_string())
-}
-
-/// The key of the group that the same processes form when the first is over.
-fn again(key: &str) -> String {
-    format!("{key}/again")
+    backend::cuda::check_nccl().map_err(|error| error.to_string())
 }
 
 impl Script for Job {
     fn meet(&self, is_again: bool) -> Result<Group, Error> {
-        Ok(self.meet(|key| if is_again { again(key) } else { key.to_owned() })?)
+        Ok(self.meet(|key| if is_again { again_key(key) } else { key.to_owned() })?)
     }
 
     fn join<'a>(&self, group: &'a Group) -> Result<Box<dyn Collective + 'a>, Error> {
         self.join(group, self.deadline())
-    }
-}
-
-/// A rank's process and what it has said. It does not outlive this value.
-struct Rank {
-    child: Child,
-    lines: Receiver<(Instant, String)>,
-    marked: Option<Instant>,
-    reported: Option<Instant>,
-    outcome: Option<String>,
-    again: Option<String>,
-    ended: bool,
-    survived_its_end: bool,
-}
-
-impl Rank {
-    fn watch(mut child: Child) -> Rank {
-        let (sender, lines) = mpsc::channel();
-        if let Some(output) = child.stdout.take() {
-            thread::spawn(move || {
-                for_each_line(output, MAX_LINE, |line| sender.send((Instant::now(), line.text)).is_ok());
-            });
-        }
-        Rank {
-            child,
-            lines,
-            marked: None,
-            reported: None,
-            outcome: None,
-            again: None,
-            ended: false,
-            survived_its_end: false,
-        }
-    }
-
-    /// Takes in what it has said.
-    fn listen(&mut self) {
-        // Once it has ended, its output ends, and nothing is missed by waiting for that.
-        let patience = if self.ended { Duration::from_secs(1) } else { Duration::ZERO };
-        while let Ok((at, line)) = self.lines.recv_timeout(patience) {
-            if line == MARK {
-                self.marked.get_or_insert(at);
-            } else if let Some(outcome) = line.strip_prefix(OUTCOME) {
-                self.reported = Some(at);
-                self.outcome = Some(outcome.to_owned());
-            } else if let Some(again) = line.strip_prefix(AGAIN) {
-                self.again = Some(again.to_owned());
-            }
-        }
-    }
-
-    fn reap(&mut self) {
-        self.ended = self.ended || !matches!(self.child.try_wait(), Ok(None));
-    }
-
-    /// Ends it, if it has not.
-    fn end(&mut self) {
-        self.reap();
-        if !self.ended {
-            self.survived_its_end = true;
-            // Fails only if it has ended meanwhile.
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-            self.ended = true;
-        }
-    }
-}
-
-impl Drop for Rank {
-    fn drop(&mut self) {
-        self.end();
     }
 }

@@ -1,9 +1,8 @@
-//! Faults, one at a time, and what the ranks that live on must say: the promise that nothing hangs, put to the test on
-//! real processes.
+//! The part of one rank in a test of faults, which runs on real processes and must never hang.
 //!
-//! A [`Case`] is a [`Phase`] of a group's life, a [`Fault`] and the rank that it happens to. Every rank plays the same
-//! [script](play); the faulty one has its fault when the phase comes. A case is [judged](judge) by what the processes
-//! did: every rank that lives on must report in time, and what it says must fit.
+//! A [`Case`] is a [`Phase`] of a group's life, a [`Fault`] and a rank. Every rank [plays](play) the same part; the faulty
+//! one has its fault in that phase. The case is judged from outside, by the processes: every surviving rank must report in
+//! time, and give a reason that fits.
 
 use std::{
     io::{self, Write as _},
@@ -11,54 +10,31 @@ use std::{
     time::{Duration, Instant},
 };
 
+use fused_collective::group::rendezvous::Group;
 use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Norm},
 };
 use rustix::process::{Signal, getpid, kill_process};
-use serde::{Deserialize, Serialize};
 
 use super::case::{Case, Fault, NO_ERROR, Phase};
-use fused_collective::group::rendezvous::Group;
-
 use crate::{
-    backend::{collective::Collective, problem::Problem, steps::Step},
+    backend::{self, collective::Collective, problem::Problem, steps::Step},
     check::{
         inputs::Numbers,
         variants::variants,
         verify::{verify, write_inputs},
     },
-    job::{options::BackendChoice, ranks::Error},
+    exit,
+    job::ranks::Error,
     quant_mode::QuantMode,
 };
 
-/// Everything that the command line says about a test of faults.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Settings {
-    /// The cases, in order; `None` for all of ranks 0 and 1 that the backend can have.
-    pub cases: Option<Vec<Case>>,
-    /// Longest wait for a peer, in seconds; finite and above 0. A [case](Case::deadline) may have a longer one.
-    pub deadline_seconds: f64,
-    /// The backend asked for.
-    pub backend: BackendChoice,
-    /// Whether ranks may share a GPU.
-    pub oversubscribe: bool,
-    /// Ranks asked for; `None` leaves it to the backend.
-    pub nproc_per_node: Option<u32>,
-}
-
-impl Settings {
-    /// Longest wait for a peer.
-    pub fn deadline(&self) -> Duration {
-        Duration::from_secs_f64(self.deadline_seconds)
-    }
-}
-
-/// What a rank writes on its standard output just before its fault.
+/// The line that a rank writes just before its fault.
 pub const MARK: &str = "fault";
-/// What starts the line in which a rank says how its group ended for it.
+/// The start of the line in which a rank reports the end of its group.
 pub const OUTCOME: &str = "outcome: ";
-/// What starts the line in which a rank says how a new group did.
+/// The start of the line in which a rank reports on a new group.
 pub const AGAIN: &str = "again: ";
 
 /// The problem of all operations.
@@ -75,10 +51,10 @@ pub fn problem() -> Problem {
     }
 }
 
-/// What all ranks run.
+/// The steps of all ranks.
 const STEPS: [Step; 2] = [Step::Fused(Mode::OneShot), Step::Fused(Mode::TwoShot)];
 
-/// What the rank that is out of step computes, and how.
+/// The problem and the steps of the rank that is out of step.
 fn mismatch(fault: Fault) -> (Problem, [Step; 2]) {
     let (problem, [first, second]) = (problem(), STEPS);
     let fp4 = QuantMode::Fp4;
@@ -93,16 +69,21 @@ fn mismatch(fault: Fault) -> (Problem, [Step; 2]) {
     }
 }
 
-/// Operations before a fault that the rank itself has between two operations.
+/// Operations before a fault that happens between two operations.
 const BEFORE: u32 = 5;
-/// Times that the sequence is repeated in a replay.
+/// Repetitions of the steps in a replay.
 const REPEATS: u32 = 4;
-/// How long operations go on at most where a fault should have ended them.
+/// The longest time that operations go on if the fault does not end them.
 const MOST: Duration = Duration::from_secs(120);
 
-/// A rank's end of a group that may be joined again.
+/// The key of the group that the same processes form after the first.
+pub fn again_key(key: &str) -> String {
+    format!("{key}/again")
+}
+
+/// The access of one rank to its group, which may be formed again.
 pub trait Script {
-    /// Meets the other ranks, the first time or `again`.
+    /// Meets the other ranks, for the first time or `again`.
     ///
     /// # Errors
     /// As [`Group::join`].
@@ -115,8 +96,8 @@ pub trait Script {
     fn join<'a>(&self, group: &'a Group) -> Result<Box<dyn Collective + 'a>, Error>;
 }
 
-/// Plays rank `rank`'s part of a case. `say` gets a line at once when the group has ended for it, and where all ranks live
-/// on another one for a new group of theirs.
+/// Plays the part of rank `rank` in a case. `say` gets a line as soon as the group has ended for this rank. If all ranks
+/// survive, it gets another line on a new group of theirs.
 ///
 /// # Errors
 /// Those of `say`.
@@ -147,9 +128,9 @@ pub fn play<F>(
         return say(line(OUTCOME, left.and_then(|()| Ok(group.farewell()?))));
     }
     say(line(OUTCOME, worked))?;
-    // What is shared with peers is let go of when the operations of all have ended, and they have met again.
+    // Shared memory is freed once the operations of all ranks have ended and they have met again.
     let again = script.meet(true).and_then(|new| {
-        // It fails, as the old group has no barrier any more, but has closed the other ranks' memory by then.
+        // This fails, as the old group has no barrier any more. It has unmapped the other ranks' memory by then.
         let _ = backend.leave();
         new.barrier()?;
         drop(backend);
@@ -160,12 +141,12 @@ pub fn play<F>(
 }
 
 fn line(what: &str, result: Result<(), Error>) -> String {
-    // One line, whatever is in it.
+    // The error may have several lines.
     let text = result.map_or_else(|error| error.to_string(), |()| NO_ERROR.to_owned());
     format!("{what}{}", text.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
-/// All ranks live: a new group of the same processes must be right.
+/// Verifies operations in a new group of the same processes.
 fn check_again(script: &impl Script, group: &Group) -> Result<(), Error> {
     let (mut backend, problem) = (script.join(group)?, problem());
     backend.prepare(&problem)?;
@@ -209,7 +190,7 @@ impl Part<'_> {
         self.is_faulty && self.case.phase == phase
     }
 
-    /// A fault between two calls.
+    /// Has the fault here, between two calls, if it is due.
     fn between(&self, phase: Phase, backend: Option<&dyn Collective>) {
         if self.is_due(phase) {
             mark();
@@ -220,13 +201,13 @@ impl Part<'_> {
         }
     }
 
-    /// Operations, and a fault amid them if it is due. If it is any rank's, they go on until they fail.
+    /// Runs operations, with the fault amid them if it is due. In the phase of the fault they go on until they fail.
     fn amid(
         &self,
         phase: Phase,
         backend: &mut dyn Collective,
         steps: &[Step],
-        run: impl Fn(&mut dyn Collective, &[Step]) -> Result<(), crate::backend::error::Error>,
+        run: impl Fn(&mut dyn Collective, &[Step]) -> Result<(), backend::error::Error>,
     ) -> Result<(), Error> {
         let (began, fault) = (Instant::now(), self.case.fault);
         let run_other = |backend: &mut dyn Collective| {
@@ -235,8 +216,8 @@ impl Part<'_> {
             backend.select(0)
         };
         if fault.is_mismatch() && self.case.phase == phase {
-            // All ranks, so that whatever is set up at first use is so: a graph of a sequence is captured after it was
-            // run once, and it is the replay that should be out of step.
+            // All ranks run it once, which does the set-up of first use. A sequence is captured after its first run, and
+            // the replay should be out of step.
             run_other(backend)?;
         }
         for operation in 0u32.. {
@@ -250,7 +231,7 @@ impl Part<'_> {
                         mark();
                         run_other(backend)?;
                     }
-                    // From another thread, so that it comes at any moment of an operation.
+                    // From another thread, so that the fault comes at any moment of an operation.
                     _ => {
                         let aborter = backend.aborter();
                         thread::spawn(move || {
@@ -275,24 +256,24 @@ impl Part<'_> {
 
 fn mark() {
     let mut stdout = io::stdout();
-    // Whoever reads it may be gone.
+    // The reader may be gone.
     let _ = writeln!(stdout, "{MARK}").and_then(|()| stdout.flush());
 }
 
-/// Ends this process, or holds this thread up for ever.
+/// Ends this process, or blocks this thread for ever.
 fn strike(fault: Fault) {
     let signal = |signal| {
-        // This process is there.
+        // This process exists, so the signal can be sent.
         let _ = kill_process(getpid(), signal);
     };
     match fault {
         Fault::Kill => signal(Signal::KILL),
         Fault::Crash => process::abort(),
         Fault::Stop => signal(Signal::STOP),
-        Fault::Exit => process::exit(0),
+        Fault::Exit => process::exit(exit::SUCCESS.into()),
         _ => {}
     }
-    // A signal may take a moment, and a stopped process that is continued after all stays where it is.
+    // A signal may take a moment, and a stopped process may be continued.
     loop {
         thread::sleep(Duration::from_secs(1));
     }

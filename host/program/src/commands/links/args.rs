@@ -1,18 +1,15 @@
 //! The options of `fused-collective links`.
 
-use std::path::PathBuf;
-
 use argh::{ArgsInfo, FromArgs};
 
+use super::settings::Settings;
 use crate::{
-    commands::{
-        links::run::Settings,
-        values::{deadline, file, name, one, ranks},
-    },
+    job::options::{JobArgs, JobOptions},
     usage::UsageError,
+    values::file,
 };
 
-/// Measure what the links between ranks can do: latency, and bandwidth of stores and loads.
+/// Measure the links between ranks: latency, and bandwidth of stores and loads.
 #[derive(FromArgs, ArgsInfo)]
 #[argh(
     subcommand,
@@ -21,25 +18,25 @@ use crate::{
     usage = "[<options>]",
     example = "{command_name}",
     example = "{command_name} --nproc-per-node 4 --json links.json",
-    note = "Between every two ranks, while nothing else happens: how long a word takes (half a round trip,",
-    note = "in µs), and how many bytes a second one rank stores into the other's memory, or loads from it",
-    note = "(GB/s, 10^9 bytes); on CPUs also while the other rank polls what is stored. Then of all ranks at",
-    note = "the same time: pushes to all others, on GPUs by grids of several sizes, and copies in their own",
-    note = "memory. The best of these pushes is the push rate: what an operation's bandwidth can be held to.",
-    note = "What was sent is held to what arrived, and a figure for which that fails is FAILED.",
-    note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is one.",
-    note = "Exit status: 0 all well; 1 a measurement or a rank failed; 2 the command line is not valid."
+    note = "Between every two idle ranks: the latency of a word (half a round trip, in µs), and the bandwidth",
+    note = "of stores into the other's memory (push) and of loads from it (pull), in GB/s of 10^9 bytes; on",
+    note = "CPUs also of stores that the other rank polls (polled push). Between all ranks at once: puts to",
+    note = "all others, on GPUs with grids of several sizes, and copies in each rank's own memory. The best",
+    note = "put gives the all-to-all put bandwidth, the limit for an operation's bus bandwidth.",
+    note = "Received bytes are compared with those sent. A measurement with a difference is FAILED.",
+    note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is a rank.",
+    note = "Exit status: 0 success; 1 a measurement or a rank failed; 2 the command line is not valid."
 )]
 pub(crate) struct LinksArgs {
-    /// auto, cpu or cuda (default: auto, which is cuda where there are GPUs enough)
+    /// auto, cpu or cuda (default: auto, which is cuda if there are enough GPUs)
     #[argh(option, arg_name = "name")]
     backend: Option<String>,
 
-    /// ranks to start, 2 to 16 (default: the GPUs there are, else 2)
+    /// ranks to start, 2 to 16 (default: one per GPU, else 2)
     #[argh(option, arg_name = "n")]
     nproc_per_node: Option<String>,
 
-    /// let ranks share a GPU: times mean nothing
+    /// let ranks share a GPU: times are meaningless
     #[argh(switch)]
     oversubscribe: bool,
 
@@ -47,21 +44,21 @@ pub(crate) struct LinksArgs {
     #[argh(option, arg_name = "seconds")]
     deadline: Option<String>,
 
-    /// write every figure to this file
+    /// write every figure to this file as JSON
     #[argh(option, arg_name = "file")]
     json: Option<String>,
 }
 
 impl LinksArgs {
-    /// The settings, and the file.
-    pub(crate) fn settings(self) -> Result<(Settings, Option<PathBuf>), UsageError> {
-        let default = Settings::default();
-        let settings = Settings {
-            deadline_seconds: one(self.deadline, deadline, default.deadline_seconds)?,
-            backend: one(self.backend, |text| name("--backend", text), default.backend)?,
+    /// Checks every value.
+    pub(crate) fn settings(self) -> Result<Settings, UsageError> {
+        let job = JobArgs {
+            backend: self.backend,
+            nproc_per_node: self.nproc_per_node,
+            groups: None,
             oversubscribe: self.oversubscribe,
-            nproc_per_node: self.nproc_per_node.as_deref().map(ranks).transpose()?,
+            deadline: self.deadline,
         };
-        Ok((settings, file("--json", self.json)?))
+        Ok(Settings { job: job.parse(JobOptions::default())?, json: file("--json", self.json)? })
     }
 }

@@ -1,52 +1,41 @@
-//! `fused-collective links`.
+//! `fused-collective links`: the latency and bandwidth of the links between ranks.
 
 pub(crate) mod args;
 pub mod report;
 pub mod run;
+pub mod settings;
 
-use std::{env, fmt::Write as _, path::PathBuf};
+use std::{env, fmt::Write as _};
 
 use fused_collective::group::rendezvous::Group;
 
 use crate::{
     backend::collective::Collective,
-    commands::{bench::settings::Outputs, links::run as links},
     exit::{self, Failure, complain, print},
     job::{
         Job, Request,
-        options::AllReduceChoice,
         ranks::Error,
         screen::{Screen, width},
     },
-    report::{machine::Machine, outputs::OutputFiles},
+    report::{machine::Machine, output_file::OutputFile},
 };
 use report::Report;
-pub use run::Settings;
+use settings::Settings;
 
-/// A measurement of links that has been asked for and can be run.
+/// A measurement of links whose settings have been checked.
 pub(crate) struct Links {
     settings: Settings,
     job: Job,
-    outputs: OutputFiles,
+    file: Option<OutputFile>,
 }
 
 impl Links {
-    /// Checks all that can be checked before anything runs.
-    pub(crate) fn new(settings: Settings, json: Option<PathBuf>) -> Result<Self, Failure> {
-        let job = Job::new(Request {
-            backend: settings.backend,
-            nproc_per_node: settings.nproc_per_node,
-            groups: 1,
-            oversubscribe: settings.oversubscribe,
-            all_reduces: vec![AllReduceChoice::Custom],
-            deadline: settings.deadline(),
-            // Links are measured in memory of their own.
-            problems: Vec::new(),
-            cold: false,
-            held: |_| Some(0),
-        })?;
-        let outputs = OutputFiles::check(&Outputs { json, ..Outputs::default() })?;
-        Ok(Links { settings, job, outputs })
+    /// Checks everything that can be checked before the run.
+    pub(crate) fn new(settings: Settings) -> Result<Self, Failure> {
+        // Links are measured in memory of their own, so there are no problems.
+        let job = Job::new(Request::new(settings.job.clone()))?;
+        let file = settings.json.as_deref().map(|path| OutputFile::check("--json", path)).transpose()?;
+        Ok(Links { settings, job, file })
     }
 
     pub(crate) fn run(self) -> Result<u8, Failure> {
@@ -54,11 +43,11 @@ impl Links {
         self.job.run(&self.settings, measure, |report| self.conclude(&report))
     }
 
-    /// Measures, and on rank 0 shows what is being measured.
+    /// Runs the measurement. Rank 0 shows its progress.
     fn measure(&self, group: &Group, backend: &mut dyn Collective) -> Result<Report, Error> {
         let (name, world_size) = (self.job.backend_name(), self.job.world_size());
         let mut screen = Screen::new(group);
-        let progress = screen.progress(links::most_steps(world_size));
+        let progress = screen.progress(run::most_steps(world_size));
         let mut machine = Machine::here();
         machine.set_gpus(backend.gpus());
         let notes = backend.notes().to_vec();
@@ -67,19 +56,20 @@ impl Links {
             let _ = writeln!(heading, "note: {note}");
         }
         screen.show(&progress, &heading);
-        let measured = links::run(group, backend, &progress)?;
+        let measured = run::run(group, backend, &progress)?;
         drop(progress);
         screen.finish()?;
         let command = env::args().skip(1).collect();
-        Ok(Report::new(command, name, world_size, self.settings.clone(), machine, notes, &measured))
+        Ok(Report::new(command, name, world_size, &self.settings.job, machine, notes, &measured))
     }
 
-    /// On rank 0: shows what was found, and writes the file.
+    /// Shows the report, writes the file, and returns the exit status. Rank 0 calls this.
     fn conclude(&self, report: &Report) -> Result<u8, Failure> {
         print(&format!("\n{}", report.render(width())))?;
-        let failed = |error: &dyn std::fmt::Display| Failure::Failed(error.to_string());
-        let json = report.to_json().map_err(|error| failed(&error))?;
-        self.outputs.write_json(&json).map_err(|error| failed(&error))?;
+        if let Some(file) = &self.file {
+            file.write(report.to_json().map_err(Into::into))
+                .map_err(|error| Failure::Failed(error.to_string()))?;
+        }
         let failures = report.failures().len();
         if failures > 0 {
             let all = report.pairs.len() + report.together.len();

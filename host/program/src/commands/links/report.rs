@@ -1,19 +1,20 @@
-//! What was measured of the links, as a table and as JSON.
+//! The report of a measurement of links, as tables and as JSON.
 //!
-//! A figure is the median of its trials, each of which is the slowest rank's; its least and largest are those of the
-//! trials. Rates are in GB/s, of 10^9 bytes; a word's time is in microseconds.
+//! A figure is the median of its trials, each of which is that of the slowest rank. Rates are in GB/s of 10^9 bytes; the
+//! latency of a word is in microseconds.
 
 use std::{fmt::Write, time::SystemTime};
 
 use serde::Serialize;
 
-use super::run::{Measured, Outcome, Settings, Timed, gb_s, push_gb_s};
+use super::run::{LinkOutcome, Measured, Timed, best_gb_s, gb_s};
 use crate::{
     backend::links::{Exercise, Measure},
-    report::{machine::Machine, table::grid},
+    job::options::{BackendChoice, JobOptions},
+    report::{grid::grid, machine::Machine},
 };
 
-/// Version of the JSON form. No benchmark's report has one like it.
+/// Version of the JSON schema. Reports of benchmarks have numbers, so none is taken for the other.
 pub const SCHEMA: &str = "links-1";
 
 /// One measurement of the links.
@@ -23,47 +24,60 @@ pub struct Report {
     pub schema: &'static str,
     /// Version of the program.
     pub version: &'static str,
-    /// When it was made: RFC 3339, UTC.
+    /// Time of the measurement: RFC 3339, UTC.
     pub created: String,
     /// The program's arguments, without its name.
     pub command: Vec<String>,
-    /// Where it ran.
+    /// The machine of the run.
     pub machine: Machine,
     /// The backend that ran: `cpu` or `cuda`.
     pub backend: String,
     /// Ranks.
     pub world_size: u32,
-    /// What was asked for.
-    pub settings: Settings,
-    /// What a reader should know of the backend, a sentence each.
+    /// The settings of the run.
+    pub settings: ReportedSettings,
+    /// Notes on the backend for a reader, a sentence each.
     pub notes: Vec<String>,
-    /// What was measured.
+    /// The measures.
     pub methods: Vec<Method>,
-    /// Bytes that a rank sends to another before they are sent once more.
+    /// Bytes that a rank sends to another each time.
     pub place_bytes: u64,
-    /// The measures of pairs of ranks, one after the other, each of all ordered pairs.
+    /// The measures of pairs of ranks, one after the other, each for every ordered pair.
     pub pairs: Vec<Pair>,
-    /// All ranks pushing to all others at the same time.
+    /// Puts of every rank to all others at the same time.
     pub together: Vec<Together>,
-    /// The best of [`together`](Self::together), in GB/s; none if all failed. What an operation's bandwidth is judged
-    /// against.
+    /// The all-to-all put bandwidth in GB/s, the best of [`together`](Self::together); `None` if all failed. It is the limit
+    /// for an operation's bus bandwidth.
     pub push_gb_s: Option<f64>,
-    /// Every rank copying within its own memory.
+    /// Copies of every rank within its own memory.
     pub copy: Copy,
 }
 
-/// What is measured, and how.
+/// The options of the run. Every field is always there.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ReportedSettings {
+    /// Longest wait for another rank, in seconds.
+    pub deadline_seconds: f64,
+    /// The backend asked for.
+    pub backend: BackendChoice,
+    /// True if ranks may share a GPU, which makes times meaningless.
+    pub oversubscribe: bool,
+    /// Ranks asked for.
+    pub nproc_per_node: Option<u32>,
+}
+
+/// A measure and its method.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Method {
-    /// What.
+    /// The measure.
     pub measure: Measure,
     /// The unit of its figures.
     pub unit: Unit,
-    /// How.
+    /// The method, in words.
     pub how: &'static str,
 }
 
-/// What a figure counts.
+/// The unit of a figure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Unit {
     /// Microseconds.
@@ -86,23 +100,23 @@ impl Unit {
 /// A measure of two ranks.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Pair {
-    /// What was measured.
+    /// The measure.
     pub measure: Measure,
     /// The rank that the word or the bytes come from.
     pub from: u32,
     /// The rank that they go to.
     pub to: u32,
-    /// What came of it.
-    pub outcome: Outcome,
+    /// The figures.
+    pub outcome: LinkOutcome,
 }
 
-/// All ranks at the same time.
+/// Puts of all ranks at the same time.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Together {
-    /// Blocks of each rank's grid; none where there are no blocks.
+    /// Blocks of each rank's grid; `None` if the backend has no blocks.
     pub blocks: Option<u32>,
-    /// What came of it: bytes out of the slowest rank.
-    pub outcome: Outcome,
+    /// The figures of the bytes out of the slowest rank.
+    pub outcome: LinkOutcome,
 }
 
 /// Copies within a rank's own memory.
@@ -110,9 +124,9 @@ pub struct Together {
 pub struct Copy {
     /// Bytes of a copy.
     pub bytes: u64,
-    /// The slowest rank's microseconds.
+    /// Microseconds of the slowest rank.
     pub time_us: f64,
-    /// Bytes read and bytes written, together, in GB/s.
+    /// Sum of bytes read and bytes written, in GB/s.
     pub gb_s: f64,
 }
 
@@ -123,17 +137,17 @@ fn cell(figure: f64, unit: Unit) -> String {
     }
 }
 
-fn outcome_cell(outcome: &Outcome, unit: Unit) -> String {
+fn outcome_cell(outcome: &LinkOutcome, unit: Unit) -> String {
     outcome.median().map_or_else(|| "FAILED".to_owned(), |figure| cell(figure, unit))
 }
 
 impl Report {
-    /// A report of what this program has just measured. `command` is the arguments without the program's name.
+    /// A report of a measurement that has just ended. `command` is the program's arguments without its name.
     pub fn new(
         command: Vec<String>,
         backend: &str,
         world_size: u32,
-        settings: Settings,
+        options: &JobOptions,
         machine: Machine,
         notes: Vec<String>,
         measured: &Measured,
@@ -148,10 +162,10 @@ impl Report {
             else {
                 return None;
             };
-            Some(Pair { measure: *measure, from, to, outcome: Outcome::of(timed) })
+            Some(Pair { measure: *measure, from, to, outcome: LinkOutcome::of(timed) })
         };
         let together = |timed: &Timed| match timed.exercise {
-            Exercise::PushAll { blocks } => Some(Together { blocks, outcome: Outcome::of(timed) }),
+            Exercise::PushAll { blocks } => Some(Together { blocks, outcome: LinkOutcome::of(timed) }),
             _ => None,
         };
         let (bytes, time_us) = measured.copy;
@@ -163,13 +177,18 @@ impl Report {
             machine,
             backend: backend.to_owned(),
             world_size,
-            settings,
+            settings: ReportedSettings {
+                deadline_seconds: options.deadline_seconds,
+                backend: options.backend,
+                oversubscribe: options.oversubscribe,
+                nproc_per_node: options.nproc_per_node,
+            },
             notes,
             methods: methods.collect(),
             place_bytes: measured.place_bytes,
             pairs: measured.pairs.iter().filter_map(pair).collect(),
             together: measured.together.iter().filter_map(together).collect(),
-            push_gb_s: push_gb_s(&measured.together),
+            push_gb_s: best_gb_s(&measured.together),
             copy: Copy { bytes, time_us, gb_s: gb_s(2 * bytes, time_us) },
         }
     }
@@ -179,7 +198,7 @@ impl Report {
         serde_json::to_string_pretty(self).map(|text| text + "\n")
     }
 
-    /// What failed, and why, a line each.
+    /// The failures, a line each.
     pub fn failures(&self) -> Vec<String> {
         let pairs = self.pairs.iter().filter_map(|pair| {
             let Pair { measure, from, to, outcome } = pair;
@@ -191,7 +210,7 @@ impl Report {
         pairs.chain(together).collect()
     }
 
-    /// The tables, at most `width` columns wide, and how their figures came about.
+    /// The tables, at most `width` columns wide, followed by the methods.
     pub fn render(&self, width: u16) -> String {
         let of_pairs: Vec<&Method> =
             self.methods.iter().filter(|method| method.measure.is_of_pairs()).collect();
@@ -219,8 +238,8 @@ impl Report {
         let mut rows: Vec<Vec<String>> = Vec::new();
         for Together { blocks, outcome } in &self.together {
             let (min, max) = match outcome {
-                Outcome::Verified { min, max, .. } => (cell(*min, unit), cell(*max, unit)),
-                Outcome::Failed { .. } => ("-".to_owned(), "-".to_owned()),
+                LinkOutcome::Verified { min, max, .. } => (cell(*min, unit), cell(*max, unit)),
+                LinkOutcome::Failed { .. } => ("-".to_owned(), "-".to_owned()),
             };
             rows.push(vec![together_name(*blocks), outcome_cell(outcome, unit), min, max]);
         }
@@ -233,19 +252,19 @@ impl Report {
             let _ = writeln!(out, "{}, {}: {how}", measure.name(), unit.name());
         }
         let trials = self.pairs.iter().find_map(|pair| match &pair.outcome {
-            Outcome::Verified { times_us, .. } => Some(times_us.len()),
-            Outcome::Failed { .. } => None,
+            LinkOutcome::Verified { times_us, .. } => Some(times_us.len()),
+            LinkOutcome::Failed { .. } => None,
         });
         let trials = trials.unwrap_or(0);
         let _ = writeln!(
             out,
-            "Each figure is the median of {trials} trials; GB are 10^9 bytes. What was sent was held to what arrived."
+            "Each figure is the median of {trials} trials; GB are 10^9 bytes. Received bytes were compared with those sent."
         );
         for failure in self.failures() {
             let _ = writeln!(out, "FAILED {failure}");
         }
         if let Some(rate) = self.push_gb_s {
-            let _ = writeln!(out, "push rate: {rate:.1} GB/s out of every rank at the same time");
+            let _ = writeln!(out, "all-to-all put bandwidth: {rate:.1} GB/s out of every rank");
         }
         out
     }
@@ -298,7 +317,7 @@ mod tests {
             command,
             "cuda",
             2,
-            Settings::default(),
+            &JobOptions::default(),
             Machine::here(),
             vec!["a note".to_owned()],
             &measured,
@@ -314,21 +333,21 @@ ranks   word    push    pull
 0 to 1  0.62   400.0   250.0
 1 to 0  0.75  FAILED  FAILED
 
-together                                       GB/s    min    max
------------------------------------------------------------------
-every rank pushes to all others, 16 blocks    100.0  100.0  100.0
-every rank pushes to all others, 264 blocks   400.0  200.0  400.0
-every rank copies in its memory              4000.0      -      -
+together                          GB/s    min    max
+----------------------------------------------------
+all-to-all put, 16 blocks        100.0  100.0  100.0
+all-to-all put, 264 blocks       400.0  200.0  400.0
+copy in each rank's own memory  4000.0      -      -
 
 word, µs: there and back
 push, GB/s: stores
 pull, GB/s: loads
-every rank pushes to all others, GB/s: stores of all
-every rank copies in its memory, GB/s: a copy
-Each figure is the median of 3 trials; GB are 10^9 bytes. What was sent was held to what arrived.
+all-to-all put, GB/s: stores of all
+copy in each rank's own memory, GB/s: a copy
+Each figure is the median of 3 trials; GB are 10^9 bytes. Received bytes were compared with those sent.
 FAILED push, rank 1 to rank 0: rank 0: byte 16 is not what it was
-FAILED pull, rank 1 to rank 0: a trial took 0 µs, which is no time
-push rate: 400.0 GB/s out of every rank at the same time
+FAILED pull, rank 1 to rank 0: a trial took 0 µs, not a valid duration
+all-to-all put bandwidth: 400.0 GB/s out of every rank
 ";
         assert_eq!(report().render(100), expected);
     }
@@ -354,16 +373,18 @@ push rate: 400.0 GB/s out of every rank at the same time
 
     #[test]
     fn no_benchmark_takes_it_for_its_own_report() {
-        let error = crate::report::json::parse(&report().to_json().unwrap()).unwrap_err().to_string();
+        let error = crate::commands::bench::report::json::parse(&report().to_json().unwrap())
+            .unwrap_err()
+            .to_string();
         assert_eq!(error, "its schema is \"links-1\", this program reads schema 1");
     }
 
     #[test]
-    fn the_push_rate_is_the_best_that_was_verified() {
+    fn the_put_bandwidth_is_the_best_that_was_verified() {
         let all = |outcomes: &[Result<&[f64], &str>]| {
             let timed =
                 outcomes.iter().map(|&times| timed(Exercise::PushAll { blocks: None }, 1_000_000, times));
-            push_gb_s(&timed.collect::<Vec<_>>())
+            best_gb_s(&timed.collect::<Vec<_>>())
         };
         assert_eq!(all(&[Ok(&[10.0]), Err("wrong"), Ok(&[5.0]), Ok(&[20.0])]), Some(200.0));
         assert_eq!(all(&[Err("wrong"), Ok(&[f64::NAN])]), None);

@@ -1,96 +1,58 @@
 //! The measurement of links: exercises, timed and checked.
 //!
-//! Each rank runs [`run`] with its end of the group and of the backend. In an exercise only the ranks that it names
-//! do anything; the others wait for them. It is timed in trials of about a millisecond, and its figures are believed only
-//! once everything that was sent in the last trial was found where it belongs.
-
-use std::time::Duration;
+//! Every rank calls [`run`]. In an exercise only the ranks that it names are active; the others wait for them. It is timed
+//! in trials of about a millisecond. Its figures count only if every byte of the last trial has arrived.
 
 use fused_collective::group::rendezvous::Group;
+use serde::Serialize;
 
 use crate::{
     backend::{
         collective::Collective,
         links::{Exercise, Links, Measure},
     },
-    job::{
-        options::BackendChoice,
-        ranks::{Error, gather_verdicts, slowest},
-    },
-    measurement::median,
+    job::ranks::{Error, gather_verdicts, slowest},
+    measurement::{invalid_duration, median},
     report::progress::Progress,
 };
-use serde::{Deserialize, Serialize};
 
-/// Everything that the command line says about a measurement of links, but for the files.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Settings {
-    /// Longest wait for a peer, in seconds; finite and above 0.
-    pub deadline_seconds: f64,
-    /// The backend asked for.
-    pub backend: BackendChoice,
-    /// Whether ranks may share a GPU, which makes times meaningless.
-    pub oversubscribe: bool,
-    /// Ranks asked for; `None` leaves it to the launcher or to the backend.
-    pub nproc_per_node: Option<u32>,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Settings {
-            deadline_seconds: 10.0,
-            backend: BackendChoice::Auto,
-            oversubscribe: false,
-            nproc_per_node: None,
-        }
-    }
-}
-
-impl Settings {
-    /// Longest wait for a peer.
-    pub fn deadline(&self) -> Duration {
-        Duration::from_secs_f64(self.deadline_seconds)
-    }
-}
-
-/// Trials of an exercise that count. Odd, so that one of them is the median.
+/// Trials of an exercise that count. The number is odd, so one of them is the median.
 const TRIALS: usize = 15;
-/// A trial does an exercise as often as takes about this long.
+/// The aimed duration of a trial, which repeats an exercise.
 const TRIAL_US: f64 = 1000.0;
-/// The most times that a trial does an exercise.
+/// The most repetitions of an exercise in a trial.
 const MAX_TIMES: f64 = 1000.0;
 
-/// What came of an exercise.
+/// The times of an exercise.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Timed {
     /// The exercise.
     pub exercise: Exercise,
-    /// Bytes that leave the busiest rank each time; 0 if it is not about bytes.
+    /// Bytes that leave the busiest rank each time; 0 for a latency.
     pub bytes: u64,
-    /// For each trial the slowest rank's microseconds each time; or why they mean nothing.
+    /// Microseconds of one repetition on the slowest rank, for each trial; or the reason why they do not count.
     pub times_us: Result<Vec<f64>, String>,
 }
 
-/// What was measured of the links of a group. The same on every rank.
+/// The measurements of the links of a group. The same on every rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Measured {
-    /// What was measured, and how.
+    /// The measures, each with its method.
     pub methods: Vec<(Measure, &'static str)>,
-    /// Bytes that a rank sent to another each time.
+    /// Bytes that a rank sends to another each time.
     pub place_bytes: u64,
-    /// The measures of pairs in the order of [`methods`](Self::methods), each for all ordered pairs.
+    /// The measures of pairs in the order of [`methods`](Self::methods), each for every ordered pair.
     pub pairs: Vec<(Measure, Timed)>,
-    /// All ranks at the same time, with every grid.
+    /// Puts of all ranks at the same time, with every grid.
     pub together: Vec<Timed>,
-    /// Bytes of each rank's copy, and the slowest rank's microseconds.
+    /// Bytes of each rank's copy, and the microseconds of the slowest rank.
     pub copy: (u64, f64),
 }
 
 /// Measures everything that the backend can measure.
 ///
 /// # Errors
-/// The group or the backend failed. What arrives wrong is no error but an exercise without times.
+/// The group or the backend failed. A wrong byte is no error but an exercise without times.
 pub fn run(group: &Group, backend: &mut dyn Collective, progress: &Progress) -> Result<Measured, Error> {
     let mut links = backend.links(group)?;
     let methods = links.methods();
@@ -105,34 +67,34 @@ pub fn run(group: &Group, backend: &mut dyn Collective, progress: &Progress) -> 
             }
         }
     }
-    let together = push_all(group, &mut *links, progress)?;
+    let together = put_all(group, &mut *links, progress)?;
     links.leave()?;
     drop(links);
     let copy_us = slowest(group, &[backend.copy_time(copy_bytes)?])?[0];
     Ok(Measured { methods, place_bytes, pairs, together, copy: (copy_bytes, copy_us) })
 }
 
-/// The best rate, in GB/s, at which all ranks of `group` push to all others at the same time; or what was wrong with what
-/// arrived, or with the times.
+/// The all-to-all put bandwidth of `group`, in GB/s: the best rate at which every rank stores into the memory of all others
+/// at the same time. Or the reason why a measurement of it does not count.
 ///
 /// # Errors
 /// The group or the backend failed.
-pub fn push_rate(
+pub fn put_bandwidth(
     group: &Group,
     backend: &mut dyn Collective,
     progress: &Progress,
 ) -> Result<Result<f64, String>, Error> {
     let mut links = backend.links(group)?;
-    let all = push_all(group, &mut *links, progress)?;
+    let all = put_all(group, &mut *links, progress)?;
     links.leave()?;
     let wrong = all.iter().find_map(|timed| timed.times_us.as_ref().err());
     Ok(match wrong {
         Some(why) => Err(why.clone()),
-        None => push_gb_s(&all).ok_or_else(|| "its times are none".to_owned()),
+        None => best_gb_s(&all).ok_or_else(|| "it has no valid times".to_owned()),
     })
 }
 
-/// How many exercises of pairs [`run`] does in a group of `world_size` ranks, at most.
+/// The most exercises of pairs that [`run`] does in a group of `world_size` ranks.
 pub fn most_steps(world_size: u32) -> u64 {
     4 * u64::from(world_size) * u64::from(world_size - 1)
 }
@@ -143,33 +105,33 @@ fn ordered_pairs(world_size: u32) -> impl Iterator<Item = (u32, u32)> {
         .filter(|(from, to)| from != to)
 }
 
-/// All ranks push at the same time, with every grid that is worth trying.
-fn push_all(group: &Group, links: &mut dyn Links, progress: &Progress) -> Result<Vec<Timed>, Error> {
+/// Times the puts of all ranks at the same time, with every grid that is worth trying.
+fn put_all(group: &Group, links: &mut dyn Links, progress: &Progress) -> Result<Vec<Timed>, Error> {
     let own = serde_json::to_vec(&links.grids()?).map_err(|error| Error::Failed(error.to_string()))?;
-    // Rank 0's, should GPUs differ.
+    // The grids of rank 0, as GPUs may differ.
     let grids = group.broadcast((group.rank() == 0).then_some(&own[..]))?;
     let grids: Vec<Option<u32>> = serde_json::from_slice(&grids)
-        .map_err(|error| Error::Failed(format!("rank 0's grids cannot be read: {error}")))?;
+        .map_err(|error| Error::Failed(format!("cannot read the grids of rank 0: {error}")))?;
     let mut all = Vec::new();
     for blocks in grids {
-        progress.doing("all ranks push");
+        progress.doing("all ranks put");
         all.push(timed(group, links, Exercise::PushAll { blocks })?);
     }
     Ok(all)
 }
 
-/// Times an exercise, and holds what it sent to what arrived.
+/// Times an exercise, and compares the bytes that arrived with those that were sent.
 fn timed(group: &Group, links: &mut dyn Links, exercise: Exercise) -> Result<Timed, Error> {
     let (rank, world_size) = (group.rank(), group.world_size());
     let mut trial = |times| {
-        // Nobody is still busy with the trial before.
+        // No rank is still busy with the trial before.
         group.barrier()?;
         Ok::<f64, Error>(links.time(exercise, times)?)
     };
-    // The first sets up what is set up at first use; the second tells how many times make a trial.
+    // The first trial does the set-up of first use. The second decides the repetitions of a trial.
     trial(1)?;
     let once = slowest(group, &[trial(1)?])?[0];
-    // A clock's step may be longer.
+    // The time may be shorter than a step of the clock.
     let times = (TRIAL_US / once.max(1.0)).clamp(1.0, MAX_TIMES) as u32;
     let own = (0..TRIALS).map(|_| trial(times)).collect::<Result<Vec<_>, _>>()?;
     group.barrier()?;
@@ -188,41 +150,41 @@ fn timed(group: &Group, links: &mut dyn Links, exercise: Exercise) -> Result<Tim
     })
 }
 
-/// The best rate, in GB/s, at which all ranks pushed at the same time; none if all failed.
-pub fn push_gb_s(together: &[Timed]) -> Option<f64> {
-    together.iter().filter_map(|timed| Outcome::of(timed).median()).max_by(f64::total_cmp)
+/// The best rate in GB/s; `None` if all exercises failed.
+pub fn best_gb_s(together: &[Timed]) -> Option<f64> {
+    together.iter().filter_map(|timed| LinkOutcome::of(timed).median()).max_by(f64::total_cmp)
 }
 
-/// The figures of an exercise, or the reason that there are none.
+/// The figures of an exercise, or the reason why there are none.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "status", rename_all = "lowercase")]
-pub enum Outcome {
-    /// What was sent was found where it belongs.
+pub enum LinkOutcome {
+    /// Every byte arrived.
     Verified {
         /// The median, in the measure's unit.
         median: f64,
-        /// The least.
+        /// The smallest figure.
         min: f64,
-        /// The largest.
+        /// The largest figure.
         max: f64,
-        /// For each trial the slowest rank's microseconds.
+        /// Microseconds of the slowest rank, for each trial.
         times_us: Vec<f64>,
     },
-    /// It was not, or the times are none.
+    /// A byte was wrong, or the times are not valid.
     Failed {
-        /// Why, in a line.
+        /// The reason, in a line.
         reason: String,
     },
 }
 
-impl Outcome {
-    pub(crate) fn of(timed: &Timed) -> Outcome {
+impl LinkOutcome {
+    pub(crate) fn of(timed: &Timed) -> Self {
         let times_us = match &timed.times_us {
             Ok(times_us) => times_us,
-            Err(reason) => return Outcome::Failed { reason: reason.clone() },
+            Err(reason) => return LinkOutcome::Failed { reason: reason.clone() },
         };
-        if let Some(time) = times_us.iter().find(|time| !(time.is_finite() && **time > 0.0)) {
-            return Outcome::Failed { reason: format!("a trial took {time} µs, which is no time") };
+        if let Some(reason) = invalid_duration(times_us) {
+            return LinkOutcome::Failed { reason };
         }
         let figure = |time_us: f64| match timed.exercise {
             Exercise::Word { .. } => time_us,
@@ -232,23 +194,23 @@ impl Outcome {
         figures.sort_by(f64::total_cmp);
         match (median(&figures), figures.first(), figures.last()) {
             (Some(median), Some(&min), Some(&max)) => {
-                Outcome::Verified { median, min, max, times_us: times_us.clone() }
+                LinkOutcome::Verified { median, min, max, times_us: times_us.clone() }
             }
-            _ => Outcome::Failed { reason: "no trial was timed".to_owned() },
+            _ => LinkOutcome::Failed { reason: "no trial was timed".to_owned() },
         }
     }
 
     pub(crate) fn median(&self) -> Option<f64> {
         match self {
-            Outcome::Verified { median, .. } => Some(*median),
-            Outcome::Failed { .. } => None,
+            LinkOutcome::Verified { median, .. } => Some(*median),
+            LinkOutcome::Failed { .. } => None,
         }
     }
 
     pub(crate) fn reason(&self) -> Option<&str> {
         match self {
-            Outcome::Verified { .. } => None,
-            Outcome::Failed { reason } => Some(reason),
+            LinkOutcome::Verified { .. } => None,
+            LinkOutcome::Failed { reason } => Some(reason),
         }
     }
 }

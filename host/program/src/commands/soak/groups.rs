@@ -1,8 +1,7 @@
 //! Soaks of several disjoint groups at the same time.
 //!
-//! Groups run free of each other, as far apart as their operations take them. What they have in common, that one of
-//! them found something wrong or that all are done, goes over the group of all ranks, on a thread of its own: a rank
-//! that takes long in its group, or is done before others, is late for nobody.
+//! Groups run independently, each at its own pace. A thread of each rank exchanges news with all other ranks: a wrong
+//! result, or the end of a soak. So no rank has to wait for a group that is slower than its own.
 
 use std::{
     collections::BTreeMap,
@@ -16,44 +15,48 @@ use std::{
 };
 
 use fastrand::Rng;
+use fused_collective::group::rendezvous::Group;
 use serde::{Deserialize, Serialize};
 
-use super::run::{Sequence, Settings, Tally, run_sequence};
-use fused_collective::group::rendezvous::Group;
-
+use super::{
+    run::{Sequence, Tally, run_sequence},
+    settings::Settings,
+};
 use crate::{backend::collective::Collective, job::ranks::Error};
 
-/// Between two exchanges of all ranks, unless there is news.
+/// Time between two exchanges of all ranks, unless there is news.
 const BEAT: Duration = Duration::from_millis(100);
-/// How long a rank that is told of a loss in its group waits for all ranks to be told more.
+/// The time that a rank waits for news of all ranks after it has lost a rank of its group.
 const FIRST_HAND: Duration = Duration::from_secs(1);
 
-/// The seed of a group's sequence: `seed` itself for the first, which a soak of one group has as well.
+/// The seed of a group's sequence. Group 0 has `seed` itself, like a soak of one group.
 pub fn group_seed(seed: u64, number: u32) -> u64 {
     (0..number).fold(seed, |seed, _| Rng::with_seed(seed).u64(..))
 }
 
-/// What happened in this rank's group.
+/// News from this rank's group.
 enum News {
     Line(String),
     Ended(Tally),
 }
 
-/// What a rank tells all others.
+/// The message of a rank to all others.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Word {
     /// The number of its group.
     number: u32,
-    /// What the user should see. Of a group, its rank 0 says it.
+    /// Lines for the user, from rank 0 of each group.
     lines: Vec<String>,
-    /// What its group has done, when it is.
+    /// The work of its group, once the group has ended.
     ended: Option<Tally>,
 }
 
-/// Runs a soak in each of several groups of `world`, of which this rank's is `group`, with this `number`; each has a
-/// [seed of its own](group_seed). What they did, by number, is the same on every rank. `tell` gets lines as
-/// [`run`](super::run)'s does, on each rank those of all groups, with the group's number; ranks in them are counted
-/// within the group. A group that finds a wrong result ends the soak for all.
+/// Runs a soak in each of several groups of `world`, and returns the tally of each, the same on every rank. This rank is in
+/// `group`, which has this `number`. Each group has a [seed of its own](group_seed). A wrong result in one group ends the
+/// soak of all.
+///
+/// On every rank, `tell` gets the lines of all groups, with the groups' numbers. Ranks in them are numbered within the
+/// group.
 ///
 /// # Errors
 /// A group or the backend failed; the error has the group's number, its seed and the turn.
@@ -68,7 +71,7 @@ pub fn run_groups(
     let sequence = Sequence { group: Some(number), seed: group_seed(settings.seed, number) };
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
-        // Gone with this closure, however it ends, and so is the thread.
+        // The sender goes with this closure, however it ends, and the thread ends with the sender.
         let (news, heard) = channel();
         let exchange = scope.spawn(|| {
             let tallies = exchange(world, number, heard, &stop, tell);
@@ -80,7 +83,7 @@ pub fn run_groups(
         });
         let tell = |line: &str| {
             if group.rank() == 0 {
-                // A thread that has ended has a reason, which is this function's result.
+                // If the thread has ended, its error is the result of this function.
                 let _ = news.send(News::Line(line.to_owned()));
             }
         };
@@ -95,7 +98,7 @@ pub fn run_groups(
             Err(error) => {
                 wait_for_first_hand(world, group);
                 drop(news);
-                // What all ranks were told knows ranks by their numbers among all.
+                // The exchange's error numbers ranks among all ranks.
                 joined(exchange)?;
                 if let Some(lost) = world.lost() {
                     return Err(Error::Group(lost.into()));
@@ -109,7 +112,7 @@ pub fn run_groups(
     })
 }
 
-/// Exchanges what is new until all groups are done. `stop` is set when one of them has failed.
+/// Exchanges news until all groups have ended. Sets `stop` when one of them has failed.
 fn exchange(
     world: &Group,
     number: u32,
@@ -123,7 +126,7 @@ fn exchange(
             Ok(News::Line(line)) => own.lines.push(line),
             Ok(News::Ended(tally)) => own.ended = Some(tally),
             Err(RecvTimeoutError::Timeout) => {}
-            // This rank has failed, and is about to tell all why.
+            // This rank has failed, and is about to tell all ranks the reason.
             Err(RecvTimeoutError::Disconnected) => return Ok(Vec::new()),
         }
         let bytes = serde_json::to_vec(&own).map_err(|error| Error::Failed(error.to_string()))?;
@@ -132,12 +135,12 @@ fn exchange(
         let mut all_ended = true;
         for (rank, bytes) in world.all_gather(&bytes)?.iter().enumerate() {
             let word: Word = serde_json::from_slice(bytes)
-                .map_err(|error| Error::Failed(format!("rank {rank} sent what cannot be read: {error}")))?;
+                .map_err(|error| Error::Failed(format!("cannot read the news of rank {rank}: {error}")))?;
             for line in word.lines {
                 tell(&line);
             }
             match word.ended {
-                // The same from every rank of a group.
+                // Every rank of a group sends the same.
                 Some(tally) => drop(ended.insert(word.number, tally)),
                 None => all_ended = false,
             }
@@ -151,7 +154,7 @@ fn exchange(
     }
 }
 
-/// If a rank was lost to `group`, all ranks will learn of it or from it: that is worth more than what this one knows.
+/// Waits until all ranks know that `group` has lost a rank. Their error says more than this rank's.
 fn wait_for_first_hand(world: &Group, group: &Group) {
     let until = Instant::now() + FIRST_HAND;
     while group.lost().is_some() && world.lost().is_none() && Instant::now() < until {

@@ -1,45 +1,37 @@
-//! `fused-collective soak`.
+//! `fused-collective soak`: random operations for a given time, every result checked.
 
 pub(crate) mod args;
 pub mod groups;
 pub mod run;
+pub mod settings;
 
 use std::{fmt::Write as _, time::Instant};
 
 use fused_collective::group::rendezvous::Group;
 
-use self::{
-    groups::{group_seed, run_groups},
-    run as soak,
-};
 use crate::{
     backend::{collective::Collective, problem::Tensor},
-    commands::soak::run::Tally,
     exit::{self, Failure, print},
-    job::{Job, Request, options::AllReduceChoice, ranks::Error, screen::Screen},
+    job::{Job, Request, ranks::Error, screen::Screen},
     report::progress::Progress,
 };
-pub use run::Settings;
+use groups::{group_seed, run_groups};
+use run::Tally;
+use settings::Settings;
 
-/// A soak that has been asked for and can be run.
+/// A soak whose settings have been checked.
 pub(crate) struct Soak {
     settings: Settings,
     job: Job,
 }
 
 impl Soak {
-    /// Checks all that can be checked before anything runs.
+    /// Checks everything that can be checked before the run.
     pub(crate) fn new(settings: Settings) -> Result<Self, Failure> {
         let job = Job::new(Request {
-            backend: settings.backend,
-            nproc_per_node: settings.nproc_per_node.map(|size| size * settings.groups),
-            all_reduces: vec![AllReduceChoice::Custom],
-            groups: settings.groups,
-            oversubscribe: settings.oversubscribe,
-            cold: false,
-            deadline: settings.deadline(),
-            problems: soak::largest_problems(),
+            problems: run::largest_problems(),
             held: |problem| problem.bytes_of(&Tensor::OUTPUTS)?.checked_mul(2),
+            ..Request::new(settings.job.clone())
         })?;
         job.check_memory()?;
         Ok(Soak { settings, job })
@@ -64,19 +56,19 @@ impl Soak {
         )
     }
 
-    /// Soaks in all groups, and on rank 0 shows how it goes. What each group has done.
+    /// Soaks in all groups, and returns the tally of each. Rank 0 shows the progress.
     fn soak(&self, world: &Group) -> Result<Vec<Tally>, Error> {
         let settings = &self.settings;
         let mut screen = Screen::new(world);
         let number = world.rank() / self.job.group_size();
-        // One group is all ranks, who know each other already.
-        let own = if settings.groups > 1 { world.split(Some(number))? } else { None };
-        let mut backend = self.job.join(own.as_ref().unwrap_or(world), settings.deadline())?;
+        // One group is all ranks, which have met already.
+        let own = if settings.job.groups > 1 { world.split(Some(number))? } else { None };
+        let mut backend = self.job.join(own.as_ref().unwrap_or(world), self.job.deadline())?;
         screen.show(&Progress::hidden(), &self.heading(&*backend));
         let tell = |line: &str| screen.show(&Progress::hidden(), &format!("{line}\n"));
         let tallies = match &own {
             Some(own) => run_groups(settings, world, number, own, &mut *backend, tell)?,
-            None => vec![soak::run(settings, world, &mut *backend, tell)?],
+            None => vec![run::run(settings, world, &mut *backend, tell)?],
         };
         backend.leave()?;
         drop(backend);
@@ -87,8 +79,8 @@ impl Soak {
     }
 
     fn heading(&self, backend: &dyn Collective) -> String {
-        let Settings { seed, groups, .. } = self.settings;
-        let ranks = match groups {
+        let seed = self.settings.seed;
+        let ranks = match self.settings.job.groups {
             1 => format!("{} ranks, seed {seed}", self.job.world_size()),
             groups => {
                 let seeds: Vec<String> =

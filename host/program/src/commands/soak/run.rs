@@ -1,15 +1,14 @@
-//! Random operations for as long as wanted, every result checked: what a matrix of cases cannot find.
+//! Random operations for a given time, every result checked. They find errors that a matrix of cases cannot.
 //!
-//! A soak keeps several problems at hand, of random element types, shapes and quantizations, and solves them in random
-//! turns: one operation, several in a row in changing modes, or a captured sequence again and again. In between each
-//! rank pauses for random times of its own, so that ranks arrive in every order, and now and then a problem is replaced
-//! by another.
+//! A soak holds several problems, of random element types, shapes and quantizations, and solves them in random turns. A
+//! turn is one operation, several in changing modes, or repetitions of a captured sequence. Before a turn each rank pauses
+//! for a random time of its own, so that ranks arrive in every order. From time to time another problem replaces one.
 //!
-//! A problem's first results are checked against the [reference](fused_collective_core::reference). Every later one must
-//! be the same bits, in outputs that were poisoned before, with nothing written beside them. Problems differ in their
-//! inputs, so data that is left over from an earlier operation shows.
+//! The first results of a problem are checked against the [reference](fused_collective_core::reference). Every later
+//! result must have the same bits, in outputs that were poisoned before, with no byte written beside them. Problems have
+//! different inputs, so data left over from an earlier operation shows.
 //!
-//! All but the pauses follows from the seed, the same on every rank.
+//! Everything but the pauses follows from the seed, and is the same on every rank.
 
 use std::{
     fmt::{self, Write as _},
@@ -20,6 +19,7 @@ use std::{
 };
 
 use fastrand::Rng;
+use fused_collective::group::rendezvous::Group;
 use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Norm},
@@ -27,8 +27,7 @@ use fused_collective_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use fused_collective::group::rendezvous::Group;
-
+use super::settings::Settings;
 use crate::{
     backend::{
         collective::Collective,
@@ -40,68 +39,22 @@ use crate::{
         variants::{Variant, variants},
         verify::{poison, verify, write_inputs},
     },
-    job::{
-        options::BackendChoice,
-        ranks::{Error, gather_verdicts},
-    },
+    job::ranks::{Error, gather_verdicts},
     quant_mode::QuantMode,
 };
 
-/// Everything that the command line says about a soak.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Settings {
-    /// How long; finite and above 0. Not counted if `operations` is given.
-    pub minutes: f64,
-    /// Stop when so many operations are done, by each group.
-    pub operations: Option<u64>,
-    /// What the operations, shapes and inputs follow from.
-    pub seed: u64,
-    /// Longest wait for a peer, in seconds; finite and above 0.
-    pub deadline_seconds: f64,
-    /// The backend asked for.
-    pub backend: BackendChoice,
-    /// Whether ranks may share a GPU.
-    pub oversubscribe: bool,
-    /// Ranks of a group asked for; `None` leaves it to the launcher or to the backend.
-    pub nproc_per_node: Option<u32>,
-    /// Groups of that size that soak at the same time.
-    pub groups: u32,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Settings {
-            minutes: 1.0,
-            operations: None,
-            seed: 0,
-            deadline_seconds: 10.0,
-            backend: BackendChoice::Auto,
-            oversubscribe: false,
-            nproc_per_node: None,
-            groups: 1,
-        }
-    }
-}
-
-impl Settings {
-    /// Longest wait for a peer.
-    pub fn deadline(&self) -> Duration {
-        Duration::from_secs_f64(self.deadline_seconds)
-    }
-}
-
-/// Problems at hand at a time.
+/// Problems that a soak holds.
 const PROBLEMS: usize = 6;
-/// The most elements of a problem: the reference takes a while, and small operations are many.
+/// The most elements of a problem. The reference is slow, and small operations give more turns.
 const MAX_ELEMENTS: u64 = 1 << 16;
-/// Hidden sizes: of less than a warp, of no power of two, of several rounds on the CPU, the usual ones.
+/// Hidden sizes: less than a warp, no power of two, several rounds on the CPU, and usual ones.
 const HIDDEN: [u64; 10] = [16, 48, 64, 208, 1024, 2880, 4096, 7168, 8192, 16_384];
-/// Turns between two verdicts: so many go wrong at most before all ranks know.
+/// Turns between two verdicts of all ranks.
 const TURNS: usize = 24;
-/// Between two lines that tell how far it is.
+/// Time between two lines of progress.
 const TELL_EVERY: Duration = Duration::from_secs(60);
 
-/// The largest problems of a soak, for a backend to make room for.
+/// The largest problems of a soak, for which a backend reserves memory.
 pub fn largest_problems() -> Vec<Problem> {
     HIDDEN
         .into_iter()
@@ -118,18 +71,18 @@ pub fn largest_problems() -> Vec<Problem> {
         .collect()
 }
 
-/// What a soak has done.
+/// The work of a soak.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
-    /// Operations, those of replays included.
+    /// Operations, including those of replays.
     pub operations: u64,
-    /// Results that were compared, bit for bit.
+    /// Results that were compared bit for bit.
     pub results: u64,
-    /// Problems, each of which was checked against the reference in both modes.
+    /// Problems, each checked against the reference in every mode.
     pub problems: u64,
-    /// Timed repetitions: on GPUs, launches of captured graphs.
+    /// Repetitions of a sequence; on GPUs, launches of captured graphs.
     pub repetitions: u64,
-    /// Results that were wrong.
+    /// Wrong results.
     pub failed: u64,
 }
 
@@ -145,7 +98,7 @@ impl Sum for Tally {
     }
 }
 
-/// What a group's operations follow from, for lines that tell of it.
+/// The name of a group's sequence of operations, for messages.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sequence {
     /// The group's number, if there are several.
@@ -165,15 +118,15 @@ impl fmt::Display for Sequence {
 /// The outputs of an operation.
 type Results = Vec<(Tensor, Vec<u8>)>;
 
-/// A problem at hand.
+/// A problem of the soak, with its right results.
 struct Workload {
     problem: Problem,
     seed: u64,
-    /// The outputs' bytes, as they were verified.
+    /// The verified outputs.
     expected: Results,
-    /// The same with the residual sharded, if the problem has that, too.
+    /// The verified outputs with a sharded residual; empty if the problem has none.
     sharded: Results,
-    /// What is repeated: always the same, so that on GPUs one graph is launched again and again.
+    /// The sequence that is repeated, and the times. It stays the same, so that on GPUs one graph is launched each time.
     repeated: (Vec<Step>, u32),
 }
 
@@ -182,11 +135,11 @@ struct Workload {
 enum Turn {
     /// Runs the steps once.
     Run(Vec<Step>),
-    /// Runs what this problem repeats.
+    /// Repeats the sequence of this problem.
     Repeat,
 }
 
-/// Runs a soak. `tell` gets a line once a minute and for what is wrong, which ends it.
+/// Runs a soak. `tell` gets a line once a minute, and one for a wrong result, which ends the soak.
 ///
 /// # Errors
 /// The group or the backend failed; the error has the seed and the turn.
@@ -200,7 +153,7 @@ pub fn run(
     run_sequence(settings, sequence, group, backend, &AtomicBool::new(false), tell)
 }
 
-/// Runs the soak of one group, which may be told to `stop` after a round.
+/// Runs the soak of one group, which ends after a round if `stop` is set.
 pub(crate) fn run_sequence(
     settings: &Settings,
     sequence: Sequence,
@@ -213,7 +166,7 @@ pub(crate) fn run_sequence(
     let mut told = began;
     let mut soak = Soak {
         random: Rng::with_seed(sequence.seed),
-        // Different on each rank, and different from the one above.
+        // Different on each rank, and from the generator above.
         pauses: Rng::with_seed(sequence.seed.wrapping_add(1 + u64::from(group.rank()))),
         workloads: Vec::new(),
         tally: Tally::default(),
@@ -231,15 +184,15 @@ pub(crate) fn run_sequence(
             let done = soak.take(backend, index, &what).map_err(|error| {
                 located(error, &at(&format!("turn {turn}, {}", soak.describe(index, &what))))
             })?;
-            // The turns go on, as they do on the ranks that found nothing.
+            // The turns go on, as on the ranks that found nothing.
             if let (Ok(()), Err(why)) = (&verdict, done) {
                 verdict = Err(format!("turn {turn}, {}: {why}", soak.describe(index, &what)));
             }
         }
-        // Nothing runs on any rank until all have their verdict.
+        // All ranks are idle until they have their verdicts.
         group.barrier()?;
         if let (Ok(()), Some(stray)) = (&verdict, backend.find_stray_write(false)?) {
-            verdict = Err(format!("written where nothing should be: {stray}"));
+            verdict = Err(format!("a stray write: {stray}"));
         }
         if let Err(why) = gather_verdicts(group, verdict)? {
             soak.tally.failed += 1;
@@ -259,7 +212,7 @@ pub(crate) fn run_sequence(
             Some(operations) => soak.tally.operations >= operations,
             None => began.elapsed().as_secs_f64() >= settings.minutes * 60.0,
         };
-        // Clocks differ, and so does when a rank is told to stop: rank 0's word decides.
+        // Clocks differ, and so do the times at which ranks learn to stop, so rank 0 decides.
         let own = (group.rank() == 0).then_some([u8::from(done)]);
         if group.broadcast(own.as_ref().map(<[u8; 1]>::as_slice))? != [0] {
             break;
@@ -268,7 +221,7 @@ pub(crate) fn run_sequence(
     Ok(soak.tally)
 }
 
-/// An error with where it happened. The group's errors say all there is to say.
+/// Adds the place to a backend's error. The group's errors are about ranks, and need none.
 fn located(error: Error, at: &str) -> Error {
     match error {
         Error::Collective(error) => Error::Failed(format!("{at}: {error}")),
@@ -277,7 +230,7 @@ fn located(error: Error, at: &str) -> Error {
 }
 
 struct Soak {
-    /// In step with the other ranks'.
+    /// The same on every rank.
     random: Rng,
     pauses: Rng,
     workloads: Vec<Workload>,
@@ -285,7 +238,7 @@ struct Soak {
 }
 
 impl Soak {
-    /// Makes the first problems, later replaces one. Every rank learns the same: whether their results are right.
+    /// Makes the first problems, or replaces one later, and verifies their results. Every rank returns the same.
     fn renew(&mut self, group: &Group, backend: &mut dyn Collective) -> Result<Result<(), String>, Error> {
         let first = self.workloads.len()..PROBLEMS;
         let indices: Vec<usize> =
@@ -305,7 +258,7 @@ impl Soak {
                 self.tally.operations += 2;
                 let found = outputs(backend, &variant)?;
                 if variant.sharded {
-                    // Other zeros may have a sign.
+                    // Signs of zeros may differ from those of the other modes.
                     sharded = found;
                     continue;
                 }
@@ -329,7 +282,7 @@ impl Soak {
         let random = &mut self.random;
         let hidden = HIDDEN[random.usize(..HIDDEN.len())];
         let most = (MAX_ELEMENTS / hidden).max(1);
-        // Few tokens half of the time: that is where protocols are at their tightest.
+        // Few tokens half of the time: then operations follow each other fastest.
         let tokens = if random.bool() { random.u64(0..=4.min(most)) } else { random.u64(0..=most) };
         let quant_mode = QuantMode::ALL[random.usize(..QuantMode::ALL.len())];
         let residual = random.bool();
@@ -345,8 +298,7 @@ impl Soak {
         }
     }
 
-    /// One to five collectives, of which the last makes the outputs; of a problem that may be solved with a sharded residual
-    /// if `sharded`.
+    /// One to five collectives, of which the last makes the outputs. If `sharded`, they may use the sharded residual.
     fn steps(&mut self, sharded: bool) -> Vec<Step> {
         let random = &mut self.random;
         let mut fused = || {
@@ -374,7 +326,7 @@ impl Soak {
         (index, turn)
     }
 
-    /// Takes a turn: whether the outputs are the bits that they should be.
+    /// Takes a turn, and compares the outputs with the verified ones.
     fn take(
         &mut self,
         backend: &mut dyn Collective,
@@ -409,7 +361,7 @@ impl Soak {
             let found = backend.read(*tensor)?;
             if let Some(at) = found.iter().zip(expected).position(|(found, expected)| found != expected) {
                 return Ok(Err(format!(
-                    "byte {at} of {tensor:?} is {:#04x}, not {:#04x} as it was verified (inputs of seed {})",
+                    "byte {at} of {tensor:?} is {:#04x}, not the verified {:#04x} (inputs of seed {})",
                     found[at], expected[at], workload.seed
                 )));
             }
@@ -417,7 +369,7 @@ impl Soak {
         Ok(Ok(()))
     }
 
-    /// Holds this rank up for a while, or not.
+    /// Pauses this rank for a random time, often none.
     fn pause(&mut self) {
         let most = match self.pauses.u8(..64) {
             0 => 20_000,

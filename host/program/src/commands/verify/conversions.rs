@@ -1,25 +1,28 @@
-//! Every `f32` through the conversions that a backend has of its own, against `core`'s.
+//! Every `f32` through a backend's own conversions, compared with `core`'s.
 //!
-//! `core`'s conversions are held against another implementation, for every `f32`, by its own tests.
+//! `core`'s tests compare its conversions with another implementation, for every `f32`.
 
 use std::{num::NonZero, ops::Range, panic::resume_unwind, thread};
 
 use fused_collective_core::quant::{e2m1, e4m3};
 use serde::{Deserialize, Serialize};
 
-use super::run::{Place, Settings, Tally, count, gather_groups};
+use super::{
+    settings::Settings,
+    verdicts::{Place, Tally, count, gather_groups},
+};
 use crate::{
     backend::steps::Conversion,
     job::ranks::{Error, gather_verdicts},
     report::progress::Progress,
 };
 
-/// Blocks that the `f32` bit patterns are taken in.
+/// Blocks of the `f32` bit patterns.
 pub const CONVERSION_BLOCKS: u32 = 256;
 /// Patterns of a block.
 const CONVERSION_BLOCK: u32 = 1 << 24;
 
-/// What a block, or some of it, gave.
+/// The result of comparing a block, or a part of one.
 #[derive(Clone, Copy, Default, Serialize, Deserialize)]
 struct Compared {
     compared: u64,
@@ -32,16 +35,16 @@ impl Compared {
     fn add(&mut self, other: Compared) {
         self.compared += other.compared;
         self.wrong += other.wrong;
-        // By bits: they come first.
+        // The bits come first, so this is the smallest pattern.
         self.first = [self.first, other.first].into_iter().flatten().min();
     }
 }
 
-/// Compares the conversions that the backend has of its own with `core`'s, for every `f32` of `blocks`, of which there
-/// are [`CONVERSION_BLOCKS`]. The ranks of a group share the blocks. All ranks of the job call this, with a group each.
+/// Compares the backend's own conversions with `core`'s, for every `f32` of `blocks`, of which there are
+/// [`CONVERSION_BLOCKS`]. The ranks of a group share the blocks. All ranks of the job call this, each in a group.
 ///
 /// # Errors
-/// As [`run`](super::run)'s.
+/// A group or the backend failed.
 pub fn run_conversions(
     settings: &Settings,
     blocks: Range<u32>,
@@ -83,7 +86,7 @@ pub fn run_conversions(
         };
         let mut tally = Tally::default();
         let found = gather_groups(place.world, place.group(), &vec![("every float32".to_owned(), verdict)])?;
-        count(settings, &title, found, &mut tally, &mut tell);
+        count(settings.job.groups, &title, found, &mut tally, &mut tell);
         tell(&format!("{title}: {} float32 compared in each group, {} wrong", all.compared, all.wrong));
         total.add(tally);
     }

@@ -1,11 +1,13 @@
-//! Outputs that are read as early as they may be: by kernels that depend on the operation, on GPUs as programmatic
-//! dependents of it, which start before it has ended.
+//! Outputs that dependent kernels read as early as they may. On GPUs these are programmatic dependents of the operation,
+//! which start before it has ended.
 
+use fused_collective::group::rendezvous::Group;
 use fused_collective_core::{dtype::DType, quant::Quantization};
 
-use super::run::{Place, Section, Settings, Shape, Tally, Verdicts, count, gather_groups};
-use fused_collective::group::rendezvous::Group;
-
+use super::{
+    settings::{Section, Settings, Shape},
+    verdicts::{Place, Tally, Verdict, Verdicts, count, gather_groups},
+};
 use crate::{
     backend::{
         collective::Collective,
@@ -20,14 +22,14 @@ use crate::{
     report::progress::Progress,
 };
 
-/// Elements of the runs between two points where all ranks meet.
+/// Elements of the runs between two barriers.
 const ELEMENTS_AT_ONCE: u64 = 1 << 34;
 
-/// Runs every shape of `settings` with tokens and a residual, in bfloat16, every quantization and mode, as often as
-/// `settings.dependents` says, each time with dependents that read the outputs.
+/// Runs bfloat16 operations with dependents that read the outputs, `settings.dependents` times each. The operations are all
+/// shapes of `settings` with tokens and a residual, in every quantization and mode.
 ///
 /// # Errors
-/// As [`run`](super::run)'s.
+/// A group or the backend failed.
 pub fn run_dependents(
     settings: &Settings,
     place: &mut Place<'_>,
@@ -46,13 +48,12 @@ pub fn run_dependents(
                 let problem = shape.problem(quant_mode);
                 let mut verdicts = Verdicts::new();
                 for variant in variants(quant_mode, problem.residual, problem.sharded, true, &[]) {
-                    let verdict = match &mut place.own {
+                    let mut verdict = match &mut place.own {
                         Some((group, backend)) => {
                             verified(settings, group, &mut **backend, &problem, &variant)?
                         }
                         None => Ok(0.0),
                     };
-                    let mut verdict = verdict;
                     let mut left = settings.dependents;
                     let at_once = (ELEMENTS_AT_ONCE / (tokens * hidden)).clamp(100, 100_000);
                     while left > 0 {
@@ -69,7 +70,7 @@ pub fn run_dependents(
                     }
                 }
                 let found = gather_groups(place.world, place.group(), &verdicts)?;
-                count(settings, &title, found, &mut tally, &mut tell);
+                count(settings.job.groups, &title, found, &mut tally, &mut tell);
             }
             tell(&format!(
                 "dependents of {tokens} tokens, hidden {hidden}, {} times: {tally}",
@@ -81,20 +82,20 @@ pub fn run_dependents(
     Ok(total)
 }
 
-/// Prepares the problem, and leaves outputs that are right.
+/// Prepares the problem, and verifies the outputs that it leaves.
 fn verified(
     settings: &Settings,
     group: &Group,
     backend: &mut dyn Collective,
     problem: &Problem,
     variant: &Variant,
-) -> Result<super::run::Verdict, Error> {
+) -> Result<Verdict, Error> {
     backend.prepare(problem)?;
     write_inputs(backend, problem, settings.numbers(), group)?;
     verify(backend, group, problem, variant, settings.numbers())
 }
 
-/// Runs the variant with dependents: whether they read what they should on every rank.
+/// Runs the variant with dependents, which must read the right outputs on every rank.
 fn audited(
     group: &Group,
     backend: &mut dyn Collective,
@@ -107,7 +108,7 @@ fn audited(
         .into_iter()
         .filter(|&tensor| problem.bytes(tensor) > Some(0))
         .filter(|&tensor| tensor != Tensor::NormOut || !quantized || variant.writes_norm)
-        // What is written over what was read would stay where a sharded sum has no rows of this rank's.
+        // Dependents poison the outputs. In a sharded sum the poison would stay in rows that this rank does not have.
         .filter(|&tensor| tensor != Tensor::ResidualShardOut)
         .filter(|&tensor| tensor != Tensor::ResidualOut || !variant.sharded)
         .collect();

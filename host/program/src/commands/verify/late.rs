@@ -1,10 +1,14 @@
-//! A rank that does not come to an operation: the others' waits end at their deadline, with an error that says who was
-//! waited for; the group is then over on every rank, and one made anew works.
+//! A rank that is withheld from an operation. The waits of the others end at their deadline, with an error that names the
+//! late rank. The group is then unusable on every rank, and a new group works.
 //!
-//! On GPUs the waits are the kernels' own, and the first of them to fail ends the others.
+//! On GPUs the kernels wait, and the first wait that fails ends the others.
 
 use std::time::{Duration, Instant};
 
+use fused_collective::group::{
+    failure::{Cause, What},
+    rendezvous::Group,
+};
 use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Norm},
@@ -12,12 +16,10 @@ use fused_collective_core::{
     quant::Quantization,
 };
 
-use super::run::{Settings, Tally, Verdict, count, gather_groups};
-use fused_collective::group::{
-    failure::{Cause, What},
-    rendezvous::Group,
+use super::{
+    settings::Settings,
+    verdicts::{Tally, Verdict, count, gather_groups},
 };
-
 use crate::{
     backend::{collective::Collective, problem::Problem, steps::Step},
     check::{
@@ -29,17 +31,17 @@ use crate::{
     report::progress::Progress,
 };
 
-/// How long the operations under test wait, unless the deadline leaves less.
+/// The longest wait of the operations under test.
 const LONGEST_WAIT: Duration = Duration::from_millis(1500);
-/// Of the deadline, which a rank that is kept back waits for the others to tell: the part that operations may wait.
+/// The deadline over the wait of operations. The withheld rank waits for the others, and must not reach the deadline.
 const PART_OF_DEADLINE: u32 = 8;
 
-/// Keeps each rank in turn from an operation, in either mode, and checks what the others say. `join` makes this rank's
-/// end of a backend for a group, whose operations wait so long. All ranks of the job, `world`, call this, each with its
-/// own `group`.
+/// Withholds each rank in turn from an operation, in every mode, and checks the errors of the others. `join` joins the
+/// backend of a group with a deadline for its operations. All ranks of the job, `world`, call this, each in its own
+/// `group`.
 ///
 /// # Errors
-/// As [`run`](super::run)'s.
+/// A group or the backend failed.
 pub fn run_late_ranks(
     settings: &Settings,
     world: &Group,
@@ -52,7 +54,7 @@ pub fn run_late_ranks(
     let hidden = settings.hidden_dims.iter().copied().min().unwrap_or(16);
     let problem = Problem {
         dtype: DType::Bf16,
-        // One token has one owner: it is known who waits for whom.
+        // One token has one owner, so it is known which rank waits for which.
         tokens: 1,
         hidden,
         residual: true,
@@ -64,20 +66,20 @@ pub fn run_late_ranks(
     for variant in variants(QuantMode::None, problem.residual, problem.sharded, true, &[]) {
         let mut tally = Tally::default();
         for late in 0..group.world_size() {
-            let title = format!("rank {late} kept back");
+            let title = format!("rank {late} withheld");
             progress.doing(format!("{}, {title}", variant.name));
             let case = Late { settings, group, problem: &problem, variant: &variant, late };
             let verdict = case.verify(&join)?;
             let found = gather_groups(world, Some(group), &vec![(variant.name.clone(), verdict)])?;
-            count(settings, &title, found, &mut tally, &mut tell);
+            count(settings.job.groups, &title, found, &mut tally, &mut tell);
         }
-        tell(&format!("{}, a rank kept back  {tally}", variant.name));
+        tell(&format!("{}, a rank withheld  {tally}", variant.name));
         total.add(tally);
     }
     Ok(total)
 }
 
-/// One rank that is kept from one operation.
+/// One rank that is withheld from one operation.
 struct Late<'a> {
     settings: &'a Settings,
     group: &'a Group,
@@ -92,15 +94,15 @@ impl Late<'_> {
         join: &impl for<'g> Fn(&'g Group, Duration) -> Result<Box<dyn Collective + 'g>, Error>,
     ) -> Result<Verdict, Error> {
         let (group, settings) = (self.group, self.settings);
-        let wait = LONGEST_WAIT.min(settings.deadline() / PART_OF_DEADLINE);
+        let wait = LONGEST_WAIT.min(settings.job.deadline() / PART_OF_DEADLINE);
         let reported = {
-            // A group of its own, since the failure ends it.
+            // A group of its own, as the failure ends it.
             let doomed = self.regroup()?;
             let mut backend = join(&doomed, wait)?;
             self.prepare(&mut *backend)?;
-            // A rank that prepares for longer is not one that does not come.
+            // The set-up of a rank must not count against the deadline of another rank's operation.
             group.barrier()?;
-            // Whatever is set up at first use is so before the operation that counts.
+            // The first operation does the set-up of first use.
             backend.run(&self.variant.steps)?;
             group.barrier()?;
             let own = match group.rank() == self.late {
@@ -110,21 +112,21 @@ impl Late<'_> {
             let reported =
                 gather_verdicts(group, own)?.and_then(|first_hand| match first_hand.contains(&true) {
                     true => Ok(0.0),
-                    false => Err("every rank says that it was told by another".to_owned()),
+                    false => Err("every rank says that another rank reported the failure".to_owned()),
                 });
-            // The group may be over, so it is this one that sees to it that nobody frees what another has open.
+            // The failed group may have no barrier, so this one keeps memory that other ranks still map.
             let _ = backend.leave();
             group.barrier()?;
             reported
         };
         let anew = self.regroup()?;
-        let mut backend = join(&anew, settings.deadline())?;
+        let mut backend = join(&anew, settings.job.deadline())?;
         self.prepare(&mut *backend)?;
         let again = verify(&mut *backend, &anew, self.problem, self.variant, settings.numbers())?;
         backend.leave()?;
         drop(backend);
         anew.farewell()?;
-        Ok(reported.and(again.map_err(|why| format!("the group that was made anew: {why}"))))
+        Ok(reported.and(again.map_err(|why| format!("the new group: {why}"))))
     }
 
     /// A group of the same ranks.
@@ -137,7 +139,7 @@ impl Late<'_> {
         write_inputs(backend, self.problem, self.settings.numbers(), self.group)
     }
 
-    /// Runs an operation that cannot succeed, and checks how it fails: whether by this rank's own deadline, or because
+    /// Runs an operation that cannot succeed, and checks its error. Returns true if this rank's own deadline passed, false if
     /// another rank's passed first.
     fn wait_in_vain(&self, backend: &mut dyn Collective, wait: Duration) -> Result<bool, String> {
         let began = Instant::now();
@@ -145,7 +147,7 @@ impl Late<'_> {
         let took = began.elapsed();
         let Err(error) = outcome else { return Err("the operation succeeded without it".to_owned()) };
         let Some(failure) = error.failure() else {
-            return Err(format!("the operation failed otherwise: {error}"));
+            return Err(format!("the operation failed for another reason: {error}"));
         };
         let first_hand = match (&failure.cause, failure.wait) {
             (Cause::Deadline(_), Some(awaited)) => {
@@ -157,12 +159,10 @@ impl Late<'_> {
                 true
             }
             (Cause::Lost(_) | Cause::GaveUp(_), _) => false,
-            _ => return Err(format!("the operation failed otherwise: {error}")),
+            _ => return Err(format!("the operation failed for another reason: {error}")),
         };
-        if took < wait / 2 || took > self.settings.deadline() {
-            return Err(format!(
-                "the operation failed after {took:.1?}, and its waits last {wait:.1?}: {error}"
-            ));
+        if took < wait / 2 || took > self.settings.job.deadline() {
+            return Err(format!("the operation failed after {took:.1?}, with waits of {wait:.1?}: {error}"));
         }
         let began = Instant::now();
         match backend.run(&self.variant.steps) {
@@ -172,10 +172,10 @@ impl Late<'_> {
         }
     }
 
-    /// What this rank waits for, and from whom, when [`late`](Self::late) does not come.
+    /// The rank and the data that this rank waits for when [`late`](Self::late) does not come.
     fn awaited(&self) -> (u32, What) {
         let owner = owner(0, self.group.world_size());
-        // Who does not own the token waits for its sum, which the owner cannot make.
+        // A rank that does not own the token waits for its sum, which the owner cannot complete.
         let for_sum = self.variant.steps == [Step::Fused(Mode::TwoShot)] && self.group.rank() != owner;
         if for_sum { (owner, What::Sum(0)) } else { (self.late, What::Input(0)) }
     }

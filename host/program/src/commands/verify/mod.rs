@@ -1,34 +1,33 @@
-//! `fused-collective verify`.
+//! `fused-collective verify`: fused operations in every element type, quantization, mode and kind of shape, checked in full.
 
 pub(crate) mod args;
 pub mod conversions;
 pub mod dependents;
 pub mod late;
 pub mod run;
+pub mod settings;
+pub mod verdicts;
 
 use std::fmt::Write as _;
 
 use fused_collective::group::rendezvous::Group;
 
-use self::{
-    conversions::{CONVERSION_BLOCKS, run_conversions},
-    dependents::run_dependents,
-    late::run_late_ranks,
-    run as verify,
-};
 use crate::{
     backend::{
         collective::Collective,
         problem::{Problem, Tensor},
     },
-    commands::verify::run::{Place, Tally},
     exit::{self, Failure, print},
-    job::{Job, Request, options::AllReduceChoice, ranks::Error, screen::Screen},
+    job::{Job, Request, ranks::Error, screen::Screen},
     report::progress::Progress,
 };
-pub use run::Settings;
+use conversions::{CONVERSION_BLOCKS, run_conversions};
+use dependents::run_dependents;
+use late::run_late_ranks;
+use settings::Settings;
+use verdicts::{Place, Tally};
 
-/// A verification that has been asked for and can be run.
+/// A verification whose settings have been checked.
 pub(crate) struct Verify {
     settings: Settings,
     job: Job,
@@ -37,20 +36,12 @@ pub(crate) struct Verify {
 }
 
 impl Verify {
-    /// Checks all that can be checked before anything runs.
+    /// Checks everything that can be checked before the run.
     pub(crate) fn new(settings: Settings) -> Result<Self, Failure> {
-        let groups = settings.groups;
         let job = Job::new(Request {
-            backend: settings.backend,
-            nproc_per_node: settings.nproc_per_node.iter().max().map(|size| size * groups),
-            groups,
-            oversubscribe: settings.oversubscribe,
-            // Fused operations bring their own.
-            all_reduces: vec![AllReduceChoice::Custom],
-            deadline: settings.deadline(),
             problems: settings.problems().collect(),
-            cold: false,
             held,
+            ..Request::new(settings.job.clone())
         })?;
         job.check_memory()?;
         let sizes = sizes(&settings, &job);
@@ -68,13 +59,13 @@ impl Verify {
         )
     }
 
-    /// Runs the matrix in groups of every size, and on rank 0 shows it as it goes.
+    /// Runs the matrix in groups of every size. Rank 0 shows the results of each part.
     fn verify(&self, world: &Group) -> Result<Tally, Error> {
         let mut screen = Screen::new(world);
         let mut total = Tally::default();
         for &size in &self.sizes {
             let number = world.rank() / size;
-            let own = world.split((number < self.settings.groups).then_some(number))?;
+            let own = world.split((number < self.settings.job.groups).then_some(number))?;
             let tally = self.verify_groups(world, own.as_ref(), size, &mut screen)?;
             if self.sizes.len() > 1 {
                 screen
@@ -88,7 +79,7 @@ impl Verify {
         screen.finish().map(|()| total)
     }
 
-    /// Runs the matrix in all groups, of which a rank that is left over has no `own`.
+    /// Runs the matrix in all groups of one size. A rank that is in no group has no `own`.
     fn verify_groups(
         &self,
         world: &Group,
@@ -97,13 +88,13 @@ impl Verify {
         screen: &mut Screen,
     ) -> Result<Tally, Error> {
         let settings = &self.settings;
-        let mut backend = own.map(|group| self.job.join(group, settings.deadline())).transpose()?;
+        let mut backend = own.map(|group| self.job.join(group, self.job.deadline())).transpose()?;
         let progress = screen.progress(settings.count());
         let mut heading = format!(
             "{} backend, {}, {} cases, seed {}\n",
             self.job.backend_name(),
             self.groups_of(size),
-            settings.count() * u64::from(settings.groups),
+            settings.count() * u64::from(settings.job.groups),
             settings.seed
         );
         for note in backend.iter().flat_map(|backend| backend.notes()) {
@@ -116,7 +107,7 @@ impl Verify {
             place.own = Some((group, backend));
         }
         let mut tell = |line: &str| screen.show(&progress, &format!("{line}\n"));
-        let mut tally = verify::run(settings, &mut place, &progress, &mut tell)?;
+        let mut tally = run::run(settings, &mut place, &progress, &mut tell)?;
         if settings.conversions && size == self.job.group_size() {
             let blocks = 0..CONVERSION_BLOCKS;
             tally.add(run_conversions(settings, blocks, &mut place, &progress, &mut tell)?);
@@ -142,7 +133,7 @@ impl Verify {
     }
 
     fn groups_of(&self, size: u32) -> String {
-        match self.settings.groups {
+        match self.settings.job.groups {
             1 => format!("{size} ranks"),
             groups => format!("{groups} groups of {size} ranks"),
         }
@@ -153,17 +144,17 @@ fn closing(tally: &Tally) -> String {
     format!("{} cases verified, {} FAILED", tally.verified, tally.failed)
 }
 
-/// Bytes that a rank holds of a problem: copies of its inputs, and of the outputs of two runs and of the case before.
+/// Bytes that a rank holds of a problem: copies of its inputs, and of the outputs of three runs.
 fn held(problem: &Problem) -> Option<u64> {
     let outputs = problem.bytes_of(&Tensor::OUTPUTS)?.checked_mul(3)?;
     problem.bytes_of(&[Tensor::Input, Tensor::Residual, Tensor::Gamma])?.checked_add(outputs)
 }
 
-/// The sizes of the groups: those that were asked for; else, where this program decides which GPUs take part, groups
-/// of 2, 3, 4 and all of them; else of all ranks.
+/// The group sizes asked for. By default one size: all ranks of a group. If this program starts the ranks on GPUs, also 2,
+/// 3 and 4.
 fn sizes(settings: &Settings, job: &Job) -> Vec<u32> {
-    if !settings.nproc_per_node.is_empty() {
-        return settings.nproc_per_node.clone();
+    if !settings.group_sizes.is_empty() {
+        return settings.group_sizes.clone();
     }
     let most = job.group_size();
     let mut sizes = vec![most];

@@ -1,23 +1,31 @@
-//! The matrix that shows a backend right: every element type, quantization, mode and kind of shape, each checked in
-//! full.
+//! The verification matrix: every element type, quantization, mode and kind of shape, each checked in full.
 //!
 //! A case is one fused operation on random inputs. It is right if
-//! - every element is what the [reference](fused_collective_core::reference) allows, whatever the outputs held before;
-//! - all ranks' outputs are the same bits, and so are a repeated run's;
-//! - `residual_out` is the same bits in one-shot and in two-shot, and whatever the quantization;
-//! - no input has changed, and no tensor that the operation has no business with was read (they are full of NaN) or
-//!   written (they still are), nor any byte before or after a tensor or in the workspace's slots.
+//! - the [reference](fused_collective_core::reference) allows every element, whatever the outputs held before;
+//! - the outputs of all ranks are the same bits, and so are those of a repeated run;
+//! - `residual_out` is the same bits in one-shot and in two-shot, and for every quantization;
+//! - the operation has not written its inputs, unrelated tensors, the guards of tensors or idle slots of the workspace. It
+//!   has not read unrelated tensors and guards, which are full of NaN.
 //!
-//! The reference is slow, and each shape needs it once: what a later case gives for a token is right as well if it is
-//! the same bits, or if its codes and scales are `core`'s own quantization of a norm that was found right. Only what
-//! is neither is held against the reference again.
+//! The reference is slow, so each shape is checked against it once. A later case is right if it has the same bits, or if it
+//! has the codes and scales of `core`'s quantization of the same norm. Only other results are checked against the reference
+//! again.
 //!
-//! Each rank runs [`run`] with its [`Place`]; all of them go through the same steps and reach the same verdicts. No
-//! rank waits for another for longer than a slice of a check takes, however large the problem.
+//! Every rank calls [`run`] with its [`Place`]. All ranks go through the same steps and reach the same verdicts. A rank
+//! never waits for another for longer than the check of a slice takes, so the deadline holds for problems of every size.
 
-use std::{borrow::Cow, fmt, ops::Range, time::Duration};
+use std::{borrow::Cow, ops::Range};
 
 use fused_collective::{cpu::Plain, group::rendezvous::Group};
+use fused_collective_core::{
+    dtype::{DType, bf16, f16},
+    quant::{Quantization, quantize_row},
+};
+
+use super::{
+    settings::{Settings, Shape},
+    verdicts::{Place, Tally, Verdict, Verdicts, count, gather_groups},
+};
 
 use crate::{
     backend::{
@@ -26,218 +34,25 @@ use crate::{
         problem::{Problem, Tensor},
     },
     check::{
-        inputs::Numbers,
         variants::{Variant, variants},
         verify::{
             Judge, Outputs, POISON, check_padding, largest_error, poison, row, row_of_sum, spread, values,
             write_inputs,
         },
     },
-    job::{
-        options::BackendChoice,
-        ranks::{Error, gather_verdicts},
-    },
+    job::ranks::{Error, gather_verdicts},
     quant_mode::QuantMode,
     report::progress::Progress,
 };
-use fused_collective_core::{
-    dtype::{DType, bf16, f16},
-    fusion::Norm,
-    quant::{Quantization, quantize_row},
-};
-use serde::{Deserialize, Serialize};
 
-/// Elements of an activation that are checked between two points where all ranks meet: about a second's work of one
-/// processor.
+/// Elements of an activation that are checked between two barriers: about a second of work for one processor.
 const SLICE_ELEMENTS: u64 = 4 << 20;
 
-/// Everything that the command line says about a verification. Its lists hold at least one value and no value twice,
-/// and every operation of its [problems](Settings::problems) is valid.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Settings {
-    /// Token counts, from 0.
-    pub num_tokens: Vec<u64>,
-    /// Elements of a token.
-    pub hidden_dims: Vec<u64>,
-    /// Seed of the random inputs.
-    pub seed: u64,
-    /// Whether every other row of the inputs holds NaN, infinities, subnormal numbers, zeros or the largest numbers.
-    pub special: bool,
-    /// Longest wait for a peer, in seconds; finite and above 0.
-    pub deadline_seconds: f64,
-    /// The backend asked for.
-    pub backend: BackendChoice,
-    /// Whether every `f32` goes through the conversions that the backend has of its own.
-    pub conversions: bool,
-    /// Whether ranks are kept from operations, to see what the others say.
-    pub faults: bool,
-    /// How often each operation is run with dependents that read its outputs as early as they may.
-    pub dependents: u64,
-    /// Ranks of a group, one size after the other; none leaves it to the launcher or to the backend.
-    pub nproc_per_node: Vec<u32>,
-    /// Groups of that size that do the same at the same time.
-    pub groups: u32,
-    /// Whether ranks may share a GPU.
-    pub oversubscribe: bool,
-}
-
-impl Default for Settings {
-    /// The whole matrix.
-    fn default() -> Self {
-        Settings {
-            num_tokens: vec![0, 1, 2, 3, 17, 128, 1000, 2048],
-            hidden_dims: vec![48, 2880, 4096, 7168, 8192, 16_384],
-            seed: 0,
-            special: false,
-            deadline_seconds: 10.0,
-            backend: BackendChoice::Auto,
-            conversions: true,
-            faults: false,
-            dependents: 0,
-            nproc_per_node: Vec::new(),
-            groups: 1,
-            oversubscribe: false,
-        }
-    }
-}
-
-impl Settings {
-    /// The shapes of the matrix that take seconds: no tokens, one, few that no number of ranks divides, some; a hidden
-    /// size that fills no warp, one that is no power of two, a usual one.
-    pub fn quick() -> Self {
-        Settings {
-            num_tokens: vec![0, 1, 17, 128],
-            hidden_dims: vec![48, 2880, 8192],
-            conversions: false,
-            ..Settings::default()
-        }
-    }
-
-    /// What the tensors hold.
-    pub fn numbers(&self) -> Numbers {
-        Numbers { seed: self.seed, special: self.special }
-    }
-
-    /// Longest wait for a peer.
-    pub fn deadline(&self) -> Duration {
-        Duration::from_secs_f64(self.deadline_seconds)
-    }
-
-    /// Every problem of the matrix.
-    pub fn problems(&self) -> impl Iterator<Item = Problem> + '_ {
-        self.sections().flat_map(move |section| {
-            section.shapes(self).flat_map(|shape| QuantMode::ALL.map(|quant_mode| shape.problem(quant_mode)))
-        })
-    }
-
-    /// Cases of one group: each problem is solved in one-shot, in two-shot, and with a sharded residual if it has one.
-    pub fn count(&self) -> u64 {
-        self.problems().map(|problem| 2 + u64::from(problem.sharded)).sum()
-    }
-
-    fn sections(&self) -> impl Iterator<Item = Section> + '_ {
-        DType::ALL
-            .into_iter()
-            .flat_map(move |dtype| self.hidden_dims.iter().map(move |&hidden| Section { dtype, hidden }))
-    }
-}
-
-/// Cases that are told of together, in a line for each quantization.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Section {
-    pub(crate) dtype: DType,
-    pub(crate) hidden: u64,
-}
-
-impl Section {
-    fn shapes(self, settings: &Settings) -> impl Iterator<Item = Shape> + '_ {
-        [true, false].into_iter().flat_map(move |residual| {
-            settings.num_tokens.iter().map(move |&tokens| Shape { section: self, tokens, residual })
-        })
-    }
-
-    fn line(self, quant_mode: QuantMode, tally: Tally) -> String {
-        let Section { dtype, hidden } = self;
-        format!("{:<8}  {:<4}  hidden {hidden:>5}  {tally}", dtype.name(), quant_mode.name())
-    }
-}
-
-/// What problems have in common that differ by their quantization: inputs, sums and norms.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Shape {
-    pub(crate) section: Section,
-    pub(crate) tokens: u64,
-    pub(crate) residual: bool,
-}
-
-impl Shape {
-    pub(crate) fn problem(self, quant_mode: QuantMode) -> Problem {
-        Problem {
-            dtype: self.section.dtype,
-            tokens: self.tokens,
-            hidden: self.section.hidden,
-            residual: self.residual,
-            sharded: self.residual,
-            norm: Norm::default(),
-            quantization: quant_mode.quantization(),
-            scale: quant_mode.scale(),
-        }
-    }
-
-    pub(crate) fn title(self, quant_mode: QuantMode) -> String {
-        let Shape { section: Section { dtype, hidden }, tokens, residual } = self;
-        let residual = if residual { "with residual" } else { "without residual" };
-        format!("{dtype} {quant_mode}, hidden {hidden}, {tokens} tokens, {residual}")
-    }
-}
-
-/// How cases went.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Tally {
-    /// Cases that are right.
-    pub verified: u64,
-    /// Cases that are not.
-    pub failed: u64,
-    /// The largest error of any output of those that are right, in units in the last place of its type.
-    pub max_error_ulp: f64,
-}
-
-impl Tally {
-    /// Counts what `other` counts too.
-    pub fn add(&mut self, other: Tally) {
-        self.verified += other.verified;
-        self.failed += other.failed;
-        self.max_error_ulp = self.max_error_ulp.max(other.max_error_ulp);
-    }
-}
-
-impl fmt::Display for Tally {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Tally { verified, failed, max_error_ulp } = self;
-        write!(f, "{:>3} cases, largest error {max_error_ulp:.2} ulp", verified + failed)?;
-        if *failed > 0 { write!(f, ", {failed} FAILED") } else { Ok(()) }
-    }
-}
-
-/// Where a rank stands in a verification.
-pub struct Place<'a> {
-    /// All ranks of the job. They keep step.
-    pub world: &'a Group,
-    /// This rank's group and its end of the backend; `None` for a rank that is left over.
-    pub own: Option<(&'a Group, &'a mut dyn Collective)>,
-}
-
-impl<'a> Place<'a> {
-    pub(crate) fn group(&self) -> Option<&'a Group> {
-        self.own.as_ref().map(|(group, _)| *group)
-    }
-}
-
-/// Runs the matrix of `settings`: every group all of it. `tell` gets a line for every case that fails, as it does, and
-/// one for every element type, quantization and hidden size.
+/// Runs the matrix of `settings` in every group. `tell` gets a line for every case that fails, and one for every element
+/// type, quantization and hidden size.
 ///
 /// # Errors
-/// A group or the backend failed. A case that is wrong is no error but a failure in the tally.
+/// A group or the backend failed. A wrong case is no error but a failure in the tally.
 pub fn run(
     settings: &Settings,
     place: &mut Place<'_>,
@@ -248,19 +63,19 @@ pub fn run(
     for section in settings.sections() {
         let mut tallies = [Tally::default(); QuantMode::ALL.len()];
         for shape in section.shapes(settings) {
-            // One-shot's outputs without a quantization, once they are found right.
+            // The outputs of one-shot without a quantization, once they are verified.
             let mut base = None;
             for (quant_mode, tally) in QuantMode::ALL.into_iter().zip(&mut tallies) {
                 let title = shape.title(quant_mode);
                 progress.doing(title.clone());
-                // The group's errors say all there is to say; the backend's do not say what it was doing.
+                // The backend's errors do not name the case. The group's errors are about ranks.
                 let verdicts = verify_modes(settings, shape, quant_mode, place, &mut base, progress)
                     .map_err(|error| match error {
                         Error::Collective(error) => Error::Failed(format!("{title}: {error}")),
                         error => error,
                     })?;
                 count(
-                    settings,
+                    settings.job.groups,
                     &title,
                     gather_groups(place.world, place.group(), &verdicts)?,
                     tally,
@@ -272,7 +87,7 @@ pub fn run(
         let mut found = gather_groups(place.world, place.group(), &audited)?;
         found.retain(|(_, _, verdict)| verdict.is_err());
         let title = format!("{} hidden {}, after all cases", section.dtype, section.hidden);
-        count(settings, &title, found, &mut tallies[0], &mut tell);
+        count(settings.job.groups, &title, found, &mut tallies[0], &mut tell);
         for (quant_mode, tally) in QuantMode::ALL.into_iter().zip(tallies) {
             tell(&section.line(quant_mode, tally));
             total.add(tally);
@@ -281,32 +96,7 @@ pub fn run(
     Ok(total)
 }
 
-/// Counts what groups `found`, and tells of what is wrong.
-pub(crate) fn count(
-    settings: &Settings,
-    title: &str,
-    found: Vec<(usize, String, Verdict)>,
-    tally: &mut Tally,
-    tell: &mut impl FnMut(&str),
-) {
-    for (group, name, verdict) in found {
-        match verdict {
-            Ok(error) => tally.add(Tally { verified: 1, failed: 0, max_error_ulp: error }),
-            Err(why) => {
-                tally.failed += 1;
-                let of_group = if settings.groups > 1 { format!("group {group}, ") } else { String::new() };
-                tell(&format!("FAILED {of_group}{title}, {name}: {why}"));
-            }
-        }
-    }
-}
-
-/// The largest error of a case in units in the last place, or why it is wrong.
-pub(crate) type Verdict = Result<f64, String>;
-/// The names of a problem's variants, and how they did.
-pub(crate) type Verdicts = Vec<(String, Verdict)>;
-
-/// A thorough look for stray writes, while no rank runs anything. Nothing on a rank that has no group.
+/// Searches everything for stray writes while all ranks are idle. Returns nothing on a rank without a group.
 fn audit(place: &mut Place<'_>) -> Result<Verdicts, Error> {
     let Some((group, backend)) = &mut place.own else { return Ok(Vec::new()) };
     let stray = backend.find_stray_write(true)?;
@@ -315,38 +105,15 @@ fn audit(place: &mut Place<'_>) -> Result<Verdicts, Error> {
     Ok(vec![("no tensor's memory".to_owned(), verdict)])
 }
 
-/// What all groups found, with the number of each. Every rank of the job calls this with its group's `verdicts`.
-pub(crate) fn gather_groups(
-    world: &Group,
-    own: Option<&Group>,
-    verdicts: &Verdicts,
-) -> Result<Vec<(usize, String, Verdict)>, Error> {
-    // All ranks of a group have the same: its first one speaks.
-    let speaks = own.is_some_and(|group| group.rank() == 0);
-    let own = if speaks { verdicts.as_slice() } else { &[] };
-    let bytes = serde_json::to_vec(own).map_err(|error| Error::Failed(error.to_string()))?;
-    let mut all = Vec::new();
-    let mut group = 0;
-    for (rank, bytes) in world.all_gather(&bytes)?.iter().enumerate() {
-        let found: Verdicts = serde_json::from_slice(bytes).map_err(|error| {
-            Error::Failed(format!("rank {rank} sent verdicts that cannot be read: {error}"))
-        })?;
-        let speaks = !found.is_empty();
-        all.extend(found.into_iter().map(|(name, verdict)| (group, name, verdict)));
-        group += usize::from(speaks);
-    }
-    Ok(all)
-}
-
-/// Outputs that the reference allows.
+/// Outputs that the reference has allowed.
 struct Base {
     outputs: Outputs,
     max_error_ulp: f64,
 }
 
 impl Base {
-    /// Whether token `index` of `outputs`, whose sum is its row `sum`, is right because this one's is: the same bits, or the
-    /// quantization of them.
+    /// True if token `index` of `outputs` is right because it has the same bits, or is their quantization. Row `sum` of
+    /// `residual_out` holds the token.
     fn explains<E: Plain>(
         &self,
         problem: &Problem,
@@ -377,10 +144,10 @@ impl Base {
     }
 }
 
-/// Tokens of the tensor that [`Scratch`] quantizes into: as many as a tile of swizzled scales has.
+/// Tokens of the tensor that [`Scratch`] quantizes into: the rows of a tile of swizzled scales.
 const SCRATCH_TOKENS: u64 = 128;
 
-/// Room for the quantization of one row.
+/// Buffers for the quantization of one row.
 #[derive(Default)]
 struct Scratch {
     codes: Vec<u8>,
@@ -388,7 +155,7 @@ struct Scratch {
 }
 
 impl Scratch {
-    /// `core`'s codes of row `index`, and a tensor of scales that holds its own in the row of its place in a tile.
+    /// `core`'s codes of row `index`, and a tile of scales with the scales of this row in its place.
     fn quantize<E: Plain>(&mut self, problem: &Problem, norm: &[E], index: u64) -> Option<(&[u8], &[u8])> {
         let quantization = problem.quantization;
         self.codes.resize(quantization.value_bytes_per_row(problem.hidden) as usize, 0);
@@ -399,7 +166,7 @@ impl Scratch {
     }
 }
 
-/// Solves one problem in each mode: the variants' names and how they did. Nothing on a rank that has no group.
+/// Solves one problem in each mode, and returns the verdicts. Returns nothing on a rank without a group.
 fn verify_modes(
     settings: &Settings,
     shape: Shape,
@@ -413,12 +180,12 @@ fn verify_modes(
         Some((group, backend)) => Some(Case::prepare(settings, problem, group, &mut **backend)?),
         None => None,
     };
-    // No operation waits for a rank that still writes its inputs.
+    // The set-up of a rank must not count against the deadline of another rank's operation.
     place.world.barrier()?;
     let elements = problem.tokens * problem.hidden;
     let slices = elements.div_ceil(SLICE_ELEMENTS).max(1);
     let mut verdicts = Vec::new();
-    // With no all-reduce to build separate operations from, there are the fused variants alone.
+    // Without all-reduces for separate operations there are only the fused variants.
     for variant in variants(quant_mode, problem.residual, problem.sharded, true, &[]) {
         let mut run = match &mut case {
             Some(case) => Some(case.run(variant)?),
@@ -439,17 +206,17 @@ fn verify_modes(
     Ok(verdicts)
 }
 
-/// A problem whose inputs are in place.
+/// A problem whose inputs are written.
 struct Case<'a> {
     settings: &'a Settings,
     problem: Problem,
     group: &'a Group,
     backend: &'a mut dyn Collective,
-    /// What no operation may change. A residual that the problem does not have is among it.
+    /// The tensors that no operation may change. They include a residual that the problem does not have.
     inputs: [(&'static str, Tensor, Vec<u8>); 4],
 }
 
-/// What only separate operations use.
+/// The tensors that only separate operations use.
 const SCRATCH: [Tensor; 4] = [Tensor::Reduced, Tensor::WideA, Tensor::WideB, Tensor::PerToken];
 
 impl<'a> Case<'a> {
@@ -474,7 +241,7 @@ impl<'a> Case<'a> {
         Ok(Case { settings, problem, group, backend, inputs })
     }
 
-    /// Runs `variant` twice, and sees to it that it touched nothing else.
+    /// Runs `variant` twice, and checks that it wrote nothing but its outputs.
     fn run(&mut self, variant: Variant) -> Result<Run, Error> {
         let outputs = Outputs::of(self.backend, &self.problem, &variant)?;
         let again = Outputs::of(self.backend, &self.problem, &variant)?;
@@ -485,7 +252,7 @@ impl<'a> Case<'a> {
         Ok(Run { variant, outputs, verdict: Ok(0.0), after: repeats.and(untouched) })
     }
 
-    /// Whether a run of `variant` has left alone what is not its own, on this rank. No rank runs anything meanwhile.
+    /// Checks on this rank that a run of `variant` wrote nothing but its outputs. All ranks are idle meanwhile.
     fn check_untouched(&mut self, variant: &Variant) -> Result<Verdict, Error> {
         for (name, tensor, before) in &self.inputs {
             if self.backend.read(*tensor)? != *before {
@@ -497,17 +264,17 @@ impl<'a> Case<'a> {
         for tensor in SCRATCH.into_iter().chain(norm).chain([other_sum]) {
             if let Some(at) = first_other(&self.backend.read(tensor)?, POISON) {
                 return Ok(Err(format!(
-                    "{tensor:?} is not the operation's, and byte {at} of it was written"
+                    "{tensor:?} is no output of the operation, and byte {at} of it was written"
                 )));
             }
         }
         let stray = self.backend.find_stray_write(false)?;
-        Ok(stray.map_or(Ok(0.0), |what| Err(format!("{what} is no tensor's, and was written"))))
+        Ok(stray.map_or(Ok(0.0), |what| Err(format!("{what} is in no tensor, and was written"))))
     }
 }
 
-/// What the sum that `variant` leaves on this rank must be if `sum` is all of it: the rows that it has, and past them what
-/// was there before.
+/// The sum that `variant` must leave on this rank, if `sum` is the whole sum. With a sharded residual it is this rank's
+/// rows, followed by poison.
 fn held_rows<'a>(case: &Case<'_>, variant: &Variant, sum: &'a [u8]) -> Cow<'a, [u8]> {
     if !variant.sharded {
         return Cow::Borrowed(sum);
@@ -519,13 +286,13 @@ fn held_rows<'a>(case: &Case<'_>, variant: &Variant, sum: &'a [u8]) -> Cow<'a, [
     Cow::Owned(held)
 }
 
-/// A run of a variant, and what is known of it on this rank.
+/// A run of a variant, with this rank's verdicts.
 struct Run {
     variant: Variant,
     outputs: Outputs,
-    /// Of the tokens so far: the largest error, or the first mistake.
+    /// The verdict on the tokens so far.
     verdict: Verdict,
-    /// The same of everything else, which counts if the tokens are right.
+    /// The verdict on everything else, which counts if the tokens are right.
     after: Verdict,
 }
 
@@ -560,7 +327,7 @@ impl Run {
         })
     }
 
-    /// The variant's name, and what all ranks of the group found together.
+    /// The variant's name, and the verdict of all ranks of the group.
     fn conclude(self, case: &Case<'_>, base: &mut Option<Base>) -> Result<(String, Verdict), Error> {
         let Run { variant, outputs, verdict, after } = self;
         let padding = check_padding(&case.problem, &outputs.scale_out);

@@ -1,9 +1,12 @@
-//! A report as Markdown, in the form of vLLM's `benchmark_fused_collective.py`: a heading, the settings, and
-//! for each configuration a section with a table.
+//! The report as Markdown, in the form of vLLM's `benchmark_fused_collective.py`: a heading, the settings, and a section
+//! with a table for each configuration.
 
 use std::fmt::Write;
 
-use super::{Cells, Configuration, Report};
+use super::{
+    cells::Cells,
+    data::{Configuration, Report},
+};
 
 /// The whole report.
 pub fn to_string(report: &Report) -> String {

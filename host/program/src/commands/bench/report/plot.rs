@@ -1,8 +1,7 @@
-//! A report as a picture: time over tokens, log-log, one panel for each element type and quantization mode.
+//! The report as a plot: time over tokens, log-log, one panel for each element type and quantization mode.
 //!
-//! A line is a variant, named where it ends. Fused variants are solid and strong, standard ones dashed and
-//! muted, so that the question of the benchmark is answered at a glance: which colours lie lowest. Variants
-//! that failed everywhere have no line, but their name says so.
+//! A line is a variant, with its name at the end. Fused variants are solid and strong, standard ones dashed and muted, so
+//! that a glance shows the faster kind. A variant that failed everywhere has no line, and its name says FAILED.
 
 use std::{io, ops::Range};
 
@@ -13,30 +12,30 @@ use plotters::{
     style::text_anchor::{HPos, Pos, VPos},
 };
 
-use super::Report;
+use super::data::Report;
 use crate::{measurement::Kind, quant_mode::QuantMode};
 
-/// A drawing error; drawing into memory, there is hardly one to have.
+/// A drawing error. Drawing into memory hardly has any.
 pub type PlotError = DrawingAreaErrorKind<io::Error>;
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Of a panel, without the names right of it.
+/// Width of a panel, without the names to the right.
 const PANEL_WIDTH: i32 = 550;
 const HEADING_HEIGHT: u32 = 74;
-/// Round everything.
+/// Margin around the plot.
 const MARGIN: i32 = 20;
-/// Left of a panel's axis: the time labels.
+/// Width of the time labels, left of a panel's axis.
 const LEFT: i32 = 84;
-/// Right of a panel's axis: the variants' names take so much at least, ...
+/// Least width of the variants' names, right of a panel's axis.
 const LEAST_RIGHT: i32 = 490;
-/// ... and with so much for a character of the longest one, bold, and for what joins it to its line.
+/// Width of a character of a name in bold, and of the leader from a line to its name.
 const CHARACTER: f64 = 8.4;
 const JOINT: i32 = 34;
-/// Above and below a panel's axes.
+/// Space above and below a panel's axes.
 const TOP: i32 = 40;
 const BOTTOM: i32 = 50;
-/// From one name to the next.
+/// Distance from one name to the next.
 const NAME_HEIGHT: i32 = 19;
 
 const FONT: &str = "sans-serif";
@@ -45,14 +44,14 @@ const SOFT_INK: RGBColor = RGBColor(0x5c, 0x63, 0x6b);
 const GRID: RGBColor = RGBColor(0xe3, 0xe6, 0xea);
 const FRAME: RGBColor = RGBColor(0xb4, 0xba, 0xc2);
 const FAILED: RGBColor = RGBColor(0xb4, 0x23, 0x18);
-/// One after another for the fused variants of a panel.
+/// The colours of a panel's fused variants, in turn.
 const FUSED: [RGBColor; 4] = [
     RGBColor(0x0b, 0x5f, 0xd7),
     RGBColor(0xe0, 0x4f, 0x1d),
     RGBColor(0x0c, 0x8a, 0x57),
     RGBColor(0x86, 0x3c, 0xb8),
 ];
-/// The same for the standard ones.
+/// The colours of a panel's standard variants, in turn.
 const STANDARD: [RGBColor; 6] = [
     RGBColor(0x7b, 0x84, 0x8f),
     RGBColor(0xa8, 0x83, 0x4d),
@@ -72,7 +71,7 @@ struct Line<'a> {
 }
 
 impl Line<'_> {
-    /// The variant's name, with the time that its line ends at.
+    /// The variant's name, with the last time of its line.
     fn label(&self) -> String {
         match self.points.last() {
             Some((_, time)) => format!("{}: {time:.2}", self.variant),
@@ -89,7 +88,7 @@ struct Panel<'a> {
     lines: Vec<Line<'a>>,
 }
 
-/// The picture as SVG.
+/// The plot as SVG.
 pub fn to_svg(report: &Report) -> Result<String, PlotError> {
     let panels = panels(report);
     // A column for each element type, a row for each quantization mode.
@@ -185,7 +184,7 @@ impl<'a> Panel<'a> {
         &mut self.lines[index]
     }
 
-    /// Draws on `area` of `root`, of which `right` pixels at the right are for the names.
+    /// Draws the panel on `area` of `root`. The names take `right` pixels at the right.
     fn draw(&self, root: &Area<'_>, area: &Area<'_>, right: i32) -> Result<(), PlotError> {
         let title = format!("{}, quantization {}", self.dtype, self.quant_mode);
         area.draw_text(&title, &text(18, INK, HPos::Left, VPos::Top), (MARGIN, 14))?;
@@ -214,7 +213,7 @@ impl<'a> Panel<'a> {
             .y_label_formatter(&|y| y.to_string())
             .draw()?;
 
-        // Standard lines first: where lines cross, the fused one stays whole.
+        // Standard lines first: where lines cross, the fused one is on top.
         let by_kind = |kind| self.lines.iter().filter(move |line| line.kind == kind);
         for line in by_kind(Kind::Standard) {
             let style = line.color.stroke_width(2);
@@ -239,8 +238,8 @@ impl<'a> Panel<'a> {
         self.draw_names(root, &ends, left + PANEL_WIDTH, (top + TOP, top + height - BOTTOM))
     }
 
-    /// Writes every variant's name right of the axis at pixel `x`, between the pixels `bounds`, each as near
-    /// to its line's end as the others allow and joined to it.
+    /// Writes every variant's name right of the axis at pixel `x`, between the pixels `bounds`. A name stands as near to
+    /// the end of its line as the other names allow, and a leader joins them.
     fn draw_names(
         &self,
         root: &Area<'_>,
@@ -249,7 +248,7 @@ impl<'a> Panel<'a> {
         bounds: (i32, i32),
     ) -> Result<(), PlotError> {
         let mut lines: Vec<_> = self.lines.iter().zip(ends).collect();
-        // From the top, as the lines end; what has no line last.
+        // From the top, in the order of the lines' ends. Variants without a line come last.
         lines.sort_by_key(|(_, end)| end.map_or(i32::MAX, |(_, y)| y));
         let wanted: Vec<i32> = lines.iter().map(|(_, end)| end.map_or(bounds.1, |(_, y)| y)).collect();
         for ((line, end), y) in lines.into_iter().zip(spread(&wanted, bounds)) {
@@ -270,7 +269,7 @@ impl<'a> Panel<'a> {
         Ok(())
     }
 
-    /// The token axis: the token counts with some room around them.
+    /// The range of the token axis, with some room around the token counts.
     fn token_range(&self) -> Range<f64> {
         match (self.tokens.first(), self.tokens.last()) {
             (Some(first), Some(last)) if first < last => {
@@ -282,8 +281,8 @@ impl<'a> Panel<'a> {
         }
     }
 
-    /// The time axis: the times with some room around them, and at least a factor of 5 from end to end, so
-    /// that small differences look small and the axis has more than one tick.
+    /// The range of the time axis, with some room around the times. It spans at least a factor of 5, so that small
+    /// differences look small and the axis has more than one tick.
     fn time_range(&self) -> Range<f64> {
         let times = || self.lines.iter().flat_map(|line| line.points.iter().map(|point| point.1));
         let (least, most) = times().fold((f64::INFINITY, 0.0_f64), |(a, b), time| (a.min(time), b.max(time)));
@@ -295,7 +294,7 @@ impl<'a> Panel<'a> {
     }
 }
 
-/// Round times from `from` to `to`, the more of each power of ten the fewer powers there are.
+/// Round times from `from` to `to`. The fewer powers of ten there are, the more ticks has each.
 fn time_ticks(from: f64, to: f64) -> Vec<f64> {
     let decades = from.log10().floor() as i32..=to.log10().ceil() as i32;
     let steps: &[f64] = match to / from {
@@ -309,7 +308,7 @@ fn time_ticks(from: f64, to: f64) -> Vec<f64> {
     ticks.filter(|tick| (from..=to).contains(tick)).collect()
 }
 
-/// The token counts whose labels do not run into the one before, on an axis of `pixels`.
+/// The token counts whose labels do not overlap the one before, on an axis of `pixels`.
 fn visible_ticks(tokens: &[f64], range: &Range<f64>, pixels: i32) -> Vec<f64> {
     const DIGIT: f64 = 8.0;
     let place =
@@ -326,8 +325,8 @@ fn visible_ticks(tokens: &[f64], range: &Range<f64>, pixels: i32) -> Vec<f64> {
     ticks
 }
 
-/// Moves `wanted` (ascending) so that neighbours are [`NAME_HEIGHT`] apart and none is past the bounds, if
-/// there is room for all.
+/// Moves the ascending places `wanted` so that neighbours are [`NAME_HEIGHT`] apart and, if there is room, within the
+/// bounds.
 fn spread(wanted: &[i32], (top, bottom): (i32, i32)) -> Vec<i32> {
     let mut places = wanted.to_vec();
     let mut least = top;
@@ -356,7 +355,7 @@ mod tests {
         texts.map(|node| node.text().unwrap_or("").trim().to_owned()).collect()
     }
 
-    /// A report whose standard variants take `tokens` times their number, and whose fused ones half of that.
+    /// A report in which standard variant `n` takes `n * tokens` and fused variants take `tokens / 2`, plus 20 µs.
     fn scaling(tokens: &[u64]) -> Report {
         let modes = QuantMode::ALL;
         let mut report = fixture::empty(tokens, &modes);

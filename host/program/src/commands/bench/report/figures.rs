@@ -1,44 +1,42 @@
-//! Every figure that is derived from measured times.
+//! The figures that are derived from measured times.
 //!
 //! - The median is the middle time, or the mean of the two middle ones.
-//! - The 99th percentile is by nearest rank: the smallest measured time that at least 99% of the trials do
-//!   not exceed. With fewer than 100 trials that is the slowest one.
-//! - Bandwidths are those of nccl-tests (its `doc/PERFORMANCE.md`): the algorithm bandwidth is a rank's input
-//!   bytes over the time, the bus bandwidth of an all-reduce is that times `2 (n - 1) / n` for `n` ranks,
-//!   which makes it comparable with the links' speed whatever `n` is. Gigabytes are 10^9 bytes. A residual,
-//!   gamma or quantized output is not counted, so that separate and fused operations are held to the same; a
-//!   variant with a sharded residual too, although it sends fewer bytes.
-//! - The baseline is the verified standard variant with the smallest median, the first of equals; speedup is
-//!   its median over a row's.
+//! - The 99th percentile is by nearest rank: the smallest measured time that at least 99% of the trials do not exceed.
+//!   With fewer than 100 trials that is the slowest one.
+//! - Bandwidths are those of nccl-tests (`doc/PERFORMANCE.md` there). The algorithm bandwidth is a rank's input bytes over
+//!   the time. The bus bandwidth of an all-reduce of `n` ranks is that times `2 (n - 1) / n`, and so is comparable with the
+//!   speed of the links. Gigabytes are 10^9 bytes. The residual, gamma and quantized outputs are not counted,
+//!   so that separate and fused operations are measured alike. The same holds for a variant with a sharded residual,
+//!   although it sends fewer bytes.
+//! - The baseline is the verified standard variant with the smallest median, the first of equals. The speedup of a row is
+//!   the baseline's median over the row's.
 
-use serde::{Deserialize, Serialize};
+use super::data::{Configuration, ErrorUnit, Figures, Report, Row, RowOutcome};
+use crate::{
+    commands::bench::settings::Case,
+    measurement::{Kind, Measurement, Trials, bus_factor, invalid_duration, median},
+};
 
-use super::{ErrorUnit, Outcome, Row};
-use crate::measurement::{Kind, Measurement, Trials, bus_factor, median};
-
-/// The figures of one verified row.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Figures {
-    /// Median time in microseconds; finite and above 0.
-    pub median_us: f64,
-    /// Shortest time in microseconds.
-    pub min_us: f64,
-    /// 99th percentile of the times in microseconds.
-    pub p99_us: f64,
-    /// Algorithm bandwidth at the median, in GB/s.
-    pub algorithm_bandwidth_gb_s: f64,
-    /// Bus bandwidth at the median, in GB/s.
-    pub bus_bandwidth_gb_s: f64,
-    /// The baseline's median over this one; none if no standard variant was verified.
-    pub speedup: Option<f64>,
-    /// Whether this row is the baseline.
-    pub is_baseline: bool,
+impl Report {
+    /// Adds a configuration with its measurements, and derives every figure.
+    pub fn push(&mut self, case: Case, notes: Vec<String>, measured: Vec<Measurement>) {
+        let mut configuration = Configuration {
+            num_tokens: case.num_tokens,
+            hidden_dim: self.settings.hidden_dim,
+            dtype: case.dtype,
+            use_residual: self.settings.use_residual,
+            quant_mode: case.quant_mode,
+            notes,
+            rows: Vec::new(),
+        };
+        configuration.rows = rows(measured, configuration.input_bytes(), self.world_size);
+        self.configurations.push(configuration);
+    }
 }
 
-/// The rows of one configuration, whose ranks each reduce `bytes` bytes. A row whose times are not usable
-/// (none, or one that is not a positive finite number), or whose error has no bound, has failed.
-pub(super) fn rows(measured: Vec<Measurement>, bytes: f64, world_size: u32) -> Vec<Row> {
+/// The rows of one configuration, whose ranks each reduce `bytes` bytes. A row fails if it has no times, a time that is
+/// not positive and finite, or an error that is not finite.
+fn rows(measured: Vec<Measurement>, bytes: f64, world_size: u32) -> Vec<Row> {
     let mut rows: Vec<Row> = measured.into_iter().map(|one| row(one, bytes, world_size)).collect();
     let baseline = (rows.iter().enumerate())
         .filter(|(_, row)| row.kind == Kind::Standard)
@@ -46,7 +44,7 @@ pub(super) fn rows(measured: Vec<Measurement>, bytes: f64, world_size: u32) -> V
         .min_by(|a, b| a.1.total_cmp(&b.1));
     if let Some((baseline, baseline_us)) = baseline {
         for (index, row) in rows.iter_mut().enumerate() {
-            if let Outcome::Verified { figures, .. } = &mut row.outcome {
+            if let RowOutcome::Verified { figures, .. } = &mut row.outcome {
                 figures.speedup = Some(baseline_us / figures.median_us);
                 figures.is_baseline = index == baseline;
             }
@@ -58,23 +56,23 @@ pub(super) fn rows(measured: Vec<Measurement>, bytes: f64, world_size: u32) -> V
 fn row(Measurement { variant, kind, result }: Measurement, bytes: f64, world_size: u32) -> Row {
     let outcome = match result {
         Ok(trials) => timed(trials, bytes, world_size),
-        Err(reason) => Outcome::Failed { reason: reason.split_whitespace().collect::<Vec<_>>().join(" ") },
+        Err(reason) => RowOutcome::Failed { reason: reason.split_whitespace().collect::<Vec<_>>().join(" ") },
     };
     Row { variant, kind, outcome }
 }
 
-fn timed(trials: Trials, bytes: f64, world_size: u32) -> Outcome {
+fn timed(trials: Trials, bytes: f64, world_size: u32) -> RowOutcome {
     let Trials { max_error_ulp, operations_per_trial, times_us } = trials;
-    if let Some(time) = times_us.iter().find(|time| !(time.is_finite() && **time > 0.0)) {
-        return Outcome::Failed { reason: format!("a trial took {time} µs, which is no time") };
+    if let Some(reason) = invalid_duration(&times_us) {
+        return RowOutcome::Failed { reason };
     }
     if !max_error_ulp.is_finite() {
-        return Outcome::Failed { reason: format!("the largest error is {max_error_ulp} ulp") };
+        return RowOutcome::Failed { reason: format!("the largest error is {max_error_ulp} ulp") };
     }
     let mut sorted = times_us.clone();
     sorted.sort_by(f64::total_cmp);
     let (Some(median_us), Some(p99_us)) = (median(&sorted), percentile(&sorted, 99)) else {
-        return Outcome::Failed { reason: "no trial was timed".to_owned() };
+        return RowOutcome::Failed { reason: "no trial was timed".to_owned() };
     };
     let algorithm_bandwidth_gb_s = bytes / median_us / 1e3;
     let figures = Figures {
@@ -86,7 +84,7 @@ fn timed(trials: Trials, bytes: f64, world_size: u32) -> Outcome {
         speedup: None,
         is_baseline: false,
     };
-    Outcome::Verified {
+    RowOutcome::Verified {
         max_error: max_error_ulp,
         unit: ErrorUnit::Ulp,
         operations_per_trial,
@@ -175,18 +173,18 @@ mod tests {
     fn times_that_are_no_times_fail_the_row() {
         let reason =
             |times: &[f64]| match &rows(vec![measured("a", Kind::Standard, times)], 1.0, 2)[0].outcome {
-                Outcome::Failed { reason } => reason.clone(),
-                Outcome::Verified { .. } => panic!("verified"),
+                RowOutcome::Failed { reason } => reason.clone(),
+                RowOutcome::Verified { .. } => panic!("verified"),
             };
         assert_eq!(reason(&[]), "no trial was timed");
-        assert_eq!(reason(&[1.0, 0.0]), "a trial took 0 µs, which is no time");
-        assert_eq!(reason(&[f64::NAN]), "a trial took NaN µs, which is no time");
+        assert_eq!(reason(&[1.0, 0.0]), "a trial took 0 µs, not a valid duration");
+        assert_eq!(reason(&[f64::NAN]), "a trial took NaN µs, not a valid duration");
     }
 
     #[test]
     fn an_error_without_bound_fails_the_row() {
         let trials = Trials { max_error_ulp: f64::INFINITY, operations_per_trial: 1, times_us: vec![1.0] };
         let outcome = timed(trials, 1.0, 2);
-        assert_eq!(outcome, Outcome::Failed { reason: "the largest error is inf ulp".to_owned() });
+        assert_eq!(outcome, RowOutcome::Failed { reason: "the largest error is inf ulp".to_owned() });
     }
 }

@@ -1,46 +1,13 @@
-//! The values of options: each is checked here, so that an error names the option, the value and what is valid.
+//! The values of options. Every value is checked here or in [`job::options`](crate::job::options), so an error names the
+//! option, the value and the valid ones.
 
 use std::{fmt, path::PathBuf, str::FromStr};
 
-use fused_collective::{cuda, group::rendezvous::MIN_RANKS};
+use fused_collective_core::fusion::{Operation, OperationError};
 
 use crate::usage::UsageError;
-use fused_collective_core::{
-    MAX_WORLD_SIZE,
-    fusion::{Operation, OperationError},
-};
 
-/// The longest deadline for ranks, in seconds: what kernels can wait. The same on every backend.
-const MAX_DEADLINE: f64 = cuda::MAX_DEADLINE.as_secs() as f64;
-
-/// The ranks that were asked for, if anyone asked: by `--nproc-per-node`, or by a launcher that set
-/// `WORLD_SIZE` (or its like) to `launched`. With both they must agree, with neither the backend chooses.
-pub(crate) fn world_size(
-    nproc_per_node: Option<u32>,
-    launched: Option<u32>,
-) -> Result<Option<u32>, UsageError> {
-    if let Some(world) = launched {
-        check_world_size("WORLD_SIZE", world)?;
-        if let Some(asked) = nproc_per_node.filter(|&asked| asked != world) {
-            return Err(UsageError::new(format_args!(
-                "--nproc-per-node: {asked} disagrees with the launcher's WORLD_SIZE, {world}: leave it out or use {world}"
-            )));
-        }
-    }
-    Ok(launched.or(nproc_per_node))
-}
-
-pub(crate) fn check_world_size(name: &str, ranks: u32) -> Result<(), UsageError> {
-    if (MIN_RANKS..=MAX_WORLD_SIZE).contains(&ranks) {
-        return Ok(());
-    }
-    let noun = if ranks == 1 { "rank" } else { "ranks" };
-    Err(UsageError::new(format_args!(
-        "{name}: {ranks} {noun} cannot form a group: use {MIN_RANKS} to {MAX_WORLD_SIZE}"
-    )))
-}
-
-/// Refuses an operation that is none, and names the option that made it so.
+/// Refuses an invalid operation, and names the option to change.
 pub(crate) fn check_operation(operation: &Operation) -> Result<(), UsageError> {
     operation.validate().map_err(|error| {
         let option = match error {
@@ -59,16 +26,13 @@ pub(crate) fn hidden_dim(text: &str) -> Result<u64, UsageError> {
     number("--hidden-dim", text, "a hidden size", 0, None)
 }
 
-pub(crate) fn deadline(text: &str) -> Result<f64, UsageError> {
-    seconds("--deadline", text, MAX_DEADLINE)
-}
-
-/// A time above 0 and up to `most`, in seconds. It is a nanosecond at least: what is shorter would be no time as a
-/// [`Duration`](std::time::Duration).
+/// A duration in seconds, above 0 and up to `most`. The result is at least a nanosecond: a shorter time would be zero as
+/// a [`Duration`](std::time::Duration).
 pub(crate) fn seconds(option: &str, text: &str, most: f64) -> Result<f64, UsageError> {
     positive(option, text, "a number of seconds", Some(most)).map(|seconds| seconds.max(1e-9))
 }
 
+/// The value of an option that may be left out.
 pub(crate) fn one<T>(
     text: Option<String>,
     parse: impl Fn(&str) -> Result<T, UsageError>,
@@ -77,7 +41,7 @@ pub(crate) fn one<T>(
     text.map_or(Ok(default), |text| parse(&text))
 }
 
-/// The values of a list option, in order, each once. Commas separate, and may trail.
+/// The values of a list option, in order and without repeats. Commas separate values, and may trail.
 pub(crate) fn list<T: PartialEq>(
     option: &str,
     texts: &[String],
@@ -101,10 +65,12 @@ pub(crate) fn list<T: PartialEq>(
     }
 }
 
+/// One of a set of names. The error of `T` says which names are valid.
 pub(crate) fn name<T: FromStr<Err: fmt::Display>>(option: &str, text: &str) -> Result<T, UsageError> {
     text.parse().map_err(|error| UsageError::new(format_args!("{option}: '{text}' is {error}")))
 }
 
+/// A whole number in `from..=to`, without an upper limit if `to` is `None`. `what` names the number in the error.
 pub(crate) fn number<N: FromStr + PartialOrd + fmt::Display>(
     option: &str,
     text: &str,
@@ -120,38 +86,13 @@ pub(crate) fn number<N: FromStr + PartialOrd + fmt::Display>(
     })
 }
 
-/// A finite number above 0 and up to `most`, if there is a most.
+/// A finite number above 0, and up to `most` if there is a limit.
 pub(crate) fn positive(option: &str, text: &str, what: &str, most: Option<f64>) -> Result<f64, UsageError> {
     let valid = |number: &f64| number.is_finite() && *number > 0.0 && most.is_none_or(|most| *number <= most);
     text.parse().ok().filter(valid).ok_or_else(|| {
         let limit = most.map_or(String::new(), |most| format!(" and up to {most}"));
         UsageError::new(format_args!("{option}: '{text}' is not {what}: use a number above 0{limit}"))
     })
-}
-
-pub(crate) fn ranks(text: &str) -> Result<u32, UsageError> {
-    let option = "--nproc-per-node";
-    let ranks = text.parse().map_err(|_| {
-        UsageError::new(format_args!(
-            "{option}: '{text}' is not a number of ranks: use {MIN_RANKS} to {MAX_WORLD_SIZE}"
-        ))
-    })?;
-    check_world_size(option, ranks).map(|()| ranks)
-}
-
-pub(crate) fn groups(text: &str) -> Result<u32, UsageError> {
-    number("--groups", text, "a number of groups", 1, Some(MAX_WORLD_SIZE / MIN_RANKS))
-}
-
-/// Refuses more groups of so many ranks than one job can have.
-pub(crate) fn check_groups(groups: u32, ranks: Option<u32>) -> Result<(), UsageError> {
-    let ranks = ranks.unwrap_or(MIN_RANKS);
-    if ranks * groups <= MAX_WORLD_SIZE {
-        return Ok(());
-    }
-    Err(UsageError::new(format_args!(
-        "--groups: {groups} groups of {ranks} ranks are more than {MAX_WORLD_SIZE} ranks: use fewer"
-    )))
 }
 
 pub(crate) fn file(option: &str, text: Option<String>) -> Result<Option<PathBuf>, UsageError> {

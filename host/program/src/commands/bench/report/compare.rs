@@ -1,23 +1,25 @@
-//! An earlier report against this one: which rows got slower, and whether any lost too much.
+//! The comparison of an earlier report with this one: the rows that got slower, and those that lost too much.
 //!
-//! Only like is compared with like: backend, ranks, hidden size and residual must be the same, and rows are
-//! matched by tokens, element type, quantization mode and variant. All of that is known before anything is
-//! measured, so [`check`] refuses before a benchmark runs for nothing. A row without a counterpart is named
-//! and costs nothing: variants come and go.
+//! Backend, ranks, hidden size and residual must be the same. Rows are matched by tokens, element type, quantization mode
+//! and variant. All of this is known before the run, so [`check`] refuses a useless run. A row without a counterpart is
+//! listed and is no failure: variants come and go.
 
 use std::{fmt::Write, path::Path};
 
-use super::{Configuration, Report, json, table};
-use crate::{bounded, commands::bench::settings::Settings, usage::UsageError};
+use super::{
+    data::{Configuration, Report},
+    json,
+};
+use crate::{bounded, commands::bench::settings::Settings, report::grid::grid, usage::UsageError};
 
 /// Rows of two reports, matched.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Comparison {
-    /// The rows that both have, in this run's order.
+    /// The rows that both reports have, in this run's order.
     pub rows: Vec<Compared>,
-    /// A line for each row, or configuration, that only one has.
+    /// A line for each row or configuration that only one report has.
     pub unmatched: Vec<String>,
-    /// Loss in percent past which a row has lost too much.
+    /// Slowdown in percent past which a row has lost too much.
     pub tolerance_percent: f64,
 }
 
@@ -35,19 +37,19 @@ pub struct Compared {
 }
 
 impl Compared {
-    /// This run's time over the earlier one: above 1 is slower.
+    /// This run's time over the earlier one. Above 1 is slower.
     pub fn ratio(&self) -> f64 {
         self.current_us / self.earlier_us
     }
 }
 
-/// The text of the report at `path`, which the user knows as `named`.
+/// Reads the text of the report at `path`. Errors call the file `named`.
 pub fn read_text(path: &Path, named: &Path) -> Result<String, UsageError> {
     bounded::read_to_string(path, json::MAX_BYTES)
         .map_err(|error| unusable(named, &json::ReadError::Io(error)))
 }
 
-/// The report that `text` holds, which the user knows as `named`.
+/// Parses a report. Errors call its file `named`.
 pub fn parse(text: &str, named: &Path) -> Result<Report, UsageError> {
     json::parse(text).map_err(|error| unusable(named, &error))
 }
@@ -56,7 +58,7 @@ fn unusable(named: &Path, error: &json::ReadError) -> UsageError {
     UsageError::new(format_args!("--compare: cannot use '{}': {error}", named.display()))
 }
 
-/// Whether a run of `settings` on `backend` with `world_size` ranks can be compared with `earlier`.
+/// Checks that a run of `settings` on `backend` with `world_size` ranks is comparable with `earlier`.
 pub fn check(
     earlier: &Report,
     settings: &Settings,
@@ -75,7 +77,7 @@ pub fn check(
         ),
         (residual(earlier.settings.use_residual).to_owned(), residual(settings.use_residual).to_owned()),
         (caches(earlier.settings.cold).to_owned(), caches(settings.cold).to_owned()),
-        (gpus(earlier.settings.oversubscribe).to_owned(), gpus(settings.oversubscribe).to_owned()),
+        (gpus(earlier.settings.job.oversubscribe).to_owned(), gpus(settings.job.oversubscribe).to_owned()),
     ];
     for (then, now) in facts {
         if then != now {
@@ -140,7 +142,7 @@ impl Comparison {
         self.rows.iter().filter(move |row| row.ratio() > most)
     }
 
-    /// For the terminal: a table per configuration at most `width` columns wide, then what has no
+    /// The text for a terminal: a table per configuration, at most `width` columns wide, then the rows without a
     /// counterpart, the rows that got slower, and the verdict.
     pub fn render(&self, width: u16) -> String {
         let mut out = String::from("Compared with the earlier report; a ratio above 1 is slower\n");
@@ -150,7 +152,7 @@ impl Comparison {
                 let (earlier, current) = (format!("{earlier_us:.2}"), format!("{current_us:.2}"));
                 vec![row.variant.clone(), earlier, current, format!("{:.3}", row.ratio())]
             });
-            let grid = table::grid(&["Operation", "earlier µs", "now µs", "ratio"], cells.collect(), width);
+            let grid = grid(&["Operation", "earlier µs", "now µs", "ratio"], cells.collect(), width);
             let _ = writeln!(out, "\n{}\n{grid}", rows[0].configuration);
         }
         out.push('\n');
@@ -175,7 +177,7 @@ mod tests {
         super::fixture::{self, case, measurement, trials},
         *,
     };
-    use crate::quant_mode::QuantMode;
+    use crate::{quant_mode::QuantMode, report::grid::WIDTH};
 
     const STANDARD: &str = "standard_allreduce_native_rms_norm";
     const FUSED: &str = "fused_allreduce_rmsnorm_oneshot";
@@ -203,7 +205,7 @@ mod tests {
         assert_eq!(ratios, [1.1, 0.8]);
     }
 
-    /// What users of another library found months after its release.
+    /// A regression of another library that its users found months after the release.
     #[test]
     fn two_microseconds_more_in_a_row_of_few_tokens_are_a_loss_at_the_default_tolerance() {
         let earlier = report(&[(STANDARD, Some(9.0)), (FUSED, Some(4.8))]);
@@ -250,7 +252,7 @@ not compared: fused_gone (num_tokens=128, dtype=bfloat16, with residual, quant=n
 SLOWER by 25.0%: standard_allreduce_native_rms_norm (num_tokens=128, dtype=bfloat16, with residual, quant=none)
 1 of 2 rows lost more than 10%
 ";
-        assert_eq!(compare(&earlier, &current, 10.0).render(table::WIDTH), expected);
+        assert_eq!(compare(&earlier, &current, 10.0).render(WIDTH), expected);
     }
 
     #[test]

@@ -1,12 +1,13 @@
-//! A small report with fixed figures, for the tests of every form of it.
+//! A small report with fixed figures, for the tests of its forms.
 
 use fused_collective_core::dtype::DType;
 
-use super::{Report, machine::Machine};
+use super::data::Report;
 use crate::{
     commands::bench::settings::{Case, Settings},
     measurement::{Kind, Measurement, Trials},
     quant_mode::QuantMode,
+    report::machine::Machine,
 };
 
 pub(super) fn trials(times_us: &[f64]) -> Result<Trials, String> {

@@ -1,33 +1,32 @@
-//! A report as JSON: every figure, for scripts and for [comparing](super::compare) with a later run.
+//! The report as JSON: every figure, for scripts and for a comparison with a later run.
 //!
-//! Reading is strict: a report of another schema, with unknown or missing fields, or with figures that no
-//! run could have written, is refused. So what was read may be relied on.
+//! Reading is strict: a report of another schema, with unknown or missing fields, or with impossible figures is refused.
 
 use std::{fmt, io, path::Path};
 
 use serde_json::Value;
 
-use super::{Outcome, Report, SCHEMA};
+use super::data::{Report, RowOutcome, SCHEMA};
 use crate::bounded;
 
-/// The most bytes of a report that are read: hundreds of times what the longest benchmarks write, of a million trials the
-/// rows of one configuration.
+/// The most bytes of a report that are read. The longest benchmarks write a few hundredths of that. With a million trials
+/// it is enough for the rows of one configuration.
 pub const MAX_BYTES: u64 = 256 << 20;
 
-/// Why there is no report.
+/// The reason why a report cannot be read.
 #[derive(Debug)]
 pub enum ReadError {
     /// The file cannot be read.
     Io(io::Error),
     /// It is not JSON.
     Syntax(serde_json::Error),
-    /// It is JSON, but no report: it does not say its schema.
+    /// It is JSON without a schema, so not a report.
     NoReport,
     /// It is a report of another schema, as written in the file.
     Schema(String),
     /// It is a report of this schema with missing, unknown or wrong fields.
     Fields(serde_json::Error),
-    /// A row's figures are not possible: its configuration and name.
+    /// The figures of a row are impossible: its configuration and name.
     Figures(String),
 }
 
@@ -47,7 +46,7 @@ impl fmt::Display for ReadError {
                 write!(f, "its schema is {found}, this program reads schema {SCHEMA}")
             }
             ReadError::Fields(error) => write!(f, "it is not a report of schema {SCHEMA}: {error}"),
-            ReadError::Figures(row) => write!(f, "its figures for {row} are not possible"),
+            ReadError::Figures(row) => write!(f, "its figures for {row} are impossible"),
         }
     }
 }
@@ -59,7 +58,7 @@ pub fn to_string(report: &Report) -> serde_json::Result<String> {
     serde_json::to_string_pretty(report).map(|text| text + "\n")
 }
 
-/// Reads the report in the file at `path`.
+/// Reads the report at `path`.
 pub fn read(path: &Path) -> Result<Report, ReadError> {
     parse(&bounded::read_to_string(path, MAX_BYTES).map_err(ReadError::Io)?)
 }
@@ -76,7 +75,7 @@ pub fn parse(text: &str) -> Result<Report, ReadError> {
     let report: Report = serde_json::from_str(text).map_err(ReadError::Fields)?;
     for configuration in &report.configurations {
         for row in &configuration.rows {
-            if let Outcome::Verified { figures, .. } = &row.outcome
+            if let RowOutcome::Verified { figures, .. } = &row.outcome
                 && !(figures.median_us.is_finite() && figures.median_us > 0.0)
             {
                 return Err(ReadError::Figures(format!("{} at {}", row.variant, configuration.title())));
@@ -169,7 +168,7 @@ mod tests {
         let set =
             |v: &mut Value| v["configurations"][0]["rows"][1]["outcome"]["figures"]["median_us"] = 0.into();
         let row = "standard_allreduce_rmsnorm_native_compiled at num_tokens=128, dtype=bfloat16, with residual, quant=none";
-        refused(set, &format!("its figures for {row} are not possible"));
+        refused(set, &format!("its figures for {row} are impossible"));
     }
 
     #[test]

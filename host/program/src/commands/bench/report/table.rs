@@ -1,15 +1,14 @@
-//! A report for the terminal.
+//! The report for a terminal.
 
 use std::fmt::Write;
 
-use comfy_table::{CellAlignment, ContentArrangement, LineStyle, Table, presets};
+use super::{
+    cells::Cells,
+    data::{Configuration, Report},
+};
+use crate::report::grid::grid;
 
-use super::{Cells, Configuration, Report};
-
-/// Columns that the tables keep to where the terminal's width is not known.
-pub const WIDTH: u16 = 100;
-
-/// What was run, where and how.
+/// The heading: backend, ranks, trials and machine.
 pub fn heading(report: &Report) -> String {
     let Report { backend, world_size, settings, .. } = report;
     let (warmup, trials, hidden) = (settings.warmup, settings.trials, settings.hidden_dim);
@@ -20,7 +19,7 @@ pub fn heading(report: &Report) -> String {
     )
 }
 
-/// One configuration as a table at most `width` columns wide, with its notes and failures below.
+/// One configuration as a table at most `width` columns wide, followed by its notes and failures.
 pub fn configuration(configuration: &Configuration, width: u16) -> String {
     let header = ["Operation", "median µs", "min µs", "p99 µs", "busbw GB/s", "ulp", "speedup"];
     let rows = configuration.rows.iter().map(|row| {
@@ -38,61 +37,10 @@ pub fn configuration(configuration: &Configuration, width: u16) -> String {
     out
 }
 
-/// Names to the left, figures to the right, a rule under the header. Where the grid would be wider than
-/// `width`, columns draw closer, and then names break after an underscore. Every row has a cell for each of `header`.
-pub(crate) fn grid(header: &[&str], mut rows: Vec<Vec<String>>, width: u16) -> String {
-    let header: Vec<String> = header.iter().map(|text| text.replace(' ', "\n")).collect();
-    let columns = || rows.iter().chain([&header]);
-    let widest = |column: usize| columns().map(|row| cell_width(&row[column])).max().unwrap_or(0);
-    let figures: usize = (1..header.len()).map(widest).sum();
-    let names = widest(0);
-    let (width, gaps) = (usize::from(width), header.len() - 1);
-    let gap: u16 = if names + figures + 2 * gaps <= width { 2 } else { 1 };
-    let room = width.saturating_sub(figures + gaps).max(LEAST_NAME);
-    for row in &mut rows {
-        row[0] = broken(&row[0], room);
-    }
-
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING.header_separator(LineStyle::none().fill('-').junction('-')));
-    table.set_content_arrangement(ContentArrangement::Disabled);
-    table.set_header(header);
-    table.add_rows(rows);
-    for (index, column) in table.column_iter_mut().enumerate() {
-        if index == 0 {
-            column.set_padding((0, 0));
-        } else {
-            // The style has one space between columns already.
-            column.set_padding((gap - 1, 0)).set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    table.trim_fmt()
-}
-
-/// Names are not broken into lines shorter than this.
-const LEAST_NAME: usize = 24;
-
-fn cell_width(text: &str) -> usize {
-    text.lines().map(|line| line.chars().count()).max().unwrap_or(0)
-}
-
-/// `name` in lines of at most `room` characters, broken after underscores where there are any.
-fn broken(name: &str, room: usize) -> String {
-    let mut lines = vec![String::new()];
-    for word in name.split_inclusive('_') {
-        let line = lines.len() - 1;
-        if !lines[line].is_empty() && cell_width(&lines[line]) + cell_width(word) > room {
-            lines.push(format!("  {word}"));
-        } else {
-            lines[line].push_str(word);
-        }
-    }
-    lines.join("\n")
-}
-
 #[cfg(test)]
 mod tests {
     use super::{super::fixture, *};
+    use crate::report::grid::WIDTH;
 
     #[test]
     fn the_form_is_exact() {

@@ -4,6 +4,7 @@ mod bench;
 mod cmd;
 mod dist;
 mod doctor;
+mod modules;
 mod ptx;
 mod ptxas;
 mod structure;

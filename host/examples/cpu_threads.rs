@@ -63,10 +63,8 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Error> {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let codes = thread::scope(|scope| {
-        let ranks: Vec<_> = threads(2, DEADLINE)
-            .into_iter()
-            .map(|bootstrap| scope.spawn(move || rank(&bootstrap)))
-            .collect();
+        let ranks: Vec<_> =
+            threads(2, DEADLINE).into_iter().map(|bootstrap| scope.spawn(move || rank(&bootstrap))).collect();
         ranks.into_iter().map(|rank| rank.join().expect("no rank panics")).collect::<Result<Vec<_>, _>>()
     })?;
     assert_eq!(codes[0], codes[1], "all ranks have the same bits");

@@ -183,7 +183,7 @@ impl Error {
         }
     }
 
-    /// How an operation of the group failed while it ran, if it did, now or [earlier](Self::is_poisoned).
+    /// The failure of an operation of the group while it ran, now or [earlier](Self::is_poisoned), if there was one.
     pub fn failure(&self) -> Option<&Failure> {
         match self {
             Error::Failed(failure) | Error::Poisoned(failure) => Some(failure),
@@ -191,7 +191,7 @@ impl Error {
         }
     }
 
-    /// Whether an earlier operation failed, and nothing was tried.
+    /// True if an earlier operation failed, and nothing was tried.
     pub fn is_poisoned(&self) -> bool {
         matches!(self, Error::Poisoned(_))
     }

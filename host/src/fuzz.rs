@@ -1,4 +1,4 @@
-//! How many cases the tests of what comes from outside try.
+//! The number of cases for tests of bytes that come from outside.
 //!
 //! `FUSED_COLLECTIVE_LONG_TESTS=1 cargo test any_` tries for a minute, `PROPTEST_CASES=1000000 cargo test any_` longer.
 
@@ -15,5 +15,5 @@ pub(crate) fn cases(few: u32) -> ProptestConfig {
     }
 }
 
-/// What a test tries in a second or so.
+/// Cases that a test tries in a second or so.
 pub(crate) const FEW: u32 = 256;

@@ -33,7 +33,7 @@ use crate::group::failure::{Failure, What};
 /// Two sentinel words: what an empty 64-bit word of a slot holds.
 pub const EMPTY: u64 = lamport::SENTINEL as u64 | (lamport::SENTINEL as u64) << 32;
 
-/// What an [`Exchange`] runs over: the memory that ranks share, or a model checker's, which tries every order of
+/// The memory that an [`Exchange`] runs over: the memory that ranks share, or a model checker's, which tries every order of
 /// events that the memory model allows.
 ///
 /// The provided methods are the rules. A model replaces one of them to show that the protocol needs it.
@@ -41,7 +41,7 @@ pub(crate) trait Medium {
     /// A 64-bit word that all ranks may access at any time.
     type Word: Word;
 
-    /// Where things are in a region.
+    /// The layout of a region.
     fn layout(&self) -> &Layout;
 
     /// The words of `bytes` bytes at `offset` of rank `rank`'s region.
@@ -166,12 +166,12 @@ impl<M: Medium> Exchange<M> {
         Exchange { regions, rank, operation: 0, guard }
     }
 
-    /// What ends waits.
+    /// The end of waits.
     pub(crate) fn guard(&self) -> &WaitGuard {
         &self.guard
     }
 
-    /// What ends waits.
+    /// The end of waits.
     pub(crate) fn guard_mut(&mut self) -> &mut WaitGuard {
         &mut self.guard
     }

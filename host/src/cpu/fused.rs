@@ -49,7 +49,7 @@ impl<E: Plain> Job<'_, E> {
         start..start + self.hidden
     }
 
-    /// Where `token`'s row is in the residual and in `residual_out`.
+    /// The range of `token`'s row in the residual and in `residual_out`.
     fn residual_range(&self, token: u64) -> std::ops::Range<usize> {
         self.range(owned_index(token, self.dealt_to))
     }
@@ -85,7 +85,7 @@ impl<E: Plain> Job<'_, E> {
 }
 
 impl<E: Plain> Job<'_, E> {
-    /// What the row of `residual_out` of one of this rank's tokens becomes, as it may be sent: the norm, or its codes and
+    /// The result of the row of `residual_out` of one of this rank's tokens, as it may be sent: the norm, or its codes and
     /// then its scales in their order.
     fn make<'s>(&self, token: u64, scratch: &'s mut Scratch, arch: Arch) -> &'s mut [u8] {
         let sent = self.sent_bytes();
@@ -172,7 +172,7 @@ impl Scratch {
         &mut elements_mut(self.words.as_mut_bytes())[..hidden]
     }
 
-    /// What is sent of a row, `bytes` bytes, whole words.
+    /// The room for a row's result, `bytes` bytes, whole words.
     fn result(&mut self, bytes: usize) -> &mut [u8] {
         if self.result.len() * 8 < bytes {
             self.result.resize(bytes / 8, 0);

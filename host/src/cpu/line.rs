@@ -17,7 +17,7 @@ pub const BYTES: usize = 8 * WORDS;
 /// A line of a row.
 pub type Line = [u8; BYTES];
 
-/// Whether every word of a line has arrived. A word arrives at once, so either half tells; both are looked at.
+/// True once every word of a line has arrived. A word arrives at once, so either half tells; both are looked at.
 #[inline(always)]
 pub fn is_complete(line: &[u64; WORDS]) -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -26,7 +26,7 @@ pub fn is_complete(line: &[u64; WORDS]) -> bool {
     bytemuck::cast_slice::<u64, u32>(line).iter().all(|&half| lamport::is_complete(half))
 }
 
-/// What every x86-64 processor has. A compiler's vectors are several times as many instructions here.
+/// Instructions that every x86-64 processor has. A compiler's vectors take several times as many here.
 #[cfg(target_arch = "x86_64")]
 mod sse2 {
     use std::arch::x86_64::{__m128i, _mm_cmpeq_epi32, _mm_movemask_epi8, _mm_or_si128, _mm_set1_epi32};
@@ -46,7 +46,7 @@ mod sse2 {
     }
 }
 
-/// How a line is moved.
+/// The instructions that move a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mover {
     /// Word by word.

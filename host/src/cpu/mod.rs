@@ -44,7 +44,7 @@ use rows::Finish;
 pub use rows::Plain;
 use wait::WaitGuard;
 
-/// What an operation reads on one rank.
+/// The tensors that an operation reads on one rank.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a, E> {
     /// `[tokens, hidden]`: this rank's addend.
@@ -58,7 +58,7 @@ pub struct Inputs<'a, E> {
     pub scale: f32,
 }
 
-/// What an operation writes on one rank. A tensor that the operation does not write may be empty, and is
+/// The tensors that an operation writes on one rank. A tensor that the operation does not write may be empty, and is
 /// left as it is.
 #[derive(Debug)]
 pub struct Outputs<'a, E> {
@@ -94,7 +94,7 @@ pub fn layout(world_size: u32, row_bytes: u64) -> Result<Layout, LayoutError> {
     Layout::new(world_size, (SLOT_BYTES_PER_RANK * u64::from(world_size)).max(smallest))
 }
 
-/// How a group works. All ranks give the same.
+/// A group's settings. All ranks give the same.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// Bytes of the longest row of any operation, hidden size times bytes of an element.
@@ -186,7 +186,7 @@ impl Communicator {
         self.limits.world_size
     }
 
-    /// What operations are planned with; the same on every rank.
+    /// The limits that operations are planned with; the same on every rank.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
@@ -226,7 +226,7 @@ impl Communicator {
         self.exchange.barrier(self.barriers).and_then(|()| self.agree()).map_err(|failure| self.fail(failure))
     }
 
-    /// For other threads: ends the group's operations, on all ranks. It may outlive the communicator.
+    /// Makes a handle that ends the group's operations, on all ranks, from any thread. It may outlive the communicator.
     pub fn aborter(&self) -> Aborter {
         self.aborter.clone()
     }
@@ -236,7 +236,7 @@ impl Communicator {
         self.exchange.find_stray_write(self.header(self.rank))
     }
 
-    /// What ends this rank's waits, for waits of one's own.
+    /// The end of this rank's waits, for waits of one's own.
     pub fn guard(&self) -> &WaitGuard {
         self.exchange.guard()
     }
@@ -272,7 +272,7 @@ impl Communicator {
         }
     }
 
-    /// Whether all ranks made this call. Data of every one of them has come, and what they announced before it.
+    /// Checks that all ranks made this call. Data of every one of them has come, and so have their announcements.
     fn agree(&self) -> Result<(), Box<Failure>> {
         let disagreement = self.exchange.guard().log.as_ref().and_then(CallLog::disagreement_at_end);
         disagreement.map_or(Ok(()), |disagreement| {
@@ -294,6 +294,11 @@ impl Communicator {
 /// adds up in one-shot what its owner alone adds up in two-shot, which outweighs the second wait soon: two ranks took 0.85
 /// times as long in one-shot with 0.5 KiB, 0.97 times with 4 KiB, 1.05 times with 8 KiB and 1.15 times with 32 KiB.
 const ONE_SHOT_BYTES: u64 = 6 << 10;
+
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Communicator>();
+};
 
 /// Checks the tensors against a valid operation.
 fn check<'a, E: Plain>(

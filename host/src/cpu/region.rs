@@ -36,7 +36,7 @@ impl Regions {
         &self.layout
     }
 
-    /// How lines of it are moved.
+    /// The instructions that move its lines.
     #[inline(always)]
     pub(super) fn mover(&self) -> Mover {
         self.mover

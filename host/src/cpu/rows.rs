@@ -273,7 +273,7 @@ fn take<M: Medium>(
     }
 }
 
-/// Where one row's results go; an empty slice for what the operation does not write.
+/// The places of one row's results; an empty slice for one that the operation does not write.
 #[derive(Debug)]
 pub struct RowOutputs<'a, E> {
     /// `[hidden]`: the norm; empty if it is not stored.
@@ -284,7 +284,7 @@ pub struct RowOutputs<'a, E> {
     pub scales: &'a mut [u8],
 }
 
-/// What follows the sum, the same for every row of an operation.
+/// The norm and the quantization that follow the sum, the same for every row of an operation.
 #[derive(Clone, Copy, Debug)]
 pub struct Finish<'a, E> {
     /// RMSNorm's parameters.

@@ -16,14 +16,14 @@ use crate::group::{
     failure::{Awaited, Cause, Failure, What},
 };
 
-/// What ends a rank's waits.
+/// The reasons that end a rank's waits: deadline, losses, aborts, mismatched calls.
 #[derive(Debug)]
 pub struct WaitGuard {
     pub(crate) rank: u32,
     pub(crate) deadline: Duration,
     /// Notices lost ranks, where something does.
     pub(crate) monitor: Option<Arc<dyn Monitor>>,
-    /// What the ranks tell each other, where they can.
+    /// The calls that ranks tell each other of, where they can.
     pub(crate) log: Option<CallLog>,
 }
 

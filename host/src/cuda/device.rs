@@ -271,14 +271,14 @@ pub(super) fn check_group(bootstrap: &dyn Bootstrap, gpu: &Gpu, oversubscribe: b
     Ok(any_alike(&identities))
 }
 
-/// Whether any two ranks have the same GPU.
+/// True if any two ranks have the same GPU.
 fn any_alike(identities: &[Identity]) -> bool {
     let alike =
         |(rank, identity): (usize, &Identity)| identities[..rank].iter().any(|one| one.is_same_gpu(identity));
     identities.iter().enumerate().any(alike)
 }
 
-/// Why two ranks' GPUs cannot be in a group, as far as their names tell.
+/// The reason that two ranks' GPUs cannot be in a group, as far as their names tell.
 fn conflict(one: &Identity, other: &Identity, oversubscribe: bool) -> Option<&'static str> {
     if one.host != other.host {
         Some("they are on different hosts")

@@ -219,7 +219,7 @@ impl PeerMemory {
         Ok(PeerMemory { context: context.clone(), address, is_opened: false })
     }
 
-    /// Where this device sees it.
+    /// The address by which this GPU reaches it.
     pub fn address(&self) -> Address {
         Address(self.address)
     }
@@ -275,17 +275,17 @@ impl PinnedMemory {
         Ok(PinnedMemory { context: context.clone(), host, bytes })
     }
 
-    /// Where this process sees it.
+    /// The address in this process.
     pub fn address(&self) -> *mut c_void {
         self.host
     }
 
-    /// How large it is.
+    /// Its length in bytes.
     pub fn len(&self) -> usize {
         self.bytes
     }
 
-    /// What is in it.
+    /// Its contents.
     ///
     /// # Safety
     /// Nobody writes to it as long as the bytes are borrowed: no copy is under way.
@@ -337,7 +337,7 @@ impl MappedStatus {
         Ok(MappedStatus { memory, device })
     }
 
-    /// Where the device sees it.
+    /// The address by which the GPU reaches it.
     pub(crate) fn address(&self) -> Address {
         Address(self.device)
     }

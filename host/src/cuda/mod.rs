@@ -26,8 +26,10 @@ mod tensors;
 pub mod workspace;
 
 pub use communicator::{
-    Captured, Communicator, CustomKernel, CustomOperation, ExternalWork, MAX_DEADLINE, Options, Query,
-    TOO_MANY_TOKENS,
+    Captured, Communicator, MAX_DEADLINE, Options, Query,
+    custom::{CustomKernel, CustomOperation},
+    external::ExternalWork,
+    launches::TOO_MANY_TOKENS,
 };
 pub use device::{can_access, count};
 pub use kernels::{FOLDER_VARIABLE, KernelSource, MAX_RANKS};

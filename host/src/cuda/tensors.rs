@@ -28,11 +28,11 @@ pub struct DeviceTensor {
     pub address: u64,
     /// Its elements, or its bytes if they are codes.
     pub length: u64,
-    /// What they are.
+    /// The type of its elements.
     pub element: TensorType,
 }
 
-/// What an operation reads and writes on one rank: see [`Operation`] for shapes.
+/// The tensors that an operation reads and writes on one rank: see [`Operation`] for shapes.
 #[derive(Clone, Copy, Debug)]
 pub struct Tensors {
     /// This rank's addend.

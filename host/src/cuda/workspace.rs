@@ -141,7 +141,7 @@ impl Regions {
         Ok(Regions { peers, own, addresses })
     }
 
-    /// Where this GPU sees every rank's region.
+    /// The addresses by which this GPU reaches every rank's region.
     pub fn addresses(&self) -> [Address; MAX_RANKS] {
         self.addresses
     }
@@ -235,7 +235,7 @@ impl Workspace {
         Ok(None)
     }
 
-    /// Where this GPU sees every rank's region.
+    /// The addresses by which this GPU reaches every rank's region.
     pub(crate) fn regions(&self) -> [Address; MAX_RANKS] {
         self.regions.addresses
     }

@@ -1,4 +1,4 @@
-//! What ranks tell each other beside the data: which calls they make, and that they have given up.
+//! The log by which ranks tell each other of their calls, and of giving up.
 //!
 //! Each rank has some lines of 64 bytes in memory that all share, and writes no others:
 //! - a *fault* word: why the rank has given up, 0 until then;
@@ -27,14 +27,14 @@ use super::{abort::Aborter, shared_memory::SharedMemory};
 /// Bytes of a line.
 const LINE_BYTES: u64 = 64;
 
-/// Where the lines are: for rank `r` from `first + r * stride`, its fault line and then `calls` lines.
+/// The place of the lines: for rank `r` from `first + r * stride`, its fault line and then `calls` lines.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
     /// A multiple of 64.
     pub(crate) first: u64,
     /// A multiple of 64, and at least `(1 + calls) * 64`.
     pub(crate) stride: u64,
-    /// How many calls are kept: more than a rank can be ahead of another.
+    /// Calls that are kept: more than a rank can be ahead of another.
     pub(crate) calls: u64,
 }
 
@@ -50,7 +50,7 @@ impl Place {
     }
 }
 
-/// Why a rank has given its group up.
+/// The reason that a rank has given its group up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// Another rank did not come within the deadline.
@@ -93,9 +93,9 @@ impl fmt::Display for GaveUp {
 pub struct Disagreement {
     /// The other rank.
     pub rank: u32,
-    /// What it called; `None` if it has not made as many calls, or its call cannot be read any more.
+    /// Its call; `None` if it has not made as many calls, or its call cannot be read any more.
     pub theirs: Option<Call>,
-    /// What this rank called.
+    /// This rank's call.
     pub ours: Call,
 }
 
@@ -177,7 +177,7 @@ impl Lines {
     }
 }
 
-/// How a peer's announcements compare with this rank's last one.
+/// The comparison of a peer's announcements with this rank's last one.
 enum Standing {
     /// It has not made as many calls.
     Behind,
@@ -272,7 +272,7 @@ impl CallLog {
         self.lines.give_up(fault, because_of);
     }
 
-    /// Whether this rank was told to give up.
+    /// True once this rank was told to give up.
     pub(crate) fn is_aborted(&self) -> bool {
         self.lines.gave_up(self.lines.rank).is_some()
     }
@@ -282,7 +282,7 @@ impl CallLog {
         self.peers().find_map(|rank| self.lines.gave_up(rank))
     }
 
-    /// For other threads.
+    /// Makes a handle for other threads.
     pub(crate) fn aborter(&self) -> Aborter {
         let lines = self.lines.clone();
         Aborter::new(move || lines.give_up(Fault::Aborted, lines.rank))

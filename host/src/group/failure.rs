@@ -1,29 +1,29 @@
-//! How an operation of a group fails: who waited for whom, for what, and why no longer.
+//! Failures of a group's operations: the waiting rank, the awaited one, and the reason.
 
 use std::{fmt, time::Duration};
 
 use fused_collective_core::agreement::Call;
 
-use super::Lost;
 pub use super::calls::{Disagreement, Fault, GaveUp};
+use super::loss::Lost;
 
-/// How a call failed: who waited for whom, for what, and why no longer.
+/// A failure of a call: the waiting rank, the awaited one, and the reason.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Failure {
     /// The rank that this is told of: the one that made the call.
     pub rank: u32,
-    /// What it was waiting for; `None` if it was not.
+    /// The wait that it was in; `None` if it was in none.
     pub wait: Option<Awaited>,
-    /// Why the call failed.
+    /// The reason.
     pub cause: Cause,
 }
 
-/// What was waited for.
+/// A wait for another rank.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Awaited {
     /// The rank that it should have come from.
     pub from: u32,
-    /// What it is.
+    /// The awaited thing.
     pub what: What,
     /// The operation of the group, counted from 0; a round of a large operation counts as one.
     pub operation: u64,
@@ -31,7 +31,7 @@ pub struct Awaited {
     pub call: Option<Call>,
 }
 
-/// What ranks wait for.
+/// Things that ranks wait for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum What {
     /// A rank's readiness, at set-up.
@@ -46,7 +46,7 @@ pub enum What {
     Flag,
 }
 
-/// Why a call failed.
+/// The reason that a call failed.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Cause {
     /// The deadline passed.
@@ -59,7 +59,7 @@ pub enum Cause {
     GaveUp(GaveUp),
     /// Another rank made another call.
     OutOfStep(Disagreement),
-    /// What this rank's GPU was given could not be launched, failed or did not end; the text says which.
+    /// This rank's GPU could not launch its work, failed, or did not end; the text says which.
     Gpu(String),
 }
 
@@ -123,7 +123,7 @@ impl Failure {
         }
     }
 
-    /// What the other ranks are told of it; `None` where they know better.
+    /// The fault that the other ranks are told; `None` where they know better.
     pub(crate) fn fault(&self) -> Option<(Fault, u32)> {
         let from = self.wait.map_or(self.rank, |wait| wait.from);
         match &self.cause {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// How a rank was lost to its group.
+/// The way that a rank was lost to its group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
     /// Its connection ended without a farewell: it was killed, crashed or exited.
@@ -22,9 +22,9 @@ pub enum How {
 pub struct Lost {
     /// The rank.
     pub rank: u32,
-    /// How it was lost.
+    /// The way that it was lost.
     pub how: How,
-    /// What is known beyond that, for the user to read; may be empty.
+    /// Further details for a reader; may be empty.
     pub detail: String,
 }
 

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Bootstrap, BootstrapError};
+use super::bootstrap::{Bootstrap, BootstrapError};
 
 /// Makes the ranks of a group of `world_size` threads, each to be moved into its thread. No rank waits for the others
 /// for longer than `deadline`.

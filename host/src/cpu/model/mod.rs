@@ -39,7 +39,7 @@ use super::{
 };
 use crate::group::failure::{Failure, What};
 
-/// What a model checker brings.
+/// A model checker's words and threads.
 trait Checker: Send + Sync + 'static {
     /// Its atomic words.
     type Atomic: Word + Send + Sync;
@@ -58,9 +58,9 @@ struct Rules {
     /// Slots that take turns.
     slots: u64,
     refill: Refill,
-    /// Whether there is a release fence before a row is sent.
+    /// Has a release fence before a row is sent.
     release: bool,
-    /// Whether there is an acquire fence after a row is received.
+    /// Has an acquire fence after a row is received.
     acquire: bool,
 }
 
@@ -324,7 +324,7 @@ impl Words {
     }
 }
 
-/// What a broken protocol looks like to a checker: what the models assert, and the checkers' limits of steps.
+/// The signs of a broken protocol: the models' assertions, and the checkers' limits of steps.
 const FAILURES: [&str; 5] = [
     "a sum is wrong",
     "a word is wrong",

@@ -16,7 +16,8 @@ use super::{
         kernels::{Module, Parameters, Versions},
         tensors::{DeviceTensor, TensorType, address, check},
     },
-    Communicator, rounds,
+    Communicator,
+    launches::choose,
 };
 use crate::error::Error;
 
@@ -119,7 +120,7 @@ impl Communicator {
         check("residual_out", Some(residual_out), Some((rows, element)))?;
         let _entered = self.gpu.context().clone().enter()?;
         let limits = self.kernels.limits().of_processor(kernel.has_clusters);
-        rounds::choose(&plan, limits, &mut kernel.versions, &mut self.launches)?;
+        choose(&plan, limits, &mut kernel.versions, &mut self.launches)?;
         let mut parameters = Parameters::default();
         parameters.extend(epilogue);
         let call = Call::custom(&shape, plan.algorithm, kernel.digest);

@@ -1,4 +1,4 @@
-//! What operations are planned with, the same on every rank.
+//! The limits that operations are planned with, the same on every rank.
 
 use fused_collective_core::plan::Limits;
 

@@ -2,8 +2,11 @@
 
 mod abort_flag;
 mod call_table;
-mod custom;
+pub(super) mod custom;
+pub(super) mod external;
+pub(super) mod launches;
 mod limits;
+mod progress;
 mod rounds;
 mod wait;
 
@@ -48,25 +51,21 @@ use crate::{
 use abort_flag::AbortFlag;
 use call_table::CallTable;
 use limits::{HOP_BYTES, agree};
-use wait::Progress;
-
-pub use custom::{CustomKernel, CustomOperation};
-pub use rounds::TOO_MANY_TOKENS;
-pub use wait::ExternalWork;
+use progress::Progress;
 
 /// The longest deadline: kernels count a wait in 32 bits, which turn after 73 minutes.
 pub const MAX_DEADLINE: Duration = Duration::from_secs(3600);
 /// Announced calls that are kept: more than a GPU's queue holds, and so than a host can be ahead of its results.
 const CALLS_KEPT: u64 = 4096;
 
-/// How a group works. All ranks give the same, but for the kernels' place.
+/// A group's settings. All ranks give the same, but for the kernels' place.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Bytes of a slot of the workspace, at least: see [`slot_bytes`](super::slot_bytes).
     pub slot_bytes: u64,
     /// No wait of an operation is longer. At most [`MAX_DEADLINE`].
     pub deadline: Duration,
-    /// Whether ranks (processes) may share a GPU. They take turns on it, at the driver's pace: operations are right,
+    /// Lets ranks (processes) share a GPU. They take turns on it, at the driver's pace: operations are right,
     /// and take milliseconds. Not under MPS, where their kernels would compete for the places that each counts on.
     pub oversubscribe: bool,
     /// The place of the kernels.
@@ -99,7 +98,7 @@ pub struct Communicator {
     shares_gpus: bool,
     log: CallLog,
     calls: CallTable,
-    /// How the rounds of the operation at hand are launched.
+    /// The launches of the rounds of the operation at hand.
     launches: Vec<Launch>,
     /// Captured since the last [`captured`](Self::captured).
     captured: Captured,
@@ -193,12 +192,12 @@ impl Communicator {
         self.limits.world_size
     }
 
-    /// Whether ranks of the group share GPUs.
+    /// True where ranks of the group share GPUs.
     pub fn shares_gpus(&self) -> bool {
         self.shares_gpus
     }
 
-    /// What operations are planned with; the same on every rank.
+    /// The limits that operations are planned with; the same on every rank.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
@@ -225,7 +224,7 @@ impl Communicator {
     /// it.
     pub fn query(&self, operation: &Operation) -> Result<Query, Error> {
         let plan = Plan::new(operation, &self.limits)?;
-        rounds::kernel(operation, plan.algorithm)?;
+        launches::kernel(operation, plan.algorithm)?;
         Ok(Query { algorithm: plan.algorithm, rounds: plan.rounds().count() as u64 })
     }
 
@@ -270,7 +269,8 @@ impl Communicator {
         unsafe { self.launch_rounds(&plan, call, tensors.activations(), &epilogue, stream) }
     }
 
-    /// What was captured since this was last called, for [`replay`](Self::replay). Call it when a capture has ended.
+    /// Takes the calls that were captured since this was last called, for [`replay`](Self::replay). Call it when a capture
+    /// has ended.
     pub fn captured(&mut self) -> Captured {
         std::mem::take(&mut self.captured)
     }
@@ -289,7 +289,7 @@ impl Communicator {
         Ok(())
     }
 
-    /// Whether all operations that have ended did so well, and were the same on every rank. Call it after the stream was
+    /// Checks that all operations that have ended did so well, and were the same on every rank. Call it after the stream was
     /// synchronized and before results are used.
     ///
     /// # Errors
@@ -472,6 +472,11 @@ pub struct Captured {
     chain: Chain,
     calls: u64,
 }
+
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Communicator>();
+};
 
 /// Refuses a deadline that kernels would not keep.
 fn check_deadline(deadline: Duration) -> Result<(), Error> {

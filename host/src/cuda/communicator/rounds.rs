@@ -1,59 +1,27 @@
 //! An operation's rounds, each of which is one launch.
 //!
-//! How they are launched is settled before the other ranks are told of the operation: whatever can be refused is refused
+//! Their launches are settled before the other ranks are told of the operation: whatever can be refused is refused
 //! while nobody waits for it.
 
 use fused_collective_core::{
     agreement::Call,
     fusion::Operation,
-    kernels::{Epilogue, Family, Kernel},
     launch::{Activations, Shape},
-    plan::{Algorithm, Plan},
+    plan::Plan,
 };
 
 use super::{
     super::{
         driver::{Handle, check},
-        kernels::{LaunchLimits, Parameters, Versions},
+        kernels::Parameters,
     },
     Captured, Communicator,
+    launches::{TOO_MANY_TOKENS, choose, kernel},
 };
 use crate::error::Error;
 
-/// The error of rows that have no [`Shape`].
-pub const TOO_MANY_TOKENS: Error = Error::Unsupported("rounds of 2^31 tokens or more");
-
-/// The kernel of an operation that was planned as `algorithm`.
-///
-/// # Errors
-/// There is none.
-pub(super) fn kernel(operation: &Operation, algorithm: Algorithm) -> Result<&'static Kernel, Error> {
-    let epilogue = Epilogue::of(operation.norm.is_some(), operation.quantization);
-    epilogue
-        .and_then(|epilogue| Kernel::of(Family::from(algorithm), epilogue))
-        .ok_or(Error::Unsupported("this quantization"))
-}
-
-/// Adds to `launches` how each round of `plan` is launched with one of `versions`.
-///
-/// # Errors
-/// No version takes such rows.
-pub(super) fn choose(
-    plan: &Plan,
-    limits: LaunchLimits,
-    versions: &mut Versions,
-    launches: &mut Vec<super::Launch>,
-) -> Result<(), Error> {
-    launches.clear();
-    for round in plan.rounds() {
-        let Shape { row_packs, .. } = Shape::of_round(plan, &round, 0).ok_or(TOO_MANY_TOKENS)?;
-        launches.push(limits.for_rows(versions, plan.cluster, row_packs, round.rows.tokens)?);
-    }
-    Ok(())
-}
-
 impl Communicator {
-    /// Settles how every round of an operation is launched, which loads its kernels if need be.
+    /// Settles the launch of every round of an operation, which loads its kernels if need be.
     ///
     /// # Errors
     /// There are no kernels for it, or they are missing or unusable.

@@ -1,52 +1,33 @@
-//! How a host waits for its GPU.
+//! The wait of a host for its GPU.
 //!
 //! The deadline is for a wait for another rank, and kernels keep it themselves. A host that waits for its stream may have
 //! queued any amount of work, so it does not count: it waits as long as operations come to their end, and ends what does
 //! not go on. What waits for other ranks with no deadline of its own, [`ExternalWork`] work, has a limit.
 
 use std::{
-    hint,
-    ptr::null_mut,
-    thread,
+    hint, thread,
     time::{Duration, Instant},
 };
 
-use fused_collective_core::launch::{Address, RankState};
-
 use super::{
-    super::{
-        device::Context,
-        driver::{Handle, check, is_ready},
-        memory::PinnedMemory,
-    },
+    super::driver::{Handle, is_ready},
     Communicator,
+    external::ExternalWork,
 };
 use crate::{
     error::Error,
     group::failure::{Cause, Failure},
 };
 
-/// How long a GPU may take to end its work once all waits in it have been ended, and beyond its kernels' deadlines, of
+/// The time that a GPU may take to end its work once all waits in it have been ended, and beyond its kernels' deadlines, of
 /// which several may each have lasted almost as long.
 const GRACE: Duration = Duration::from_secs(10);
-/// `CU_STREAM_NON_BLOCKING`.
-const NON_BLOCKING: u32 = 1;
 /// Looks at the stream before the host's processor is offered to others.
 const SPINS: u32 = 10_000;
-/// How long a wait lasts before the GPU's progress is looked at, and the time between two looks.
+/// The time before a wait looks at the GPU's progress, and between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
-/// Work on a stream that waits for other ranks with no deadline of its own.
-pub struct ExternalWork<'a> {
-    /// What it is, for a reader.
-    pub what: String,
-    /// How long it may take.
-    pub limit: Duration,
-    /// Ends it, from any moment on. Returns at once.
-    pub end: &'a mut dyn FnMut(),
-}
-
-/// What becomes of a wait.
+/// A look's answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     GoOn,
@@ -56,7 +37,7 @@ enum Verdict {
     GiveUp,
 }
 
-/// Why waits were ended.
+/// The reason that waits were ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Why {
     /// Another rank, or another thread, has seen to it.
@@ -71,9 +52,9 @@ enum Why {
 #[derive(Debug)]
 struct WaitGuard {
     began: Instant,
-    /// How long it goes on without progress.
+    /// The time that it goes on without progress.
     stall: Duration,
-    /// How long it goes on with external work, whose progress cannot be seen.
+    /// The time that it goes on with external work, whose progress cannot be seen.
     external: Option<Duration>,
     progressed: Instant,
     ended: Option<Why>,
@@ -107,92 +88,6 @@ impl WaitGuard {
     }
 }
 
-// SAFETY: a `CUstream` belongs to its context, and the driver takes it from any thread.
-unsafe impl Send for Progress {}
-
-/// Sees from outside whether a rank's kernels come to their ends: they advance the turns of its [`RankState`], which
-/// are copied to the host beside them. Nothing waits for the copy.
-#[derive(Debug)]
-pub(super) struct Progress {
-    context: Context,
-    stream: Handle,
-    state: Address,
-    copied: PinnedMemory,
-    /// What was there at the last look.
-    last: Vec<u8>,
-    /// A copy is under way.
-    asked: bool,
-}
-
-impl Progress {
-    /// Of the kernels that work with `state`.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub(super) fn new(context: &Context, state: Address) -> Result<Progress, Error> {
-        let copied = PinnedMemory::new(context, size_of::<RankState>())?;
-        let _entered = context.enter()?;
-        let mut stream = null_mut();
-        // SAFETY: `stream` has room for the answer.
-        check("make a stream", unsafe { (context.driver().cuStreamCreate)(&mut stream, NON_BLOCKING) })?;
-        Ok(Progress { context: context.clone(), stream, state, copied, last: Vec::new(), asked: false })
-    }
-
-    /// The context is current.
-    fn has_come(&self) -> Result<bool, Error> {
-        // SAFETY: a stream of the current context.
-        let code = unsafe { (self.context.driver().cuStreamQuery)(self.stream) };
-        is_ready("look at the GPU's progress", code)
-    }
-
-    /// Whether a kernel has gone on between the last two copies that have come, and asks for the next.
-    ///
-    /// # Errors
-    /// The driver's.
-    fn look(&mut self) -> Result<bool, Error> {
-        let mut progressed = false;
-        if self.asked {
-            if !self.has_come()? {
-                return Ok(false);
-            }
-            self.asked = false;
-            // SAFETY: the copy has come, and the next was not asked for.
-            let bytes = unsafe { self.copied.bytes() };
-            progressed = self.last != bytes;
-            if progressed {
-                self.last = bytes.to_vec();
-            }
-        }
-        // SAFETY: both have so many bytes and live until the copy has ended: `drop` sees to it.
-        let code = unsafe {
-            (self.context.driver().cuMemcpyDtoHAsync_v2)(
-                self.copied.address(),
-                self.state.0,
-                self.copied.len(),
-                self.stream,
-            )
-        };
-        check("look at the GPU's progress", code)?;
-        self.asked = true;
-        Ok(progressed)
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        let Ok(_entered) = self.context.enter() else {
-            self.copied.leak();
-            return;
-        };
-        // A GPU that does not even copy may still do so later: the memory is left to it.
-        if self.asked && !self.has_come().unwrap_or(false) {
-            self.copied.leak();
-        }
-        // SAFETY: made in `new`, and destroyed once; the driver lets what is on it end.
-        unsafe { (self.context.driver().cuStreamDestroy_v2)(self.stream) };
-    }
-}
-
 impl Communicator {
     /// Waits until everything on `stream` has ended, and [checks](Self::check) it. If a rank of the group is lost
     /// meanwhile, has made another call, or the GPU ends no operation for longer than its deadlines allow, all waits are
@@ -207,7 +102,7 @@ impl Communicator {
     /// # Safety
     /// `stream` is a stream of this rank's context.
     pub unsafe fn synchronize(&mut self, stream: Handle) -> Result<(), Error> {
-        // SAFETY: as this function's.
+        // SAFETY: the caller vouches for the stream, and no other work is on it.
         unsafe { self.synchronize_with(stream, None) }
     }
 
@@ -223,7 +118,7 @@ impl Communicator {
         stream: Handle,
         external: Option<ExternalWork<'_>>,
     ) -> Result<(), Error> {
-        // SAFETY: as this function's.
+        // SAFETY: the caller vouches for the stream.
         match unsafe { self.wait(stream, external) } {
             Ok(()) => self.check(),
             Err(what) => Err(self.fail(what)),
@@ -243,7 +138,7 @@ impl Communicator {
         let stall = self.deadline.saturating_mul(2).saturating_add(GRACE);
         let mut guard = WaitGuard::new(began, stall, external.as_ref().map(|external| external.limit));
         let (mut looks, mut next_look) = (0u32, began + LOOK_EVERY);
-        // SAFETY: as this function's.
+        // SAFETY: the caller vouches for the stream, and its context is current.
         while !is_ready("wait for the GPU", unsafe { (driver.cuStreamQuery)(stream) }).map_err(text)? {
             looks = looks.saturating_add(1);
             if looks < SPINS {

@@ -1,10 +1,10 @@
-//! The kernels of one GPU: loaded when first needed, and how each is launched.
+//! The kernels of one GPU: loaded when first needed, and the launch of each.
 //!
 //! [`fused_collective_core::kernels`] has the names of modules and entry points. A module of another version of the launch
 //! structs is refused: kernels that read their parameters in the wrong places reach memory that is not theirs.
 //!
-//! How a row is shared (version, blocks of a cluster, threads of a block) decides in which order its squares are summed,
-//! and so the bits of its norm. It follows from what the group [agreed](Kernels::agree) on, never from what one GPU holds
+//! The partition of a row (version, blocks of a cluster, threads of a block) decides in which order its squares are
+//! summed, and so the bits of its norm. It follows from what the group [agreed](Kernels::agree) on, never from what one GPU holds
 //! at once: all ranks get the same bits. How many rows are worked on at once is each rank's own affair.
 //!
 //! What must hold: no grid is larger than what is resident at once, and a kernel is launched as a programmatic
@@ -97,7 +97,7 @@ impl LaunchLimits {
         LaunchLimits { launcher, agreed_cluster: if has_clusters { self.agreed_cluster } else { 1 }, ..self }
     }
 
-    /// How to launch a kernel that has versions on `tokens` rows of `row_packs` packs, with `cluster` blocks for each
+    /// Chooses the launch of a kernel that has versions on `tokens` rows of `row_packs` packs, with `cluster` blocks for each
     /// row, or more if that many cannot hold it in registers.
     ///
     /// # Errors
@@ -127,7 +127,7 @@ impl LaunchLimits {
         self.launch_of(versions.function(version)?, most_clusters(family, cluster), cluster, threads, tokens)
     }
 
-    /// How to launch a function without versions on `tokens` rows, in blocks of about `threads`.
+    /// Chooses the launch of a function without versions on `tokens` rows, in blocks of about `threads`.
     ///
     /// # Errors
     /// Not one block of it can be resident.

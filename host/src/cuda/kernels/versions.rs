@@ -1,5 +1,4 @@
-//! How the threads of blocks and clusters share a row: which version of a kernel, in clusters of how many blocks of how many
-//! threads.
+//! The partition of a row: the version of a kernel, the blocks of a cluster, the threads of a block.
 
 use fused_collective_core::kernels::Version;
 

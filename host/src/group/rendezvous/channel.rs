@@ -94,7 +94,7 @@ impl Channel {
         }
     }
 
-    /// Whether everything queued has been handed to the kernel, which delivers it even if this process ends.
+    /// True once everything queued was handed to the kernel, which delivers it even if this process ends.
     pub(super) fn is_flushed(&self) -> bool {
         self.outbox.is_empty()
     }
@@ -133,7 +133,7 @@ impl Channel {
         self.descriptor.take()
     }
 
-    /// What to poll for: anything to read, and room to write if something waits for it.
+    /// The events to poll for: anything to read, and room to write if something waits for it.
     pub(super) fn poll_fd(&self) -> PollFd<'_> {
         let flags = if self.is_flushed() { PollFlags::IN } else { PollFlags::IN | PollFlags::OUT };
         PollFd::new(&self.socket, flags)

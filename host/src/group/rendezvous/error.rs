@@ -1,15 +1,15 @@
-//! What can go wrong between ranks, told so that the user learns which rank, in which phase, and why.
+//! Errors between ranks: each names the rank, the phase and the reason.
 
 use std::{fmt, io, time::Duration};
 
 use fused_collective_core::MAX_WORLD_SIZE;
 
-use super::{super::Lost, frame::FrameError};
+use super::{super::loss::Lost, frame::FrameError};
 
 /// The fewest ranks that meet: one alone has nobody to meet.
 pub const MIN_RANKS: u32 = 2;
 
-/// Why a group could not be joined, or an operation of it not done.
+/// A failure to join a group, or to do an operation of it.
 #[derive(Debug)]
 pub enum Error {
     /// A rank was lost. The group is over: every later operation fails with the same loss.
@@ -23,7 +23,7 @@ pub enum Error {
     },
     /// A message is larger than ranks may send.
     TooLong {
-        /// What it is.
+        /// The message.
         what: &'static str,
         /// Its bytes.
         bytes: usize,
@@ -41,7 +41,7 @@ pub enum Error {
     NameTaken {
         /// The key that the name is made from.
         key: String,
-        /// How long rank 0 waited for it.
+        /// The time that rank 0 waited for it.
         waited: Duration,
     },
     /// The process that listens under this group's name belongs to another user.
@@ -55,9 +55,9 @@ pub enum Error {
     NoDescriptor,
     /// The operating system refused something.
     System {
-        /// What was being done.
+        /// The action; completes "could not".
         doing: &'static str,
-        /// What it said.
+        /// Its answer.
         source: io::Error,
     },
 }

@@ -15,7 +15,7 @@
 
 use std::fmt;
 
-use super::super::{How, Lost};
+use super::super::loss::{How, Lost};
 
 /// First bytes of every message.
 pub(super) const MAGIC: [u8; 4] = *b"FCRV";
@@ -26,7 +26,7 @@ pub(super) const HEADER_BYTES: usize = 16;
 /// The most bytes of a payload.
 pub(super) const MAX_PAYLOAD: usize = 1 << 20;
 
-/// What the ranks of a group do together.
+/// The operations that the ranks of a group do together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Operation {
     AllGather,
@@ -55,7 +55,7 @@ impl Operation {
         }
     }
 
-    /// How many parts rank 0 answers with, in a group of `world_size`.
+    /// The number of parts that rank 0 answers with, in a group of `world_size`.
     pub(super) const fn parts(self, world_size: u32) -> u32 {
         if matches!(self, Operation::AllGather) { world_size } else { 1 }
     }

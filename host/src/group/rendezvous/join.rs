@@ -1,4 +1,4 @@
-//! How ranks find each other: rank 0 listens, the others say hello, and rank 0 welcomes all or refuses all.
+//! The meeting of ranks: rank 0 listens, the others say hello, and rank 0 welcomes all or refuses all.
 //!
 //! Rank 0 takes connections until every rank has said hello. Whoever is not of this user, says something
 //! else than a hello, or ends, is sent away and changes nothing; whoever says nothing waits at no one's cost.
@@ -25,7 +25,7 @@ use rustix::{
 };
 
 use super::{
-    super::{How, Lost},
+    super::loss::{How, Lost},
     channel::{Channel, wait_for},
     error::Error,
     frame::{Frame, FrameError, MAX_PAYLOAD},
@@ -107,7 +107,7 @@ fn become_listener(membership: &Membership<'_>, until: Instant) -> Result<OwnedF
     Ok(listener)
 }
 
-/// What rank 0 knows while the group comes together.
+/// Rank 0's knowledge while the group comes together.
 struct Gathering<'a> {
     membership: &'a Membership<'a>,
     /// Of rank 1, 2, ...: its connection, once it said hello.
@@ -294,7 +294,7 @@ fn reach(membership: &Membership<'_>, until: Instant) -> Result<OwnedFd, Error> 
     }
 }
 
-/// Whether somebody listens under `key`.
+/// True if somebody listens under `key`.
 pub(super) fn is_taken(key: &str) -> bool {
     let Ok((address, socket)) = address(key).and_then(|address| Ok((address, socket()?))) else {
         return false;

@@ -2,23 +2,23 @@
 
 use std::time::{Duration, Instant};
 
-/// How much longer than rank 0 the others wait. Rank 0 knows which rank is missing and tells them; if it says
+/// The time that the others wait longer than rank 0. Rank 0 knows which rank is missing and tells them; if it says
 /// nothing either, rank 0 is the one.
 pub(super) const MARGIN: Duration = Duration::from_millis(250);
 
-/// What a rank must know to join its group.
+/// The terms of a rank's membership in its group.
 #[derive(Clone, Copy, Debug)]
 pub struct Membership<'a> {
     /// This rank, from 0.
     pub rank: u32,
     /// Ranks in the group, 2 to 16.
     pub world_size: u32,
-    /// What this job's ranks have in common and no other job's.
+    /// A text that this job's ranks have in common, and no other job's.
     pub key: &'a str,
-    /// What must be equal on all ranks, as bytes of any form: the settings that they were started with. At
+    /// Bytes that must be equal on all ranks: the settings that they were started with, in any form. At
     /// most 64 KiB.
     pub config: &'a [u8],
-    /// How long any rank waits for the others: to join, and at each operation. The same on all ranks.
+    /// The longest wait of any rank for the others: to join, and at each operation. The same on all ranks.
     pub deadline: Duration,
 }
 

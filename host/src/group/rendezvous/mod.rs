@@ -1,4 +1,4 @@
-//! How the ranks of one host find each other, exchange small things and notice each other's end.
+//! The built-in bootstrap: ranks of one host find each other, exchange small messages and notice each other's end.
 //!
 //! Ranks meet at a Unix socket in the abstract namespace, whose name is made from the user and the job's
 //! key: nothing is left in the file system, whatever dies. Only processes of the same user
@@ -41,7 +41,10 @@ pub use frame::FrameError;
 pub use membership::Membership;
 pub use monitor::Alarm;
 
-use super::{Bootstrap, BootstrapError, How, Lost, Monitor};
+use super::{
+    bootstrap::{Bootstrap, BootstrapError, Monitor},
+    loss::{How, Lost},
+};
 use frame::{MAX_PAYLOAD, Operation};
 use membership::{MARGIN, saturating_add};
 use monitor::{Command, Part, RankMonitor, Shared};
@@ -123,7 +126,7 @@ impl Group {
         self.world_size
     }
 
-    /// How long any rank waits for the others at each operation.
+    /// The longest wait of any rank for the others at each operation.
     pub fn deadline(&self) -> Duration {
         self.deadline
     }
@@ -208,7 +211,7 @@ impl Group {
         self.control().lost()
     }
 
-    /// For code that waits for peers by other means than this group's operations.
+    /// Makes an alarm for code that waits for peers by other means than this group's operations.
     pub fn alarm(&self) -> Alarm {
         self.shared.alarm.clone()
     }
@@ -218,7 +221,7 @@ impl Group {
         self.control().abort(reason);
     }
 
-    /// For other threads, and for what may live longer than the group.
+    /// Makes a handle for other threads, and for what may live longer than the group.
     pub fn control(&self) -> Control {
         Control { rank: self.rank, shared: Arc::clone(&self.shared) }
     }
@@ -389,7 +392,7 @@ impl Drop for OnLoss {
     }
 }
 
-/// Whether somebody waits for a group to come together under `key`, on this host and as this user.
+/// True if somebody waits for a group to come together under `key`, on this host and as this user.
 pub fn is_taken(key: &str) -> bool {
     join::is_taken(key)
 }

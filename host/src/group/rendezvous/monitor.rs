@@ -22,7 +22,7 @@ use rustix::{
 };
 
 use super::{
-    super::{How, Lost},
+    super::loss::{How, Lost},
     channel::{Channel, wait_for},
     error::Error,
     frame::{Frame, Operation},
@@ -38,7 +38,7 @@ pub(super) struct Part {
     pub(super) descriptor: Option<OwnedFd>,
 }
 
-/// What the rank's own threads ask of the monitor.
+/// Requests of the rank's own threads to the monitor.
 pub(super) enum Command {
     Offer(Operation, Part),
     Fail(Lost),
@@ -65,14 +65,14 @@ impl Alarm {
     }
 }
 
-/// What the monitor and the rank's own threads share.
+/// State that the monitor and the rank's own threads share.
 pub(super) struct Shared {
     pub(super) state: Mutex<State>,
     /// Signalled at every change of `state`.
     pub(super) changed: Condvar,
     /// Raised after `State::lost` is set.
     pub(super) alarm: Alarm,
-    /// What to do at a loss.
+    /// Actions at a loss.
     actions: Mutex<Actions>,
     wake: OwnedFd,
 }
@@ -88,13 +88,13 @@ struct Actions {
 #[derive(Default)]
 pub(super) struct State {
     commands: Vec<Command>,
-    /// How many parts are to come of the operation under way: rank 0 may send no more.
+    /// Parts that are to come of the operation under way: rank 0 may send no more.
     pub(super) expected: usize,
-    /// What has come of it.
+    /// Parts that have come.
     pub(super) parts: Vec<Part>,
     /// The first loss.
     pub(super) lost: Option<Lost>,
-    /// Whether everything asked for has been handed to the kernel.
+    /// True once everything asked for was handed to the kernel.
     pub(super) flushed: bool,
 }
 
@@ -130,7 +130,7 @@ impl Shared {
         std::mem::take(&mut self.lock().commands)
     }
 
-    /// Whether a part is still to come.
+    /// True while a part is still to come.
     fn is_waiting(&self) -> bool {
         let state = self.lock();
         state.parts.len() < state.expected
@@ -197,7 +197,7 @@ struct Peer {
     connected: bool,
 }
 
-/// What rank 0 knows of the operation that its group has come to.
+/// Rank 0's knowledge of the operation that its group has come to.
 struct Hub {
     /// Of each rank: what it has come to.
     offers: Vec<Option<(Operation, Part)>>,

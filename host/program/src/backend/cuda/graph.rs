@@ -4,10 +4,13 @@ use std::ptr::null_mut;
 
 use fused_collective::{
     Error,
-    cuda::driver::{Functions, Handle, check, load},
+    cuda::{
+        Captured,
+        driver::{Functions, Handle, check, load},
+    },
 };
 
-use crate::backend::error::Error as BackendError;
+use crate::backend::{error::Error as BackendError, steps::Step};
 
 /// `CU_STREAM_CAPTURE_MODE_THREAD_LOCAL`: other threads (NCCL's, for one) do as they like meanwhile.
 const THREAD_LOCAL: u32 = 1;
@@ -33,7 +36,7 @@ impl Graph {
         enqueue: impl FnOnce() -> Result<(), BackendError>,
     ) -> Result<Graph, BackendError> {
         let driver = load()?;
-        // SAFETY: as this function's.
+        // SAFETY: the caller vouches for the stream.
         check("begin a graph", unsafe { (driver.cuStreamBeginCapture_v2)(stream, THREAD_LOCAL) })?;
         let enqueued = enqueue();
         let mut graph = null_mut();
@@ -61,7 +64,7 @@ impl Graph {
     /// # Safety
     /// `stream` is a stream of the current context, and what was captured may run now.
     pub(super) unsafe fn launch(&self, stream: Handle) -> Result<(), Error> {
-        // SAFETY: as this function's.
+        // SAFETY: the caller vouches for the stream, and that what was captured may run.
         check("launch a graph", unsafe { (self.driver.cuGraphLaunch)(self.executable, stream) })
     }
 }
@@ -71,4 +74,13 @@ impl Drop for Graph {
         // SAFETY: used no more. The driver keeps what a launch under way needs.
         unsafe { (self.driver.cuGraphExecDestroy)(self.executable) };
     }
+}
+
+/// A graph that is timed, with what it runs.
+#[derive(Debug)]
+pub(super) struct TimedGraph {
+    pub(super) steps: Vec<Step>,
+    pub(super) operations: u32,
+    pub(super) graph: Graph,
+    pub(super) captured: Captured,
 }

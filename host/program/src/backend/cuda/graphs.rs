@@ -8,7 +8,6 @@
 use fused_collective_bench::{launch::Audit, table::Probe};
 
 use fused_collective::cuda::{
-    Captured,
     driver::{check, load},
     kernels::Parameters,
 };
@@ -16,20 +15,14 @@ use fused_collective::cuda::{
 use crate::backend::{collective::Collective, error::Error, steps::Step};
 
 use super::{
-    EAGER_THREADS, Engine, OPERATIONS_PER_TRIAL, cust_driver::failed, graph::Graph, steps::nccl_elements,
+    EAGER_THREADS, Engine, OPERATIONS_PER_TRIAL,
+    cust_driver::failed,
+    graph::{Graph, TimedGraph},
+    steps::nccl_elements,
 };
 
 /// Graphs of an audit that are launched before it is waited for.
 const GRAPHS_AT_ONCE: u64 = 64;
-
-/// A graph that is timed, with what it runs.
-#[derive(Debug)]
-pub(super) struct TimedGraph {
-    steps: Vec<Step>,
-    operations: u32,
-    graph: Graph,
-    captured: Captured,
-}
 
 impl Engine<'_> {
     /// [`Collective::time`](crate::backend::Collective::time), in a graph.

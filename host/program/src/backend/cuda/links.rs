@@ -157,7 +157,7 @@ impl<'a> Links<'a> {
         timed: &P,
         passes: u32,
     ) -> Result<f64, Error> {
-        // SAFETY: as this function's.
+        // SAFETY: the caller vouches for the parameters.
         unsafe { self.enqueue(launch, once)? };
         self.record(0)?;
         // SAFETY: as above.

@@ -57,7 +57,7 @@ use crate::{
 
 use self::links::Links;
 use cust_driver::{bind_cust, failed};
-use graphs::TimedGraph;
+use graph::TimedGraph;
 use guarded_memory::GuardedMemory;
 use nccl::NcclGroup;
 

@@ -128,7 +128,7 @@ impl Shared {
         };
         let (from, to) = (from.0 as *const c_void, to.0 as *mut c_void);
         let enqueue = |nccl: &Nccl, comm| {
-            // SAFETY: as this function's; the communicator is alive.
+            // SAFETY: the caller vouches for tensors and stream; the communicator is alive.
             let result =
                 unsafe { (nccl.ncclAllReduce)(from, to, count as usize, data_type, ncclSum, comm, stream) };
             checked(nccl, "enqueue an all-reduce", result)
@@ -219,9 +219,9 @@ impl NcclGroup {
         stream: Handle,
     ) -> Result<(), Error> {
         let request = Request { dtype, from, to, count, stream };
-        // SAFETY: as this function's.
+        // SAFETY: the caller vouches for the stream.
         if unsafe { is_capturing(&self.context, stream)? } {
-            // SAFETY: as this function's.
+            // SAFETY: the caller vouches for tensors and stream.
             return unsafe { self.shared.all_reduce(request) };
         }
         self.expect(dtype, count, 1);

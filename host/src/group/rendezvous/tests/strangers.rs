@@ -1,4 +1,4 @@
-//! Who does not fit into a group, does not keep to the protocol, or is somebody else: they speak to the sockets themselves.
+//! Strangers, who do not fit into a group or do not keep to the protocol: they speak to the sockets themselves.
 
 use std::{
     io::{Read as _, Write as _},

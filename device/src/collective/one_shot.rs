@@ -10,7 +10,12 @@
 
 use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 
-use super::{Begun, first_slot, for_peers, load_row, peer, peers, residual_out, wait::Awaited};
+use super::{
+    begun::Begun,
+    ranks::{first_slot, for_peers, peer, peers},
+    sum::{load_row, residual_out},
+    wait::Awaited,
+};
 use crate::{
     epilogue::Epilogue,
     launch::{Address, Fused},

@@ -12,7 +12,9 @@
 use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SlotRows};
 
 use super::{
-    Begun, first_slot, load_row, pack_of, peer, peers, residual_out,
+    begun::Begun,
+    ranks::{first_slot, pack_of, peer, peers},
+    sum::{load_row, residual_out},
     turns::{Token, Tokens},
     wait::{Awaited, Waiter},
 };

@@ -14,7 +14,12 @@ use fused_collective_core::{
     workspace::SlotRows,
 };
 
-use super::{Begun, deal, load_row, pack_of, peer, peers, residual_out, wait::Awaited};
+use super::{
+    begun::Begun,
+    ranks::{deal, pack_of, peer, peers},
+    sum::{load_row, residual_out},
+    wait::Awaited,
+};
 use crate::{
     epilogue::Epilogue,
     launch::Fused,

@@ -12,7 +12,8 @@ impl Fingerprint {
     /// The hash of nothing.
     pub const EMPTY: Fingerprint = Fingerprint(0xcbf2_9ce4_8422_2325);
 
-    const fn bytes(self, bytes: &[u8]) -> Fingerprint {
+    /// Adds bytes.
+    pub const fn bytes(self, bytes: &[u8]) -> Fingerprint {
         let mut hash = self.0;
         let mut index = 0;
         while index < bytes.len() {
@@ -38,7 +39,12 @@ impl Fingerprint {
         self.number(size_of::<F>() as u64)
     }
 
-    /// The hash. Below 2^31, so that whatever takes it for signed writes it the same.
+    /// The hash, whole.
+    pub const fn value(self) -> u64 {
+        self.0
+    }
+
+    /// The hash in 31 bits. Below 2^31, so that whatever takes it for signed writes it the same.
     pub const fn finish(self) -> u32 {
         ((self.0 ^ self.0 >> 32) & 0x7fff_ffff) as u32
     }

@@ -12,12 +12,11 @@ use std::{
     sync::OnceLock,
 };
 
-use libloading::Library;
-
-use crate::Error;
+use super::dynamic_library::DynamicLibrary;
+use crate::error::Error;
 
 /// The driver's name for the loader.
-const LIBRARY: &str = "libcuda.so.1";
+const LIBRARY: &CStr = c"libcuda.so.1";
 /// `CUDA_SUCCESS`.
 const SUCCESS: u32 = 0;
 /// `CUDA_ERROR_NOT_READY`.
@@ -42,18 +41,21 @@ macro_rules! functions {
             $(pub $name: unsafe extern "C" fn($($argument: $type),*) -> Code,)*
             /// Launches with attributes, in drivers of CUDA 12 and later.
             pub launcher: Option<Launcher>,
-            library: Library,
+            library: DynamicLibrary,
         }
 
         #[allow(non_snake_case, reason = "the driver's names")]
         impl Functions {
-            fn find(library: Library) -> Result<Self, String> {
+            fn find(library: DynamicLibrary) -> Result<Self, String> {
                 $(
+                    let address = library.symbol(stringify!($name)).ok_or_else(|| {
+                        let library = LIBRARY.to_string_lossy();
+                        format!("{library} has no {}: it is older than CUDA 11.4", stringify!($name))
+                    })?;
                     // SAFETY: `cuda.h` declares the function of this name with this type.
-                    let $name: unsafe extern "C" fn($($argument: $type),*) -> Code =
-                        *unsafe { library.get(stringify!($name)) }.map_err(
-                            |_| format!("{LIBRARY} has no {}: it is older than CUDA 11.4", stringify!($name))
-                        )?;
+                    let $name = unsafe {
+                        std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($argument: $type),*) -> Code>(address)
+                    };
                 )*
                 let launcher = Launcher::find(&library);
                 Ok(Functions { $($name,)* launcher, library })
@@ -184,9 +186,10 @@ type GetProcAddress = unsafe extern "C" fn(*const c_char, *mut *mut c_void, c_in
 
 impl Launcher {
     /// Finds the functions; `None` in a driver older than CUDA 12.
-    fn find(library: &Library) -> Option<Launcher> {
+    fn find(library: &DynamicLibrary) -> Option<Launcher> {
+        let get = library.symbol("cuGetProcAddress")?;
         // SAFETY: `cuda.h` of CUDA 11.3 and later declares the function with this type.
-        let get = unsafe { library.get::<GetProcAddress>("cuGetProcAddress") }.ok()?;
+        let get = unsafe { std::mem::transmute::<*mut c_void, GetProcAddress>(get) };
         let find = |name: &CStr| {
             let mut function = null_mut();
             // SAFETY: the name is a C string, and `function` has room for an address.
@@ -207,8 +210,7 @@ impl Launcher {
 impl Functions {
     /// The address of the driver's function `name`, for bindings of other crates; `None` if the driver has none.
     pub fn address(&self, name: &str) -> Option<*mut c_void> {
-        // SAFETY: the address is not called here.
-        unsafe { self.library.get::<*mut c_void>(name) }.ok().map(|symbol| *symbol)
+        self.library.symbol(name)
     }
 }
 
@@ -220,8 +222,7 @@ pub fn load() -> Result<&'static Functions, Error> {
     static FUNCTIONS: OnceLock<Result<Functions, String>> = OnceLock::new();
     let loaded = FUNCTIONS.get_or_init(|| {
         // SAFETY: loading the driver runs its initializers, which ask nothing of the process.
-        let library = unsafe { Library::new(LIBRARY) }
-            .map_err(|error| std::error::Error::source(&error).unwrap_or(&error).to_string())?;
+        let library = unsafe { DynamicLibrary::load(LIBRARY) }?;
         let functions = Functions::find(library)?;
         // SAFETY: `cuInit` takes a number, and 0 is the only one that is defined.
         match unsafe { (functions.cuInit)(0) } {

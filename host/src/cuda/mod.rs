@@ -19,6 +19,7 @@
 mod communicator;
 pub mod device;
 pub mod driver;
+mod dynamic_library;
 pub mod epilogue;
 pub mod kernels;
 pub mod memory;

@@ -1,14 +1,25 @@
 //! A kernel with an epilogue that this project does not have: all-reduce, residual add, and GELU in place of a norm.
 //!
-//! GELU is its usual approximation by a sigmoid, `x * sigmoid(1.702 x)` (Hendrycks and Gimpel, 2016). Built as
-//! `device/ptx` is, from this folder:
-//! ```sh
-//! RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Ctarget-cpu=sm_90 -Ctarget-feature=+ptx86" \
-//!     cargo rustc --release -Zbuild-std=core --target nvptx64-nvidia-cuda -- --emit=asm
-//! ```
-//! which leaves `../../ptx/target/nvptx64-nvidia-cuda/release/deps/custom_epilogue-*.s`. `Cargo.toml` says what a copy of
-//! this folder needs.
+//! GELU is its usual approximation by a sigmoid, `x * sigmoid(1.702 x)` (Hendrycks and Gimpel, 2016).
 //!
+//! # Building
+//! A program that launches the kernel compiles it in its build script, with `fused-collective-build`:
+//! ```ignore
+//! use fused_collective_build::{Bounds, Error, Kernels, Processor};
+//!
+//! fn main() -> Result<(), Error> {
+//!     let kernels = Kernels::new("custom-epilogue").processors(&[Processor::Sm90]);
+//!     // 65,536 registers of a multiprocessor are 64 for each of 1,024 threads, which this kernel does with.
+//!     for module in kernels.bounds(|_| Bounds { threads: 1024, blocks: 1 }).build()? {
+//!         println!("cargo::rustc-env=GELU_PTX={}", module.path.display());
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//! The program then has the PTX as `include_str!(env!("GELU_PTX"))`. In this repository `cargo xtask ptx` does the same, and
+//! leaves `target/ptx-examples/sm_90/custom_epilogue.ptx`.
+//!
+//! # Launching
 //! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, by the rules in `fused_collective_device::launch`.
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch)]

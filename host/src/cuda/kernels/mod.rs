@@ -163,6 +163,8 @@ pub struct Kernels {
     source: KernelSource,
     /// The processor that they were compiled for.
     processor: Processor,
+    /// The GPU's compute capability.
+    capability: u32,
     limits: LaunchLimits,
     modules: HashMap<&'static str, Module>,
     functions: HashMap<Entry, Function>,
@@ -184,6 +186,7 @@ impl Kernels {
             context: gpu.context().clone(),
             source,
             processor,
+            capability: gpu.capability,
             limits: LaunchLimits { units: gpu.units, agreed_units: gpu.units, agreed_cluster, launcher },
             modules: HashMap::new(),
             functions: HashMap::new(),
@@ -222,7 +225,7 @@ impl Kernels {
         if !self.modules.contains_key(module) {
             let mut last = Error::Kernels(format!("there is no module {module}"));
             let mut loaded = None;
-            for image in self.source.images(self.processor, module)? {
+            for image in self.source.images(self.processor, self.capability, module)? {
                 match Module::load(&self.context, image) {
                     Ok(module) => loaded = Some(module),
                     Err(error) => last = error,

@@ -9,6 +9,7 @@ use std::{
 };
 
 use fused_collective_core::kernels::Processor;
+use fused_collective_kernels::Archive;
 
 use crate::error::Error;
 
@@ -85,19 +86,38 @@ impl KernelSource {
 
     fn has(&self, processor: Processor, module: &str) -> bool {
         match self {
-            KernelSource::Embedded => false,
+            KernelSource::Embedded => {
+                Archive::embedded().is_ok_and(|archive| archive.module(processor.name, module).is_some())
+            }
             KernelSource::Folder(folder) => folder.join(processor.name).is_dir(),
             KernelSource::Bytes(bytes) => bytes(processor.name, module).is_some(),
         }
     }
 
-    /// The images of a module, each by itself enough, the fastest to load first.
+    /// The images of a module for a GPU of compute capability `capability`, each by itself enough, the fastest to load
+    /// first.
     ///
     /// # Errors
     /// It is missing or cannot be read.
-    pub(super) fn images(&self, processor: Processor, module: &str) -> Result<Vec<Vec<u8>>, Error> {
+    pub(super) fn images(
+        &self,
+        processor: Processor,
+        capability: u32,
+        module: &str,
+    ) -> Result<Vec<Vec<u8>>, Error> {
         match self {
-            KernelSource::Embedded => Err(Error::Kernels(format!("this library was built without {module}"))),
+            KernelSource::Embedded => {
+                let unusable =
+                    |why: &dyn fmt::Display| Error::Kernels(format!("the kernels in this library: {why}"));
+                let archive = Archive::embedded().map_err(|error| unusable(&error))?;
+                let name = module;
+                let module = archive
+                    .module(processor.name, name)
+                    .ok_or_else(|| unusable(&format_args!("there is no {name} for {}", processor.name)))?;
+                let machine_code = module.machine_code(capability).map_err(|error| unusable(&error))?;
+                let ptx = module.ptx().map_err(|error| unusable(&error))?;
+                Ok(machine_code.into_iter().chain([ptx]).collect())
+            }
             KernelSource::Folder(folder) => {
                 let file = folder.join(processor.name).join(module).with_extension("ptx");
                 let unusable =
@@ -153,7 +173,7 @@ mod tests {
         let source = KernelSource::Bytes(Arc::new(give));
         let processor = source.processor(100, "f16_w2").unwrap();
         assert_eq!(processor.name, "sm_90");
-        assert_eq!(source.images(processor, "f16_w2").unwrap(), [b"f16_w2"]);
+        assert_eq!(source.images(processor, 100, "f16_w2").unwrap(), [b"f16_w2"]);
         assert!(source.processor(80, "f16_w2").is_err());
     }
 
@@ -163,11 +183,15 @@ mod tests {
         fs::create_dir(root.path().join("sm_90")).unwrap();
         std::os::unix::fs::symlink("/dev/zero", root.path().join("sm_90/bf16_w4.ptx")).unwrap();
         let source = KernelSource::Folder(root.path().to_owned());
-        let error =
-            source.images(Processor::for_capability(90).next().unwrap(), "bf16_w4").unwrap_err().to_string();
+        let error = source
+            .images(Processor::for_capability(90).next().unwrap(), 90, "bf16_w4")
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("bf16_w4.ptx") && error.contains("more than 67108864 bytes"), "{error}");
-        let error =
-            source.images(Processor::for_capability(90).next().unwrap(), "bf16_w2").unwrap_err().to_string();
+        let error = source
+            .images(Processor::for_capability(90).next().unwrap(), 90, "bf16_w2")
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("bf16_w2.ptx"), "{error}");
     }
 }

@@ -6,43 +6,43 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
+    time::Duration,
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use crate::{Error, Processor, command::run};
 
-use crate::cmd;
-
-/// The first release that knows every processor and PTX version of `ptx::GPUS`.
+/// The first release that knows every processor and its PTX version.
 const MIN_RELEASE: (u32, u32) = (12, 8);
-/// Where PyPI has it.
+/// The package on PyPI.
 const PYPI_PACKAGE: &str = "nvidia-cuda-nvcc==13.0.*";
-
-/// Where it is kept under the target directory, ...
-const FETCHED: &str = "ptxas";
-/// ... and where in there: the wheel's path of it, with the major release in it.
+/// The time that each step of fetching it gets.
+const FETCH_LIMIT: Duration = Duration::from_secs(1200);
+/// The wheel's path of it, with the major release in it.
 const WHEEL_PATH: &str = "nvidia/cu13/bin/ptxas";
 
-/// A ptxas that is recent enough.
-pub(crate) struct Ptxas(PathBuf);
+/// A ptxas that is recent enough: of CUDA 12.8 or later.
+#[derive(Clone, Debug)]
+pub struct Ptxas(PathBuf);
 
-/// What one function of a module takes, as `ptxas -v` reports it.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Function {
+/// What one function of a module takes, as `ptxas --verbose` reports it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Function {
     /// The entry point's name, or that of a function that was not inlined.
-    name: String,
+    pub name: String,
     /// Registers of a thread; unknown for what is not an entry point.
-    registers: Option<u32>,
+    pub registers: Option<u32>,
     /// Bytes of local memory for variables.
-    stack: u32,
+    pub stack: u32,
     /// Bytes of registers written to local memory.
-    spill_stores: u32,
+    pub spill_stores: u32,
     /// Bytes of registers read back.
-    spill_loads: u32,
+    pub spill_loads: u32,
 }
 
 impl Function {
-    /// Whether any of it is in local memory, which is as slow as global memory.
-    pub(crate) fn uses_local_memory(&self) -> bool {
+    /// Tells if any of it is in local memory, which is as slow as global memory.
+    pub fn uses_local_memory(&self) -> bool {
         self.stack + self.spill_stores + self.spill_loads > 0
     }
 }
@@ -68,55 +68,52 @@ impl fmt::Display for Ptxas {
 }
 
 impl Ptxas {
-    /// The ptxas on `PATH`, or that of the toolkit in `CUDA_HOME`, or the one that was fetched from PyPI into
-    /// `target_directory`.
-    pub(crate) fn installed(target_directory: &Path) -> Option<Self> {
+    /// The ptxas on `PATH`, or that of the toolkit in `CUDA_HOME`, or the one that was fetched into `folder` before. With
+    /// `install`, it is fetched there from PyPI, by pip.
+    ///
+    /// # Errors
+    /// [`Error::NoPtxas`]: none is recent enough, and none can be had.
+    pub fn find(folder: &Path, install: bool) -> Result<Self, Error> {
         let toolkit = env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin/ptxas"));
-        let fetched = target_directory.join(FETCHED).join(WHEEL_PATH);
-        let known = [Some("ptxas".into()), toolkit, Some(fetched)];
-        known.into_iter().flatten().find(|ptxas| is_recent(ptxas)).map(Ptxas)
-    }
-
-    /// The one that is [installed](Self::installed), or else the one from PyPI, kept in `target_directory`.
-    ///
-    /// # Errors
-    /// When none is recent enough and PyPI's cannot be had: why, and what to install.
-    pub(crate) fn find(target_directory: &Path) -> Result<Self> {
-        if let Some(ptxas) = Self::installed(target_directory) {
-            return Ok(ptxas);
+        let known = [Some("ptxas".into()), toolkit, Some(folder.join(WHEEL_PATH))];
+        if let Some(ptxas) = known.into_iter().flatten().find(|ptxas| is_recent(ptxas)) {
+            return Ok(Ptxas(ptxas));
         }
-        let ptxas = from_pypi(&target_directory.join(FETCHED)).with_context(|| {
-            let (major, minor) = MIN_RELEASE;
-            format!(
-                "no ptxas of CUDA {major}.{minor} or later: put one on PATH, set CUDA_HOME, or have python3 with pip \
-                 reach PyPI for {PYPI_PACKAGE}"
-            )
-        })?;
-        Ok(Ptxas(ptxas))
+        let none = |why: &str| Error::NoPtxas {
+            tried: format!("none on PATH, in CUDA_HOME or in {}{why}", folder.display()),
+        };
+        if !install {
+            return Err(none(""));
+        }
+        fetch(folder).map(Ptxas).map_err(|error| none(&format!(", nor {PYPI_PACKAGE} from PyPI: {error}")))
     }
 
-    /// Assembles the PTX in `module` for the processor `arch`, and throws the result away.
+    /// Assembles the PTX in `module` for `processor`, into `machine_code` if that is wanted, and says what each function
+    /// takes.
     ///
     /// # Errors
-    /// When it does not assemble, or ptxas reports on no kernel.
-    pub(crate) fn assemble(&self, module: &Path, arch: &str) -> Result<Vec<Function>> {
+    /// [`Error::Assembler`]: it does not assemble, or ptxas reports on no kernel.
+    pub fn assemble(
+        &self,
+        module: &Path,
+        processor: Processor,
+        machine_code: Option<&Path>,
+    ) -> Result<Vec<Function>, Error> {
         let mut command = Command::new(&self.0);
-        command.args(["--verbose", "--gpu-name", arch, "--output-file", "/dev/null"]).arg(module);
-        let output = command.output().with_context(|| format!("cannot start {}", self.0.display()))?;
+        command.args(["--verbose", "--gpu-name", processor.name(), "--output-file"]);
+        command.arg(machine_code.unwrap_or(Path::new("/dev/null"))).arg(module);
+        let output = command.output().map_err(Error::io("start", &self.0))?;
         // What ptxas has to say goes to either output, from release to release.
         let report = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-        ensure!(output.status.success(), "{} does not assemble for {arch}:\n{report}", module.display());
         let functions = parse(&report);
-        ensure!(
-            functions.iter().any(|function| function.registers.is_some()),
-            "ptxas names no kernel in {}:\n{report}",
-            module.display()
-        );
-        Ok(functions)
+        if output.status.success() && functions.iter().any(|function| function.registers.is_some()) {
+            return Ok(functions);
+        }
+        Err(Error::Assembler { path: module.to_owned(), processor, report })
     }
 }
 
-/// Whether `ptxas` runs and is of [`MIN_RELEASE`] or later.
+/// Tells if `ptxas` runs and is of [`MIN_RELEASE`] or later.
 fn is_recent(ptxas: &Path) -> bool {
     // One that is missing cannot be started.
     let Ok(output) = Command::new(ptxas).arg("--version").output() else {
@@ -133,24 +130,25 @@ fn release(version: &str) -> Option<(u32, u32)> {
 }
 
 /// PyPI's ptxas, downloaded to `folder`.
-fn from_pypi(folder: &Path) -> Result<PathBuf> {
+fn fetch(folder: &Path) -> Result<PathBuf, Error> {
     let ptxas = folder.join(WHEEL_PATH);
     let mut pip = Command::new("python3");
     pip.args(["-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest"])
         .arg(folder)
         .arg(PYPI_PACKAGE);
-    cmd::run(&mut pip)?;
-    let wheels = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
-    let mut wheels = wheels.filter_map(|entry| Some(entry.ok()?.path()));
-    let Some(wheel) = wheels.find(|path| path.extension().is_some_and(|extension| extension == "whl")) else {
-        bail!("pip left no wheel in {}", folder.display());
-    };
-    cmd::run(Command::new("python3").args(["-m", "zipfile", "--extract"]).args([&wheel, folder]))?;
+    run(&mut pip, FETCH_LIMIT)?;
+    let files = fs::read_dir(folder).map_err(Error::io("read", folder))?;
+    let mut files = files.filter_map(|entry| Some(entry.ok()?.path()));
+    let wheel = files.find(|path| path.extension().is_some_and(|extension| extension == "whl"));
+    let wheel = wheel.unwrap_or_else(|| folder.join("no.whl"));
+    run(Command::new("python3").args(["-m", "zipfile", "--extract"]).args([&*wheel, folder]), FETCH_LIMIT)?;
     // A zip file's permissions are not restored.
     fs::set_permissions(&ptxas, fs::Permissions::from_mode(0o755))
-        .with_context(|| format!("{} has no {}", wheel.display(), ptxas.display()))?;
-    ensure!(is_recent(&ptxas), "{} does not run", ptxas.display());
-    Ok(ptxas)
+        .map_err(Error::io("make executable", &ptxas))?;
+    if is_recent(&ptxas) {
+        return Ok(ptxas);
+    }
+    Err(Error::Command { command: ptxas.display().to_string(), outcome: "does not run".to_owned() })
 }
 
 /// The functions in a report of `ptxas --verbose`.

@@ -5,6 +5,7 @@ mod cmd;
 mod dist;
 mod doctor;
 mod kernels;
+mod modules;
 mod structure;
 mod test;
 

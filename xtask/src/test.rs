@@ -43,6 +43,7 @@ pub(crate) fn run() -> ExitCode {
         cmd::run(cmd::cargo("doc").args(["--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
     });
     tally.check("which crate depends on which", structure::dependencies);
+    tally.check("which file and folder uses which", structure::files);
     tally.check("core without alloc, std and unsafe", structure::core);
     let program = tally.check("the tests' build", build_tests);
     // Most tests wait for something most of the time: the kernels are built meanwhile.

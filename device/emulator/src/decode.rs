@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use crate::{
     alu,
+    error::ParseError,
     instruction::{Entry, Instruction, Operation, Place, Register, Source, Special},
-    module::ParseError,
 };
 
 /// Loads from global memory. Those without a state space have addresses of any; only global ones are known here.

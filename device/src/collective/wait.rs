@@ -8,7 +8,7 @@
 
 use fused_collective_core::{lamport, pack::Pack};
 
-use super::peer;
+use super::ranks::peer;
 use crate::{
     launch::{ABORTED, Address, Group, RankState, Shape, Status, TIMED_OUT},
     row::ThreadSlice,

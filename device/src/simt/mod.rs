@@ -15,16 +15,13 @@ use crate::launch::Address;
 pub mod host;
 #[cfg(not(target_arch = "nvptx64"))]
 use host as imp;
+mod limits;
 #[cfg(target_arch = "nvptx64")]
 mod nvptx;
 #[cfg(target_arch = "nvptx64")]
 use nvptx as imp;
 
-/// Threads of a warp.
-pub const WARP: u32 = 32;
-
-/// Floats of a block's [`Shared`] memory.
-pub const SHARED_FLOATS: u32 = 80;
+pub use limits::{COUNTERS, SHARED_FLOATS, WARP};
 
 /// A wait looks at the clock and at the rank's state once in so many polls. On a GPU a poll takes about 0.7 us.
 pub(crate) const POLLS_PER_CHECK: u32 = imp::POLLS_PER_CHECK;
@@ -140,9 +137,6 @@ pub fn tile_or<const LANES: u32>(value: u32, lanes: u32) -> u32 {
 /// flush other memory, as a barrier over the cluster would have everybody do.
 #[derive(Clone, Copy, Debug)]
 pub struct Shared(imp::Shared);
-
-/// Counters of a block's [`Shared`] memory.
-pub const COUNTERS: u32 = 2;
 
 impl Shared {
     /// The block's shared memory, uninitialized.

@@ -8,7 +8,7 @@ use core::arch::asm;
 
 use fused_collective_core::pack::Pack;
 
-use super::{COUNTERS, SHARED_FLOATS, WARP};
+use super::limits::{COUNTERS, SHARED_FLOATS, WARP};
 use crate::launch::Address;
 
 pub(super) const POLLS_PER_CHECK: u32 = 256;

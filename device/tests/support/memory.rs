@@ -19,7 +19,7 @@ use fused_collective_device::{
     simt::host::Launch,
 };
 
-use super::Launched;
+use super::launched::Launched;
 
 /// Packs before and after each buffer that nobody may touch.
 const GUARD: usize = 4;

@@ -8,7 +8,7 @@ use std::{
 
 use fused_collective_core::{lamport, pack::Pack};
 
-use super::pass;
+use super::grid::pass;
 use crate::{launch::Address, simt};
 
 /// The four words at `address`, for atomic access.

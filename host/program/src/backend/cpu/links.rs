@@ -14,9 +14,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fused_collective_bench::links::{PLACES_OFFSET, WARM_UP_TRIPS, flag_offset, pattern, region_bytes};
-use fused_collective_core::pack::Pack;
-
 use fused_collective::{
     cpu::{
         Communicator, EMPTY, SLOT_BYTES_PER_RANK,
@@ -29,10 +26,8 @@ use fused_collective::{
         shared_memory::SharedMemory,
     },
 };
-use fused_collective_core::{
-    links::{PLACES_OFFSET, WARM_UP_TRIPS, flag_offset, pattern, region_bytes},
-    pack::Pack,
-};
+use fused_collective_bench::links::{PLACES_OFFSET, WARM_UP_TRIPS, flag_offset, pattern, region_bytes};
+use fused_collective_core::pack::Pack;
 
 use crate::backend::{
     error::Error,

@@ -45,15 +45,13 @@
 //!
 //! [`Epoch`]: crate::launch::Epoch
 
-use core::num::NonZeroU32;
-
 use fused_collective_core::{dtype::Element, lamport::SLOTS, pack::Pack, workspace::SLOTS_OFFSET};
 
 use crate::{
     convert,
-    epilogue::PackIndex,
-    launch::{Address, Group, MAX_BLOCKS, MAX_RANKS, RankState},
-    row::ThreadSlice,
+    epilogue::{Epilogue, PackIndex},
+    launch::{Address, Group, MAX_BLOCKS, MAX_RANKS, RankState, Shape},
+    row::{Prepared, Team, ThreadSlice},
     simt,
 };
 
@@ -131,11 +129,37 @@ impl<'a> Begun<'a> {
     }
 }
 
-/// How many peers there are, if a kernel for at most `N` ranks can serve the group. One launched for another ends
-/// at once, and its peers' waits say what is missing.
+/// True if a kernel for at most `N` ranks can serve the group. One launched for another ends at once, and its peers'
+/// waits say what is missing.
 #[inline(always)]
-fn peers<const N: usize>(group: &Group) -> Option<NonZeroU32> {
-    if group.world_size as usize > N { None } else { NonZeroU32::new(group.world_size.saturating_sub(1)) }
+fn serves<const N: usize>(group: &Group) -> bool {
+    // Not `world_size > 1`, of which a compiler makes other code for more than two ranks, and nobody has timed that.
+    group.world_size as usize <= N && group.world_size.saturating_sub(1) != 0
+}
+
+/// Reads what is constant and writes the outputs' padding. The links have work by then, and not before: where blocks
+/// fill the multiprocessors, the next operation's start when these end.
+///
+/// # Safety
+/// The addresses in `epilogue` are as its documentation says. Every thread of the grid calls this once, after the
+/// dependent-launch wait.
+#[inline(always)]
+unsafe fn prepare<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESIDENT: bool>(
+    epilogue: &'a X,
+    shape: &Shape,
+    slice: ThreadSlice<P, RESIDENT>,
+    team: &Team,
+) -> Prepared<'a, E, X, N, P, RESIDENT> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let prepared = Prepared::new(epilogue, slice, team);
+        epilogue.fill_padding(
+            shape,
+            simt::block() * simt::threads() + simt::thread(),
+            simt::blocks() * simt::threads(),
+        );
+        prepared
+    }
 }
 
 /// The region of rank `rank`, of a kernel for at most `N` ranks.

@@ -1,20 +1,32 @@
 //! One-shot: every rank pushes its input to every peer and sums what it gets. One hop: for few tokens and, as two
 //! ranks send no more bytes this way than in two hops, for any number of tokens between two.
 //!
-//! A team pushes its first token, then completes its tokens in turn; each time a token has arrived from all peers, it
-//! pushes the next one before it completes the one that came. So the links are never idle, and never so full of stores
-//! that loads wait behind them.
+//! ```text
+//! prologue    wait for the kernels before; read the epoch; let the next kernel start
+//! push        push(the team's first token)
+//!             advance the epochs; read gamma and scales
+//! complete    for each token of the team, in order:
+//!                 load its rows of the input and the residual
+//!                 poll the own slot until it has arrived from every peer; refill it with the sentinel
+//!                 row = round(the sum in rank order + the residual)
+//!                 push(the team's next token)
+//!                 store the row; normalize, quantize and store it
+//!
+//! push(token): write its row, stripped of the sentinel, to this rank's place in every peer's slot
+//! ```
+//! The next token is pushed before the one that came is completed: so the links are never idle, and never so full of
+//! stores that loads wait behind them.
 //!
 //! Ranks cannot wait in a circle, whatever their grids are: a token is pushed when tokens before it have arrived, and
 //! the first of a team waits for nothing.
 
 use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 
-use super::{Begun, first_slot, for_peers, load_row, peer, peers, residual_out, wait::Awaited};
+use super::{Begun, first_slot, for_peers, load_row, peer, prepare, residual_out, serves, wait::Awaited};
 use crate::{
     epilogue::Epilogue,
     launch::{Address, Fused},
-    row::{Prepared, Team, ThreadSlice},
+    row::{Team, ThreadSlice},
     simt,
 };
 
@@ -30,7 +42,7 @@ where
     E: Element,
     X: Epilogue<E>,
 {
-    if peers::<N>(&params.group).is_none() {
+    if !serves::<N>(&params.group) {
         return;
     }
     let Fused { group, shape, activations, epilogue } = params;
@@ -47,7 +59,7 @@ where
     let before_round = shape.first_token * shape.row_bytes();
     let from = |source: u32| rows.one_shot(source, 0).wrapping_sub(before_round);
 
-    // Where there are registers for it, the first push is made ready here, its input read together with the state, and
+    // Prologue. Where there are registers for it, the first push is made ready here, its input read together with the state, and
     // what is pushed is kept until it is summed. Every team has a token.
     let keeps = const { RESIDENT && P == 1 && N == 2 };
     let first_index = slice.indices(shape.operation_token(team_index), 0)[0];
@@ -71,7 +83,7 @@ where
     let mut begun = unsafe { Begun::read(group, epoch) };
     simt::launch_dependents();
 
-    // Pushes a token, and returns it as it was pushed.
+    // Push. Returns a token's chunk as it was pushed.
     let push = |begun: &Begun<'_>, token: u32, chunk: u32| {
         let mut packs = [Pack::default(); P];
         if token >= shape.tokens || begun.waiter.failed {
@@ -101,18 +113,10 @@ where
         }
     }
     begun.advance();
-    // What is constant is read when the links have work, and not before: where blocks fill the multiprocessors, the
-    // next operation's start when these end.
     // SAFETY: see above.
-    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, slice, &team) };
-    // SAFETY: see above.
-    unsafe {
-        epilogue.fill_padding(
-            shape,
-            simt::block() * simt::threads() + simt::thread(),
-            simt::blocks() * simt::threads(),
-        )
-    };
+    let prepared = unsafe { prepare::<E, X, N, P, RESIDENT>(epilogue, shape, slice, &team) };
+
+    // Complete.
     let mut token = team_index;
     while token < shape.tokens {
         // The number of teams, read again: to keep it would take up a register.

@@ -2,6 +2,21 @@
 //! row what the epilogue makes of it, and sends that to all. The second hop carries codes in place of elements, half as
 //! many bytes or a quarter; who gets them stores them as they are.
 //!
+//! ```text
+//! prologue    wait for the kernels before; read the epoch; let the next kernel start
+//! push        for each other rank's token of the team, or the first alone:
+//!                 write its row, stripped of the sentinel, to this rank's place in the owner's slot
+//!             advance the epochs; read gamma and scales
+//! complete    in each turn, until the team has no more tokens:
+//!                 a token of this rank's:
+//!                     poll the own slot until it has arrived from every peer; refill it with the sentinel
+//!                     push a row as above, if not all were pushed
+//!                     row = round(the sum in rank order + the residual); store it
+//!                     words = the row normalized and quantized, stripped of the sentinel; store them
+//!                     write the words to the token's place in every peer's slot
+//!                 other ranks' tokens, of the turn before:
+//!                     poll the own slot until the words have arrived; refill it; store them
+//! ```
 //! What an owner sends is stripped of the sentinel, and it stores the same itself. [`turns`](super::turns) says in which
 //! order a team completes tokens.
 //!
@@ -12,14 +27,14 @@
 use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SlotRows};
 
 use super::{
-    Begun, first_slot, load_row, pack_of, peer, peers, residual_out,
+    Begun, first_slot, load_row, pack_of, peer, prepare, residual_out, serves,
     turns::{Token, Tokens},
     wait::{Awaited, Waiter},
 };
 use crate::{
     epilogue::{Epilogue, PackIndex},
     launch::{Address, Fused, Group},
-    row::{Prepared, Team, ThreadSlice},
+    row::{Team, ThreadSlice},
     simt,
 };
 
@@ -46,7 +61,7 @@ where
     X: Epilogue<E>,
 {
     const { assert!(X::WORDS > 0, "this epilogue's results are not sent") }
-    if peers::<N>(&params.group).is_none() {
+    if !serves::<N>(&params.group) {
         return;
     }
     let Fused { group, shape, activations, epilogue } = params;
@@ -64,6 +79,7 @@ where
         load_row(activations.input, slice, chunk, &slice.indices(shape.operation_token(token), chunk))
     };
 
+    // Prologue.
     simt::wait_for_prerequisites();
     // SAFETY: see above.
     let mut begun = unsafe { Begun::read(group, Begun::epoch(group)) };
@@ -91,6 +107,7 @@ where
             });
         }
     };
+    // Push.
     let turns_ahead = const { turns_ahead(N, P, RESIDENT) };
     let mut other = tokens.first_other(team_index, teams);
     let mut pushed = 0;
@@ -100,17 +117,8 @@ where
         pushed += 1;
     }
     begun.advance();
-    // What is constant is read when the links have work.
     // SAFETY: see above.
-    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, slice, &team) };
-    // SAFETY: see above.
-    unsafe {
-        epilogue.fill_padding(
-            shape,
-            simt::block() * simt::threads() + simt::thread(),
-            simt::blocks() * simt::threads(),
-        )
-    };
+    let prepared = unsafe { prepare::<E, X, N, P, RESIDENT>(epilogue, shape, slice, &team) };
 
     // The second hop's rows follow the first's, as far apart as they would be if they were elements: each starts with
     // the words of its packs, and its scales follow. Computed where they are used, so as to take up no registers before.
@@ -123,6 +131,8 @@ where
         row.offset(first + (pack / X::SCALE_PACKS.max(1)) as u64 * WORD)
     };
     let has_scales = |pack: u32| X::SCALE_PACKS > 0 && pack.is_multiple_of(X::SCALE_PACKS.max(1));
+
+    // Complete.
     let waiter = &mut begun.waiter;
     let mut index = team_index;
     let mut other = tokens.first_late(team_index, teams);

@@ -1,8 +1,20 @@
 //! Two-shot: every token has an owner that sums it and pushes the result to all. Two hops, for many tokens.
 //!
-//! A team first pushes its share of the tokens that other ranks own, all of them, then completes its share of all
-//! tokens, in their order: those that this rank owns it sums, the others it gets from their owners. The links carry
-//! the sums while the rows that came are normalized.
+//! ```text
+//! prologue    wait for the kernels before; read the epoch; let the next kernel start
+//! push        for each token of the team that another rank owns:
+//!                 write its row, stripped of the sentinel, to this rank's place in the owner's slot
+//!             advance the epochs; read gamma and scales
+//! complete    for each token of the team, in order:
+//!                 if this rank owns it:
+//!                     poll the own slot until it has arrived from every peer; refill it with the sentinel
+//!                     row = round(the sum in rank order + the residual)
+//!                     write the row to the token's place in every peer's slot
+//!                 else:
+//!                     row = poll the own slot until it has arrived from its owner; refill it with the sentinel
+//!                 store the row; normalize, quantize and store it
+//! ```
+//! The links carry the sums while the rows that came are normalized.
 //!
 //! Ranks cannot wait in a circle, whatever their grids are: an owner waits only for pushes that wait for nothing, a
 //! receiver of a token only for its owner, and before either a team completes only tokens that come before that one.
@@ -14,11 +26,11 @@ use fused_collective_core::{
     workspace::SlotRows,
 };
 
-use super::{Begun, deal, load_row, pack_of, peer, peers, residual_out, wait::Awaited};
+use super::{Begun, deal, load_row, pack_of, peer, prepare, residual_out, serves, wait::Awaited};
 use crate::{
     epilogue::Epilogue,
     launch::Fused,
-    row::{Prepared, Team, ThreadSlice},
+    row::{Team, ThreadSlice},
     simt,
 };
 
@@ -34,7 +46,7 @@ where
     E: Element,
     X: Epilogue<E>,
 {
-    if peers::<N>(&params.group).is_none() {
+    if !serves::<N>(&params.group) {
         return;
     }
     let Fused { group, shape, activations, epilogue } = params;
@@ -52,6 +64,7 @@ where
         load_row(activations.input, slice, chunk, &slice.indices(shape.operation_token(token), chunk))
     };
 
+    // Prologue.
     simt::wait_for_prerequisites();
     // Read together with the state, and kept, where there are registers for it. Every team has a token.
     let keeps = const { RESIDENT && P == 1 && N == 2 };
@@ -60,6 +73,7 @@ where
     let mut begun = unsafe { Begun::read(group, Begun::epoch(group)) };
     simt::launch_dependents();
 
+    // Push.
     let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
     deal(team_index, teams, shape.tokens, |token| {
         let (owner, index) = dealt(token, group.world_size);
@@ -78,19 +92,10 @@ where
         }
     });
     begun.advance();
-    // What is constant is read when the links have work.
     // SAFETY: see above.
-    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, slice, &team) };
-    // SAFETY: see above.
-    unsafe {
-        epilogue.fill_padding(
-            shape,
-            simt::block() * simt::threads() + simt::thread(),
-            simt::blocks() * simt::threads(),
-        )
-    };
+    let prepared = unsafe { prepare::<E, X, N, P, RESIDENT>(epilogue, shape, slice, &team) };
 
-    // The second hop's rows follow the first's. Computed where it is used, so as to take up no registers before.
+    // Complete. The second hop's rows follow the first's. Computed where it is used, so as to take up no registers before.
     let result =
         |token: u32| group.world_size as u64 * simt::black_box_u64(stride) + token as u64 * row_bytes;
     deal(team_index, teams, shape.tokens, |token| {

@@ -87,7 +87,14 @@ pub(super) fn serves<const N: usize>(group: &Group) -> bool {
 /// The addresses in `epilogue` are as its documentation says. Every thread of the grid calls this once, after the
 /// dependent-launch wait.
 #[inline(always)]
-pub(super) unsafe fn prepare<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESIDENT: bool>(
+pub(super) unsafe fn prepare<
+    'a,
+    E: Element,
+    X: Epilogue<E>,
+    const N: usize,
+    const P: usize,
+    const RESIDENT: bool,
+>(
     epilogue: &'a X,
     shape: &Shape,
     slice: ThreadSlice<P, RESIDENT>,

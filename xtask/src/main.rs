@@ -5,7 +5,9 @@ mod cmd;
 mod dist;
 mod doctor;
 mod kernels;
+mod library;
 mod modules;
+mod packages;
 mod structure;
 mod test;
 

@@ -32,11 +32,11 @@ const MAY_DEPEND_ON: [(&str, &[&str]); 11] = [
             "fused-collective-emulator",
         ],
     ),
-    ("nccl-sys", &[]),
+    ("fused-collective-nccl-sys", &[]),
     ("fused-collective", &["fused-collective-core", "fused-collective-kernels"]),
     (
         "fused-collective-cli",
-        &["fused-collective", "fused-collective-bench", "fused-collective-core", "nccl-sys"],
+        &["fused-collective", "fused-collective-bench", "fused-collective-core", "fused-collective-nccl-sys"],
     ),
     (
         "xtask",
@@ -45,7 +45,7 @@ const MAY_DEPEND_ON: [(&str, &[&str]); 11] = [
             "fused-collective-build",
             "fused-collective-core",
             "fused-collective-kernels",
-            "nccl-sys",
+            "fused-collective-nccl-sys",
         ],
     ),
 ];

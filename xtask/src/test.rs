@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use cargo_metadata::Message;
 use fused_collective_build::{Assembly, Processor, Toolchain};
 
-use crate::{cmd, kernels, structure};
+use crate::{cmd, kernels, library, packages, structure};
 
 /// What `core` has to build for besides GPUs, which the kernels show: microcontrollers with and without a floating-point
 /// unit and compare-and-swap, and a browser.
@@ -45,7 +45,11 @@ pub(crate) fn run() -> ExitCode {
     tally.check("which crate depends on which", structure::dependencies);
     tally.check("which file and folder uses which", structure::files);
     tally.check("core without alloc, std and unsafe", structure::core);
+    tally.check("the library's crates", library::crates);
+    tally.check("the library with each feature alone", library::features);
     let program = tally.check("the tests' build", build_tests);
+    tally.check("the library's symbols", library::symbols);
+    tally.check("packages to publish", packages::check);
     // Most tests wait for something most of the time: the kernels are built meanwhile.
     let kernels = thread::spawn(build_kernels);
     if let Some(program) = program {

@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -127,8 +128,9 @@ pub(crate) fn embed(processors: &[Processor]) -> Result<PathBuf> {
     let file = cmd::root().join(ARCHIVE);
     let folder = file.parent().context("the archive is in a folder")?;
     // The archive that is there stays until the new one is whole.
-    let scratch = tempfile::NamedTempFile::new_in(folder)
-        .with_context(|| format!("cannot write to {}", folder.display()))?;
+    let readable = fs::Permissions::from_mode(0o644);
+    let scratch = tempfile::Builder::new().permissions(readable).tempfile_in(folder);
+    let scratch = scratch.with_context(|| format!("cannot write to {}", folder.display()))?;
     fs::write(scratch.path(), &archive)?;
     scratch.persist(&file)?;
     print!("{sizes}");
@@ -172,7 +174,7 @@ pub(crate) fn archive(modules: &[Module], level: i32) -> Result<(Vec<u8>, String
         });
         if let Some((processor, label, set)) = labels.next() {
             let (from, to) = (content.len() / 1000, frame.len() / 1000);
-            sizes += &format!("{processor} {set:<5} {label:<12} {from:>6} KB in {to:>4} KB\n");
+            sizes += &format!("{processor:<7} {set:<5} {label:<12} {from:>6} KB in {to:>4} KB\n");
         }
         frame
     });

@@ -5,7 +5,9 @@
 //! a folder of modules for each [`Processor`].
 //!
 //! Tests hold the table against the compiled kernels, both ways. Kernels that are not the library's own are not in it:
-//! their names are their crate's affair, and their [`bounds`] those of the set that they resemble.
+//! their names are those crates' affair, and their [`bounds`] those of the set that they resemble.
+
+use core::fmt;
 
 use crate::{dtype::DType, launch::MAX_RANKS, plan::Algorithm, quant::Quantization};
 
@@ -125,9 +127,29 @@ impl Module {
         }
     }
 
+    /// A kernel's entry point in the module, which has it if the kernel is one of [its set's](Set::kernels).
+    pub const fn entry(self, kernel: &Kernel, version: Version) -> Entry {
+        Entry { module: self.name(), name: kernel.name(version) }
+    }
+
     /// The module called `name`, if it is one of the table's.
     pub fn named(name: &str) -> Option<Module> {
         Module::all().find(|module| module.name() == name)
+    }
+}
+
+/// An entry point: one of this table's, or another crate's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Entry {
+    /// The name of the module that has it.
+    pub module: &'static str,
+    /// Its own name.
+    pub name: &'static str,
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.name, self.module)
     }
 }
 
@@ -266,7 +288,7 @@ impl Kernel {
     }
 
     /// The name of a version's entry point.
-    pub const fn entry(&self, version: Version) -> &'static str {
+    pub const fn name(&self, version: Version) -> &'static str {
         self.entries[version as usize]
     }
 
@@ -368,14 +390,14 @@ mod tests {
         for kernel in KERNELS {
             assert_eq!(Kernel::of(kernel.family, kernel.epilogue), Some(kernel));
             for version in Version::ALL {
-                let name = kernel.entry(version);
+                let name = kernel.name(version);
                 assert!(entries.insert(name), "{name} twice");
                 assert_eq!((Kernel::with_entry(name), Version::of(name)), (Some(kernel), Some(version)));
             }
         }
         assert_eq!(Kernel::of(Family::Sharded, Epilogue::Sum), None);
         let kernel = Kernel::of(Family::TwoShot, Epilogue::NormNvFp4).unwrap();
-        assert_eq!(kernel.entry(Version::Streamed), "two_shot_nvfp4_streamed");
+        assert_eq!(kernel.name(Version::Streamed), "two_shot_nvfp4_streamed");
     }
 
     #[test]

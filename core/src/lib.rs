@@ -3,9 +3,9 @@
 //! A tensor-parallel transformer layer ends in an all-reduce, a residual add, an RMSNorm and often an
 //! FP8 or FP4 quantization. This crate says what that operation computes ([`fusion`], [`norm`],
 //! [`quant`]), how it is split over ranks and blocks ([`plan`]), how ranks hand data to each other
-//! ([`lamport`], [`workspace`]), what they must agree on ([`agreement`]), what a kernel is told ([`launch`]),
-//! what links are measured with ([`links`]) and what the right answer is ([`mod@reference`]). It knows of no
-//! backend: the same code serves a GPU kernel, a server process and a microcontroller.
+//! ([`lamport`], [`workspace`]), what they must agree on ([`agreement`]), which kernels there are ([`kernels`]), what
+//! a kernel is told ([`launch`]) and what the right answer is ([`mod@reference`]). It knows of no backend: the same
+//! code serves a GPU kernel, a server process and a microcontroller.
 //!
 //! `no_std`, no allocation, no `unsafe`.
 #![no_std]
@@ -16,11 +16,11 @@ extern crate std;
 
 pub mod agreement;
 pub mod dtype;
+pub mod fingerprint;
 pub mod fusion;
 pub mod kernels;
 pub mod lamport;
 pub mod launch;
-pub mod links;
 pub mod norm;
 pub mod pack;
 pub mod plan;

@@ -223,10 +223,8 @@ pub enum Eager {
     WidenResidual,
     /// `WideB = WideA * WideA`.
     Square,
-    /// `PerToken = mean(WideB)` over each row.
-    Mean,
-    /// `PerToken = rsqrt(PerToken + epsilon)`.
-    Rsqrt,
+    /// `PerToken = rsqrt(mean(WideB) + epsilon)`, the mean over each row.
+    MeanRsqrt,
     /// `WideA = WideA * PerToken`.
     ScaleRows,
     /// `WideA = WideA * (weight_bias + Gamma)`.
@@ -249,8 +247,7 @@ pub fn eager_rms_norm(residual: bool) -> Vec<Step> {
     let rest = [
         Eager::WidenResidual,
         Eager::Square,
-        Eager::Mean,
-        Eager::Rsqrt,
+        Eager::MeanRsqrt,
         Eager::ScaleRows,
         Eager::Weight,
         Eager::RoundNorm,

@@ -10,7 +10,8 @@
 
 use std::{ops::Range, time::Duration};
 
-use fused_collective_core::{links::pattern, pack::Pack};
+use fused_collective_bench::links::pattern;
+use fused_collective_core::pack::Pack;
 use serde::{Deserialize, Serialize};
 
 use crate::{

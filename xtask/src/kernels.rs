@@ -2,13 +2,14 @@
 //! archive of them that `fused-collective-kernels` has in it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use fused_collective_bench::{launch as bench, table};
 use fused_collective_build::{Assembly, Bounds, Entry, Error, Kernels, Module, Processor};
 use fused_collective_core::{
     dtype::DType,
@@ -41,25 +42,31 @@ pub(crate) fn folder() -> Result<PathBuf> {
     Ok(cmd::target_directory()?.join("ptx"))
 }
 
-/// Builds the modules that programs load, into [`folder`].
+/// Builds the modules that programs load, into [`folder`]: the library's kernels and the benchmark's.
 ///
 /// # Errors
 /// A tool is missing, a module does not build, or kernels are not as they must be.
 pub(crate) fn build(processors: &[Processor], assembly: Assembly) -> Result<Vec<Module>> {
     let bounds = |entry: &Entry<'_>| match kernels::Module::named(entry.module) {
-        Some(module) => bounds(entry, module.dtype, module.set),
-        // It is refused below.
-        None => Bounds { threads: 1, blocks: 1 },
+        Some(module) => kernels::bounds(entry.processor.name(), module.dtype, module.set, entry.name),
+        None => table::BOUNDS,
     };
-    let modules = complete(package(MODULES, processors, assembly)?.output(folder()?).bounds(bounds))?;
+    let kernels = package(MODULES, processors, assembly)?.output(folder()?);
+    let modules = complete(kernels.bounds(move |entry| as_built(bounds(entry))))?;
+    let expected: BTreeSet<_> =
+        kernels::Module::all().map(kernels::Module::name).chain(table::modules()).collect();
     for processor in processors {
-        let built = |name: &str| modules.iter().any(|it| it.processor == *processor && it.name == name);
-        let missing: Vec<_> =
-            kernels::Module::all().map(kernels::Module::name).filter(|name| !built(name)).collect();
-        ensure!(missing.is_empty(), "{MODULES} lacks the modules {}", missing.join(", "));
+        let built = modules.iter().filter(|module| module.processor == *processor);
+        let built: BTreeSet<_> = built.map(|module| &*module.name).collect();
+        ensure!(built == expected, "{MODULES} has the modules {built:?}, the tables of kernels {expected:?}");
     }
-    if let Some(other) = modules.iter().find(|module| kernels::Module::named(&module.name).is_none()) {
-        bail!("{MODULES} has the module {}, which core's table of kernels has not", other.name);
+    for module in modules.iter().filter(|module| table::modules().any(|name| name == module.name)) {
+        let ptx = fs::read_to_string(&module.path)?;
+        ensure!(
+            bench::layout_of(&ptx) == Some(bench::LAYOUT),
+            "{} does not have the benchmark's layout",
+            module.path.display()
+        );
     }
     Ok(modules)
 }
@@ -75,7 +82,9 @@ pub(crate) fn build_examples(processors: &[Processor], assembly: Assembly) -> Re
         let kernels = package(&example, processors, assembly)?;
         let kernels = kernels.output(folder()?.with_file_name("ptx-examples"));
         // Theirs are for four ranks.
-        modules.extend(complete(kernels.bounds(|entry| bounds(entry, DType::Bf16, Set::Group4)))?);
+        modules.extend(complete(kernels.bounds(|entry| {
+            as_built(kernels::bounds(entry.processor.name(), DType::Bf16, Set::Group4, entry.name))
+        }))?);
     }
     Ok(modules)
 }
@@ -95,8 +104,7 @@ fn package(folder: &str, processors: &[Processor], assembly: Assembly) -> Result
         .install(true))
 }
 
-fn bounds(entry: &Entry<'_>, dtype: DType, set: Set) -> Bounds {
-    let kernels::Bounds { threads, blocks } = kernels::bounds(entry.processor.name(), dtype, set, entry.name);
+fn as_built(kernels::Bounds { threads, blocks }: kernels::Bounds) -> Bounds {
     Bounds { threads, blocks }
 }
 
@@ -145,7 +153,8 @@ pub(crate) fn embed(processors: &[Processor]) -> Result<PathBuf> {
 pub(crate) fn archive(modules: &[Module], level: i32) -> Result<(Vec<u8>, String)> {
     let mut frames: BTreeMap<_, Vec<Member>> = BTreeMap::new();
     for module in modules {
-        let (_, set) = module.name.split_once('_').context("a module is named by element type and set")?;
+        // The element type comes first, and those of a set are alike.
+        let set = module.name.split_once('_').map_or(&*module.name, |(_, set)| set);
         let mut add = |kind, label, alike: Processor, path: &Path| -> Result<()> {
             let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
             let (processor, name) = (module.processor.name().to_owned(), module.name.clone());
@@ -174,7 +183,7 @@ pub(crate) fn archive(modules: &[Module], level: i32) -> Result<(Vec<u8>, String
         });
         if let Some((processor, label, set)) = labels.next() {
             let (from, to) = (content.len() / 1000, frame.len() / 1000);
-            sizes += &format!("{processor:<7} {set:<5} {label:<12} {from:>6} KB in {to:>4} KB\n");
+            sizes += &format!("{processor:<7} {set:<6} {label:<12} {from:>6} KB in {to:>4} KB\n");
         }
         frame
     });
@@ -217,7 +226,7 @@ mod tests {
     #[test]
     fn processors_that_are_compiled_for_as_one_are_alike_in_the_source_too() {
         for processor in Processor::ALL.into_iter().filter(|it| it.compiled_for() != *it) {
-            for folder in ["device/src", "core/src"] {
+            for folder in ["device/src", "device/bench/src", "core/src"] {
                 for (file, line) in lines(&cmd::root().join(folder)) {
                     let asks = |it: Processor| line.contains(&format!("target_feature = \"{it}\""));
                     assert_eq!(asks(processor), asks(processor.compiled_for()), "{}: {line}", file.display());

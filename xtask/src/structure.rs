@@ -11,15 +11,38 @@ use anyhow::{Context, Result, ensure};
 use crate::cmd;
 
 /// The crates of the workspace that each crate may depend on, for its tests as well. Crates without a row are free.
-const MAY_DEPEND_ON: [(&str, &[&str]); 8] = [
+const MAY_DEPEND_ON: [(&str, &[&str]); 10] = [
     ("fused-collective-core", &[]),
-    ("fused-collective-device", &["fused-collective-core", "fused-collective-emulator"]),
-    ("fused-collective-emulator", &["fused-collective-core"]),
+    // On itself with its feature `simulation`, for its tests.
+    ("fused-collective-device", &["fused-collective-core", "fused-collective-device"]),
+    ("fused-collective-bench", &["fused-collective-core", "fused-collective-device"]),
     ("fused-collective-build", &["fused-collective-core"]),
+    ("fused-collective-emulator", &["fused-collective-core"]),
     ("fused-collective-kernels", &["fused-collective-core"]),
+    (
+        "fused-collective-device-tests",
+        &[
+            "fused-collective-bench",
+            "fused-collective-core",
+            "fused-collective-device",
+            "fused-collective-emulator",
+        ],
+    ),
     ("nccl-sys", &[]),
-    ("fused-collective", &["fused-collective-core", "fused-collective-kernels", "nccl-sys"]),
-    ("xtask", &["fused-collective-build", "fused-collective-core", "fused-collective-kernels", "nccl-sys"]),
+    (
+        "fused-collective",
+        &["fused-collective-bench", "fused-collective-core", "fused-collective-kernels", "nccl-sys"],
+    ),
+    (
+        "xtask",
+        &[
+            "fused-collective-bench",
+            "fused-collective-build",
+            "fused-collective-core",
+            "fused-collective-kernels",
+            "nccl-sys",
+        ],
+    ),
 ];
 
 /// Checks every crate's dependencies against [`MAY_DEPEND_ON`].

@@ -1,9 +1,9 @@
 //! The collectives, each with an epilogue: one-shot, two-shot, and two-shot with a sharded residual.
 //!
 //! Arrival is seen in the data itself, by [`lamport`](fused_collective_core::lamport)'s rules. What a kernel does:
-//! 1. waits for the kernels before it, then reads its block's [`Turn`] and its first input together, and lets the next
+//! 1. waits for the kernels before it, then reads its block's [`Epoch`] and its first input together, and lets the next
 //!    kernel start;
-//! 2. pushes to its peers, then advances the turns;
+//! 2. pushes to its peers, then advances the epochs;
 //! 3. reads what is constant (gamma, scales) while that is on its way;
 //! 4. waits for what the peers push, and completes its rows.
 //!
@@ -18,9 +18,9 @@
 //!   kernels on either side (the end of a grid, or `griddepcontrol.wait`) makes that chain a release and an acquire.
 //! - *Inputs, residuals and outputs* are weak accesses: written by kernels before or after in the stream, and each
 //!   element touched by one thread.
-//! - *Turns*: every block reads one of its own, relaxed, and writes it, relaxed, after a barrier that all its threads
-//!   reach when they have used what they read. The turns that no block of this grid has are written by the blocks in
-//!   shares, and read by nobody. So all turns are the same when a grid ends, grids of any size can follow each other,
+//! - *Epochs*: every block reads one of its own, relaxed, and writes it, relaxed, after a barrier that all its threads
+//!   reach when they have used what they read. The epochs that no block of this grid has are written by the blocks in
+//!   shares, and read by nobody. So all epochs are the same when a grid ends, grids of any size can follow each other,
 //!   and no block asks another how far it is. The next kernel reads after its dependent-launch wait. A wait that fails
 //!   reads the operation's number again, and knows by its slot whether it has been advanced.
 //! - *Poison* is a word that any thread may set once, and that all read as they begin: a kernel that starts on a
@@ -39,21 +39,22 @@
 //! wait in a circle, each collective says for itself: `one_shot`, `two_shot`, and for a sharded residual `turns`. Waits
 //! are bounded: see the `wait` module.
 //!
-//! [`Turn`]: crate::params::Turn
-
-use core::num::NonZeroU32;
+//! # Protocols of one's own
+//! [`Begun`], [`Waiter`], [`region`], [`peer`] and [`deal`] are what the collectives are made of, and what a kernel of
+//! another protocol needs to keep their rules about poison, deadlines and the host's word.
+//!
+//! [`Epoch`]: crate::launch::Epoch
 
 use fused_collective_core::{dtype::Element, lamport::SLOTS, pack::Pack, workspace::SLOTS_OFFSET};
 
 use crate::{
     convert,
-    epilogue::Place,
-    params::{Address, Group, MAX_BLOCKS, MAX_RANKS, RankState},
-    row::Share,
+    epilogue::{Epilogue, PackIndex},
+    launch::{Address, Group, MAX_BLOCKS, MAX_RANKS, RankState, Shape},
+    row::{Prepared, Team, ThreadSlice},
     simt,
 };
 
-pub mod links;
 mod one_shot;
 mod sharded;
 mod turns;
@@ -63,32 +64,32 @@ mod wait;
 pub use one_shot::one_shot;
 pub use sharded::sharded;
 pub use two_shot::two_shot;
-use wait::Waiter;
+pub use wait::{Awaited, Waiter};
 
 /// The state of the rank as this operation found it.
-struct Begun<'a> {
+pub struct Begun<'a> {
     group: &'a Group,
     operation: u64,
     /// Bounds the waits of this thread.
-    waiter: Waiter<'a>,
+    pub waiter: Waiter<'a>,
 }
 
 impl<'a> Begun<'a> {
-    /// Where this block's turn is.
+    /// The address of this block's epoch.
     #[inline(always)]
-    fn turn(group: &Group) -> Address {
-        group.state.offset(RankState::turn(simt::block()))
+    pub fn epoch(group: &Group) -> Address {
+        group.state.offset(RankState::epoch(simt::block()))
     }
 
     /// Reads the state: after the dependent-launch wait.
     ///
     /// # Safety
-    /// The addresses in `group` are as its documentation says, and `turn` is [this block's](Self::turn).
+    /// The addresses in `group` are as its documentation says, and `epoch` is [this block's](Self::epoch).
     #[inline(always)]
-    unsafe fn read(group: &'a Group, turn: Address) -> Self {
-        // SAFETY: the block's turn, and a word of the state. Relaxed: see the module's "Order and scope".
+    pub unsafe fn read(group: &'a Group, epoch: Address) -> Self {
+        // SAFETY: the block's epoch, and a word of the state. Relaxed: see the module's "Order and scope".
         let (Pack([low, high, slot, _]), poisoned) =
-            unsafe { (simt::poll(turn), simt::load_relaxed(group.state.offset(RankState::POISONED))) };
+            unsafe { (simt::poll(epoch), simt::load_relaxed(group.state.offset(RankState::POISONED))) };
         let operation = u64::from(high) << 32 | u64::from(low);
         Begun { group, operation, waiter: Waiter::new(group, slot, poisoned != 0) }
     }
@@ -102,17 +103,17 @@ impl<'a> Begun<'a> {
     /// Where the operation's slot is in the region of rank `rank`, of a kernel for at most `N` ranks.
     #[inline(always)]
     fn slot_of<const N: usize>(&self, rank: u32) -> Address {
-        // Opaque, so that addresses are computed in the loop over tokens: kept, they would take up registers, and only
-        // kernels for two ranks have those.
-        let rank = if N == 2 { rank } else { simt::opaque_u64(rank as u64) as u32 };
+        // `black_box`, so that addresses are computed in the loop over tokens: kept, they would take up registers, and
+        // only kernels for two ranks have those.
+        let rank = if N == 2 { rank } else { simt::black_box_u64(rank as u64) as u32 };
         first_slot::<N>(self.group, rank).offset(self.slot_offset())
     }
 
-    /// Makes the next operation's turns. Every thread of the block calls this once, when it has what it needs of this
-    /// operation's.
+    /// Advances the epochs to the next operation. Every thread of the block calls this once, when it has what it needs
+    /// of this one's.
     #[inline(always)]
     fn advance(&mut self) {
-        // What the barrier asks needs the turn: no thread still reads it when another writes.
+        // What the barrier asks needs the epoch: no thread still reads it when another writes.
         self.waiter.failed = simt::block_any(self.waiter.failed || self.waiter.slot as u64 >= SLOTS);
         let operation = self.operation + 1;
         let slot = self.waiter.slot + 1;
@@ -120,24 +121,50 @@ impl<'a> Begun<'a> {
         let next = Pack([operation as u32, (operation >> 32) as u32, slot, 0]);
         let mut block = simt::block() + simt::thread() * simt::blocks();
         while block < MAX_BLOCKS {
-            // SAFETY: a turn of the state: this block's own, or one that no block of the grid has.
-            unsafe { simt::push(self.group.state.offset(RankState::turn(block)), next) };
+            // SAFETY: an epoch of the state: this block's own, or one that no block of the grid has.
+            unsafe { simt::push(self.group.state.offset(RankState::epoch(block)), next) };
             block += simt::threads() * simt::blocks();
         }
         simt::warp_barrier();
     }
 }
 
-/// How many peers there are, if a kernel for at most `N` ranks can serve the group. One launched for another ends
-/// at once, and its peers' waits say what is missing.
+/// True if a kernel for at most `N` ranks can serve the group. One launched for another ends at once, and its peers'
+/// waits say what is missing.
 #[inline(always)]
-fn peers<const N: usize>(group: &Group) -> Option<NonZeroU32> {
-    if group.world_size as usize > N { None } else { NonZeroU32::new(group.world_size.saturating_sub(1)) }
+fn serves<const N: usize>(group: &Group) -> bool {
+    // Not `world_size > 1`, of which a compiler makes other code for more than two ranks, and nobody has timed that.
+    group.world_size as usize <= N && group.world_size.saturating_sub(1) != 0
+}
+
+/// Reads what is constant and writes the outputs' padding. The links have work by then, and not before: where blocks
+/// fill the multiprocessors, the next operation's start when these end.
+///
+/// # Safety
+/// The addresses in `epilogue` are as its documentation says. Every thread of the grid calls this once, after the
+/// dependent-launch wait.
+#[inline(always)]
+unsafe fn prepare<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESIDENT: bool>(
+    epilogue: &'a X,
+    shape: &Shape,
+    slice: ThreadSlice<P, RESIDENT>,
+    team: &Team,
+) -> Prepared<'a, E, X, N, P, RESIDENT> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let prepared = Prepared::new(epilogue, slice, team);
+        epilogue.fill_padding(
+            shape,
+            simt::block() * simt::threads() + simt::thread(),
+            simt::blocks() * simt::threads(),
+        );
+        prepared
+    }
 }
 
 /// The region of rank `rank`, of a kernel for at most `N` ranks.
 #[inline(always)]
-fn region<const N: usize>(group: &Group, rank: u32) -> Address {
+pub fn region<const N: usize>(group: &Group, rank: u32) -> Address {
     // Selected with constant indices: parameters that are indexed at run time are copied to local memory first.
     const { assert!(N <= MAX_RANKS && MAX_RANKS == 8) };
     let mut at = group.regions[0];
@@ -161,7 +188,7 @@ fn first_slot<const N: usize>(group: &Group, rank: u32) -> Address {
 /// The rank `distance` (less than the group's size) after this one. Ranks start with different peers, so that they
 /// do not all write to one at the same time.
 #[inline(always)]
-fn peer(group: &Group, distance: u32) -> u32 {
+pub fn peer(group: &Group, distance: u32) -> u32 {
     let rank = group.rank + distance;
     if rank >= group.world_size { rank - group.world_size } else { rank }
 }
@@ -181,31 +208,46 @@ fn for_peers<const N: usize>(group: &Group, mut each: impl FnMut(u32)) {
     each!(1 2 3 4 5 6 7);
 }
 
+/// Calls `each` for the tokens of team `team`: one of every `teams` in turn, each time the next one of them, so that a team
+/// is owner and receiver by turns whatever the numbers of teams and ranks have in common.
+#[inline(always)]
+pub fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)) {
+    let (mut first, mut turn) = (0, team);
+    while first < tokens {
+        if first + turn < tokens {
+            each(first + turn);
+        }
+        let next = turn + 1;
+        first += teams;
+        turn = if next == teams { 0 } else { next };
+    }
+}
+
 /// A pack of the row that rank `source` sent: rank 0's is at `first`, and each is `stride` bytes after the one before.
 #[inline(always)]
 fn pack_of(first: Address, source: u32, stride: u64, pack: u32) -> Address {
-    // Opaque, so that addresses are computed in the loop: kept, they would take up registers.
-    let row = Address(simt::opaque_u64(first.0)).offset(source as u64 * simt::opaque_u64(stride));
+    // `black_box`, so that addresses are computed in the loop: kept, they would take up registers.
+    let row = Address(simt::black_box_u64(first.0)).offset(source as u64 * simt::black_box_u64(stride));
     row.offset(pack as u64 * Pack::BYTES)
 }
 
 /// This thread's packs of a chunk of a row, from a tensor that may be absent: then zero.
 ///
 /// # Safety
-/// `places` are this thread's of the chunk, inside the tensor if there is one, and nobody writes it.
+/// `indices` are this thread's of the chunk, inside the tensor if there is one, and nobody writes it.
 #[inline(always)]
 unsafe fn load_row<const P: usize, const RESIDENT: bool>(
     tensor: Address,
-    share: Share<P, RESIDENT>,
+    slice: ThreadSlice<P, RESIDENT>,
     chunk: u32,
-    places: &[Place; P],
+    indices: &[PackIndex; P],
 ) -> [Pack; P] {
     let mut packs = [Pack::default(); P];
-    // Opaque, so that addresses are computed here and not ahead of a loop, where they would take up registers.
-    let tensor = Address(simt::opaque_u64(tensor.0));
+    // `black_box`, so that addresses are computed here and not ahead of a loop, where they would take up registers.
+    let tensor = Address(simt::black_box_u64(tensor.0));
     if !tensor.is_null() {
         // SAFETY: as this function's.
-        share.for_each(chunk, |p, _| packs[p] = unsafe { simt::load(places[p].of(tensor)) });
+        slice.for_each(chunk, |p, _| packs[p] = unsafe { simt::load(indices[p].of(tensor)) });
     }
     packs
 }

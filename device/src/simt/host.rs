@@ -24,7 +24,7 @@ use std::{
 use fused_collective_core::pack::Pack;
 
 use super::{COUNTERS, SHARED_FLOATS, WARP};
-use crate::params::{MAX_BLOCK_THREADS, MAX_CLUSTER};
+use crate::launch::{MAX_BLOCK_THREADS, MAX_CLUSTER};
 
 mod memory;
 mod stream;
@@ -468,10 +468,10 @@ pub(super) fn rsqrt(value: f32) -> f32 {
     1.0 / value.sqrt()
 }
 
-pub(super) fn opaque(pack: Pack) -> Pack {
+pub(super) fn black_box(pack: Pack) -> Pack {
     pack
 }
 
-pub(super) fn opaque_u64(value: u64) -> u64 {
+pub(super) fn black_box_u64(value: u64) -> u64 {
     value
 }

@@ -3,14 +3,13 @@
 use std::sync::Arc;
 
 use fused_collective_core::dtype::bf16;
-use fused_collective_device::params::{Address, Fused, Shape};
+use fused_collective_device::launch::{Address, Fused, Shape};
 
-use crate::{
-    Compiled, examples, gpus,
-    support::{
-        Buffer, CALL, Case, Kernel, POISON, Random, Rows, Tensors, What, World, bytes_of, check_all, geometry,
-    },
+use fused_collective_device_tests::{
+    Buffer, CALL, Case, Kernel, POISON, Random, Rows, Tensors, What, World, bytes_of, check_all, geometry,
 };
+
+use crate::{Compiled, examples, gpus};
 
 /// The epilogue's parameters, as in `device/examples/custom-epilogue`.
 #[repr(C)]

@@ -1,15 +1,14 @@
 //! The kernels as they were compiled, for every kind of GPU, run by the emulator, against `core::reference`.
 //!
 //! `cargo xtask test` builds them, and says where they are in `FUSED_COLLECTIVE_PTX`: in a folder for each kind. By hand:
-//! `cargo xtask ptx`, then `FUSED_COLLECTIVE_PTX=$PWD/target/ptx cargo test -p fused-collective-device --test compiled`.
+//! `cargo xtask ptx`, then `FUSED_COLLECTIVE_PTX=$PWD/target/ptx cargo test -p fused-collective-device-tests --test compiled`.
 
+mod bench;
 mod collectives;
 mod example;
 mod links;
 mod local;
 mod necessary;
-#[path = "../support/mod.rs"]
-mod support;
 mod table;
 
 use std::{
@@ -27,9 +26,9 @@ use std::{
 };
 
 use fused_collective_core::kernels::Processor;
-use fused_collective_device::{params::MAX_RANKS, simt::host::Launch};
+use fused_collective_device::{launch::MAX_RANKS, simt::host::Launch};
+use fused_collective_device_tests::{Kernel, Rows};
 use fused_collective_emulator::{Entry, Geometry, Grid, Memory, Module};
-use support::{Kernel, Rows};
 
 const KERNELS: [Kernel; 3] = [Kernel::OneShot, Kernel::TwoShot, Kernel::Sharded];
 const ROWS: [Rows; 3] = [Rows::P1, Rows::P2, Rows::Streamed];

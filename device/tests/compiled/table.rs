@@ -2,7 +2,11 @@
 
 use std::{collections::BTreeMap, fs};
 
-use fused_collective_core::kernels::{Bounds, Kernel, Module, Processor, Set, Version, bounds};
+use fused_collective_bench::{launch as bench, table};
+use fused_collective_core::{
+    kernels::{Bounds, Module, Processor, Version, bounds},
+    launch,
+};
 
 use crate::{folder, read};
 
@@ -23,24 +27,24 @@ fn entries(ptx: &str) -> BTreeMap<&str, Bounds> {
     entries
 }
 
+/// Every module of a processor by name, with the entry points that the tables list for it.
+fn listed(processor: Processor) -> BTreeMap<&'static str, BTreeMap<&'static str, Bounds>> {
+    let library = Module::all().map(|module| {
+        let names = module.set.kernels().flat_map(|kernel| Version::ALL.map(|version| kernel.name(version)));
+        let bounded = |name| (name, bounds(processor.name, module.dtype, module.set, name));
+        (module.name(), names.map(bounded).collect())
+    });
+    let bench = table::modules()
+        .map(|module| (module, table::entries(module).map(|name| (name, table::BOUNDS)).collect()));
+    library.chain(bench).collect()
+}
+
 #[test]
 fn modules_have_the_entry_points_of_the_table_and_no_others() {
     for processor in Processor::ALL {
-        for module in Module::all() {
-            let name = format!("{}/{}", processor.name, module.name());
-            let ptx = read(&folder().join(format!("{name}.ptx")));
-            let mut compiled = entries(&ptx);
-            if module.set == Set::Local {
-                compiled.retain(|name, _| name.starts_with("local_"));
-            }
-            let entries_of = |kernel: &'static Kernel| Version::ALL.map(|version| kernel.entry(version));
-            let listed: BTreeMap<&str, Bounds> = module
-                .set
-                .kernels()
-                .flat_map(entries_of)
-                .map(|entry| (entry, bounds(processor.name, module.dtype, module.set, entry)))
-                .collect();
-            assert_eq!(compiled, listed, "{name}");
+        for (module, listed) in listed(processor) {
+            let ptx = read(&folder().join(processor.name).join(format!("{module}.ptx")));
+            assert_eq!(entries(&ptx), listed, "{module} for {}", processor.name);
         }
     }
 }
@@ -48,12 +52,23 @@ fn modules_have_the_entry_points_of_the_table_and_no_others() {
 #[test]
 fn there_are_the_modules_of_the_table_and_no_others() {
     for processor in Processor::ALL {
-        let names = fs::read_dir(folder().join(processor.name)).unwrap();
-        let mut compiled: Vec<_> =
-            names.map(|name| name.unwrap().file_name().into_string().unwrap()).collect();
-        let mut listed: Vec<_> = Module::all().map(|module| format!("{}.ptx", module.name())).collect();
+        let files = fs::read_dir(folder().join(processor.name)).unwrap();
+        let mut compiled: Vec<String> =
+            files.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
         compiled.sort();
-        listed.sort();
+        let listed: Vec<String> = listed(processor).keys().map(|module| format!("{module}.ptx")).collect();
         assert_eq!(compiled, listed, "{}", processor.name);
+    }
+}
+
+#[test]
+fn modules_carry_the_fingerprints_of_what_they_are_launched_with() {
+    for processor in Processor::ALL {
+        for module in listed(processor).keys() {
+            let ptx = read(&folder().join(processor.name).join(format!("{module}.ptx")));
+            let own = table::modules().any(|name| name == *module).then_some(bench::LAYOUT);
+            let found = (launch::layout_of(&ptx), bench::layout_of(&ptx));
+            assert_eq!(found, (Some(launch::LAYOUT), own), "{module} for {}", processor.name);
+        }
     }
 }

@@ -15,7 +15,7 @@ use fused_collective_core::{
     workspace::{Layout, SLOTS_OFFSET},
 };
 use fused_collective_device::{
-    params::{Address, Group, RankState, Status},
+    launch::{Address, Group, RankState, Status},
     simt::host::Launch,
 };
 

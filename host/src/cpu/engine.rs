@@ -330,15 +330,10 @@ impl<E: Plain> WithSimd for EagerPass<'_, E> {
             Eager::Square => {
                 map(wide_a.elements::<f32>(), wide_b.elements_mut::<f32>(), |value| value * value)
             }
-            Eager::Mean => {
+            Eager::MeanRsqrt => {
                 let rows = wide_b.elements::<f32>().chunks_exact(hidden);
-                for (mean, row) in per_token.elements_mut::<f32>().iter_mut().zip(rows) {
-                    *mean = norm::sum(row) / hidden as f32;
-                }
-            }
-            Eager::Rsqrt => {
-                for mean in per_token.elements_mut::<f32>() {
-                    *mean = 1.0 / (*mean + problem.norm.epsilon).sqrt();
+                for (factor, row) in per_token.elements_mut::<f32>().iter_mut().zip(rows) {
+                    *factor = 1.0 / (norm::sum(row) / hidden as f32 + problem.norm.epsilon).sqrt();
                 }
             }
             Eager::ScaleRows => {

@@ -14,10 +14,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fused_collective_core::{
-    links::{PLACES_OFFSET, WARM_UP_TRIPS, flag_offset, pattern, region_bytes},
-    pack::Pack,
-};
+use fused_collective_bench::links::{PLACES_OFFSET, WARM_UP_TRIPS, flag_offset, pattern, region_bytes};
+use fused_collective_core::pack::Pack;
 
 use super::{
     Communicator, Error as CpuError, SLOT_BYTES_PER_RANK,

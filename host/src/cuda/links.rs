@@ -8,19 +8,17 @@ use cust::{
     event::{Event, EventFlags},
     stream::{Stream, StreamFlags},
 };
-use fused_collective_core::{
-    dtype::DType,
-    kernels::{Module, Set},
+use fused_collective_bench::{
     launch::{Meet, Ping, Pull, Push},
     links::{PLACES_OFFSET, WARM_UP_TRIPS, region_bytes},
-    pack::Pack,
-    workspace::Header,
+    table::{PROBES, Probe},
 };
+use fused_collective_core::{pack::Pack, workspace::Header};
 
 use super::{
     Communicator, Error as CudaError,
     driver::{Handle, failed},
-    kernels::{Entry, Launch},
+    kernels::Launch,
     memory::DeviceMemory,
     workspace::Regions,
 };
@@ -30,8 +28,6 @@ use crate::{
     rendezvous::Group,
 };
 
-/// The kernels know no element type; this is the module that has them.
-const MODULE: Module = Module { dtype: DType::Bf16, set: Set::Local };
 /// Larger than the rows of most operations, and than what a link holds under way many times over.
 const PLACE_BYTES: u64 = 32 << 20;
 /// More than any GPU's cache holds.
@@ -86,7 +82,7 @@ impl<'a> Links<'a> {
     /// It does not fit into the GPU's memory, or two ranks cannot share it; the kernels are missing.
     pub(super) fn share(group: &'a Group, communicator: &'a mut Communicator) -> Result<Self, CudaError> {
         let world_size = group.world_size();
-        communicator.kernels().load(MODULE.name())?;
+        communicator.kernels().load(PROBES)?;
         let header = |rank| Header { world_size, rank, slot_bytes: PLACE_BYTES };
         let bytes = region_bytes(world_size, PLACE_BYTES).unwrap_or(u64::MAX);
         let regions = Regions::share(group, "the memory to measure links with", bytes, 0, header)?;
@@ -108,9 +104,8 @@ impl<'a> Links<'a> {
     }
 
     /// How a kernel is launched in `blocks` blocks, or as many as are resident at once.
-    fn prepare(&mut self, name: &'static str, threads: u32, blocks: u32) -> Result<Launch, CudaError> {
-        let entry = Entry { module: MODULE.name(), name };
-        self.communicator.kernels().for_elements(entry, threads, blocks.into())
+    fn prepare(&mut self, kernel: Probe, threads: u32, blocks: u32) -> Result<Launch, CudaError> {
+        self.communicator.kernels().for_elements(kernel.entry(), threads, blocks.into())
     }
 
     /// Enqueues a kernel.
@@ -159,7 +154,7 @@ impl<'a> Links<'a> {
     }
 
     fn word(&mut self, peer: u32, leads: bool, count: u32, times: u32) -> Result<f64, CudaError> {
-        let launch = self.prepare("links_ping", 32, 1)?;
+        let launch = self.prepare(Probe::LinksPing, 32, 1)?;
         let parameters = Ping {
             group: self.communicator.launch_group(self.regions.addresses()),
             nanoseconds: self.clock.address(),
@@ -192,7 +187,7 @@ impl<'a> Links<'a> {
     }
 
     fn push(&mut self, first: u32, targets: u32, blocks: u32, times: u32) -> Result<f64, CudaError> {
-        let launch = self.prepare("links_push", THREADS, blocks)?;
+        let launch = self.prepare(Probe::LinksPush, THREADS, blocks)?;
         let (once, timed) = (self.pushes(first, targets, 1), self.pushes(first, targets, times));
         // SAFETY: the entry point takes these parameters; every rank has a place in every rank's memory, and reads it
         // only after a barrier.
@@ -201,7 +196,7 @@ impl<'a> Links<'a> {
 
     fn pull(&mut self, source: u32, times: u32) -> Result<f64, CudaError> {
         let blocks = self.all_blocks();
-        let launch = self.prepare("links_pull", THREADS, blocks)?;
+        let launch = self.prepare(Probe::LinksPull, THREADS, blocks)?;
         let pulls = |passes| Pull {
             group: self.communicator.launch_group(self.regions.addresses()),
             place_bytes: PLACE_BYTES,
@@ -219,7 +214,7 @@ impl<'a> Links<'a> {
     /// Fills this rank's own place in its own memory, for others to read.
     fn fill(&mut self) -> Result<(), CudaError> {
         let blocks = self.all_blocks();
-        let launch = self.prepare("links_push", THREADS, blocks)?;
+        let launch = self.prepare(Probe::LinksPush, THREADS, blocks)?;
         let parameters = self.pushes(0, 1, 1);
         // SAFETY: as in `push`.
         unsafe { self.enqueue(launch, &parameters)? };
@@ -228,7 +223,7 @@ impl<'a> Links<'a> {
 
     /// All ranks push at the same time, from a meeting of their GPUs on.
     fn push_all(&mut self, blocks: u32, times: u32) -> Result<f64, CudaError> {
-        let launch = self.prepare("links_meet", 32, 1)?;
+        let launch = self.prepare(Probe::LinksMeet, 32, 1)?;
         let parameters = Meet {
             group: self.communicator.launch_group(self.regions.addresses()),
             count: self.count,
@@ -290,7 +285,7 @@ impl links::Links for Links<'_> {
         let units = self.communicator.gpu().units;
         let mut grids = Vec::new();
         for blocks in [FEW_BLOCKS, units, 2 * units] {
-            grids.push(Some(self.prepare("links_push", THREADS, blocks)?.blocks()));
+            grids.push(Some(self.prepare(Probe::LinksPush, THREADS, blocks)?.blocks()));
         }
         grids.dedup();
         Ok(grids)

@@ -20,7 +20,7 @@
 //! leaves `target/ptx-examples/sm_90/custom_epilogue.ptx`.
 //!
 //! # Launching
-//! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, by the rules in `fused_collective_device::params`.
+//! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, by the rules in `fused_collective_device::launch`.
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch)]
 
@@ -29,9 +29,9 @@ use core::arch::asm;
 use fused_collective_device::{
     collective, convert,
     dtype::{Element, bf16},
-    epilogue::{Epilogue, Place},
+    epilogue::{Epilogue, PackIndex},
     pack::Pack,
-    params::{Address, Fused},
+    launch::{Address, Fused},
     simt,
 };
 
@@ -44,33 +44,18 @@ pub struct Gelu {
 }
 
 impl<E: Element> Epilogue<E> for Gelu {
-    const ROW_SUM: bool = false;
     type Constants = ();
     type Weights = ();
     type Ready = ();
 
-    unsafe fn constants(&self) {}
-
-    unsafe fn weights(&self, _pack: u32) {}
-
-    fn ready(&self, _weights: ()) {}
-
-    fn addend(&self, _row: Pack) -> f32 {
-        0.0
-    }
-
-    fn row_value(&self, _sum: f32) -> f32 {
-        0.0
-    }
-
     #[inline(always)]
-    unsafe fn finish(&self, place: Place, row: Pack, _row_value: f32, _weights: (), _constants: ()) {
+    unsafe fn finish(&self, index: PackIndex, row: Pack, _row_value: f32, _weights: (), _constants: ()) {
         let mut values = convert::widen::<E>(row);
         for value in values.as_mut() {
             *value = gelu(*value);
         }
-        // SAFETY: the place is inside the tensor, and this thread's alone.
-        unsafe { simt::store(place.of(self.out), convert::narrow::<E>(values)) };
+        // SAFETY: the pack is inside the tensor, and this thread's alone.
+        unsafe { simt::store(index.of(self.out), convert::narrow::<E>(values)) };
     }
 }
 
@@ -88,7 +73,7 @@ fn gelu(x: f32) -> f32 {
 /// For groups of at most four ranks, with one pack of a row in each thread.
 ///
 /// # Safety
-/// Launched by the rules in `fused_collective_device::params`.
+/// Launched by the rules in `fused_collective_device::launch`.
 #[unsafe(no_mangle)]
 pub unsafe extern "ptx-kernel" fn all_reduce_gelu(params: Fused<Gelu>) {
     // SAFETY: as this function's.

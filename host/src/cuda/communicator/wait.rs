@@ -101,7 +101,7 @@ impl Vigil {
     }
 }
 
-/// Sees from outside whether a rank's kernels come to their ends: they advance the turns of its [`RankState`], which
+/// Sees from outside whether a rank's kernels come to their ends: they advance the epochs of its [`RankState`], which
 /// are copied to the host beside them. Nothing waits for the copy.
 #[derive(Debug)]
 pub(super) struct Progress {

@@ -5,18 +5,13 @@
 //! for brings all ranks to the same point. In a cold trial the cache is flushed in between, and each operation has
 //! tensors of its own.
 
-use fused_collective_core::{
-    dtype::DType,
-    kernels::{Module, Set},
-    launch::Audit,
-};
+use fused_collective_bench::{launch::Audit, table::Probe};
 
 use super::{
     super::{
         Captured, Error as CudaError,
         driver::{check, failed, load},
         graph::Graph,
-        kernels::Entry,
     },
     EAGER_THREADS, Engine, OPERATIONS_PER_TRIAL,
     steps::nccl_elements,
@@ -100,14 +95,12 @@ impl Engine<'_> {
     }
 
     /// Enqueues kernels that depend on what was enqueued before them, and hold outputs to what they should be.
-    fn enqueue_audits(&mut self, dtype: DType, audits: &[Audit]) -> Result<(), CudaError> {
+    fn enqueue_audits(&mut self, audits: &[Audit]) -> Result<(), CudaError> {
         let stream = self.handle();
         let kernels = self.communicator.kernels();
-        let module = Module { dtype, set: Set::Local }.name();
         for audit in audits {
             let blocks = audit.packs.div_ceil(u64::from(EAGER_THREADS));
-            let launch =
-                kernels.for_elements(Entry { module, name: "audit_outputs" }, EAGER_THREADS, blocks)?;
+            let launch = kernels.for_elements(Probe::AuditOutputs.entry(), EAGER_THREADS, blocks)?;
             // SAFETY: the entry point takes these parameters, which are memory of whole packs; its owner settles before
             // it is freed.
             unsafe { kernels.launch(launch, audit, stream)? };
@@ -116,16 +109,10 @@ impl Engine<'_> {
     }
 
     /// Runs `steps` and `audits`, `times` times, in graphs.
-    pub(super) fn run_audited(
-        &mut self,
-        steps: &[Step],
-        dtype: DType,
-        audits: &[Audit],
-        times: u64,
-    ) -> Result<(), Error> {
+    pub(super) fn run_audited(&mut self, steps: &[Step], audits: &[Audit], times: u64) -> Result<(), Error> {
         // Whatever is set up at first use is so before the capture.
         self.run(steps)?;
-        self.enqueue_audits(dtype, audits)?;
+        self.enqueue_audits(audits)?;
         self.settle()?;
         let stream = self.handle();
         let enqueue = || {
@@ -134,7 +121,7 @@ impl Engine<'_> {
                     Error::Cuda(error) => error,
                     error => CudaError::Group(error.to_string()),
                 })?;
-                self.enqueue_audits(dtype, audits)
+                self.enqueue_audits(audits)
             })
         };
         // SAFETY: the engine's stream; the graph is dropped, after `settle`, before the tensors.

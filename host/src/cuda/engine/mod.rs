@@ -10,11 +10,15 @@ use cust::{
     event::{Event, EventFlags},
     stream::{Stream, StreamFlags},
 };
+use fused_collective_bench::{
+    launch::{Audit, Conversions},
+    table::{PROBES, Probe, eager_module},
+};
 use fused_collective_core::{
     dtype::DType,
     fusion::Mode,
     kernels::{Module, Set},
-    launch::{Address, Audit, Conversions},
+    launch::Address,
     pack::Pack,
     plan::Limits,
     quant::Quantization,
@@ -25,7 +29,6 @@ use super::{
     communicator::Foreign,
     driver::{Handle, check, failed, load},
     gather,
-    kernels::Entry,
     links::Links,
     memory::{DeviceMemory, GuardedMemory, require},
     nccl::NcclGroup,
@@ -244,7 +247,10 @@ impl Collective for Engine<'_> {
         scale.write(0, &problem.scale.to_ne_bytes())?;
         self.scale = Some(scale);
         self.communicator.prepare(&problem.operation(Mode::Auto))?;
-        self.communicator.kernels().load(Module { dtype: problem.dtype, set: Set::Local }.name())?;
+        let local = Module { dtype: problem.dtype, set: Set::Local }.name();
+        for module in [local, eager_module(problem.dtype), PROBES] {
+            self.communicator.kernels().load(module)?;
+        }
         self.problem = Some(*problem);
         Ok(())
     }
@@ -341,7 +347,9 @@ impl Collective for Engine<'_> {
     }
 
     fn audit(&mut self, steps: &[Step], outputs: &[Tensor], times: u64) -> Result<Option<String>, Error> {
-        let Some(problem) = self.problem else { return Ok(None) };
+        if self.problem.is_none() {
+            return Ok(None);
+        }
         let mut expected = Vec::new();
         for &tensor in outputs {
             expected.push(DeviceMemory::holding(&self.read(tensor)?)?);
@@ -359,7 +367,7 @@ impl Collective for Engine<'_> {
                 reserved: 0,
             })
             .collect();
-        let ran = self.run_audited(steps, problem.dtype, &audits, times);
+        let ran = self.run_audited(steps, &audits, times);
         // What was enqueued reads `expected`, so it has ended before that is freed, whatever became of it.
         ran.and(self.settle())?;
         found.read(0, &mut words)?;
@@ -379,13 +387,11 @@ impl Collective for Engine<'_> {
         out.fill_from(0, u32::MAX)?;
         let stream = self.handle();
         let kernels = self.communicator.kernels();
-        let name = match to {
-            Conversion::E4M3 => "encode_e4m3",
-            Conversion::E2M1 => "encode_e2m1",
+        let probe = match to {
+            Conversion::E4M3 => Probe::EncodeE4m3,
+            Conversion::E2M1 => Probe::EncodeE2m1,
         };
-        // The kernels for every element type have these.
-        let module = Module { dtype: DType::F32, set: Set::Local }.name();
-        let launch = kernels.for_elements(Entry { module, name }, EAGER_THREADS, u64::from(count / 4))?;
+        let launch = kernels.for_elements(probe.entry(), EAGER_THREADS, u64::from(count / 4))?;
         let parameters = Conversions { out: out.address(), first, count };
         // SAFETY: the entry point takes these parameters; `out` has room for all codes, and lives until `settle`.
         unsafe { kernels.launch(launch, &parameters, stream)? };

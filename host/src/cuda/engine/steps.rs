@@ -1,9 +1,10 @@
 //! Every [`Step`] as the kernels that it enqueues.
 
+use fused_collective_bench::{launch::EagerStep, table::EagerKernel};
 use fused_collective_core::{
     fusion::{Mode, Norm, Operation, Residual},
     kernels::{Epilogue, Family, Kernel, Module, Set},
-    launch::{Activations, Address, Local, Shape, Step as EagerStep},
+    launch::{Activations, Address, Local, Shape},
     quant::Quantization,
 };
 
@@ -13,7 +14,7 @@ use super::{
         communicator::TOO_MANY_TOKENS,
         driver::Handle,
         epilogue::{WithEpilogue, with_epilogue},
-        kernels::{Entry, Kernels},
+        kernels::Kernels,
         memory::GuardedMemory,
         tensors::DeviceTensor,
     },
@@ -119,35 +120,34 @@ impl Engine<'_> {
         let (wide_a, wide_b, per_token) = (at(Tensor::WideA), at(Tensor::WideB), at(Tensor::PerToken));
         let none = Address::NULL;
         let norm = problem.norm;
-        // Entry point, first and second operand, result, number.
-        let launches: &[(&'static str, Address, Address, Address, f32)] = &match eager {
+        // Kernel, first and second operand, result, number.
+        let launches: &[(EagerKernel, Address, Address, Address, f32)] = &match eager {
             Eager::AddResidual => vec![
-                ("eager_to_f32", at(Tensor::Reduced), none, wide_a, 0.0),
-                ("eager_to_f32", at(Tensor::Residual), none, wide_b, 0.0),
-                ("eager_add", wide_a, wide_b, wide_a, 0.0),
-                ("eager_round", wide_a, none, at(Tensor::ResidualOut), 0.0),
+                (EagerKernel::ToF32, at(Tensor::Reduced), none, wide_a, 0.0),
+                (EagerKernel::ToF32, at(Tensor::Residual), none, wide_b, 0.0),
+                (EagerKernel::Add, wide_a, wide_b, wide_a, 0.0),
+                (EagerKernel::Round, wide_a, none, at(Tensor::ResidualOut), 0.0),
             ],
-            Eager::WidenResidual => vec![("eager_to_f32", at(Tensor::ResidualOut), none, wide_a, 0.0)],
-            Eager::Square => vec![("eager_square", wide_a, none, wide_b, 0.0)],
-            // One kernel does both, to the advantage of the operation that it is part of.
-            Eager::Mean => vec![("eager_mean_rsqrt", wide_b, none, per_token, norm.epsilon)],
-            Eager::Rsqrt => vec![],
-            Eager::ScaleRows => vec![("eager_scale_rows", wide_a, per_token, wide_a, 0.0)],
-            Eager::Weight => vec![("eager_mul_weight", wide_a, at(Tensor::Gamma), wide_a, norm.weight_bias)],
-            Eager::RoundNorm => vec![("eager_round", wide_a, none, at(Tensor::NormOut), 0.0)],
-            Eager::WidenNorm => vec![("eager_to_f32", at(Tensor::NormOut), none, wide_a, 0.0)],
-            Eager::Rescale => vec![("eager_mul_inverse", wide_a, scale, wide_a, 0.0)],
-            Eager::Clamp => vec![("eager_clamp", wide_a, none, wide_a, 0.0)],
-            Eager::RoundFp8 => vec![("eager_to_fp8", wide_a, none, at(Tensor::QuantOut), 0.0)],
+            Eager::WidenResidual => vec![(EagerKernel::ToF32, at(Tensor::ResidualOut), none, wide_a, 0.0)],
+            Eager::Square => vec![(EagerKernel::Square, wide_a, none, wide_b, 0.0)],
+            Eager::MeanRsqrt => vec![(EagerKernel::MeanRsqrt, wide_b, none, per_token, norm.epsilon)],
+            Eager::ScaleRows => vec![(EagerKernel::ScaleRows, wide_a, per_token, wide_a, 0.0)],
+            Eager::Weight => {
+                vec![(EagerKernel::MulWeight, wide_a, at(Tensor::Gamma), wide_a, norm.weight_bias)]
+            }
+            Eager::RoundNorm => vec![(EagerKernel::Round, wide_a, none, at(Tensor::NormOut), 0.0)],
+            Eager::WidenNorm => vec![(EagerKernel::ToF32, at(Tensor::NormOut), none, wide_a, 0.0)],
+            Eager::Rescale => vec![(EagerKernel::MulInverse, wide_a, scale, wide_a, 0.0)],
+            Eager::Clamp => vec![(EagerKernel::Clamp, wide_a, none, wide_a, 0.0)],
+            Eager::RoundFp8 => vec![(EagerKernel::ToFp8, wide_a, none, at(Tensor::QuantOut), 0.0)],
         };
         let stream = self.handle();
         let groups = problem.hidden.div_ceil(EAGER_GROUP) as u32; // of at most 65,536 elements
         let threads = groups.next_multiple_of(32).min(EAGER_THREADS);
         let Shape { tokens, .. } = shape(problem)?;
         let kernels = self.communicator.kernels();
-        let module = Module { dtype: problem.dtype, set: Set::Local }.name();
-        for &(name, a, b, out, value) in launches {
-            let launch = kernels.for_elements(Entry { module, name }, threads, problem.tokens)?;
+        for &(kernel, a, b, out, value) in launches {
+            let launch = kernels.for_elements(kernel.entry(problem.dtype), threads, problem.tokens)?;
             let parameters =
                 EagerStep { a, b, out, tokens, hidden: problem.hidden as u32, value, reserved: 0 };
             // SAFETY: the entry point takes these parameters; the tensors have the shapes that it asks for, and live

@@ -27,8 +27,9 @@ use std::{
 };
 
 use cust::function::FunctionAttribute;
+use fused_collective_bench::{launch as bench, table};
 use fused_collective_core::{
-    kernels::{Family, Kernel, Module, Processor},
+    kernels::{Entry, Family, Kernel, Module, Processor},
     launch::{self, LAYOUT, MAX_BLOCKS, layout_of},
 };
 use fused_collective_kernels::Archive;
@@ -50,20 +51,6 @@ const FOLDER: &str = "ptx";
 pub const MAX_RANKS: u32 = launch::MAX_RANKS as u32;
 /// The most bytes of a module that is read: twenty times as many as the largest has.
 const MAX_MODULE_BYTES: u64 = 64 << 20;
-
-/// One entry point.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Entry {
-    /// The module that has it.
-    pub(crate) module: &'static str,
-    pub(crate) name: &'static str,
-}
-
-impl fmt::Display for Entry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} of {}", self.name, self.module)
-    }
-}
 
 /// The most clusters of `cluster` blocks of a grid of a kernel's.
 fn most_clusters(family: Family, cluster: u32) -> u32 {
@@ -234,7 +221,7 @@ impl Kernels {
     pub(crate) fn load(&mut self, module: &'static str) -> Result<(), Error> {
         let Slot::Vacant(slot) = self.modules.entry(module) else { return Ok(()) };
         slot.insert(match &self.folder {
-            Some(folder) => load_file(&folder.join(format!("{module}.ptx")))?,
+            Some(folder) => load_file(folder, module)?,
             None => load_carried(self.processor, self.capability, module)?,
         });
         Ok(())
@@ -276,7 +263,7 @@ impl Kernels {
         row_packs: u32,
         tokens: u64,
     ) -> Result<Launch, Error> {
-        let entry = |version| Entry { module: module.name(), name: kernel.entry(version) };
+        let entry = |version| module.entry(kernel, version);
         let (most, units) = (self.agreed_cluster, self.agreed_units);
         let clusters =
             iter::successors(Some(cluster), |&cluster| (cluster * 2 <= most).then_some(cluster * 2));
@@ -372,13 +359,15 @@ impl Kernels {
     }
 }
 
-fn load_file(file: &Path) -> Result<cust::module::Module, Error> {
+fn load_file(folder: &Path, module: &str) -> Result<cust::module::Module, Error> {
+    let file = folder.join(format!("{module}.ptx"));
     let remedy = "run `cargo xtask ptx`, which builds them, or use those that came with this program";
     let unusable = |why: &dyn fmt::Display| {
         Error::Kernels(format!("the kernels in {} cannot be used: {why}; {remedy}", file.display()))
     };
-    let text = bounded::read_to_string(file, MAX_MODULE_BYTES).map_err(|error| unusable(&error))?;
-    check_layout(&text).map_err(|why| unusable(&why))?;
+    let text = bounded::read_to_string(&file, MAX_MODULE_BYTES).map_err(|error| unusable(&error))?;
+    check_layout(layout_of(&text), LAYOUT).map_err(|why| unusable(&why))?;
+    check_benchmark(module, &text).map_err(|why| unusable(&why))?;
     let text = CString::new(text).map_err(|_| unusable(&"it holds a zero byte"))?;
     let module = cust::module::Module::from_ptx_cstr(&text, &[]);
     module.map_err(failed("load the kernels")).map_err(|error| unusable(&error))
@@ -390,15 +379,25 @@ fn load_carried(processor: Processor, capability: u32, name: &str) -> Result<cus
     let Some(module) = archive.module(processor.name, name) else {
         return Err(unusable(format!("{name} for {} is missing", processor.name)));
     };
+    let ptx = module.ptx().map_err(unusable)?;
+    check_benchmark(name, &String::from_utf8_lossy(&ptx)).map_err(unusable)?;
     // A driver older than the release of the assembler does not take its machine code.
     if let Some(code) = module.machine_code(capability).map_err(unusable)?
         && let Ok(module) = cust::module::Module::from_cubin(code, &[])
     {
         return Ok(module);
     }
-    let ptx = CString::new(module.ptx().map_err(unusable)?).map_err(unusable)?;
+    let ptx = CString::new(ptx).map_err(unusable)?;
     let module = cust::module::Module::from_ptx_cstr(&ptx, &[]);
     module.map_err(failed("load the kernels")).map_err(unusable)
+}
+
+/// Checks the launch layout of one of the benchmark's own modules.
+fn check_benchmark(module: &str, ptx: &str) -> Result<(), String> {
+    if table::modules().any(|name| name == module) {
+        return check_layout(bench::layout_of(ptx), bench::LAYOUT);
+    }
+    Ok(())
 }
 
 /// The best processor for the GPU that the library carries kernels for.
@@ -412,13 +411,13 @@ fn unusable(why: impl fmt::Display) -> Error {
     Error::Kernels(format!("the kernels in this library cannot be used: {why}"))
 }
 
-/// Checks that a module's kernels take what this program launches them with.
-fn check_layout(ptx: &str) -> Result<(), String> {
-    match layout_of(ptx) {
-        Some(LAYOUT) => Ok(()),
-        Some(other) => Err(format!(
-            "they were built for launch layout {other:#010x} and this program has {LAYOUT:#010x}, so they are of \
-             another version"
+/// Checks that a module's kernels, of launch layout `built`, take what this program, of layout `own`, launches them with.
+fn check_layout(built: Option<u32>, own: u32) -> Result<(), String> {
+    match built {
+        Some(built) if built == own => Ok(()),
+        Some(built) => Err(format!(
+            "they were built for launch layout {built:#010x} and this program has {own:#010x}, so they are of another \
+             version"
         )),
         None => {
             Err("they do not say which launch layout they were built for, as those of this version do"
@@ -495,10 +494,10 @@ mod tests {
     fn kernels_of_another_layout_or_without_end_are_refused() {
         let module =
             |layout: u32| format!(".visible .global .align 4 .u32 fused_collective_layout = {layout};\n");
-        assert_eq!(check_layout(&module(LAYOUT)), Ok(()));
-        let other = check_layout(&module(LAYOUT ^ 1)).unwrap_err();
+        assert_eq!(check_layout(layout_of(&module(LAYOUT)), LAYOUT), Ok(()));
+        let other = check_layout(Some(LAYOUT ^ 1), LAYOUT).unwrap_err();
         assert!(other.contains("another version") && other.contains(&format!("{LAYOUT:#010x}")), "{other}");
-        let none = check_layout(".version 8.6\n.visible .entry fill()\n").unwrap_err();
+        let none = check_layout(None, LAYOUT).unwrap_err();
         assert!(none.contains("do not say"), "{none}");
 
         // Before the driver sees any of it: there is none in this test.

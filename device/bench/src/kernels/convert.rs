@@ -2,7 +2,9 @@
 
 use core::array;
 
-use crate::{convert, params::Conversions, simt};
+use fused_collective_device::{convert, simt};
+
+use crate::launch::Conversions;
 
 /// E4M3: one byte for each pattern.
 ///

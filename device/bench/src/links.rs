@@ -1,7 +1,7 @@
-//! What ranks measure the links between them with: where in a rank's memory each peer writes, and what it writes.
+//! Memory to measure the links between ranks with: where in a rank's each peer writes, and what it writes.
 //!
 //! The memory is no workspace's, whose slots must hold the sentinel between operations. It has the same
-//! [header](crate::workspace::Header), in whose `slot_bytes` are the bytes of a place:
+//! [header](fused_collective_core::workspace::Header), in whose `slot_bytes` are the bytes of a place:
 //! ```text
 //! 0                  header
 //! HEADER_BYTES       a flag for each rank that writes here, at the start of a control line of its own
@@ -10,7 +10,7 @@
 //! A flag counts: it is only ever replaced by a larger count. A place is filled with a [pattern](pattern()) that tells
 //! who wrote it, in which run and where, so that what arrived can be held to what was sent.
 
-use crate::{
+use fused_collective_core::{
     MAX_WORLD_SIZE,
     pack::Pack,
     workspace::{CONTROL_BYTES, HEADER_BYTES, LINE_BYTES, SLOTS_OFFSET},
@@ -21,6 +21,9 @@ pub const PLACES_OFFSET: u64 = SLOTS_OFFSET;
 
 /// Round trips of a word before those that are timed: both ranks have begun by then.
 pub const WARM_UP_TRIPS: u32 = 16;
+
+/// The number of a wait for a flag: [`Status::hop`](fused_collective_core::launch::Status::hop).
+pub const HOP: u32 = 3;
 
 const _: () = assert!(MAX_WORLD_SIZE as u64 * LINE_BYTES <= CONTROL_BYTES);
 
@@ -41,7 +44,7 @@ pub const fn region_bytes(world_size: u32, place_bytes: u64) -> Option<u64> {
 /// Pack `index` of what rank `source` writes in run `run`.
 ///
 /// No two packs of a place are alike, and hardly any of two ranks or two runs in the same position. No word is the
-/// [sentinel](crate::lamport::SENTINEL).
+/// [sentinel](fused_collective_core::lamport::SENTINEL).
 #[inline(always)]
 pub const fn pattern(source: u32, run: u32, index: u32) -> Pack {
     // Odd factors, which lose no bit; the first is that of Knuth's multiplicative hash.

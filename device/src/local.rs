@@ -1,17 +1,18 @@
-//! An epilogue without a collective.
+//! An epilogue on a row that needs no collective: RMSNorm with or without a residual, quantization alone, and both in
+//! one pass, which is what a graph compiler makes of everything after an all-reduce.
 
 use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
     convert,
     epilogue::Epilogue,
-    params::Local,
-    row::{Prepared, Share, Team},
+    launch::Local,
+    row::{Prepared, Team, ThreadSlice},
     simt,
 };
 
-/// The kernel: adds the residual, if there is one, and applies the epilogue. `P` and `RESIDENT` as in the
-/// [collectives](crate::collective::one_shot).
+/// The kernel without a collective: adds the residual, if there is one, and applies the epilogue. `P` and `RESIDENT` as
+/// in the [collectives](crate::collective::one_shot).
 ///
 /// # Safety
 /// As the collectives'.
@@ -23,9 +24,9 @@ where
 {
     let Local { shape, activations, epilogue } = params;
     let mut team = Team::join(X::ROW_SUM);
-    let share = Share::<P, RESIDENT>::new(&team, shape);
+    let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     // SAFETY: as this function's; each pack of a tensor is one thread's. The same holds for the block below.
-    let prepared = unsafe { Prepared::<E, X, 2, P, RESIDENT>::new(epilogue, share, &team) };
+    let prepared = unsafe { Prepared::<E, X, 2, P, RESIDENT>::new(epilogue, slice, &team) };
     let has_residual = !activations.residual.is_null();
 
     simt::wait_for_prerequisites();
@@ -42,16 +43,16 @@ where
     while token < shape.tokens {
         // SAFETY: see above.
         unsafe {
-            prepared.complete(&mut team, shape, activations, token, |chunk, places, row| {
+            prepared.complete(&mut team, shape, activations, token, |chunk, indices, row| {
                 let mut residuals = [Pack::default(); P];
-                share.for_each(chunk, |p, _| {
-                    row[p] = simt::load(places[p].of(activations.input));
+                slice.for_each(chunk, |p, _| {
+                    row[p] = simt::load(indices[p].of(activations.input));
                     if has_residual {
-                        residuals[p] = simt::load(places[p].of(activations.residual));
+                        residuals[p] = simt::load(indices[p].of(activations.residual));
                     }
                 });
                 if has_residual {
-                    share.for_each(chunk, |p, _| row[p] = add::<E>(row[p], residuals[p]));
+                    slice.for_each(chunk, |p, _| row[p] = add::<E>(row[p], residuals[p]));
                 }
             });
         }

@@ -1,23 +1,23 @@
-//! What the links can do, measured with the collectives' own stores, polls and waits and nothing else.
+//! The links alone: the collectives' own stores, polls and waits, and nothing else.
 //!
-//! These kernels reach the memory that [`links`] describes, not the workspace. They leave the turns of the group's
+//! These kernels reach the memory that [`links`] describes, not the workspace. They leave the epochs of the group's
 //! operations as they are, and wait as the collectives do: never longer than the group allows, nor past the host's word.
 
 use core::num::NonZeroU32;
 
 use fused_collective_core::{
-    links::{self, PLACES_OFFSET, WARM_UP_TRIPS},
+    launch::{Address, Group, MAX_RANKS, Shape},
     pack::Pack,
 };
-
-use super::{Begun, peer, region, two_shot::deal, wait::Awaited};
-use crate::{
-    params::{Address, Group, MAX_RANKS, Meet, Ping, Pull, Push, Shape},
+use fused_collective_device::{
+    collective::{Awaited, Begun, deal, peer, region},
     simt,
 };
 
-/// [`Status::hop`](crate::params::Status::hop) of a wait for a flag.
-const HOP: u32 = 3;
+use crate::{
+    launch::{Meet, Ping, Pull, Push},
+    links::{self, HOP, PLACES_OFFSET, WARM_UP_TRIPS},
+};
 
 /// Waits for flags are part of no call. Their tokens count trips.
 const SHAPE: Shape = Shape { first_token: 0, total_tokens: 0, tokens: 0, row_packs: 0, call: u64::MAX };
@@ -50,7 +50,7 @@ pub unsafe fn meet(params: &Meet) {
     }
     // SAFETY: the group is as its documentation says, and a flag is accessed by pushes and polls alone.
     unsafe {
-        let mut begun = Begun::read(group, Begun::turn(group));
+        let mut begun = Begun::read(group, Begun::epoch(group));
         if !begun.waiter.failed {
             simt::push(flag(group, source, group.rank), Pack([params.count; 4]));
         }
@@ -79,7 +79,7 @@ pub unsafe fn ping(params: &Ping) {
     let leads = params.leads != 0;
     // SAFETY: as in `meet`.
     unsafe {
-        let mut begun = Begun::read(group, Begun::turn(group));
+        let mut begun = Begun::read(group, Begun::epoch(group));
         let (mut trip, mut began) = (0, simt::nanoseconds());
         while trip < params.trips && !begun.waiter.failed {
             if trip == WARM_UP_TRIPS {

@@ -1,6 +1,6 @@
-//! Groups of ranks on the host: the kernel that the table of entry points has for a case, run on every rank.
+//! Groups of ranks on the host: the kernel that the table has for a case, run on every rank.
 
-#![allow(dead_code, unreachable_pub, reason = "each test program uses a part of this")]
+#![allow(missing_docs, reason = "for tests alone, where fields and variants are called what they are")]
 
 use std::{
     mem::MaybeUninit,
@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use fused_collective_bench::{launch::EagerStep, table::EagerKernel};
 use fused_collective_core::{
     dtype::Element,
     fusion::{Mode, Operation},
@@ -18,9 +19,10 @@ use fused_collective_core::{
     reference::Rounding,
 };
 use fused_collective_device::{
-    baseline, collective,
-    epilogue::{Epilogue, Gathered},
-    params::{Activations, Fused, Group, Local, Plain, Shape, Status, Step, TIMED_OUT, Unquantized},
+    collective,
+    epilogue::Epilogue,
+    launch::{Activations, Fused, Group, Local, Plain, Shape, Status, TIMED_OUT, Unquantized},
+    local,
     simt::host::{Launch, launch},
 };
 
@@ -30,7 +32,7 @@ pub mod ranks;
 pub mod sequence;
 
 pub use cases::{Case, EVERYTHING, POISON, Random, Tensors, What};
-pub use memory::{Buffer, World};
+pub use memory::{Buffer, Runner, World};
 
 /// The collective to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -167,7 +169,7 @@ pub fn run_local<E: Element>(case: &Case<E>, tensors: &Tensors) {
     fn with<E: Element, X: Epilogue<E> + Sync>(operation: &Operation, tensors: &Tensors, epilogue: X) {
         let params = Local { shape: shape(operation), activations: tensors.activations(), epilogue };
         // SAFETY: the parameters are as their documentation says, and the geometry covers a row.
-        launch(geometry(operation, Rows::P1, 1, 2), || unsafe { baseline::local::<E, X, 1, true>(&params) });
+        launch(geometry(operation, Rows::P1, 1, 2), || unsafe { local::<E, X, 1, true>(&params) });
     }
     let operation = &case.operation;
     match operation.quantization {
@@ -182,9 +184,8 @@ pub fn run_local<E: Element>(case: &Case<E>, tensors: &Tensors) {
     }
 }
 
-/// Runs the primitive steps of RMSNorm and FP8 quantization, each a kernel of its own that `run` runs by its name, and
-/// holds what comes out of them to the reference. The buffers are those that a step reads and writes.
-pub fn eager_steps<E: Element>(random: &mut Random, run: impl Fn(&str, &Step, [&Buffer; 3])) {
+/// Runs the primitive steps of RMSNorm and FP8 quantization, each a kernel of its own, which `run` runs, and holds what comes out of them to the reference. The buffers are those that a step reads and writes.
+pub fn eager_steps<E: Element>(random: &mut Random, run: impl Fn(EagerKernel, &EagerStep, [&Buffer; 3])) {
     let mut case = Case::<E>::new(random, 1, 3, 96, true, What::Fp8);
     case.operation.keep_norm = true;
     let tensors = Tensors::new(&case, 0);
@@ -194,26 +195,27 @@ pub fn eager_steps<E: Element>(random: &mut Random, run: impl Fn(&str, &Step, [&
     let [x, y, z] = [wide(), wide(), wide()];
     let factors = Buffer::new(tokens as usize * 4, 0);
     let residual = tensors.residual.as_ref().unwrap();
-    let step = |name: &str, a: &Buffer, b: &Buffer, out: &Buffer, value: f32| {
+    let step = |kernel: EagerKernel, a: &Buffer, b: &Buffer, out: &Buffer, value: f32| {
         let [a_address, b_address, out_address] = [a, b, out].map(Buffer::address);
-        let step = Step { a: a_address, b: b_address, out: out_address, tokens, hidden, value, reserved: 0 };
-        run(name, &step, [a, b, out]);
+        let step =
+            EagerStep { a: a_address, b: b_address, out: out_address, tokens, hidden, value, reserved: 0 };
+        run(kernel, &step, [a, b, out]);
     };
     let unused = &factors;
-    step("to_f32", &tensors.input, unused, &x, 0.0);
-    step("to_f32", residual, unused, &y, 0.0);
-    step("add", &x, &y, &z, 0.0);
-    step("round", &z, unused, &tensors.residual_out, 0.0);
-    step("to_f32", &tensors.residual_out, unused, &x, 0.0);
-    step("square", &x, unused, &y, 0.0);
-    step("mean_rsqrt", &y, unused, &factors, norm.epsilon);
-    step("scale_rows", &x, &factors, &y, 0.0);
-    step("mul_weight", &y, &tensors.gamma, &z, norm.weight_bias);
-    step("round", &z, unused, &tensors.norm_out, 0.0);
-    step("to_f32", &tensors.norm_out, unused, &x, 0.0);
-    step("mul_inverse", &x, &tensors.scale, &y, 0.0);
-    step("clamp", &y, unused, &z, 0.0);
-    step("to_fp8", &z, unused, &tensors.values, 0.0);
+    step(EagerKernel::ToF32, &tensors.input, unused, &x, 0.0);
+    step(EagerKernel::ToF32, residual, unused, &y, 0.0);
+    step(EagerKernel::Add, &x, &y, &z, 0.0);
+    step(EagerKernel::Round, &z, unused, &tensors.residual_out, 0.0);
+    step(EagerKernel::ToF32, &tensors.residual_out, unused, &x, 0.0);
+    step(EagerKernel::Square, &x, unused, &y, 0.0);
+    step(EagerKernel::MeanRsqrt, &y, unused, &factors, norm.epsilon);
+    step(EagerKernel::ScaleRows, &x, &factors, &y, 0.0);
+    step(EagerKernel::MulWeight, &y, &tensors.gamma, &z, norm.weight_bias);
+    step(EagerKernel::Round, &z, unused, &tensors.norm_out, 0.0);
+    step(EagerKernel::ToF32, &tensors.norm_out, unused, &x, 0.0);
+    step(EagerKernel::MulInverse, &x, &tensors.scale, &y, 0.0);
+    step(EagerKernel::Clamp, &y, unused, &z, 0.0);
+    step(EagerKernel::ToFp8, &z, unused, &tensors.values, 0.0);
     tensors.check(&case, Rounding::Once);
 }
 
@@ -258,7 +260,7 @@ impl Run {
     }
 
     /// With a sharded residual or without.
-    fn either<E: Element, X: Gathered<E> + Send + Sync + 'static>(
+    fn either<E: Element, X: Epilogue<E> + Send + Sync + 'static>(
         &self,
         fusion: &str,
         epilogue: X,

@@ -10,16 +10,13 @@
 
 use fused_collective_core::{
     dtype::Element,
+    launch::Address,
     pack::Pack,
     quant::{e4m3, scale},
 };
+use fused_collective_device::{convert, row::Team, simt};
 
-use crate::{
-    convert,
-    params::{Address, Step},
-    row::Team,
-    simt,
-};
+use crate::launch::EagerStep;
 
 /// Elements that a thread takes at a time.
 const GROUP: u32 = 4;
@@ -30,7 +27,7 @@ const GROUP: u32 = 4;
 /// Called once by every thread of a grid without clusters, with 16-byte aligned tensors of the shape and types that
 /// this says.
 #[inline(always)]
-pub unsafe fn to_f32<E: Element>(step: &Step) {
+pub unsafe fn to_f32<E: Element>(step: &EagerStep) {
     // SAFETY: as this function's.
     for_each_group(step, |_, _, index| unsafe {
         store_f32(step.out, index, load_elements::<E>(step.a, index))
@@ -42,7 +39,7 @@ pub unsafe fn to_f32<E: Element>(step: &Step) {
 /// # Safety
 /// As [`to_f32`].
 #[inline(always)]
-pub unsafe fn add(step: &Step) {
+pub unsafe fn add(step: &EagerStep) {
     for_each_group(step, |_, _, index| {
         // SAFETY: as this function's.
         unsafe {
@@ -57,7 +54,7 @@ pub unsafe fn add(step: &Step) {
 /// # Safety
 /// As [`to_f32`].
 #[inline(always)]
-pub unsafe fn round<E: Element>(step: &Step) {
+pub unsafe fn round<E: Element>(step: &EagerStep) {
     for_each_group(step, |_, _, index| {
         // SAFETY: as this function's.
         unsafe {
@@ -80,7 +77,7 @@ pub unsafe fn round<E: Element>(step: &Step) {
 /// # Safety
 /// As [`to_f32`].
 #[inline(always)]
-pub unsafe fn square(step: &Step) {
+pub unsafe fn square(step: &EagerStep) {
     // SAFETY: as this function's.
     for_each_group(step, |_, _, index| unsafe {
         store_f32(step.out, index, load_f32(step.a, index).map(|value| value * value));
@@ -92,7 +89,7 @@ pub unsafe fn square(step: &Step) {
 /// # Safety
 /// As [`to_f32`].
 #[inline(always)]
-pub unsafe fn mean_rsqrt(step: &Step) {
+pub unsafe fn mean_rsqrt(step: &EagerStep) {
     let mut team = Team::join(true);
     team.clear();
     simt::wait_for_prerequisites();
@@ -123,7 +120,7 @@ pub unsafe fn mean_rsqrt(step: &Step) {
 /// # Safety
 /// As [`to_f32`].
 #[inline(always)]
-pub unsafe fn scale_rows(step: &Step) {
+pub unsafe fn scale_rows(step: &EagerStep) {
     for_each_group(step, |token, _, index| {
         // SAFETY: as this function's.
         unsafe {
@@ -138,7 +135,7 @@ pub unsafe fn scale_rows(step: &Step) {
 /// # Safety
 /// As [`to_f32`].
 #[inline(always)]
-pub unsafe fn mul_weight<E: Element>(step: &Step) {
+pub unsafe fn mul_weight<E: Element>(step: &EagerStep) {
     for_each_group(step, |_, group, index| {
         // SAFETY: as this function's.
         unsafe {
@@ -158,7 +155,7 @@ pub unsafe fn mul_weight<E: Element>(step: &Step) {
 /// # Safety
 /// As [`to_f32`].
 #[inline(always)]
-pub unsafe fn mul_inverse(step: &Step) {
+pub unsafe fn mul_inverse(step: &EagerStep) {
     for_each_group(step, |_, _, index| {
         // SAFETY: as this function's.
         unsafe {
@@ -173,7 +170,7 @@ pub unsafe fn mul_inverse(step: &Step) {
 /// # Safety
 /// As [`to_f32`].
 #[inline(always)]
-pub unsafe fn clamp(step: &Step) {
+pub unsafe fn clamp(step: &EagerStep) {
     // SAFETY: as this function's.
     for_each_group(step, |_, _, index| unsafe {
         store_f32(step.out, index, load_f32(step.a, index).map(|value| value.clamp(-e4m3::MAX, e4m3::MAX)));
@@ -185,7 +182,7 @@ pub unsafe fn clamp(step: &Step) {
 /// # Safety
 /// As [`to_f32`].
 #[inline(always)]
-pub unsafe fn to_fp8(step: &Step) {
+pub unsafe fn to_fp8(step: &EagerStep) {
     for_each_group(step, |_, _, index| {
         // SAFETY: as this function's.
         unsafe {
@@ -198,7 +195,7 @@ pub unsafe fn to_fp8(step: &Step) {
 
 /// Calls `each` with a row, a group of four in it, and the group's index in the whole tensor.
 #[inline(always)]
-fn for_each_group(step: &Step, each: impl Fn(u32, u32, usize)) {
+fn for_each_group(step: &EagerStep, each: impl Fn(u32, u32, usize)) {
     simt::wait_for_prerequisites();
     simt::launch_dependents();
     let groups = step.hidden / GROUP;

@@ -1,8 +1,9 @@
-//! Whether a dependent kernel sees finished outputs.
+//! A check that a dependent kernel sees finished outputs.
 
 use fused_collective_core::pack::Pack;
+use fused_collective_device::simt;
 
-use crate::{params::Audit, simt};
+use crate::launch::Audit;
 
 /// The kernel: any grid. It reads what the kernel before wrote, holds it to what that should be, and writes poison over
 /// it, so that the next one that writes there is held to its own writing and not to an earlier one's.

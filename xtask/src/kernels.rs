@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use fused_collective_bench::{launch as bench, table};
-use fused_collective_build::{Assembly, Bounds, Entry, Error, Kernels, Module, Processor};
+use fused_collective_build::{Assembly, Entry, Error, Kernels, Module, Processor};
 use fused_collective_core::{
     dtype::DType,
     kernels::{self, Set},
@@ -51,8 +51,7 @@ pub(crate) fn build(processors: &[Processor], assembly: Assembly) -> Result<Vec<
         Some(module) => kernels::bounds(entry.processor.name(), module.dtype, module.set, entry.name),
         None => table::BOUNDS,
     };
-    let kernels = package(MODULES, processors, assembly)?.output(folder()?);
-    let modules = complete(kernels.bounds(move |entry| as_built(bounds(entry))))?;
+    let modules = complete(package(MODULES, processors, assembly)?.output(folder()?).bounds(bounds))?;
     let expected: BTreeSet<_> =
         kernels::Module::all().map(kernels::Module::name).chain(table::modules()).collect();
     for processor in processors {
@@ -82,9 +81,9 @@ pub(crate) fn build_examples(processors: &[Processor], assembly: Assembly) -> Re
         let kernels = package(&example, processors, assembly)?;
         let kernels = kernels.output(folder()?.with_file_name("ptx-examples"));
         // Theirs are for four ranks.
-        modules.extend(complete(kernels.bounds(|entry| {
-            as_built(kernels::bounds(entry.processor.name(), DType::Bf16, Set::Group4, entry.name))
-        }))?);
+        let bounds =
+            |entry: &Entry<'_>| kernels::bounds(entry.processor.name(), DType::Bf16, Set::Group4, entry.name);
+        modules.extend(complete(kernels.bounds(bounds))?);
     }
     Ok(modules)
 }
@@ -102,10 +101,6 @@ fn package(folder: &str, processors: &[Processor], assembly: Assembly) -> Result
         .cache(cmd::target_directory()?)
         .lock_file(cmd::root().join("Cargo.lock"))
         .install(true))
-}
-
-fn as_built(kernels::Bounds { threads, blocks }: kernels::Bounds) -> Bounds {
-    Bounds { threads, blocks }
 }
 
 /// Builds, and sees that every module has the launch layout. Of kernels that are refused, all are shown.

@@ -59,9 +59,10 @@ use std::{
     thread,
 };
 
-pub use bounds::{Bounds, Entry};
+pub use bounds::Entry;
 pub use check::{Assembly, Module, Report};
 pub use error::{Error, Fault, FaultKind};
+pub use fused_collective_core::kernels::Bounds;
 pub use processor::{Processor, UnknownProcessor};
 pub use ptxas::{Function, Ptxas};
 pub use toolchain::Toolchain;

@@ -1,11 +1,11 @@
-//! Whatever is wrong with what the program is asked to do, it says in one line what and what would be right, exits with
-//! status 2, and has started and changed nothing.
+//! An invalid command line ends in one line that names the value and the valid ones, and in status 2. Nothing was started or
+//! changed.
 
 use std::{fs, path::Path, process::Command};
 
 use fused_collective_tests::{bench, command, run};
 
-/// Runs the program, which must refuse: the line, which must contain each of `parts`.
+/// Runs the program, which must refuse its command line. Returns the line, which must contain each of `parts`.
 #[track_caller]
 fn refused(command: &mut Command, parts: &[&str]) -> String {
     let folder = tempfile::tempdir().unwrap();
@@ -139,7 +139,7 @@ fn outputs_that_cannot_be_written_are_found_before_the_benchmark_runs() {
             refused(bench.arg(option).arg(&path), &[option, path.to_str().unwrap(), why]);
         }
     }
-    // Not even root may create a file there.
+    // Not even root can create a file there.
     refused_options("--json /proc/report.json", &["--json", "/proc/report.json"]);
 }
 

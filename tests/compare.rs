@@ -1,4 +1,4 @@
-//! `--compare`: an earlier report against this run.
+//! `--compare`: the comparison of an earlier report with this run.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 const OPTIONS: &str = "--num-tokens 2 3 --hidden-dim 64 --quant-modes none --trials 3 --warmup 0";
 const ONESHOT: &str = "fused_allreduce_rmsnorm_oneshot";
 const CUSTOM: &str = "standard_allreduce_custom_rms_norm";
-/// A factor that no two runs of this machine differ by.
+/// A factor larger than the difference of any two runs.
 const FAR: f64 = 1e6;
 
 /// An earlier report of `OPTIONS`, as JSON.
@@ -63,7 +63,7 @@ impl Compared {
         self.folder.path().join("now.json")
     }
 
-    /// What stands below the tables of the run.
+    /// The text below the tables of the run.
     fn comparison(&self) -> &str {
         let begin = "Compared with the earlier report; a ratio above 1 is slower\n";
         self.outcome.stdout.split_once(begin).unwrap_or_else(|| panic!("{}", self.outcome)).1
@@ -188,7 +188,7 @@ fn the_earlier_report_can_be_replaced_by_this_one() {
     assert_ne!(Report::read(&file).created, "2020-02-02T02:02:02Z");
 }
 
-/// The run must be refused before anything runs, with this line.
+/// The program must refuse the comparison before anything runs, with this line.
 #[track_caller]
 fn refused(options: &str, earlier: &Value, line: &str) {
     let Compared { folder, outcome } = Compared::run(options, earlier);
@@ -225,7 +225,7 @@ fn an_earlier_report_may_come_through_a_pipe() {
     let pipe = folder.path().join("earlier");
     assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
     let text = earlier().to_string();
-    // Whoever opens it a second time waits for a writer that never comes.
+    // A second reader would wait for a writer that never comes.
     let (named, written) = (pipe.clone(), text.clone());
     let writer = thread::spawn(move || fs::write(named, written));
     let outcome = run(bench(OPTIONS).arg("--compare").arg(&pipe).args(["--tolerance", "100000000"]));

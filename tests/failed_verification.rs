@@ -1,11 +1,8 @@
-//! A variant whose results are wrong is FAILED with the reason, in every form of the report, and the others are measured
-//! as if nothing were.
+//! A variant with wrong results is FAILED with the reason, in every form of the report. The others are measured as usual.
 //!
-//! The program has no switch that makes a backend wrong, so these tests run its benchmark on a backend that is: the
-//! CPU's, with one output changed after the fused one-shot operation.
+//! The tests run the benchmark on a wrong backend: the CPU's, with one output changed after the fused one-shot operation.
 
 use std::{
-    os::fd::AsFd,
     process::id,
     sync::atomic::{AtomicU32, Ordering},
     thread,
@@ -13,30 +10,46 @@ use std::{
 };
 
 use fused_collective::{
-    bench,
-    collective::{Collective, Error, Problem, Step, Tensor},
-    cpu::{self, Communicator, Engine, Watch},
+    cpu::{self, Communicator},
+    group::rendezvous::{Group, Membership},
+};
+use fused_collective_cli::{
+    backend::{
+        collective::Collective,
+        cpu::Engine,
+        error::Error,
+        problem::{Problem, Tensor},
+        steps::Step,
+    },
+    commands::bench::{
+        report::{
+            data::{Report, Row, RowOutcome},
+            json, markdown, plot, table,
+        },
+        run,
+        settings::Settings,
+    },
+    measurement::Kind,
     peers::Peers,
-    rendezvous::{Group, Membership},
-    report::{Kind, Outcome, Report, Row, json, markdown, plot, progress::Progress, table},
-    settings::{QuantMode, Settings},
+    quant_mode::QuantMode,
+    report::{grid, progress::Progress},
 };
 use fused_collective_core::{fusion::Mode, plan::Limits};
 
 const RANKS: u32 = 2;
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What is wrong with the fused one-shot operation.
+/// The fault of the fused one-shot operation.
 #[derive(Clone, Copy)]
 struct Fault {
     tensor: Tensor,
     /// From the start of the tensor, in bytes.
     offset: u64,
-    /// What is written there.
+    /// The bytes that are written there.
     bytes: &'static [u8],
-    /// On which rank, if not on all.
+    /// The rank, if not all.
     rank: Option<u32>,
-    /// In the first run alone: it comes and goes.
+    /// True if only the first run is wrong.
     once: bool,
 }
 
@@ -46,7 +59,7 @@ struct Faulty {
     fault: Fault,
     here: bool,
     runs: u32,
-    /// What ran without being timed, as each variant does to be verified.
+    /// The steps of untimed runs, in which variants are verified.
     ran: Vec<Vec<Step>>,
 }
 
@@ -77,7 +90,7 @@ impl Collective for Faulty {
 
     fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
         assert_ne!(steps, [Step::Fused(Mode::OneShot)], "a variant that is wrong was timed");
-        // An all-reduce by itself is no variant: its times say which the separate operations should have.
+        // An all-reduce by itself is no variant. It is timed to choose one for the separate operations.
         let is_variant = !matches!(steps, [Step::AllReduce(_)]);
         assert!(!is_variant || self.ran.iter().any(|ran| ran == steps), "{steps:?} is timed first");
         self.engine.time(steps, operations)
@@ -115,22 +128,21 @@ fn settings(quant_mode: QuantMode) -> Settings {
     }
 }
 
-/// The report of a benchmark with this fault, ranks as threads.
+/// The report of a benchmark with this fault. Ranks are threads.
 fn report(settings: &Settings, fault: Fault) -> Report {
     static GROUPS: AtomicU32 = AtomicU32::new(0);
     let key = format!("faulty {} {}", id(), GROUPS.fetch_add(1, Ordering::Relaxed));
-    let layout = cpu::layout(RANKS, settings.hidden_dim * 4).unwrap();
-    let memory = cpu::create_shared_memory(&layout).unwrap();
+    let max_row_bytes = settings.hidden_dim * 4;
     let rank = |rank| {
         let membership = Membership { rank, world_size: RANKS, key: &key, config: b"", deadline: DEADLINE };
         let group = Group::join(&membership).unwrap();
         let communicator =
-            Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::new(|| None)).unwrap();
+            Communicator::join(&group, cpu::Options { max_row_bytes, deadline: DEADLINE }).unwrap();
         let here = fault.rank.is_none_or(|only| only == rank);
         let mut backend = Faulty { engine: Engine::new(communicator), fault, here, runs: 0, ran: Vec::new() };
         let mut report = Report::new(vec!["bench".to_owned()], "cpu", RANKS, settings.clone());
         let mut peers = Peers::default();
-        bench::run(settings, &group, &mut backend, &mut peers, &Progress::hidden(), |measured| {
+        run::run(settings, &group, &mut backend, &mut peers, &Progress::hidden(), |measured| {
             report.push(measured.case, measured.notes, measured.variants);
         })
         .unwrap();
@@ -147,7 +159,7 @@ fn report(settings: &Settings, fault: Fault) -> Report {
     })
 }
 
-/// The one-shot variant alone fails, for a reason with this in it.
+/// Only the one-shot variant fails, with a reason that contains `reason`.
 #[track_caller]
 fn check(quant_mode: QuantMode, fault: Fault, reason: &str) -> Report {
     let report = report(&settings(quant_mode), fault);
@@ -217,7 +229,7 @@ fn a_result_that_comes_and_goes_is_found() {
     check(QuantMode::None, fault, "a repeated run gave other bits");
 }
 
-/// The backend itself fails the run if the variant is timed all the same, or any before it was run to be checked.
+/// The backend panics if the wrong variant is timed, or any variant before its verification.
 #[test]
 fn no_variant_is_timed_before_it_is_verified_and_a_wrong_one_never() {
     let report = check(QuantMode::Fp8, fault(Tensor::QuantOut, 2 * 48 + 5, &[0x7e]), "quant_out[2, 5]");
@@ -233,7 +245,7 @@ fn every_form_of_the_report_says_failed_and_why() {
     let variant = "fused_allreduce_rmsnorm_oneshot";
     let (_, _, reason) = report.failures().next().unwrap();
     let line = format!("FAILED {variant}: {reason}\n");
-    let table = table::configuration(&report.configurations[0], table::WIDTH);
+    let table = table::configuration(&report.configurations[0], grid::WIDTH);
     let row = table.lines().find(|line| line.starts_with(variant)).unwrap();
     assert_eq!(row.split_whitespace().collect::<Vec<_>>(), [variant, "FAILED", "-", "-", "-", "-", "-"]);
     assert!(table.ends_with(&line), "{table}");
@@ -243,5 +255,5 @@ fn every_form_of_the_report_says_failed_and_why() {
     assert!(plot::to_svg(&report).unwrap().contains(&format!("{variant}: FAILED")));
     let read = json::parse(&json::to_string(&report).unwrap()).unwrap();
     let failed = &read.configurations[0].rows.iter().find(|row| row.variant == variant).unwrap().outcome;
-    assert_eq!(*failed, Outcome::Failed { reason: reason.to_owned() });
+    assert_eq!(*failed, RowOutcome::Failed { reason: reason.to_owned() });
 }

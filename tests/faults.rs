@@ -1,9 +1,9 @@
-//! `fused-collective faults`: on the CPU backend every fault in every phase of a group's life is reported by every other
-//! rank in time, and nothing is left of it.
+//! `fused-collective faults` on the CPU backend: every other rank reports every fault in every phase in time, and nothing is
+//! left behind.
 
 use std::process::Command;
 
-use fused_collective::faults::{Case, Fault, Phase};
+use fused_collective_cli::commands::faults::case::{Case, Fault, Phase};
 use fused_collective_tests::{command, run};
 
 fn faults(options: &str) -> Command {
@@ -12,7 +12,7 @@ fn faults(options: &str) -> Command {
     command
 }
 
-/// Runs `cases` in a group of `ranks`, all of which go as promised, and returns their lines.
+/// Runs `cases` in a group of `ranks`. All must succeed. Returns their lines.
 #[track_caller]
 fn promised(ranks: u32, cases: &[Case]) -> Vec<String> {
     let names: Vec<String> = cases.iter().map(Case::to_string).collect();

@@ -1,11 +1,10 @@
 //! `fused-collective links` on real rank processes.
 //!
-//! The JSON is written down a second time, so that a field that is renamed, added or left out by mistake is found. What is
-//! wrong is shown with a backend whose memory is said to be: the program has no switch that makes one wrong.
+//! The JSON schema is written a second time, which finds a field that is renamed, added or left out by mistake. Wrong bytes
+//! come from a backend that reports them.
 
 use std::{
     fs,
-    os::fd::AsFd,
     process::{Command, id},
     sync::atomic::{AtomicU32, Ordering},
     thread,
@@ -13,14 +12,30 @@ use std::{
 };
 
 use fused_collective::{
-    bench,
-    collective::{Collective, Error, Problem, Step, Tensor},
-    cpu::{self, Communicator, Engine, Watch},
-    links::{self, Exercise, Links, Measure},
+    cpu::{self, Communicator},
+    group::rendezvous::{Group, Membership},
+};
+use fused_collective_cli::{
+    backend::{
+        collective::Collective,
+        cpu::Engine,
+        error::Error,
+        links::{Exercise, Links, Measure},
+        problem::{Problem, Tensor},
+        steps::Step,
+    },
+    commands::{
+        bench::{
+            self,
+            report::{data, json},
+        },
+        links::run::run as measure_links,
+    },
+    job::options::JobOptions,
+    measurement::Kind,
     peers::Peers,
-    rendezvous::{Group, Membership},
-    report::{Kind, Report as BenchReport, json, progress::Progress},
-    settings::{QuantMode, Settings as BenchSettings},
+    quant_mode::QuantMode,
+    report::progress::Progress,
 };
 use fused_collective_core::plan::Limits;
 use fused_collective_tests::{LIMIT, Running, command, report::Machine, run};
@@ -108,7 +123,7 @@ struct Outcome {
 }
 
 impl Outcome {
-    /// Holds the figures to the times that they are said to come from.
+    /// Checks the figures against the times.
     #[track_caller]
     fn check(&self, unit: &str, bytes: u64) {
         assert_eq!(self.status, "verified");
@@ -184,12 +199,12 @@ fn the_links_of_two_and_of_three_ranks_are_measured_each_way() {
         all.outcome.check("gb_s", place_bytes * u64::from(ranks - 1));
         assert_eq!((all.blocks, push_gb_s), (None, Some(all.outcome.median)));
         assert!((copy.gb_s / (2e-3 * copy.bytes as f64 / copy.time_us) - 1.0).abs() < 1e-9, "{copy:?}");
-        let line = format!("push rate: {:.1} GB/s out of every rank at the same time\n", all.outcome.median);
+        let line = format!("all-to-all put bandwidth: {:.1} GB/s out of every rank\n", all.outcome.median);
         assert!(outcome.stdout.ends_with(&line), "{outcome}");
     }
 }
 
-/// A run of four ranks on the same few processors, which takes a while, just begun.
+/// A run of four ranks that has just begun. It takes a while on a few processors.
 fn begun(deadline: u64) -> (Running, Instant) {
     let running = Running::start(&mut links(&format!("--nproc-per-node 4 --deadline {deadline}")));
     running.wait_for_stdout("cpu backend, 4 ranks", LIMIT);
@@ -228,10 +243,10 @@ fn a_file_that_cannot_be_written_is_found_before_anything_runs() {
     assert_eq!(outcome.stdout, "");
 }
 
-/// The hidden size of what is benchmarked.
+/// The hidden size of the benchmark.
 const HIDDEN: u64 = 48;
 
-/// The CPU backend, said to have GPUs, whose links on rank 1 find something wrong with what comes in `harmed`.
+/// The CPU backend that claims to have GPUs. Its links on rank 1 report wrong bytes of `harmed`.
 struct Faulty {
     engine: Engine,
     harmed: Exercise,
@@ -329,18 +344,17 @@ impl Links for FaultyLinks<'_> {
     }
 }
 
-/// What two ranks, which are threads, make of a faulty backend.
+/// The results of `work` on two ranks, which are threads, with a faulty backend.
 fn on_two_ranks<T: Send>(harmed: Exercise, work: impl Fn(&Group, &mut Faulty) -> T + Sync) -> [T; 2] {
     const DEADLINE: Duration = Duration::from_secs(60);
     static GROUPS: AtomicU32 = AtomicU32::new(0);
     let key = format!("faulty links {} {}", id(), GROUPS.fetch_add(1, Ordering::Relaxed));
-    let layout = cpu::layout(2, 4 * HIDDEN).unwrap();
-    let memory = cpu::create_shared_memory(&layout).unwrap();
+    let max_row_bytes = 4 * HIDDEN;
     let rank = |rank| {
         let membership = Membership { rank, world_size: 2, key: &key, config: b"", deadline: DEADLINE };
         let group = Group::join(&membership).unwrap();
         let communicator =
-            Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::nobody()).unwrap();
+            Communicator::join(&group, cpu::Options { max_row_bytes, deadline: DEADLINE }).unwrap();
         let mut backend = Faulty { engine: Engine::new(communicator), harmed };
         let result = work(&group, &mut backend);
         group.farewell().unwrap();
@@ -356,7 +370,7 @@ fn on_two_ranks<T: Send>(harmed: Exercise, work: impl Fn(&Group, &mut Faulty) ->
 fn what_arrives_wrong_has_no_figure_on_any_rank() {
     let harmed = Exercise::Push { from: 0, to: 1, polled: true };
     let [first, second] =
-        on_two_ranks(harmed, |group, backend| links::run(group, backend, &Progress::hidden()).unwrap());
+        on_two_ranks(harmed, |group, backend| measure_links(group, backend, &Progress::hidden()).unwrap());
     assert_eq!(first, second, "all ranks have the same figures");
     assert_eq!(first.pairs.len(), 8);
     for (measure, timed) in &first.pairs {
@@ -367,22 +381,23 @@ fn what_arrives_wrong_has_no_figure_on_any_rank() {
 }
 
 #[test]
-fn a_benchmark_on_gpus_says_how_much_of_what_the_links_allow_the_fused_operation_uses() {
-    let settings = BenchSettings {
+fn a_benchmark_on_gpus_compares_the_fused_operation_with_the_put_bandwidth() {
+    let settings = bench::settings::Settings {
         num_tokens: vec![8, 2],
         hidden_dim: HIDDEN,
         quant_modes: vec![QuantMode::None],
         warmup: 0,
         trials: 3,
-        ..BenchSettings::default()
+        ..bench::settings::Settings::default()
     };
     let bench = |harmed, oversubscribe| {
-        let settings = BenchSettings { oversubscribe, ..settings.clone() };
+        let job = JobOptions { oversubscribe, ..JobOptions::default() };
+        let settings = bench::settings::Settings { job, ..settings.clone() };
         let [report, _] = on_two_ranks(harmed, |group, backend| {
-            let mut report = BenchReport::new(Vec::new(), "cuda", 2, settings.clone());
+            let mut report = data::Report::new(Vec::new(), "cuda", 2, settings.clone());
             let mut peers = Peers::default();
-            bench::run(&settings, group, backend, &mut peers, &Progress::hidden(), |measured| {
-                report.push_gb_s = measured.push_gb_s;
+            bench::run::run(&settings, group, backend, &mut peers, &Progress::hidden(), |measured| {
+                report.push_gb_s = measured.put_gb_s;
                 report.push(measured.case, measured.notes, measured.variants);
             })
             .unwrap();
@@ -390,9 +405,8 @@ fn a_benchmark_on_gpus_says_how_much_of_what_the_links_allow_the_fused_operation
         });
         report
     };
-    let said = |report: &BenchReport| -> Vec<Option<String>> {
-        let about_links =
-            |note: &&String| note.contains(" can push ") || note.contains("what the links allow");
+    let said = |report: &data::Report| -> Vec<Option<String>> {
+        let about_links = |note: &&String| note.contains("all-to-all put bandwidth");
         report.configurations.iter().map(|one| one.notes.iter().find(about_links).cloned()).collect()
     };
     let none = Exercise::Word { from: 0, to: 1 };
@@ -401,16 +415,16 @@ fn a_benchmark_on_gpus_says_how_much_of_what_the_links_allow_the_fused_operation
     let fused = report.configurations[0].rows.iter().filter(|row| row.kind == Kind::Fused);
     let bandwidth = fused.map(|row| row.figures().unwrap().bus_bandwidth_gb_s).fold(0.0, f64::max);
     let expected = format!(
-        "every rank can push {rate:.1} GB/s to all others at the same time: the fastest fused variant's bus \
-         bandwidth, {bandwidth:.1} GB/s, is {:.0}% of that",
+        "the all-to-all put bandwidth is {rate:.1} GB/s: the fastest fused variant's bus bandwidth, \
+         {bandwidth:.1} GB/s, is {:.0}% of it",
         bandwidth / rate * 100.0
     );
-    // Where there are most tokens.
+    // In the configuration with the most tokens.
     assert_eq!(said(&report), [Some(expected), None]);
     assert_eq!(json::parse(&json::to_string(&report).unwrap()).unwrap(), report);
 
-    // Not if what was pushed arrived wrong, nor if there are no links.
-    let wrong = "what the links allow is not known: rank 1: what rank 0 sent is wrong".to_owned();
+    // Not if bytes arrived wrong, nor without links.
+    let wrong = "the all-to-all put bandwidth is not known: rank 1: what rank 0 sent is wrong".to_owned();
     let all = Exercise::PushAll { blocks: None };
     for (report, expected) in [(bench(all, false), Some(wrong)), (bench(none, true), None)] {
         assert_eq!((report.push_gb_s, said(&report)), (None, vec![expected, None]));

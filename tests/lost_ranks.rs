@@ -1,5 +1,5 @@
-//! Whatever ends a rank or the program itself: all of it ends soon, one line says what happened, and nothing is left:
-//! no process, no shared memory, no file.
+//! After any end of a rank or of the program, all processes end soon, one line gives the reason, and nothing is left: no
+//! process, no shared memory, no file.
 
 use std::{
     collections::BTreeSet,
@@ -14,16 +14,16 @@ use fused_collective_tests::{LIMIT, Outcome, Running, bench};
 use rustix::process::{Pid, Signal, kill_process_group};
 use tempfile::TempDir;
 
-/// Longest wait of a rank for another, where nothing else can tell that it is lost.
+/// Longest wait of a rank for another, if nothing else shows that it is lost.
 const DEADLINE: Duration = Duration::from_secs(2);
-/// The same where its end must be noticed at once: so long that no run which waits for it would end in time.
+/// A deadline for ends that must be noticed at once. A run that waits for it would not end in time.
 const LONG_DEADLINE: Duration = Duration::from_secs(60);
-/// For the kernel and a busy machine to carry out what has been decided.
+/// Time for the kernel and a busy machine.
 const SLACK: Duration = Duration::from_secs(6);
 const OUTPUTS: [(&str, &str); 3] =
     [("--output-file", "report.md"), ("--json", "report.json"), ("--plot", "report.svg")];
 
-/// A run far longer than any test, which has got as far as it was let.
+/// A run that is far longer than any test.
 struct Job {
     running: Running,
     folder: TempDir,
@@ -31,7 +31,7 @@ struct Job {
 }
 
 impl Job {
-    /// Ranks that are just being started. The first configuration is a short one, the next ones move megabytes.
+    /// A run whose ranks are starting. Its first configuration is short, and the next ones move megabytes.
     fn begun(ranks: u32, deadline: Duration) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut command = bench(&format!(
@@ -44,13 +44,13 @@ impl Job {
             command.args([option, name]);
         }
         fs::create_dir(folder.path().join("tmp")).unwrap();
-        // As a shell would, a group of its own, so that Ctrl-C can be pressed.
+        // A process group of its own, as from a shell, so that a test can send Ctrl-C.
         command.current_dir(folder.path()).env("TMPDIR", folder.path().join("tmp")).process_group(0);
         let shared_memory = shared_memory();
         Job { running: Running::start(&mut command), folder, shared_memory }
     }
 
-    /// Ranks in the middle of operations on megabytes.
+    /// A run in the middle of operations on megabytes.
     fn under_way(ranks: u32, deadline: Duration) -> Self {
         let job = Job::begun(ranks, deadline);
         job.running.wait_for_stdout("num_tokens=1, dtype=bfloat16", LIMIT);
@@ -62,7 +62,7 @@ impl Job {
         self.running.signal(self.running.wait_for_rank(rank, LIMIT), signal);
     }
 
-    /// How the run ended, at most `within` (and some slack) after this call, with nothing left of it.
+    /// Waits for the end of the run, at most `within` and some slack. Nothing of it must be left.
     fn end(self, within: Duration) -> Outcome {
         let began = Instant::now();
         let outcome = self.running.wait(LIMIT);
@@ -85,7 +85,7 @@ fn names(folder: &Path) -> BTreeSet<OsString> {
     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect()
 }
 
-/// The shared memory that has a name.
+/// The names of shared memory.
 fn shared_memory() -> BTreeSet<OsString> {
     let folder = Path::new("/dev/shm");
     if folder.exists() { names(folder) } else { BTreeSet::new() }

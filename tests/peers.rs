@@ -1,7 +1,7 @@
-//! Peers: other packages' rows in the same report, and what becomes of a peer that is missing, fails, lies or hangs.
+//! Peers: the rows of other packages in the same report, and peers that are missing, fail, hang or write nonsense.
 //!
-//! `--python` names a program that takes Python's place and plays a part, so that none of this needs a package. What the
-//! real program says to a Python without packages is tested, too.
+//! `--python` names a program that plays a part in place of Python, so the tests need no package. A test runs the real
+//! program with a Python without packages.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command, time::Duration};
 
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 const OPTIONS: &str = "--num-tokens 1 2 --hidden-dim 32 --quant-modes none --trials 3 --warmup 0";
 
-/// What every part begins with. A part is the body of `measure`, which returns rows and notes.
+/// The frame of every part. A part is the body of `measure`, which returns rows and notes.
 const FAKE: &str = r#"#!/usr/bin/env python3
 import json, os, subprocess, sys, time
 
@@ -59,7 +59,7 @@ fn command(python: &str, options: &str) -> Command {
     command
 }
 
-/// A run with a peer that plays `part`: how it ended, and its report.
+/// The outcome and the report of a run with a peer that plays `part`.
 fn play(part: &str, options: &str) -> (Outcome, Report) {
     let folder = tempfile::tempdir().unwrap();
     let python = actor(&folder, part);
@@ -69,14 +69,15 @@ fn play(part: &str, options: &str) -> (Outcome, Report) {
     (outcome, Report::read(&json))
 }
 
-/// This project's own variants, which a peer's trouble must not touch.
+/// Asserts that this project's own variants are measured, whatever a peer does.
 #[track_caller]
 fn assert_own_rows(configuration: &Configuration) {
     let own = configuration.rows.iter().filter(|row| !row.variant.starts_with("torch_"));
     assert_eq!(own.map(|row| row.verified().times_us.len()).collect::<Vec<_>>(), [3; 5]);
 }
 
-/// The peer is left out of the report, with exactly this note at the first configuration, and the run is well.
+/// Asserts that the peer is left out of the report, with only this note at the first configuration, and that the run
+/// succeeds.
 #[track_caller]
 fn assert_note(outcome: &Outcome, report: &Report, note: &str) {
     outcome.assert_success();

@@ -1,4 +1,4 @@
-//! What one run shows and writes, in every form, held against the raw times in its JSON.
+//! The report of one run in every form, checked against the raw times in its JSON.
 
 use std::{fs, sync::OnceLock};
 
@@ -27,7 +27,7 @@ fn reported() -> &'static Run {
     RUN.get_or_init(|| {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
-        // What is there already is replaced.
+        // An existing file is replaced.
         fs::write(path("report.md"), "an older report").unwrap();
         let mut bench = bench(OPTIONS);
         bench.current_dir(folder.path());

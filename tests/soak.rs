@@ -1,21 +1,31 @@
-//! `fused-collective soak` on real rank processes; and a result that is wrong once in a while is found.
+//! `fused-collective soak` on real rank processes, and on a backend with rare faults.
 //!
-//! The program has no switch that makes a backend wrong, so the tests of that soak a backend that is: the CPU's, with
-//! one bit changed after one of its operations, or an error in place of one.
+//! That backend is the CPU's, with one bit changed after one of its operations, or an error in place of one.
 
 use std::{
-    os::fd::AsFd,
     process::{Command, id},
     thread,
     time::{Duration, Instant},
 };
 
 use fused_collective::{
-    bench,
-    collective::{Collective, Error, Problem, Step, Tensor},
-    cpu::{self, Communicator, Engine, Watch},
-    rendezvous::{Group, Membership},
-    soak::{self, Settings, Tally},
+    cpu::{self, Communicator},
+    group::rendezvous::{Group, Membership},
+};
+use fused_collective_cli::{
+    backend::{
+        collective::Collective,
+        cpu::Engine,
+        error::Error,
+        problem::{Problem, Tensor},
+        steps::Step,
+    },
+    commands::soak::{
+        groups::{group_seed, run_groups},
+        run::{self, Tally},
+        settings::Settings,
+    },
+    job::{options::JobOptions, ranks},
 };
 use fused_collective_core::plan::Limits;
 use fused_collective_tests::{LIMIT, Running, command, run};
@@ -56,14 +66,14 @@ fn random_operations_of_two_three_and_four_ranks_are_right() {
     }
 }
 
-/// [`numbers_of`] without the time.
+/// Like [`numbers_of`], without the time.
 fn counts(line: &str) -> Vec<u64> {
     let mut numbers = numbers_of(line);
     numbers.remove(3);
     numbers
 }
 
-/// What two ranks have done that soak alone.
+/// The work of two ranks that soak alone.
 fn soaked(seed: u64) -> Vec<u64> {
     let outcome = run(&mut soak(&format!("--operations 400 --seed {seed}")));
     outcome.assert_success();
@@ -80,7 +90,7 @@ fn the_same_seed_gives_the_same_operations_and_another_one_others() {
 fn groups_soak_at_the_same_time_and_each_does_what_its_seed_does_alone() {
     let outcome = run(&mut soak("--operations 400 --seed 7 --nproc-per-node 2 --groups 2"));
     outcome.assert_success();
-    let other = soak::group_seed(7, 1);
+    let other = group_seed(7, 1);
     let lines: Vec<&str> = outcome.stdout.lines().collect();
     let [heading, first, second, total] = lines[..] else { panic!("{outcome}") };
     assert_eq!(heading, format!("cpu backend, 2 groups of 2 ranks, seeds 7, {other}"));
@@ -121,7 +131,7 @@ fn bad_options_are_refused_in_one_line() {
     }
 }
 
-/// What a backend does from its 100th run on.
+/// The fault of a backend from its 100th run on.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     /// Changes a bit of a result.
@@ -203,24 +213,25 @@ impl Collective for Faulty {
 
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What two ranks, which are threads, say of a soak in which one bit of `tensor` goes wrong on rank 1.
+/// The tallies and lines of two ranks, which are threads, in a soak with one wrong bit in `tensor` on rank 1.
 fn soak_with_a_wrong_bit_in(tensor: Tensor) -> Vec<(Tally, Vec<String>)> {
     let settings = Settings { operations: Some(20_000), ..Settings::default() };
     let ranks = |world: &Group| {
         let mut backend = join(world, (world.rank() == 1).then_some(Fault::WrongBit(tensor)));
         let mut lines = Vec::new();
-        let tally = soak::run(&settings, world, &mut backend, |line| lines.push(line.to_owned())).unwrap();
+        let tally = run::run(&settings, world, &mut backend, |line| lines.push(line.to_owned())).unwrap();
         (tally, lines)
     };
     on_ranks(2, &format!("faulty soak {tensor:?}"), ranks)
 }
 
-/// What came of a soak of groups on a rank, and the lines that it was told.
-type Said = (Result<Vec<Tally>, bench::Error>, Vec<String>);
+/// The result of a soak of groups on a rank, and the lines that it got.
+type Said = (Result<Vec<Tally>, ranks::Error>, Vec<String>);
 
-/// What two groups of two ranks say of a soak with a fault on rank 1 of group 1, which ends it before its time.
+/// The results of two groups of two ranks, in a soak that a fault on rank 1 of group 1 ends early.
 fn soak_groups_with(fault: Fault) -> Vec<Said> {
-    let settings = Settings { minutes: 1.0, groups: 2, ..Settings::default() };
+    let job = JobOptions { groups: 2, ..JobOptions::default() };
+    let settings = Settings { minutes: 1.0, job, ..Settings::default() };
     let began = Instant::now();
     let ranks = |world: &Group| {
         let number = world.rank() / 2;
@@ -228,7 +239,7 @@ fn soak_groups_with(fault: Fault) -> Vec<Said> {
         let mut backend = join(&group, (world.rank() == 3).then_some(fault));
         let mut lines = Vec::new();
         let tell = |line: &str| lines.push(line.to_owned());
-        let tallies = soak::run_groups(&settings, world, number, &group, &mut backend, tell);
+        let tallies = run_groups(&settings, world, number, &group, &mut backend, tell);
         if let Err(error) = &tallies {
             world.abort(&error.to_string());
         }
@@ -240,19 +251,15 @@ fn soak_groups_with(fault: Fault) -> Vec<Said> {
     said
 }
 
-/// This rank's end of the CPU backend, for `group`.
+/// The CPU backend of `group`, on this rank.
 fn join(group: &Group, fault: Option<Fault>) -> Faulty {
-    let row_bytes = soak::largest_problems().iter().map(Problem::row_bytes).max().unwrap();
-    let layout = cpu::layout(group.world_size(), row_bytes).unwrap();
-    let own = (group.rank() == 0).then(|| cpu::create_shared_memory(&layout).unwrap());
-    let memory = group.share_fd(own.as_ref().map(AsFd::as_fd)).unwrap();
-    let control = group.control();
-    let watch = Watch::new(move || control.lost());
-    let communicator = Communicator::join(memory.as_fd(), layout, group.rank(), DEADLINE, watch).unwrap();
+    let row_bytes = run::largest_problems().iter().map(Problem::row_bytes).max().unwrap();
+    let options = cpu::Options { max_row_bytes: row_bytes, deadline: DEADLINE };
+    let communicator = Communicator::join(group, options).unwrap();
     Faulty { engine: Engine::new(communicator), fault, runs: 0 }
 }
 
-/// What `work` gives on so many ranks, which are threads.
+/// The results of `work` on `world_size` ranks, which are threads.
 fn on_ranks<T: Send>(world_size: u32, key: &str, work: impl Fn(&Group) -> T + Sync) -> Vec<T> {
     let key = format!("{key} {}", id());
     let rank = |rank| {
@@ -285,7 +292,7 @@ fn a_wrong_bit_on_one_rank_ends_the_soak_on_all_and_is_named() {
 
 #[test]
 fn a_wrong_bit_in_one_group_ends_the_soak_of_all_and_is_named() {
-    let start = format!("FAILED group 1, seed {}, round ", soak::group_seed(0, 1));
+    let start = format!("FAILED group 1, seed {}, round ", group_seed(0, 1));
     for (tallies, lines) in soak_groups_with(Fault::WrongBit(Tensor::ResidualOut)) {
         let failed: Vec<u64> = tallies.unwrap().iter().map(|tally| tally.failed).collect();
         assert_eq!((failed, lines.len()), (vec![0, 1], 1), "{lines:?}");
@@ -295,7 +302,7 @@ fn a_wrong_bit_in_one_group_ends_the_soak_of_all_and_is_named() {
 
 #[test]
 fn a_failure_in_one_group_ends_the_soak_of_all_and_is_named() {
-    let start = format!("group 1, seed {}, round ", soak::group_seed(0, 1));
+    let start = format!("group 1, seed {}, round ", group_seed(0, 1));
     for (rank, (tallies, _)) in soak_groups_with(Fault::Error).into_iter().enumerate() {
         let line = tallies.unwrap_err().to_string();
         match rank {

@@ -1,5 +1,5 @@
-//! Ranks that another program starts: the variables of `torchrun`, Open MPI's `mpirun` and Slurm's `srun` are all that
-//! is needed to take part, and they are checked.
+//! Ranks that another program starts. They need only the variables of `torchrun`, Open MPI's `mpirun` or Slurm's `srun`,
+//! which are checked.
 
 use std::{
     process::{Command, id},
@@ -14,13 +14,13 @@ use tempfile::TempDir;
 const RANKS: u32 = 3;
 const OPTIONS: &str = "--num-tokens 3 --hidden-dim 96 --trials 2 --warmup 0";
 
-/// A number that no other job on this host has: names of jobs are made from it.
+/// A number for the name of a job, unique on this host.
 fn job_number() -> u32 {
     static JOBS: AtomicU32 = AtomicU32::new(0);
     id() * 100 + JOBS.fetch_add(1, Ordering::Relaxed)
 }
 
-/// What tells a process its rank.
+/// The variables that give a process its rank.
 type Variables = Vec<(&'static str, String)>;
 
 fn torchrun(job: u32, rank: u32, ranks: u32) -> Variables {
@@ -83,7 +83,7 @@ impl Job {
         Job { folder, ranks }
     }
 
-    /// All end well, and rank 0 alone speaks.
+    /// Asserts that all ranks succeed and that only rank 0 writes. Returns the report.
     fn report(self) -> Report {
         for (rank, running) in self.ranks.into_iter().enumerate() {
             let outcome = running.wait(LIMIT);
@@ -95,7 +95,7 @@ impl Job {
     }
 }
 
-/// What does not vary from run to run: every variant and its error, which the inputs decide.
+/// The facts that are the same in every run: every variant and its error.
 fn results(report: &Report) -> Vec<(String, String, f64)> {
     let rows = report.configurations.iter().flat_map(|configuration| {
         let row = |row: &fused_collective_tests::report::Row| {
@@ -106,7 +106,7 @@ fn results(report: &Report) -> Vec<(String, String, f64)> {
     rows.collect()
 }
 
-/// A job started by `starter` gives what the program's own ranks give.
+/// Asserts that a job started by `starter` has the results of the program's own ranks.
 fn check(starter: fn(u32, u32, u32) -> Variables) {
     let own = measure(&format!("{OPTIONS} --nproc-per-node {RANKS}"));
     let theirs = Job::start(starter).report();
@@ -137,7 +137,7 @@ fn several_jobs_on_one_host_do_not_meet() {
     }
 }
 
-/// What one rank alone says: it is refused before it looks for the others.
+/// Asserts that a single rank is refused with this line, before it looks for the others.
 #[track_caller]
 fn refused(options: &str, variables: Variables, line: &str) {
     let outcome = start(&mut bench(options), variables).wait(LIMIT);
@@ -189,7 +189,7 @@ fn ranks_on_several_hosts_are_refused() {
     );
 }
 
-/// The ranks' exit statuses and everything they said on standard error.
+/// The ranks' exit statuses, and their standard error.
 fn ends(ranks: Vec<Running>) -> (Vec<Option<i32>>, String) {
     let outcomes: Vec<Outcome> = ranks.into_iter().map(|rank| rank.wait(LIMIT)).collect();
     let said = outcomes.iter().map(|outcome| outcome.stderr.as_str()).collect();

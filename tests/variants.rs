@@ -1,4 +1,4 @@
-//! Every variant of every kind of configuration is measured under the name that users know, and its results are right.
+//! Every variant of every kind of configuration is measured under its known name, with right results.
 
 use fused_collective_tests::{measure, report::Report};
 
@@ -36,7 +36,7 @@ fn variants(quant_mode: &str) -> &'static [&'static str] {
     }
 }
 
-/// Runs one trial of each variant that `options` ask for: all of them are there, verified and timed.
+/// Runs one trial of each variant of `options`, and asserts that all are verified and timed.
 fn check(options: &str) -> Report {
     let report = measure(&format!("{options} --trials 1 --warmup 0"));
     assert!(!report.configurations.is_empty());

@@ -1,12 +1,9 @@
-//! `fused-collective verify` runs its matrix on real rank processes and says how every part of it went; and what it
-//! checks beyond the benchmark's verification is found when it is wrong.
+//! `fused-collective verify` on real rank processes, and on a wrong backend whose faults it must find.
 //!
-//! The program has no switch that makes a backend wrong, so the tests of that run the matrix on a backend that is: the
-//! CPU's, with something changed after the fused two-shot operation.
+//! That backend is the CPU's, with something changed after the fused two-shot operation.
 
 use std::{
     cell::Cell,
-    os::fd::AsFd,
     process::{Command, id},
     sync::atomic::{AtomicU32, Ordering},
     thread,
@@ -14,12 +11,25 @@ use std::{
 };
 
 use fused_collective::{
-    bench,
-    collective::{Collective, Conversion, Error, Problem, Step, Tensor},
-    cpu::{self, Communicator, Engine, Watch},
-    rendezvous::{Group, Membership},
+    cpu::{self, Communicator},
+    group::rendezvous::{Group, Membership},
+};
+use fused_collective_cli::{
+    backend::{
+        collective::Collective,
+        cpu::Engine,
+        error::Error,
+        problem::{Problem, Tensor},
+        steps::{Conversion, Step},
+    },
+    commands::verify::{
+        conversions, dependents,
+        run::run as run_matrix,
+        settings::Settings,
+        verdicts::{Place, Tally},
+    },
+    job::ranks,
     report::progress::Progress,
-    verify::{self, Place, Settings, Tally},
 };
 use fused_collective_core::{
     dtype::DType,
@@ -29,7 +39,7 @@ use fused_collective_core::{
 };
 use fused_collective_tests::{command, run};
 
-/// `verify` on the CPU backend with `options`, which spaces separate.
+/// `verify` on the CPU backend with `options`, separated by spaces.
 fn verify(options: &str) -> Command {
     let mut command = command(&["verify", "--backend", "cpu", "--deadline", "60"]);
     command.args(options.split(' '));
@@ -38,7 +48,7 @@ fn verify(options: &str) -> Command {
 
 const CONVERSIONS: &str = "conversions are core's own, which its tests compare for every float32";
 
-/// Runs the program, which must find everything right, and returns the lines between the first and the last.
+/// Runs the program, which must find all cases right. Returns the lines between the first and the last.
 #[track_caller]
 fn verified(options: &str, ranks: u32, cases: u64) -> Vec<String> {
     let outcome = run(&mut verify(options));
@@ -123,7 +133,7 @@ fn a_rank_that_does_not_come_is_missed_by_all_others_in_time() {
     let outcome = run(&mut verify("--num-tokens 1 --hidden-dim 48 --nproc-per-node 2 --groups 2 --faults"));
     outcome.assert_success();
     for mode in ["oneshot", "twoshot"] {
-        let line = format!("fused_allreduce_rmsnorm_{mode}, a rank kept back    4 cases, largest error ");
+        let line = format!("fused_allreduce_rmsnorm_{mode}, a rank withheld    4 cases, largest error ");
         assert_eq!(outcome.stdout.lines().filter(|other| other.starts_with(&line)).count(), 1, "{outcome}");
     }
     assert!(outcome.stdout.ends_with("\n98 cases verified, 0 FAILED\n"), "{outcome}");
@@ -159,7 +169,7 @@ fn outputs_that_are_not_always_finished_are_found() {
     let (tally, failed) = on_faulty_ranks(now_and_then, None, |place, tell| {
         let settings =
             Settings { num_tokens: vec![3], hidden_dims: vec![48], dependents: 20, ..Settings::default() };
-        verify::run_dependents(&settings, place, &Progress::hidden(), tell)
+        dependents::run_dependents(&settings, place, &Progress::hidden(), tell)
     });
     // The first has its 22 runs before the fault.
     assert_eq!((tally.verified, tally.failed), (7, 2), "{failed:?}");
@@ -168,7 +178,7 @@ fn outputs_that_are_not_always_finished_are_found() {
             line.contains("3 tokens, with residual, dependents, ") && line.contains("_twoshot: "),
             "{line}"
         );
-        assert!(line.contains("rank 0: ResidualOut was not what it should be after run "), "{line}");
+        assert!(line.contains("rank 0: ResidualOut was wrong after run "), "{line}");
     }
 }
 
@@ -200,15 +210,16 @@ fn bad_options_are_refused_in_one_line() {
     }
 }
 
-/// The CPU backend with a fault, which does its harm after every run of one step, alone.
+/// The CPU backend with a fault after every run of one step by itself.
 struct Faulty {
     engine: Engine,
     fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
     problem: Option<Problem>,
-    /// What is found of stray writes after the faulty step: no safe call of the engine makes one.
+    /// The stray write to report after the faulty step. No safe call of the engine makes one.
     stray: Option<&'static str>,
-    /// What the fault is in, and whether that ran last.
+    /// The step with the fault.
     faulty: Step,
+    /// True if that step ran last.
     has_run: bool,
 }
 
@@ -278,46 +289,44 @@ impl Collective for Faulty {
 /// Numbers that [`Faulty`] converts wrong: 1 and the one after it, and the one before 2.
 const WRONG_BITS: [u32; 3] = [0x3f80_0000, 0x3f80_0001, 0x3fff_ffff];
 
-/// What the matrix of one small shape gives with a fault on both of two ranks, which are threads, and the lines of the
-/// cases that failed.
+/// The tally and the failed lines of the matrix of one small shape. Two ranks, which are threads, both have the fault.
 fn matrix_with(
     fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
     stray: Option<&'static str>,
 ) -> (Tally, Vec<String>) {
     on_faulty_ranks(fault, stray, |place, tell| {
         let settings = Settings { num_tokens: vec![3], hidden_dims: vec![48], ..Settings::default() };
-        verify::run(&settings, place, &Progress::hidden(), tell)
+        run_matrix(&settings, place, &Progress::hidden(), tell)
     })
 }
 
-/// Does `work` on two ranks, which are threads, each with a [`Faulty`] backend: what it gives, the same on both, and
-/// the lines of what failed.
+/// The tally of `work` on two ranks, which are threads, each with a [`Faulty`] backend, and the lines of the failed cases.
+/// Both ranks must agree.
 fn on_faulty_ranks(
     fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
     stray: Option<&'static str>,
-    work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, bench::Error> + Sync,
+    work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, ranks::Error> + Sync,
 ) -> (Tally, Vec<String>) {
     on_ranks_with_a_faulty(Step::Fused(Mode::TwoShot), fault, stray, work)
 }
 
-/// As [`on_faulty_ranks`], with the fault in `faulty`.
+/// Like [`on_faulty_ranks`], with the fault in `faulty`.
 fn on_ranks_with_a_faulty(
     faulty: Step,
     fault: fn(&mut Engine, &Problem) -> Result<(), Error>,
     stray: Option<&'static str>,
-    work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, bench::Error> + Sync,
+    work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, ranks::Error> + Sync,
 ) -> (Tally, Vec<String>) {
     const RANKS: u32 = 2;
     const DEADLINE: Duration = Duration::from_secs(60);
     static GROUPS: AtomicU32 = AtomicU32::new(0);
     let key = format!("faulty matrix {} {}", id(), GROUPS.fetch_add(1, Ordering::Relaxed));
-    let layout = cpu::layout(RANKS, 48 * 4).unwrap();
-    let memory = cpu::create_shared_memory(&layout).unwrap();
+    let max_row_bytes = 48 * 4;
     let rank = |rank| {
         let membership = Membership { rank, world_size: RANKS, key: &key, config: b"", deadline: DEADLINE };
         let group = Group::join(&membership).unwrap();
         let communicator =
-            Communicator::join(memory.as_fd(), layout, rank, DEADLINE, Watch::new(|| None)).unwrap();
+            Communicator::join(&group, cpu::Options { max_row_bytes, deadline: DEADLINE }).unwrap();
         let mut backend =
             Faulty { engine: Engine::new(communicator), fault, problem: None, stray, faulty, has_run: false };
         let mut failed = Vec::new();
@@ -340,7 +349,7 @@ fn on_ranks_with_a_faulty(
     })
 }
 
-/// So many of the 45 cases fail, all of them in two-shot, for this reason.
+/// Asserts that this many of the 45 cases fail, all in two-shot, for this reason.
 #[track_caller]
 fn check(fault: fn(&mut Engine, &Problem) -> Result<(), Error>, failures: u64, reason: &str) {
     check_failures(matrix_with(fault, None), failures, reason);
@@ -365,14 +374,14 @@ fn a_wrong_element_is_found() {
     assert!(failed.iter().all(|line| line.contains("rank 0: residual_out[0, 0] is ")), "{failed:?}");
 }
 
-/// What is wrong with a sharded residual alone: each fault of the nine cases that have one, and the reason.
+/// Every fault of the nine cases with a sharded residual is found, with the reason.
 #[test]
 fn a_wrong_share_of_a_sum_is_found() {
     type Fault = fn(&mut Engine, &Problem) -> Result<(), Error>;
     let found = |fault: Fault| {
         let (tally, failed) = on_ranks_with_a_faulty(Step::FusedSharded, fault, None, |place, tell| {
             let settings = Settings { num_tokens: vec![3], hidden_dims: vec![48], ..Settings::default() };
-            verify::run(&settings, place, &Progress::hidden(), tell)
+            run_matrix(&settings, place, &Progress::hidden(), tell)
         });
         assert_eq!((tally.verified, tally.failed), (36, 9), "{failed:?}");
         assert!(failed.iter().all(|line| line.contains("_twoshot_sharded: ")), "{failed:?}");
@@ -392,7 +401,7 @@ fn a_wrong_share_of_a_sum_is_found() {
         |engine, problem| engine.write(Tensor::ResidualShard, problem.activation_bytes() - 1, &[0]);
     assert!(found(residual).iter().all(|line| line.ends_with("the sharded residual was changed")));
     let other: Fault = |engine, _| engine.write(Tensor::ResidualOut, 5, &[1]);
-    let why = "ResidualOut is not the operation's, and byte 5 of it was written";
+    let why = "ResidualOut is no output of the operation, and byte 5 of it was written";
     assert!(found(other).iter().all(|line| line.ends_with(why)));
 }
 
@@ -400,7 +409,7 @@ fn a_wrong_share_of_a_sum_is_found() {
 fn a_tensor_of_the_separate_operations_that_was_written_is_found() {
     let fault = |engine: &mut Engine, _: &Problem| engine.write(Tensor::WideB, 7, &[0]);
     // Nothing cleans it for the case that follows, with a sharded residual.
-    check(fault, 27, "rank 0: WideB is not the operation's, and byte 7 of it was written");
+    check(fault, 27, "rank 0: WideB is no output of the operation, and byte 7 of it was written");
 }
 
 #[test]
@@ -409,7 +418,7 @@ fn a_norm_that_is_written_although_it_is_quantized_is_found() {
         true => Ok(()),
         false => engine.write(Tensor::NormOut, 0, &[0]),
     };
-    check(fault, 12, "rank 0: NormOut is not the operation's, and byte 0 of it was written");
+    check(fault, 12, "rank 0: NormOut is no output of the operation, and byte 0 of it was written");
 }
 
 #[test]
@@ -437,7 +446,7 @@ fn modes_that_differ_within_what_the_reference_allows_are_found() {
 #[test]
 fn a_write_outside_of_all_tensors_is_found() {
     let found = matrix_with(|_, _| Ok(()), Some("NormOut: 3 bytes past its end"));
-    check_failures(found, 18, "rank 0: NormOut: 3 bytes past its end is no tensor's, and was written");
+    check_failures(found, 18, "rank 0: NormOut: 3 bytes past its end is in no tensor, and was written");
 }
 
 #[test]
@@ -473,7 +482,7 @@ fn a_conversion_that_is_not_cores_is_found_whichever_rank_has_its_block() {
             |_, _| Ok(()),
             None,
             |place, tell| {
-                verify::run_conversions(
+                conversions::run_conversions(
                     &Settings::default(),
                     blocks.clone(),
                     place,

@@ -1,11 +1,11 @@
-//! What the ranks of a group must agree on: the same calls, in the same order, with the same parameters.
+//! The calls that ranks of a group must agree on: the same calls, in the same order, with the same parameters.
 //!
-//! A rank writes each [`Call`] as [words](Call::to_words) to where its peers can read them, together with a
-//! [`Chain`]: a digest of this call and of all before it. Equal chains at the same number of calls mean that
-//! the ranks have made the same calls all along, so a comparison may skip calls and still misses none.
+//! A rank publishes each [`Call`] as [words](Call::to_words) that its peers can read, with a [`Chain`]: a digest of
+//! this call and of all calls before it. Ranks with equal chains after the same number of calls have made the same
+//! calls all along. A comparison may therefore skip calls and still detect every difference.
 //!
-//! What differs between ranks by right (addresses, launch geometry, the contents of tensors) is no part of a
-//! call. A scale is one where it is a number; where it lies in a tensor it is contents.
+//! Properties that may differ between ranks are no part of a call: addresses, launch geometry, contents of tensors. A
+//! scale is part of a call if the caller gives it as a number; a scale in a tensor is content.
 
 use core::fmt;
 
@@ -16,26 +16,28 @@ use crate::{
     quant::{Quantization, ScaleLayout},
 };
 
-/// Words that a call is written as.
+/// Number of words of a call.
 pub const CALL_WORDS: usize = 7;
 
-/// One call on a rank's end of a group.
+/// One call of a rank to its group.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Call {
     /// A fused operation.
     Operation {
-        /// The operation, with the mode that its plan has settled on.
+        /// The operation, with the mode of its plan.
         operation: Operation,
-        /// The per-tensor or global scale, if the quantization reads one and the caller gave a number.
+        /// The per-tensor or global scale, if the quantization reads one and the caller gives it as a number.
         scale: Option<f32>,
+        /// A digest of the kernel, where it is the caller's own; 0 for this project's.
+        kernel: u64,
     },
     /// A barrier.
     Barrier,
-    /// A launch of operations that were captured before.
+    /// A launch of operations that were captured earlier, as in a CUDA graph.
     Replay {
         /// The [chain](Chain::digest) of the captured calls.
         captured: u64,
-        /// How many they are.
+        /// Number of captured calls.
         calls: u64,
     },
 }
@@ -44,7 +46,7 @@ const OPERATION: u64 = 1;
 const BARRIER: u64 = 2;
 const REPLAY: u64 = 3;
 
-/// Where the fields of an operation's first word start.
+/// First bits of the fields in the first word of an operation.
 const DTYPE_SHIFT: u32 = 8;
 const QUANTIZATION_SHIFT: u32 = 16;
 const GROUP_SHIFT: u32 = 24;
@@ -62,7 +64,7 @@ const SHARDED: u64 = 128;
 const ALL_FLAGS: u64 = 255;
 
 impl Call {
-    /// The call of `operation`, which was planned as `algorithm`. `scale` is left out where nothing reads it.
+    /// The call of `operation` with a plan of `algorithm`. `scale` is dropped if the quantization does not read it.
     pub fn operation(operation: &Operation, algorithm: Algorithm, scale: Option<f32>) -> Call {
         let mode = match algorithm {
             Algorithm::OneShot => Mode::OneShot,
@@ -70,13 +72,22 @@ impl Call {
         };
         let reads_scale =
             matches!(operation.quantization, Quantization::Fp8Static | Quantization::NvFp4 { .. });
-        Call::Operation { operation: Operation { mode, ..*operation }, scale: scale.filter(|_| reads_scale) }
+        let operation = Operation { mode, ..*operation };
+        Call::Operation { operation, scale: scale.filter(|_| reads_scale), kernel: 0 }
     }
 
-    /// The call as words. Calls that differ have different words.
+    /// The call of `operation`, which was planned as `algorithm`, with a kernel of the caller's that has this digest.
+    pub fn custom(operation: &Operation, algorithm: Algorithm, kernel: u64) -> Call {
+        match Call::operation(operation, algorithm, None) {
+            Call::Operation { operation, scale, .. } => Call::Operation { operation, scale, kernel },
+            call => call,
+        }
+    }
+
+    /// Encodes the call. Different calls have different words.
     pub fn to_words(&self) -> [u64; CALL_WORDS] {
         match self {
-            Call::Operation { operation, scale } => {
+            Call::Operation { operation, scale, kernel } => {
                 let Operation { dtype, tokens, hidden, residual, norm, quantization, keep_norm, mode } =
                     *operation;
                 let (kind, group) = quantization_code(quantization);
@@ -95,16 +106,16 @@ impl Call {
                     | flags << FLAGS_SHIFT;
                 let (epsilon, bias) = norm.map_or((0.0, 0.0), |norm| (norm.epsilon, norm.weight_bias));
                 let numbers = u64::from(epsilon.to_bits()) | u64::from(bias.to_bits()) << 32;
-                [head, tokens, hidden, numbers, u64::from(scale.map_or(0, f32::to_bits)), 0, 0]
+                [head, tokens, hidden, numbers, u64::from(scale.map_or(0, f32::to_bits)), *kernel, 0]
             }
             Call::Barrier => [BARRIER, 0, 0, 0, 0, 0, 0],
             Call::Replay { captured, calls } => [REPLAY, *captured, *calls, 0, 0, 0, 0],
         }
     }
 
-    /// The call that these words are, if they are one: they may come from another process.
+    /// Decodes a call; `None` if the words, which may come from another process, are not those of a call.
     pub fn from_words(words: &[u64; CALL_WORDS]) -> Option<Call> {
-        let &[head, tokens, hidden, numbers, scale, ..] = words;
+        let &[head, tokens, hidden, numbers, scale, kernel, _] = words;
         let call = match head & 0xff {
             OPERATION => {
                 let field = |shift: u32, bits: u32| head >> shift & ((1 << bits) - 1);
@@ -137,13 +148,17 @@ impl Call {
                 if flags & !ALL_FLAGS != 0 {
                     return None;
                 }
-                Call::Operation { operation, scale: is(SCALE).then_some(f32::from_bits(scale as u32)) }
+                Call::Operation {
+                    operation,
+                    scale: is(SCALE).then_some(f32::from_bits(scale as u32)),
+                    kernel,
+                }
             }
             BARRIER => Call::Barrier,
             REPLAY => Call::Replay { captured: tokens, calls: hidden },
             _ => return None,
         };
-        // Words that say more than the call does are nobody's.
+        // Words with bits that no field explains are not a call.
         (call.to_words() == *words).then_some(call)
     }
 }
@@ -160,7 +175,7 @@ fn dtype_code(dtype: DType) -> u64 {
     }
 }
 
-/// A quantization's number, and its group where it has one of its own choice.
+/// The number of a quantization, and its group size if that is a choice.
 fn quantization_code(quantization: Quantization) -> (u64, u32) {
     match quantization {
         Quantization::None => (0, 0),
@@ -186,15 +201,18 @@ fn quantization(code: u64, group: u32, layout: ScaleLayout) -> Option<Quantizati
     })
 }
 
-/// As an operation reads in a message: `two-shot, 17 tokens of 4096 bfloat16, residual, norm, fp8`.
+/// Describes a call for messages: `two-shot, 17 tokens of 4096 bfloat16, residual, norm (epsilon 1e-6), fp8`.
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Call::Operation { operation, scale } => {
+            Call::Operation { operation, scale, kernel } => {
                 let Operation { dtype, tokens, hidden, residual, norm, quantization, keep_norm, mode } =
                     operation;
                 let mode = if *mode == Mode::TwoShot { "two-shot" } else { "one-shot" };
                 write!(f, "{mode}, {tokens} tokens of {hidden} {dtype}")?;
+                if *kernel != 0 {
+                    write!(f, ", kernel {kernel:016x}")?;
+                }
                 match residual {
                     Residual::None => {}
                     Residual::Replicated => f.write_str(", residual")?,
@@ -227,7 +245,7 @@ impl fmt::Display for Call {
                 if *keep_norm { f.write_str(", norm kept") } else { Ok(()) }
             }
             Call::Barrier => f.write_str("a barrier"),
-            // Graphs of as many operations are told apart by what they hold.
+            // The digest distinguishes graphs with the same number of operations.
             Call::Replay { captured, calls } => {
                 write!(f, "a replay of {calls} captured operations, digest {captured:016x}")
             }
@@ -242,19 +260,20 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// The digest of the sequence with one call more.
+    /// The chain of this sequence with `call` appended.
     #[must_use]
     pub fn then(self, call: &Call) -> Chain {
         Chain { digest: call.to_words().iter().fold(self.digest, |digest, word| mix(digest ^ word)) }
     }
 
-    /// The digest. Sequences that differ by chance have the same one in 2^64 cases.
+    /// The digest. Two different sequences have equal digests with a probability of 2^-64.
     pub const fn digest(self) -> u64 {
         self.digest
     }
 }
 
-/// The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): a bijection in which every bit depends on every other.
+/// The finalizer of SplitMix64 (Steele, Lea and Flood, 2014): a bijection in which every output bit depends on every
+/// input bit.
 const fn mix(number: u64) -> u64 {
     let number = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let number = (number ^ number >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -1,13 +1,13 @@
 //! The element types of activations: `f32`, `f16` and `bf16`.
 //!
-//! Arithmetic is done in `f32`; an element is widened on load and rounded once, to nearest even, on
-//! store. The conversions here are branch-free, so that a compiler vectorizes a loop over them, and
-//! are tested against `half` on every input.
+//! Arithmetic is done in `f32`: an element is widened on load and rounded once, to nearest even, on store. The
+//! conversions are branch-free, so that a compiler vectorizes a loop over them. They equal those of the crate `half`
+//! on every input.
 
 use core::{fmt, str::FromStr};
 pub use half::{bf16, f16};
 
-/// An element type, as a value.
+/// An element type, as a value. [`Element`] is the same as a type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum DType {
     /// IEEE binary32.
@@ -35,7 +35,8 @@ impl DType {
         16 / self.bytes()
     }
 
-    /// Bits of the significand, the hidden one included: a rounding is off by at most `2^-digits` of the value.
+    /// Bits of the significand, the implied one included. Rounding changes a normal number by at most `2^-digits` of
+    /// it.
     pub const fn digits(self) -> u32 {
         match self {
             DType::F32 => 24,
@@ -52,7 +53,7 @@ impl DType {
         }
     }
 
-    /// The name that PyTorch gives it.
+    /// The name in PyTorch.
     pub const fn name(self) -> &'static str {
         match self {
             DType::F32 => "float32",
@@ -68,7 +69,7 @@ impl fmt::Display for DType {
     }
 }
 
-/// The text names no element type.
+/// A text that names no element type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnknownDType;
 
@@ -83,7 +84,7 @@ impl core::error::Error for UnknownDType {}
 impl FromStr for DType {
     type Err = UnknownDType;
 
-    /// Reads PyTorch's name of the type or its usual short form (`f32`, `fp16`, `half`, `bf16`, ...).
+    /// Parses the name in PyTorch or a usual short form (`f32`, `fp16`, `half`, `bf16`, ...).
     fn from_str(text: &str) -> Result<Self, UnknownDType> {
         match text {
             "float32" | "f32" | "fp32" | "float" => Ok(DType::F32),
@@ -101,9 +102,9 @@ mod sealed {
     impl Sealed for super::bf16 {}
 }
 
-/// An element type, as a type. Implemented for `f32`, `f16` and `bf16` only.
+/// An element type, as a type: `f32`, `f16` or `bf16`. The trait is sealed.
 pub trait Element: sealed::Sealed + Copy + Default + PartialEq + fmt::Debug + Send + Sync + 'static {
-    /// The same as a value.
+    /// The element type as a value.
     const DTYPE: DType;
     /// Elements in one 16-byte pack.
     const LANES: usize = 16 / size_of::<Self>();
@@ -114,22 +115,22 @@ pub trait Element: sealed::Sealed + Copy + Default + PartialEq + fmt::Debug + Se
 
     /// The exact value as `f32`.
     fn to_f32(self) -> f32;
-    /// The nearest element, ties to even; NaN stays NaN, what is too large becomes infinite.
+    /// The nearest element, ties to even. NaN stays NaN; magnitudes too large for the type become infinite.
     fn from_f32(value: f32) -> Self;
-    /// The nearest element to an `f64`, rounded once.
+    /// The element nearest to an `f64`, rounded once, ties to even.
     fn from_f64(value: f64) -> Self;
     /// The bits, zero-extended.
     fn to_bits(self) -> u32;
-    /// The element with these (low) bits.
+    /// The element whose bits are the low bits of `bits`.
     fn from_bits(bits: u32) -> Self;
-    /// Splits four words into elements, first element in the low bits of the first word, and widens them.
+    /// Widens the elements of four words. The first element has the low bits of the first word.
     fn widen(words: [u32; 4]) -> Self::Wide;
-    /// Rounds a widened pack back to four words.
+    /// Rounds widened elements and packs them into four words: the inverse of [`widen`](Self::widen).
     fn narrow(wide: Self::Wide) -> [u32; 4];
 }
 
-/// `value` as an `f32`, rounded to odd: inexact results get an odd last bit. Rounding that to a type of at least two
-/// bits less gives what rounding `value` once would (Boldo and Melquiond, 2008).
+/// `value` as an `f32`, rounded to odd: an inexact result has an odd last bit. Rounding this result to a type of at
+/// least two bits less equals rounding `value` once (Boldo and Melquiond, 2008).
 #[inline(always)]
 fn round_to_odd(value: f64) -> f32 {
     let nearest = value as f32;
@@ -273,7 +274,7 @@ fn widen_f16(bits: u32) -> f32 {
     // Exponent 31 means infinity or NaN in f16; in f32 that is 255. A NaN's quiet bit is set, as hardware does.
     let quiet = if magnitude > 0x1f << 23 { 1 << 22 } else { 0 };
     let special = (magnitude + ((255 - 31) << 23)) | quiet;
-    // A subnormal's fraction is put under exponent -14, then the implied one is taken off: exact.
+    // The fraction of a subnormal gets exponent -14, then the implied one is subtracted: exact.
     let subnormal = (f32::from_bits(magnitude + ((127 - 14) << 23)) - SMALLEST_NORMAL).to_bits();
     let unsigned = if exponent == 0x1f << 23 {
         special
@@ -293,7 +294,7 @@ fn narrow_f16(value: f32) -> u32 {
     let bits = value.to_bits();
     let magnitude = bits & 0x7fff_ffff;
     let normal = magnitude.wrapping_add(0xfff + (magnitude >> 13 & 1)).wrapping_sub((127 - 15) << 23) >> 13;
-    // Adding 0.5 lines an f16 subnormal's last place up with the last place of an f32: the addition rounds.
+    // Adding 0.5 aligns the last place of an f16 subnormal with that of an f32, so the addition rounds.
     let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
     let unsigned = if magnitude > 0x7f80_0000 {
         0x7e00 | (magnitude >> 13 & 0x3ff)

@@ -1,37 +1,41 @@
-//! What one operation is: its shape, its types, what it fuses and what it writes.
+//! The description of one fused operation: shape, types, fused steps, outputs.
+//!
+//! An operation adds up the inputs of all ranks and adds a residual. It may normalize the sum (RMSNorm) and quantize
+//! the norm. An [`Operation`] names these parts and no memory, backend or group. [`Operation::validate`] holds all
+//! rules that need no group; a [`Plan`](crate::plan::Plan) applies the limits of one.
 
 use core::fmt;
 
-use crate::{HIDDEN_MULTIPLE, MAX_HIDDEN, dtype::DType, plan::owned_tokens, quant::Quantization};
+use crate::{HIDDEN_MULTIPLE, MAX_HIDDEN, dtype::DType, quant::Quantization, tokens::owned_tokens};
 
-/// How ranks exchange their data.
+/// The collective by which ranks exchange data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mode {
-    /// Whichever the [plan](crate::plan) holds to be faster.
+    /// One-shot or two-shot, as the [plan](crate::plan) expects to be faster.
     Auto,
-    /// Every rank sends its whole input to every other rank: one hop, for few tokens.
+    /// Every rank sends its input to every other rank and sums all inputs: one hop, for few tokens.
     OneShot,
-    /// Every token has an owner that sums it and sends the result to all: two hops, for many tokens.
+    /// Every token has an owner, which sums the token and sends the result to all ranks: two hops, for many tokens.
     TwoShot,
 }
 
-/// The type of RMSNorm's weight.
+/// The type of the weight of RMSNorm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum GammaType {
     /// The operation's element type.
     Element,
-    /// `f32`, whatever the element type is.
+    /// `f32`, for every element type.
     F32,
 }
 
-/// RMSNorm's parameters: `x * rsqrt(mean(x^2) + epsilon) * (weight_bias + gamma)`.
+/// The parameters of RMSNorm: `x * rsqrt(mean(x^2) + epsilon) * (weight_bias + gamma)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {
-    /// Added to the mean square; finite and not negative.
+    /// Addend of the mean square; finite and not negative.
     pub epsilon: f32,
-    /// Added to gamma: 0 in the usual form, 1 in Gemma's.
+    /// Addend of gamma: 0 in the usual form, 1 in Gemma's.
     pub weight_bias: f32,
-    /// The type that gamma is stored in.
+    /// The type of gamma in memory.
     pub gamma: GammaType,
 }
 
@@ -41,32 +45,33 @@ impl Default for Norm {
     }
 }
 
-/// Whether a residual is added, and which ranks hold it.
+/// Presence and distribution of the residual.
 ///
-/// A *sharded* residual lies with the tokens' [owners](crate::plan::owner): token `t` of an operation is row
-/// `t / ranks` of rank `t % ranks`, and no other rank reads or writes it. So each rank holds, reads and writes one row
-/// of `ranks`, and what owners send to all is no longer the sum but what the operation makes of it: the norm, or its
-/// quantization in half or a quarter of the bytes. The next operation takes `residual_out` as its residual, as it is.
+/// A *sharded* residual lies with the [owners](crate::plan::owner) of the tokens, as between the reduce-scatter and the
+/// all-gather of sequence parallelism. Token `t` of an operation is row `t / world_size` of rank `t % world_size`, and
+/// no other rank reads or writes this row. Each rank thus stores, reads and writes one row in `world_size`. In the
+/// second hop an owner sends the norm, or its quantization in half or a quarter of the bytes, in place of the sum. The
+/// next operation takes `residual_out` as its residual without a copy.
 ///
-/// Every rank still gets all rows of the norm or its quantization, with the same values as from a residual that is on
-/// every rank; a zero of a norm or a code may be `+0` where it would be `-0`.
+/// Every rank still gets all rows of the norm or its quantization, with the values that a replicated residual gives.
+/// Only a zero of a norm or a code may be `+0` in place of `-0`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Residual {
-    /// None is added.
+    /// No residual is added.
     None,
-    /// Every rank holds all of it, the same.
+    /// Every rank holds the same whole residual.
     Replicated,
-    /// A token's owner holds its row.
+    /// The owner of a token holds the row of the token.
     Sharded,
 }
 
 impl Residual {
-    /// A replicated residual, or none.
-    pub const fn replicated(is: bool) -> Self {
-        if is { Residual::Replicated } else { Residual::None }
+    /// A replicated residual if `present`, else none.
+    pub const fn replicated(present: bool) -> Self {
+        if present { Residual::Replicated } else { Residual::None }
     }
 
-    /// Whether there is one.
+    /// True if a residual is added.
     pub const fn is_some(self) -> bool {
         !matches!(self, Residual::None)
     }
@@ -76,58 +81,81 @@ impl Residual {
 ///
 /// | tensor | shape | present |
 /// | --- | --- | --- |
-/// | `input` | `[tokens, hidden]` elements | always; this rank's addend |
+/// | `input` | `[tokens, hidden]` elements | always: the addend of this rank |
 /// | `residual` | `[rows, hidden]` elements | if `residual` |
 /// | `gamma` | `[hidden]` | if `norm` |
 /// | `residual_out` | `[rows, hidden]` elements | always: the sum, plus the residual |
 /// | `norm_out` | `[tokens, hidden]` elements | if `norm`, and `keep_norm` or no quantization |
 /// | `quant_out`, `scale_out` | see [`Quantization`] | if `quantization` |
 ///
-/// `rows` is `tokens`, or with a [sharded](Residual::Sharded) residual this rank's share of them:
+/// `rows` is `tokens`, or with a [sharded](Residual::Sharded) residual the number of tokens that this rank owns:
 /// [`residual_rows`](Operation::residual_rows).
+///
+/// ```
+/// use fused_collective_core::{
+///     dtype::DType,
+///     fusion::{Mode, Norm, Operation, OperationError, Residual},
+///     quant::{Quantization, ScaleLayout},
+/// };
+///
+/// let operation = Operation {
+///     dtype: DType::Bf16,
+///     tokens: 16,
+///     hidden: 4096,
+///     residual: Residual::Replicated,
+///     norm: Some(Norm::default()),
+///     quantization: Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 },
+///     keep_norm: false,
+///     mode: Mode::Auto,
+/// };
+/// assert_eq!(operation.validate(), Ok(()));
+/// assert_eq!(operation.activation_bytes(), 16 * 4096 * 2);
+/// let too_narrow = Operation { hidden: 100, ..operation };
+/// assert_eq!(too_narrow.validate(), Err(OperationError::Hidden(100)));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Operation {
     /// Element type of all activations.
     pub dtype: DType,
-    /// Rows; 0 is an operation that does nothing.
+    /// Number of rows; an operation of 0 tokens does nothing.
     pub tokens: u64,
     /// Elements of a row: a multiple of [`HIDDEN_MULTIPLE`], at most [`MAX_HIDDEN`].
     pub hidden: u64,
-    /// Whether a residual is added, and which ranks hold it.
+    /// Presence and distribution of the residual.
     pub residual: Residual,
-    /// RMSNorm, or none: the all-reduce (and residual add) alone.
+    /// RMSNorm; `None` for an all-reduce (and residual add) alone.
     pub norm: Option<Norm>,
-    /// What the norm is quantized to.
+    /// Quantization of the norm.
     pub quantization: Quantization,
-    /// Whether the unquantized norm is written beside the quantized one.
+    /// True to write the norm beside its quantization.
     pub keep_norm: bool,
-    /// The collective to use.
+    /// The collective.
     pub mode: Mode,
 }
 
-/// Why a description is not an operation.
+/// A rule that a description of an operation breaks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum OperationError {
-    /// The hidden size is 0, not a multiple of 16, or too large.
+    /// The hidden size is 0, no multiple of [`HIDDEN_MULTIPLE`], or above [`MAX_HIDDEN`].
     Hidden(u64),
-    /// The hidden size is no multiple of the quantization's block.
+    /// The hidden size is not a whole number of quantization blocks.
     Block {
         /// The hidden size.
         hidden: u64,
-        /// Elements that share one scale.
+        /// Elements of a block, which share a scale.
         block: u64,
     },
-    /// No group of FP8 per-group quantization has this many elements.
+    /// Per-group FP8 has no groups of this many elements.
     Group(u32),
     /// Epsilon is negative, infinite or NaN.
     Epsilon(f32),
-    /// A quantization reads the norm, and there is none.
+    /// A quantization without a norm to quantize.
     QuantizationWithoutNorm,
-    /// The residual is sharded, and the operation is none that this works for: why not.
+    /// The residual is sharded, which this operation does not allow; the text completes "a sharded residual ...".
     Sharded(&'static str),
-    /// `tokens * hidden` elements are more bytes than 64 bits count.
+    /// The tensors of the operation may be more bytes than 64 bits count.
     TooLarge {
-        /// Rows.
+        /// Number of rows.
         tokens: u64,
         /// Elements of a row.
         hidden: u64,
@@ -154,7 +182,7 @@ impl fmt::Display for OperationError {
                 write!(f, "epsilon {epsilon} is not valid: use a finite number that is not negative")
             }
             OperationError::QuantizationWithoutNorm => f.write_str(
-                "a quantization without a norm is not an operation: the norm is what is quantized",
+                "a quantization needs a norm to quantize: add a norm or leave out the quantization",
             ),
             OperationError::Sharded(why) => write!(f, "a sharded residual {why}"),
             OperationError::TooLarge { tokens, hidden } => {
@@ -170,7 +198,10 @@ impl fmt::Display for OperationError {
 impl core::error::Error for OperationError {}
 
 impl Operation {
-    /// Checks everything that can be checked without a group.
+    /// Checks all rules that need no group.
+    ///
+    /// # Errors
+    /// The first rule that is broken.
     pub fn validate(&self) -> Result<(), OperationError> {
         let hidden = self.hidden;
         if hidden == 0 || !hidden.is_multiple_of(HIDDEN_MULTIPLE) || hidden > MAX_HIDDEN {
@@ -196,7 +227,7 @@ impl Operation {
         if self.residual == Residual::Sharded {
             self.validate_sharded().map_err(OperationError::Sharded)?;
         }
-        // Eight bytes an element leave room for every sum of sizes that a plan or a workspace makes for a rank.
+        // Eight bytes an element leave room for every sum of sizes that a plan or a workspace computes for a rank.
         let too_large = OperationError::TooLarge { tokens: self.tokens, hidden };
         self.tokens.checked_mul(hidden * 8).ok_or(too_large)?;
         Ok(())
@@ -204,25 +235,25 @@ impl Operation {
 
     fn validate_sharded(&self) -> Result<(), &'static str> {
         if self.norm.is_none() {
-            return Err("needs a norm: it is what all ranks get");
+            return Err("needs a norm, which is the result that all ranks get");
         }
         if self.mode == Mode::OneShot {
-            return Err("is added by tokens' owners, which one-shot has none of: use two-shot");
+            return Err("needs owners of tokens, which one-shot does not have: use two-shot");
         }
         let sent = matches!(
             self.quantization,
             Quantization::None | Quantization::Fp8Static | Quantization::NvFp4 { .. }
         );
         if !sent {
-            return Err("goes with no quantization, static FP8 or NVFP4");
+            return Err("works without quantization, with static FP8 and with NVFP4: use one of these");
         }
         if self.keep_norm && self.quantization != Quantization::None {
-            return Err("leaves no unquantized norm beside the quantized one: the ranks get one of them");
+            return Err("leaves the norm or its quantization on all ranks, not both: do not keep the norm");
         }
         Ok(())
     }
 
-    /// Rows of the residual and of `residual_out` on rank `rank` of `world_size`.
+    /// Number of rows of the residual and of `residual_out` on rank `rank` of `world_size`.
     pub const fn residual_rows(&self, rank: u32, world_size: u32) -> u64 {
         match self.residual {
             Residual::Sharded => owned_tokens(self.tokens, rank, world_size),
@@ -235,12 +266,12 @@ impl Operation {
         self.hidden * self.dtype.bytes()
     }
 
-    /// Bytes of one activation: `tokens` rows. The operation must be [valid](Self::validate).
+    /// Bytes of one activation, `[tokens, hidden]`. The operation must be [valid](Self::validate).
     pub const fn activation_bytes(&self) -> u64 {
         self.tokens * self.row_bytes()
     }
 
-    /// Whether `norm_out` is written.
+    /// True if `norm_out` is written.
     pub fn writes_norm(&self) -> bool {
         self.norm.is_some() && (self.keep_norm || self.quantization == Quantization::None)
     }

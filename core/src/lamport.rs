@@ -1,53 +1,52 @@
-//! How a rank sees in the data itself that a peer's data has arrived.
+//! Arrival of data without flags: a receiver polls the data itself, as in the Lamport all-reduce of TensorRT-LLM.
 //!
-//! A slot holds [`SENTINEL`] in every 32-bit word until a peer writes payload over it, and no payload
-//! word equals the sentinel ([`strip`]). An aligned word is written at once on every machine this runs
-//! on, so a word that is not the sentinel has arrived, and a row has arrived when all its words have.
-//! No flag, no counter and no ordering between words is needed.
+//! A slot holds [`SENTINEL`] in every 32-bit word until a peer overwrites the word with payload, and no payload word
+//! equals the sentinel ([`strip`]). The processors at hand write an aligned word in one piece. So a word that is not
+//! the sentinel has arrived, and a row has arrived when all its words have. The protocol needs no flag, no counter and
+//! no order between words.
 //!
-//! # The slots
-//! [`SLOTS`] slots take turns: operation `n` uses slot `n % 3`. Whoever reads a word puts the sentinel back at
-//! once, so an operation leaves its slot as it found it, and no record of what it used is needed: shapes,
-//! modes and element types may follow each other in any order.
+//! # Rotation of slots
+//! [`SLOTS`] slots take turns: operation `n` uses slot `n % 3`. The reader of a word writes the sentinel back at once,
+//! so an operation leaves its slot as it was. Shapes, modes and element types may therefore follow each other in any
+//! order, and no record of used words is kept.
 //!
-//! A rank may send for operation `n + 1` when it has ended `n`, or *ahead*, still in `n`, once it has received
-//! data of `n` from every peer. Why a peer's slot is then empty, for a rank `a` that sends and any peer `b`:
-//! - *Nobody still writes what `b` refills.* A word is written once in an operation, and `b` has read it.
-//! - *`b` has refilled it.* Slot `(n + 1) % 3` was last used in `n - 2`. `a` has received something that `b` sent
-//!   for `n`, directly or (in two-shot) as part of a sum by the token's owner. `b` sends for `n` no earlier than
-//!   ahead, in `n - 1`: after it ended `n - 2`, refills included. `b`'s refill therefore precedes `b`'s sends of
-//!   `n` (release), which precede `a`'s sends of `n + 1` (acquire, by reading them or what was made of them).
-//! - Two slots would do without sending ahead. One would not: `a`, done with `n`, may send for `n + 1` while `b`
-//!   still reads `n`.
+//! A rank may send for operation `n + 1` when it has ended `n`. It may also send *ahead*, while still in `n`, once it
+//! has received data of `n` from every peer. The slot of a peer is then empty. For a sending rank `a` and any peer `b`:
+//! - *No rank still writes the words that `b` refills.* A word is written once in an operation, and `b` has read it.
+//! - *`b` has refilled the slot.* Slot `(n + 1) % 3` was last used in `n - 2`. `a` has received data that `b` sent for
+//!   `n`, directly or (in two-shot) in a sum by the owner of the token. `b` sends for `n` no earlier than ahead,
+//!   in `n - 1`: after `b` ended `n - 2`, refills included. The refill by `b` therefore precedes the sends of `b` for
+//!   `n` (release). These precede the sends of `a` for `n + 1` (acquire, by reading them or a result of them).
+//! - Two slots would suffice without sending ahead. One slot would not: `a`, done with `n`, may send for `n + 1` while
+//!   `b` still reads `n`.
 //!
-//! The CPU backend's tests put this under model checkers, and show of each rule what goes wrong without it.
-//!
-//! The argument needs a rank that ended an operation to have received something of every peer's: so it is with
-//! one token or more. An operation without tokens is none: it takes no slot.
+//! The argument needs every rank that ended an operation to have received data from every peer, which holds from one
+//! token on. An operation without tokens takes no slot. The tests of the CPU backend check these rules with model
+//! checkers, and show for each rule the failure without it.
 
-/// What a word of a slot holds until its data arrives.
+/// The content of a word of a slot until its data arrives.
 ///
-/// As `f32` it is `-0.0`; as a pair of `f16` or `bf16`, `(+0.0, -0.0)`. One word serves every element
-/// type, so a slot may be refilled in one type's operation and used in another's.
+/// The word is `-0.0` as `f32`, and `(+0.0, -0.0)` as a pair of `f16` or `bf16`. One sentinel serves all element types,
+/// so operations of different types may use a slot in turn.
 pub const SENTINEL: u32 = 0x8000_0000;
 
-/// Slots that take turns.
+/// Number of slots.
 pub const SLOTS: u64 = 3;
 
-/// A payload word as it may be sent: the sentinel becomes all zeros, which changes a `-0.0` to `+0.0`
-/// and nothing else. A rank strips its own input too, or sums would differ between ranks.
+/// Makes a payload word fit to be sent: the sentinel becomes zero, which changes a `-0.0` to `+0.0` and no other value.
+/// A rank strips its own input too; otherwise sums would differ between ranks.
 #[inline(always)]
 pub const fn strip(word: u32) -> u32 {
     if word == SENTINEL { 0 } else { word }
 }
 
-/// Whether the word has arrived.
+/// True if the word has arrived.
 #[inline(always)]
 pub const fn is_complete(word: u32) -> bool {
     word != SENTINEL
 }
 
-/// The slot that operation `operation` uses.
+/// The slot of operation number `operation`.
 #[inline(always)]
 pub const fn slot(operation: u64) -> u64 {
     operation % SLOTS

@@ -1,8 +1,8 @@
 //! What a kernel is launched with: parameter structs, and the memory that they point to.
 //!
 //! The host fills these and passes the struct by value as the kernel's only parameter. Host and device share them
-//! through this crate: all are `repr(C)`, without padding, and hold no Rust pointer. [`LAYOUT`] tells builds in which
-//! they differ apart.
+//! through this crate: all are `repr(C)`, without padding, and hold no Rust pointer. [`LAYOUT`] is a fingerprint of
+//! these structs: builds whose structs differ have different ones.
 //!
 //! # Launch rules
 //! - The grid has at most as many blocks as can be resident at once, at most [`MAX_BLOCKS`], and at most as many
@@ -20,20 +20,19 @@
 //!   which order a row's squares are summed, so ranks that are to have a norm of the same bits have the same.
 
 use crate::{
+    fingerprint::in_ptx,
+    lamport::{SENTINEL, SLOTS},
     pack::Pack,
     plan::{Algorithm, Plan, Round, owned_index},
+    workspace::{self, SLOTS_OFFSET},
 };
-
-mod layout;
-
-pub use layout::{LAYOUT, LAYOUT_SYMBOL, layout_of};
 
 /// The most threads of a block.
 pub const MAX_BLOCK_THREADS: u32 = 1024;
 /// The most blocks of a cluster: what every GPU with clusters guarantees.
 pub const MAX_CLUSTER: u32 = 8;
 
-/// The most blocks of a grid: each has a [`Turn`] of its own.
+/// The most blocks of a grid: each has an [`Epoch`] of its own.
 pub const MAX_BLOCKS: u32 = 1024;
 /// The most ranks of a group that a kernel serves.
 pub const MAX_RANKS: usize = 8;
@@ -70,24 +69,24 @@ pub struct RankState {
     /// Keeps what follows on lines of its own.
     pub reserved: [u32; 15],
     /// The operation to run, once for every block that a grid may have: all are the same between operations.
-    pub turns: [Turn; MAX_BLOCKS as usize],
+    pub epochs: [Epoch; MAX_BLOCKS as usize],
 }
 
 impl RankState {
     /// Where `poisoned` is.
     pub const POISONED: u64 = core::mem::offset_of!(RankState, poisoned) as u64;
 
-    /// Where the turn of block `block` is.
+    /// The offset of block `block`'s epoch.
     #[inline(always)]
-    pub const fn turn(block: u32) -> u64 {
-        core::mem::offset_of!(RankState, turns) as u64 + block as u64 * size_of::<Turn>() as u64
+    pub const fn epoch(block: u32) -> u64 {
+        core::mem::offset_of!(RankState, epochs) as u64 + block as u64 * size_of::<Epoch>() as u64
     }
 }
 
 /// An operation's number, and what follows from it.
 #[repr(C, align(16))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Turn {
+pub struct Epoch {
     /// Operations finished, which is the number of the one to run.
     pub operation: u64,
     /// The slot that it uses: [`lamport::slot`](crate::lamport::slot) of it, kept because a
@@ -113,10 +112,10 @@ pub struct Status {
     pub failed: u32,
     /// The rank whose data was awaited.
     pub missing_rank: u32,
-    /// 1: an input, in one-shot or as a token's owner; 2: a token's sum, from its owner; 3: a flag, where links are
-    /// measured.
+    /// 1: an input, in one-shot or as a token's owner; 2: a token's sum, from its owner. Kernels of other crates have
+    /// numbers of their own, from 3 on.
     pub hop: u32,
-    /// The operation: see [`Turn::operation`].
+    /// The operation: see [`Epoch::operation`].
     pub operation: u64,
     /// The token, counted from the operation's first.
     pub token: u64,
@@ -211,142 +210,6 @@ impl Shape {
     pub const fn row_bytes(&self) -> u64 {
         self.row_packs as u64 * 16
     }
-}
-
-/// The parameters of one primitive step of an eager framework: an `eager_*` kernel.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Step {
-    /// The first operand.
-    pub a: Address,
-    /// The second operand, where there is one.
-    pub b: Address,
-    /// The result.
-    pub out: Address,
-    /// Rows.
-    pub tokens: u32,
-    /// Elements of a row: a multiple of 4.
-    pub hidden: u32,
-    /// The number that the step's documentation names.
-    pub value: f32,
-    /// Keeps the struct free of padding.
-    pub reserved: u32,
-}
-
-/// The parameters of the kernel `fill`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fill {
-    /// 16-byte aligned.
-    pub out: Address,
-    /// 16-byte packs to fill.
-    pub packs: u64,
-    /// The word to fill them with.
-    pub word: u32,
-    /// Keeps the struct free of padding.
-    pub reserved: u32,
-}
-
-/// The parameters of the kernel `audit_outputs`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Audit {
-    /// What the kernel before wrote, 16-byte aligned.
-    pub actual: Address,
-    /// What it should have written, 16-byte aligned.
-    pub expected: Address,
-    /// One `u32`, 0: where a pack differs, it gets which one, counted from 1. The first to be found stays.
-    pub found: Address,
-    /// 16-byte packs to compare.
-    pub packs: u64,
-    /// The word that is written over what was compared.
-    pub poison: u32,
-    /// Keeps the struct free of padding.
-    pub reserved: u32,
-}
-
-/// The parameters of the kernels `encode_*`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Conversions {
-    /// Gets the code of each `f32`.
-    pub out: Address,
-    /// The bits of the first `f32`.
-    pub first: u32,
-    /// How many to convert, a multiple of 8: the bits count up.
-    pub count: u32,
-}
-
-/// The parameters of the kernel `links_meet`. In every `links_*` kernel's `group`, the regions are those of
-/// [`links`](crate::links), and the operation and its turns those of the group's workspace.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Meet {
-    /// This rank's place in its group.
-    pub group: Group,
-    /// The count that this rank's flags get and its peers' must reach.
-    pub count: u32,
-    /// Keeps the struct free of padding.
-    pub reserved: u32,
-}
-
-/// The parameters of the kernel `links_ping`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ping {
-    /// This rank's place in its group.
-    pub group: Group,
-    /// One `u64`: gets the nanoseconds that all trips took but the first
-    /// [`WARM_UP_TRIPS`](crate::links::WARM_UP_TRIPS).
-    pub nanoseconds: Address,
-    /// The other rank.
-    pub peer: u32,
-    /// 1: this rank sends first; 0: it answers.
-    pub leads: u32,
-    /// The count of the first trip; each trip counts one more.
-    pub count: u32,
-    /// Trips there and back.
-    pub trips: u32,
-}
-
-/// The parameters of the kernel `links_push`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Push {
-    /// This rank's place in its group.
-    pub group: Group,
-    /// Bytes of a place.
-    pub place_bytes: u64,
-    /// 16-byte packs for each target, less than 2^28.
-    pub packs: u32,
-    /// The distance of the first target: 0 is this rank itself, 1 the one after it.
-    pub first: u32,
-    /// Targets, one after the other, at most as many as there are ranks.
-    pub targets: u32,
-    /// What the [pattern](crate::links::pattern) is told.
-    pub run: u32,
-    /// How often everything is written.
-    pub passes: u32,
-    /// Keeps the struct free of padding.
-    pub reserved: u32,
-}
-
-/// The parameters of the kernel `links_pull`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pull {
-    /// This rank's place in its group.
-    pub group: Group,
-    /// Bytes of a place.
-    pub place_bytes: u64,
-    /// 16-byte packs to read.
-    pub packs: u32,
-    /// The rank whose own place in its own memory is read; its place in this rank's memory gets it.
-    pub source: u32,
-    /// How often everything is read.
-    pub passes: u32,
-    /// Keeps the struct free of padding.
-    pub reserved: u32,
 }
 
 /// The activations, `[total_tokens, hidden]` elements each, 16-byte aligned.
@@ -466,6 +329,42 @@ pub struct NvFp4 {
     pub reserved: u32,
 }
 
+/// To be raised when a field, or the memory that it points to, comes to mean something else in the same place.
+const REVISION: u64 = 1;
+
+// What epilogue or quantizer there is does not move what comes before it.
+type AnyFused = Fused<Unquantized>;
+type AnyLocal = Local<Unquantized>;
+type AnyPlain = Plain<Unquantized>;
+type AnyRmsNorm = RmsNorm<Unquantized>;
+
+/// A fingerprint of the launch ABI: of these structs, and of the workspace. The host refuses kernels whose fingerprint
+/// differs.
+pub const LAYOUT: u32 = crate::fingerprint! {
+    [SLOTS, SLOTS_OFFSET, SENTINEL, workspace::VERSION, REVISION]
+    RankState { poisoned, reserved, epochs }
+    Epoch { operation, slot, reserved }
+    Status { abort, failed, missing_rank, hop, operation, token, call }
+    Group { regions, state, status, slot_bytes, timeout_ns, world_size, rank }
+    Shape { first_token, total_tokens, tokens, row_packs, call }
+    Activations { input, residual, residual_out }
+    AnyFused { group, shape, activations, epilogue }
+    AnyLocal { shape, activations, epilogue }
+    AnyPlain { quantizer }
+    AnyRmsNorm { gamma, norm_out, inverse_hidden, epsilon, weight_bias, reserved, quantizer }
+    Unquantized {}
+    Fp8Static { values, scale }
+    NvFp4 { values, scales, global_scale, swizzled, reserved }
+};
+
+/// The variable of a PTX module that holds its [`LAYOUT`].
+pub const LAYOUT_SYMBOL: &str = "fused_collective_layout";
+
+/// The [`LAYOUT`] that a module was built with, from its PTX; `None` if the text has none.
+pub fn layout_of(ptx: &str) -> Option<u32> {
+    in_ptx(ptx, LAYOUT_SYMBOL)
+}
+
 // Host and device are compiled by different compilers: neither may pad what the other does not.
 const _: () = {
     assert!(size_of::<RankState>() == 64 + 16 * MAX_BLOCKS as usize && size_of::<Status>() == 64);
@@ -474,16 +373,25 @@ const _: () = {
     assert!(size_of::<Plain<NvFp4>>() == 32 && size_of::<RmsNorm<Unquantized>>() == 32);
     assert!(size_of::<Fused<RmsNorm<NvFp4>>>() == 104 + 32 + 24 + 64);
     assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 24 + 48);
-    assert!(
-        size_of::<Step>() == 40
-            && size_of::<Fill>() == 24
-            && size_of::<Audit>() == 40
-            && size_of::<Conversions>() == 16
-    );
-    assert!(
-        size_of::<Meet>() == 104 + 8
-            && size_of::<Ping>() == 104 + 24
-            && size_of::<Push>() == 104 + 32
-            && size_of::<Pull>() == 104 + 24
-    );
 };
+
+#[cfg(test)]
+mod tests {
+    use std::format;
+
+    #[test]
+    fn every_launch_struct_is_in_the_fingerprint() {
+        let source = include_str!("launch.rs");
+        let declared = source.lines().filter_map(|line| {
+            let name = line.strip_prefix("pub struct ")?;
+            name.split(|c: char| !c.is_alphanumeric()).next()
+        });
+        let mut count = 0;
+        for name in declared.filter(|&name| name != "Address") {
+            let lists = |prefix: &str| source.contains(&format!("\n    {prefix}{name} {{"));
+            assert!(lists("") || lists("Any"), "{name} is not in `LAYOUT`");
+            count += 1;
+        }
+        assert_eq!(count, 13);
+    }
+}

@@ -1,4 +1,7 @@
-//! The 16-byte vector that every load and store moves.
+//! The 16-byte vector of elements: the unit of all loads, stores and exchanges.
+//!
+//! A row is a whole number of packs, since hidden sizes are multiples of 16. The order of elements in a pack is their
+//! order in little-endian memory.
 
 use crate::{dtype::Element, lamport};
 
@@ -10,7 +13,7 @@ pub struct Pack(pub [u32; 4]);
 impl Pack {
     /// Bytes of a pack.
     pub const BYTES: u64 = 16;
-    /// A pack that no rank ever sends: what a slot holds until data arrives.
+    /// The content of a slot until data arrives; no rank ever sends a word of it.
     pub const SENTINEL: Pack = Pack([lamport::SENTINEL; 4]);
 
     /// The elements as `f32`, exactly.
@@ -25,13 +28,13 @@ impl Pack {
         Pack(E::narrow(wide))
     }
 
-    /// The pack as it may be sent: see [`lamport::strip`].
+    /// Replaces sentinel words, which must not be sent, by zeros: see [`lamport::strip`].
     #[inline(always)]
     pub fn strip(self) -> Self {
         Pack(self.0.map(lamport::strip))
     }
 
-    /// Whether every word has arrived: see [`lamport::SENTINEL`].
+    /// True if every word has arrived: see [`lamport::is_complete`].
     #[inline(always)]
     pub fn is_complete(self) -> bool {
         let [a, b, c, d] = self.0;

@@ -1,11 +1,44 @@
-//! From an operation and the group's agreed limits to what every rank does: algorithm, rounds, token
-//! ownership, and how many blocks of a GPU share a token.
+//! The plan of an operation: algorithm, rounds, owners of tokens, and GPU blocks that share a token.
 //!
-//! [`Plan::new`] is a pure function of its arguments. Ranks that agree on the [`Limits`] (by
-//! [`Limits::agree`], once, at set-up) and are given the same operation therefore make the same plan.
+//! [`Plan::new`] is a pure function of the operation and of the [`Limits`] of the group. Ranks that agree on the limits
+//! ([`Limits::agree`], once, at set-up) and call the same operation therefore have the same plan.
 //!
-//! The size of a grid is no part of it: each rank starts as many blocks as its own GPU holds at once. No rank waits for
-//! another's blocks or counts them, only for data, and where that lies follows from the round alone.
+//! The number of blocks of a grid is not part of a plan. Each rank starts as many blocks as its own GPU holds at once:
+//! no rank waits for blocks of another or counts them. Ranks wait for data, whose place follows from the round alone.
+//!
+//! ```
+//! use fused_collective_core::{
+//!     dtype::DType,
+//!     fusion::{Mode, Norm, Operation, Residual},
+//!     plan::{Algorithm, Limits, Plan},
+//!     quant::Quantization,
+//! };
+//!
+//! let operation = Operation {
+//!     dtype: DType::Bf16,
+//!     tokens: 1000,
+//!     hidden: 4096, // rows of 8192 bytes
+//!     residual: Residual::Replicated,
+//!     norm: Some(Norm::default()),
+//!     quantization: Quantization::Fp8Static,
+//!     keep_norm: false,
+//!     mode: Mode::Auto,
+//! };
+//! let limits = Limits {
+//!     world_size: 2,
+//!     slot_bytes: 8 << 20,
+//!     compute_units: 132,
+//!     max_cluster: 8,
+//!     one_shot_bytes: 1 << 20,
+//! };
+//! let plan = Plan::new(&operation, &limits)?;
+//! assert_eq!(plan.algorithm, Algorithm::TwoShot);
+//! // A two-shot slot holds the owned rows of two ranks and all sums: two rows a token.
+//! let rounds: Vec<[u64; 2]> =
+//!     plan.rounds().map(|round| [round.first_token, round.rows.tokens]).collect();
+//! assert_eq!(rounds, [[0, 512], [512, 488]]);
+//! # Ok::<(), fused_collective_core::plan::PlanError>(())
+//! ```
 
 use core::fmt;
 
@@ -15,35 +48,37 @@ use crate::{
     workspace::SlotRows,
 };
 
-/// The collective that a plan settled on.
+pub use crate::tokens::{owned_index, owned_token, owned_tokens, owner};
+
+/// The collective of a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Algorithm {
     /// One hop: see [`Mode::OneShot`].
     OneShot,
     /// Two hops: see [`Mode::TwoShot`].
     TwoShot,
-    /// Two hops, the second with what the owner made of the sum: see [`Residual::Sharded`].
+    /// Two hops, the second with the norm or its quantization in place of the sum: see [`Residual::Sharded`].
     ShardedTwoShot,
 }
 
-/// What the group can do: the least that any of its ranks can.
+/// The capabilities of a group: of each, the least that any of its ranks has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// Ranks in the group.
     pub world_size: u32,
     /// Bytes of one workspace slot.
     pub slot_bytes: u64,
-    /// Multiprocessors of a GPU; 1 for a rank that is one thread.
+    /// Multiprocessors of a GPU; 1 for a rank that is a single thread.
     pub compute_units: u32,
     /// Blocks of the largest cluster, a power of two; 1 where there are no clusters.
     pub max_cluster: u32,
-    /// [`Mode::Auto`] takes one-shot up to this many bytes of activation, two-shot above.
+    /// The largest activation, in bytes, for which [`Mode::Auto`] is one-shot; above it is two-shot.
     pub one_shot_bytes: u64,
 }
 
 impl Limits {
-    /// The limits that every rank of the group can keep to: the least of each. `None` if there are none,
-    /// or if ranks disagree on the world size.
+    /// The limits that every rank can keep: the least of each. `None` for no ranks, or if ranks differ in the world
+    /// size.
     pub fn agree(ranks: &[Limits]) -> Option<Limits> {
         let (first, rest) = ranks.split_first()?;
         rest.iter().try_fold(*first, |least, other| {
@@ -58,12 +93,12 @@ impl Limits {
     }
 }
 
-/// How many bytes of activation [`Mode::Auto`] should take one-shot up to, among GPUs with links from each to every
-/// other: [`Limits::one_shot_bytes`].
+/// A model of [`Limits::one_shot_bytes`] for GPUs with direct links between every two of them.
 ///
-/// Of `n` ranks, each pushes an activation of `b` bytes `n - 1` times in one-shot, and `2 (n - 1) / n` times in two-shot,
-/// which waits for a hop more. If `hop_bytes` could be pushed during such a wait, both take the same time where
-/// `b (n - 1) = 2 b (n - 1) / n + hop_bytes`. Two ranks push the same in both modes, so that one-shot is always ahead.
+/// For an activation of `b` bytes, each of `n` ranks pushes `b (n - 1)` bytes in one-shot. In two-shot it pushes
+/// `2 b (n - 1) / n` bytes and waits for one more hop. Let `hop_bytes` be the bytes that could be pushed during this
+/// wait. Both take the same time where `b (n - 1) = 2 b (n - 1) / n + hop_bytes`. Two ranks push the same bytes in both
+/// modes, so one-shot is always faster there.
 pub const fn one_shot_bytes(world_size: u32, hop_bytes: u64) -> u64 {
     if world_size <= 2 {
         return u64::MAX;
@@ -72,37 +107,37 @@ pub const fn one_shot_bytes(world_size: u32, hop_bytes: u64) -> u64 {
     hop_bytes.saturating_mul(ranks) / ((ranks - 1) * (ranks - 2))
 }
 
-/// What every rank does for one operation.
+/// The work of every rank for one operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plan {
     /// The collective.
     pub algorithm: Algorithm,
     /// Tokens of the operation.
     pub tokens: u64,
-    /// Tokens of every round but the last, which has what is left. A round fills one workspace slot and
-    /// counts as one operation of the [Lamport rotation](crate::lamport).
+    /// Tokens of every round but the last, which has the rest. A round uses one workspace slot and counts as one
+    /// operation of the [Lamport rotation](crate::lamport).
     pub tokens_per_round: u64,
     /// Ranks in the group.
     pub world_size: u32,
     /// Bytes of a row.
     pub row_bytes: u64,
-    /// Blocks that share a token; 1 where there are no clusters. Kernels that cannot hold a row in the registers of so
-    /// few may take more, up to [`Limits::max_cluster`].
+    /// Blocks that share a token; 1 where there are no clusters. Kernels that cannot hold a row in the registers of
+    /// this many blocks may use more, up to [`Limits::max_cluster`].
     pub cluster: u32,
 }
 
-/// Why there is no plan.
+/// A reason why an operation has no plan under the limits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum PlanError {
-    /// The operation itself is not valid.
+    /// The operation is not valid.
     Operation(OperationError),
-    /// The limits are none that a group can have.
+    /// No group can have these limits; the text names the rule.
     Limits(&'static str),
-    /// The smallest round is more than a slot holds.
+    /// The smallest round does not fit a slot.
     Slot {
-        /// Tokens of that round: one, or with a sharded residual one for each rank.
+        /// Tokens of the smallest round: one, or with a sharded residual one for each rank.
         tokens: u64,
-        /// Bytes that it takes.
+        /// Bytes of the smallest round.
         needed: u64,
         /// Bytes of a slot.
         slot_bytes: u64,
@@ -120,7 +155,7 @@ impl fmt::Display for PlanError {
                 } else {
                     write!(f, "{tokens} tokens take")?;
                 }
-                write!(f, " {needed} bytes of a workspace slot that has {slot_bytes}: use a larger workspace")
+                write!(f, " {needed} bytes, but a workspace slot has {slot_bytes}: use a larger workspace")
             }
         }
     }
@@ -135,27 +170,39 @@ impl From<OperationError> for PlanError {
 }
 
 impl Plan {
-    /// The plan for `operation` under `limits`.
+    /// Plans `operation` under `limits`.
+    ///
+    /// # Errors
+    /// [`PlanError`] for an operation or limits that are not valid, and for a slot that is too small for one round.
     pub fn new(operation: &Operation, limits: &Limits) -> Result<Plan, PlanError> {
         operation.validate()?;
         if !(crate::MIN_WORLD_SIZE..=MAX_WORLD_SIZE).contains(&limits.world_size) {
             return Err(PlanError::Limits("the world size must be 1 to 16"));
         }
         if limits.compute_units == 0 {
-            return Err(PlanError::Limits("there must be a compute unit"));
+            return Err(PlanError::Limits("the number of compute units must be 1 or more"));
         }
         if !limits.max_cluster.is_power_of_two() {
             return Err(PlanError::Limits("the largest cluster must be a power of two"));
         }
         let row_bytes = operation.row_bytes();
-        let algorithm = match operation.mode {
-            _ if operation.residual == Residual::Sharded => Algorithm::ShardedTwoShot,
-            Mode::OneShot => Algorithm::OneShot,
-            Mode::TwoShot => Algorithm::TwoShot,
-            Mode::Auto if operation.activation_bytes() <= limits.one_shot_bytes => Algorithm::OneShot,
-            Mode::Auto => Algorithm::TwoShot,
+        let plan = |algorithm| {
+            tokens_per_round(algorithm, operation.tokens, row_bytes, limits).map(|tokens| (algorithm, tokens))
         };
-        let tokens_per_round = tokens_per_round(algorithm, operation.tokens, row_bytes, limits)?;
+        let (algorithm, tokens_per_round) = match operation.mode {
+            _ if operation.residual == Residual::Sharded => plan(Algorithm::ShardedTwoShot)?,
+            Mode::OneShot => plan(Algorithm::OneShot)?,
+            Mode::TwoShot => plan(Algorithm::TwoShot)?,
+            Mode::Auto => {
+                let (first, second) = if operation.activation_bytes() <= limits.one_shot_bytes {
+                    (Algorithm::OneShot, Algorithm::TwoShot)
+                } else {
+                    (Algorithm::TwoShot, Algorithm::OneShot)
+                };
+                // A slot may hold the smallest round of one algorithm alone.
+                plan(first).or_else(|error| plan(second).map_err(|_| error))?
+            }
+        };
         Ok(Plan {
             algorithm,
             tokens: operation.tokens,
@@ -166,7 +213,7 @@ impl Plan {
         })
     }
 
-    /// The rounds, in order: first token and number of tokens. None for an operation without tokens.
+    /// The rounds, in order. An operation without tokens has no rounds.
     pub fn rounds(&self) -> impl DoubleEndedIterator<Item = Round> + use<> {
         let plan = *self;
         let count = if plan.tokens == 0 { 0 } else { plan.tokens.div_ceil(plan.tokens_per_round) };
@@ -179,34 +226,13 @@ impl Plan {
     }
 }
 
-/// The tokens that fill one slot.
+/// Tokens of an operation that are exchanged through one slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Round {
-    /// The operation's token that is token 0 of the round.
+    /// The token of the operation that is token 0 of the round.
     pub first_token: u64,
-    /// Where the round's rows are in a slot.
+    /// Places of the rows of the round in a slot.
     pub rows: SlotRows,
-}
-
-/// Two-shot: the rank that sums token `token` of a round. Interleaved, so that few tokens still occupy
-/// every rank and every link.
-pub const fn owner(token: u64, world_size: u32) -> u32 {
-    (token % world_size as u64) as u32
-}
-
-/// Two-shot: which of its owner's tokens `token` is.
-pub const fn owned_index(token: u64, world_size: u32) -> u64 {
-    token / world_size as u64
-}
-
-/// Two-shot: how many of `tokens` tokens rank `rank` owns.
-pub const fn owned_tokens(tokens: u64, rank: u32, world_size: u32) -> u64 {
-    (tokens + world_size as u64 - 1 - rank as u64) / world_size as u64
-}
-
-/// Two-shot: the `owned`-th token of rank `rank`.
-pub const fn owned_token(owned: u64, rank: u32, world_size: u32) -> u64 {
-    owned * world_size as u64 + rank as u64
 }
 
 fn slot_bytes_of(algorithm: Algorithm, tokens: u64, row_bytes: u64, world_size: u32) -> Option<u64> {
@@ -217,8 +243,8 @@ fn slot_bytes_of(algorithm: Algorithm, tokens: u64, row_bytes: u64, world_size: 
     }
 }
 
-/// The most tokens, of those there are, that fit one slot; at least 1. With a sharded residual, rounds that others
-/// follow have a token for each rank or several: so an operation's token is its owner's in the round, too.
+/// The largest number of tokens of a round, at least 1. With a sharded residual, it is a multiple of the world size if
+/// more rounds follow. A token then has the same owner in the operation and in its round.
 fn tokens_per_round(
     algorithm: Algorithm,
     tokens: u64,
@@ -233,7 +259,7 @@ fn tokens_per_round(
         let needed = bytes(least).unwrap_or(u64::MAX);
         return Err(PlanError::Slot { tokens: least, needed, slot_bytes: limits.slot_bytes });
     }
-    // The bytes grow with the tokens: bisect. `low` fits, `high` does not.
+    // Bytes grow with tokens: bisect. `low` fits, `high` does not.
     let (mut low, mut high) = (least, tokens.max(1).saturating_add(1));
     while high - low > 1 {
         let middle = low + (high - low) / 2;
@@ -242,12 +268,12 @@ fn tokens_per_round(
     Ok(if low < tokens { low - low % unit } else { low })
 }
 
-/// A token is a block's, or a cluster's where tokens are so few that most units would idle.
+/// Blocks that share a token: more than one if the tokens are so few that most compute units would idle.
 fn cluster(tokens: u64, row_bytes: u64, limits: &Limits) -> u32 {
     const WARP: u32 = 32;
     let packs = row_bytes.div_ceil(16) as u32; // at most 16,384: the hidden size is limited
     let mut cluster = 1;
-    // Widen while every cluster still finds units of its own and its threads have a warp's worth each.
+    // Double while all clusters run at once and every block still has a pack for each thread of a warp.
     while cluster * 2 <= limits.max_cluster
         && tokens.saturating_mul(u64::from(cluster) * 2) <= u64::from(limits.compute_units)
         && packs / (cluster * 2) >= WARP

@@ -1,17 +1,17 @@
-//! The byte layout of the region that each rank shares with its peers.
+//! The byte layout of the region of memory that each rank shares with its peers.
 //!
 //! ```text
-//! 0                  header: who made it, for which group (HEADER_BYTES)
-//! HEADER_BYTES       control: one 64-byte line for each thing that ranks tell each other (CONTROL_BYTES)
+//! 0                  header: library, group and owner of the region (HEADER_BYTES)
+//! HEADER_BYTES       control: 64-byte lines, one for each flag between ranks (CONTROL_BYTES)
 //! SLOTS_OFFSET       slot 0, slot 1, slot 2, each slot_bytes long, filled with the Lamport sentinel
 //! ```
-//! A slot holds one round of one operation, in one of two ways; `R` is the bytes of a row:
-//! - one-shot: `[source rank][token] -> R` bytes: what each peer sent;
-//! - two-shot: `[source rank][owned token] -> R`, the tokens this rank owns as each peer sent them, then
-//!   `[token] -> R`, every token's sum as its owner sent it; with a sharded residual what the owner made of it, at the
-//!   start of `R` bytes.
+//! A slot holds one round of one operation, in one of two forms. `R` is the bytes of a row:
+//! - one-shot: `[source rank][token] -> R`, the tokens as each peer sent them;
+//! - two-shot: `[source rank][owned token] -> R`, the tokens of this rank as each peer sent them. Then
+//!   `[token] -> R`, the sum of every token as its owner sent it. With a sharded residual the norm or its quantization
+//!   is in place of the sum, at the start of its `R` bytes.
 //!
-//! All sizes are `u64` and every product is checked.
+//! Sizes are `u64`, and every product is checked.
 
 use core::fmt;
 
@@ -19,14 +19,14 @@ use crate::{MAX_WORLD_SIZE, MIN_WORLD_SIZE, lamport::SLOTS};
 
 /// First word of every region: `FUSEDCOL` in ASCII, little-endian.
 pub const MAGIC: u64 = u64::from_le_bytes(*b"FUSEDCOL");
-/// Layout version: a peer with another one is refused.
+/// Version of the layout: a region of another version is refused.
 pub const VERSION: u64 = 2;
-/// This library's version, as a header tells it: a peer with another one is refused. 16 bits a part.
+/// Version of this library, 16 bits for each part: a region of another version is refused.
 pub const LIBRARY: u64 = {
     const fn part(text: &str) -> u64 {
         match u64::from_str_radix(text, 10) {
             Ok(part) => part,
-            Err(_) => panic!("a package's version is made of numbers"),
+            Err(_) => panic!("the parts of a package's version are numbers"),
         }
     }
     part(env!("CARGO_PKG_VERSION_MAJOR")) << 32
@@ -35,16 +35,16 @@ pub const LIBRARY: u64 = {
 };
 /// Bytes of the header.
 pub const HEADER_BYTES: u64 = 256;
-/// Bytes of a control line: a flag has a cache line to itself.
+/// Bytes of a control line, so that each flag has a cache line of its own.
 pub const LINE_BYTES: u64 = 64;
 /// Bytes of the control lines.
 pub const CONTROL_BYTES: u64 = 4096 - HEADER_BYTES;
-/// Where the slots start.
+/// Offset of the first slot.
 pub const SLOTS_OFFSET: u64 = HEADER_BYTES + CONTROL_BYTES;
-/// Regions and slots start at multiples of this.
+/// Alignment of regions and slots.
 pub const ALIGNMENT: u64 = 4096;
 
-/// What a region says of itself: eight little-endian words at offset 0, the magic first.
+/// The header of a region: eight little-endian words at offset 0, the magic first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     /// Ranks in the group.
@@ -55,20 +55,20 @@ pub struct Header {
     pub slot_bytes: u64,
 }
 
-/// Why a region is not a peer's.
+/// A reason why a region is not the expected region of a peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeaderError {
     /// The first word is not [`MAGIC`].
     Magic(u64),
-    /// Another layout version.
+    /// The version of the layout is not [`VERSION`].
     Version(u64),
-    /// A field differs from what this rank expects.
+    /// A field has another value than this rank expects.
     Mismatch {
-        /// The field's name.
+        /// Name of the field.
         field: &'static str,
-        /// What the region says.
+        /// The value in the region.
         found: u64,
-        /// What it should say.
+        /// The value that this rank expects.
         expected: u64,
     },
 }
@@ -77,13 +77,16 @@ impl fmt::Display for HeaderError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             HeaderError::Magic(found) => {
-                write!(f, "the region starts with {found:#018x}, not with {MAGIC:#018x}")
+                write!(f, "the region starts with {found:#018x} in place of {MAGIC:#018x}: it has no header")
             }
             HeaderError::Version(found) => {
-                write!(f, "the region has layout version {found}, this program has {VERSION}")
+                write!(
+                    f,
+                    "the region has layout version {found}, but this library has {VERSION}: use one build for all ranks"
+                )
             }
             HeaderError::Mismatch { field, found, expected } => {
-                write!(f, "the region's {field} is {found}, this rank expects {expected}")
+                write!(f, "the {field} in the region is {found}, but this rank expects {expected}")
             }
         }
     }
@@ -92,12 +95,15 @@ impl fmt::Display for HeaderError {
 impl core::error::Error for HeaderError {}
 
 impl Header {
-    /// The words to write at the region's start. Write the magic (first word) last: it publishes the rest.
+    /// The words at the start of the region. Write the magic, the first word, last: it publishes the other words.
     pub const fn to_words(self) -> [u64; 8] {
         [MAGIC, VERSION, self.world_size as u64, self.rank as u64, self.slot_bytes, SLOTS, LIBRARY, 0]
     }
 
-    /// Checks the words at the start of a peer's region against what it should be.
+    /// Checks the words at the start of the region of a peer; `self` is the expected header.
+    ///
+    /// # Errors
+    /// [`HeaderError`] for the first difference.
     pub fn check(self, words: [u64; 8]) -> Result<(), HeaderError> {
         if words[0] != MAGIC {
             return Err(HeaderError::Magic(words[0]));
@@ -117,19 +123,19 @@ impl Header {
     }
 }
 
-/// Where things are in a region, for a group of `world_size` ranks with slots of `slot_bytes`.
+/// Sizes and offsets in the regions of a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     world_size: u32,
     slot_bytes: u64,
 }
 
-/// Why there is no such layout.
+/// A reason why regions cannot have a layout.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LayoutError {
-    /// A group of this size is not supported.
+    /// The number of ranks is not from [`MIN_WORLD_SIZE`] to [`MAX_WORLD_SIZE`].
     WorldSize(u32),
-    /// The sizes overflow 64 bits.
+    /// The regions are more bytes than 64 bits count.
     TooLarge {
         /// Bytes of one slot.
         slot_bytes: u64,
@@ -146,7 +152,10 @@ impl fmt::Display for LayoutError {
                 )
             }
             LayoutError::TooLarge { slot_bytes } => {
-                write!(f, "slots of {slot_bytes} bytes make a region of more bytes than 64 bits count")
+                write!(
+                    f,
+                    "regions with slots of {slot_bytes} bytes are more bytes than 64 bits count: use smaller slots"
+                )
             }
         }
     }
@@ -155,7 +164,10 @@ impl fmt::Display for LayoutError {
 impl core::error::Error for LayoutError {}
 
 impl Layout {
-    /// A layout whose slots hold at least `slot_bytes` (rounded up to [`ALIGNMENT`]).
+    /// The layout for `world_size` ranks with slots of `slot_bytes`, rounded up to a multiple of [`ALIGNMENT`].
+    ///
+    /// # Errors
+    /// [`LayoutError`] for an unsupported number of ranks, and for more bytes than 64 bits count.
     pub fn new(world_size: u32, slot_bytes: u64) -> Result<Self, LayoutError> {
         if !(MIN_WORLD_SIZE..=MAX_WORLD_SIZE).contains(&world_size) {
             return Err(LayoutError::WorldSize(world_size));
@@ -180,30 +192,30 @@ impl Layout {
         self.slot_bytes
     }
 
-    /// Bytes of one rank's region.
+    /// Bytes of the region of one rank.
     pub const fn region_bytes(&self) -> u64 {
         SLOTS_OFFSET + SLOTS * self.slot_bytes
     }
 
-    /// Bytes of all ranks' regions.
+    /// Bytes of the regions of all ranks.
     pub const fn total_bytes(&self) -> u64 {
         self.region_bytes() * self.world_size as u64
     }
 
-    /// Where slot `slot` starts in a region.
+    /// Offset of slot `slot` in a region.
     pub const fn slot_offset(&self, slot: u64) -> u64 {
         debug_assert!(slot < SLOTS);
         SLOTS_OFFSET + slot * self.slot_bytes
     }
 
-    /// Where control line `line` starts in a region.
+    /// Offset of control line `line` in a region.
     pub const fn control_offset(&self, line: u64) -> u64 {
         debug_assert!(line < CONTROL_BYTES / LINE_BYTES);
         HEADER_BYTES + line * LINE_BYTES
     }
 }
 
-/// Where rows are in a slot, for a round of `tokens` tokens with rows of `row_bytes`, dealt to `world_size` owners.
+/// Offsets of rows in a slot, for one round of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SlotRows {
     /// Ranks in the group.
@@ -215,12 +227,12 @@ pub struct SlotRows {
 }
 
 impl SlotRows {
-    /// Bytes of a slot that a one-shot round needs, or `None` past 64 bits.
+    /// Bytes of a slot that a one-shot round takes; `None` past 64 bits.
     pub fn one_shot_bytes(&self) -> Option<u64> {
         self.tokens.checked_mul(self.row_bytes)?.checked_mul(u64::from(self.world_size))
     }
 
-    /// Bytes of a slot that a two-shot round needs, or `None` past 64 bits.
+    /// Bytes of a slot that a two-shot round takes; `None` past 64 bits.
     pub fn two_shot_bytes(&self) -> Option<u64> {
         let gathered =
             self.most_owned().checked_mul(self.row_bytes)?.checked_mul(u64::from(self.world_size))?;
@@ -232,17 +244,18 @@ impl SlotRows {
         self.tokens.div_ceil(self.world_size as u64)
     }
 
-    /// One-shot: where rank `source` writes token `token` in the receiver's slot.
+    /// One-shot: offset in the slot of the receiver, to which rank `source` writes token `token`.
     pub const fn one_shot(&self, source: u32, token: u64) -> u64 {
         (source as u64 * self.tokens + token) * self.row_bytes
     }
 
-    /// Two-shot, first hop: where rank `source` writes the owner's `owned`-th token in the owner's slot.
+    /// Two-shot, first hop: offset in the slot of the owner, to which rank `source` writes the token with index `owned`
+    /// among those of the owner.
     pub const fn first_hop(&self, source: u32, owned: u64) -> u64 {
         (source as u64 * self.most_owned() + owned) * self.row_bytes
     }
 
-    /// Two-shot, second hop: where the owner writes the sum of token `token` in the receiver's slot.
+    /// Two-shot, second hop: offset in the slot of the receiver, to which the owner writes the sum of token `token`.
     pub const fn second_hop(&self, token: u64) -> u64 {
         (self.world_size as u64 * self.most_owned() + token) * self.row_bytes
     }

@@ -93,7 +93,7 @@ fn definition(code: u8, mantissa: u32, bias: i32) -> f64 {
     if exponent == 0 { fraction * 2f64.powi(1 - bias) } else { (1.0 + fraction) * 2f64.powi(exponent - bias) }
 }
 
-/// Whether they are one number, signs of zero told apart.
+/// True for equal numbers; zeros of different signs are different.
 fn same(found: f32, expected: f64) -> bool {
     f64::from(found) == expected && found.is_sign_negative() == expected.is_sign_negative()
 }

@@ -294,8 +294,8 @@ fn more_rows_of_a_slot_than_32_bits_count_do_not_wrap() {
     assert_eq!(rows.one_shot(7, tokens - 1), (8 * tokens - 1) * 32);
 }
 
-/// What 32 bits do not count, neither as bytes nor as elements nor as tokens, is planned and found where it is: in slots,
-/// in tensors, in each rank's share of a sharded residual, and among scales.
+/// Plans and offsets of more than 2^32 bytes, elements or tokens: in slots, in tensors, in the rows of a sharded residual
+/// on each rank, and among scales.
 #[test]
 fn sizes_and_offsets_beyond_32_bits_do_not_wrap() {
     const WORLD: u32 = 3;
@@ -367,7 +367,7 @@ fn one_shot_ends_where_its_pushes_take_longer_than_a_hop_more() {
     const HOP: u64 = 350_000;
     assert_eq!([1, 2].map(|ranks| one_shot_bytes(ranks, HOP)), [u64::MAX; 2]);
     for ranks in 3..=MAX_WORLD_SIZE {
-        // What both modes push, in parts of an activation of `ranks` parts.
+        // Bytes that each mode pushes, with the wait of two-shot as bytes.
         let pushed = |bytes: u64| {
             let (others, part) = (u64::from(ranks) - 1, bytes as f64 / f64::from(ranks));
             (others as f64 * bytes as f64, 2.0 * others as f64 * part + HOP as f64)
@@ -418,20 +418,22 @@ fn invalid_operations_are_refused_by_name() {
         (Operation { norm: None, quantization: nvfp4, ..valid }, OperationError::QuantizationWithoutNorm),
         (
             Operation { norm: None, ..sharded },
-            OperationError::Sharded("needs a norm: it is what all ranks get"),
+            OperationError::Sharded("needs a norm, which is the result that all ranks get"),
         ),
         (
             Operation { mode: Mode::OneShot, ..sharded },
-            OperationError::Sharded("is added by tokens' owners, which one-shot has none of: use two-shot"),
+            OperationError::Sharded("needs owners of tokens, which one-shot does not have: use two-shot"),
         ),
         (
             Operation { quantization: Quantization::Fp8PerToken, ..sharded },
-            OperationError::Sharded("goes with no quantization, static FP8 or NVFP4"),
+            OperationError::Sharded(
+                "works without quantization, with static FP8 and with NVFP4: use one of these",
+            ),
         ),
         (
             Operation { quantization: nvfp4, keep_norm: true, ..sharded },
             OperationError::Sharded(
-                "leaves no unquantized norm beside the quantized one: the ranks get one of them",
+                "leaves the norm or its quantization on all ranks, not both: do not keep the norm",
             ),
         ),
     ];

@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 const LINEAR: ScaleLayout = ScaleLayout::Linear;
 const SWIZZLED: ScaleLayout = ScaleLayout::Swizzled128x4;
-/// What is in a buffer before: no code or scale of these tests.
+/// The content of buffers before a call: no code or scale of these tests.
 const POISON: u8 = 0xa5;
 
 /// The code among `codes` whose value is nearest to `value`, the even one of two; saturates.
@@ -57,7 +57,7 @@ struct Quantized {
     scales: Vec<u8>,
 }
 
-/// What `quantize_row` should give.
+/// The right result of `quantize_row`, by the formulas.
 fn expected(quantization: Quantization, row: &[f32], scale: f32) -> Quantized {
     let amax =
         |block: &[f32]| block.iter().filter(|x| !x.is_nan()).fold(0f32, |largest, x| largest.max(x.abs()));
@@ -200,7 +200,7 @@ proptest! {
 fn no_finite_element_saturates_under_a_power_of_two_scale() {
     for (rule, largest) in [(scale::fp8_block as fn(f32) -> u8, 448f32), (scale::mxfp4_block, 6.0)] {
         for exponent in -120..=118 {
-            // Where a power of two stops to be enough: the quotient is rounded, and must not be rounded down onto it.
+            // Around a power of two: the quotient is rounded, and must not be rounded down onto the power.
             let border = (largest * 2f32.powi(exponent)).to_bits();
             for bits in border - 9..border + 9 {
                 let amax = f32::from_bits(bits);

@@ -7,11 +7,11 @@
 //!
 //! | module | what it holds |
 //! | --- | --- |
-//! | [`params`] | what a kernel is launched with, and the launch rules |
+//! | [`launch`] | what a kernel is launched with, and the launch rules |
 //! | [`simt`] | the GPU's words: indices, barriers, shuffles, memory order, dependent launch |
 //! | [`collective`] | one-shot and two-shot, with a sharded residual too, bounded waits, memory order |
+//! | [`local()`] | an epilogue without a collective |
 //! | [`epilogue`] | the epilogue trait, norm, FP8, NVFP4 |
-//! | [`baseline`] | the unfused kernels that the fused ones are measured against |
 //! | [`entries!`] | the table of kernel entry points, and their names |
 //! | [`convert`] | conversions by instruction |
 //!
@@ -21,7 +21,7 @@
 //! ```ignore
 //! #![no_std]
 //! #![feature(abi_ptx)]
-//! use fused_collective_device::{collective, dtype::bf16, params::Fused};
+//! use fused_collective_device::{collective, dtype::bf16, launch::Fused};
 //!
 //! #[unsafe(no_mangle)]
 //! pub unsafe extern "ptx-kernel" fn my_kernel(params: Fused<MyEpilogue>) {
@@ -31,7 +31,7 @@
 //! ```
 //! `device/examples/custom-epilogue` is such a crate, complete. It is built, as `device/ptx` is, for the target
 //! `nvptx64-nvidia-cuda` by a rustc with unstable features allowed; `device/ptx` says how. Launch it by the rules in
-//! [`params`].
+//! [`launch`].
 //!
 //! Kernels must be free of panics, local memory and spills: index arrays only by constants or in loops of constant
 //! length, and look at what `ptxas -v` says.
@@ -44,22 +44,29 @@
 #![cfg_attr(target_arch = "nvptx64", feature(asm_experimental_arch, link_llvm_intrinsics))]
 #![cfg_attr(target_arch = "nvptx64", allow(internal_features, reason = "shuffles: see `simt::nvptx`"))]
 
+#[cfg(not(any(target_arch = "nvptx64", feature = "simulation")))]
+compile_error!(
+    "fused-collective-device is device code for the target nvptx64-nvidia-cuda; its feature `simulation` runs it on \
+     threads, for tests"
+);
+
 #[cfg(not(target_arch = "nvptx64"))]
 extern crate std;
 
-pub use fused_collective_core::{dtype, pack};
+pub use fused_collective_core::{dtype, launch, pack};
 
-/// What this module was built for, in every module that has device functions of this crate: who loads it compares.
+/// The fingerprint of the launch ABI, in every module that has device functions of this crate.
 #[cfg(target_arch = "nvptx64")]
 #[unsafe(export_name = "fused_collective_layout")]
 #[used]
-pub static LAYOUT: u32 = params::LAYOUT;
+pub static LAYOUT: u32 = launch::LAYOUT;
 
-pub mod baseline;
 pub mod collective;
 pub mod convert;
 mod entries;
 pub mod epilogue;
-pub mod params;
+mod local;
 pub mod row;
 pub mod simt;
+
+pub use local::local;

@@ -7,8 +7,8 @@
 use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
-    epilogue::{Epilogue, Gathered, Place},
-    params::{Activations, Address, MAX_BLOCK_THREADS, MAX_CLUSTER, Shape},
+    epilogue::{Epilogue, PackIndex},
+    launch::{Activations, Address, MAX_BLOCK_THREADS, MAX_CLUSTER, Shape},
     simt::{self, SHARED_FLOATS, Shared, WARP},
 };
 
@@ -54,8 +54,8 @@ impl Team {
         }
     }
 
-    /// Zeroes what [`sum`](Self::sum) reads of shared memory and nobody writes, as this block has fewer warps, or the
-    /// cluster fewer blocks, than there is place for. Every thread of the block calls this once, before its first sum.
+    /// Zeroes the partial-sum slots of warps and blocks that this launch does not have. Every thread of the block calls
+    /// this once, before its first [`sum`](Self::sum).
     #[inline(always)]
     pub fn clear(&self) {
         let cluster = simt::cluster_size();
@@ -123,17 +123,17 @@ impl Team {
 
 /// This thread's packs of every row.
 #[derive(Clone, Copy, Debug)]
-pub struct Share<const P: usize, const RESIDENT: bool> {
+pub struct ThreadSlice<const P: usize, const RESIDENT: bool> {
     thread: u32,
     threads: u32,
     row_packs: u32,
 }
 
-impl<const P: usize, const RESIDENT: bool> Share<P, RESIDENT> {
+impl<const P: usize, const RESIDENT: bool> ThreadSlice<P, RESIDENT> {
     /// The share of this thread.
     #[inline(always)]
     pub fn new(team: &Team, shape: &Shape) -> Self {
-        Share { thread: team.thread, threads: team.threads, row_packs: shape.row_packs }
+        ThreadSlice { thread: team.thread, threads: team.threads, row_packs: shape.row_packs }
     }
 
     /// Calls `each` for the chunks of `P` packs that a thread takes a row in. As many for
@@ -157,11 +157,11 @@ impl<const P: usize, const RESIDENT: bool> Share<P, RESIDENT> {
         (pack < self.row_packs).then_some(pack)
     }
 
-    /// Where this thread's packs of chunk `chunk` of token `token` are; those past the row's end are not to be used.
+    /// The indices of this thread's packs of chunk `chunk` of token `token`; those past the row's end are not to be used.
     #[inline(always)]
-    pub fn places(&self, token: u64, chunk: u32) -> [Place; P] {
+    pub fn indices(&self, token: u64, chunk: u32) -> [PackIndex; P] {
         let pack = |p: usize| self.thread + (chunk * P as u32 + p as u32) * self.threads;
-        core::array::from_fn(|p| Place::new(token, pack(p), self.row_packs))
+        core::array::from_fn(|p| PackIndex::new(token, pack(p), self.row_packs))
     }
 
     /// Calls `each` for this thread's packs of chunk `chunk`: `p` and the pack.
@@ -179,9 +179,7 @@ impl<const P: usize, const RESIDENT: bool> Share<P, RESIDENT> {
             each(1);
         }
     }
-}
 
-impl<const P: usize, const RESIDENT: bool> Share<P, RESIDENT> {
     /// Calls `each` for this thread's packs of chunk `chunk` as [`for_each`](Self::for_each), and for what is past the
     /// row's end: all lanes of a warp call it together.
     #[inline(always)]
@@ -205,7 +203,7 @@ pub struct Prepared<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usi
     weights: X::Weights,
     /// The same, ready, where there are registers for it.
     ready: X::Ready,
-    share: Share<P, RESIDENT>,
+    slice: ThreadSlice<P, RESIDENT>,
 }
 
 impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESIDENT: bool>
@@ -221,19 +219,19 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     /// # Safety
     /// The addresses in `epilogue` are as its documentation says.
     #[inline(always)]
-    pub unsafe fn new(epilogue: &'a X, share: Share<P, RESIDENT>, team: &Team) -> Self {
+    pub unsafe fn new(epilogue: &'a X, slice: ThreadSlice<P, RESIDENT>, team: &Team) -> Self {
         if X::ROW_SUM {
             team.clear();
         }
         let mut weights = X::Weights::default();
         if Self::HOLDS_WEIGHTS {
             // SAFETY: as this function's.
-            share.for_each(0, |_, pack| weights = unsafe { epilogue.weights(pack) });
+            slice.for_each(0, |_, pack| weights = unsafe { epilogue.weights(pack) });
         }
         // SAFETY: as this function's.
         let constants = unsafe { epilogue.constants() };
         let ready = if Self::SPARE { epilogue.ready(weights) } else { X::Ready::default() };
-        Prepared { epilogue, constants, weights, ready, share }
+        Prepared { epilogue, constants, weights, ready, slice }
     }
 
     /// Completes token `token` of the round: `sum` puts this thread's packs of one chunk of `residual_out` into the
@@ -248,30 +246,30 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         shape: &Shape,
         activations: &Activations,
         token: u32,
-        mut sum: impl FnMut(u32, &[Place; P], &mut [Pack; P]),
+        mut sum: impl FnMut(u32, &[PackIndex; P], &mut [Pack; P]),
     ) {
         let token = shape.operation_token(token);
-        let mut places = self.share.places(token, 0);
+        let mut indices = self.slice.indices(token, 0);
         if Self::SPARE {
-            places = places.map(Place::kept);
+            indices = indices.map(PackIndex::kept);
         }
         let mut row = [Pack::default(); P];
         let mut addends = 0.0;
-        self.share.for_chunks(|chunk| {
+        self.slice.for_chunks(|chunk| {
             if !RESIDENT {
-                places = self.share.places(token, chunk);
+                indices = self.slice.indices(token, chunk);
             }
-            sum(chunk, &places, &mut row);
-            self.share.for_each(chunk, |p, _| {
+            sum(chunk, &indices, &mut row);
+            self.slice.for_each(chunk, |p, _| {
                 if !activations.residual_out.is_null() {
                     // SAFETY: inside the tensor; the pack is this thread's alone.
-                    unsafe { simt::store(places[p].of(activations.residual_out), row[p]) };
+                    unsafe { simt::store(indices[p].of(activations.residual_out), row[p]) };
                 }
                 if X::ROW_SUM {
                     addends += self.epilogue.addend(row[p]);
                 } else {
                     // SAFETY: as this function's.
-                    unsafe { self.finish(places[p], row[p], 0.0) };
+                    unsafe { self.finish(indices[p], row[p], 0.0) };
                 }
             });
         });
@@ -279,24 +277,24 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
             return;
         }
         let row_value = self.epilogue.row_value(team.sum(addends));
-        self.share.for_chunks(|chunk| {
+        self.slice.for_chunks(|chunk| {
             if !Self::SPARE {
-                // Opaque, or they would be kept.
-                places = self.share.places(simt::opaque_u64(token), chunk);
+                // `black_box`, or they would be kept.
+                indices = self.slice.indices(simt::black_box_u64(token), chunk);
             }
-            self.share.for_each(chunk, |p, _| {
+            self.slice.for_each(chunk, |p, _| {
                 if !RESIDENT {
                     // SAFETY: this thread wrote the pack above, or nobody writes the input.
-                    row[p] = unsafe { simt::load(places[p].of(row_in_memory(activations))) };
+                    row[p] = unsafe { simt::load(indices[p].of(row_in_memory(activations))) };
                 }
                 // SAFETY: as this function's.
-                unsafe { self.finish(places[p], row[p], row_value) };
+                unsafe { self.finish(indices[p], row[p], row_value) };
             });
         });
     }
 
     /// Completes a token of this rank's as [`complete`](Self::complete), but gives what the epilogue makes of each pack
-    /// to `send`, with the pack: what it became and, for the first of [`SCALE_PACKS`](Gathered::SCALE_PACKS), scales.
+    /// to `send`, with the pack: what it became and, for the first of [`SCALE_PACKS`](Epilogue::SCALE_PACKS), scales.
     /// The row of `residual_out` is `owned`, the token's row among this rank's. `context` is what both closures work on.
     ///
     /// # Safety
@@ -312,31 +310,29 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         context: &mut C,
         sum: impl Fn(&mut C, u32, &mut [Pack; P]),
         send: impl Fn(&mut C, u32, Pack, u32),
-    ) where
-        X: Gathered<E>,
-    {
-        let place = |pack| Place::new(owned as u64, pack, shape.row_packs);
+    ) {
+        let index = |pack| PackIndex::new(owned as u64, pack, shape.row_packs);
         let mut row = [Pack::default(); P];
         let mut addends = 0.0;
-        self.share.for_chunks(|chunk| {
+        self.slice.for_chunks(|chunk| {
             sum(context, chunk, &mut row);
-            self.share.for_each(chunk, |p, pack| {
+            self.slice.for_each(chunk, |p, pack| {
                 // SAFETY: inside the tensor; the pack is this thread's alone.
-                unsafe { simt::store(place(pack).of(activations.residual_out), row[p]) };
+                unsafe { simt::store(index(pack).of(activations.residual_out), row[p]) };
                 if X::ROW_SUM {
                     addends += self.epilogue.addend(row[p]);
                 }
             });
         });
         let row_value = if X::ROW_SUM { self.epilogue.row_value(team.sum(addends)) } else { 0.0 };
-        self.share.for_chunks(|chunk| {
-            self.share.for_lanes(chunk, |p, pack| {
+        self.slice.for_chunks(|chunk| {
+            self.slice.for_lanes(chunk, |p, pack| {
                 let inside = pack < shape.row_packs;
                 if !RESIDENT {
                     row[p] = Pack::default();
                     if inside {
                         // SAFETY: this thread wrote the pack above.
-                        row[p] = unsafe { simt::load(place(pack).of(activations.residual_out)) };
+                        row[p] = unsafe { simt::load(index(pack).of(activations.residual_out)) };
                     }
                 }
                 let mut weights = self.weights;
@@ -348,10 +344,10 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
                     }
                 }
                 let weights = if Self::SPARE { self.ready } else { self.epilogue.ready(weights) };
-                // Opaque, so that the second pack's registers are not taken while the first's are in use.
+                // `black_box`, so that the second pack's registers are not taken while the first's are in use.
                 let (words, scales) = self.epilogue.make(
-                    place(pack),
-                    if P > 1 { simt::opaque(row[p]) } else { row[p] },
+                    index(pack),
+                    if P > 1 { simt::black_box(row[p]) } else { row[p] },
                     row_value,
                     weights,
                     self.constants,
@@ -366,7 +362,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     /// # Safety
     /// As [`complete`](Self::complete).
     #[inline(always)]
-    unsafe fn finish(&self, place: Place, row: Pack, row_value: f32) {
+    unsafe fn finish(&self, index: PackIndex, row: Pack, row_value: f32) {
         // SAFETY: as this function's.
         unsafe {
             let weights = if Self::SPARE {
@@ -374,11 +370,11 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
             } else if Self::HOLDS_WEIGHTS {
                 self.epilogue.ready(self.weights)
             } else {
-                self.epilogue.ready(self.epilogue.weights(place.pack))
+                self.epilogue.ready(self.epilogue.weights(index.pack))
             };
             // As in `make`.
-            let row = if P > 1 { simt::opaque(row) } else { row };
-            self.epilogue.finish(place, row, row_value, weights, self.constants);
+            let row = if P > 1 { simt::black_box(row) } else { row };
+            self.epilogue.finish(index, row, row_value, weights, self.constants);
         }
     }
 }

@@ -1,20 +1,22 @@
 //! The kernels that measure links, run by the host's threads.
 
-mod support;
-
 use std::{
     sync::atomic::{AtomicU32, Ordering},
     thread,
     time::Duration,
 };
 
-use fused_collective_core::{links::WARM_UP_TRIPS, pack::Pack};
+use fused_collective_bench::{
+    kernels::links,
+    launch::{Meet, Pull, Push},
+    links::WARM_UP_TRIPS,
+};
+use fused_collective_core::pack::Pack;
 use fused_collective_device::{
-    collective::links,
-    params::{ABORTED, Meet, Pull, Push, Status, TIMED_OUT},
+    launch::{ABORTED, Status, TIMED_OUT},
     simt::host::{Launch, launch},
 };
-use support::{
+use fused_collective_device_tests::{
     Buffer,
     ranks::{Ranks, UNTOUCHED, patterns, ping},
 };

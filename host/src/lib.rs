@@ -1,22 +1,25 @@
-//! Fused all-reduce + residual + RMSNorm + quantization across the ranks of one host, as a library and a program.
+//! Fused all-reduce + residual + RMSNorm + quantization across the ranks of one host.
 //!
 //! # Embedding
-//! A rank holds a [`cpu::Communicator`] and calls [`all_reduce`](cpu::Communicator::all_reduce) with an
-//! [`Operation`](fused_collective_core::fusion::Operation) and slices. Ranks may be processes (started by
-//! [`launch`], or by `torchrun` and its like, and met through [`rendezvous`]) or threads, as here:
+//! A rank holds a communicator ([`cpu::Communicator`] or [`cuda::Communicator`]) and calls it with an
+//! [`Operation`](core::fusion::Operation) and tensors. Ranks meet over a [`Bootstrap`](group::Bootstrap): threads of one
+//! process, as here; processes by the built-in [`group::rendezvous`]; or the caller's own.
 //!
 //! ```
-//! use std::{os::fd::AsFd, thread, time::Duration};
+//! use std::{thread, time::Duration};
 //!
-//! use fused_collective::cpu::{self, Communicator, Inputs, Outputs, Watch};
-//! use fused_collective_core::{
-//!     dtype::{DType, bf16},
-//!     fusion::{Mode, Norm, Operation, Residual},
-//!     norm::Gamma,
-//!     quant::Quantization,
+//! use fused_collective::{
+//!     Error,
+//!     core::{
+//!         dtype::{DType, bf16},
+//!         fusion::{Mode, Norm, Operation, Residual},
+//!         norm::Gamma,
+//!         quant::Quantization,
+//!     },
+//!     cpu::{Communicator, Inputs, Options, Outputs},
+//!     group::{Bootstrap as _, threads},
 //! };
 //!
-//! const RANKS: u32 = 2;
 //! let operation = Operation {
 //!     dtype: DType::Bf16,
 //!     tokens: 4,
@@ -27,17 +30,15 @@
 //!     keep_norm: false,
 //!     mode: Mode::Auto,
 //! };
-//! let layout = cpu::layout(RANKS, operation.row_bytes())?;
-//! let memory = cpu::create_shared_memory(&layout)?;
+//! let deadline = Duration::from_secs(10);
 //!
 //! thread::scope(|scope| {
-//!     let ranks = [0, 1].map(|rank| {
-//!         let memory = memory.as_fd();
-//!         scope.spawn(move || -> Result<(), cpu::Error> {
-//!             let deadline = Duration::from_secs(10);
-//!             let mut communicator = Communicator::join(memory, layout, rank, deadline, Watch::nobody())?;
+//!     let ranks: Vec<_> = threads(2, deadline).into_iter().map(|bootstrap| {
+//!         scope.spawn(move || -> Result<(), Error> {
+//!             let options = Options { max_row_bytes: operation.row_bytes(), deadline };
+//!             let mut communicator = Communicator::join(&bootstrap, options)?;
 //!
-//!             let input = vec![bf16::from_f32(1.0 + rank as f32); 4 * 64];
+//!             let input = vec![bf16::from_f32(1.0 + bootstrap.rank() as f32); 4 * 64];
 //!             let residual = vec![bf16::from_f32(0.5); 4 * 64];
 //!             let gamma = vec![bf16::ONE; 64];
 //!             let mut residual_out = vec![bf16::ZERO; 4 * 64];
@@ -61,37 +62,23 @@
 //!             assert_eq!(quant_out, [0x50; 4 * 64]);
 //!             Ok(())
 //!         })
-//!     });
+//!     }).collect();
 //!     ranks.into_iter().try_for_each(|rank| rank.join().unwrap())
 //! })?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-//!
-//! # The program
-//! [`program`] is a thin shell: [`cli`] makes [`settings`], [`launch`] starts ranks, [`mod@bench`] measures variants on
-//! a [`collective`] backend and has [`peers`] measure theirs, [`mod@report`] shows them; [`mod@links`] measures what the
-//! backend's links can do at best; [`mod@verify`] runs the matrix that shows a backend right, [`mod@soak`] and
-//! [`mod@faults`] find what its cases cannot.
 
-pub mod bench;
-mod board;
-mod bounded;
-pub mod cli;
-pub mod collective;
+#[cfg(not(target_os = "linux"))]
+compile_error!("fused-collective runs on Linux only: it shares memory between processes by memfd and /proc");
+
+#[cfg(feature = "cpu")]
 pub mod cpu;
+#[cfg(feature = "cuda")]
 pub mod cuda;
-pub mod failure;
-pub mod faults;
+mod error;
 #[cfg(test)]
 mod fuzz;
-pub mod launch;
-pub mod links;
-pub mod peers;
-pub mod program;
-pub mod rank_env;
-pub mod rendezvous;
-pub mod report;
-pub mod settings;
-mod shared_memory;
-pub mod soak;
-pub mod verify;
+pub mod group;
+
+pub use error::{Error, ErrorKind, TensorProblem};
+pub use fused_collective_core as core;

@@ -1,8 +1,12 @@
 //! The CPU backend against the reference, ranks as threads that share memory as processes would.
 
-use std::{os::fd::AsFd, thread, time::Duration};
+use std::{thread, time::Duration};
 
-use fused_collective::cpu::{self, Communicator, Error, Inputs, Outputs, Plain, Watch};
+use fused_collective::{
+    Error,
+    cpu::{self, Communicator, Inputs, Outputs, Plain},
+    group::{Thread, threads},
+};
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     fusion::{GammaType, Mode, Norm, Operation, Residual},
@@ -12,24 +16,22 @@ use fused_collective_core::{
     reference::{Observed, Rounding, Token, check_token},
 };
 use proptest::prelude::*;
+use zerocopy::IntoBytes as _;
 
 /// Runs `rank` on a thread for each rank of a group and returns what they return, in rank order.
 fn group<R: Send>(
     world_size: u32,
-    row_bytes: u64,
+    max_row_bytes: u64,
     deadline: Duration,
     rank: impl Fn(Communicator) -> R + Sync,
 ) -> Vec<R> {
-    let layout = cpu::layout(world_size, row_bytes).unwrap();
-    let memory = cpu::create_shared_memory(&layout).unwrap();
+    let options = cpu::Options { max_row_bytes, deadline };
     thread::scope(|scope| {
-        let start = |index| {
-            let (memory, rank) = (memory.as_fd(), &rank);
-            scope.spawn(move || {
-                rank(Communicator::join(memory, layout, index, deadline, Watch::new(|| None)).unwrap())
-            })
+        let start = |bootstrap: Thread| {
+            let rank = &rank;
+            scope.spawn(move || rank(Communicator::join(&bootstrap, options).unwrap()))
         };
-        let ranks: Vec<_> = (0..world_size).map(start).collect();
+        let ranks: Vec<_> = threads(world_size, PATIENT).into_iter().map(start).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
 }
@@ -200,7 +202,7 @@ fn check_sharded_case<E: Plain>(case: Case<E>) {
     };
     for (rank, (replicated, sharded)) in (0..).zip(&results) {
         let rows = case.residual_rows(&operation, rank, &replicated.residual_out);
-        assert!(bytemuck::cast_slice::<E, u8>(&rows) == bytemuck::cast_slice::<E, u8>(&sharded.residual_out));
+        assert!(rows.as_bytes() == sharded.residual_out.as_bytes());
         let same_norm =
             replicated.norm_out.iter().zip(&sharded.norm_out).all(|(a, b)| a.to_f32() == b.to_f32());
         assert!(same_norm && replicated.norm_out.len() == sharded.norm_out.len(), "rank {rank}");
@@ -214,8 +216,8 @@ fn check_sharded_case<E: Plain>(case: Case<E>) {
 }
 
 fn bytes_equal<E: Plain>(a: &Results<E>, b: &Results<E>) -> bool {
-    bytemuck::cast_slice::<E, u8>(&a.residual_out) == bytemuck::cast_slice::<E, u8>(&b.residual_out)
-        && bytemuck::cast_slice::<E, u8>(&a.norm_out) == bytemuck::cast_slice::<E, u8>(&b.norm_out)
+    a.residual_out.as_bytes() == b.residual_out.as_bytes()
+        && a.norm_out.as_bytes() == b.norm_out.as_bytes()
         && (&a.quant_out, &a.scale_out) == (&b.quant_out, &b.scale_out)
 }
 
@@ -426,7 +428,10 @@ fn a_gamma_of_another_type_is_refused_before_anything_is_sent() {
             scale_out: &mut [],
         };
         let error = communicator.all_reduce(&case.operation, inputs, outputs).unwrap_err();
-        assert_eq!(error.to_string(), "gamma is given in the element type, the operation has it in float32");
+        assert_eq!(
+            error.to_string(),
+            "gamma holds bfloat16, the operation needs float32 beside the element type"
+        );
         // Nothing was sent: the next operation is right.
         case.check(&case.run(&mut communicator, Mode::OneShot).unwrap());
     });

@@ -2,15 +2,15 @@
 //! waited for whom; and after it a new group in the same processes is right. Ranks are threads here.
 
 use std::{
-    os::fd::AsFd,
-    sync::Barrier,
     thread,
     time::{Duration, Instant},
 };
 
 use fused_collective::{
-    cpu::{self, Communicator, Error, Inputs, Outputs, Plain, Watch},
-    failure::{Cause, Disagreement, Failure, Fault, GaveUp, What},
+    Error,
+    cpu::{self, Communicator, Inputs, Outputs, Plain},
+    group::failure::{Cause, Disagreement, Failure, Fault, GaveUp, What},
+    group::{Aborter, Thread, threads},
 };
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
@@ -26,16 +26,14 @@ const SHORT: Duration = Duration::from_millis(300);
 
 /// Runs `rank` on a thread for each rank of a new group; what they return, in rank order.
 fn group<R: Send>(world_size: u32, deadline: Duration, rank: impl Fn(Communicator) -> R + Sync) -> Vec<R> {
-    let layout = cpu::layout(world_size, 4096).unwrap();
-    let memory = cpu::create_shared_memory(&layout).unwrap();
+    let max_row_bytes = 4096;
+    let options = cpu::Options { max_row_bytes, deadline };
     thread::scope(|scope| {
-        let start = |index| {
-            let (memory, rank) = (memory.as_fd(), &rank);
-            scope.spawn(move || {
-                rank(Communicator::join(memory, layout, index, deadline, Watch::nobody()).unwrap())
-            })
+        let start = |bootstrap: Thread| {
+            let rank = &rank;
+            scope.spawn(move || rank(Communicator::join(&bootstrap, options).unwrap()))
         };
-        let ranks: Vec<_> = (0..world_size).map(start).collect();
+        let ranks: Vec<_> = threads(world_size, PATIENT).into_iter().map(start).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
 }
@@ -207,7 +205,7 @@ fn an_abort_while_nothing_runs_fails_the_next_call() {
 #[test]
 fn an_aborter_may_outlive_its_communicator() {
     let aborters = group(2, PATIENT, |communicator| communicator.aborter());
-    aborters.iter().for_each(cpu::Aborter::abort);
+    aborters.iter().for_each(Aborter::abort);
 }
 
 /// What a rank that is out of step calls, in place of the others' operation.
@@ -304,19 +302,16 @@ fn a_scale_that_nothing_reads_may_differ() {
 
 #[test]
 fn ranks_that_use_different_layouts_do_not_join() {
-    let (layout, other) = (cpu::layout(2, 4096).unwrap(), cpu::layout(2, 1 << 20).unwrap());
-    let memory = cpu::create_shared_memory(&layout).unwrap();
-    let join = |layout, rank| Communicator::join(memory.as_fd(), layout, rank, SHORT, Watch::nobody());
-    let both = Barrier::new(2);
+    let join = |bootstrap: &Thread, max_row_bytes| {
+        Communicator::join(bootstrap, cpu::Options { max_row_bytes, deadline: SHORT })
+    };
+    let mut ranks = threads(2, PATIENT).into_iter();
+    let (first, second) = (ranks.next().unwrap(), ranks.next().unwrap());
     thread::scope(|scope| {
-        let first = scope.spawn(|| {
-            both.wait();
-            join(layout, 0).map(drop)
-        });
-        both.wait();
-        let error = join(other, 1).unwrap_err();
+        let first = scope.spawn(|| join(&first, 4096).map(drop));
+        let error = join(&second, 1 << 20).unwrap_err();
         assert!(
-            error.to_string().starts_with("the group's shared memory: the shared memory has "),
+            error.to_string().starts_with("could not share memory between the ranks: the shared memory has "),
             "{error}"
         );
         let error = first.join().unwrap().unwrap_err();

@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fused_collective::rendezvous::{Error, Group, How, Membership};
+use fused_collective::group::{
+    How,
+    rendezvous::{Error, Group, Membership},
+};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Tells a rank process who it is: `rank/world size/deadline in ms/what it does/key`.

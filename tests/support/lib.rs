@@ -1,5 +1,5 @@
-//! What the tests across crates share: the program, built once, runs of it that cannot hang a test or leave a process
-//! behind, and the reports that it writes.
+//! Support for the tests across crates: the program, built once; runs of it that cannot hang a test or leave a process
+//! behind; and the reports that it writes.
 //!
 //! ```no_run
 //! use fused_collective_tests::{bench, run};
@@ -23,15 +23,14 @@ use escargot::{CargoBuild, error::CargoError};
 pub use process::{Outcome, Running};
 use report::Report;
 
-/// How long a run of the program may take: far more than any test's takes on two busy cores.
+/// The longest run of the program, far more than any test needs on two busy cores.
 pub const LIMIT: Duration = Duration::from_secs(120);
 
-/// The program's file: what `FUSED_COLLECTIVE_TESTED_PROGRAM` names, or else the first call of a test binary has cargo
-/// build it, with the profile that the tests themselves have, so that its overflow checks and debug assertions are tested
-/// as well.
+/// The path of the program: that in `FUSED_COLLECTIVE_TESTED_PROGRAM`, or else of a build. The first call of a test binary
+/// builds it, with the tests' own profile, so that its overflow checks and debug assertions are tested as well.
 ///
 /// # Panics
-/// When it does not build.
+/// The program does not build.
 pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<Result<PathBuf, CargoError>> = OnceLock::new();
     let program = PROGRAM.get_or_init(|| {
@@ -40,16 +39,18 @@ pub fn program() -> &'static Path {
         }
         let profile = if cfg!(debug_assertions) { "test" } else { "release" };
         let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("Cargo.toml");
-        let build =
-            CargoBuild::new().manifest_path(workspace).package("fused-collective").bin("fused-collective");
+        let build = CargoBuild::new()
+            .manifest_path(workspace)
+            .package("fused-collective-cli")
+            .bin("fused-collective");
         Ok(build.profile(profile).run()?.path().to_owned())
     });
     program.as_ref().unwrap_or_else(|error| panic!("the program does not build: {error}"))
 }
 
-/// The program with `args`, to be given an environment or a folder before [`Running::start`].
+/// The program with `args`. The caller may add an environment or a folder before [`Running::start`].
 ///
-/// What says to a program that it is a rank of some launcher's job is not inherited: the tests decide on that.
+/// Variables that make a process a rank of some launcher's job are not inherited.
 pub fn command(args: &[&str]) -> Command {
     const STARTERS: [&str; 10] = [
         "RANK",
@@ -73,8 +74,8 @@ pub fn command(args: &[&str]) -> Command {
     command
 }
 
-/// `bench` on the CPU backend with `options`, which spaces separate. Deadlines are long enough for a busy machine
-/// unless `options` has its own.
+/// `bench` on the CPU backend with `options`, separated by spaces. The deadline is long enough for a busy machine, unless
+/// `options` has its own.
 pub fn bench(options: &str) -> Command {
     let mut command = command(&["bench", "--backend", "cpu"]);
     command.args(options.split_whitespace());
@@ -87,7 +88,7 @@ pub fn bench(options: &str) -> Command {
 /// Runs the program to its end.
 ///
 /// # Panics
-/// When it takes longer than [`LIMIT`].
+/// It takes longer than [`LIMIT`].
 pub fn run(command: &mut Command) -> Outcome {
     Running::start(command).wait(LIMIT)
 }
@@ -95,7 +96,7 @@ pub fn run(command: &mut Command) -> Outcome {
 /// Runs [`bench()`] with `options` and returns what it wrote with `--json`.
 ///
 /// # Panics
-/// When it does not end well, says anything on standard error, or leaves a process behind.
+/// The run fails, writes to the standard error, or leaves a process behind.
 pub fn measure(options: &str) -> Report {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let file = folder.path().join("report.json");

@@ -1,5 +1,5 @@
-//! A program under test together with every process that it starts, directly or not, whatever groups and sessions they
-//! make. They are told by a mark in their environment, which children inherit.
+//! A program under test, with every process that it starts, directly or not, in any group or session. A mark in their
+//! environment, which children inherit, identifies them.
 
 use std::{
     fmt, fs,
@@ -17,12 +17,12 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// The variable that marks the processes of one run.
 const MARK: &str = "FUSED_COLLECTIVE_TEST_RUN";
-/// How long the other processes of a run may outlive the one that was started: the kernel takes a moment to end them.
+/// The time that the other processes of a run may outlive the first one. The kernel takes a moment to end them.
 const GRACE: Duration = Duration::from_secs(2);
-/// How long a process may be without an environment on its way from one program to the next.
+/// The time that a process may be without an environment while it loads another program.
 const LOADING: Duration = Duration::from_millis(200);
 
-/// A program that runs. Dropping it kills all its processes.
+/// A running program. Dropping this value kills all its processes.
 pub struct Running {
     processes: Processes,
     started: Instant,
@@ -30,29 +30,29 @@ pub struct Running {
     stderr: Output,
 }
 
-/// How a run ended.
+/// The end of a run.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// The exit status, or `None` if a signal ended the program.
     pub code: Option<i32>,
-    /// What all its processes wrote to standard output.
+    /// The standard output of all its processes.
     pub stdout: String,
-    /// What all its processes wrote to standard error.
+    /// The standard error of all its processes.
     pub stderr: String,
-    /// How long it took.
+    /// The duration.
     pub time: Duration,
-    /// Processes that were still there well after the program had ended (they have been killed).
+    /// Processes that still ran well after the end of the program. They have been killed.
     pub survivors: Vec<i32>,
 }
 
 impl Running {
-    /// Starts `command` with no input, its output kept.
+    /// Starts `command` without input, and captures its output.
     ///
     /// # Panics
-    /// When it cannot be started.
+    /// It cannot be started.
     pub fn start(command: &mut Command) -> Self {
         static RUNS: AtomicU64 = AtomicU64::new(0);
-        // All that matters is that no other run has this mark.
+        // No other run has this mark.
         let mark = format!("{}-{}", id(), RUNS.fetch_add(1, Ordering::Relaxed));
         command.env(MARK, &mark).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let started = Instant::now();
@@ -72,10 +72,10 @@ impl Running {
         self.processes.children()
     }
 
-    /// Waits until `ready` says so of the live processes other than the one that was started, and returns them.
+    /// Waits until `ready` is true for the live processes other than the first, and returns them.
     ///
     /// # Panics
-    /// When that takes longer than `limit`.
+    /// That takes longer than `limit`.
     pub fn wait_for_children(&self, limit: Duration, ready: impl Fn(&[i32]) -> bool) -> Vec<i32> {
         let deadline = Instant::now() + limit;
         loop {
@@ -91,7 +91,7 @@ impl Running {
     /// The process of a rank that the program started itself: the child with `RANK` in its environment.
     ///
     /// # Panics
-    /// When there is none within `limit`.
+    /// There is none within `limit`.
     pub fn wait_for_rank(&self, rank: u32, limit: Duration) -> i32 {
         let variable = format!("RANK={rank}");
         let is_rank = |&pid: &i32| has_variable(pid, &variable);
@@ -105,7 +105,7 @@ impl Running {
     /// Waits until the standard output contains `text`.
     ///
     /// # Panics
-    /// When that takes longer than `limit`.
+    /// That takes longer than `limit`.
     pub fn wait_for_stdout(&self, text: &str, limit: Duration) {
         let found = wait_until(Instant::now() + limit, || self.stdout.so_far().contains(text).then_some(()));
         assert!(
@@ -116,7 +116,7 @@ impl Running {
         );
     }
 
-    /// Sends `signal` to one process of the run; one that has ended is left alone.
+    /// Sends `signal` to one process of the run. Does nothing if it has ended.
     pub fn signal(&self, pid: i32, signal: Signal) {
         send(pid, signal);
     }
@@ -124,7 +124,7 @@ impl Running {
     /// Waits for the program to end.
     ///
     /// # Panics
-    /// When it has not ended after `limit`: all its processes are killed, and the message has what they printed.
+    /// It has not ended after `limit`. All its processes are killed, and the message has their output.
     pub fn wait(self, limit: Duration) -> Outcome {
         let Running { mut processes, started, stdout, stderr } = self;
         let status =
@@ -134,7 +134,7 @@ impl Running {
             wait_until(Instant::now() + GRACE, || processes.children().is_empty().then_some(()));
         }
         let survivors = processes.children();
-        // A process that lives holds the pipes open: end all of them before reading to the end.
+        // Live processes hold the pipes open, so all are ended before the pipes are read to the end.
         drop(processes);
         let code = status.and_then(|status| status.code());
         let outcome = Outcome { code, stdout: stdout.whole(), stderr: stderr.whole(), time, survivors };
@@ -144,19 +144,19 @@ impl Running {
 }
 
 impl Outcome {
-    /// Asserts that the run ended well: status 0, nothing on standard error, no process left.
+    /// Asserts success: status 0, nothing on the standard error, and no process left.
     ///
     /// # Panics
-    /// When it did not.
+    /// One of these is not so.
     pub fn assert_success(&self) {
         assert!(self.code == Some(0) && self.stderr.is_empty() && self.survivors.is_empty(), "{self}");
     }
 
-    /// Asserts that the run failed with this status and this one line on standard error (after the program's name),
-    /// and that no process is left.
+    /// Asserts a failure with this status, with this one line on the standard error after the program's name, and with no
+    /// process left.
     ///
     /// # Panics
-    /// When it did not.
+    /// One of these is not so.
     pub fn assert_failure(&self, code: i32, line: &str) {
         let expected = format!("fused-collective: {line}\n");
         assert!(
@@ -202,7 +202,7 @@ impl Drop for Processes {
         // Both fail only for a process that has ended.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        // One that is being started while they are listed turns up in the next round.
+        // A process that starts while they are listed turns up in the next round.
         wait_until(Instant::now() + GRACE, || {
             let children = self.children();
             for &pid in &children {
@@ -220,7 +220,7 @@ fn send(pid: i32, signal: Signal) {
     }
 }
 
-/// Calls `poll` until it returns something, or returns `None` at the deadline.
+/// Calls `poll` until it returns a value, and returns `None` at the deadline.
 fn wait_until<T>(deadline: Instant, mut poll: impl FnMut() -> Option<T>) -> Option<T> {
     loop {
         match poll() {
@@ -230,37 +230,36 @@ fn wait_until<T>(deadline: Instant, mut poll: impl FnMut() -> Option<T>) -> Opti
     }
 }
 
-/// Whether a process has this `NAME=value` in its environment.
+/// True if a process has this `NAME=value` in its environment.
 fn has_variable(pid: i32, variable: &str) -> bool {
     let environment = environment(pid);
     environment.split(|&byte| byte == 0).any(|found| found == variable.as_bytes())
 }
 
-/// A process's environment; empty for one that has ended, or is another user's or the kernel's.
+/// A process's environment. Empty if the process has ended, or belongs to another user or to the kernel.
 fn environment(pid: i32) -> Vec<u8> {
     let read = || {
         let bytes = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        // While another program is being loaded into the process, none of it can be read, or a part.
+        // While the process loads another program, none or a part of it can be read.
         let is_whole = !bytes.is_empty() && environment_length(pid) == Some(bytes.len() as u64);
         (is_whole || fs::read_link(format!("/proc/{pid}/exe")).is_err()).then_some(bytes)
     };
-    // There are programs that were started with none at all.
+    // Some programs have an empty environment.
     wait_until(Instant::now() + LOADING, read).unwrap_or_default()
 }
 
-/// How long a process's environment is, if it has one.
+/// The length of a process's environment, if it has one.
 fn environment_length(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The first two fields are the number and, in brackets, a name that may hold anything.
     let (_, fields) = stat.rsplit_once(") ")?;
-    // Fields 50 and 51: where it begins and ends in memory; 0 before there is one.
+    // Fields 50 and 51: its first and last address; 0 before there is one.
     let mut addresses = fields.split(' ').skip(50 - 3).map(|field| field.parse::<u64>().ok());
     let (start, end) = (addresses.next()??, addresses.next()??);
     (start != 0).then(|| end.checked_sub(start))?
 }
 
-/// What comes out of a pipe, read on a thread of its own: a program that fills one pipe is not kept from writing to
-/// the other.
+/// The output of a pipe, read on a thread of its own, so that a program that fills one pipe can write to the other.
 struct Output {
     bytes: Arc<Mutex<Vec<u8>>>,
     reader: JoinHandle<()>,
@@ -272,7 +271,7 @@ impl Output {
         let read = Arc::clone(&bytes);
         let reader = thread::spawn(move || {
             let mut buffer = [0; 4096];
-            // What was read before an error is kept.
+            // Bytes before an error are kept.
             while let Ok(length @ 1..) = pipe.read(&mut buffer) {
                 read.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&buffer[..length]);
             }
@@ -285,10 +284,10 @@ impl Output {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Everything, once all that have the pipe have closed it.
+    /// The whole output, once all processes have closed the pipe.
     ///
     /// # Panics
-    /// When one of them still has it after [`GRACE`]: a process that was not found, which may write more.
+    /// A process without the run's mark still has the pipe after [`GRACE`], and may write more.
     fn whole(self) -> String {
         let ended = wait_until(Instant::now() + GRACE, || self.reader.is_finished().then_some(()));
         assert!(ended.is_some(), "a process without the run's mark has its output open: {}", self.so_far());
@@ -346,7 +345,7 @@ mod tests {
         let mark = running.processes.mark.clone();
         let outcome = running.wait(LONG);
         assert_eq!((outcome.code, outcome.survivors.len()), (Some(0), 1), "{outcome}");
-        // The same mark finds nothing any more.
+        // The mark finds no process any more.
         let mut done = Command::new("true").spawn().unwrap();
         done.wait().unwrap();
         assert!(Processes { child: done, mark }.children().is_empty());

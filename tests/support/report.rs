@@ -1,6 +1,6 @@
-//! The JSON report as its readers know it: the schema, written down a second time.
+//! The JSON report as its readers know it: the schema, written a second time.
 //!
-//! Nothing here comes from the program's crates, so a field that is renamed, added or left out by mistake is found.
+//! It uses none of the program's types, so it finds a field that is renamed, added or left out by mistake.
 
 use std::{fs, path::Path};
 
@@ -19,13 +19,13 @@ pub struct Report {
     pub backend: String,
     pub world_size: u32,
     pub settings: Settings,
-    /// There only where links between GPUs were measured.
+    /// Present only if links between GPUs were measured.
     #[serde(default)]
     pub push_gb_s: Option<f64>,
     pub configurations: Vec<Configuration>,
 }
 
-/// Where it ran.
+/// The machine of the run.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "the program's own types document the fields")]
@@ -42,7 +42,7 @@ pub struct Machine {
     pub driver: Option<String>,
 }
 
-/// What was asked for.
+/// The settings of the run.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "the program's own types document the fields")]
@@ -52,7 +52,7 @@ pub struct Settings {
     pub dtypes: Vec<String>,
     pub quant_modes: Vec<String>,
     pub use_residual: bool,
-    /// There only where it was asked for.
+    /// Present only if it was asked for.
     #[serde(default)]
     pub sharded_residual: bool,
     pub oneshot: bool,
@@ -66,13 +66,13 @@ pub struct Settings {
     pub cold: bool,
     pub peers: Vec<String>,
     pub peer_deadline_seconds: f64,
-    /// There only where ranks may share a GPU.
+    /// Present only if ranks may share a GPU.
     #[serde(default)]
     pub oversubscribe: bool,
     pub tolerance_percent: f64,
 }
 
-/// Variants that compute the same thing.
+/// Variants that compute the same result.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "the program's own types document the fields")]
@@ -96,7 +96,7 @@ pub struct Row {
     pub outcome: Outcome,
 }
 
-/// What came of a variant.
+/// The result of a variant.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(tag = "status", rename_all = "lowercase", deny_unknown_fields)]
 #[expect(missing_docs, reason = "the program's own types document the fields")]
@@ -117,7 +117,7 @@ pub struct Verified {
     pub figures: Figures,
 }
 
-/// What follows from the times.
+/// The figures derived from the times.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[expect(missing_docs, reason = "the program's own types document the fields")]
@@ -132,10 +132,10 @@ pub struct Figures {
 }
 
 impl Report {
-    /// The report in a file.
+    /// Reads the report in a file.
     ///
     /// # Panics
-    /// When there is none of this schema.
+    /// The file has no report of this schema.
     pub fn read(path: &Path) -> Report {
         let text = fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}\n{text}", path.display()))
@@ -143,7 +143,7 @@ impl Report {
 }
 
 impl Configuration {
-    /// As every form of the report calls it.
+    /// The title in every form of the report.
     pub fn title(&self) -> String {
         let Configuration { num_tokens, dtype, quant_mode, .. } = self;
         let residual = if self.use_residual { "with residual" } else { "no residual" };
@@ -157,10 +157,10 @@ impl Configuration {
 }
 
 impl Row {
-    /// What was measured of it.
+    /// Its measurement.
     ///
     /// # Panics
-    /// When it failed.
+    /// The variant failed.
     pub fn verified(&self) -> &Verified {
         match &self.outcome {
             Outcome::Verified(verified) => verified,

@@ -8,8 +8,9 @@ use std::{
 };
 
 use anyhow::{Error, Result, anyhow};
+use fused_collective_build::{Assembly, Processor};
 
-use crate::{cmd, ptx};
+use crate::{cmd, kernels};
 
 /// Tells the program where its kernels are.
 const KERNELS: &str = "FUSED_COLLECTIVE_PTX";
@@ -21,11 +22,12 @@ const KERNELS: &str = "FUSED_COLLECTIVE_PTX";
 pub(crate) fn exec(options: &[String]) -> Error {
     let mut cargo = cmd::cargo("run");
     cargo
-        .args(["--release", "--package", "fused-collective", "--bin", "fused-collective", "--", "bench"])
+        .args(["--release", "--package", "fused-collective-cli", "--bin", "fused-collective", "--", "bench"])
         .args(options);
-    let gpus = if env::var_os(KERNELS).is_none() && uses_gpus(options) { gpus_here() } else { Vec::new() };
-    if !gpus.is_empty() {
-        match kernels(&gpus) {
+    let processors =
+        if env::var_os(KERNELS).is_none() && uses_gpus(options) { processors_here() } else { Vec::new() };
+    if !processors.is_empty() {
+        match build(&processors) {
             Ok(folder) => drop(cargo.env(KERNELS, folder)),
             Err(error) => eprintln!("warning: no kernels for the GPUs of this machine: {error:#}"),
         }
@@ -40,33 +42,34 @@ fn uses_gpus(options: &[String]) -> bool {
         && !options.iter().any(|option| option == "--backend=cpu" || option == "--help")
 }
 
-/// The kinds of the GPUs that the driver's own program lists; none where there is no such program.
-fn gpus_here() -> Vec<&'static ptx::Gpu> {
+/// The processors of the GPUs that the driver's own program lists; none where there is no such program.
+fn processors_here() -> Vec<Processor> {
     let mut list = Command::new("nvidia-smi");
     list.args(["--query-gpu=compute_cap", "--format=csv,noheader"])
         .stdin(Stdio::null())
         .stderr(Stdio::null());
     let Ok(output) = list.output() else { return Vec::new() };
-    kinds(&String::from_utf8_lossy(&output.stdout))
+    processors(&String::from_utf8_lossy(&output.stdout))
 }
 
-/// The kinds of GPUs with these compute capabilities, one a line, each kind once.
-fn kinds(capabilities: &str) -> Vec<&'static ptx::Gpu> {
-    let mut kinds = Vec::new();
+/// The processors of GPUs with these compute capabilities, one a line, each processor once.
+fn processors(capabilities: &str) -> Vec<Processor> {
+    let mut processors = Vec::new();
     for line in capabilities.lines() {
         let capability = line.trim().replace('.', "").parse().ok();
-        if let Some(gpu) = capability.and_then(ptx::gpu_for)
-            && !kinds.contains(&gpu)
+        if let Some(processor) = capability.and_then(kernels::processor_for)
+            && !processors.contains(&processor)
         {
-            kinds.push(gpu);
+            processors.push(processor);
         }
     }
-    kinds
+    processors
 }
 
-fn kernels(gpus: &[&ptx::Gpu]) -> Result<PathBuf> {
-    eprintln!("building the kernels (a few minutes the first time)");
-    ptx::Compiler::new()?.build(gpus)
+fn build(processors: &[Processor]) -> Result<PathBuf> {
+    eprintln!("a few minutes the first time");
+    kernels::build(processors, Assembly::Skip)?;
+    kernels::folder()
 }
 
 #[cfg(test)]
@@ -74,11 +77,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_kind_of_gpu_is_built_for_once() {
-        let cpus = |text| kinds(text).iter().map(|gpu| gpu.cpu).collect::<Vec<_>>();
-        assert_eq!(cpus("9.0\n9.0\n"), ["sm_90"]);
-        assert_eq!(cpus("8.0\n12.0\n8.6\n"), ["sm_80", "sm_120a"]);
-        assert_eq!(cpus("7.5\n[N/A]\n\n"), [""; 0]);
+    fn each_processor_is_built_for_once() {
+        let names = |text| processors(text).into_iter().map(Processor::name).collect::<Vec<_>>();
+        assert_eq!(names("9.0\n9.0\n"), ["sm_90"]);
+        assert_eq!(names("8.0\n12.0\n8.6\n"), ["sm_80", "sm_120a"]);
+        assert_eq!(names("7.5\n[N/A]\n\n"), [""; 0]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{
     env,
     ffi::{OsStr, OsString},
     io::{BufRead, BufReader, Read},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
@@ -13,31 +13,34 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use cargo_metadata::{Metadata, MetadataCommand};
 
+/// How long rustup may take: it has a few megabytes to fetch, and may wait for a silent network.
+const RUSTUP_LIMIT: Duration = Duration::from_secs(120);
+
 /// The root of the workspace.
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the workspace")
 }
 
 /// The cargo that runs this program (cargo says so in the environment), or else the one that is found.
-pub(crate) fn cargo_program() -> OsString {
+fn cargo_program() -> OsString {
     env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
 /// `cargo SUBCOMMAND` on this workspace, from whatever folder the user is in.
 pub(crate) fn cargo(subcommand: &str) -> Command {
-    cargo_on(&root().join("Cargo.toml"), subcommand)
-}
-
-/// `cargo SUBCOMMAND` on the package or workspace of `manifest`.
-pub(crate) fn cargo_on(manifest: &Path, subcommand: &str) -> Command {
     let mut command = Command::new(cargo_program());
-    command.arg(subcommand).arg("--manifest-path").arg(manifest);
+    command.arg(subcommand).arg("--manifest-path").arg(root().join("Cargo.toml"));
     command
 }
 
 /// The workspace's packages and folders, as cargo sees them.
 pub(crate) fn metadata() -> Result<Metadata> {
     Ok(MetadataCommand::new().manifest_path(root().join("Cargo.toml")).no_deps().exec()?)
+}
+
+/// The folder of all that is built.
+pub(crate) fn target_directory() -> Result<PathBuf> {
+    Ok(metadata()?.target_directory.into_std_path_buf())
 }
 
 /// Runs to the end, with this program's own output.
@@ -50,7 +53,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 }
 
 /// Like [`run`], but ends the program after `limit`: for what waits on a network.
-pub(crate) fn run_within(command: &mut Command, limit: Duration) -> Result<()> {
+fn run_within(command: &mut Command, limit: Duration) -> Result<()> {
     let mut child = start(command)?;
     let status = wait_within(command, &mut child, limit)?;
     check(command, status)
@@ -103,6 +106,27 @@ pub(crate) fn read(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::inherit()).output().with_context(|| cannot_start(command))?;
     check(command, output.status)?;
     String::from_utf8(output.stdout).with_context(|| format!("`{}` printed what is not UTF-8", line(command)))
+}
+
+/// Makes sure that `cargo SUBCOMMAND` exists, which the rustup component `component` brings.
+///
+/// # Errors
+/// When it does not exist and rustup cannot add it: how to install it.
+pub(crate) fn require_component(subcommand: &str, component: &str) -> Result<()> {
+    let mut version = Command::new(cargo_program());
+    let exists = version.args([subcommand, "--version"]).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    if exists.is_ok_and(|status| status.success()) {
+        return Ok(());
+    }
+    let mut rustup = Command::new("rustup");
+    // Without its server rustup may panic: the message is enough.
+    run_within(rustup.args(["component", "add", component]).env("RUST_BACKTRACE", "0"), RUSTUP_LIMIT)
+        .with_context(|| {
+            format!(
+                "`cargo {subcommand}` is missing: run `rustup component add {component}`, or install the {component} \
+                 of this Rust from where it came"
+            )
+        })
 }
 
 /// Waits for the end of a command's process, and ends it after `limit`.

@@ -1,8 +1,9 @@
 //! `cargo xtask dist`: a folder, and an archive of it, that runs on a machine with nothing but a driver (or, on the CPU
-//! backend, with nothing): the stripped program, the kernels for every kind of GPU, the licences of all that is in it.
+//! backend, with nothing): the stripped program, with the kernels for every processor in it, and the licences of all that
+//! it is built from.
 //!
-//! The program looks for `ptx/` beside itself, so the folder works wherever it is unpacked. The one thing that it does
-//! need is a C library that is recent enough: the program's own list of symbol versions says how recent.
+//! The one thing that it does need is a C library that is recent enough: the program's own list of symbol versions says
+//! how recent.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -16,12 +17,14 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use cargo_metadata::{DependencyKind, MetadataCommand, Package};
 use flate2::{Compression, write::GzEncoder};
-use fused_collective_core::launch::{LAYOUT, layout_of};
+use fused_collective_build::Processor;
 use object::{Endianness, elf::FileHeader64, read::elf::FileHeader};
 
-use crate::{cmd, ptx};
+use crate::{cmd, kernels};
 
-const PACKAGE: &str = "fused-collective";
+const PACKAGE: &str = "fused-collective-cli";
+/// Its program.
+const PROGRAM: &str = "fused-collective";
 /// The profile in the workspace's `Cargo.toml`, and the folder that cargo gives it.
 const PROFILE: &str = "dist";
 /// Files from the workspace's root that go along as they are.
@@ -31,17 +34,25 @@ const LICENSES: [&str; 2] = ["LICENSE-APACHE", "LICENSE-MIT"];
 ///
 /// # Errors
 /// Something does not build, or cannot be written.
-pub(crate) fn make(output: Option<PathBuf>, gpus: &[&ptx::Gpu]) -> Result<()> {
-    let target = cmd::metadata()?.target_directory.into_std_path_buf();
+pub(crate) fn make(output: Option<PathBuf>, processors: &[Processor]) -> Result<()> {
+    let target = cmd::target_directory()?;
     let output = output.unwrap_or_else(|| target.join("distribution"));
     eprintln!("building the kernels (minutes the first time)");
-    let kernels = ptx::Compiler::new()?.build(gpus)?;
+    let kernels = kernels::embed(processors)?;
     let program = program(&target)?;
+    for archive in kernels {
+        ensure!(
+            contains(&program, &archive)?,
+            "{} does not carry the kernels in {}: build again",
+            program.display(),
+            archive.display()
+        );
+    }
     let contents = Contents {
         version: version()?,
         glibc: glibc_needed(&program)?,
         program,
-        kernels: gpus.iter().map(|gpu| (gpu.cpu, kernels.join(gpu.cpu))).collect(),
+        processors: processors.to_vec(),
         third_party: third_party()?,
     };
     let (folder, archive) = contents.write(&output)?;
@@ -49,6 +60,14 @@ pub(crate) fn make(output: Option<PathBuf>, gpus: &[&ptx::Gpu]) -> Result<()> {
     println!("{}\n{} ({size:.1} MiB)", folder.display(), archive.display());
     println!("needs {}, and for GPUs NVIDIA's driver; nothing else", contents.needs());
     Ok(())
+}
+
+/// Tells if the bytes of the file `part` are in the file `whole`.
+fn contains(whole: &Path, part: &Path) -> Result<bool> {
+    let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
+    let (whole, part) = (read(whole)?, read(part)?);
+    ensure!(!part.is_empty(), "there are no kernels");
+    Ok(whole.windows(part.len()).any(|bytes| bytes == part))
 }
 
 /// The program, built with [`PROFILE`]. Paths of this machine are left out of it.
@@ -59,10 +78,10 @@ fn program(target: &Path) -> Result<PathBuf> {
         flags.push(format!("--remap-path-prefix={}=cargo", cargo.display()));
     }
     let mut cargo = cmd::cargo("build");
-    cargo.args(["--profile", PROFILE, "--package", PACKAGE, "--bin", PACKAGE]);
+    cargo.args(["--profile", PROFILE, "--package", PACKAGE, "--bin", PROGRAM]);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     cmd::run(&mut cargo)?;
-    Ok(target.join(PROFILE).join(PACKAGE))
+    Ok(target.join(PROFILE).join(PROGRAM))
 }
 
 fn version() -> Result<String> {
@@ -113,8 +132,8 @@ fn parse_glibc(version: &str) -> Option<Glibc> {
 struct Contents {
     version: String,
     program: PathBuf,
-    /// The folder of modules for each processor.
-    kernels: Vec<(&'static str, PathBuf)>,
+    /// Those that it has kernels for.
+    processors: Vec<Processor>,
     glibc: Option<Glibc>,
     third_party: String,
 }
@@ -122,7 +141,7 @@ struct Contents {
 impl Contents {
     /// `fused-collective-0.1.0-x86_64-linux`.
     fn name(&self) -> String {
-        format!("{PACKAGE}-{}-{}-{}", self.version, env::consts::ARCH, env::consts::OS)
+        format!("{PROGRAM}-{}-{}-{}", self.version, env::consts::ARCH, env::consts::OS)
     }
 
     fn needs(&self) -> String {
@@ -156,25 +175,7 @@ impl Contents {
 
     fn fill(&self, folder: &Path) -> Result<()> {
         let put = |name: &str, text: &str| write_file(&folder.join(name), text.as_bytes(), 0o644);
-        copy(&self.program, &folder.join(PACKAGE), 0o755)?;
-        for (cpu, modules) in &self.kernels {
-            let mut copied = 0;
-            for module in files(modules)? {
-                if module.extension().is_some_and(|extension| extension == "ptx") {
-                    let name = module.file_name().context("a file has a name")?;
-                    let text = fs::read_to_string(&module);
-                    // Sources may change while this builds.
-                    ensure!(
-                        text.is_ok_and(|text| layout_of(&text) == Some(LAYOUT)),
-                        "{} is of another version than the program: build again",
-                        module.display()
-                    );
-                    copy(&module, &folder.join("ptx").join(cpu).join(name), 0o644)?;
-                    copied += 1;
-                }
-            }
-            ensure!(copied > 0, "{} has no kernels", modules.display());
-        }
+        copy(&self.program, &folder.join(PROGRAM), 0o755)?;
         for license in LICENSES {
             copy(&cmd::root().join(license), &folder.join(license), 0o644)?;
         }
@@ -183,13 +184,13 @@ impl Contents {
     }
 
     fn readme(&self) -> String {
-        let cpus: Vec<&str> = self.kernels.iter().map(|(cpu, _)| *cpu).collect();
+        let processors: Vec<_> = self.processors.iter().map(|processor| processor.name()).collect();
         format!(
             "\
 # fused-collective {version}
 
-Fused all-reduce + residual add + RMSNorm + FP8/FP4 quantization: the program that verifies and benchmarks it, and its
-kernels for GPUs ({cpus}, and what runs their PTX).
+Fused all-reduce + residual add + RMSNorm + FP8/FP4 quantization: the program that verifies and benchmarks it, with its
+kernels for GPUs ({processors}, and what runs their PTX).
 
 It needs {needs}.
 
@@ -198,19 +199,19 @@ other; no CUDA toolkit and no Rust. NCCL is compared with where it is found, and
 `--peers flashinfer,torch`.
 
 ```sh
-./{PACKAGE} verify --quick       # is it right on this machine?
-./{PACKAGE} bench                # is it fast? on the GPUs, if there are two or more
-./{PACKAGE} bench --backend cpu  # on two processes of this machine's CPU
-./{PACKAGE} bench --help
+./{PROGRAM} verify --quick       # is it right on this machine?
+./{PROGRAM} bench                # is it fast? on the GPUs, if there are two or more
+./{PROGRAM} bench --backend cpu  # on two processes of this machine's CPU
+./{PROGRAM} bench --help
 ```
 
-The program finds its kernels in `ptx` beside itself, or in the folder that `FUSED_COLLECTIVE_PTX` names.
+The program carries its kernels. Others, in a folder that `FUSED_COLLECTIVE_PTX` names, take their place.
 
 Licensed under MIT or Apache 2.0, at your choice: `LICENSE-MIT`, `LICENSE-APACHE`. What it is built from has the licences
 in `THIRD-PARTY.txt`.
 ",
             version = self.version,
-            cpus = cpus.join(", "),
+            processors = processors.join(", "),
             needs = self.needs(),
         )
     }
@@ -331,29 +332,22 @@ mod tests {
 
     fn contents(folder: &Path) -> Contents {
         let program = folder.join("built");
-        write_file(&program, b"#!/bin/sh\necho \"$@\" from \"$(ls ptx)\"\n", 0o755).unwrap();
-        let modules = folder.join("modules");
-        let module = format!(".version 8.6\n.global .u32 fused_collective_layout = {LAYOUT};\n");
-        write_file(&modules.join("bf16_w2.ptx"), module.as_bytes(), 0o600).unwrap();
-        write_file(&modules.join("notes.txt"), b"not a module\n", 0o600).unwrap();
+        write_file(&program, b"#!/bin/sh\necho \"$@\" from \"$PWD\"\n", 0o755).unwrap();
         Contents {
             version: "1.2.3".to_owned(),
             program,
-            kernels: vec![("sm_90", modules)],
+            processors: vec![Processor::Sm90],
             glibc: Some(Glibc(2, 34)),
             third_party: "everyone\n".to_owned(),
         }
     }
 
     #[test]
-    fn the_archive_unpacks_elsewhere_into_a_program_with_its_kernels_beside_it() {
+    fn the_archive_unpacks_elsewhere_into_a_program_that_runs() {
         let temporary = tempfile::tempdir().unwrap();
         let contents = contents(temporary.path());
         let output = temporary.path().join("a/b");
         let (folder, archive) = contents.write(&output).unwrap();
-        assert!(
-            folder.join("ptx/sm_90/bf16_w2.ptx").is_file() && !folder.join("ptx/sm_90/notes.txt").exists()
-        );
         for name in LICENSES.iter().chain(&["README.md", "THIRD-PARTY.txt"]) {
             assert!(folder.join(name).is_file(), "{name}");
         }
@@ -364,9 +358,9 @@ mod tests {
         let unpacked = flate2::read::GzDecoder::new(File::open(&archive).unwrap());
         tar::Archive::new(unpacked).unpack(&elsewhere).unwrap();
         let root = elsewhere.join(contents.name());
-        let mut program = std::process::Command::new(format!("./{PACKAGE}"));
+        let mut program = std::process::Command::new(format!("./{PROGRAM}"));
         let said = cmd::read(program.arg("hello").current_dir(&root)).unwrap();
-        assert_eq!(said, "hello from sm_90\n");
+        assert_eq!(said, format!("hello from {}\n", root.canonicalize().unwrap().display()));
 
         // Again, over what is there: the same bytes, and nothing else is left.
         let before = fs::read(&archive).unwrap();
@@ -376,19 +370,17 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_without_kernels_is_no_distribution() {
-        let temporary = tempfile::tempdir().unwrap();
-        let mut contents = contents(temporary.path());
-        let empty = temporary.path().join("empty");
-        fs::create_dir(&empty).unwrap();
-        contents.kernels.push(("sm_80", empty.clone()));
-        let error = contents.write(temporary.path()).unwrap_err().to_string();
-        assert_eq!(error, format!("{} has no kernels", empty.display()));
-        // Nor is one with kernels that the program would refuse.
-        let stale = empty.join("bf16_w2.ptx");
-        write_file(&stale, b".version 8.6\n", 0o600).unwrap();
-        let error = contents.write(temporary.path()).unwrap_err().to_string();
-        assert_eq!(error, format!("{} is of another version than the program: build again", stale.display()));
+    fn a_program_that_does_not_carry_the_kernels_is_known() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, bytes: &[u8]| {
+            let path = folder.path().join(name);
+            fs::write(&path, bytes).unwrap();
+            path
+        };
+        let program = write("program", b"code, kernels, more code");
+        assert!(contains(&program, &write("current.zst", b"kernels")).unwrap());
+        assert!(!contains(&program, &write("other.zst", b"kernels of another build")).unwrap());
+        assert!(contains(&program, &write("empty.zst", b"")).is_err());
     }
 
     #[test]

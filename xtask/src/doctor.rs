@@ -9,9 +9,11 @@ use std::{
 };
 
 use anyhow::Result;
+use fused_collective_build::{Error, Processor, Ptxas, TARGET, Toolchain};
 use fused_collective_core::launch::{LAYOUT, layout_of};
+use fused_collective_kernels::Archive;
 
-use crate::{cmd, ptx, ptxas::Ptxas, toolchain::Toolchain};
+use crate::{cmd, kernels};
 
 /// How long a program may take to say what it is: a driver in trouble may not answer at all.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -70,15 +72,14 @@ fn missing(
 
 /// Looks at everything, and prints what it finds.
 pub(crate) fn run() -> Result<()> {
-    let target = cmd::metadata()?.target_directory.into_std_path_buf();
-    print!("{}", report(&target));
+    print!("{}", report(&cmd::target_directory()?));
     Ok(())
 }
 
 fn report(target: &Path) -> String {
     let python = python_items(&env::var_os("PYTHON").map_or("python3".into(), PathBuf::from));
     let sections = [
-        ("To build", vec![rust(), kernel_compiler(), ptxas(target), kernels(&target.join("ptx"))]),
+        ("To build", vec![rust(), kernel_compiler(), ptxas(target), built(&target.join("ptx")), embedded()]),
         ("To run on GPUs", [vec![driver()], gpus(), vec![nccl()]].into_iter().flatten().collect()),
         ("To compare with (bench --peers)", python),
     ];
@@ -101,11 +102,12 @@ fn rust() -> Item {
 }
 
 fn kernel_compiler() -> Item {
-    match Toolchain::installed(&[ptx::TARGET]) {
-        Ok(toolchain) => found("compiler for kernels", toolchain.to_string()),
+    let name = "compiler for kernels";
+    match Toolchain::find(&[TARGET], false) {
+        Ok(toolchain) => found(name, toolchain.to_string()),
         Err(error) => missing(
-            "compiler for kernels",
-            error,
+            name,
+            if let Error::NoToolchain { tried, .. } = error { tried } else { error.to_string() },
             "building the GPU kernels; `cargo xtask ptx` tries to install it",
             "rustup component add rust-src, or on Debian apt-get install rustc-web rust-web-src",
         ),
@@ -113,28 +115,29 @@ fn kernel_compiler() -> Item {
 }
 
 fn ptxas(target: &Path) -> Item {
-    match Ptxas::installed(target) {
-        Some(ptxas) => found("ptxas", ptxas.to_string()),
-        None => missing(
+    match Ptxas::find(&target.join("ptxas"), false) {
+        Ok(ptxas) => found("ptxas", ptxas.to_string()),
+        Err(error) => missing(
             "ptxas",
-            "not on PATH, in CUDA_HOME or in the target folder",
+            error,
             "the check of kernels for spills and local memory",
             "`cargo xtask ptx` fetches it from PyPI; or put CUDA 12.8 or later on PATH",
         ),
     }
 }
 
-/// The kernels that were built, and whether they are this version's.
-fn kernels(folder: &Path) -> Item {
+/// The kernels that were built, and those of them that are of another version.
+fn built(folder: &Path) -> Item {
     let (mut built, mut stale) = (Vec::new(), Vec::new());
-    for gpu in &ptx::GPUS {
-        let files = fs::read_dir(folder.join(gpu.cpu)).into_iter().flatten();
-        let modules: Vec<PathBuf> = files.filter_map(|file| Some(file.ok()?.path())).collect();
+    for processor in Processor::ALL.map(Processor::name) {
+        let files = fs::read_dir(folder.join(processor)).into_iter().flatten();
+        let files = files.filter_map(|file| Some(file.ok()?.path()));
+        let modules: Vec<PathBuf> = files.filter(|file| file.extension() == Some("ptx".as_ref())).collect();
         let current =
             |module: &PathBuf| fs::read_to_string(module).is_ok_and(|text| layout_of(&text) == Some(LAYOUT));
         if !modules.is_empty() {
             let list = if modules.iter().all(current) { &mut built } else { &mut stale };
-            list.push(gpu.cpu);
+            list.push(processor);
         }
     }
     let (name, enables, remedy) = ("kernels", "the cuda backend", "cargo xtask ptx");
@@ -150,6 +153,17 @@ fn kernels(folder: &Path) -> Item {
         return missing(name, format!("none in {}", folder.display()), enables, remedy);
     }
     found(name, format!("{} in {}", built.join(", "), folder.display()))
+}
+
+/// The kernels that the library carries, as far as this program was built with them.
+fn embedded() -> Item {
+    let (name, enables) = ("kernels in the library", "the cuda backend without a folder of kernels");
+    let remedy = "cargo xtask kernels";
+    match Archive::embedded() {
+        Ok(archive) if archive.is_empty() => missing(name, "none", enables, remedy),
+        Ok(archive) => found(name, archive.processors().collect::<Vec<_>>().join(", ")),
+        Err(error) => missing(name, error, enables, remedy),
+    }
 }
 
 fn driver() -> Item {
@@ -218,9 +232,9 @@ fn describe_gpus(csv: &str) -> String {
     let describe = |line: &str| {
         let fields: Vec<&str> = line.split(',').map(str::trim).collect();
         let [index, name, capability, memory, driver] = fields[..] else { return line.to_owned() };
-        let kernels = capability.replace('.', "").parse().ok().and_then(ptx::gpu_for);
+        let kernels = capability.replace('.', "").parse().ok().and_then(kernels::processor_for);
         let kernels =
-            kernels.map_or("none of the kernels".to_owned(), |gpu| format!("kernels for {}", gpu.cpu));
+            kernels.map_or("none of the kernels".to_owned(), |processor| format!("kernels for {processor}"));
         format!("{index}: {name}, compute capability {capability} ({kernels}), {memory}, driver {driver}")
     };
     csv.trim().lines().map(describe).collect::<Vec<_>>().join("\n")
@@ -386,22 +400,30 @@ Legend:
             Outcome::Missing { why, .. } => why,
             Outcome::Found(what) => panic!("{what}"),
         };
-        assert!(missing(kernels(folder.path())).starts_with("none in "));
+        assert!(missing(built(folder.path())).starts_with("none in "));
         let module = folder.path().join("sm_90/f32_local.ptx");
         fs::create_dir(folder.path().join("sm_90")).unwrap();
         fs::write(&module, format!(".global .u32 fused_collective_layout = {LAYOUT};\n")).unwrap();
-        assert!(kernels(folder.path()).to_string().starts_with("  found    kernels: sm_90 in "));
+        assert!(built(folder.path()).to_string().starts_with("  found    kernels: sm_90 in "));
         fs::write(&module, ".visible .entry fill()\n").unwrap();
-        assert_eq!(missing(kernels(folder.path())), "those for sm_90 are of another version");
+        assert_eq!(missing(built(folder.path())), "those for sm_90 are of another version");
     }
 
     #[test]
     fn whatever_this_machine_lacks_the_report_is_whole() {
         let folder = tempfile::tempdir().unwrap();
         let text = report(folder.path());
-        for name in
-            ["Rust", "compiler for kernels", "ptxas", "kernels", "driver library", "GPUs", "NCCL", "Python"]
-        {
+        for name in [
+            "Rust",
+            "compiler for kernels",
+            "ptxas",
+            "kernels",
+            "kernels in the library",
+            "driver library",
+            "GPUs",
+            "NCCL",
+            "Python",
+        ] {
             let listed = |line: &str| {
                 ["  found    ", "  missing  "].iter().any(|how| line.starts_with(&format!("{how}{name}: ")))
             };

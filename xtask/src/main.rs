@@ -4,11 +4,10 @@ mod bench;
 mod cmd;
 mod dist;
 mod doctor;
-mod ptx;
-mod ptxas;
+mod kernels;
+mod modules;
 mod structure;
 mod test;
-mod toolchain;
 
 use std::{
     env,
@@ -19,6 +18,7 @@ use std::{
 
 use anyhow::Result;
 use argh::{EarlyExit, FromArgs};
+use fused_collective_build::{Assembly, Processor};
 
 /// Builds, tests and benchmarks fused-collective.
 #[derive(FromArgs)]
@@ -33,6 +33,7 @@ enum Task {
     Bench(Bench),
     Dist(Dist),
     Doctor(Doctor),
+    Kernels(Kernels),
     Ptx(Ptx),
     Test(Test),
 }
@@ -55,8 +56,8 @@ struct Dist {
     output: Option<PathBuf>,
 
     /// a processor to have kernels for: sm_80, sm_90, sm_100a or sm_120a; may be repeated (default: all)
-    #[argh(option, long = "cpu", arg_name = "cpu", from_str_fn(ptx::parse_gpu))]
-    gpus: Vec<&'static ptx::Gpu>,
+    #[argh(option, long = "cpu", arg_name = "cpu")]
+    processors: Vec<Processor>,
 }
 
 /// Show what this machine has of what the project can use, and what each missing thing would enable.
@@ -64,13 +65,22 @@ struct Dist {
 #[argh(subcommand, name = "doctor")]
 struct Doctor {}
 
-/// Build the kernels as PTX into target/ptx, and show the registers of each.
+/// Build the kernels as PTX and machine code, and put them into the library, which then carries them.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "kernels")]
+struct Kernels {
+    /// a processor to have kernels for: sm_80, sm_90, sm_100a or sm_120a; may be repeated (default: all)
+    #[argh(option, long = "cpu", arg_name = "cpu")]
+    processors: Vec<Processor>,
+}
+
+/// Build and check the kernels as PTX in target/ptx, and show the registers of each.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "ptx")]
 struct Ptx {
     /// a processor to build for: sm_80, sm_90, sm_100a or sm_120a; may be repeated (default: all)
-    #[argh(option, long = "cpu", arg_name = "cpu", from_str_fn(ptx::parse_gpu))]
-    gpus: Vec<&'static ptx::Gpu>,
+    #[argh(option, long = "cpu", arg_name = "cpu")]
+    processors: Vec<Processor>,
 }
 
 /// Run every check and test; the last line says how many passed and failed.
@@ -109,29 +119,27 @@ fn parse(mut args: Vec<String>) -> Result<Task, EarlyExit> {
 fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Bench(Bench { options }) => Err(bench::exec(&options)),
-        Task::Dist(Dist { output, gpus }) => dist::make(output, &chosen(gpus)).map(|()| ExitCode::SUCCESS),
-        Task::Doctor(Doctor {}) => doctor::run().map(|()| ExitCode::SUCCESS),
-        Task::Ptx(Ptx { gpus }) => {
-            let gpus = chosen(gpus);
-            let mut code = ExitCode::SUCCESS;
-            for (gpu, result) in ptx::Builder::new()?.build(&gpus) {
-                match result {
-                    Ok(report) => print!("{report}"),
-                    Err(error) => {
-                        eprintln!("error: {}: {error:#}", gpu.cpu);
-                        code = ExitCode::FAILURE;
-                    }
-                }
+        Task::Dist(Dist { output, processors }) => done(dist::make(output, &chosen(processors))),
+        Task::Doctor(Doctor {}) => done(doctor::run()),
+        Task::Kernels(Kernels { processors }) => done(kernels::embed(&chosen(processors)).map(drop)),
+        Task::Ptx(Ptx { processors }) => {
+            let processors = chosen(processors);
+            for build in [kernels::build, kernels::build_examples] {
+                build(&processors, Assembly::Check)?.iter().for_each(|module| print!("{module}"));
             }
-            Ok(code)
+            Ok(ExitCode::SUCCESS)
         }
         Task::Test(Test {}) => Ok(test::run()),
     }
 }
 
+fn done(result: Result<()>) -> Result<ExitCode> {
+    result.map(|()| ExitCode::SUCCESS)
+}
+
 /// The processors that were named, or all.
-fn chosen(gpus: Vec<&'static ptx::Gpu>) -> Vec<&'static ptx::Gpu> {
-    if gpus.is_empty() { ptx::GPUS.iter().collect() } else { gpus }
+fn chosen(processors: Vec<Processor>) -> Vec<Processor> {
+    if processors.is_empty() { Processor::ALL.to_vec() } else { processors }
 }
 
 #[cfg(test)]
@@ -158,7 +166,7 @@ mod tests {
     fn help_names_every_task_and_an_unknown_one_is_an_error() {
         let Err(help) = parse_words(&["--help"]) else { panic!("--help is taken for a task") };
         assert!(help.status.is_ok());
-        for task in ["bench", "dist", "doctor", "ptx", "test"] {
+        for task in ["bench", "dist", "doctor", "kernels", "ptx", "test"] {
             assert!(help.output.contains(task), "{}", help.output);
         }
         let Err(error) = parse_words(&["tset"]) else { panic!("tset is taken for a task") };

@@ -12,30 +12,28 @@ use std::{
 
 use anyhow::{Context, Result};
 use cargo_metadata::Message;
+use fused_collective_build::{Assembly, Processor, Toolchain};
 
-use crate::{
-    cmd, ptx, structure,
-    toolchain::{self, Toolchain},
-};
+use crate::{cmd, kernels, structure};
 
 /// What `core` has to build for besides GPUs, which the kernels show: microcontrollers with and without a floating-point
 /// unit and compare-and-swap, and a browser.
 const CORE_TARGETS: [&str; 3] = ["thumbv7em-none-eabihf", "thumbv6m-none-eabi", "wasm32-unknown-unknown"];
 
-/// The tests that run the kernels as they were compiled. They are none of `cargo test`'s, which does not build kernels.
+/// The tests that compile kernels or run compiled ones. They are none of `cargo test`'s, which does not build kernels.
 const COMPILED_KERNELS: [&str; 2] = ["--test", "compiled"];
 
 /// Runs everything. The exit status is 1 if anything failed.
 pub(crate) fn run() -> ExitCode {
     let mut tally = Tally::default();
     tally.check("format", || {
-        toolchain::require_component("fmt", "rustfmt")?;
+        cmd::require_component("fmt", "rustfmt")?;
         // rustfmt colours its diff even where it goes to a file.
         let color = if io::stdout().is_terminal() { "--color=auto" } else { "--color=never" };
         cmd::run(cmd::cargo("fmt").args(["--all", "--check", "--", color]))
     });
     tally.check("clippy", || {
-        toolchain::require_component("clippy", "clippy")?;
+        cmd::require_component("clippy", "clippy")?;
         for targets in [&["--all-targets"][..], &COMPILED_KERNELS] {
             cmd::run(cmd::cargo("clippy").arg("--workspace").args(targets).args(["--", "-D", "warnings"]))?;
         }
@@ -45,6 +43,7 @@ pub(crate) fn run() -> ExitCode {
         cmd::run(cmd::cargo("doc").args(["--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
     });
     tally.check("which crate depends on which", structure::dependencies);
+    tally.check("which file and folder uses which", structure::files);
     tally.check("core without alloc, std and unsafe", structure::core);
     let program = tally.check("the tests' build", build_tests);
     // Most tests wait for something most of the time: the kernels are built meanwhile.
@@ -60,27 +59,22 @@ pub(crate) fn run() -> ExitCode {
         tally.tests("tests", &mut tests);
     }
     let kernels = kernels.join().unwrap_or_else(|panic| resume_unwind(panic));
-    if let Some((folder, kernels)) = tally.check("the tools for the kernels", || kernels) {
-        let mut all_passed = true;
-        for (gpu, result) in kernels {
-            let name = format!("kernels for {}", gpu.cpu);
-            all_passed &= tally.check(&name, || result.map(|report| print!("{report}"))).is_some();
-        }
-        if all_passed {
-            let mut tests = cmd::cargo("test");
-            tests
-                .args(["--workspace", "--no-fail-fast"])
-                .args(COMPILED_KERNELS)
-                .env("FUSED_COLLECTIVE_PTX", folder);
-            tally.tests("kernels, emulated", &mut tests);
-        }
+    if let Some(folder) = tally.check("kernels", || kernels) {
+        let mut tests = cmd::cargo("test");
+        tests
+            .args(["--workspace", "--no-fail-fast"])
+            .args(COMPILED_KERNELS)
+            .env("FUSED_COLLECTIVE_PTX", folder);
+        tally.tests("kernels, compiled", &mut tests);
     }
-    if let Some(toolchain) = tally.check("a toolchain for core's targets", || Toolchain::find(&CORE_TARGETS))
+    if let Some(toolchain) =
+        tally.check("a toolchain for core's targets", || Ok(Toolchain::find(&CORE_TARGETS, true)?))
     {
         for target in CORE_TARGETS {
             tally.check(&format!("core for {target}"), || {
                 let manifest = cmd::root().join("core/Cargo.toml");
-                let mut build = toolchain.cargo(&manifest, "build", target, "core")?;
+                let folder = cmd::target_directory()?.join("cross/core");
+                let mut build = toolchain.cargo(&manifest, "build", target, &folder);
                 // That it builds is all that is asked, and Rust's own `core` may have to be built with it.
                 build.envs([("CARGO_PROFILE_DEV_OPT_LEVEL", "0"), ("CARGO_PROFILE_DEV_DEBUG", "0")]);
                 cmd::run(&mut build)
@@ -90,18 +84,19 @@ pub(crate) fn run() -> ExitCode {
     tally.close()
 }
 
-/// Kinds of GPUs, each with the report of its kernels.
-type Built = Vec<(&'static ptx::Gpu, Result<String>)>;
-
-/// Builds and checks the kernels for every kind of GPU, out of the way of what runs beside it.
-/// Returns the folder that they are in, and how each kind fared.
-fn build_kernels() -> Result<(PathBuf, Built)> {
+/// Builds and checks the kernels for every processor, out of the way of what runs beside it, and shows what they take.
+/// Returns the folder that they are in.
+fn build_kernels() -> Result<PathBuf> {
     // Of this thread alone, and of the programs that it starts. Without it they only get in the way.
     let _ = rustix::process::nice(10);
     let began = Instant::now();
-    let built = ptx::Builder::new()?.build(&ptx::GPUS.each_ref());
+    let modules = kernels::build(&Processor::ALL, Assembly::Keep)?;
+    let examples = kernels::build_examples(&Processor::ALL, Assembly::Check)?;
+    // An archive is read back when it is made. The lowest level makes it in seconds.
+    kernels::archive(&modules, 1)?;
+    modules.iter().chain(&examples).for_each(|module| print!("{module}"));
     eprintln!("== kernels, beside the tests: {:.1} s", began.elapsed().as_secs_f64());
-    Ok((ptx::folder()?, built))
+    kernels::folder()
 }
 
 /// Builds all tests, and the program that some of them run: where it is.

@@ -1,21 +1,22 @@
-//! E4M3: a sign, four exponent bits with bias 7, three mantissa bits; no infinity, NaN is `S.1111.111`.
+//! E4M3: FP8 with a sign, four exponent bits of bias 7 and three mantissa bits; no infinity, NaN is `S.1111.111`.
 //!
-//! The FP8 of Micikevicius et al., "FP8 Formats for Deep Learning" (2022), and of the OCP 8-bit floating
-//! point specification; `float8_e4m3fn` in PyTorch and `ml_dtypes`.
+//! The format of Micikevicius et al., "FP8 Formats for Deep Learning" (2022), and of the OCP 8-bit floating point
+//! specification; `float8_e4m3fn` in PyTorch and `ml_dtypes`. Normal numbers are from 2^-6 to 448 and rounding changes
+//! them by at most 1/16. Subnormal numbers are multiples of 2^-9.
 
 use super::minifloat;
 
 /// The largest number.
 pub const MAX: f32 = 448.0;
-/// The NaN that [`encode`] gives.
+/// The NaN that [`encode`] returns.
 pub const NAN: u8 = 0x7f;
 
-/// The nearest code, ties to even; what is larger than [`MAX`] in magnitude, infinities included, becomes
-/// [`MAX`] with its sign, and every NaN becomes [`NAN`]: PTX's `cvt.rn.satfinite.e4m3x2.f32`.
+/// The code nearest to `value`, ties to even, as PTX's `cvt.rn.satfinite.e4m3x2.f32`. Magnitudes above [`MAX`],
+/// infinity included, become [`MAX`] with their sign. Every NaN becomes [`NAN`].
 #[inline(always)]
 pub fn encode(value: f32) -> u8 {
-    // The number that the NaN's code would stand for. Comparisons with NaN are false, so the last of these
-    // selects, each one instruction, turns NaN into it and drops its sign.
+    // The NaN's code, read as a number, would be 480. Comparisons with NaN are false, so the last of these selects,
+    // each one instruction, turns every NaN into +480.
     const BEYOND: f32 = 480.0;
     let value = if value > MAX { MAX } else { value };
     let value = if value < -MAX { -MAX } else { value };
@@ -24,7 +25,7 @@ pub fn encode(value: f32) -> u8 {
     (minifloat::round::<3, 7>(bits & 0x7fff_ffff) | (bits >> 24 & 0x80)) as u8
 }
 
-/// The value of a code, exactly. Both NaN codes become a quiet NaN of their sign.
+/// The number that a code stands for, exactly. Both NaN codes become a quiet NaN of their sign.
 #[inline(always)]
 pub fn decode(code: u8) -> f32 {
     let magnitude = code as u32 & 0x7f;

@@ -1,13 +1,6 @@
-//! Where a scale factor lies in memory.
-//!
-//! A block-scaled tensor of `rows` rows has one byte for each of `cols` blocks of a row. The swizzled layout is
-//! the one that cuBLAS and CUTLASS document for block-scaled matrix products: rows are padded to 128 and
-//! columns to 4, and the scales are cut into tiles of 128 x 4, which lie in row-major order. Within a tile's
-//! 512 bytes, the scale of row `r` and column `c` is at `r % 32 * 16 + r / 32 * 4 + c`. Padding is 0.
+//! Memory layouts of scale factors: the place of each scale, and the padding between and after them.
 
 use core::ops::Range;
-
-use super::ScaleLayout;
 
 /// Rows of a tile.
 const TILE_ROWS: u64 = 128;
@@ -16,8 +9,54 @@ const TILE_COLS: u64 = 4;
 /// Bytes of a tile.
 pub(super) const TILE_BYTES: u64 = TILE_ROWS * TILE_COLS;
 
+/// Memory layout of scale factors, one byte each.
+///
+/// A tensor of `rows` rows with `cols` blocks in each has one scale for row `r` and column `c`. In the formulas below
+/// `/` is integer division and `%` its remainder.
+///
+/// # `Linear`
+/// Row-major, without padding:
+/// ```text
+/// bytes  = rows * cols
+/// offset = r * cols + c
+/// ```
+///
+/// # `Swizzled128x4`
+/// The layout that cuBLAS and CUTLASS document for block-scaled matrix products on Blackwell. Rows are padded to a
+/// multiple of 128 and columns to a multiple of 4. Tiles of 128 rows by 4 columns take 512 bytes each and lie in
+/// row-major order:
+/// ```text
+/// row_tiles = ceil(rows / 128)
+/// col_tiles = ceil(cols / 4)
+/// bytes     = 512 * row_tiles * col_tiles
+/// tile      = r / 128 * col_tiles + c / 4
+/// offset    = 512 * tile + r % 32 * 16 + r % 128 / 32 * 4 + c % 4
+/// ```
+/// Each 16 bytes of a tile therefore hold 4 columns of the rows `i`, `i + 32`, `i + 64` and `i + 96`. As
+/// PyTorch writes it: the padded scales, viewed as `[row_tiles, 4, 32, col_tiles, 4]` and permuted to
+/// `[row_tiles, col_tiles, 32, 4, 4]`. Scales of padding rows and columns are 0.
+///
+/// ```
+/// use fused_collective_core::quant::ScaleLayout;
+///
+/// let (rows, cols) = (130, 6);
+/// assert_eq!(ScaleLayout::Linear.bytes(rows, cols), Some(130 * 6));
+/// assert_eq!(ScaleLayout::Linear.offset(129, 5, cols), 129 * 6 + 5);
+/// let swizzled = ScaleLayout::Swizzled128x4;
+/// assert_eq!(swizzled.bytes(rows, cols), Some(512 * 2 * 2));
+/// assert_eq!(swizzled.offset(33, 5, cols), 512 + 16 + 4 + 1);
+/// assert_eq!(swizzled.offset(129, 5, cols), 512 * 3 + 16 + 1);
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ScaleLayout {
+    /// Row-major, `[tokens, hidden / block]`.
+    Linear,
+    /// Tiles of 128 rows by 4 columns, as the matrix instructions of Blackwell GPUs read them.
+    Swizzled128x4,
+}
+
 impl ScaleLayout {
-    /// Rows with padding. At most `u64::MAX`, where [`bytes`](Self::bytes) is `None`.
+    /// Rows, padding included. Saturates at `u64::MAX`, where [`bytes`](Self::bytes) is `None`.
     pub const fn rows_padded(self, rows: u64) -> u64 {
         match self {
             ScaleLayout::Linear => rows,
@@ -25,7 +64,7 @@ impl ScaleLayout {
         }
     }
 
-    /// Columns with padding. At most `u64::MAX`, where [`bytes`](Self::bytes) is `None`.
+    /// Columns, padding included. Saturates at `u64::MAX`, where [`bytes`](Self::bytes) is `None`.
     pub const fn cols_padded(self, cols: u64) -> u64 {
         match self {
             ScaleLayout::Linear => cols,
@@ -38,8 +77,10 @@ impl ScaleLayout {
         self.rows_padded(rows).checked_mul(self.cols_padded(cols))
     }
 
-    /// Where the scale of row `row` and column `col` is. Both may be padding, but no more: `row` is less than
-    /// `rows_padded` and `col` less than `cols_padded` of a shape that has [`bytes`](Self::bytes).
+    /// Byte offset of the scale of row `row` and column `col`.
+    ///
+    /// `row` must be less than `rows_padded` and `col` less than `cols_padded`, of a shape that has
+    /// [`bytes`](Self::bytes): both may be padding.
     #[inline(always)]
     pub const fn offset(self, row: u64, col: u64, cols: u64) -> u64 {
         match self {
@@ -51,32 +92,33 @@ impl ScaleLayout {
         }
     }
 
-    /// The columns of every row that are padding.
+    /// The padding columns of every row.
     pub const fn padding_cols(self, cols: u64) -> Range<u64> {
         cols..self.cols_padded(cols)
     }
 
-    /// The rows that are padding, all columns of them.
+    /// The padding rows, of which every column is padding.
     pub const fn padding_rows(self, rows: u64) -> Range<u64> {
         rows..self.rows_padded(rows)
     }
 
-    /// Zeroes the scales of the [padding rows](Self::padding_rows), their padding columns included, and touches
-    /// no other: the padding columns of a row in use are its writer's to zero, as
-    /// [`quantize_row`](super::quantize_row) does. Bytes that `scales` is too short for are left out.
+    /// Zeroes the scales of the [padding rows](Self::padding_rows), in every column, and writes no other byte.
+    ///
+    /// The padding columns of a row in use are zeroed by [`quantize_row`](super::quantize_row), with that row. Offsets
+    /// past the end of `scales` are skipped.
     pub fn zero_padding_rows(self, rows: u64, cols: u64, scales: &mut [u8]) {
         if self == ScaleLayout::Linear || rows.is_multiple_of(TILE_ROWS) {
             return;
         }
-        // Only the last row of tiles has padding rows. A tile is 32 lines of 16 bytes, four for each of the rows
-        // `line`, `line + 32`, `line + 64` and `line + 96`, so what a line has of padding is at its end.
+        // Only the last row of tiles has padding rows. A tile is 32 lines of 16 bytes. A line has four bytes for each
+        // of the rows `line`, `line + 32`, `line + 64` and `line + 96`, so its padding is at its end.
         let Ok(start) = usize::try_from(self.offset(rows / TILE_ROWS * TILE_ROWS, 0, cols)) else { return };
         let used = (rows % TILE_ROWS) as usize;
         let mut keep = [[0; 16]; (TILE_BYTES / 16) as usize];
         for (line, keep) in keep.iter_mut().enumerate() {
             keep[..4 * used.saturating_sub(line).div_ceil(32)].fill(u8::MAX);
         }
-        // A loop that is vectorized: thousands of little fills took longer than quantizing a row.
+        // This loop is vectorized: thousands of small fills took longer than quantizing a row.
         let tiles = scales.get_mut(start..).unwrap_or_default().chunks_mut(TILE_BYTES as usize);
         for (_, tile) in (0..cols.div_ceil(TILE_COLS)).zip(tiles) {
             for (scale, keep) in tile.iter_mut().zip(keep.as_flattened()) {
@@ -86,7 +128,7 @@ impl ScaleLayout {
     }
 }
 
-/// Where the four scales of row `row` start in their tile.
+/// Offset of the four scales of row `row` in their tile.
 #[inline(always)]
 pub(super) const fn offset_in_tile(row: u64) -> u64 {
     row % 32 * 16 + row % TILE_ROWS / 32 * 4

@@ -1,41 +1,46 @@
 //! Quantization of one row, for processors that work on whole rows.
 //!
-//! The functions are generic over the element type and always inlined, so that a caller compiled for a wider
-//! instruction set than the crate's gets loops vectorized for it: nothing in a loop branches, checks a bound or
-//! leaves early. A GPU thread, which holds only some packs of a row, uses [`scale`] and the formats instead.
+//! The functions are generic over the element type and always inlined. A caller that is compiled for a wider
+//! instruction set than the crate therefore gets loops vectorized for that set: no loop branches, checks a bound or
+//! exits early. A GPU thread, which holds only some packs of a row, uses [`scale`] and the formats instead.
 
 use core::fmt;
 
-use super::{Quantization, ScaleLayout, e2m1, e4m3, layout, scale, ue8m0};
+use super::{
+    e2m1, e4m3,
+    layout::{self, ScaleLayout},
+    quantization::Quantization,
+    scale, ue8m0,
+};
 use crate::dtype::Element;
 
-/// Why a row was not quantized. Nothing was written.
+/// A row that [`quantize_row`] refused. Nothing was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RowError {
-    /// The token is not one of the tensor's.
+    /// The token is not below the number of tokens.
     Token {
         /// The token.
         token: u64,
         /// Tokens of the tensor.
         tokens: u64,
     },
-    /// The row is not a whole number of the quantization's blocks, or the blocks have no size that it supports.
+    /// The row is not a whole number of blocks, or the quantization has no blocks of this size.
     Block {
         /// Elements of the row.
         hidden: u64,
         /// Elements that share a scale.
         block: u64,
     },
-    /// The row of codes has another length than the elements make.
+    /// The slice for codes has a wrong length.
     Values {
-        /// Bytes that the row's codes take.
+        /// Bytes that the codes of the row take.
         needed: u64,
         /// Bytes that were given.
         given: u64,
     },
-    /// The tensor of scales is too short.
+    /// The slice for scales is too short.
     Scales {
-        /// Bytes that the tensor's scales take; `None` past 64 bits.
+        /// Bytes that the scales of the tensor take; `None` past 64 bits.
         needed: Option<u64>,
         /// Bytes that were given.
         given: u64,
@@ -45,18 +50,31 @@ pub enum RowError {
 impl fmt::Display for RowError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            RowError::Token { token, tokens } => write!(f, "token {token} is not one of {tokens}"),
+            RowError::Token { token, tokens } => {
+                write!(f, "token {token} of a tensor of {tokens} tokens does not exist: count from 0")
+            }
+            RowError::Block { hidden, block }
+                if hidden.is_multiple_of(block) || !matches!(block, 16 | 32 | 64 | 128) =>
+            {
+                write!(f, "quantization blocks of {block} elements are not supported: use 32, 64 or 128")
+            }
             RowError::Block { hidden, block } => {
-                write!(f, "a row of {hidden} elements is not quantized in blocks of {block}")
+                write!(
+                    f,
+                    "hidden size {hidden} does not divide into quantization blocks of {block}: use a multiple of {block}"
+                )
             }
             RowError::Values { needed, given } => {
-                write!(f, "a row of codes takes {needed} bytes, not the {given} given")
+                write!(f, "the codes of a row take {needed} bytes, but the slice for them has {given}")
             }
             RowError::Scales { needed: Some(needed), given } => {
-                write!(f, "the scales take {needed} bytes, more than the {given} given")
+                write!(
+                    f,
+                    "the scales take {needed} bytes, but the slice for them has {given}: use a longer one"
+                )
             }
             RowError::Scales { needed: None, .. } => {
-                f.write_str("the scales are more bytes than 64 bits count")
+                f.write_str("the scales are more bytes than 64 bits count: use fewer tokens")
             }
         }
     }
@@ -64,17 +82,22 @@ impl fmt::Display for RowError {
 
 impl core::error::Error for RowError {}
 
-/// Quantizes row `token` of a tensor of `tokens` rows.
+/// Quantizes row `token` of a tensor of `tokens` rows. [`quantize`](super::quantize) does so for all rows.
 ///
-/// - `row`: the token's elements;
-/// - `scale`: the tensor's scale for [`Fp8Static`](Quantization::Fp8Static), the global scale for
-///   [`NvFp4`](Quantization::NvFp4), ignored by the others;
-/// - `values`: this row's codes, [`value_bytes_per_row`](Quantization::value_bytes_per_row) long;
-/// - `scales`: the whole tensor's scales, at least [`scale_bytes`](Quantization::scale_bytes) long. This row's are
-///   written and its padding columns zeroed; rows of padding are [for someone else to
-///   zero](ScaleLayout::zero_padding_rows). Per-token `f32` scales are little-endian at `4 * token`.
+/// - `row`: the elements of the token;
+/// - `scale`: the per-tensor scale of [`Fp8Static`](Quantization::Fp8Static) or the global scale of
+///   [`NvFp4`](Quantization::NvFp4); the other quantizations ignore it. Check it once for all rows with
+///   [`check_scale`](Quantization::check_scale), since this function does not;
+/// - `values`: receives the codes of the row, [`value_bytes_per_row`](Quantization::value_bytes_per_row) bytes;
+/// - `scales`: the scales of the whole tensor, at least [`scale_bytes`](Quantization::scale_bytes) bytes. The scales
+///   of the row are written and its padding columns zeroed. Padding rows are not:
+///   [`zero_padding_rows`](ScaleLayout::zero_padding_rows) zeroes them. Per-token `f32` scales are little-endian, at
+///   `4 * token`.
 ///
 /// [`Quantization::None`] writes nothing, and `values` must be empty.
+///
+/// # Errors
+/// [`RowError`] for a token past the end, a hidden size without whole blocks, and slices of a wrong length.
 #[inline(always)]
 pub fn quantize_row<E: Element>(
     quantization: Quantization,
@@ -86,6 +109,20 @@ pub fn quantize_row<E: Element>(
     scales: &mut [u8],
 ) -> Result<(), RowError> {
     check(quantization, row.len() as u64, token, tokens, values.len() as u64, scales.len() as u64)?;
+    write_row(quantization, row, token, scale, values, scales);
+    Ok(())
+}
+
+/// [`quantize_row`] of arguments that were checked.
+#[inline(always)]
+pub(super) fn write_row<E: Element>(
+    quantization: Quantization,
+    row: &[E],
+    token: u64,
+    scale: f32,
+    values: &mut [u8],
+    scales: &mut [u8],
+) {
     match quantization {
         Quantization::None => {}
         Quantization::Fp8Static => encode_e4m3(row, scale::fp8_multiplier(scale), values),
@@ -103,7 +140,7 @@ pub fn quantize_row<E: Element>(
             let scales = RowScales::new(layout, token, row.len() / 64, scales);
             quantize_blocks::<E, _, 64>(Fp8Block, row, values, scales);
         }
-        // `check` has let no other group pass than 128.
+        // The check accepts no other group than 128.
         Quantization::Fp8PerGroup { group: _, layout } => {
             let scales = RowScales::new(layout, token, row.len() / 128, scales);
             quantize_blocks::<E, _, 128>(Fp8Block, row, values, scales);
@@ -117,10 +154,9 @@ pub fn quantize_row<E: Element>(
             quantize_blocks::<E, _, 32>(MxFp4Block, row, values, scales);
         }
     }
-    Ok(())
 }
 
-/// Checks everything, so that the work itself needs no check.
+/// Checks all arguments, so that the loops need no check.
 #[inline(always)]
 fn check(
     quantization: Quantization,
@@ -147,8 +183,8 @@ fn check(
     Ok(())
 }
 
-/// Where one row's scales go. In either layout four columns are adjacent, and the next four follow at a constant
-/// distance.
+/// Places of the scales of one row. In either layout four columns are adjacent, and the next four follow at a
+/// constant distance.
 struct RowScales<'a> {
     scales: &'a mut [u8],
     start: usize,
@@ -173,25 +209,25 @@ impl<'a> RowScales<'a> {
 
     #[inline(always)]
     fn set(&mut self, col: usize, code: u8) {
-        // Always there: `check` has seen the length. Asking costs less than a panic's code path.
+        // The length was checked, so the byte exists. `get_mut` costs less than the code path of a panic.
         if let Some(scale) = self.scales.get_mut(self.start + col / 4 * self.stride + col % 4) {
             *scale = code;
         }
     }
 }
 
-// Without their sign the bits of elements are in the order of what they stand for, NaN last. So a largest
-// magnitude is found among integers of the elements' own size, and only that one is widened.
+// Without the sign, the bits of elements are in the order of their magnitudes, NaN last. So the largest magnitude is
+// found among integers of the size of an element, and only the result is widened.
 
-/// Everything but the sign of an `E`.
+/// All bits of an `E` but the sign.
 const fn magnitude_mask<E: Element>() -> u32 {
     u32::MAX >> (33 - 8 * size_of::<E>())
 }
 
-/// The largest magnitude of `values`, NaN passed over: [`scale::amax`] of all of them.
+/// The largest magnitude of `values`, NaN skipped: [`scale::amax`] of all of them.
 #[inline(always)]
 fn amax<E: Element>(values: &[E]) -> f32 {
-    // The smallest distance below infinity. That of a NaN wraps around to be larger than any.
+    // The smallest distance below infinity. The distance of a NaN wraps around and is larger than any other.
     let infinity = E::from_f32(f32::INFINITY).to_bits();
     let distance = |value: &E| infinity.wrapping_sub(value.to_bits() & magnitude_mask::<E>());
     let smallest = values.iter().fold(infinity, |smallest, value| smallest.min(distance(value)));
@@ -213,15 +249,15 @@ fn encode_e4m3<E: Element>(row: &[E], multiplier: f32, codes: &mut [u8]) {
     }
 }
 
-/// What a block becomes.
+/// A format of elements and scales that are quantized in blocks.
 trait BlockFormat {
     /// Elements that share a byte of codes.
     const ELEMENTS_PER_BYTE: usize;
-    /// The block's largest magnitude.
+    /// The largest magnitude of the block.
     fn largest<E: Element>(block: &[E]) -> f32;
-    /// From that to the code of its scale, and to what its elements are multiplied by.
+    /// The code of the scale, and the multiplier of elements, for a block whose largest magnitude is `amax`.
     fn scale(&self, amax: f32) -> (u8, f32);
-    /// The codes of a [`BATCH`] of multiplied elements, or of fewer.
+    /// The codes of at most [`BATCH`] multiplied elements.
     fn encode(values: &[f32], codes: &mut [u8]);
 }
 
@@ -298,10 +334,10 @@ impl BlockFormat for NvFp4Block {
     }
 }
 
-/// Elements that are quantized together: a whole number of blocks of any size. Each step's loop is long enough to
-/// fill vector registers, the divisions of the scales' too, and its arrays stay in the nearest cache.
+/// Elements that are quantized together: a whole number of blocks of any size. The loop of each step, divisions of
+/// scales included, is long enough to fill vector registers, and the arrays stay in the nearest cache.
 const BATCH: usize = 512;
-/// The blocks of a batch, at most.
+/// The most blocks of a batch.
 const MAX_BLOCKS: usize = BATCH / 16;
 
 #[inline(always)]
@@ -315,7 +351,7 @@ fn encode_e2m1(values: &[f32], bytes: &mut [u8]) {
     }
 }
 
-/// A row in blocks of `BLOCK` elements.
+/// Quantizes a row in blocks of `BLOCK` elements.
 #[inline(always)]
 fn quantize_blocks<E: Element, F: BlockFormat, const BLOCK: usize>(
     format: F,

@@ -1,83 +1,91 @@
-//! From the largest magnitude of a token or a block to its scale, and from a scale to what values are
-//! multiplied by.
+//! From the largest magnitude of a token or block to its scale, and from a scale to the multiplier of elements.
 //!
-//! Every function states its `f32` operations: IEEE multiplications and divisions, in that order, rounded to
-//! nearest even, subnormals kept. A kernel that performs the same gets the same bits.
+//! Every function states its `f32` operations: IEEE multiplications and divisions, in the stated order, rounded to
+//! nearest even, with subnormal numbers. A kernel that performs the same operations gets the same bits.
+//!
+//! An `f32` scale and a UE8M0 scale divide elements, as a multiplication by the reciprocal. NVFP4 has two scales:
+//! the global scale multiplies elements and the block scale divides them. The [module](super) has the table.
 //!
 //! # NaN and infinity
-//! E4M3 has a NaN, so a NaN element keeps to itself: [`amax`] passes over it, and it is encoded as NaN. E2M1 has
-//! none, so there it spoils its block's scale instead: [`amax_or_nan`] is NaN, the scale is NaN, and so is
-//! whatever is computed from the block. An infinite element makes an infinite `amax`; a block's scale then
-//! saturates, while a token's `f32` scale becomes infinite and its infinite elements NaN.
+//! E4M3 has a NaN, so a NaN element becomes a NaN code and affects no other: [`amax`] skips NaN. E2M1 has no NaN, so a
+//! NaN element makes the scale of its block NaN ([`amax_or_nan`]), and with it all elements of the block.
+//! An infinite element makes `amax` infinite. A block's scale then saturates. A token's `f32` scale becomes infinite,
+//! and the token's infinite elements become NaN.
 
 use super::{e2m1, e4m3, ue4m3, ue8m0};
 
-/// The smallest scale that [`fp8_per_token`] gives: a token of zeros must not divide by zero.
+/// The smallest scale that [`fp8_per_token`] returns, so that no token, not even one of zeros, divides by zero.
 pub const MIN_FP8_PER_TOKEN: f32 = 1.0 / (e4m3::MAX * 512.0);
 
-/// The larger of `largest`, which must not be NaN, and `value`'s magnitude; a NaN `value` is passed over. Starts
-/// from 0.
+/// The smallest per-tensor scale of static FP8: below it, [`fp8_multiplier`] is infinite. The successor of 2^-128.
+pub const MIN_FP8_STATIC: f32 = f32::from_bits((1 << 21) + 1);
+
+/// The largest global scale of NVFP4: above it, [`nvfp4_multiplier`] is infinite for the smallest block scale, 2^-9.
+pub const MAX_NVFP4_GLOBAL: f32 = f32::MAX / 512.0;
+
+/// The larger of `largest` and the magnitude of `value`, or `largest` if `value` is NaN. `largest` must not be NaN; a
+/// fold over elements starts from 0.
 #[inline(always)]
 pub fn amax(largest: f32, value: f32) -> f32 {
     let magnitude = value.abs();
     if magnitude > largest { magnitude } else { largest }
 }
 
-/// The larger of `largest` and `value`'s magnitude, or NaN if either is NaN. Starts from 0.
+/// The larger of `largest` and the magnitude of `value`, or NaN if either is NaN. A fold over elements starts from 0.
 #[inline(always)]
 pub fn amax_or_nan(largest: f32, value: f32) -> f32 {
     // The bits of magnitudes are in their order, and a NaN's are above infinity's.
     f32::from_bits(largest.to_bits().max(value.abs().to_bits()))
 }
 
-/// What values are multiplied by before they are rounded to FP8 under an `f32` scale: `1 / scale`.
+/// The multiplier of elements under an `f32` scale: `1 / scale`.
 #[inline(always)]
 pub fn fp8_multiplier(scale: f32) -> f32 {
     1.0 / scale
 }
 
-/// A token's `f32` scale: `max(amax / 448, 1 / (448 * 512))`, as vLLM's dynamic per-token kernel.
+/// The `f32` scale of a token: `max(amax / 448, 1 / (448 * 512))`, as in vLLM's dynamic per-token kernel.
 #[inline(always)]
 pub fn fp8_per_token(amax: f32) -> f32 {
     let scale = amax / e4m3::MAX;
     if scale > MIN_FP8_PER_TOKEN { scale } else { MIN_FP8_PER_TOKEN }
 }
 
-/// A UE8M0 scale for E4M3 values: `amax / 448` rounded up, so that no finite element saturates. Values are
-/// multiplied by [its reciprocal](ue8m0::decode_reciprocal).
+/// The UE8M0 scale of a block of E4M3 codes: `amax / 448`, rounded up so that no finite element saturates. The
+/// multiplier of elements is [the reciprocal](ue8m0::decode_reciprocal), which is exact.
 #[inline(always)]
 pub fn fp8_block(amax: f32) -> u8 {
     ue8m0::encode_up(amax / e4m3::MAX)
 }
 
-/// A UE8M0 scale for E2M1 values: `amax / 6` rounded up, so that no finite element saturates. Values are
-/// multiplied by [its reciprocal](ue8m0::decode_reciprocal).
+/// The UE8M0 scale of a block of E2M1 codes: `amax / 6`, rounded up so that no finite element saturates. The
+/// multiplier of elements is [the reciprocal](ue8m0::decode_reciprocal), which is exact.
 #[inline(always)]
 pub fn mxfp4_block(amax: f32) -> u8 {
     ue8m0::encode_up(amax / e2m1::MAX)
 }
 
-/// NVFP4's block scale: `UE4M3(global_scale * (amax / 6))`. The global scale is usually `448 * 6` over the largest
-/// magnitude of the whole tensor.
+/// The block scale of NVFP4: `UE4M3(global_scale * (amax / 6))`, rounded to nearest. The global scale is usually
+/// `448 * 6` divided by the largest magnitude of the tensor. The block of that magnitude then has the scale 448.
 #[inline(always)]
 pub fn nvfp4_block(amax: f32, global_scale: f32) -> u8 {
     ue4m3::encode(nvfp4_scale(amax, global_scale))
 }
 
-/// The scale that [`nvfp4_block`] rounds to UE4M3.
+/// The scale that [`nvfp4_block`] rounds to UE4M3: `global_scale * (amax / 6)`.
 #[inline(always)]
 pub fn nvfp4_scale(amax: f32, global_scale: f32) -> f32 {
     global_scale * (amax / e2m1::MAX)
 }
 
-/// What values of an NVFP4 block are multiplied by: `global_scale / UE4M3^-1(code)`, or 0 where the scale is 0
-/// because the whole block is too small for it.
+/// The multiplier of the elements of an NVFP4 block: `global_scale` divided by the block scale that `code` stands for.
+/// It is 0 where the block scale is 0, in a block whose elements are too small for any other.
 #[inline(always)]
 pub fn nvfp4_multiplier(code: u8, global_scale: f32) -> f32 {
     nvfp4_multiplier_of(ue4m3::decode(code), global_scale)
 }
 
-/// [`nvfp4_multiplier`] of the scale that a code stands for.
+/// [`nvfp4_multiplier`] of a decoded block scale.
 #[inline(always)]
 pub fn nvfp4_multiplier_of(scale: f32, global_scale: f32) -> f32 {
     if scale == 0.0 { 0.0 } else { global_scale / scale }

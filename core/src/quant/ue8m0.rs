@@ -1,19 +1,32 @@
-//! UE8M0: the power of two `2^(code - 127)`, the block scale of the OCP microscaling (MX) formats.
+//! UE8M0: the powers of two `2^(code - 127)`, the format of scales in the OCP microscaling (MX) specification.
 //!
-//! There is no sign and no zero; code 255 is NaN. The conversions take an input's magnitude, as CUDA's
-//! `__nv_cvt_float_to_e8m0` does: a scale is never negative.
+//! There is no sign and no zero; code 255 is NaN. The conversions read the magnitude of their input, as CUDA's
+//! `__nv_cvt_float_to_e8m0` does, since a scale is never negative.
+//!
+//! # Rounding
+//! Block scales are rounded *up*, by [`encode_up`]: `code = clamp(ceil(log2(x)) + 127, 0, 254)`. Here `x` is the
+//! largest magnitude of the block, `amax`, divided by the largest number of the element format: 448 for E4M3, 6 for
+//! E2M1. No finite element saturates under such a scale.
+//!
+//! The specification suggests `2^(floor(log2(amax)) - e)`, where `e` is the exponent of that largest number (8 or 2).
+//! If the significand of `amax` is above 1.75 (E4M3) or 1.5 (E2M1), that is half the scale of this crate. The largest
+//! elements of such a block saturate.
+//!
+//! [`encode`] rounds to the nearest power of two instead, for other uses.
 
 /// The largest number, 2^127.
 pub const MAX: f32 = f32::from_bits(254 << 23);
 /// The smallest number, 2^-127: a subnormal `f32`.
 pub const MIN: f32 = f32::from_bits(1 << 22);
-/// The NaN, and the format's only one.
+/// The only NaN of the format.
 pub const NAN: u8 = 0xff;
 
 const MAGNITUDE: u32 = 0x7fff_ffff;
 
-/// The code of the nearest power of two, what lies halfway (1.5 times one) going up; zero and what else is
-/// smaller than [`MIN`] becomes [`MIN`], what is larger than [`MAX`], infinity included, [`MAX`].
+/// The code of the power of two nearest to the magnitude of `value`; halfway cases, 1.5 times a power, round up.
+///
+/// Saturates: magnitudes below [`MIN`], zero included, become [`MIN`], and those above [`MAX`], infinity included,
+/// become [`MAX`]. NaN becomes [`NAN`].
 #[inline(always)]
 pub fn encode(value: f32) -> u8 {
     const HALFWAY_TO_SECOND: u32 = 0x0060_0000; // 1.5 * 2^-127
@@ -23,8 +36,16 @@ pub fn encode(value: f32) -> u8 {
     (if value.is_nan() { NAN as u32 } else { number }) as u8
 }
 
-/// The code of the smallest power of two that is not less than `value`, saturating as [`encode`] does: PTX's
-/// `cvt.rp.satfinite.ue8m0x2.f32`. A block's scale is rounded so, or its largest element would saturate.
+/// The code of the smallest power of two that is at least the magnitude of `value`, as PTX's
+/// `cvt.rp.satfinite.ue8m0x2.f32`. Saturates as [`encode`] does.
+///
+/// ```
+/// use fused_collective_core::quant::ue8m0;
+///
+/// assert_eq!([1.0, 1.0001, 2.0, 0.0].map(ue8m0::encode_up), [127, 128, 128, 0]);
+/// assert_eq!([1.0, 1.4999, 1.5, 2.0].map(ue8m0::encode), [127, 127, 128, 128]);
+/// assert_eq!(ue8m0::decode(130), 8.0);
+/// ```
 #[inline(always)]
 pub fn encode_up(value: f32) -> u8 {
     let magnitude = value.to_bits() & MAGNITUDE;
@@ -33,14 +54,14 @@ pub fn encode_up(value: f32) -> u8 {
     (if value.is_nan() { NAN as u32 } else { number }) as u8
 }
 
-/// The value of a code, exactly.
+/// The number that a code stands for, exactly.
 #[inline(always)]
 pub fn decode(code: u8) -> f32 {
     let number = if code == 0 { MIN.to_bits() } else { (code as u32) << 23 };
     f32::from_bits(if code == NAN { f32::NAN.to_bits() } else { number })
 }
 
-/// The reciprocal of a code's value, exactly: every power of two of the format has one. NaN for NaN.
+/// The reciprocal of the number that a code stands for, which is exact for all codes; NaN for NaN.
 #[inline(always)]
 pub fn decode_reciprocal(code: u8) -> f32 {
     decode(if code == NAN { NAN } else { 254 - code })

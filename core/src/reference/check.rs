@@ -1,8 +1,10 @@
-//! Judging an implementation's outputs, token by token.
+//! The check of an implementation's outputs, token by token.
+//!
+//! An output passes if it lies between the least and the greatest value that the [allowed errors](super) permit.
 
 use core::fmt;
 
-use super::{Rounding, Token, inverse_rms, sum_of_squares};
+use super::compute::{Rounding, Token, inverse_rms, sum_of_squares};
 use crate::{
     dtype::{DType, Element},
     fusion::{Norm, Operation},
@@ -12,20 +14,20 @@ use crate::{
 /// Half the spacing of `f32` at 1.
 const U: f64 = 1.0 / (1u64 << 24) as f64;
 
-/// What an implementation wrote for one token.
+/// The outputs that an implementation wrote for one token.
 #[derive(Clone, Copy, Debug)]
 pub struct Observed<'a, E> {
-    /// `[hidden]`.
+    /// The sum, plus the residual, `[hidden]`.
     pub residual_out: &'a [E],
-    /// `[hidden]`, or empty if the operation does not write it.
+    /// The norm, `[hidden]`; empty if the operation does not write it.
     pub norm_out: &'a [E],
-    /// The token's codes, or empty if the operation does not quantize.
+    /// The codes of the token; empty without quantization.
     pub values: &'a [u8],
-    /// The whole tensor's scales, or empty if there are none.
+    /// The scales of the whole tensor; empty if there are none.
     pub scales: &'a [u8],
 }
 
-/// Which output is wrong.
+/// An output of the operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Output {
     /// The sum, plus the residual.
@@ -49,34 +51,34 @@ impl fmt::Display for Output {
     }
 }
 
-/// An output that the reference does not allow.
+/// A value that the reference does not allow.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Mismatch {
-    /// Which output.
+    /// The output that has the value.
     pub output: Output,
-    /// The token.
+    /// Index of the token.
     pub token: u64,
-    /// The element of the token, or the block for a scale.
+    /// Index of the element in the token; for a scale, of the block.
     pub index: u64,
-    /// What was written.
+    /// The value that was written, decoded.
     pub got: f64,
-    /// The least that is right.
+    /// The least right value.
     pub low: f64,
-    /// The most that is right.
+    /// The greatest right value.
     pub high: f64,
 }
 
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Mismatch { output, token, index, got, low, high } = self;
-        write!(f, "{output}[{token}, {index}] is {got:e}, the reference ")?;
-        if low == high { write!(f, "{low:e}") } else { write!(f, "{low:e} to {high:e}") }
+        write!(f, "{output}[{token}, {index}] is {got:e}, but the reference is {low:e}")?;
+        if low == high { Ok(()) } else { write!(f, " to {high:e}") }
     }
 }
 
 impl core::error::Error for Mismatch {}
 
-/// A value as exact arithmetic gives it, and the least and the most that `f32` arithmetic may.
+/// The result of exact arithmetic, and the least and the greatest allowed result of `f32` arithmetic.
 #[derive(Clone, Copy)]
 struct Allowed {
     low: f64,
@@ -86,7 +88,7 @@ struct Allowed {
 
 impl Allowed {
     fn around(exact: f64, slack: f64) -> Self {
-        // An infinite sum allows itself, not NaN.
+        // An infinite sum must not allow NaN, which infinity minus a slack of infinity would.
         let slack = if exact.is_finite() { slack } else { 0.0 };
         Allowed { low: exact - slack, exact, high: exact + slack }
     }
@@ -97,19 +99,19 @@ impl Allowed {
     }
 }
 
-/// Whether `got` is one of the values from `low` to `high`, which may be in either order. NaN allows only NaN.
+/// True if `got` is between `low` and `high`, which may be in either order. NaN allows only NaN.
 fn allows([low, high]: [f64; 2], got: f64) -> bool {
     if low.is_nan() || high.is_nan() { got.is_nan() } else { got >= low.min(high) && got <= low.max(high) }
 }
 
-/// The spacing of a floating-point format with `digits` bits of significand at `value`.
+/// The spacing at `value` of a floating-point format with `digits` bits of significand.
 fn spacing(value: f64, digits: u32, min_exponent: i32) -> f64 {
     let exponent = (value.to_bits() >> 52 & 0x7ff) as i32 - 1023;
     let last_place = exponent.max(min_exponent) - (digits as i32 - 1);
     f64::from_bits(((last_place + 1023) as u64) << 52)
 }
 
-/// How far `got` is from `exact`, in units of that spacing; 0 for equal infinities and two NaNs.
+/// The distance of `got` from `exact`, in units of the spacing at `exact`; 0 if either is not finite.
 fn error(got: f64, exact: f64, digits: u32, min_exponent: i32) -> f64 {
     if got == exact || !exact.is_finite() || !got.is_finite() {
         return 0.0;
@@ -122,14 +124,14 @@ fn element_error<E: Element>(got: E, exact: f64) -> f64 {
     error(f64::from(got.to_f32()), exact, dtype.digits(), dtype.min_exponent())
 }
 
-/// Checks what an implementation wrote for one token.
+/// Checks the outputs of an implementation for one token.
 ///
-/// Returns the largest error of any output, in units in the last place of its type (for a code: of its
-/// format, scaled; for a sum: of `f32` at its addends, if that is larger): a correctly rounded output is
-/// within 0.5.
+/// Returns the largest error of any output, in units in the last place of its type; a correctly rounded output is
+/// within 0.5. The unit of a code is that of its format, scaled. The unit of a sum is that of `f32` at the addends,
+/// if that is larger.
 ///
 /// # Errors
-/// The first output that the [allowance](super) does not cover.
+/// The first output outside the [allowed errors](super).
 ///
 /// # Panics
 /// If a row is shorter than `observed.residual_out`, or codes or scales are not those of `operation`.
@@ -155,15 +157,15 @@ struct Checker<'a, E> {
     observed: &'a Observed<'a, E>,
 }
 
-/// A token's norm: its parameters, and its reciprocal root mean square.
+/// The norm of a token: parameters, and reciprocal root mean square.
 struct TokenNorm {
     parameters: Norm,
     inverse_rms: Allowed,
-    /// Relative error allowed to `f32` arithmetic.
+    /// Allowed relative error of `f32` arithmetic.
     slack: f64,
 }
 
-/// How one block of a row is quantized: format, and multiplier from the observed scale.
+/// A block of a row: format, and multiplier from the observed scale.
 struct Block {
     first: usize,
     elements: usize,
@@ -216,7 +218,8 @@ impl<E: Element> Checker<'_, E> {
             if !allows(bounds, value) && !self.may_overflow(index) {
                 return Err(self.mismatch(Output::Residual, index, value, bounds));
             }
-            // Where addends cancel, the sum's own last place says nothing: `f32` works in that of its addends.
+            // If addends cancel, the last place of the sum is too fine a unit: `f32` rounds at the last place of
+            // addends.
             let unit_of_addends = spacing(self.magnitude(index), 24, -126);
             let unit = spacing(allowed.exact, E::DTYPE.digits(), E::DTYPE.min_exponent());
             let error = element_error(got, allowed.exact) * (unit / unit.max(unit_of_addends));
@@ -242,13 +245,13 @@ impl<E: Element> Checker<'_, E> {
         }
     }
 
-    /// The sum of the addends' magnitudes.
+    /// The sum of the magnitudes of all addends.
     fn magnitude(&self, index: usize) -> f64 {
         let inputs: f64 = self.token.inputs.iter().map(|row| f64::from(row[index].to_f32()).abs()).sum();
         inputs + self.token.residual(index).abs()
     }
 
-    /// Whether a partial sum in `f32` may pass its largest number although the whole sum does not.
+    /// True if a partial sum in `f32` may overflow although the whole sum does not.
     fn may_overflow(&self, index: usize) -> bool {
         let magnitude = self.magnitude(index);
         magnitude > f64::from(f32::MAX) && magnitude.is_finite()
@@ -260,7 +263,7 @@ impl<E: Element> Checker<'_, E> {
         let exact = inverse_rms(row, parameters.epsilon);
         let squares = sum_of_squares(row);
         let mut inverse_rms = Allowed::around(exact, 0.0);
-        // In `f32` a sum of squares past the largest number is infinite, and its reciprocal root 0.
+        // In `f32` a sum of squares past the largest number is infinite, and the reciprocal root 0.
         let largest = f64::from(f32::MAX);
         if squares >= largest * (1.0 - slack) {
             inverse_rms.low = 0.0;
@@ -282,7 +285,7 @@ impl<E: Element> Checker<'_, E> {
         Allowed { low: low.min(high) - slack, exact, high: low.max(high) + slack }
     }
 
-    /// The norm of one element as the quantization may have read it: as observed, else as the reference allows.
+    /// The least and the greatest norm that the quantization may have read: both as observed, if the norm was written.
     fn norm_bounds(&self, norm: &TokenNorm, index: usize) -> [f32; 2] {
         match self.observed.norm_out.get(index) {
             Some(observed) => [observed.to_f32(); 2],
@@ -321,7 +324,7 @@ impl<E: Element> Checker<'_, E> {
         Ok(largest)
     }
 
-    /// Checks the scale of one block (or of the whole token) and returns what its values are multiplied by.
+    /// Checks the scale of one block (or of the whole token) and returns the multiplier of its elements.
     fn multiplier(&self, norm: &TokenNorm, first: usize, elements: usize) -> Result<f32, Mismatch> {
         let (quantization, global) = (self.operation.quantization, self.token.scale);
         let block = first / elements;
@@ -373,7 +376,7 @@ impl<E: Element> Checker<'_, E> {
         }
     }
 
-    /// The least and the greatest that the largest magnitude of a block may be.
+    /// The least and the greatest largest magnitude of a block.
     fn largest(
         &self,
         norm: &TokenNorm,
@@ -383,8 +386,8 @@ impl<E: Element> Checker<'_, E> {
     ) -> [f32; 2] {
         (first..first + elements).fold([0.0, 0.0], |[low, high], index| {
             let [a, b] = self.norm_bounds(norm, index).map(f32::abs);
-            // An interval across 0 would have 0 as its least magnitude: it is as wide as the allowance, and a
-            // block whose largest magnitude is so small is one of zeros.
+            // The least magnitude of an interval across 0 would be 0. That is left out: such an interval is as narrow
+            // as the allowed error, so a block with this largest magnitude is one of zeros.
             [largest(low, a.min(b)), largest(high, a.max(b))]
         })
     }

@@ -1,13 +1,13 @@
-//! Rows of the numbers that go wrong first: NaN, infinities, subnormal numbers, zeros of either sign, the largest ones.
+//! Rows of special numbers: NaN, infinities, subnormal numbers, zeros of either sign, the largest numbers.
 //!
-//! Among ordinary rows they show that a special value stays in its row and hangs nobody.
+//! Tests put these rows among ordinary ones, to show that a special value affects its own row only and stops no rank.
 
 use crate::dtype::{DType, Element};
 
-/// A kind of row. Elements that are not special are small whole numbers, so that sums of them are exact.
+/// A kind of row. Elements that a kind does not mention are small whole numbers, so that sums of them are exact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Special {
-    /// Nothing special.
+    /// No special element.
     Ordinary,
     /// One element of rank 0 is NaN.
     Nan,
@@ -15,17 +15,17 @@ pub enum Special {
     Infinity,
     /// One element is infinite, with opposite signs on ranks 0 and 1: their sum is NaN.
     OppositeInfinities,
-    /// Every element is a small multiple of the smallest number.
+    /// Every element is a small multiple of the smallest positive number.
     Subnormal,
     /// Every element is `-0.0`.
     NegativeZero,
     /// Every element is `+0.0`.
     Zero,
-    /// Every element is the largest finite number, on every rank: sums are too large.
+    /// Every element is the largest finite number, on every rank: sums overflow.
     Largest,
     /// One element is the largest finite number, with opposite signs on ranks 0 and 1, which cancel.
     Cancelling,
-    /// One element of rank 0 is half the largest number, too large for its square.
+    /// One element of rank 0 is half the largest number, whose square overflows.
     OneHuge,
 }
 
@@ -44,13 +44,14 @@ impl Special {
         Special::OneHuge,
     ];
 
-    /// The kind of token `token` where every other one is ordinary and the rest are of every other kind in turn.
+    /// The kind of token `token` in a tensor of special rows: even tokens are ordinary, odd ones have the other kinds
+    /// in turn.
     pub fn of_token(token: u64) -> Special {
         let kinds = Self::ALL.len() as u64 - 1;
         if token.is_multiple_of(2) { Special::Ordinary } else { Self::ALL[1 + (token / 2 % kinds) as usize] }
     }
 
-    /// Fills rank `rank`'s input row of this kind. Rows of different `token`s differ.
+    /// Fills `row`, the input of rank `rank` for token `token`, with this kind. Rows of different tokens differ.
     pub fn fill<E: Element>(self, rank: u32, token: u64, row: &mut [E]) {
         let (smallest, largest) = extremes(E::DTYPE);
         let place = row.len() / 3;
@@ -80,7 +81,7 @@ impl Special {
     }
 }
 
-/// The smallest number above zero, and the largest finite one.
+/// The smallest positive number and the largest finite one.
 fn extremes(dtype: DType) -> (f32, f32) {
     match dtype {
         DType::F32 => (f32::from_bits(1), f32::MAX),

@@ -4,18 +4,17 @@ use std::collections::HashMap;
 
 use crate::{
     alu,
+    error::ParseError,
     instruction::{Entry, Instruction, Operation, Place, Register, Source, Special},
-    module::ParseError,
 };
 
 /// Loads from global memory. Those without a state space have addresses of any; only global ones are known here.
-const GLOBAL_LOADS: [&str; 11] = [
+const GLOBAL_LOADS: [&str; 10] = [
     "ld.b32",
     "ld.global.u32",
     "ld.global.v2.u32",
     "ld.global.v4.u32",
     "ld.global.nc.u32",
-    "ld.global.nc.u64",
     "ld.global.nc.v4.u32",
     "ld.relaxed.sys.global.u32",
     "ld.relaxed.sys.global.u64",

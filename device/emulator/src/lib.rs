@@ -29,6 +29,7 @@
 
 mod alu;
 mod decode;
+mod error;
 mod grid;
 mod instruction;
 mod memory;
@@ -37,7 +38,8 @@ mod races;
 mod shared;
 mod stores;
 
+pub use error::ParseError;
 pub use grid::{Fault, Geometry, Grid};
 pub use instruction::Entry;
 pub use memory::Memory;
-pub use module::{Module, ParseError};
+pub use module::Module;

@@ -1,25 +1,8 @@
 //! A file of PTX: its entry points, found but not yet decoded.
 
-use std::{collections::BTreeMap, error::Error, fmt};
+use std::collections::BTreeMap;
 
-use crate::{decode, instruction::Entry};
-
-/// PTX that the emulator does not understand.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ParseError {
-    /// The line of the file, counted from 1.
-    pub line: usize,
-    /// What is wrong with it.
-    pub what: String,
-}
-
-impl fmt::Display for ParseError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "line {}: {}", self.line, self.what)
-    }
-}
-
-impl Error for ParseError {}
+use crate::{decode, error::ParseError, instruction::Entry};
 
 /// The text of one entry point.
 #[derive(Debug)]

@@ -1,4 +1,4 @@
-//! What needs no group, for `bf16`, and what measures links: it knows no element type, so one module has it.
+//! The kernels that need no group, for `bf16`.
 #![no_std]
 #![feature(abi_ptx)]
 
@@ -6,4 +6,3 @@
 use fused_collective_ptx as _;
 
 fused_collective_device::entries!(local, bf16);
-fused_collective_device::entries!(links);

@@ -1,4 +1,4 @@
-//! What needs no group, for `f16`.
+//! The kernels that need no group, for `f16`.
 #![no_std]
 #![feature(abi_ptx)]
 

@@ -1,4 +1,4 @@
-//! What needs no group, for `f32`.
+//! The kernels that need no group, for `f32`.
 #![no_std]
 #![feature(abi_ptx)]
 

@@ -2,6 +2,21 @@
 //! row what the epilogue makes of it, and sends that to all. The second hop carries codes in place of elements, half as
 //! many bytes or a quarter; who gets them stores them as they are.
 //!
+//! ```text
+//! prologue    wait for the kernels before; read the epoch; let the next kernel start
+//! push        for each other rank's token of the team, or the first alone:
+//!                 write its row, stripped of the sentinel, to this rank's place in the owner's slot
+//!             advance the epochs; read gamma and scales
+//! complete    in each turn, until the team has no more tokens:
+//!                 a token of this rank's:
+//!                     poll the own slot until it has arrived from every peer; refill it with the sentinel
+//!                     push a row as above, if not all were pushed
+//!                     row = round(the sum in rank order + the residual); store it
+//!                     words = the row normalized and quantized, stripped of the sentinel; store them
+//!                     write the words to the token's place in every peer's slot
+//!                 other ranks' tokens, of the turn before:
+//!                     poll the own slot until the words have arrived; refill it; store them
+//! ```
 //! What an owner sends is stripped of the sentinel, and it stores the same itself. [`turns`](super::turns) says in which
 //! order a team completes tokens.
 //!
@@ -12,14 +27,16 @@
 use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SlotRows};
 
 use super::{
-    Begun, first_slot, load_row, pack_of, peer, peers, residual_out,
+    begun::{Begun, prepare, serves},
+    ranks::{first_slot, pack_of, peer},
+    sum::{load_row, residual_out},
     turns::{Token, Tokens},
     wait::{Awaited, Waiter},
 };
 use crate::{
-    epilogue::{Gathered, Place},
-    params::{Address, Fused, Group},
-    row::{Prepared, Share, Team},
+    epilogue::{Epilogue, PackIndex},
+    launch::{Address, Fused, Group},
+    row::{Team, ThreadSlice},
     simt,
 };
 
@@ -37,42 +54,44 @@ const fn turns_ahead(ranks: usize, packs: usize, resident: bool) -> u32 {
 /// `RESIDENT`, else a chunk of it.
 ///
 /// # Safety
-/// Called once by every thread of a grid launched by the rules in [`params`](crate::params), with parameters as
+/// Called once by every thread of a grid launched by the rules in [`launch`](crate::launch), with parameters as
 /// their documentation says for a sharded residual.
 #[inline(always)]
 pub unsafe fn sharded<E, X, const N: usize, const P: usize, const RESIDENT: bool>(params: &Fused<X>)
 where
     E: Element,
-    X: Gathered<E>,
+    X: Epilogue<E>,
 {
-    if peers::<N>(&params.group).is_none() {
+    const { assert!(X::WORDS > 0, "this epilogue's results are not sent") }
+    if !serves::<N>(&params.group) {
         return;
     }
     let Fused { group, shape, activations, epilogue } = params;
     let mut team = Team::join(X::ROW_SUM);
     let (team_index, teams) = (team.index, team.teams);
     let tokens = Tokens::<N>::new(group, shape);
-    let share = Share::<P, RESIDENT>::new(&team, shape);
+    let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     let (row_bytes, stride) = (rows.row_bytes, rows.first_hop(1, 0));
-    let place = |token: u32, pack| Place::new(shape.operation_token(token), pack, shape.row_packs);
-    // SAFETY: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the tensors and the slots,
+    let index_of = |token: u32, pack| PackIndex::new(shape.operation_token(token), pack, shape.row_packs);
+    // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,
     // and by the launch rules this thread's alone. The same holds for the blocks below.
     let own = |token, chunk| unsafe {
-        load_row(activations.input, share, chunk, &share.places(shape.operation_token(token), chunk))
+        load_row(activations.input, slice, chunk, &slice.indices(shape.operation_token(token), chunk))
     };
 
+    // Prologue.
     simt::wait_for_prerequisites();
     // SAFETY: see above.
-    let mut begun = unsafe { Begun::read(group, Begun::turn(group)) };
+    let mut begun = unsafe { Begun::read(group, Begun::epoch(group)) };
     simt::launch_dependents();
     let slot_of = |waiter: &Waiter<'_>, rank: u32| {
-        // Opaque for the same reason as in `Begun::slot_of`, and the regions because a compiler that reads parameters at
-        // a selected address copies them all to local memory first.
-        let rank = simt::opaque_u64(rank as u64) as u32;
+        // `black_box` for the same reason as in `Begun::slot_of`; of the regions because a compiler that reads parameters
+        // at a selected address copies them all to local memory first.
+        let rank = simt::black_box_u64(rank as u64) as u32;
         let group =
-            Group { regions: group.regions.map(|region| Address(simt::opaque_u64(region.0))), ..*group };
+            Group { regions: group.regions.map(|region| Address(simt::black_box_u64(region.0))), ..*group };
         first_slot::<N>(&group, rank).offset(waiter.slot as u64 * group.slot_bytes)
     };
     // Pushes this rank's row of a token that another one owns, if there is such a token.
@@ -85,42 +104,37 @@ where
         unsafe {
             let row = slot_of(waiter, owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
             let packs = own(token, chunk);
-            share.for_each(chunk, |p, pack| {
+            slice.for_each(chunk, |p, pack| {
                 simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip());
             });
         }
     };
+    // Push.
     let turns_ahead = const { turns_ahead(N, P, RESIDENT) };
     let mut other = tokens.first_other(team_index, teams);
     let mut pushed = 0;
     while (turns_ahead == 0 || pushed < turns_ahead) && tokens.other(other).is_some() {
-        share.for_chunks(|chunk| push(&begun.waiter, other, chunk));
+        slice.for_chunks(|chunk| push(&begun.waiter, other, chunk));
         other += teams as i32;
         pushed += 1;
     }
     begun.advance();
-    // What is constant is read when the links have work.
     // SAFETY: see above.
-    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, share, &team) };
-    // SAFETY: see above.
-    unsafe {
-        epilogue.fill_padding(
-            shape,
-            simt::block() * simt::threads() + simt::thread(),
-            simt::blocks() * simt::threads(),
-        )
-    };
+    let prepared = unsafe { prepare::<E, X, N, P, RESIDENT>(epilogue, shape, slice, &team) };
 
     // The second hop's rows follow the first's, as far apart as they would be if they were elements: each starts with
     // the words of its packs, and its scales follow. Computed where they are used, so as to take up no registers before.
-    let result = |token: u32| group.world_size as u64 * simt::opaque_u64(stride) + token as u64 * row_bytes;
+    let result =
+        |token: u32| group.world_size as u64 * simt::black_box_u64(stride) + token as u64 * row_bytes;
     let words_at =
-        |row: Address, pack: u32| row.offset(simt::opaque_u64(pack as u64) * (X::WORDS as u64 * WORD));
+        |row: Address, pack: u32| row.offset(simt::black_box_u64(pack as u64) * (X::WORDS as u64 * WORD));
     let scales_at = |row: Address, pack: u32| {
-        let first = simt::opaque_u64(shape.row_packs as u64) * (X::WORDS as u64 * WORD);
+        let first = simt::black_box_u64(shape.row_packs as u64) * (X::WORDS as u64 * WORD);
         row.offset(first + (pack / X::SCALE_PACKS.max(1)) as u64 * WORD)
     };
     let has_scales = |pack: u32| X::SCALE_PACKS > 0 && pack.is_multiple_of(X::SCALE_PACKS.max(1));
+
+    // Complete.
     let waiter = &mut begun.waiter;
     let mut index = team_index;
     let mut other = tokens.first_late(team_index, teams);
@@ -130,10 +144,10 @@ where
             let sum = |waiter: &mut Waiter<'_>, chunk: u32, row: &mut [Pack; P]| unsafe {
                 let own = own(token, chunk);
                 let residual =
-                    load_row(activations.residual, share, chunk, &share.places(index as u64, chunk));
+                    load_row(activations.residual, slice, chunk, &slice.indices(index as u64, chunk));
                 let row_at = slot_of(waiter, group.rank).offset(index as u64 * row_bytes);
                 let packs = waiter.all::<N, P, RESIDENT>(
-                    share,
+                    slice,
                     chunk,
                     |source, _, pack| pack_of(row_at, source, stride, pack),
                     Awaited { shape, token, hop: 1 },
@@ -143,16 +157,16 @@ where
                     // at most one more of them than of its own.
                     push(waiter, other + ((turns_ahead + 1) * simt::clusters()) as i32, chunk);
                 }
-                share.for_each(chunk, |p, _| {
+                slice.for_each(chunk, |p, _| {
                     row[p] = residual_out::<E, N>(group, &packs[p], own[p].strip(), Some(residual[p]));
                 });
             };
             // SAFETY: see above.
             let send = |waiter: &mut Waiter<'_>, pack: u32, words: Pack, scales: u32| unsafe {
                 let (words, scales) = (words.strip(), lamport::strip(scales));
-                epilogue.store(place(token, pack), words);
+                epilogue.store(index_of(token, pack), words);
                 if has_scales(pack) {
-                    epilogue.store_scales(place(token, pack), scales);
+                    epilogue.store_scales(index_of(token, pack), scales);
                 }
                 if waiter.failed {
                     return;
@@ -173,19 +187,19 @@ where
         for _ in 1..tokens.ranks() {
             if let Some(Token { token, owner, .. }) = tokens.other(other) {
                 let awaited = Awaited { shape, token, hop: 2 };
-                share.for_chunks(|chunk| {
+                slice.for_chunks(|chunk| {
                     // SAFETY: see above.
                     unsafe {
                         let row = slot_of(waiter, group.rank).offset(result(token));
                         let at = |pack| Some(words_at(row, pack));
-                        let words = waiter.words(X::WORDS, share, chunk, at, owner, awaited);
-                        share.for_each(chunk, |p, pack| epilogue.store(place(token, pack), words[p]));
+                        let words = waiter.words(X::WORDS, slice, chunk, at, owner, awaited);
+                        slice.for_each(chunk, |p, pack| epilogue.store(index_of(token, pack), words[p]));
                         if X::SCALE_PACKS > 0 {
                             let at = |pack| has_scales(pack).then(|| scales_at(row, pack));
-                            let scales = waiter.words(1, share, chunk, at, owner, awaited);
-                            share.for_each(chunk, |p, pack| {
+                            let scales = waiter.words(1, slice, chunk, at, owner, awaited);
+                            slice.for_each(chunk, |p, pack| {
                                 if has_scales(pack) {
-                                    epilogue.store_scales(place(token, pack), scales[p].0[0]);
+                                    epilogue.store_scales(index_of(token, pack), scales[p].0[0]);
                                 }
                             });
                         }

@@ -21,7 +21,7 @@
 
 use fused_collective_core::plan::owned_tokens;
 
-use crate::params::{Group, Shape};
+use crate::launch::{Group, Shape};
 
 /// A token of a round.
 #[derive(Clone, Copy)]
@@ -105,7 +105,7 @@ mod tests {
     use std::{vec, vec::Vec};
 
     use super::*;
-    use crate::params::Address;
+    use crate::launch::Address;
 
     /// What a team does next: all of it as `sharded` does it.
     #[derive(Clone, Copy)]

@@ -1,8 +1,20 @@
 //! Two-shot: every token has an owner that sums it and pushes the result to all. Two hops, for many tokens.
 //!
-//! A team first pushes its share of the tokens that other ranks own, all of them, then completes its share of all
-//! tokens, in their order: those that this rank owns it sums, the others it gets from their owners. The links carry
-//! the sums while the rows that came are normalized.
+//! ```text
+//! prologue    wait for the kernels before; read the epoch; let the next kernel start
+//! push        for each token of the team that another rank owns:
+//!                 write its row, stripped of the sentinel, to this rank's place in the owner's slot
+//!             advance the epochs; read gamma and scales
+//! complete    for each token of the team, in order:
+//!                 if this rank owns it:
+//!                     poll the own slot until it has arrived from every peer; refill it with the sentinel
+//!                     row = round(the sum in rank order + the residual)
+//!                     write the row to the token's place in every peer's slot
+//!                 else:
+//!                     row = poll the own slot until it has arrived from its owner; refill it with the sentinel
+//!                 store the row; normalize, quantize and store it
+//! ```
+//! The links carry the sums while the rows that came are normalized.
 //!
 //! Ranks cannot wait in a circle, whatever their grids are: an owner waits only for pushes that wait for nothing, a
 //! receiver of a token only for its owner, and before either a team completes only tokens that come before that one.
@@ -14,11 +26,16 @@ use fused_collective_core::{
     workspace::SlotRows,
 };
 
-use super::{Begun, load_row, pack_of, peer, peers, residual_out, wait::Awaited};
+use super::{
+    begun::{Begun, prepare, serves},
+    ranks::{deal, pack_of, peer},
+    sum::{load_row, residual_out},
+    wait::Awaited,
+};
 use crate::{
     epilogue::Epilogue,
-    params::Fused,
-    row::{Prepared, Share, Team},
+    launch::Fused,
+    row::{Team, ThreadSlice},
     simt,
 };
 
@@ -26,7 +43,7 @@ use crate::{
 /// `RESIDENT`, else a chunk of it.
 ///
 /// # Safety
-/// Called once by every thread of a grid launched by the rules in [`params`](crate::params), with parameters as
+/// Called once by every thread of a grid launched by the rules in [`launch`](crate::launch), with parameters as
 /// their documentation says.
 #[inline(always)]
 pub unsafe fn two_shot<E, X, const N: usize, const P: usize, const RESIDENT: bool>(params: &Fused<X>)
@@ -34,32 +51,34 @@ where
     E: Element,
     X: Epilogue<E>,
 {
-    if peers::<N>(&params.group).is_none() {
+    if !serves::<N>(&params.group) {
         return;
     }
     let Fused { group, shape, activations, epilogue } = params;
     let mut team = Team::join(X::ROW_SUM);
     let (team_index, teams) = (team.index, team.teams);
-    let share = Share::<P, RESIDENT>::new(&team, shape);
+    let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     let has_residual = !activations.residual.is_null();
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     let (row_bytes, stride) = (shape.row_bytes(), rows.first_hop(1, 0));
 
-    // SAFETY: as this function's. Packs of `share` and tokens below `shape.tokens` are inside the tensors and the slots,
+    // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,
     // and by the launch rules this thread's alone. The same holds for the blocks below.
     let input = |token, chunk| unsafe {
-        load_row(activations.input, share, chunk, &share.places(shape.operation_token(token), chunk))
+        load_row(activations.input, slice, chunk, &slice.indices(shape.operation_token(token), chunk))
     };
 
+    // Prologue.
     simt::wait_for_prerequisites();
     // Read together with the state, and kept, where there are registers for it. Every team has a token.
     let keeps = const { RESIDENT && P == 1 && N == 2 };
     let first = if keeps { input(team.index, 0) } else { [Pack::default(); P] };
     // SAFETY: see above.
-    let mut begun = unsafe { Begun::read(group, Begun::turn(group)) };
+    let mut begun = unsafe { Begun::read(group, Begun::epoch(group)) };
     simt::launch_dependents();
 
+    // Push.
     let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
     deal(team_index, teams, shape.tokens, |token| {
         let (owner, index) = dealt(token, group.world_size);
@@ -69,50 +88,42 @@ where
         // SAFETY: see above.
         unsafe {
             let row = begun.slot_of::<N>(owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
-            share.for_chunks(|chunk| {
+            slice.for_chunks(|chunk| {
                 let packs = own(token, chunk);
-                share.for_each(chunk, |p, pack| {
+                slice.for_each(chunk, |p, pack| {
                     simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip());
                 });
             });
         }
     });
     begun.advance();
-    // What is constant is read when the links have work.
     // SAFETY: see above.
-    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, share, &team) };
-    // SAFETY: see above.
-    unsafe {
-        epilogue.fill_padding(
-            shape,
-            simt::block() * simt::threads() + simt::thread(),
-            simt::blocks() * simt::threads(),
-        )
-    };
+    let prepared = unsafe { prepare::<E, X, N, P, RESIDENT>(epilogue, shape, slice, &team) };
 
-    // The second hop's rows follow the first's. Computed where it is used, so as to take up no registers before.
-    let result = |token: u32| group.world_size as u64 * simt::opaque_u64(stride) + token as u64 * row_bytes;
+    // Complete. The second hop's rows follow the first's. Computed where it is used, so as to take up no registers before.
+    let result =
+        |token: u32| group.world_size as u64 * simt::black_box_u64(stride) + token as u64 * row_bytes;
     deal(team_index, teams, shape.tokens, |token| {
         let (owner, index) = dealt(token, group.world_size);
         // SAFETY: see above.
         unsafe {
             let slot = begun.slot_of::<N>(group.rank);
-            prepared.complete(&mut team, shape, activations, token, |chunk, places, row| {
+            prepared.complete(&mut team, shape, activations, token, |chunk, indices, row| {
                 if owner != group.rank {
                     let awaited = Awaited { shape, token, hop: 2 };
-                    *row = begun.waiter.row(slot.offset(result(token)), share, chunk, owner, awaited);
+                    *row = begun.waiter.row(slot.offset(result(token)), slice, chunk, owner, awaited);
                     return;
                 }
                 let own = own(token, chunk);
-                let residual = load_row(activations.residual, share, chunk, places);
+                let residual = load_row(activations.residual, slice, chunk, indices);
                 let row_at = slot.offset(index as u64 * row_bytes);
                 let packs = begun.waiter.all::<N, P, RESIDENT>(
-                    share,
+                    slice,
                     chunk,
                     |source, _, pack| pack_of(row_at, source, stride, pack),
                     Awaited { shape, token, hop: 1 },
                 );
-                share.for_each(chunk, |p, pack| {
+                slice.for_each(chunk, |p, pack| {
                     row[p] = residual_out::<E, N>(
                         group,
                         &packs[p],
@@ -129,21 +140,6 @@ where
             });
         }
     });
-}
-
-/// Calls `each` for the tokens of team `team`: one of every `teams` in turn, each time the next one of them, so that a team
-/// is owner and receiver by turns whatever the numbers of teams and ranks have in common.
-#[inline(always)]
-pub(super) fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)) {
-    let (mut first, mut turn) = (0, team);
-    while first < tokens {
-        if first + turn < tokens {
-            each(first + turn);
-        }
-        let next = turn + 1;
-        first += teams;
-        turn = if next == teams { 0 } else { next };
-    }
 }
 
 /// A token's owner, and which of its tokens it is.

@@ -8,34 +8,36 @@
 
 use fused_collective_core::{lamport, pack::Pack};
 
-use super::peer;
+use super::ranks::peer;
 use crate::{
-    params::{ABORTED, Address, Group, RankState, Shape, Status, TIMED_OUT},
-    row::Share,
+    launch::{ABORTED, Address, Group, RankState, Shape, Status, TIMED_OUT},
+    row::ThreadSlice,
     simt::{self, CHECKS_PER_ABORT_LOOK, POLLS_PER_CHECK},
 };
 
 /// What a wait is for, as [`Status`] records it.
 #[derive(Clone, Copy)]
-pub(super) struct Awaited<'a> {
-    pub(super) shape: &'a Shape,
-    /// Of the round.
-    pub(super) token: u32,
-    pub(super) hop: u32,
+pub struct Awaited<'a> {
+    /// The round.
+    pub shape: &'a Shape,
+    /// The token of the round.
+    pub token: u32,
+    /// See [`Status::hop`].
+    pub hop: u32,
 }
 
 /// The waits of one thread in one operation.
-pub(super) struct Waiter<'a> {
+pub struct Waiter<'a> {
     group: &'a Group,
     /// The operation's slot.
     pub(super) slot: u32,
     /// Whether a wait of this thread failed, or the rank was poisoned before: nothing is waited for.
-    pub(super) failed: bool,
+    pub failed: bool,
 }
 
-/// How long a wait has lasted.
+/// The time that a wait has lasted.
 #[derive(Default)]
-struct Patience {
+struct Elapsed {
     polls: u32,
     /// By [`now`]: in half the registers of the clock itself, and a wait's are its kernel's scarcest.
     started: u32,
@@ -65,29 +67,29 @@ impl<'a> Waiter<'a> {
     pub(super) unsafe fn row<const P: usize, const RESIDENT: bool>(
         &mut self,
         row: Address,
-        share: Share<P, RESIDENT>,
+        slice: ThreadSlice<P, RESIDENT>,
         chunk: u32,
         source: u32,
         awaited: Awaited<'_>,
     ) -> [Pack; P] {
-        // Opaque, so that addresses are computed in the loop: kept, they would take up registers.
-        let at = |pack: u32| Address(simt::opaque_u64(row.0)).offset(pack as u64 * Pack::BYTES);
+        // `black_box`, so that addresses are computed in the loop: kept, they would take up registers.
+        let at = |pack: u32| Address(simt::black_box_u64(row.0)).offset(pack as u64 * Pack::BYTES);
         let mut packs = [Pack::default(); P];
-        let mut patience = Patience::default();
+        let mut elapsed = Elapsed::default();
         loop {
             // All loads are issued before the first is looked at.
-            share.for_each(chunk, |p, pack| {
+            slice.for_each(chunk, |p, pack| {
                 // SAFETY: as this function's.
                 packs[p] = unsafe { simt::poll(at(pack)) };
             });
             if packs.iter().fold(true, |complete, pack| complete & pack.is_complete()) || self.failed {
                 break;
             }
-            self.check(&mut patience, || source, awaited);
+            self.check(&mut elapsed, || source, awaited);
         }
         simt::warp_barrier();
         // SAFETY: as this function's. A push, since a peer given up on may still write.
-        share.for_each(chunk, |_, pack| unsafe {
+        slice.for_each(chunk, |_, pack| unsafe {
             simt::push(at(pack), Pack::SENTINEL);
         });
         packs
@@ -102,17 +104,17 @@ impl<'a> Waiter<'a> {
     pub(super) unsafe fn words<const P: usize, const RESIDENT: bool>(
         &mut self,
         words: u32,
-        share: Share<P, RESIDENT>,
+        slice: ThreadSlice<P, RESIDENT>,
         chunk: u32,
         at: impl Fn(u32) -> Option<Address>,
         source: u32,
         awaited: Awaited<'_>,
     ) -> [Pack; P] {
         let mut packs = [Pack::default(); P];
-        let mut patience = Patience::default();
+        let mut elapsed = Elapsed::default();
         loop {
             // All loads are issued before the first is looked at.
-            share.for_each(chunk, |p, pack| {
+            slice.for_each(chunk, |p, pack| {
                 if let Some(at) = at(pack) {
                     // SAFETY: as this function's.
                     packs[p] = unsafe { simt::poll_words(at, words) };
@@ -121,10 +123,10 @@ impl<'a> Waiter<'a> {
             if packs.iter().fold(true, |complete, pack| complete & pack.is_complete()) || self.failed {
                 break;
             }
-            self.check(&mut patience, || source, awaited);
+            self.check(&mut elapsed, || source, awaited);
         }
         simt::warp_barrier();
-        share.for_each(chunk, |_, pack| {
+        slice.for_each(chunk, |_, pack| {
             if let Some(at) = at(pack) {
                 // SAFETY: as this function's. A push, since a peer given up on may still write.
                 unsafe { simt::push_words(at, Pack::SENTINEL, words) };
@@ -142,7 +144,7 @@ impl<'a> Waiter<'a> {
     #[inline(always)]
     pub(super) unsafe fn all<const N: usize, const P: usize, const RESIDENT: bool>(
         &mut self,
-        share: Share<P, RESIDENT>,
+        slice: ThreadSlice<P, RESIDENT>,
         chunk: u32,
         at: impl Fn(u32, usize, u32) -> Address,
         awaited: Awaited<'_>,
@@ -154,10 +156,10 @@ impl<'a> Waiter<'a> {
             if N == 2 { index == 0 } else { source(index) != rank && source(index) < world_size }
         };
         let mut packs = [[Pack::default(); N]; P];
-        let mut patience = Patience::default();
+        let mut elapsed = Elapsed::default();
         loop {
             // All loads are issued before the first is looked at.
-            share.for_each(chunk, |p, pack| {
+            slice.for_each(chunk, |p, pack| {
                 for (index, value) in packs[p].iter_mut().enumerate() {
                     if is_peer(index) {
                         // SAFETY: as this function's.
@@ -173,10 +175,10 @@ impl<'a> Waiter<'a> {
                 let incomplete = |index: &(usize, &Pack)| !index.1.is_complete();
                 all.iter().enumerate().find(incomplete).map_or(rank, |(index, _)| source(index % N))
             };
-            self.check(&mut patience, missing, awaited);
+            self.check(&mut elapsed, missing, awaited);
         }
         simt::warp_barrier();
-        share.for_each(chunk, |p, pack| {
+        slice.for_each(chunk, |p, pack| {
             for index in 0..N {
                 if is_peer(index) {
                     // SAFETY: as this function's. A push, since a peer given up on may still write.
@@ -192,40 +194,40 @@ impl<'a> Waiter<'a> {
     /// # Safety
     /// `at` is valid for a [poll](simt::poll) for as long as the group is.
     #[inline(always)]
-    pub(super) unsafe fn until(
+    pub unsafe fn until(
         &mut self,
         at: Address,
         source: u32,
         awaited: Awaited<'_>,
         holds: impl Fn(Pack) -> bool,
     ) {
-        let mut patience = Patience::default();
+        let mut elapsed = Elapsed::default();
         // SAFETY: as this function's.
         while !holds(unsafe { simt::poll(at) }) && !self.failed {
-            self.check(&mut patience, || source, awaited);
+            self.check(&mut elapsed, || source, awaited);
         }
     }
 
     /// Counts a poll that found data missing and, once in a while, decides whether to go on.
     #[inline(always)]
-    fn check(&mut self, patience: &mut Patience, missing: impl Fn() -> u32, awaited: Awaited<'_>) {
-        patience.polls = patience.polls.wrapping_add(1);
-        if !patience.polls.is_multiple_of(POLLS_PER_CHECK) {
+    fn check(&mut self, elapsed: &mut Elapsed, missing: impl Fn() -> u32, awaited: Awaited<'_>) {
+        elapsed.polls = elapsed.polls.wrapping_add(1);
+        if !elapsed.polls.is_multiple_of(POLLS_PER_CHECK) {
             return;
         }
         let now = now();
-        if patience.polls == POLLS_PER_CHECK {
-            patience.started = now;
+        if elapsed.polls == POLLS_PER_CHECK {
+            elapsed.started = now;
         }
         // The host's word is across the bus, so threads take turns to look at it.
-        let turn = (patience.polls / POLLS_PER_CHECK).wrapping_add(simt::thread());
-        // Opaque, so that nothing of this is computed ahead of the loop.
+        let turn = (elapsed.polls / POLLS_PER_CHECK).wrapping_add(simt::thread());
+        // `black_box`, so that nothing of this is computed ahead of the loop.
         let [state, status, timeout] =
-            [self.group.state.0, self.group.status.0, self.group.timeout_ns].map(simt::opaque_u64);
+            [self.group.state.0, self.group.status.0, self.group.timeout_ns].map(simt::black_box_u64);
         let poisoned = Address(state).offset(RankState::POISONED);
         // SAFETY: the group's addresses are as its documentation says.
         unsafe {
-            let reason = if u64::from(now.wrapping_sub(patience.started)) > timeout >> CLOCK_SHIFT {
+            let reason = if u64::from(now.wrapping_sub(elapsed.started)) > timeout >> CLOCK_SHIFT {
                 TIMED_OUT
             } else if turn.is_multiple_of(CHECKS_PER_ABORT_LOOK)
                 && simt::load_relaxed(Address(status).offset(Status::ABORT)) != 0
@@ -259,17 +261,17 @@ unsafe fn record(
     // SAFETY: the number of the operation, which this block at most advances by one meanwhile; and the fields of the
     // status, which the host reads after it has seen `failed` (acquire).
     unsafe {
-        let current = simt::load_relaxed_u64(state.offset(RankState::turn(simt::block())));
+        let current = simt::load_relaxed_u64(state.offset(RankState::epoch(simt::block())));
         // The remainder of the sum of both halves, since 2^32 leaves 1 when divided by the slots' number, 3.
         let halves = lamport::slot(current >> 32) + lamport::slot(current & u64::from(u32::MAX));
         let operation = current - u64::from(lamport::slot(halves) != u64::from(slot));
         simt::store_value(status.offset(Status::MISSING_RANK), missing_rank);
         simt::store_value(status.offset(Status::HOP), awaited.hop);
         simt::store_value(status.offset(Status::OPERATION), operation);
-        // Opaque for the same reason as in `check`.
-        let first_token = simt::opaque_u64(awaited.shape.first_token);
+        // `black_box` for the same reason as in `check`.
+        let first_token = simt::black_box_u64(awaited.shape.first_token);
         simt::store_value(status.offset(Status::TOKEN), first_token + awaited.token as u64);
-        simt::store_value(status.offset(Status::CALL), simt::opaque_u64(awaited.shape.call));
+        simt::store_value(status.offset(Status::CALL), simt::black_box_u64(awaited.shape.call));
         simt::store_release(status.offset(Status::FAILED), reason);
     }
 }

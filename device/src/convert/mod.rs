@@ -13,7 +13,7 @@ use core::arch::asm;
 #[cfg(target_arch = "nvptx64")]
 use fused_collective_core::dtype::DType;
 
-use fused_collective_core::{dtype::Element, pack::Pack, quant};
+use fused_collective_core::{dtype::Element, pack::Pack};
 
 /// The elements of a pack as `f32`, exactly.
 #[inline(always)]
@@ -67,7 +67,7 @@ fn narrow_pair<E: Element>(low: f32, high: f32) -> u32 {
     word
 }
 
-/// Two E4M3 codes, `low` in the low byte: [`e4m3::encode`](quant::e4m3::encode) of each.
+/// Two E4M3 codes, `low` in the low byte: [`e4m3::encode`](fused_collective_core::quant::e4m3::encode) of each.
 #[inline(always)]
 pub fn e4m3_pair(low: f32, high: f32) -> u16 {
     #[cfg(all(target_arch = "nvptx64", target_feature = "sm_89"))]
@@ -80,17 +80,20 @@ pub fn e4m3_pair(low: f32, high: f32) -> u16 {
         codes
     }
     #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_89")))]
-    u16::from_le_bytes([quant::e4m3::encode(low), quant::e4m3::encode(high)])
+    u16::from_le_bytes([
+        fused_collective_core::quant::e4m3::encode(low),
+        fused_collective_core::quant::e4m3::encode(high),
+    ])
 }
 
-/// A UE4M3 code: [`ue4m3::encode`](quant::ue4m3::encode).
+/// A UE4M3 code: [`ue4m3::encode`](fused_collective_core::quant::ue4m3::encode).
 #[inline(always)]
 pub fn ue4m3(value: f32) -> u8 {
     let code = e4m3_pair(value, 0.0) as u8;
     if code & 0x80 != 0 { 0 } else { code }
 }
 
-/// What a UE4M3 code stands for: [`ue4m3::decode`](quant::ue4m3::decode).
+/// What a UE4M3 code stands for: [`ue4m3::decode`](fused_collective_core::quant::ue4m3::decode).
 #[inline(always)]
 pub fn from_ue4m3(code: u8) -> f32 {
     #[cfg(all(target_arch = "nvptx64", target_feature = "sm_89"))]
@@ -107,11 +110,11 @@ pub fn from_ue4m3(code: u8) -> f32 {
         value
     }
     #[cfg(not(all(target_arch = "nvptx64", target_feature = "sm_89")))]
-    quant::ue4m3::decode(code)
+    fused_collective_core::quant::ue4m3::decode(code)
 }
 
 /// The E2M1 codes of at most eight values, an even number, each multiplied by `multiplier`: half a byte each, the first in
-/// the lowest. [`e2m1::encode`](quant::e2m1::encode) of each product.
+/// the lowest. [`e2m1::encode`](fused_collective_core::quant::e2m1::encode) of each product.
 #[inline(always)]
 pub fn e2m1_codes(values: &[f32], multiplier: f32) -> u32 {
     #[cfg(not(all(target_arch = "nvptx64", any(target_feature = "sm_100a", target_feature = "sm_120a"))))]

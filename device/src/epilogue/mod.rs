@@ -8,15 +8,15 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
     convert,
-    params::{Address, Plain, RmsNorm, Shape},
+    launch::{Address, Plain, RmsNorm, Shape},
     simt::{self, WARP},
 };
 
 mod quantize;
 
-/// Where a pack is in the operation.
+/// The position of a pack in the operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct PackIndex {
     /// The token, counted from the operation's first.
     pub token: u64,
     /// The pack in its row.
@@ -27,53 +27,65 @@ pub struct Place {
     offset: u64,
 }
 
-impl Place {
+impl PackIndex {
     /// Pack `pack` of token `token`, of rows of `row_packs` packs.
     #[inline(always)]
-    pub fn new(token: u64, pack: u32, row_packs: u32) -> Place {
-        Place { token, pack, row_packs, offset: (token * row_packs as u64 + pack as u64) * Pack::BYTES }
+    pub fn new(token: u64, pack: u32, row_packs: u32) -> PackIndex {
+        PackIndex { token, pack, row_packs, offset: (token * row_packs as u64 + pack as u64) * Pack::BYTES }
     }
 
-    /// The same place, in registers: a compiler does not compute it again wherever it is used.
+    /// The same, in registers: a compiler does not compute it again wherever it is used.
     #[inline(always)]
-    pub(crate) fn kept(self) -> Place {
-        Place { offset: simt::opaque_u64(self.offset), ..self }
+    pub(crate) fn kept(self) -> PackIndex {
+        PackIndex { offset: simt::black_box_u64(self.offset), ..self }
     }
 
-    /// How many lanes of the warp have packs of this row at the same time, from lane 0 on.
+    /// Lanes of the warp that have packs of this row at the same time, from lane 0 on.
     #[inline(always)]
     pub fn lanes(self) -> u32 {
         (self.row_packs - self.pack / WARP * WARP).min(WARP)
     }
 
-    /// Which pack of the whole tensor this is.
+    /// The pack's index in the whole tensor.
     #[inline(always)]
-    pub fn index(self) -> u64 {
+    pub fn in_tensor(self) -> u64 {
         self.offset / Pack::BYTES
     }
 
-    /// Where the pack is in a tensor of elements.
+    /// The pack's address in a tensor of elements.
     #[inline(always)]
     pub fn of(self, tensor: Address) -> Address {
         tensor.offset(self.offset)
     }
 }
 
-/// What is done with a row after the collective. Implement it to fuse something else.
+/// The work on a row after the collective. Implement it to fuse something else: [`finish`](Self::finish) is all that it
+/// takes where there are neither constants nor weights nor a sum over the row.
 ///
 /// Calls come from every thread for the packs that are its own: `constants` and `weights` first, which may be before the
 /// dependent-launch wait, so they read only what is constant while kernels run; then for each row `addend` for each pack,
 /// `row_value` once, `finish` for each pack. A thread that has more than one pack of a row calls `weights` before each
 /// `finish` instead.
 ///
-/// The lanes of a warp that hold packs of a row run `finish` for it together, [as many](Place::lanes) from lane 0 on, and
+/// The lanes of a warp that hold packs of a row run `finish` for it together, [as many](PackIndex::lanes) from lane 0 on, and
 /// neighbours in the row are neighbours in the warp: so they may use [`tile_max`](simt::tile_max) among themselves. There
 /// is no other synchronization in it.
+///
+/// # Results that are sent
+/// With a sharded residual a token's owner makes the results, and every rank stores them:
+/// [`collective::sharded`](crate::collective::sharded) calls `make`, `store` and `store_scales` in place of `finish`. A
+/// pack becomes [`WORDS`](Self::WORDS) words, and each [`SCALE_PACKS`](Self::SCALE_PACKS) packs of a row one word of
+/// block scales. An epilogue that leaves `WORDS` at 0 has no such kernels.
 pub trait Epilogue<E: Element>: Copy {
     /// Whether `finish` needs a sum over the row. Without, `addend` and `row_value` are never called.
-    const ROW_SUM: bool;
+    const ROW_SUM: bool = false;
+    /// Words that a pack becomes: 1, 2 or 4; 0 where results are not sent.
+    const WORDS: u32 = 0;
+    /// Packs whose block scales are one word: a power of two, at most 32; 0 where no scales are sent.
+    const SCALE_PACKS: u32 = 0;
+
     /// What is read once for the whole operation.
-    type Constants: Copy;
+    type Constants: Copy + Default;
     /// What is read for each pack of a row, the same in every row.
     type Weights: Copy + Default;
     /// The weights as `finish` takes them.
@@ -83,16 +95,25 @@ pub trait Epilogue<E: Element>: Copy {
     ///
     /// # Safety
     /// The addresses in `self` are as its documentation says.
-    unsafe fn constants(&self) -> Self::Constants;
+    #[inline(always)]
+    unsafe fn constants(&self) -> Self::Constants {
+        Self::Constants::default()
+    }
 
     /// Reads the weights of pack `pack` of a row.
     ///
     /// # Safety
     /// As [`constants`](Self::constants); `pack` is less than the row's number of packs.
-    unsafe fn weights(&self, pack: u32) -> Self::Weights;
+    #[inline(always)]
+    unsafe fn weights(&self, _pack: u32) -> Self::Weights {
+        Self::Weights::default()
+    }
 
     /// Makes weights ready. Where a kernel has registers for the result it calls this once, else for each row.
-    fn ready(&self, weights: Self::Weights) -> Self::Ready;
+    #[inline(always)]
+    fn ready(&self, _weights: Self::Weights) -> Self::Ready {
+        Self::Ready::default()
+    }
 
     /// Writes what its outputs have besides rows. Every thread of the launch calls this once, after the
     /// dependent-launch wait: it is thread `thread` of `threads`.
@@ -102,98 +123,81 @@ pub trait Epilogue<E: Element>: Copy {
     #[inline(always)]
     unsafe fn fill_padding(&self, _shape: &Shape, _thread: u32, _threads: u32) {}
 
-    /// What a pack adds to the sum over its row.
-    fn addend(&self, row: Pack) -> f32;
+    /// A pack's addend to the sum over its row.
+    #[inline(always)]
+    fn addend(&self, _row: Pack) -> f32 {
+        0.0
+    }
 
     /// What all packs of a row are told, from the sum over it.
-    fn row_value(&self, sum: f32) -> f32;
+    #[inline(always)]
+    fn row_value(&self, _sum: f32) -> f32 {
+        0.0
+    }
 
     /// Stores what is made of one pack of a row. `row_value` is 0 without [`ROW_SUM`](Self::ROW_SUM).
     ///
     /// # Safety
-    /// As [`constants`](Self::constants); `place` is inside the tensors.
+    /// As [`constants`](Self::constants); `index` is inside the tensors.
     unsafe fn finish(
         &self,
-        place: Place,
+        index: PackIndex,
         row: Pack,
         row_value: f32,
         weights: Self::Ready,
         constants: Self::Constants,
     );
-}
 
-/// An epilogue whose results can be sent: a token's owner makes them, and every rank stores them. What a pack becomes is
-/// [`WORDS`](Self::WORDS) words, and for each [`SCALE_PACKS`](Self::SCALE_PACKS) packs of a row one word of block
-/// scales.
-///
-/// [`collective::sharded`](crate::collective::sharded) uses this in place of [`finish`](Epilogue::finish).
-pub trait Gathered<E: Element>: Epilogue<E> {
-    /// Words that a pack becomes: 1, 2 or 4.
-    const WORDS: u32;
-    /// Packs whose block scales are one word: a power of two, at most 32; 0 where no scales are sent.
-    const SCALE_PACKS: u32;
-
-    /// What becomes of a pack of a row: its words, the others zero, and for the first pack of each
-    /// [`SCALE_PACKS`](Self::SCALE_PACKS) their scales. `row_value` is 0 without [`ROW_SUM`](Epilogue::ROW_SUM).
+    /// Makes of a pack of a row what is sent: its words, the others zero, and for the first pack of each
+    /// [`SCALE_PACKS`](Self::SCALE_PACKS) their scales. `row_value` is 0 without [`ROW_SUM`](Self::ROW_SUM).
     ///
     /// All lanes of a warp call this together, with `pack` the pack of lane 0 plus the lane. Those past the row's end
     /// (`row_packs` or more) have zeros, and what they make is not used.
+    #[inline(always)]
     fn make(
         &self,
-        place: Place,
-        row: Pack,
-        row_value: f32,
-        weights: Self::Ready,
-        constants: Self::Constants,
-    ) -> (Pack, u32);
+        _index: PackIndex,
+        _row: Pack,
+        _row_value: f32,
+        _weights: Self::Ready,
+        _constants: Self::Constants,
+    ) -> (Pack, u32) {
+        (Pack::default(), 0)
+    }
 
     /// Stores the words that a pack became.
     ///
     /// # Safety
-    /// As [`finish`](Epilogue::finish).
-    unsafe fn store(&self, place: Place, words: Pack);
-
-    /// Stores the scales of `SCALE_PACKS` packs, of which `place` is the first.
-    ///
-    /// # Safety
-    /// As [`finish`](Epilogue::finish).
-    unsafe fn store_scales(&self, place: Place, scales: u32);
-}
-
-/// A quantizer whose codes can be sent: what [`Gathered`] asks, of a norm.
-pub trait Encoder<E: Element>: Quantizer<E> {
-    /// As [`Gathered::WORDS`].
-    const WORDS: u32;
-    /// As [`Gathered::SCALE_PACKS`].
-    const SCALE_PACKS: u32;
-
-    /// As [`Gathered::make`], of a pack of the norm.
-    fn encode(place: Place, values: Pack, constants: Self::Constants) -> (Pack, u32);
-
-    /// As [`Gathered::store`]. `norm_out` is where the norm goes, if that is what is sent.
-    ///
-    /// # Safety
-    /// As [`Quantizer::store`].
-    unsafe fn store_words(&self, place: Place, norm_out: Address, words: Pack);
-
-    /// As [`Gathered::store_scales`].
-    ///
-    /// # Safety
-    /// As [`Quantizer::store`].
+    /// As [`finish`](Self::finish).
     #[inline(always)]
-    unsafe fn store_scales(&self, _place: Place, _scales: u32) {}
+    unsafe fn store(&self, _index: PackIndex, _words: Pack) {}
+
+    /// Stores the scales of `SCALE_PACKS` packs, of which `index` is the first.
+    ///
+    /// # Safety
+    /// As [`finish`](Self::finish).
+    #[inline(always)]
+    unsafe fn store_scales(&self, _index: PackIndex, _scales: u32) {}
 }
 
-/// What is made of a finished row or norm, pack by pack.
+/// A quantization of a finished row or norm, pack by pack.
 pub trait Quantizer<E: Element>: Copy {
+    /// As [`Epilogue::WORDS`]: quantizers of a norm send their codes.
+    const WORDS: u32;
+    /// As [`Epilogue::SCALE_PACKS`].
+    const SCALE_PACKS: u32 = 0;
+
     /// What is read once for the whole operation: see [`Epilogue::Constants`].
-    type Constants: Copy;
+    type Constants: Copy + Default;
 
     /// Reads the constants.
     ///
     /// # Safety
     /// The addresses in `self` are as its documentation says.
-    unsafe fn constants(&self) -> Self::Constants;
+    #[inline(always)]
+    unsafe fn constants(&self) -> Self::Constants {
+        Self::Constants::default()
+    }
 
     /// As [`Epilogue::fill_padding`].
     ///
@@ -205,27 +209,36 @@ pub trait Quantizer<E: Element>: Copy {
     /// Quantizes one pack and stores it. Synchronization as in [`Epilogue`].
     ///
     /// # Safety
-    /// As [`constants`](Self::constants); `place` is inside the tensors.
-    unsafe fn store(&self, place: Place, values: Pack, constants: Self::Constants);
+    /// As [`constants`](Self::constants); `index` is inside the tensors.
+    unsafe fn store(&self, index: PackIndex, values: Pack, constants: Self::Constants);
+
+    /// As [`Epilogue::make`], of a pack of the norm.
+    fn encode(index: PackIndex, values: Pack, constants: Self::Constants) -> (Pack, u32);
+
+    /// As [`Epilogue::store`]. `norm_out` is where the norm goes, if that is what is sent.
+    ///
+    /// # Safety
+    /// As [`store`](Self::store).
+    unsafe fn store_words(&self, index: PackIndex, norm_out: Address, words: Pack);
+
+    /// As [`Epilogue::store_scales`].
+    ///
+    /// # Safety
+    /// As [`store`](Self::store).
+    #[inline(always)]
+    unsafe fn store_scales(&self, _index: PackIndex, _scales: u32) {}
 }
 
 impl<E: Element, Q: Quantizer<E>> Epilogue<E> for Plain<Q> {
-    const ROW_SUM: bool = false;
     type Constants = Q::Constants;
     type Weights = ();
     type Ready = ();
 
     #[inline(always)]
     unsafe fn constants(&self) -> Q::Constants {
-        // SAFETY: as this function's.
+        // SAFETY: the addresses of the quantizer are this epilogue's.
         unsafe { self.quantizer.constants() }
     }
-
-    #[inline(always)]
-    unsafe fn weights(&self, _pack: u32) {}
-
-    #[inline(always)]
-    fn ready(&self, _weights: ()) {}
 
     #[inline(always)]
     unsafe fn fill_padding(&self, shape: &Shape, thread: u32, threads: u32) {
@@ -234,24 +247,16 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for Plain<Q> {
     }
 
     #[inline(always)]
-    fn addend(&self, _row: Pack) -> f32 {
-        0.0
-    }
-
-    #[inline(always)]
-    fn row_value(&self, _sum: f32) -> f32 {
-        0.0
-    }
-
-    #[inline(always)]
-    unsafe fn finish(&self, place: Place, row: Pack, _: f32, _: (), constants: Q::Constants) {
+    unsafe fn finish(&self, index: PackIndex, row: Pack, _: f32, _: (), constants: Q::Constants) {
         // SAFETY: as this function's.
-        unsafe { self.quantizer.store(place, row, constants) }
+        unsafe { self.quantizer.store(index, row, constants) }
     }
 }
 
 impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
     const ROW_SUM: bool = true;
+    const WORDS: u32 = Q::WORDS;
+    const SCALE_PACKS: u32 = Q::SCALE_PACKS;
     type Constants = Q::Constants;
     /// Gamma.
     type Weights = Pack;
@@ -272,8 +277,8 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
 
     #[inline(always)]
     fn ready(&self, gamma: Pack) -> E::Wide {
-        // Opaque, so that nothing of this is computed ahead of the loop over rows where it is called in that.
-        let mut weights = convert::widen::<E>(simt::opaque(gamma));
+        // `black_box`, so that nothing of this is computed ahead of the loop over rows where it is called in that.
+        let mut weights = convert::widen::<E>(simt::black_box(gamma));
         for weight in weights.as_mut() {
             *weight += self.weight_bias;
         }
@@ -303,20 +308,44 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
     #[inline(always)]
     unsafe fn finish(
         &self,
-        place: Place,
+        index: PackIndex,
         row: Pack,
         inverse_rms: f32,
         weights: E::Wide,
         constants: Q::Constants,
     ) {
         let norm = normalize::<E>(row, inverse_rms, weights);
-        // SAFETY: the place is inside the tensors, and this thread's alone.
+        // SAFETY: the pack is inside the tensors, and this thread's alone.
         unsafe {
             if !self.norm_out.is_null() {
-                simt::store(place.of(self.norm_out), norm);
+                simt::store(index.of(self.norm_out), norm);
             }
-            self.quantizer.store(place, norm, constants);
+            self.quantizer.store(index, norm, constants);
         }
+    }
+
+    #[inline(always)]
+    fn make(
+        &self,
+        index: PackIndex,
+        row: Pack,
+        inverse_rms: f32,
+        weights: E::Wide,
+        constants: Q::Constants,
+    ) -> (Pack, u32) {
+        Q::encode(index, normalize::<E>(row, inverse_rms, weights), constants)
+    }
+
+    #[inline(always)]
+    unsafe fn store(&self, index: PackIndex, words: Pack) {
+        // SAFETY: as this function's.
+        unsafe { self.quantizer.store_words(index, self.norm_out, words) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_scales(&self, index: PackIndex, scales: u32) {
+        // SAFETY: as this function's.
+        unsafe { self.quantizer.store_scales(index, scales) }
     }
 }
 
@@ -328,33 +357,4 @@ fn normalize<E: Element>(row: Pack, inverse_rms: f32, weights: E::Wide) -> Pack 
         *value = *value * inverse_rms * weight;
     }
     convert::narrow::<E>(wide)
-}
-
-impl<E: Element, Q: Encoder<E>> Gathered<E> for RmsNorm<Q> {
-    const WORDS: u32 = Q::WORDS;
-    const SCALE_PACKS: u32 = Q::SCALE_PACKS;
-
-    #[inline(always)]
-    fn make(
-        &self,
-        place: Place,
-        row: Pack,
-        inverse_rms: f32,
-        weights: E::Wide,
-        constants: Q::Constants,
-    ) -> (Pack, u32) {
-        Q::encode(place, normalize::<E>(row, inverse_rms, weights), constants)
-    }
-
-    #[inline(always)]
-    unsafe fn store(&self, place: Place, words: Pack) {
-        // SAFETY: as this function's.
-        unsafe { self.quantizer.store_words(place, self.norm_out, words) }
-    }
-
-    #[inline(always)]
-    unsafe fn store_scales(&self, place: Place, scales: u32) {
-        // SAFETY: as this function's.
-        unsafe { self.quantizer.store_scales(place, scales) }
-    }
 }

@@ -6,10 +6,10 @@ use fused_collective_core::{
     quant::{ScaleLayout, scale},
 };
 
-use super::{Encoder, Place, Quantizer};
+use super::{PackIndex, Quantizer};
 use crate::{
     convert,
-    params::{Address, Fp8Static, NvFp4, Shape, Unquantized},
+    launch::{Address, Fp8Static, NvFp4, Shape, Unquantized},
     simt::{self, WARP},
 };
 
@@ -19,16 +19,28 @@ const BLOCK: u32 = 16;
 const TILE_ROWS: u32 = 128;
 
 impl<E: Element> Quantizer<E> for Unquantized {
+    /// The norm itself is sent.
+    const WORDS: u32 = 4;
     type Constants = ();
 
     #[inline(always)]
-    unsafe fn constants(&self) {}
+    unsafe fn store(&self, _index: PackIndex, _values: Pack, _constants: ()) {}
 
     #[inline(always)]
-    unsafe fn store(&self, _place: Place, _values: Pack, _constants: ()) {}
+    fn encode(_index: PackIndex, values: Pack, _constants: ()) -> (Pack, u32) {
+        (values, 0)
+    }
+
+    #[inline(always)]
+    unsafe fn store_words(&self, index: PackIndex, norm_out: Address, words: Pack) {
+        // SAFETY: as this function's.
+        unsafe { simt::store(index.of(norm_out), words) }
+    }
 }
 
 impl<E: Element> Quantizer<E> for Fp8Static {
+    /// A byte for each element.
+    const WORDS: u32 = E::LANES as u32 / 4;
     /// What values are multiplied by.
     type Constants = f32;
 
@@ -39,9 +51,22 @@ impl<E: Element> Quantizer<E> for Fp8Static {
     }
 
     #[inline(always)]
-    unsafe fn store(&self, place: Place, values: Pack, multiplier: f32) {
+    unsafe fn store(&self, index: PackIndex, values: Pack, multiplier: f32) {
         // SAFETY: as this function's.
-        unsafe { store_e4m3::<E>(self, place, e4m3::<E>(values, multiplier)) }
+        unsafe { store_e4m3::<E>(self, index, e4m3::<E>(values, multiplier)) }
+    }
+
+    #[inline(always)]
+    fn encode(_index: PackIndex, values: Pack, multiplier: f32) -> (Pack, u32) {
+        let codes = e4m3::<E>(values, multiplier);
+        (Pack([codes as u32, (codes >> 32) as u32, 0, 0]), 0)
+    }
+
+    #[inline(always)]
+    unsafe fn store_words(&self, index: PackIndex, _norm_out: Address, words: Pack) {
+        let Pack([low, high, ..]) = words;
+        // SAFETY: as this function's.
+        unsafe { store_e4m3::<E>(self, index, u64::from(high) << 32 | u64::from(low)) }
     }
 }
 
@@ -56,10 +81,10 @@ fn e4m3<E: Element>(values: Pack, multiplier: f32) -> u64 {
 }
 
 /// # Safety
-/// `place` is inside the tensor.
+/// `index` is inside the tensor.
 #[inline(always)]
-unsafe fn store_e4m3<E: Element>(quantizer: &Fp8Static, place: Place, codes: u64) {
-    let address = quantizer.values.offset(place.index() * E::LANES as u64);
+unsafe fn store_e4m3<E: Element>(quantizer: &Fp8Static, index: PackIndex, codes: u64) {
+    let address = quantizer.values.offset(index.in_tensor() * E::LANES as u64);
     // SAFETY: a byte for each element, at a multiple of as many bytes as are stored.
     unsafe {
         match E::LANES {
@@ -70,6 +95,11 @@ unsafe fn store_e4m3<E: Element>(quantizer: &Fp8Static, place: Place, codes: u64
 }
 
 impl<E: Element> Quantizer<E> for NvFp4 {
+    /// A word for each pack. In types of 16 bits it is full; in those of 32 the codes leave half of it, which the block's
+    /// scale takes.
+    const WORDS: u32 = 1;
+    /// In types of 16 bits four blocks' scales have a word of their own.
+    const SCALE_PACKS: u32 = if E::LANES == 8 { 8 } else { 0 };
     /// The global scale.
     type Constants = f32;
 
@@ -113,13 +143,59 @@ impl<E: Element> Quantizer<E> for NvFp4 {
     }
 
     #[inline(always)]
-    unsafe fn store(&self, place: Place, values: Pack, global_scale: f32) {
-        let (codes, scale) = e2m1::<E>(values, global_scale, place.lanes());
+    unsafe fn store(&self, index: PackIndex, values: Pack, global_scale: f32) {
+        let (codes, scale) = e2m1::<E>(values, global_scale, index.lanes());
         // SAFETY: as this function's; a block's scale is its first lane's to store.
         unsafe {
-            store_e2m1::<E>(self, place, codes);
-            if place.pack.is_multiple_of(packs_per_block::<E>()) {
-                store_scale(self, place, packs_per_block::<E>(), scale);
+            store_e2m1::<E>(self, index, codes);
+            if index.pack.is_multiple_of(packs_per_block::<E>()) {
+                store_scale(self, index, packs_per_block::<E>(), scale);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn encode(index: PackIndex, values: Pack, global_scale: f32) -> (Pack, u32) {
+        let (codes, scale) = e2m1::<E>(values, global_scale, WARP);
+        if E::LANES != 8 {
+            return (Pack([codes | u32::from(scale) << 16, 0, 0, 0]), 0);
+        }
+        // What no block of the row has a scale for is padding, and zero.
+        let scale = if index.pack < index.row_packs { u32::from(scale) } else { 0 };
+        (Pack([codes, 0, 0, 0]), simt::tile_or::<8>(scale << (index.pack / 2 % 4 * 8), WARP))
+    }
+
+    #[inline(always)]
+    unsafe fn store_words(&self, index: PackIndex, _norm_out: Address, words: Pack) {
+        let Pack([word, ..]) = words;
+        // SAFETY: as this function's.
+        unsafe {
+            store_e2m1::<E>(self, index, word);
+            if E::LANES != 8 && index.pack.is_multiple_of(packs_per_block::<E>()) {
+                store_scale(self, index, packs_per_block::<E>(), (word >> 16) as u8);
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_scales(&self, index: PackIndex, scales: u32) {
+        let packs_per_block = packs_per_block::<E>();
+        let (col, cols) = (index.pack / packs_per_block, index.row_packs / packs_per_block);
+        let layout = if self.swizzled == 0 { ScaleLayout::Linear } else { ScaleLayout::Swizzled128x4 };
+        let address = self.scales.offset(layout.offset(index.token, col as u64, cols as u64));
+        // SAFETY: inside `ScaleLayout::bytes`, padding columns included. Swizzled, four columns from a multiple of four
+        // on are a word, aligned; linear, rows of whole words are.
+        unsafe {
+            if self.swizzled != 0 || cols.is_multiple_of(4) {
+                simt::store_value(address, scales);
+                return;
+            }
+            let mut rest = scales;
+            let mut byte = 0;
+            while byte < 4 && col + byte < cols {
+                simt::store_value(address.offset(byte as u64), rest as u8);
+                rest >>= 8;
+                byte += 1;
             }
         }
     }
@@ -148,10 +224,10 @@ fn e2m1<E: Element>(values: Pack, global_scale: f32, lanes: u32) -> (u32, u8) {
 }
 
 /// # Safety
-/// `place` is inside the tensor.
+/// `index` is inside the tensor.
 #[inline(always)]
-unsafe fn store_e2m1<E: Element>(quantizer: &NvFp4, place: Place, codes: u32) {
-    let address = quantizer.values.offset(place.index() * (E::LANES as u64 / 2));
+unsafe fn store_e2m1<E: Element>(quantizer: &NvFp4, index: PackIndex, codes: u32) {
+    let address = quantizer.values.offset(index.in_tensor() * (E::LANES as u64 / 2));
     // SAFETY: half a byte for each element, at a multiple of as many bytes as are stored.
     unsafe {
         match E::LANES {
@@ -164,12 +240,12 @@ unsafe fn store_e2m1<E: Element>(quantizer: &NvFp4, place: Place, codes: u32) {
 /// Stores a block's scale, and with the last one of a row its padding columns.
 ///
 /// # Safety
-/// `place` is inside the tensors.
+/// `index` is inside the tensors.
 #[inline(always)]
-unsafe fn store_scale(quantizer: &NvFp4, place: Place, packs_per_block: u32, code: u8) {
-    let (col, cols) = (place.pack / packs_per_block, place.row_packs / packs_per_block);
+unsafe fn store_scale(quantizer: &NvFp4, index: PackIndex, packs_per_block: u32, code: u8) {
+    let (col, cols) = (index.pack / packs_per_block, index.row_packs / packs_per_block);
     let layout = if quantizer.swizzled == 0 { ScaleLayout::Linear } else { ScaleLayout::Swizzled128x4 };
-    let scale = quantizer.scales.offset(layout.offset(place.token, col as u64, cols as u64));
+    let scale = quantizer.scales.offset(layout.offset(index.token, col as u64, cols as u64));
     // SAFETY: inside `ScaleLayout::bytes`. Padding columns follow the last one: they end a group of four.
     unsafe {
         simt::store_value(scale, code);
@@ -178,95 +254,6 @@ unsafe fn store_scale(quantizer: &NvFp4, place: Place, packs_per_block: u32, cod
             while padding % 4 != 3 {
                 padding += 1;
                 simt::store_value(scale.offset((padding - col) as u64), 0u8);
-            }
-        }
-    }
-}
-
-/// The norm itself is sent.
-impl<E: Element> Encoder<E> for Unquantized {
-    const WORDS: u32 = 4;
-    const SCALE_PACKS: u32 = 0;
-
-    #[inline(always)]
-    fn encode(_place: Place, values: Pack, _constants: ()) -> (Pack, u32) {
-        (values, 0)
-    }
-
-    #[inline(always)]
-    unsafe fn store_words(&self, place: Place, norm_out: Address, words: Pack) {
-        // SAFETY: as this function's.
-        unsafe { simt::store(place.of(norm_out), words) }
-    }
-}
-
-/// A byte for each element.
-impl<E: Element> Encoder<E> for Fp8Static {
-    const WORDS: u32 = E::LANES as u32 / 4;
-    const SCALE_PACKS: u32 = 0;
-
-    #[inline(always)]
-    fn encode(_place: Place, values: Pack, multiplier: f32) -> (Pack, u32) {
-        let codes = e4m3::<E>(values, multiplier);
-        (Pack([codes as u32, (codes >> 32) as u32, 0, 0]), 0)
-    }
-
-    #[inline(always)]
-    unsafe fn store_words(&self, place: Place, _norm_out: Address, words: Pack) {
-        let Pack([low, high, ..]) = words;
-        // SAFETY: as this function's.
-        unsafe { store_e4m3::<E>(self, place, u64::from(high) << 32 | u64::from(low)) }
-    }
-}
-
-/// A word for each pack. In types of 16 bits it is full, and four blocks' scales have a word of their own; in those of
-/// 32 the codes leave half of it, which the scale takes.
-impl<E: Element> Encoder<E> for NvFp4 {
-    const WORDS: u32 = 1;
-    const SCALE_PACKS: u32 = if E::LANES == 8 { 8 } else { 0 };
-
-    #[inline(always)]
-    fn encode(place: Place, values: Pack, global_scale: f32) -> (Pack, u32) {
-        let (codes, scale) = e2m1::<E>(values, global_scale, WARP);
-        if E::LANES != 8 {
-            return (Pack([codes | u32::from(scale) << 16, 0, 0, 0]), 0);
-        }
-        // What no block of the row has a scale for is padding, and zero.
-        let scale = if place.pack < place.row_packs { u32::from(scale) } else { 0 };
-        (Pack([codes, 0, 0, 0]), simt::tile_or::<8>(scale << (place.pack / 2 % 4 * 8), WARP))
-    }
-
-    #[inline(always)]
-    unsafe fn store_words(&self, place: Place, _norm_out: Address, words: Pack) {
-        let Pack([word, ..]) = words;
-        // SAFETY: as this function's.
-        unsafe {
-            store_e2m1::<E>(self, place, word);
-            if E::LANES != 8 && place.pack.is_multiple_of(packs_per_block::<E>()) {
-                store_scale(self, place, packs_per_block::<E>(), (word >> 16) as u8);
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn store_scales(&self, place: Place, scales: u32) {
-        let packs_per_block = packs_per_block::<E>();
-        let (col, cols) = (place.pack / packs_per_block, place.row_packs / packs_per_block);
-        let layout = if self.swizzled == 0 { ScaleLayout::Linear } else { ScaleLayout::Swizzled128x4 };
-        let address = self.scales.offset(layout.offset(place.token, col as u64, cols as u64));
-        // SAFETY: inside `ScaleLayout::bytes`, padding columns included. Swizzled, four columns from a multiple of four
-        // on are a word, aligned; linear, rows of whole words are.
-        unsafe {
-            if self.swizzled != 0 || cols.is_multiple_of(4) {
-                simt::store_value(address, scales);
-                return;
-            }
-            let mut rest = scales;
-            let mut index = 0;
-            while index < 4 && col + index < cols {
-                simt::store_value(address.offset(index as u64), rest as u8);
-                rest >>= 8;
-                index += 1;
             }
         }
     }

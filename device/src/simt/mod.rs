@@ -9,22 +9,19 @@
 
 use fused_collective_core::pack::Pack;
 
-use crate::params::Address;
+use crate::launch::Address;
 
 #[cfg(not(target_arch = "nvptx64"))]
 pub mod host;
 #[cfg(not(target_arch = "nvptx64"))]
 use host as imp;
+mod limits;
 #[cfg(target_arch = "nvptx64")]
 mod nvptx;
 #[cfg(target_arch = "nvptx64")]
 use nvptx as imp;
 
-/// Threads of a warp.
-pub const WARP: u32 = 32;
-
-/// Floats of a block's [`Shared`] memory.
-pub const SHARED_FLOATS: u32 = 80;
+pub use limits::{COUNTERS, SHARED_FLOATS, WARP};
 
 /// A wait looks at the clock and at the rank's state once in so many polls. On a GPU a poll takes about 0.7 us.
 pub(crate) const POLLS_PER_CHECK: u32 = imp::POLLS_PER_CHECK;
@@ -93,7 +90,8 @@ pub fn block_any(value: bool) -> bool {
     imp::block_any(value)
 }
 
-/// Lets the lanes of a warp go on together: all 32 call it, where some have come through a loop more often than others.
+/// Reconverges the warp after a loop whose trip count differs between lanes. All 32 lanes call it.
+///
 /// A compiler that does not see lanes together again has what follows executed for each group of them by itself, and
 /// shuffles one lane at a time. It orders no memory accesses; on the host, whose lanes are threads, it does nothing.
 #[inline(always)]
@@ -139,9 +137,6 @@ pub fn tile_or<const LANES: u32>(value: u32, lanes: u32) -> u32 {
 /// flush other memory, as a barrier over the cluster would have everybody do.
 #[derive(Clone, Copy, Debug)]
 pub struct Shared(imp::Shared);
-
-/// Counters of a block's [`Shared`] memory.
-pub const COUNTERS: u32 = 2;
 
 impl Shared {
     /// The block's shared memory, uninitialized.
@@ -232,18 +227,18 @@ pub fn rsqrt(value: f32) -> f32 {
 /// The same pack, of which a compiler knows nothing. Where it would widen a pack ahead of a loop, this keeps it
 /// packed, in half the registers or a quarter.
 #[inline(always)]
-pub fn opaque(pack: Pack) -> Pack {
-    imp::opaque(pack)
+pub fn black_box(pack: Pack) -> Pack {
+    imp::black_box(pack)
 }
 
 /// The same number, of which a compiler knows nothing: what is computed from it is computed here, not ahead of a
 /// loop, where it would take up registers.
 #[inline(always)]
-pub fn opaque_u64(value: u64) -> u64 {
-    imp::opaque_u64(value)
+pub fn black_box_u64(value: u64) -> u64 {
+    imp::black_box_u64(value)
 }
 
-/// Brings 16 bytes nearer that will be read. Whatever they hold meanwhile, it is not looked at.
+/// Prefetches 16 bytes into L2. The value is not observed, so it may still change.
 ///
 /// # Safety
 /// `address` is valid for a read.
@@ -271,16 +266,6 @@ pub unsafe fn load_constant(address: Address) -> Pack {
 pub unsafe fn load_constant_u32(address: Address) -> u32 {
     // SAFETY: as this function's.
     unsafe { imp::load_constant_u32(address) }
-}
-
-/// Reads a double word that nobody writes while the kernel runs.
-///
-/// # Safety
-/// As [`load_constant`], for eight bytes.
-#[inline(always)]
-pub unsafe fn load_constant_u64(address: Address) -> u64 {
-    // SAFETY: as this function's.
-    unsafe { imp::load_constant_u64(address) }
 }
 
 /// Weak load: for memory that no other thread writes at the same time.

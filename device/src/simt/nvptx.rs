@@ -8,8 +8,8 @@ use core::arch::asm;
 
 use fused_collective_core::pack::Pack;
 
-use super::{COUNTERS, SHARED_FLOATS, WARP};
-use crate::params::Address;
+use super::limits::{COUNTERS, SHARED_FLOATS, WARP};
+use crate::launch::Address;
 
 pub(super) const POLLS_PER_CHECK: u32 = 256;
 pub(super) const CHECKS_PER_ABORT_LOOK: u32 = 1024;
@@ -88,13 +88,13 @@ unsafe extern "C" {
     #[link_name = "llvm.nvvm.shfl.sync.bfly.f32"]
     fn shuffle_f32(mask: u32, value: f32, distance: u32, clamp: u32) -> f32;
 
+    /// [`shuffle_f32`], of an integer.
+    #[link_name = "llvm.nvvm.shfl.sync.bfly.i32"]
+    fn shuffle_u32(mask: u32, value: u32, distance: u32, clamp: u32) -> u32;
+
     /// `bar.warp.sync`: all lanes of `mask` go on together.
     #[link_name = "llvm.nvvm.bar.warp.sync"]
     fn synchronize(mask: u32);
-
-    /// The same for integers.
-    #[link_name = "llvm.nvvm.shfl.sync.bfly.i32"]
-    fn shuffle_u32(mask: u32, value: u32, distance: u32, clamp: u32) -> u32;
 }
 
 /// The shuffles' clamp: lanes of the whole warp.
@@ -330,7 +330,7 @@ pub(super) fn rsqrt(value: f32) -> f32 {
 }
 
 #[inline(always)]
-pub(super) fn opaque(pack: Pack) -> Pack {
+pub(super) fn black_box(pack: Pack) -> Pack {
     let [mut a, mut b, mut c, mut d] = pack.0;
     // SAFETY: nothing. Volatile, or it would be moved out of the loop as well.
     unsafe {
@@ -340,7 +340,7 @@ pub(super) fn opaque(pack: Pack) -> Pack {
 }
 
 #[inline(always)]
-pub(super) fn opaque_u64(mut value: u64) -> u64 {
+pub(super) fn black_box_u64(mut value: u64) -> u64 {
     // SAFETY: nothing. Volatile, as above.
     unsafe { asm!("// {0}", inout(reg64) value, options(nomem)) }
     value
@@ -442,16 +442,6 @@ pub(super) unsafe fn load_constant_u32(address: Address) -> u32 {
     let value;
     // SAFETY: as this function's.
     unsafe { asm!("ld.global.nc.u32 {0}, [{1}];", out(reg32) value, in(reg64) address.0) }
-    value
-}
-
-/// # Safety
-/// As the public function of this name.
-#[inline(always)]
-pub(super) unsafe fn load_constant_u64(address: Address) -> u64 {
-    let value;
-    // SAFETY: as this function's.
-    unsafe { asm!("ld.global.nc.u64 {0}, [{1}];", out(reg64) value, in(reg64) address.0) }
     value
 }
 

@@ -1,8 +1,6 @@
 //! The kernels' own source, run by the host's threads, against `core::reference`.
 
 mod rounds;
-#[path = "../support/mod.rs"]
-mod support;
 mod versions;
 
 use std::{array, env, sync::atomic::Ordering, thread, time::Duration};
@@ -14,14 +12,14 @@ use fused_collective_core::{
     reference::Special,
 };
 use fused_collective_device::{
-    baseline,
-    params::{ABORTED, Audit, RankState, Status, TIMED_OUT, Turn},
+    launch::{ABORTED, Epoch, RankState, Status, TIMED_OUT},
     simt::host::{Launch, Stream, launch},
 };
-use support::{
+use fused_collective_device_tests::{
     Buffer, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, geometry, missing_rank, run_case,
     run_local, run_rank,
     sequence::{LARGEST_TOKEN, Member, random_member},
+    shape,
 };
 
 const KERNELS: [Kernel; 2] = [Kernel::OneShot, Kernel::TwoShot];
@@ -190,7 +188,9 @@ fn any_operation_may_follow_any_other() {
     for state in &world.states {
         let state = state.get::<RankState>()[0];
         assert_eq!(state.poisoned, 0);
-        assert!(state.turns.iter().all(|turn| *turn == Turn { operation: 20, slot: 20 % 3, reserved: 0 }));
+        assert!(
+            state.epochs.iter().all(|epoch| *epoch == Epoch { operation: 20, slot: 20 % 3, reserved: 0 })
+        );
     }
 }
 
@@ -282,30 +282,6 @@ fn a_dependent_kernel_reads_finished_outputs() {
         }
         world.assert_clean();
     }
-}
-
-/// Neither its own order nor a stream's lets the audit pass: it does find what is wrong.
-#[test]
-fn the_audit_finds_what_is_wrong_and_writes_over_it() {
-    let words: Vec<u32> = (0..1000).collect();
-    let (actual, expected, found) = (Buffer::of(&words), Buffer::of(&words), Buffer::of(&[0u32]));
-    let audit = || {
-        let params = Audit {
-            actual: actual.address(),
-            expected: expected.address(),
-            found: found.address(),
-            packs: 250,
-            poison: 7,
-            reserved: 0,
-        };
-        // SAFETY: the parameters are as their documentation says.
-        launch(Launch { blocks: 2, cluster: 1, threads: 32 }, || unsafe { baseline::audit(&params) });
-    };
-    audit();
-    assert_eq!(found.get::<u32>(), [0]);
-    assert!(actual.get::<u32>().iter().all(|word| *word == 7));
-    audit();
-    assert_ne!(found.get::<u32>(), [0]);
 }
 
 /// A case with special numbers in every other row, or in none.
@@ -443,14 +419,14 @@ fn the_host_can_end_every_wait() {
 fn a_kernel_for_too_few_ranks_ends_at_once() {
     use fused_collective_device::{
         collective,
-        params::{Fused, Plain, Unquantized},
+        launch::{Fused, Plain, Unquantized},
     };
     let world = World::new(3, 1 << 14);
     let case = Case::<f32>::new(&mut Random(16), 3, 1, 64, false, What::Sum);
     let tensors = Tensors::new(&case, 0);
     let params = Fused {
         group: world.group(0),
-        shape: support::shape(&case.operation),
+        shape: shape(&case.operation),
         activations: tensors.activations(),
         epilogue: Plain { quantizer: Unquantized },
     };
@@ -460,5 +436,5 @@ fn a_kernel_for_too_few_ranks_ends_at_once() {
         collective::two_shot::<f32, _, 2, 1, true>(&params);
     });
     world.assert_clean();
-    assert_eq!(world.states[0].get::<RankState>()[0].turns[0], Turn::default());
+    assert_eq!(world.states[0].get::<RankState>()[0].epochs[0], Epoch::default());
 }

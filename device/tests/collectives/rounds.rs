@@ -9,11 +9,11 @@ use fused_collective_core::{
     quant::ScaleLayout,
 };
 use fused_collective_device::{
-    params::{RankState, Status, TIMED_OUT, Turn},
+    launch::{Epoch, RankState, Status, TIMED_OUT},
     simt::host::launch,
 };
 
-use crate::support::{
+use fused_collective_device_tests::{
     Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, check_all, geometry, kernel_of, rounds_of,
     run_case,
 };
@@ -32,7 +32,7 @@ fn run_in_rounds<E: Element>(
     let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
     let rounds = kernel.plan(world, &case.operation).rounds().count() as u64;
     assert!(rounds > 1, "one round holds {:?}", case.operation);
-    let operations = || world.states.iter().map(|state| state.get::<RankState>()[0].turns[0].operation);
+    let operations = || world.states.iter().map(|state| state.get::<RankState>()[0].epochs[0].operation);
     let before: Vec<u64> = operations().collect();
     let launch = geometry(&case.operation, rows, 1, teams);
     run_case(random, world, &case, kernel, rows, |_| launch);
@@ -161,6 +161,6 @@ fn offsets_beyond_32_bits_do_not_wrap() {
         }
     }
     world.assert_clean();
-    let turn = Turn { operation: 12, slot: 0, reserved: 0 };
-    assert!(world.states.iter().all(|state| state.get::<RankState>()[0].turns[0] == turn));
+    let epoch = Epoch { operation: 12, slot: 0, reserved: 0 };
+    assert!(world.states.iter().all(|state| state.get::<RankState>()[0].epochs[0] == epoch));
 }

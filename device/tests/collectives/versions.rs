@@ -2,7 +2,7 @@
 
 use fused_collective_core::dtype::{Element, bf16, f16};
 
-use crate::support::{Random, World, every_version};
+use fused_collective_device_tests::{Random, World, every_version};
 
 fn every_entry_point<E: Element>(seed: u64, groups: &[u32]) {
     let mut random = Random(seed);

@@ -5,13 +5,12 @@ use std::{env, sync::Arc, thread, time::Duration};
 use fused_collective_core::dtype::{Element, bf16, f16};
 use fused_collective_device::simt::host::Launch;
 
-use crate::{
-    Compiled, KERNELS, ROWS, gpus_of, has_clusters,
-    support::{
-        Case, EVERYTHING, Kernel, Random, Rows, Tensors, World, check_all, every_version, geometry,
-        missing_rank, run_case, run_rank,
-    },
+use fused_collective_device_tests::{
+    Case, EVERYTHING, Kernel, Random, Rows, Tensors, World, check_all, every_version, geometry, missing_rank,
+    run_case, run_rank,
 };
+
+use crate::{Compiled, KERNELS, ROWS, gpus_of, has_clusters};
 
 /// A group whose kernels are those of `compiled`.
 pub(crate) fn world(size: u32, compiled: &Arc<Compiled>) -> World {

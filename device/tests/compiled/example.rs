@@ -3,14 +3,13 @@
 use std::sync::Arc;
 
 use fused_collective_core::dtype::bf16;
-use fused_collective_device::params::{Address, Fused, Shape};
+use fused_collective_device::launch::{Address, Fused, Shape};
 
-use crate::{
-    Compiled, GPUS, examples,
-    support::{
-        Buffer, CALL, Case, Kernel, POISON, Random, Rows, Tensors, What, World, bytes_of, check_all, geometry,
-    },
+use fused_collective_device_tests::{
+    Buffer, CALL, Case, Kernel, POISON, Random, Rows, Tensors, What, World, bytes_of, check_all, geometry,
 };
+
+use crate::{Compiled, examples, gpus};
 
 /// The epilogue's parameters, as in `device/examples/custom-epilogue`.
 #[repr(C)]
@@ -22,7 +21,7 @@ struct Gelu {
 #[test]
 fn the_example_s_kernel_is_right() {
     let mut random = Random(9);
-    for gpu in GPUS {
+    for gpu in gpus() {
         for ranks in [2, 3, 4] {
             let compiled = Arc::new(Compiled::read_from(&examples(), gpu, "custom_epilogue", 7, |ptx| ptx));
             let world = World::new(ranks, 1 << 17);

@@ -2,21 +2,23 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
-use fused_collective_core::links::WARM_UP_TRIPS;
+use fused_collective_bench::{
+    launch::{Meet, Pull, Push},
+    links::WARM_UP_TRIPS,
+    table::{PROBES, Probe},
+};
 use fused_collective_device::{
-    params::{Meet, Pull, Push, Status, TIMED_OUT},
+    launch::{Status, TIMED_OUT},
     simt::host::Launch,
 };
 
-use crate::{
-    Compiled, gpus_of,
-    support::{
-        Buffer, bytes_of,
-        ranks::{Ranks, patterns, ping},
-    },
+use fused_collective_device_tests::{
+    Buffer, bytes_of,
+    ranks::{Ranks, patterns, ping},
 };
 
-const MODULE: &str = "bf16_local";
+use crate::{Compiled, gpus_of};
+
 const ONE_WARP: Launch = Launch { blocks: 1, cluster: 1, threads: 32 };
 /// Packs that a rank pushes to another, in memory for as many.
 const PACKS: u32 = 200;
@@ -31,32 +33,37 @@ struct Measured {
 impl Measured {
     fn new(gpu: &str, size: u32) -> Measured {
         Measured {
-            compiled: Compiled::read(gpu, MODULE, 8),
+            compiled: Compiled::read(gpu, PROBES, 8),
             ranks: Ranks::new(size, PACKS),
             clocks: (0..size).map(|_| Buffer::new(8, 0)).collect(),
         }
     }
 
     /// Runs a kernel of rank `rank`.
-    fn launch<P>(&self, rank: u32, launch: Launch, name: &str, params: &P) {
+    fn launch<P>(&self, rank: u32, launch: Launch, kernel: Probe, params: &P) {
         let ranges = self.ranks.ranges(rank).chain([self.clocks[rank as usize].range()]).collect();
-        self.compiled.run(rank, launch, &format!("links_{name}"), &bytes_of(params), ranges);
+        self.compiled.run(rank, launch, kernel.name(), &bytes_of(params), ranges);
     }
 
     fn meet(&self, rank: u32) {
         let meet = Meet { group: self.ranks.group(rank), count: 1, reserved: 0 };
-        self.launch(rank, ONE_WARP, "meet", &meet);
+        self.launch(rank, ONE_WARP, Probe::LinksMeet, &meet);
     }
 
     fn ping(&self, rank: u32, trips: u32) {
-        self.launch(rank, ONE_WARP, "ping", &ping(&self.ranks, rank, &self.clocks[rank as usize], 1, trips));
+        self.launch(
+            rank,
+            ONE_WARP,
+            Probe::LinksPing,
+            &ping(&self.ranks, rank, &self.clocks[rank as usize], 1, trips),
+        );
     }
 
     /// Pushes to as many ranks, itself the first.
     fn push(&self, rank: u32, targets: u32, run: u32, passes: u32) {
         let (group, place_bytes) = (self.ranks.group(rank), self.ranks.place_bytes);
         let push = Push { group, place_bytes, packs: PACKS, first: 0, targets, run, passes, reserved: 0 };
-        self.launch(rank, Launch { blocks: 4, cluster: 1, threads: 64 }, "push", &push);
+        self.launch(rank, Launch { blocks: 4, cluster: 1, threads: 64 }, Probe::LinksPush, &push);
     }
 
     fn assert_place(&self, rank: u32, source: u32, written_by: u32, run: u32) {
@@ -67,7 +74,7 @@ impl Measured {
 
 #[test]
 fn kernels_that_measure_links_are_right() {
-    for gpu in gpus_of(MODULE) {
+    for gpu in gpus_of(PROBES) {
         let three = Measured::new(gpu, 3);
         three.ranks.run(|rank| {
             three.meet(rank);
@@ -85,7 +92,7 @@ fn kernels_that_measure_links_are_right() {
             two.ping(rank, WARM_UP_TRIPS + 20);
             let (group, place_bytes, source) = (two.ranks.group(rank), two.ranks.place_bytes, 1 - rank);
             let pull = Pull { group, place_bytes, packs: PACKS, source, passes: 2, reserved: 0 };
-            two.launch(rank, Launch { blocks: 3, cluster: 1, threads: 32 }, "pull", &pull);
+            two.launch(rank, Launch { blocks: 3, cluster: 1, threads: 32 }, Probe::LinksPull, &pull);
         });
         for rank in 0..2 {
             two.assert_place(rank, 1 - rank, 1 - rank, 6);
@@ -99,7 +106,7 @@ fn kernels_that_measure_links_are_right() {
 
 #[test]
 fn a_rank_that_measures_alone_ends_at_its_deadline() {
-    for gpu in gpus_of(MODULE) {
+    for gpu in gpus_of(PROBES) {
         for meets in [false, true] {
             let mut alone = Measured::new(gpu, 2);
             alone.ranks.timeout = Duration::from_millis(20);

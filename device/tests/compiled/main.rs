@@ -1,15 +1,15 @@
 //! The kernels as they were compiled, for every kind of GPU, run by the emulator, against `core::reference`.
 //!
 //! `cargo xtask test` builds them, and says where they are in `FUSED_COLLECTIVE_PTX`: in a folder for each kind. By hand:
-//! `cargo xtask ptx`, then `FUSED_COLLECTIVE_PTX=$PWD/target/ptx cargo test -p fused-collective-device --test compiled`.
+//! `cargo xtask ptx`, then `FUSED_COLLECTIVE_PTX=$PWD/target/ptx cargo test -p fused-collective-device-tests --test compiled`.
 
+mod bench;
 mod collectives;
 mod example;
 mod links;
 mod local;
 mod necessary;
-#[path = "../support/mod.rs"]
-mod support;
+mod table;
 
 use std::{
     array,
@@ -25,19 +25,22 @@ use std::{
     time::Duration,
 };
 
-use fused_collective_device::{params::MAX_RANKS, simt::host::Launch};
+use fused_collective_core::kernels::Processor;
+use fused_collective_device::{launch::MAX_RANKS, simt::host::Launch};
+use fused_collective_device_tests::{Kernel, Rows};
 use fused_collective_emulator::{Entry, Geometry, Grid, Memory, Module};
-use support::{Kernel, Rows};
 
 const KERNELS: [Kernel; 3] = [Kernel::OneShot, Kernel::TwoShot, Kernel::Sharded];
 const ROWS: [Rows; 3] = [Rows::P1, Rows::P2, Rows::Streamed];
 
 /// The kinds of GPUs that there are kernels for.
-const GPUS: [&str; 4] = ["sm_80", "sm_90", "sm_100a", "sm_120a"];
+fn gpus() -> [&'static str; 4] {
+    Processor::ALL.map(|processor| processor.name)
+}
 
-/// Whether GPUs of the kind have clusters of blocks.
+/// True for GPUs that have clusters of blocks.
 fn has_clusters(gpu: &str) -> bool {
-    gpu != "sm_80"
+    Processor::ALL.iter().any(|processor| processor.name == gpu && processor.has_clusters())
 }
 
 fn folder() -> PathBuf {
@@ -58,7 +61,7 @@ fn gpus_of(module: &str) -> Vec<&'static str> {
         ptx.lines().filter(|line| !line.starts_with('.')).map(str::to_owned).collect()
     };
     let mut different: Vec<(&str, Vec<String>)> = Vec::new();
-    for gpu in GPUS {
+    for gpu in gpus() {
         let of_gpu = instructions(gpu);
         if different.iter().all(|(_, of_other)| *of_other != of_gpu) {
             different.push((gpu, of_gpu));
@@ -162,6 +165,6 @@ impl Compiled {
 fn every_kind_that_there_are_kernels_for_is_emulated() {
     let folders =
         fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
-    let unknown: Vec<String> = folders.filter(|name| !GPUS.contains(&name.as_str())).collect();
-    assert!(unknown.is_empty(), "{unknown:?}: kinds that `GPUS` lacks, or of an earlier build");
+    let unknown: Vec<String> = folders.filter(|name| !gpus().contains(&name.as_str())).collect();
+    assert!(unknown.is_empty(), "{unknown:?}: kinds that the table lacks, or of an earlier build");
 }

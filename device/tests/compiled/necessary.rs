@@ -8,10 +8,9 @@ use std::{
 
 use fused_collective_core::dtype::bf16;
 
-use crate::{
-    Compiled, KERNELS, collectives, folder, gpus_of, has_clusters,
-    support::{Case, EVERYTHING, Kernel, Random, Rows, geometry, run_case},
-};
+use fused_collective_device_tests::{Case, EVERYTHING, Kernel, Random, Rows, geometry, run_case};
+
+use crate::{Compiled, KERNELS, collectives, folder, gpus_of, has_clusters};
 
 const MODULE: &str = "bf16_w2";
 
@@ -81,10 +80,10 @@ fn barriers_between_warps_are_necessary() {
     }
 }
 
-/// The barrier at which threads learn whether one of them has failed also keeps the first from writing the next turn before
+/// The barrier at which threads learn whether one of them has failed also keeps the first from writing the next epoch before
 /// the last has read this one.
 #[test]
-fn the_barrier_before_the_next_turn_is_necessary() {
+fn the_barrier_before_the_next_epoch_is_necessary() {
     let change = |text: &str| without(text, "barrier.red.or.pred any, 0, any;", 0).expect("a barrier");
     for gpu in gpus_of(MODULE) {
         for kernel in KERNELS {

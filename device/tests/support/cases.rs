@@ -10,7 +10,7 @@ use fused_collective_core::{
     quant::{Quantization, ScaleLayout},
     reference::{self, Observed, Rounding, Token},
 };
-use fused_collective_device::params::{Activations, Address, Fp8Static, NvFp4, RmsNorm};
+use fused_collective_device::launch::{Activations, Address, Fp8Static, NvFp4, RmsNorm};
 
 use super::memory::Buffer;
 
@@ -18,7 +18,7 @@ use super::memory::Buffer;
 pub struct Random(pub u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -26,7 +26,7 @@ impl Random {
     }
 
     pub fn below(&mut self, end: u64) -> u64 {
-        (self.next() >> 33) % end
+        (self.bits() >> 33) % end
     }
 
     /// From -4 to 4, now and then a zero of either sign.

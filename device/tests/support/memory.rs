@@ -15,11 +15,11 @@ use fused_collective_core::{
     workspace::{Layout, SLOTS_OFFSET},
 };
 use fused_collective_device::{
-    params::{Address, Group, RankState, Status},
+    launch::{Address, Group, RankState, Status},
     simt::host::Launch,
 };
 
-use super::Launched;
+use super::launched::Launched;
 
 /// Packs before and after each buffer that nobody may touch.
 const GUARD: usize = 4;

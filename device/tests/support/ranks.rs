@@ -8,11 +8,12 @@ use std::{
     time::Duration,
 };
 
-use fused_collective_core::{
+use fused_collective_bench::{
+    launch::Ping,
     links::{PLACES_OFFSET, flag_offset, pattern, region_bytes},
-    pack::Pack,
 };
-use fused_collective_device::params::{Address, Group, Ping, RankState, Status};
+use fused_collective_core::pack::Pack;
+use fused_collective_device::launch::{Address, Group, RankState, Status};
 
 use super::Buffer;
 

@@ -1,14 +1,11 @@
 //! Operations that follow each other in each rank's stream, each perhaps with a dependent kernel that reads its outputs.
 
+use fused_collective_bench::{kernels::audit, launch::Audit};
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     pack::Pack,
 };
-use fused_collective_device::{
-    baseline,
-    params::Audit,
-    simt::host::{Launch, Stream},
-};
+use fused_collective_device::simt::host::{Launch, Stream};
 
 use super::{
     Buffer, Case, EVERYTHING, Kernel, POISON, Random, Rows, Tensors, What, World, check_all, geometry,
@@ -86,7 +83,7 @@ impl<E: Element + Send + Sync> Member for Typed<E> {
                 reserved: 0,
             };
             // SAFETY: the parameters are as their documentation says.
-            let kernel = move || unsafe { baseline::audit(&params) };
+            let kernel = move || unsafe { audit(&params) };
             stream.launch(Launch { blocks: 2, cluster: 1, threads: 32 }, kernel);
         }
     }

@@ -22,7 +22,7 @@ pub const LIBRARY_NAME: &str = "libnccl.so.2";
 pub type ncclComm_t = *mut c_void;
 /// A CUDA stream: `cudaStream_t`, which is the driver's `CUstream`.
 pub type cudaStream_t = *mut c_void;
-/// What a call came to: 0 is success.
+/// The result of a call: 0 is success.
 pub type ncclResult_t = c_int;
 /// An element type.
 pub type ncclDataType_t = c_int;
@@ -77,7 +77,7 @@ macro_rules! api {
         #[derive(Debug)]
         pub struct Nccl {
             $($(#[$attribute])* pub $name: unsafe extern "C" fn($($argument: $type),*) -> $result,)*
-            /// Where the functions are.
+            /// The library that the functions are in.
             _library: Library,
         }
 
@@ -102,7 +102,7 @@ api! {
     fn ncclGetUniqueId(id: *mut ncclUniqueId) -> ncclResult_t;
     /// Joins the communicator, on the current device; returns when all ranks have.
     fn ncclCommInitRank(comm: *mut ncclComm_t, ranks: c_int, id: ncclUniqueId, rank: c_int) -> ncclResult_t;
-    /// Whether anything went wrong since.
+    /// Tells of an error since the last call.
     fn ncclCommGetAsyncError(comm: ncclComm_t, error: *mut ncclResult_t) -> ncclResult_t;
     /// Leaves the communicator, when what was enqueued is done.
     fn ncclCommDestroy(comm: ncclComm_t) -> ncclResult_t;
@@ -151,7 +151,7 @@ impl Nccl {
     }
 }
 
-/// What the loader said: it is the cause of the error.
+/// The loader's words: the cause of the error.
 fn reason(error: &libloading::Error) -> String {
     std::error::Error::source(error).map_or_else(|| error.to_string(), |cause| cause.to_string())
 }

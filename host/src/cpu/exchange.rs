@@ -26,14 +26,14 @@ use fused_collective_core::{
 use super::{
     line,
     region::Regions,
-    wait::{Vigil, Wait},
+    wait::{Wait, WaitGuard},
 };
-use crate::failure::{Failure, What};
+use crate::group::failure::{Failure, What};
 
 /// Two sentinel words: what an empty 64-bit word of a slot holds.
-pub(super) const EMPTY: u64 = lamport::SENTINEL as u64 | (lamport::SENTINEL as u64) << 32;
+pub const EMPTY: u64 = lamport::SENTINEL as u64 | (lamport::SENTINEL as u64) << 32;
 
-/// What an [`Exchange`] runs over: the memory that ranks share, or a model checker's, which tries every order of
+/// The memory that an [`Exchange`] runs over: the memory that ranks share, or a model checker's, which tries every order of
 /// events that the memory model allows.
 ///
 /// The provided methods are the rules. A model replaces one of them to show that the protocol needs it.
@@ -41,7 +41,7 @@ pub(crate) trait Medium {
     /// A 64-bit word that all ranks may access at any time.
     type Word: Word;
 
-    /// Where things are in a region.
+    /// The layout of a region.
     fn layout(&self) -> &Layout;
 
     /// The words of `bytes` bytes at `offset` of rank `rank`'s region.
@@ -150,30 +150,30 @@ pub(crate) struct Exchange<M = Regions> {
     rank: u32,
     /// Operations (rounds) begun so far, counted alike on every rank.
     operation: u64,
-    vigil: Vigil,
+    guard: WaitGuard,
 }
 
 impl<M: Medium> Exchange<M> {
     /// Fills this rank's slots with the sentinel. Peers may send once they have seen its header.
-    pub(crate) fn new(regions: M, vigil: Vigil) -> Self {
-        let rank = vigil.rank;
+    pub(crate) fn new(regions: M, guard: WaitGuard) -> Self {
+        let rank = guard.rank;
         let layout = *regions.layout();
         for slot in 0..lamport::SLOTS {
             for word in regions.words(rank, layout.slot_offset(slot), layout.slot_bytes()) {
                 word.store(EMPTY, Relaxed);
             }
         }
-        Exchange { regions, rank, operation: 0, vigil }
+        Exchange { regions, rank, operation: 0, guard }
     }
 
-    /// What ends waits.
-    pub(crate) fn vigil(&self) -> &Vigil {
-        &self.vigil
+    /// The end of waits.
+    pub(crate) fn guard(&self) -> &WaitGuard {
+        &self.guard
     }
 
-    /// What ends waits.
-    pub(crate) fn vigil_mut(&mut self) -> &mut Vigil {
-        &mut self.vigil
+    /// The end of waits.
+    pub(crate) fn guard_mut(&mut self) -> &mut WaitGuard {
+        &mut self.guard
     }
 
     /// Says that this rank's region is ready.
@@ -301,7 +301,7 @@ impl<M: Medium> Exchange<M> {
     }
 
     fn wait(&self, from: u32, what: What) -> Wait<'_> {
-        Wait::new(&self.vigil, from, what, self.operation)
+        Wait::new(&self.guard, from, what, self.operation)
     }
 
     /// Returns once every rank has called it as often as this one. `epoch` is that count, from 1.

@@ -4,21 +4,22 @@
 //! activation once. All ranks' results are the same bits: sums are taken in rank order of rows that went
 //! through the same `strip`, whether they travelled or not.
 
-use bytemuck::Pod;
+use std::array;
+
 use fused_collective_core::{
     lamport,
     plan::{Algorithm, Plan, Round, owned_index, owned_token, owned_tokens, owner},
     quant::{Quantization, ScaleLayout},
     workspace::SlotRows,
 };
-use heapless::Vec as FixedVec;
 use pulp::Arch;
+use zerocopy::IntoBytes as _;
 
 use super::{
     exchange::{Exchange, Incoming, Medium},
-    rows::{Finish, FinishRow, Plain, RowOutputs, SumIncoming},
+    rows::{Finish, FinishRow, Plain, RowOutputs, SumIncoming, elements, elements_mut},
 };
-use crate::failure::{Failure, What};
+use crate::group::failure::{Failure, What};
 
 const MAX_WORLD: usize = fused_collective_core::MAX_WORLD_SIZE as usize;
 
@@ -48,7 +49,7 @@ impl<E: Plain> Job<'_, E> {
         start..start + self.hidden
     }
 
-    /// Where `token`'s row is in the residual and in `residual_out`.
+    /// The range of `token`'s row in the residual and in `residual_out`.
     fn residual_range(&self, token: u64) -> std::ops::Range<usize> {
         self.range(owned_index(token, self.dealt_to))
     }
@@ -84,7 +85,7 @@ impl<E: Plain> Job<'_, E> {
 }
 
 impl<E: Plain> Job<'_, E> {
-    /// What the row of `residual_out` of one of this rank's tokens becomes, as it may be sent: the norm, or its codes and
+    /// The result of the row of `residual_out` of one of this rank's tokens, as it may be sent: the norm, or its codes and
     /// then its scales in their order.
     fn make<'s>(&self, token: u64, scratch: &'s mut Scratch, arch: Arch) -> &'s mut [u8] {
         let sent = self.sent_bytes();
@@ -99,8 +100,7 @@ impl<E: Plain> Job<'_, E> {
         let row = &self.residual_out[self.residual_range(token)];
         result[self.quant_row_bytes..].fill(0);
         if quantization == Quantization::None {
-            let outputs =
-                RowOutputs { norm: bytemuck::cast_slice_mut(result), values: &mut [], scales: &mut [] };
+            let outputs = RowOutputs { norm: elements_mut(result), values: &mut [], scales: &mut [] };
             arch.dispatch(FinishRow { finish: &finish, row, token: 0, outputs, scratch });
         } else {
             let (values, scales) = result.split_at_mut(self.quant_row_bytes);
@@ -130,7 +130,7 @@ impl<E: Plain> Job<'_, E> {
         let Some(finish) = &self.finish else { return };
         if finish.quantization == Quantization::None {
             let range = self.range(token);
-            self.norm_out[range].copy_from_slice(bytemuck::cast_slice(result));
+            self.norm_out[range].copy_from_slice(elements(result));
             return;
         }
         let values = token as usize * self.quant_row_bytes;
@@ -164,28 +164,28 @@ pub(crate) struct Scratch {
 
 impl Scratch {
     /// A row of `hidden` elements, whole words.
-    fn row<E: Pod>(&mut self, hidden: usize) -> &mut [E] {
+    fn row<E: Plain>(&mut self, hidden: usize) -> &mut [E] {
         let words = (hidden * size_of::<E>()).div_ceil(8);
         if self.words.len() < words {
             self.words.resize(words, 0);
         }
-        &mut bytemuck::cast_slice_mut(&mut self.words)[..hidden]
+        &mut elements_mut(self.words.as_mut_bytes())[..hidden]
     }
 
-    /// What is sent of a row, `bytes` bytes, whole words.
+    /// The room for a row's result, `bytes` bytes, whole words.
     fn result(&mut self, bytes: usize) -> &mut [u8] {
         if self.result.len() * 8 < bytes {
             self.result.resize(bytes / 8, 0);
         }
-        &mut bytemuck::cast_slice_mut(&mut self.result)[..bytes]
+        &mut self.result.as_mut_bytes()[..bytes]
     }
 
     /// Both.
-    fn result_and_row<E: Pod>(&mut self, bytes: usize, hidden: usize) -> (&mut [u8], &mut [E]) {
+    fn result_and_row<E: Plain>(&mut self, bytes: usize, hidden: usize) -> (&mut [u8], &mut [E]) {
         self.row::<E>(hidden);
         self.result(bytes);
-        let result = &mut bytemuck::cast_slice_mut(&mut self.result)[..bytes];
-        (result, &mut bytemuck::cast_slice_mut(&mut self.words)[..hidden])
+        let result = &mut self.result.as_mut_bytes()[..bytes];
+        (result, &mut elements_mut(self.words.as_mut_bytes())[..hidden])
     }
 }
 
@@ -244,7 +244,7 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
 
     /// This rank's addend for token `token` of the operation.
     fn input(&self, token: u64) -> &[u8] {
-        bytemuck::cast_slice(&self.job.input[self.job.range(token)])
+        self.job.input[self.job.range(token)].as_bytes()
     }
 
     /// Adds up `token`, every other rank's row for it being where `offset` says.
@@ -255,9 +255,12 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
             let bytes = rows.row_bytes as usize;
             (source != self.rank).then(|| exchange.incoming(source, what, offset(&rows, source), bytes))
         };
-        let sources: FixedVec<Option<Incoming<'_, M>>, MAX_WORLD> =
-            (0..rows.world_size).map(incoming).collect();
-        self.job.sum(self.round.first_token + token, exchange, &sources, self.arch)
+        let sources: [_; MAX_WORLD] = array::from_fn(|rank| {
+            let rank = rank as u32;
+            if rank < rows.world_size { incoming(rank) } else { None }
+        });
+        let sources = &sources[..rows.world_size as usize];
+        self.job.sum(self.round.first_token + token, exchange, sources, self.arch)
     }
 
     fn finish(&mut self, token: u64) {
@@ -341,7 +344,7 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
         for token in self.owned() {
             self.sum_owned(token)?;
             for peer in self.peers() {
-                let row = bytemuck::cast_slice(self.residual_out(token));
+                let row = self.residual_out(token).as_bytes();
                 exchange.send(exchange.operation(), peer, rows.second_hop(token), row);
             }
         }
@@ -353,7 +356,7 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
         // Second hop: everybody else's sums.
         for (token, owner) in self.owned_by_others(&rows) {
             let sum = What::Sum(self.round.first_token + token);
-            let row = bytemuck::cast_slice_mut(self.residual_out(token));
+            let row = self.residual_out(token).as_mut_bytes();
             exchange.receive(owner, sum, rows.second_hop(token), row)?;
             self.finish(token);
         }

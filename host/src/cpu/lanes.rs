@@ -5,12 +5,12 @@
 //! change places. The conversions give the bits of [`Element`]'s, which are the specification; only a signaling NaN may
 //! stay one until the first operation on it.
 
-use bytemuck::Pod;
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     lamport,
 };
-use pulp::Simd;
+use pulp::{Simd, bytemuck};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use super::line::{self, Line};
 
@@ -19,7 +19,7 @@ use super::line::{self, Line};
 pub(super) type Wide<S> = [<S as Simd>::f32s; 2];
 
 /// An element type whose conversions are written in vectors.
-pub trait Lanes: Element + Pod {
+pub trait Lanes: Element + FromBytes + IntoBytes + Immutable {
     /// Elements in a word.
     const PER_WORD: usize = 4 / size_of::<Self>();
 
@@ -214,13 +214,15 @@ mod tests {
         #[inline(always)]
         fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
             let (mut values, mut joined) = (Vec::new(), Vec::new());
-            for line in bytemuck::cast_slice::<E, u8>(self.0).as_chunks().0 {
+            for line in self.0.as_bytes().as_chunks().0 {
                 let wide = widen::<E, S>(simd, line);
                 let (low, high) = (half::<S>(&wide, 0), half::<S>(&wide, 1));
                 values.extend(low.zip(high).flat_map(|(low, high)| [low, high]));
                 let mut line = [0; line::BYTES];
                 round::<E, S>(simd, &wide, &mut line);
-                joined.extend(bytemuck::pod_collect_to_vec::<u8, E>(&line));
+                joined.extend(
+                    line.chunks_exact(size_of::<E>()).map(|bytes| E::read_from_bytes(bytes).unwrap()),
+                );
             }
             (values, joined)
         }
@@ -236,7 +238,14 @@ mod tests {
                 let values: S::f32s = bytemuck::pod_read_unaligned(bytemuck::cast_slice(values));
                 E::join(simd, [values; 2])
             });
-            vectors.flat_map(|vector| bytemuck::cast_slice::<S::u32s, E>(&[vector]).to_vec()).collect()
+            let elements = |vector: S::u32s| {
+                let bytes = bytemuck::bytes_of(&vector).to_vec();
+                bytes
+                    .chunks_exact(size_of::<E>())
+                    .map(|bytes| E::read_from_bytes(bytes).unwrap())
+                    .collect::<Vec<E>>()
+            };
+            vectors.flat_map(elements).collect()
         }
     }
 

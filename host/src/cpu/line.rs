@@ -10,23 +10,23 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use fused_collective_core::lamport;
 
 /// Words in a line.
-pub(super) const WORDS: usize = 8;
+pub const WORDS: usize = 8;
 /// Bytes in a line.
-pub(super) const BYTES: usize = 8 * WORDS;
+pub const BYTES: usize = 8 * WORDS;
 
 /// A line of a row.
-pub(super) type Line = [u8; BYTES];
+pub type Line = [u8; BYTES];
 
-/// Whether every word of a line has arrived. A word arrives at once, so either half tells; both are looked at.
+/// True once every word of a line has arrived. A word arrives at once, so either half tells; both are looked at.
 #[inline(always)]
-pub(super) fn is_complete(line: &[u64; WORDS]) -> bool {
+pub fn is_complete(line: &[u64; WORDS]) -> bool {
     #[cfg(target_arch = "x86_64")]
     return sse2::is_complete(line);
     #[cfg(not(target_arch = "x86_64"))]
     bytemuck::cast_slice::<u64, u32>(line).iter().all(|&half| lamport::is_complete(half))
 }
 
-/// What every x86-64 processor has. A compiler's vectors are several times as many instructions here.
+/// Instructions that every x86-64 processor has. A compiler's vectors take several times as many here.
 #[cfg(target_arch = "x86_64")]
 mod sse2 {
     use std::arch::x86_64::{__m128i, _mm_cmpeq_epi32, _mm_movemask_epi8, _mm_or_si128, _mm_set1_epi32};
@@ -46,9 +46,9 @@ mod sse2 {
     }
 }
 
-/// How a line is moved.
+/// The instructions that move a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mover {
+pub enum Mover {
     /// Word by word.
     Words,
     /// 16 bytes at a time: the processor has AVX.
@@ -58,7 +58,7 @@ pub(super) enum Mover {
 
 impl Mover {
     /// The fastest that this processor has.
-    pub(super) fn new() -> Self {
+    pub fn new() -> Self {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx") {
             return Mover::Avx;
@@ -68,7 +68,7 @@ impl Mover {
 
     /// Each word, loaded relaxed.
     #[inline(always)]
-    pub(super) fn load(self, words: &[AtomicU64; WORDS]) -> [u64; WORDS] {
+    pub fn load(self, words: &[AtomicU64; WORDS]) -> [u64; WORDS] {
         match self {
             #[cfg(target_arch = "x86_64")]
             Mover::Avx if avx::is_aligned(words) => avx::load(words),
@@ -78,7 +78,7 @@ impl Mover {
 
     /// Stores each word relaxed.
     #[inline(always)]
-    pub(super) fn store(self, words: &[AtomicU64; WORDS], values: [u64; WORDS]) {
+    pub fn store(self, words: &[AtomicU64; WORDS], values: [u64; WORDS]) {
         match self {
             #[cfg(target_arch = "x86_64")]
             Mover::Avx if avx::is_aligned(words) => avx::store(words, values),

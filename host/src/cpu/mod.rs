@@ -5,55 +5,46 @@
 //! gone, or [aborted](Aborter), every rank's call fails and says why; the group is then over, and a new one can be
 //! made in the same processes.
 
-mod cache;
-mod engine;
 mod exchange;
 mod fused;
 mod lanes;
-mod line;
-mod links;
+pub mod line;
 #[cfg(test)]
 mod model;
 mod region;
-mod rows;
-mod wait;
+pub mod rows;
+pub mod wait;
 
-use std::{
-    fmt, io,
-    os::fd::{BorrowedFd, OwnedFd},
-    sync::Arc,
-    time::Duration,
-};
+use std::{os::fd::AsFd as _, sync::Arc, time::Duration};
 
 use fused_collective_core::{
     agreement::Call,
-    dtype::DType,
     fusion::{GammaType, Operation, Residual},
     norm::Gamma,
-    plan::{Limits, Plan, PlanError},
+    plan::{Limits, Plan},
     quant::Quantization,
-    workspace::{Header, HeaderError, Layout},
+    workspace::{Header, Layout, LayoutError},
 };
 use pulp::Arch;
 
-pub use crate::board::Aborter;
 use crate::{
-    board::{Board, Place},
-    failure::{Cause, Failure, Fault},
-    shared_memory::SharedMemory,
+    error::{Error, TensorProblem},
+    group::{
+        Aborter, Bootstrap,
+        calls::{CallLog, Place},
+        failure::{Cause, Failure, Fault},
+        shared_memory::SharedMemory,
+    },
 };
-pub(crate) use cache::cache_bytes;
-pub use engine::Engine;
-pub(crate) use engine::sets;
+pub use exchange::EMPTY;
 use exchange::Exchange;
 use fused::{Job, Scratch};
 use region::Regions;
+use rows::Finish;
 pub use rows::Plain;
-use rows::{Finish, RowOutputs};
-use wait::Vigil;
-pub use wait::Watch;
+use wait::WaitGuard;
 
-/// What an operation reads on one rank.
+/// The tensors that an operation reads on one rank.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a, E> {
     /// `[tokens, hidden]`: this rank's addend.
@@ -67,7 +58,7 @@ pub struct Inputs<'a, E> {
     pub scale: f32,
 }
 
-/// What an operation writes on one rank. A tensor that the operation does not write may be empty, and is
+/// The tensors that an operation writes on one rank. A tensor that the operation does not write may be empty, and is
 /// left as it is.
 #[derive(Debug)]
 pub struct Outputs<'a, E> {
@@ -81,99 +72,14 @@ pub struct Outputs<'a, E> {
     pub scale_out: &'a mut [u8],
 }
 
-/// Why a call on a communicator failed.
-#[derive(Clone, Debug)]
-pub enum Error {
-    /// The operation cannot be planned.
-    Plan(PlanError),
-    /// The operation's element type is not the slices'.
-    DType {
-        /// The operation's.
-        operation: DType,
-        /// The slices'.
-        slices: DType,
-    },
-    /// Gamma is not of the type that the operation's norm says.
-    Gamma {
-        /// The norm's.
-        operation: GammaType,
-        /// The slice's.
-        given: GammaType,
-    },
-    /// A tensor has another length than the operation says.
-    Length {
-        /// Which tensor.
-        tensor: &'static str,
-        /// Its length, in elements or bytes as its type has them.
-        given: usize,
-        /// The length it should have.
-        needed: u64,
-    },
-    /// The operation has a residual and none was given, or the other way round.
-    Residual {
-        /// Whether the operation has one.
-        operation: bool,
-    },
-    /// The shared memory is not usable.
-    Memory(String),
-    /// A peer's region is not what it should be.
-    Peer {
-        /// The peer.
-        rank: u32,
-        /// What is wrong with it.
-        error: HeaderError,
-    },
-    /// The call failed while it ran, or because the group is known to be over.
-    Failed(Box<Failure>),
-    /// An earlier call failed so, and what peers sent for it may lie in any slot: create a new communicator.
-    Poisoned(Box<Failure>),
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Plan(error) => error.fmt(f),
-            Error::DType { operation, slices } => {
-                write!(f, "the operation is {operation}, its tensors are {slices}")
-            }
-            Error::Gamma { operation, given } => {
-                let name = |gamma| match gamma {
-                    GammaType::Element => "the element type",
-                    GammaType::F32 => "float32",
-                };
-                write!(f, "gamma is given in {}, the operation has it in {}", name(*given), name(*operation))
-            }
-            Error::Length { tensor, given, needed } => {
-                write!(f, "{tensor} has length {given}, the operation needs {needed}")
-            }
-            Error::Residual { operation: true } => {
-                f.write_str("the operation has a residual, and none was given")
-            }
-            Error::Residual { operation: false } => {
-                f.write_str("the operation has no residual, and one was given")
-            }
-            Error::Memory(what) => write!(f, "the group's shared memory: {what}"),
-            Error::Peer { rank, error } => write!(f, "rank {rank}: {error}"),
-            Error::Failed(failure) => failure.fmt(f),
-            Error::Poisoned(failure) => write!(f, "an earlier operation failed: {failure}"),
-        }
-    }
-}
-
-impl std::error::Error for Error {}
-
-impl From<PlanError> for Error {
-    fn from(error: PlanError) -> Self {
-        Error::Plan(error)
-    }
-}
-
 /// Bytes of a slot for each rank, unless one token needs more. What a round moves stays in a core's own caches, and
 /// in a two-shot round of usual rows every rank owns a few tokens.
-const SLOT_BYTES_PER_RANK: u64 = 128 << 10;
+pub const SLOT_BYTES_PER_RANK: u64 = 128 << 10;
 
 /// The first control line of what ranks tell each other; line 0 is the barriers'.
-const BOARD_LINE: u64 = 1;
+const CALLS_LINE: u64 = 1;
+/// The use of the shared memory, for errors.
+const MEMORY: &str = "share memory between the ranks";
 /// Announced calls that are kept. A rank cannot be more than two rounds ahead of another.
 const CALLS_KEPT: u64 = 4;
 
@@ -181,22 +87,20 @@ const CALLS_KEPT: u64 = 4;
 ///
 /// # Errors
 /// A group that is too small or too large, or sizes beyond 64 bits.
-pub fn layout(
-    world_size: u32,
-    row_bytes: u64,
-) -> Result<Layout, fused_collective_core::workspace::LayoutError> {
+pub fn layout(world_size: u32, row_bytes: u64) -> Result<Layout, LayoutError> {
     // The smallest round of any operation: with a sharded residual a token for each rank, a row from each for the one
     // that a rank owns and a row of results for each.
     let smallest = row_bytes.saturating_mul(2 * u64::from(world_size));
     Layout::new(world_size, (SLOT_BYTES_PER_RANK * u64::from(world_size)).max(smallest))
 }
 
-/// Creates the memory that the ranks of one group share: `layout.total_bytes()` bytes, gone with its last user.
-///
-/// # Errors
-/// The system's.
-pub fn create_shared_memory(layout: &Layout) -> io::Result<OwnedFd> {
-    SharedMemory::create(layout.total_bytes())
+/// A group's settings. All ranks give the same.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Bytes of the longest row of any operation, hidden size times bytes of an element.
+    pub max_row_bytes: u64,
+    /// The longest wait for another rank.
+    pub deadline: Duration,
 }
 
 /// One rank's end of a group.
@@ -213,43 +117,43 @@ pub struct Communicator {
 }
 
 impl Communicator {
-    /// Maps `memory`, which one rank made with [`create_shared_memory`] for the same `layout`, prepares this rank's
-    /// region in it and waits for every peer to have prepared its own.
+    /// Joins the ranks of `bootstrap`: makes the memory that they share, [`layout`]`.total_bytes()` bytes that are gone
+    /// with their last user, and waits for every peer to be ready. All ranks call this with the same `options`.
     ///
-    /// Every wait is bounded by `deadline`, and ends early when `watch` tells of a lost rank.
+    /// Waits end early when the bootstrap's monitor tells of a lost rank; without one, at the deadline.
     ///
     /// # Errors
-    /// The memory is not of that layout or cannot be mapped; a peer's region has another layout, or is not
-    /// ready in time.
-    pub fn join(
-        memory: BorrowedFd<'_>,
-        layout: Layout,
-        rank: u32,
-        deadline: Duration,
-        watch: Watch,
-    ) -> Result<Communicator, Error> {
-        if rank >= layout.world_size() {
-            return Err(Error::Memory(format!("rank {rank} is not in a group of {}", layout.world_size())));
-        }
-        let regions = Regions::map(memory, layout).map_err(|error| Error::Memory(error.to_string()))?;
+    /// The bootstrap's; the memory cannot be made or mapped; a peer's region has another layout, or is not ready in
+    /// time.
+    pub fn join(bootstrap: &dyn Bootstrap, options: Options) -> Result<Communicator, Error> {
+        let (rank, world_size) = (bootstrap.rank(), bootstrap.world_size());
+        let Options { max_row_bytes, deadline } = options;
+        let layout = layout(world_size, max_row_bytes)?;
+        let own = match rank {
+            0 => Some(SharedMemory::create(layout.total_bytes()).map_err(Error::system(MEMORY))?),
+            _ => None,
+        };
+        let file = bootstrap.share_file(own.as_ref().map(|file| file.as_fd())).map_err(Error::bootstrap)?;
+        let regions = Regions::map(file.as_fd(), layout).map_err(Error::system(MEMORY))?;
         let place = Place {
-            first: layout.control_offset(BOARD_LINE),
+            first: layout.control_offset(CALLS_LINE),
             stride: layout.region_bytes(),
             calls: CALLS_KEPT,
         };
-        let board = Board::new(Arc::clone(regions.memory()), place, rank, layout.world_size());
-        let aborter = board.aborter();
-        let exchange = Exchange::new(regions, Vigil { rank, deadline, watch, board: Some(board) });
-        let header = |rank| Header { world_size: layout.world_size(), rank, slot_bytes: layout.slot_bytes() };
+        let log = CallLog::new(Arc::clone(regions.memory()), place, rank, world_size);
+        let aborter = log.aborter();
+        let monitor = bootstrap.monitor();
+        let exchange = Exchange::new(regions, WaitGuard { rank, deadline, monitor, log: Some(log) });
+        let header = |rank| Header { world_size, rank, slot_bytes: layout.slot_bytes() };
         exchange.publish_header(header(rank));
         for peer in 0..layout.world_size() {
             let words = exchange.wait_for_header(peer).map_err(Error::Failed)?;
-            header(peer).check(words).map_err(|error| {
+            header(peer).check(words).map_err(|source| {
                 // The others need not wait for this rank either.
-                if let Some(board) = &exchange.vigil().board {
-                    board.give_up(Fault::OutOfStep, peer);
+                if let Some(log) = &exchange.guard().log {
+                    log.give_up(Fault::OutOfStep, peer);
                 }
-                Error::Peer { rank: peer, error }
+                Error::Header { peer, source }
             })?;
         }
         let limits = Limits {
@@ -282,7 +186,7 @@ impl Communicator {
         self.limits.world_size
     }
 
-    /// What operations are planned with; the same on every rank.
+    /// The limits that operations are planned with; the same on every rank.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
@@ -308,7 +212,7 @@ impl Communicator {
         self.announce(call, alone);
         fused::run(&mut self.exchange, self.rank, &plan, job, &mut self.scratch, self.arch)
             .and_then(|()| if alone { Ok(()) } else { self.agree() })
-            .map_err(|failure| self.poison(failure))
+            .map_err(|failure| self.fail(failure))
     }
 
     /// Returns once every rank of the group has called it as often.
@@ -319,23 +223,26 @@ impl Communicator {
         self.check_usable()?;
         self.barriers += 1;
         self.announce(Call::Barrier, false);
-        self.exchange
-            .barrier(self.barriers)
-            .and_then(|()| self.agree())
-            .map_err(|failure| self.poison(failure))
+        self.exchange.barrier(self.barriers).and_then(|()| self.agree()).map_err(|failure| self.fail(failure))
     }
 
-    /// For other threads: ends the group's operations, on all ranks. It may outlive the communicator.
+    /// Makes a handle that ends the group's operations, on all ranks, from any thread. It may outlive the communicator.
     pub fn aborter(&self) -> Aborter {
         self.aborter.clone()
     }
 
-    /// What this rank's region holds although no operation runs, if anything.
-    pub(crate) fn find_stray_write(&self) -> Option<String> {
+    /// Looks, while no operation runs, for what this rank's region holds all the same: for tests.
+    pub fn find_stray_write(&self) -> Option<String> {
         self.exchange.find_stray_write(self.header(self.rank))
     }
 
-    pub(crate) fn arch(&self) -> Arch {
+    /// The end of this rank's waits, for waits of one's own.
+    pub fn guard(&self) -> &WaitGuard {
+        self.exchange.guard()
+    }
+
+    /// The instructions that [rows] are computed with.
+    pub fn arch(&self) -> Arch {
         self.arch
     }
 
@@ -343,35 +250,40 @@ impl Communicator {
         Header { world_size: self.limits.world_size, rank, slot_bytes: self.limits.slot_bytes }
     }
 
-    fn check_usable(&mut self) -> Result<(), Error> {
+    /// Refuses a group that has failed or was aborted.
+    ///
+    /// # Errors
+    /// [`Error::Poisoned`], or [`Error::Failed`] the first time that an abort is noticed.
+    pub fn check_usable(&mut self) -> Result<(), Error> {
         if let Some(failure) = &self.failed {
             return Err(Error::Poisoned(failure.clone()));
         }
-        if self.exchange.vigil().board.as_ref().is_some_and(Board::is_aborted) {
+        if self.exchange.guard().log.as_ref().is_some_and(CallLog::is_aborted) {
             let failure = Failure { rank: self.rank, wait: None, cause: Cause::Aborted };
-            return Err(self.poison(Box::new(failure)));
+            return Err(self.fail(Box::new(failure)));
         }
         Ok(())
     }
 
     /// Tells the others what is called, before anything is sent for it.
     fn announce(&mut self, call: Call, alone: bool) {
-        if let Some(board) = &mut self.exchange.vigil_mut().board {
-            if alone { board.pass(&call) } else { board.announce(call) }
+        if let Some(log) = &mut self.exchange.guard_mut().log {
+            if alone { log.pass(&call) } else { log.announce(call) }
         }
     }
 
-    /// Whether all ranks made this call. Data of every one of them has come, and what they announced before it.
+    /// Checks that all ranks made this call. Data of every one of them has come, and so have their announcements.
     fn agree(&self) -> Result<(), Box<Failure>> {
-        let disagreement = self.exchange.vigil().board.as_ref().and_then(Board::disagreement_at_end);
+        let disagreement = self.exchange.guard().log.as_ref().and_then(CallLog::disagreement_at_end);
         disagreement.map_or(Ok(()), |disagreement| {
             Err(Box::new(Failure { rank: self.rank, wait: None, cause: Cause::OutOfStep(disagreement) }))
         })
     }
 
-    fn poison(&mut self, failure: Box<Failure>) -> Error {
-        if let (Some(board), Some((fault, because_of))) = (&self.exchange.vigil().board, failure.fault()) {
-            board.give_up(fault, because_of);
+    /// Gives the group up because of a failed wait of one's own, as the other ranks learn.
+    pub fn fail(&mut self, failure: Box<Failure>) -> Error {
+        if let (Some(log), Some((fault, because_of))) = (&self.exchange.guard().log, failure.fault()) {
+            log.give_up(fault, because_of);
         }
         self.failed = Some(failure.clone());
         Error::Failed(failure)
@@ -383,6 +295,11 @@ impl Communicator {
 /// times as long in one-shot with 0.5 KiB, 0.97 times with 4 KiB, 1.05 times with 8 KiB and 1.15 times with 32 KiB.
 const ONE_SHOT_BYTES: u64 = 6 << 10;
 
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Communicator>();
+};
+
 /// Checks the tensors against a valid operation.
 fn check<'a, E: Plain>(
     operation: &Operation,
@@ -391,21 +308,25 @@ fn check<'a, E: Plain>(
     inputs: Inputs<'a, E>,
     outputs: Outputs<'a, E>,
 ) -> Result<Job<'a, E>, Error> {
+    let wrong = |tensor, problem| Err(Error::Tensor { tensor, problem });
     if operation.dtype != E::DTYPE {
-        return Err(Error::DType { operation: operation.dtype, slices: E::DTYPE });
+        let (given, needed) = (E::DTYPE.name(), operation.dtype.name());
+        return wrong("input", TensorProblem::Type { given, needed });
     }
-    if operation.residual.is_some() != inputs.residual.is_some() {
-        return Err(Error::Residual { operation: operation.residual.is_some() });
+    match (operation.residual.is_some(), inputs.residual) {
+        (true, None) => return wrong("residual", TensorProblem::Missing),
+        (false, Some(_)) => return wrong("residual", TensorProblem::Superfluous),
+        _ => {}
     }
     let quantization = operation.quantization;
     let elements = operation.tokens * operation.hidden;
     let residual_elements = operation.residual_rows(rank, world_size) * operation.hidden;
     let quant_row_bytes = quantization.value_bytes_per_row(operation.hidden);
-    let too_large = Error::Length { tensor: "scale_out", given: outputs.scale_out.len(), needed: u64::MAX };
-    let scale_bytes = quantization.scale_bytes(operation.tokens, operation.hidden).ok_or(too_large)?;
-    let length = |tensor, given: usize, needed: u64| {
-        if given as u64 == needed { Ok(()) } else { Err(Error::Length { tensor, given, needed }) }
+    let length = |tensor, given: usize, needed: u64| match given as u64 {
+        given if given == needed => Ok(()),
+        given => Err(Error::Tensor { tensor, problem: TensorProblem::Length { given, needed } }),
     };
+    let scale_bytes = quantization.scale_bytes(operation.tokens, operation.hidden).unwrap_or(u64::MAX);
     length("input", inputs.input.len(), elements)?;
     if let Some(residual) = inputs.residual {
         length("residual", residual.len(), residual_elements)?;
@@ -416,7 +337,11 @@ fn check<'a, E: Plain>(
             Gamma::F32(_) => GammaType::F32,
         };
         if norm.gamma != given {
-            return Err(Error::Gamma { operation: norm.gamma, given });
+            let name = |gamma| match gamma {
+                GammaType::Element => operation.dtype.name(),
+                GammaType::F32 => "float32 beside the element type",
+            };
+            return wrong("gamma", TensorProblem::Type { given: name(given), needed: name(norm.gamma) });
         }
         length("gamma", inputs.gamma.len(), operation.hidden)?;
     }

@@ -9,7 +9,7 @@ use std::{
 use fused_collective_core::workspace::Layout;
 
 use super::line::Mover;
-use crate::shared_memory::SharedMemory;
+use crate::group::shared_memory::SharedMemory;
 
 /// A mapping of all ranks' regions.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ impl Regions {
         &self.layout
     }
 
-    /// How lines of it are moved.
+    /// The instructions that move its lines.
     #[inline(always)]
     pub(super) fn mover(&self) -> Mover {
         self.mover

@@ -11,27 +11,46 @@ use fused_collective_core::{
     quant::{self, Quantization},
 };
 use pulp::{Simd, WithSimd};
+use zerocopy::{FromBytes as _, IntoBytes as _};
 
 use super::{
     exchange::{Exchange, Incoming, Medium},
     lanes::{self, Lanes, WideLine, vectors},
     line::{self, Line},
 };
-use crate::failure::Failure;
+use crate::group::failure::Failure;
 
 /// An element that is also plain bytes.
 pub trait Plain: Lanes {}
 impl<E: Lanes> Plain for E {}
 
+/// The elements that `bytes` hold.
+///
+/// # Panics
+/// If they are not whole elements at an element's alignment.
+#[inline(always)]
+pub fn elements<E: Plain>(bytes: &[u8]) -> &[E] {
+    <[E]>::ref_from_bytes(bytes).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// As [`elements`], to be written.
+///
+/// # Panics
+/// As [`elements`].
+#[inline(always)]
+pub fn elements_mut<E: Plain>(bytes: &mut [u8]) -> &mut [E] {
+    <[E]>::mut_from_bytes(bytes).unwrap_or_else(|error| panic!("{error}"))
+}
+
 /// The lines of a row and what is left. Rows need not be aligned to anything but their elements.
 #[inline(always)]
 fn lines<E: Plain>(row: &[E]) -> (&[Line], &[u8]) {
-    bytemuck::cast_slice::<E, u8>(row).as_chunks()
+    row.as_bytes().as_chunks()
 }
 
 #[inline(always)]
 fn lines_mut<E: Plain>(row: &mut [E]) -> (&mut [Line], &mut [u8]) {
-    bytemuck::cast_slice_mut::<E, u8>(row).as_chunks_mut()
+    row.as_mut_bytes().as_chunks_mut()
 }
 
 /// The rest of a row, and zeros.
@@ -140,10 +159,13 @@ fn add<E: Plain, S: Simd>(simd: S, sum: &mut WideLine<S>, addend: &WideLine<S>) 
 }
 
 /// `out = round(row + addend)`. All have the same length.
-pub(crate) struct AddRow<'a, E> {
-    pub(crate) row: &'a [E],
-    pub(crate) addend: &'a [E],
-    pub(crate) out: &'a mut [E],
+pub struct AddRow<'a, E> {
+    /// `[hidden]`.
+    pub row: &'a [E],
+    /// `[hidden]`.
+    pub addend: &'a [E],
+    /// `[hidden]`: the sum.
+    pub out: &'a mut [E],
 }
 
 impl<E: Plain> WithSimd for AddRow<'_, E> {
@@ -251,30 +273,35 @@ fn take<M: Medium>(
     }
 }
 
-/// Where one row's results go; an empty slice for what the operation does not write.
+/// The places of one row's results; an empty slice for one that the operation does not write.
 #[derive(Debug)]
-pub(crate) struct RowOutputs<'a, E> {
-    /// `[hidden]`, or empty where only the quantized norm is wanted.
-    pub(crate) norm: &'a mut [E],
-    /// The row's bytes.
-    pub(crate) values: &'a mut [u8],
-    /// The whole tensor's scales.
-    pub(crate) scales: &'a mut [u8],
+pub struct RowOutputs<'a, E> {
+    /// `[hidden]`: the norm; empty if it is not stored.
+    pub norm: &'a mut [E],
+    /// The row's codes; empty without a quantization.
+    pub values: &'a mut [u8],
+    /// The tensor's scales, padding included; empty where there are none.
+    pub scales: &'a mut [u8],
 }
 
-/// What follows the sum, the same for every row of an operation.
+/// The norm and the quantization that follow the sum, the same for every row of an operation.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Finish<'a, E> {
-    pub(crate) norm: Norm,
-    pub(crate) gamma: Gamma<'a, E>,
-    pub(crate) quantization: Quantization,
-    pub(crate) scale: f32,
-    pub(crate) tokens: u64,
+pub struct Finish<'a, E> {
+    /// RMSNorm's parameters.
+    pub norm: Norm,
+    /// RMSNorm's weight, `[hidden]`.
+    pub gamma: Gamma<'a, E>,
+    /// The quantization of the norm.
+    pub quantization: Quantization,
+    /// The per-tensor or global scale, where the quantization reads one.
+    pub scale: f32,
+    /// Rows of the tensor, which the layout of scales depends on.
+    pub tokens: u64,
 }
 
 impl<E: Plain> Finish<'_, E> {
     /// Zeroes what pads the rows of scales, once all rows of `hidden` elements are quantized.
-    pub(crate) fn pad(&self, hidden: u64, scales: &mut [u8]) {
+    pub fn pad(&self, hidden: u64, scales: &mut [u8]) {
         if let (Some(block), Some(layout)) = (self.quantization.block(), self.quantization.scale_layout()) {
             layout.zero_padding_rows(self.tokens, hidden / block, scales);
         }
@@ -290,12 +317,17 @@ impl<E: Plain> Finish<'_, E> {
 }
 
 /// Normalizes and quantizes `row`, the rounded sum of token `token`. `scratch` holds a row.
-pub(crate) struct FinishRow<'a, E> {
-    pub(crate) finish: &'a Finish<'a, E>,
-    pub(crate) row: &'a [E],
-    pub(crate) token: u64,
-    pub(crate) outputs: RowOutputs<'a, E>,
-    pub(crate) scratch: &'a mut [E],
+pub struct FinishRow<'a, E> {
+    /// The norm and the quantization.
+    pub finish: &'a Finish<'a, E>,
+    /// `[hidden]`: the sum.
+    pub row: &'a [E],
+    /// The row's number in the tensor.
+    pub token: u64,
+    /// The results.
+    pub outputs: RowOutputs<'a, E>,
+    /// `[hidden]`, for a norm that is not stored.
+    pub scratch: &'a mut [E],
 }
 
 impl<E: Plain> WithSimd for FinishRow<'_, E> {
@@ -317,12 +349,17 @@ impl<E: Plain> WithSimd for FinishRow<'_, E> {
 }
 
 /// Quantizes `normed`, the normalized row of token `token`.
-pub(crate) struct QuantizeRow<'a, E> {
-    pub(crate) finish: &'a Finish<'a, E>,
-    pub(crate) normed: &'a [E],
-    pub(crate) token: u64,
-    pub(crate) values: &'a mut [u8],
-    pub(crate) scales: &'a mut [u8],
+pub struct QuantizeRow<'a, E> {
+    /// The quantization.
+    pub finish: &'a Finish<'a, E>,
+    /// `[hidden]`: the norm.
+    pub normed: &'a [E],
+    /// The row's number in the tensor.
+    pub token: u64,
+    /// The row's codes.
+    pub values: &'a mut [u8],
+    /// The tensor's scales, padding included.
+    pub scales: &'a mut [u8],
 }
 
 impl<E: Plain> WithSimd for QuantizeRow<'_, E> {
@@ -347,12 +384,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        cpu::{
-            region::Regions,
-            wait::{Vigil, Watch},
-        },
-        failure::What,
-        shared_memory::SharedMemory,
+        cpu::{region::Regions, wait::WaitGuard},
+        group::failure::What,
+        group::shared_memory::SharedMemory,
     };
 
     /// Row `number`, with numbers of all kinds in it.
@@ -375,7 +409,7 @@ mod tests {
 
     fn stripped<E: Plain>(row: &[E]) -> Vec<E> {
         let mut row = row.to_vec();
-        for word in bytemuck::cast_slice_mut::<E, u8>(&mut row).as_chunks_mut().0 {
+        for word in row.as_mut_bytes().as_chunks_mut().0 {
             *word = lamport::strip(u32::from_ne_bytes(*word)).to_ne_bytes();
         }
         row
@@ -419,9 +453,8 @@ mod tests {
         let layout = Layout::new(ranks, 1 << 14).unwrap();
         let memory = SharedMemory::create(layout.total_bytes()).unwrap();
         let exchange = |rank| {
-            let vigil =
-                Vigil { rank, deadline: Duration::from_secs(10), watch: Watch::nobody(), board: None };
-            Exchange::new(Regions::map(memory.as_fd(), layout).unwrap(), vigil)
+            let guard = WaitGuard { rank, deadline: Duration::from_secs(10), monitor: None, log: None };
+            Exchange::new(Regions::map(memory.as_fd(), layout).unwrap(), guard)
         };
         let mut exchanges: Vec<Exchange> = (0..ranks).map(exchange).collect();
         for (hidden, with_residual) in
@@ -433,7 +466,7 @@ mod tests {
             let at = |source: u32| u64::from(source) * bytes as u64;
             for source in (0..ranks).filter(|&source| source != RANK) {
                 let exchange = &exchanges[source as usize];
-                let row = bytemuck::cast_slice(&rows[source as usize]);
+                let row = rows[source as usize].as_bytes();
                 exchange.send_stripped(exchange.operation(), RANK, at(source), row);
             }
             let exchange = &exchanges[RANK as usize];

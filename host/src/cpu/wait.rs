@@ -4,66 +4,45 @@
 //! when ranks are found to make different calls, or when this rank is told to give up.
 
 use std::{
-    fmt, hint,
+    hint,
     sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use crate::{
-    board::Board,
+use crate::group::{
+    Monitor,
+    calls::CallLog,
     failure::{Awaited, Cause, Failure, What},
-    rendezvous::Lost,
 };
 
-/// Tells whether a rank of the group is known to be gone, and how it was lost.
-#[derive(Clone)]
-pub struct Watch(Arc<dyn Fn() -> Option<Lost> + Send + Sync>);
-
-impl Watch {
-    /// A watch that asks `lost`. It is called from inside waits, so it should cost no more than an atomic load.
-    pub fn new(lost: impl Fn() -> Option<Lost> + Send + Sync + 'static) -> Self {
-        Watch(Arc::new(lost))
-    }
-
-    /// A watch that never tells of a loss: only deadlines end waits.
-    pub fn nobody() -> Self {
-        Watch::new(|| None)
-    }
-}
-
-impl fmt::Debug for Watch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Watch")
-    }
-}
-
-/// What ends a rank's waits.
+/// The reasons that end a rank's waits: deadline, losses, aborts, mismatched calls.
 #[derive(Debug)]
-pub(crate) struct Vigil {
+pub struct WaitGuard {
     pub(crate) rank: u32,
     pub(crate) deadline: Duration,
-    pub(crate) watch: Watch,
-    /// What the ranks tell each other, where they can.
-    pub(crate) board: Option<Board>,
+    /// Notices lost ranks, where something does.
+    pub(crate) monitor: Option<Arc<dyn Monitor>>,
+    /// The calls that ranks tell each other of, where they can.
+    pub(crate) log: Option<CallLog>,
 }
 
-impl Vigil {
+impl WaitGuard {
     /// Why not to wait any longer, if there is a reason other than the deadline.
     fn look(&self) -> Option<Cause> {
-        if let Some(board) = &self.board {
-            if board.is_aborted() {
+        if let Some(log) = &self.log {
+            if log.is_aborted() {
                 return Some(Cause::Aborted);
             }
             // Ahead of who has given up because of it: every rank should name the calls.
-            if let Some(disagreement) = board.disagreement() {
+            if let Some(disagreement) = log.disagreement() {
                 return Some(Cause::OutOfStep(disagreement));
             }
-            if let Some(peer) = board.gave_up() {
+            if let Some(peer) = log.gave_up() {
                 return Some(Cause::GaveUp(peer));
             }
         }
-        (self.watch.0)().map(Cause::Lost)
+        self.monitor.as_ref()?.lost().map(Cause::Lost)
     }
 }
 
@@ -73,8 +52,8 @@ const SPINS: u32 = 2_000;
 const LOOK_EVERY: u32 = 64;
 
 /// One wait of one rank for another.
-pub(crate) struct Wait<'a> {
-    vigil: &'a Vigil,
+pub struct Wait<'a> {
+    guard: &'a WaitGuard,
     from: u32,
     what: What,
     operation: u64,
@@ -83,13 +62,14 @@ pub(crate) struct Wait<'a> {
 }
 
 impl<'a> Wait<'a> {
-    pub(crate) fn new(vigil: &'a Vigil, from: u32, what: What, operation: u64) -> Self {
-        Wait { vigil, from, what, operation, pauses: 0, began: None }
+    /// Begins to wait for `what` from rank `from`, in `operation` of the group.
+    pub fn new(guard: &'a WaitGuard, from: u32, what: What, operation: u64) -> Self {
+        Wait { guard, from, what, operation, pauses: 0, began: None }
     }
 
     /// Lets some time pass; an error once there is a reason to wait no longer.
     #[cold]
-    pub(crate) fn pause(&mut self) -> Result<(), Box<Failure>> {
+    pub fn pause(&mut self) -> Result<(), Box<Failure>> {
         self.pauses = self.pauses.wrapping_add(1);
         if self.pauses < SPINS {
             hint::spin_loop();
@@ -97,11 +77,11 @@ impl<'a> Wait<'a> {
         }
         if self.pauses.is_multiple_of(LOOK_EVERY) {
             let began = *self.began.get_or_insert_with(Instant::now);
-            if let Some(cause) = self.vigil.look() {
+            if let Some(cause) = self.guard.look() {
                 return Err(self.failure(cause));
             }
-            if began.elapsed() >= self.vigil.deadline {
-                return Err(self.failure(Cause::Deadline(self.vigil.deadline)));
+            if began.elapsed() >= self.guard.deadline {
+                return Err(self.failure(Cause::Deadline(self.guard.deadline)));
             }
         }
         thread::yield_now();
@@ -109,8 +89,8 @@ impl<'a> Wait<'a> {
     }
 
     fn failure(&self, cause: Cause) -> Box<Failure> {
-        let call = self.vigil.board.as_ref().and_then(Board::call);
+        let call = self.guard.log.as_ref().and_then(CallLog::call);
         let wait = Awaited { from: self.from, what: self.what, operation: self.operation, call };
-        Box::new(Failure { rank: self.vigil.rank, wait: Some(wait), cause })
+        Box::new(Failure { rank: self.guard.rank, wait: Some(wait), cause })
     }
 }

@@ -1,140 +1,190 @@
-//! The GPUs of this host.
+//! The GPUs that this process sees, and the contexts that everything on them lives in.
 
-use std::sync::Arc;
-
-use cust::{
-    context::{Context, CurrentContext},
-    device::{Device, DeviceAttribute},
+use std::{
+    ffi::{c_char, c_int},
+    fs,
+    marker::PhantomData,
+    ptr::null_mut,
+    sync::{Arc, OnceLock},
 };
-use serde::{Deserialize, Serialize};
 
-use super::{
-    Error,
-    driver::{check, failed, load},
+use super::driver::{Functions, Handle, check, load};
+use crate::{
+    error::Error,
+    group::{Bootstrap, BootstrapError},
 };
-use crate::{bounded, rendezvous::Group};
 
-/// What tells hosts apart: a number that the kernel draws when it boots.
+/// The number that tells hosts apart: the kernel draws it when it boots.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// `CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT` and others.
+const UNITS: u32 = 16;
+const L2_CACHE_BYTES: u32 = 38;
+const CAPABILITY_MAJOR: u32 = 75;
+const CAPABILITY_MINOR: u32 = 76;
+/// `CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED`.
+const ALREADY_ENABLED: u32 = 704;
 
-/// This rank's GPU, whose primary context is the current one of this thread.
-#[derive(Debug)]
-pub(crate) struct Gpu {
+/// A GPU.
+#[derive(Clone, Debug)]
+pub struct Gpu {
     /// Its number among those that this process sees.
-    pub(crate) ordinal: u32,
+    pub ordinal: u32,
     /// The vendor's name for it.
-    pub(crate) name: String,
+    pub name: String,
     /// Compute capability: 90 is 9.0.
-    pub(crate) capability: u32,
+    pub capability: u32,
     /// Multiprocessors.
-    pub(crate) units: u32,
-    /// Bytes of the cache that all multiprocessors share.
-    pub(crate) cache_bytes: u64,
-    context: SharedContext,
-}
-
-/// How a rank's GPU is known to the others.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Identity {
-    host: String,
-    uuid: [u8; 16],
+    pub units: u32,
+    /// Bytes of the L2 cache.
+    pub cache_bytes: u64,
+    context: Context,
 }
 
 impl Gpu {
-    /// Takes GPU `ordinal` of those that this process sees.
+    /// Takes GPU `ordinal` of those that this process sees, with its primary context.
     ///
     /// # Errors
     /// There is no driver or no such GPU.
-    pub(crate) fn open(ordinal: u32) -> Result<Gpu, Error> {
-        let count = count()?;
+    pub fn open(ordinal: u32) -> Result<Gpu, Error> {
+        let (driver, count) = (load()?, count()?);
         if ordinal >= count {
             let plural = if count == 1 { "" } else { "s" };
-            return Err(Error::Devices(format!(
-                "LOCAL_RANK {ordinal} has no GPU: this process sees {count} GPU{plural}"
+            return Err(Error::Device(format!(
+                "there is no GPU {ordinal}: this process sees {count} GPU{plural}"
             )));
         }
-        let device = Device::get_device(ordinal).map_err(failed("find the GPU"))?;
-        let context = Context::new(device).map_err(failed("make a context on the GPU"))?;
+        let mut device = 0;
+        // SAFETY: `device` has room for the answer.
+        check("find the GPU", unsafe { (driver.cuDeviceGet)(&mut device, ordinal as c_int) })?;
         let attribute = |attribute| {
-            let value = device.get_attribute(attribute).map_err(failed("ask what the GPU can do"))?;
-            Ok::<u32, Error>(value.max(0) as u32)
+            let mut value = 0;
+            // SAFETY: the device was found, and `value` has room for the answer.
+            let code = unsafe { (driver.cuDeviceGetAttribute)(&mut value, attribute, device) };
+            check("ask what the GPU can do", code).map(|()| value.max(0) as u32)
         };
-        let (major, minor) = (
-            attribute(DeviceAttribute::ComputeCapabilityMajor)?,
-            attribute(DeviceAttribute::ComputeCapabilityMinor)?,
-        );
+        let mut name = [0 as c_char; 256];
+        // SAFETY: the device was found, and `name` has as much room as is said.
+        let code = unsafe { (driver.cuDeviceGetName)(name.as_mut_ptr(), name.len() as c_int, device) };
+        check("ask for the GPU's name", code)?;
+        let name: Vec<u8> = name.iter().map(|&byte| byte as u8).take_while(|&byte| byte != 0).collect();
         Ok(Gpu {
             ordinal,
-            name: device.name().map_err(failed("ask for the GPU's name"))?,
-            capability: major * 10 + minor,
-            units: attribute(DeviceAttribute::MultiprocessorCount)?,
-            cache_bytes: attribute(DeviceAttribute::L2CacheSize)?.into(),
-            context: SharedContext(Arc::new(context)),
+            name: String::from_utf8_lossy(&name).into_owned(),
+            capability: attribute(CAPABILITY_MAJOR)? * 10 + attribute(CAPABILITY_MINOR)?,
+            units: attribute(UNITS)?,
+            cache_bytes: attribute(L2_CACHE_BYTES)?.into(),
+            context: Context::retain(driver, device)?,
         })
     }
 
-    /// The GPU's context, for another thread.
-    pub(crate) fn context(&self) -> SharedContext {
-        self.context.clone()
-    }
-
-    fn identity(&self) -> Result<Identity, Error> {
-        let host = bounded::read_to_string(BOOT_ID.as_ref(), 4096)
-            .map_err(|error| Error::Devices(format!("cannot tell hosts apart by {BOOT_ID}: {error}")))?;
-        Ok(Identity { host, uuid: uuid(self.ordinal)? })
+    /// The GPU's primary context: the one that CUDA's runtime, PyTorch and cudarc use.
+    pub fn context(&self) -> &Context {
+        &self.context
     }
 }
 
-/// A GPU's context, retained once for all that share it: to retain it again can fail where the GPU has.
+/// A GPU's primary context, retained as long as a clone of it lives.
 #[derive(Clone, Debug)]
-pub(crate) struct SharedContext(Arc<Context>);
+pub struct Context(Arc<Primary>);
 
-impl SharedContext {
-    /// Makes it the calling thread's current context.
-    pub(crate) fn make_current(&self) -> Result<(), Error> {
-        CurrentContext::set_current(&*self.0).map_err(failed("make the GPU's context current"))
+#[derive(Debug)]
+struct Primary {
+    driver: &'static Functions,
+    device: c_int,
+    handle: Handle,
+}
+
+// SAFETY: the driver's contexts belong to the process, and its functions may be called from any thread.
+unsafe impl Send for Primary {}
+// SAFETY: as above; the driver locks what threads share.
+unsafe impl Sync for Primary {}
+
+impl Drop for Primary {
+    fn drop(&mut self) {
+        // SAFETY: retained in `retain`, and released once.
+        unsafe { (self.driver.cuDevicePrimaryCtxRelease_v2)(self.device) };
     }
 }
 
-/// GPUs that this process sees.
+impl Context {
+    fn retain(driver: &'static Functions, device: c_int) -> Result<Context, Error> {
+        let mut handle = null_mut();
+        // SAFETY: the caller has the device from the driver, and `handle` has room for the answer.
+        let code = unsafe { (driver.cuDevicePrimaryCtxRetain)(&mut handle, device) };
+        check("make a context on the GPU", code)?;
+        Ok(Context(Arc::new(Primary { driver, device, handle })))
+    }
+
+    /// The driver's handle, a `CUcontext`.
+    pub fn handle(&self) -> Handle {
+        self.0.handle
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &'static Functions {
+        self.0.driver
+    }
+
+    /// Makes the context current in this thread until the returned value is dropped, which restores the one before.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn enter(&self) -> Result<Entered, Error> {
+        // SAFETY: the context is retained.
+        let code = unsafe { (self.0.driver.cuCtxPushCurrent_v2)(self.0.handle) };
+        check("make the GPU's context current", code)?;
+        Ok(Entered { context: self.clone(), this_thread: PhantomData })
+    }
+
+    /// Lets this context reach the memory of `peer`, another GPU's context in this process.
+    ///
+    /// # Errors
+    /// The driver's: there is no way from this GPU to that one.
+    pub(super) fn enable_peer(&self, peer: Handle) -> Result<(), Error> {
+        let _entered = self.enter()?;
+        // SAFETY: `peer` is a context of this process, as its rank said.
+        match unsafe { (self.0.driver.cuCtxEnablePeerAccess)(peer, 0) } {
+            ALREADY_ENABLED => Ok(()),
+            code => check("enable access to the other rank's memory", code),
+        }
+    }
+}
+
+/// A context that is current in this thread: see [`Context::enter`].
+#[derive(Debug)]
+pub struct Entered {
+    context: Context,
+    /// Contexts are current by thread.
+    this_thread: PhantomData<*const ()>,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        let mut popped = null_mut();
+        // SAFETY: pushed in `enter`, by this thread; whoever pushed others since has popped them.
+        unsafe { (self.context.0.driver.cuCtxPopCurrent_v2)(&mut popped) };
+    }
+}
+
+/// Counts the GPUs that this process sees.
 ///
 /// # Errors
 /// There is no driver, or it finds no GPU.
 pub fn count() -> Result<u32, Error> {
-    load()?;
-    Device::num_devices().map_err(failed("count the GPUs"))
+    let mut count = 0;
+    // SAFETY: `count` has room for the answer.
+    check("count the GPUs", unsafe { (load()?.cuDeviceGetCount)(&mut count) })?;
+    Ok(count.max(0) as u32)
 }
 
-/// Checks that there is a GPU for each rank of `groups` groups of `size` ranks, and that those of a group can reach each
-/// other's memory: GPUs 0 to `size - 1` are the first group's, and so on; past the last GPU, from the first again, if
-/// ranks may `oversubscribe` them.
+/// Asks whether GPU `ordinal` can reach the memory of GPU `peer`; both are numbers below [`count`].
 ///
 /// # Errors
-/// Which pair cannot, or how many GPUs there are.
-pub fn check_peers(size: u32, groups: u32, oversubscribe: bool) -> Result<(), Error> {
-    let (count, ranks) = (count()?, size * groups);
-    if count < ranks && !(oversubscribe && count > 0) {
-        return Err(Error::Devices(format!(
-            "{ranks} ranks need {ranks} GPUs, one each, and there are {count} (--oversubscribe lets ranks share one)"
-        )));
-    }
-    for first in 0..ranks {
-        for second in first / size * size..(first / size + 1) * size {
-            let (one, other) = (first % count, second % count);
-            if one != other && !can_access(one, other)? {
-                return Err(Error::Devices(format!(
-                    "GPUs {one} and {other} cannot share memory: there is no peer access between them"
-                )));
-            }
-        }
-    }
-    Ok(())
-}
-
-fn can_access(ordinal: u32, peer: u32) -> Result<bool, Error> {
+/// The driver's.
+pub fn can_access(ordinal: u32, peer: u32) -> Result<bool, Error> {
     let mut can = 0;
-    // SAFETY: devices by number, checked against their count, and room for the answer.
-    let code = unsafe { (load()?.cuDeviceCanAccessPeer)(&mut can, ordinal as i32, peer as i32) };
+    // SAFETY: the driver refuses devices that are not there, and `can` has room for the answer.
+    let code = unsafe { (load()?.cuDeviceCanAccessPeer)(&mut can, ordinal as c_int, peer as c_int) };
     check("ask which GPUs can share memory", code)?;
     Ok(can != 0)
 }
@@ -142,25 +192,71 @@ fn can_access(ordinal: u32, peer: u32) -> Result<bool, Error> {
 fn uuid(ordinal: u32) -> Result<[u8; 16], Error> {
     let mut uuid = [0; 16];
     // SAFETY: a device by number, checked against their count, and room for the answer.
-    let code = unsafe { (load()?.cuDeviceGetUuid)(&mut uuid, ordinal as i32) };
+    let code = unsafe { (load()?.cuDeviceGetUuid)(&mut uuid, ordinal as c_int) };
     check("ask for the GPU's identity", code)?;
     Ok(uuid)
 }
 
+/// A number that no other process has.
+pub(super) fn process() -> [u8; 16] {
+    static PROCESS: OnceLock<[u8; 16]> = OnceLock::new();
+    *PROCESS.get_or_init(|| {
+        let mut number = [0; 16];
+        // A kernel without random numbers leaves the process's own: enough within one PID namespace.
+        if rustix::rand::getrandom(&mut number, rustix::rand::GetRandomFlags::empty()).is_err() {
+            number[..4].copy_from_slice(&std::process::id().to_le_bytes());
+        }
+        number
+    })
+}
+
+/// A rank's GPU as the others know it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Identity {
+    uuid: [u8; 16],
+    process: [u8; 16],
+    host: Vec<u8>,
+}
+
+impl Identity {
+    fn of(gpu: &Gpu) -> Result<Identity, Error> {
+        let host = fs::read(BOOT_ID).map_err(Error::system("tell hosts apart by their boot identifier"))?;
+        Ok(Identity { uuid: uuid(gpu.ordinal)?, process: process(), host })
+    }
+
+    fn to_bytes(&self) -> Vec<u8> {
+        [&self.uuid[..], &self.process, &self.host].concat()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Identity> {
+        let (&uuid, rest) = bytes.split_first_chunk()?;
+        let (&process, host) = rest.split_first_chunk()?;
+        Some(Identity { uuid, process, host: host.to_vec() })
+    }
+
+    fn is_same_gpu(&self, other: &Identity) -> bool {
+        self.uuid == other.uuid && self.host == other.host
+    }
+}
+
 /// Checks that every rank has a GPU on this host which this rank's can reach, and one of its own unless ranks may
-/// `oversubscribe` them. All ranks call this. Whether any two share one.
+/// `oversubscribe` them. All ranks call this. Returns whether any two share one.
 ///
 /// # Errors
-/// Which pair of ranks cannot share memory, and why.
-pub(crate) fn check_group(group: &Group, gpu: &Gpu, oversubscribe: bool) -> Result<bool, Error> {
-    let rank = group.rank();
-    let own = gpu.identity()?;
-    let identities: Vec<Identity> = super::gather(group, &own)?;
+/// A pair of ranks that cannot share memory, and why; the bootstrap's.
+pub(super) fn check_group(bootstrap: &dyn Bootstrap, gpu: &Gpu, oversubscribe: bool) -> Result<bool, Error> {
+    let rank = bootstrap.rank();
+    let own = Identity::of(gpu)?;
+    let all = bootstrap.all_gather(&own.to_bytes()).map_err(Error::bootstrap)?;
+    let identities: Vec<Identity> =
+        all.iter().map(|bytes| Identity::from_bytes(bytes)).collect::<Option<_>>().ok_or_else(|| {
+            Error::bootstrap(BootstrapError::from("a rank's GPU cannot be read: is it of another version?"))
+        })?;
     let found =
         (0..count()?).map(|ordinal| Ok((ordinal, uuid(ordinal)?))).collect::<Result<Vec<_>, Error>>()?;
     let reaches = |peer: &Identity| {
         // A GPU that this process does not see is left to the attempt to open its memory. One is no peer of itself.
-        let seen = found.iter().find(|(_, uuid)| *uuid == peer.uuid && *peer != own);
+        let seen = found.iter().find(|(_, uuid)| *uuid == peer.uuid && !peer.is_same_gpu(&own));
         seen.map_or(Ok(true), |&(ordinal, _)| can_access(gpu.ordinal, ordinal))
     };
     for (peer, identity) in (0..).zip(&identities).filter(|&(peer, _)| peer != rank) {
@@ -175,20 +271,25 @@ pub(crate) fn check_group(group: &Group, gpu: &Gpu, oversubscribe: bool) -> Resu
     Ok(any_alike(&identities))
 }
 
-/// Whether any two ranks have the same GPU.
+/// True if any two ranks have the same GPU.
 fn any_alike(identities: &[Identity]) -> bool {
-    identities.iter().enumerate().any(|(rank, identity)| identities[..rank].contains(identity))
+    let alike =
+        |(rank, identity): (usize, &Identity)| identities[..rank].iter().any(|one| one.is_same_gpu(identity));
+    identities.iter().enumerate().any(alike)
 }
 
-/// Why two ranks' GPUs cannot be in a group, as far as their names tell.
+/// The reason that two ranks' GPUs cannot be in a group, as far as their names tell.
 fn conflict(one: &Identity, other: &Identity, oversubscribe: bool) -> Option<&'static str> {
     if one.host != other.host {
         Some("they are on different hosts")
-    } else if one.uuid == other.uuid && !oversubscribe {
-        Some(
-            "they use the same GPU: give each rank its own, by LOCAL_RANK or CUDA_VISIBLE_DEVICES, or let them share \
-             it with --oversubscribe",
-        )
+    } else if !one.is_same_gpu(other) {
+        None
+    } else if !oversubscribe {
+        Some("they use the same GPU: give each rank its own, or allow ranks to share one")
+    } else if one.process == other.process {
+        // The driver shares a GPU between processes by turns; kernels of one process that wait for each other may
+        // never run at the same time.
+        Some("they use the same GPU in one process: ranks that share a GPU are processes of their own")
     } else {
         None
     }
@@ -199,7 +300,7 @@ mod tests {
     use super::*;
 
     fn identity(host: &str, uuid: u8) -> Identity {
-        Identity { host: host.to_owned(), uuid: [uuid; 16] }
+        Identity { uuid: [uuid; 16], process: [uuid ^ 1; 16], host: host.into() }
     }
 
     #[test]
@@ -214,11 +315,20 @@ mod tests {
     }
 
     #[test]
-    fn ranks_share_a_gpu_if_they_may_but_never_a_host() {
+    fn ranks_share_a_gpu_if_they_may_but_never_a_host_or_a_process() {
         let own = identity("a", 1);
-        assert_eq!(conflict(&own, &identity("a", 1), true), None);
+        let other = Identity { process: [9; 16], ..own.clone() };
+        assert_eq!(conflict(&own, &other, true), None);
+        assert!(conflict(&own, &own, true).is_some_and(|why| why.contains("one process")));
         assert!(conflict(&own, &identity("b", 2), true).is_some());
         assert!(any_alike(&[identity("a", 2), own.clone(), identity("a", 2)]));
         assert!(!any_alike(&[identity("a", 2), own, identity("b", 2)]));
+    }
+
+    #[test]
+    fn an_identity_is_read_as_it_was_written_and_nothing_shorter() {
+        let own = identity("host", 3);
+        assert_eq!(Identity::from_bytes(&own.to_bytes()), Some(own));
+        assert_eq!(Identity::from_bytes(&[0; 31]), None);
     }
 }

@@ -1,134 +1,64 @@
-//! The CUDA driver, found when it is first needed.
+//! The CUDA driver's API as a table of functions, found in `libcuda.so.1` when first needed.
 //!
-//! Nothing is linked with `libcuda.so`, so the program builds without a CUDA toolkit and starts without a driver.
-//! What this module must therefore provide:
-//! - **The functions that `cust` calls.** `cust` expects a linker to bind them. They are defined here, each as a jump
-//!   to where [`load`] found the driver's own; before that, and where there is no driver, they return
-//!   `CUDA_ERROR_NOT_INITIALIZED`.
-//! - **The functions that `cust` does not have** (IPC handles, graphs, mapped host memory): [`Functions`].
-//! - **The functions newer than its bindings** (`cuLaunchKernelEx`), from `cuGetProcAddress`.
+//! Nothing is linked with the driver: this crate builds without a CUDA toolkit, defines no symbol of the driver, and a
+//! program that uses it starts on a machine without one. [`load`] finds the table; a missing or too old driver is an
+//! [`Error::NoDriver`].
 //!
-//! The driver's results are numbers here, never the enum of the bindings: later drivers have results that the enum
-//! does not.
+//! Results are numbers, never an enum of bindings: later drivers have results that an enum would not.
 
 use std::{
     ffi::{CStr, c_char, c_int, c_uint, c_void},
     ptr::null_mut,
-    sync::{
-        OnceLock,
-        atomic::{AtomicPtr, Ordering::Relaxed},
-    },
+    sync::OnceLock,
 };
 
-use libloading::Library;
-
-use super::Error;
+use super::dynamic_library::DynamicLibrary;
+use crate::error::Error;
 
 /// The driver's name for the loader.
-const LIBRARY: &str = "libcuda.so.1";
+const LIBRARY: &CStr = c"libcuda.so.1";
 /// `CUDA_SUCCESS`.
 const SUCCESS: u32 = 0;
-/// `CUDA_ERROR_NOT_INITIALIZED`.
-const NOT_INITIALIZED: u32 = 3;
 /// `CUDA_ERROR_NOT_READY`.
 const NOT_READY: u32 = 600;
 
-/// What a function of the driver returns: `CUresult`.
-pub(crate) type Code = u32;
+/// `CUresult`.
+pub type Code = u32;
 /// `CUdeviceptr`.
-pub(crate) type DevicePointer = u64;
-/// `CUstream`, `CUfunction`, `CUgraph`, `CUgraphExec`.
-pub(crate) type Handle = *mut c_void;
-
-/// Stands in for every function of the driver as long as there is none.
-unsafe extern "C" fn not_loaded() -> Code {
-    NOT_INITIALIZED
-}
-
-/// Defines, for the linker, functions of the driver as jumps to where `bind` has found them.
-macro_rules! trampolines {
-    ($($name:ident)*) => {
-        #[allow(non_upper_case_globals, reason = "each is named after the function that it points to")]
-        mod targets {
-            use super::*;
-            $(pub(super) static $name: AtomicPtr<c_void> =
-                AtomicPtr::new(not_loaded as unsafe extern "C" fn() -> Code as *mut c_void);)*
-        }
-
-        $(
-            /// # Safety
-            /// The driver's: any arguments pass through as they are.
-            #[unsafe(no_mangle)]
-            #[unsafe(naked)]
-            unsafe extern "C" fn $name() -> Code {
-                #[cfg(target_arch = "x86_64")]
-                std::arch::naked_asm!("jmp qword ptr [rip + {target}]", target = sym targets::$name);
-                #[cfg(target_arch = "aarch64")]
-                std::arch::naked_asm!(
-                    "adrp x16, {target}",
-                    "ldr x16, [x16, :lo12:{target}]",
-                    "br x16",
-                    target = sym targets::$name
-                );
-            }
-        )*
-
-        /// Points the jumps at the driver's functions. One that it lacks stays as it is.
-        fn bind(library: &Library) {
-            $(
-                // SAFETY: only the address is taken.
-                if let Ok(symbol) = unsafe { library.get::<*mut c_void>(stringify!($name)) } {
-                    targets::$name.store(*symbol, Relaxed);
-                }
-            )*
-        }
-    };
-}
-
-#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-compile_error!("NVIDIA's driver, and with it this crate's CUDA backend, is for x86_64 and aarch64");
-
-// All that `cust` 0.3.2 refers to, used or not: one more than the linker asks for costs nothing.
-trampolines! {
-    cuArray3DCreate_v2 cuArray3DGetDescriptor_v2 cuArrayDestroy cuCtxCreate_v2 cuCtxDestroy_v2 cuCtxGetApiVersion
-    cuCtxGetCacheConfig cuCtxGetCurrent cuCtxGetDevice cuCtxGetFlags cuCtxGetLimit cuCtxGetSharedMemConfig
-    cuCtxGetStreamPriorityRange cuCtxPopCurrent_v2 cuCtxPushCurrent_v2 cuCtxSetCacheConfig cuCtxSetCurrent
-    cuCtxSetLimit cuCtxSetSharedMemConfig cuCtxSynchronize cuDestroyExternalMemory cuDeviceGet cuDeviceGetAttribute
-    cuDeviceGetCount cuDeviceGetName cuDevicePrimaryCtxRelease_v2 cuDevicePrimaryCtxReset_v2
-    cuDevicePrimaryCtxRetain cuDevicePrimaryCtxSetFlags_v2 cuDeviceTotalMem_v2 cuDriverGetVersion cuEventCreate
-    cuEventDestroy_v2 cuEventElapsedTime cuEventQuery cuEventRecord cuEventSynchronize
-    cuExternalMemoryGetMappedBuffer cuFuncGetAttribute cuFuncSetCacheConfig cuFuncSetSharedMemConfig
-    cuGetErrorString cuGraphAddKernelNode cuGraphCreate cuGraphDebugDotPrint cuGraphDestroy cuGraphGetEdges
-    cuGraphGetNodes cuGraphKernelNodeGetParams cuGraphNodeGetType cuImportExternalMemory cuInit cuLaunchHostFunc
-    cuLaunchKernel cuLinkAddData_v2 cuLinkComplete cuLinkCreate_v2 cuLinkDestroy cuMemAdvise cuMemAllocAsync
-    cuMemAllocHost_v2 cuMemAllocManaged cuMemAllocPitch_v2 cuMemAlloc_v2 cuMemFreeAsync cuMemFreeHost cuMemFree_v2
-    cuMemGetInfo_v2 cuMemPrefetchAsync cuMemcpy2D_v2 cuMemcpyAtoH_v2 cuMemcpyDtoDAsync_v2 cuMemcpyDtoD_v2
-    cuMemcpyDtoHAsync_v2 cuMemcpyDtoH_v2 cuMemcpyHtoA_v2 cuMemcpyHtoDAsync_v2 cuMemcpyHtoD_v2 cuMemsetD16Async
-    cuMemsetD16_v2 cuMemsetD32Async cuMemsetD32_v2 cuMemsetD8Async cuMemsetD8_v2 cuModuleGetFunction
-    cuModuleGetGlobal_v2 cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleUnload
-    cuOccupancyAvailableDynamicSMemPerBlock cuOccupancyMaxActiveBlocksPerMultiprocessor
-    cuOccupancyMaxPotentialBlockSize cuStreamCreateWithPriority cuStreamDestroy_v2 cuStreamGetFlags
-    cuStreamGetPriority cuStreamSynchronize cuStreamWaitEvent cuSurfObjectCreate cuSurfObjectDestroy
-    cuSurfObjectGetResourceDesc cuTexObjectCreate cuTexObjectDestroy cuTexObjectGetResourceDesc
-    cuTexObjectGetResourceViewDesc
-}
+pub type DevicePointer = u64;
+/// `CUcontext`, `CUmodule`, `CUstream`, `CUfunction`, `CUgraph` or `CUgraphExec`.
+pub type Handle = *mut c_void;
 
 macro_rules! functions {
     ($(fn $name:ident($($argument:ident: $type:ty),*);)*) => {
-        /// Functions of the driver that `cust` lacks, to be called as C functions are: unsafely. Their results go to
-        /// [`check`].
+        /// Functions of the driver, named and typed as in `cuda.h`, and called as C functions are: unsafely. Results go
+        /// to [`check`].
         #[allow(non_snake_case, reason = "the driver's names")]
+        #[allow(missing_docs, reason = "NVIDIA documents them")]
+        #[non_exhaustive]
         #[derive(Debug)]
-        pub(crate) struct Functions {
-            $(pub(crate) $name: unsafe extern "C" fn($($argument: $type),*) -> Code,)*
+        pub struct Functions {
+            $(pub $name: unsafe extern "C" fn($($argument: $type),*) -> Code,)*
+            /// Launches with attributes, in drivers of CUDA 12 and later.
+            pub launcher: Option<Launcher>,
+            library: DynamicLibrary,
         }
 
+        #[allow(non_snake_case, reason = "the driver's names")]
         impl Functions {
-            fn find(library: &Library) -> Result<Self, String> {
-                // SAFETY: the driver's function of this name has this type.
-                Ok(Functions { $($name: unsafe { library.get(stringify!($name)) }.map(|symbol| *symbol).map_err(
-                    |_| format!("{LIBRARY} has no {}: it is older than CUDA 11.4", stringify!($name))
-                )?,)* })
+            fn find(library: DynamicLibrary) -> Result<Self, String> {
+                $(
+                    let address = library.symbol(stringify!($name)).ok_or_else(|| {
+                        let library = LIBRARY.to_string_lossy();
+                        format!("{library} has no {}: it is older than CUDA 11.4", stringify!($name))
+                    })?;
+                    // SAFETY: `cuda.h` declares the function of this name with this type.
+                    let $name = unsafe {
+                        std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($argument: $type),*) -> Code>(address)
+                    };
+                )*
+                let launcher = Launcher::find(&library);
+                Ok(Functions { $($name,)* launcher, library })
             }
         }
     };
@@ -136,7 +66,17 @@ macro_rules! functions {
 
 functions! {
     fn cuInit(flags: c_uint);
-    fn cuGetProcAddress(name: *const c_char, function: *mut *mut c_void, version: c_int, flags: u64);
+    fn cuGetErrorString(code: Code, text: *mut *const c_char);
+    fn cuDeviceGet(device: *mut c_int, ordinal: c_int);
+    fn cuDeviceGetCount(count: *mut c_int);
+    fn cuDeviceGetName(name: *mut c_char, length: c_int, device: c_int);
+    fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, device: c_int);
+    fn cuDevicePrimaryCtxRetain(context: *mut Handle, device: c_int);
+    fn cuDevicePrimaryCtxRelease_v2(device: c_int);
+    fn cuCtxGetCurrent(context: *mut Handle);
+    fn cuCtxPushCurrent_v2(context: Handle);
+    fn cuCtxPopCurrent_v2(context: *mut Handle);
+    fn cuCtxEnablePeerAccess(peer: Handle, flags: c_uint);
     fn cuDeviceGetUuid(uuid: *mut [u8; 16], device: c_int);
     fn cuDeviceCanAccessPeer(can: *mut c_int, device: c_int, peer: c_int);
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize);
@@ -154,6 +94,16 @@ functions! {
     fn cuIpcGetMemHandle(handle: *mut IpcHandle, address: DevicePointer);
     fn cuIpcOpenMemHandle_v2(address: *mut DevicePointer, handle: IpcHandle, flags: c_uint);
     fn cuIpcCloseMemHandle(address: DevicePointer);
+    fn cuModuleLoadData(module: *mut Handle, image: *const c_void);
+    fn cuModuleUnload(module: Handle);
+    fn cuModuleGetGlobal_v2(address: *mut DevicePointer, bytes: *mut usize, module: Handle, name: *const c_char);
+    fn cuModuleGetFunction(function: *mut Handle, module: Handle, name: *const c_char);
+    fn cuFuncGetAttribute(value: *mut c_int, attribute: c_uint, function: Handle);
+    fn cuOccupancyMaxActiveBlocksPerMultiprocessor(blocks: *mut c_int, function: Handle, threads: c_int, shared: usize);
+    fn cuLaunchKernel(function: Handle, grid_x: c_uint, grid_y: c_uint, grid_z: c_uint, block_x: c_uint, block_y: c_uint, block_z: c_uint, shared: c_uint, stream: Handle, parameters: *mut *mut c_void, extra: *mut *mut c_void);
+    fn cuStreamCreate(stream: *mut Handle, flags: c_uint);
+    fn cuStreamDestroy_v2(stream: Handle);
+    fn cuStreamSynchronize(stream: Handle);
     fn cuStreamQuery(stream: Handle);
     fn cuStreamIsCapturing(stream: Handle, status: *mut c_uint);
     fn cuStreamBeginCapture_v2(stream: Handle, mode: c_uint);
@@ -164,30 +114,34 @@ functions! {
     fn cuGraphDestroy(graph: Handle);
 }
 
-/// `CUipcMemHandle`: names an allocation to other processes.
+/// `CUipcMemHandle`: a name of an allocation for other processes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct IpcHandle(pub(crate) [u8; 64]);
+pub struct IpcHandle(/** Opaque bytes, which may be sent to other processes of the host. */ pub [u8; 64]);
 
 /// `CUlaunchAttribute`: a number, and 64 bytes of which attributes use some.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct LaunchAttribute {
-    pub(crate) id: c_uint,
-    pub(crate) padding: c_uint,
-    pub(crate) value: [c_uint; 16],
+pub struct LaunchAttribute {
+    /// `CUlaunchAttributeID`.
+    pub id: c_uint,
+    /// Unused.
+    pub padding: c_uint,
+    /// The attribute's value, in its first words.
+    pub value: [c_uint; 16],
 }
 
 impl LaunchAttribute {
-    /// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`: clusters of so many blocks.
-    pub(crate) fn cluster(blocks: u32) -> Self {
+    /// Makes `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`: clusters of `blocks` blocks.
+    pub fn cluster(blocks: u32) -> Self {
         let mut value = [0; 16];
         value[..3].copy_from_slice(&[blocks, 1, 1]);
         LaunchAttribute { id: 4, padding: 0, value }
     }
 
-    /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: may start before the kernel before it is complete.
-    pub(crate) fn programmatic_dependent() -> Self {
+    /// Makes `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the kernel may start before the one ahead of it is
+    /// complete.
+    pub fn programmatic_dependent() -> Self {
         let mut value = [0; 16];
         value[0] = 1;
         LaunchAttribute { id: 6, padding: 0, value }
@@ -197,119 +151,120 @@ impl LaunchAttribute {
 /// `CUlaunchConfig`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct LaunchConfig {
-    pub(crate) grid: [c_uint; 3],
-    pub(crate) block: [c_uint; 3],
-    pub(crate) shared_bytes: c_uint,
-    pub(crate) stream: Handle,
-    pub(crate) attributes: *const LaunchAttribute,
-    pub(crate) attribute_count: c_uint,
+pub struct LaunchConfig {
+    /// Blocks of the grid.
+    pub grid: [c_uint; 3],
+    /// Threads of a block.
+    pub block: [c_uint; 3],
+    /// Bytes of dynamic shared memory of a block.
+    pub shared_bytes: c_uint,
+    /// The stream.
+    pub stream: Handle,
+    /// The first of the attributes.
+    pub attributes: *const LaunchAttribute,
+    /// Attributes.
+    pub attribute_count: c_uint,
 }
 
 /// Functions of CUDA 12, which launch kernels with attributes.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Launcher {
+pub struct Launcher {
     /// `cuLaunchKernelEx`.
-    pub(crate) launch:
-        unsafe extern "C" fn(*const LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void) -> Code,
+    pub launch: LaunchKernelEx,
     /// `cuOccupancyMaxActiveClusters`.
-    pub(crate) max_active_clusters: unsafe extern "C" fn(*mut c_int, Handle, *const LaunchConfig) -> Code,
+    pub max_active_clusters: MaxActiveClusters,
 }
 
+/// The type of `cuLaunchKernelEx`.
+pub type LaunchKernelEx =
+    unsafe extern "C" fn(*const LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void) -> Code;
+/// The type of `cuOccupancyMaxActiveClusters`.
+pub type MaxActiveClusters = unsafe extern "C" fn(*mut c_int, Handle, *const LaunchConfig) -> Code;
+
+/// The type of `cuGetProcAddress`.
+type GetProcAddress = unsafe extern "C" fn(*const c_char, *mut *mut c_void, c_int, u64) -> Code;
+
 impl Launcher {
-    /// Finds the functions.
-    ///
-    /// # Errors
-    /// The driver is older than CUDA 12.
-    pub(crate) fn find() -> Result<Launcher, Error> {
-        let launch = proc_address(c"cuLaunchKernelEx")?;
-        let max_active_clusters = proc_address(c"cuOccupancyMaxActiveClusters")?;
-        // SAFETY: the functions of these names have these types.
+    /// Finds the functions; `None` in a driver older than CUDA 12.
+    fn find(library: &DynamicLibrary) -> Option<Launcher> {
+        let get = library.symbol("cuGetProcAddress")?;
+        // SAFETY: `cuda.h` of CUDA 11.3 and later declares the function with this type.
+        let get = unsafe { std::mem::transmute::<*mut c_void, GetProcAddress>(get) };
+        let find = |name: &CStr| {
+            let mut function = null_mut();
+            // SAFETY: the name is a C string, and `function` has room for an address.
+            let code = unsafe { get(name.as_ptr(), &mut function, 12_000, 0) };
+            (code == SUCCESS && !function.is_null()).then_some(function)
+        };
+        let (launch, clusters) = (find(c"cuLaunchKernelEx")?, find(c"cuOccupancyMaxActiveClusters")?);
+        // SAFETY: the driver returned these addresses for the functions of these names as CUDA 12.0 declares them.
         unsafe {
-            Ok(Launcher {
-                launch: std::mem::transmute::<
-                    *mut c_void,
-                    unsafe extern "C" fn(
-                        *const LaunchConfig,
-                        Handle,
-                        *mut *mut c_void,
-                        *mut *mut c_void,
-                    ) -> Code,
-                >(launch),
-                max_active_clusters: std::mem::transmute::<
-                    *mut c_void,
-                    unsafe extern "C" fn(*mut c_int, Handle, *const LaunchConfig) -> Code,
-                >(max_active_clusters),
+            Some(Launcher {
+                launch: std::mem::transmute::<*mut c_void, LaunchKernelEx>(launch),
+                max_active_clusters: std::mem::transmute::<*mut c_void, MaxActiveClusters>(clusters),
             })
         }
     }
 }
 
-/// A function as CUDA 12.0 has it. Never null.
-fn proc_address(name: &CStr) -> Result<*mut c_void, Error> {
-    let mut function = null_mut();
-    // SAFETY: the name is a string, and the address is written where there is room for it.
-    let code = unsafe { (load()?.cuGetProcAddress)(name.as_ptr(), &mut function, 12_000, 0) };
-    if code != SUCCESS || function.is_null() {
-        let name = name.to_string_lossy();
-        return Err(Error::NoDriver(format!("the driver has no {name}: it is older than CUDA 12")));
+impl Functions {
+    /// The address of the driver's function `name`, for bindings of other crates; `None` if the driver has none.
+    pub fn address(&self, name: &str) -> Option<*mut c_void> {
+        self.library.symbol(name)
     }
-    Ok(function)
 }
 
-/// Finds the driver and initializes it, the first time; later calls give the first one's result.
+/// Finds the driver and initializes it, the first time; later calls return the first result.
 ///
 /// # Errors
-/// There is no driver, it is too old, or it finds no GPU.
-pub(crate) fn load() -> Result<&'static Functions, Error> {
+/// [`Error::NoDriver`]: there is no driver, it is older than CUDA 11.4, or it finds no GPU.
+pub fn load() -> Result<&'static Functions, Error> {
     static FUNCTIONS: OnceLock<Result<Functions, String>> = OnceLock::new();
     let loaded = FUNCTIONS.get_or_init(|| {
-        // SAFETY: the driver's initialization does nothing that this process must be prepared for.
-        let library = unsafe { Library::new(LIBRARY) }
-            .map_err(|error| std::error::Error::source(&error).unwrap_or(&error).to_string())?;
-        // Never unloaded: functions are called until the process ends.
-        let library = Box::leak(Box::new(library));
+        // SAFETY: loading the driver runs its initializers, which ask nothing of the process.
+        let library = unsafe { DynamicLibrary::load(LIBRARY) }?;
         let functions = Functions::find(library)?;
-        bind(library);
-        // SAFETY: takes a number.
+        // SAFETY: `cuInit` takes a number, and 0 is the only one that is defined.
         match unsafe { (functions.cuInit)(0) } {
             SUCCESS => Ok(functions),
-            code => Err(describe(code)),
+            code => Err(functions.describe(code)),
         }
     });
     loaded.as_ref().map_err(|why| Error::NoDriver(why.clone()))
 }
 
-/// An error if `code` is one. `doing` completes "could not".
-pub(crate) fn check(doing: &'static str, code: Code) -> Result<(), Error> {
-    if code == SUCCESS { Ok(()) } else { Err(Error::Driver { doing, what: describe(code) }) }
+/// Makes an error of `code` unless it is `CUDA_SUCCESS`. `doing` completes "could not".
+///
+/// # Errors
+/// [`Error::Driver`].
+pub fn check(doing: &'static str, code: Code) -> Result<(), Error> {
+    if code == SUCCESS { Ok(()) } else { Err(Error::Driver { doing, code, what: describe(code) }) }
 }
 
-/// Whether the work that a query asked about is done.
-pub(crate) fn is_ready(doing: &'static str, code: Code) -> Result<bool, Error> {
+/// Tells a query's `CUDA_SUCCESS` (true) from its `CUDA_ERROR_NOT_READY` (false).
+///
+/// # Errors
+/// [`Error::Driver`] for any other code.
+pub fn is_ready(doing: &'static str, code: Code) -> Result<bool, Error> {
     if code == NOT_READY { Ok(false) } else { check(doing, code).map(|()| true) }
-}
-
-/// For `map_err` on what `cust` returns. `doing` completes "could not".
-pub(crate) fn failed(doing: &'static str) -> impl FnOnce(cust::error::CudaError) -> Error {
-    move |error| Error::Driver { doing, what: describe(error as u32) }
 }
 
 /// The driver's words for a result.
 fn describe(code: Code) -> String {
-    let mut text: *const c_char = std::ptr::null();
-    let target = targets::cuGetErrorString.load(Relaxed);
-    // SAFETY: what `bind` found, or `not_loaded`, which takes any arguments.
-    let describe = unsafe {
-        std::mem::transmute::<*mut c_void, unsafe extern "C" fn(Code, *mut *const c_char) -> Code>(target)
-    };
-    // SAFETY: any number may be asked about.
-    if unsafe { describe(code, &mut text) } != SUCCESS || text.is_null() {
-        return format!("CUDA error {code}");
+    load().map_or_else(|_| format!("CUDA error {code}"), |driver| driver.describe(code))
+}
+
+impl Functions {
+    fn describe(&self, code: Code) -> String {
+        let mut text: *const c_char = std::ptr::null();
+        // SAFETY: any number may be asked about, and `text` has room for an address.
+        if unsafe { (self.cuGetErrorString)(code, &mut text) } != SUCCESS || text.is_null() {
+            return format!("CUDA error {code}");
+        }
+        // SAFETY: the driver returned a constant C string.
+        let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
+        format!("{text} (CUDA error {code})")
     }
-    // SAFETY: a constant string.
-    let text = unsafe { CStr::from_ptr(text) }.to_string_lossy();
-    format!("{text} (CUDA error {code})")
 }
 
 #[cfg(test)]
@@ -326,12 +281,10 @@ mod tests {
     }
 
     #[test]
-    fn without_a_driver_cust_is_told_and_nothing_else_happens() {
-        if load().is_ok() {
-            return; // The machine has a driver: nothing to see.
+    fn a_machine_without_a_driver_is_told_so() {
+        if let Err(error) = load() {
+            assert!(matches!(error, Error::NoDriver(_)));
+            assert!(error.to_string().starts_with("no CUDA driver here: "), "{error}");
         }
-        assert_eq!(cust::init(cust::CudaFlags::empty()), Err(cust::error::CudaError::NotInitialized));
-        let error = load().unwrap_err().to_string();
-        assert!(error.starts_with("no CUDA driver here: "), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! From an operation to its epilogue's kernel name and parameters.
+//! An operation's epilogue, as kernels take it.
 
 use fused_collective_core::{
     fusion::Norm,
@@ -7,48 +7,48 @@ use fused_collective_core::{
 };
 
 use super::{
-    Error,
+    kernels::Parameters,
     tensors::{Tensors, address},
 };
+use crate::error::Error;
 
-/// The epilogue's part of kernel names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Part {
-    /// In kernels with a collective.
-    pub(crate) fused: &'static str,
-    /// In kernels without.
-    pub(crate) local: &'static str,
-}
-
-/// What is done with an epilogue's parameters, whose type depends on the operation.
-pub(crate) trait WithEpilogue {
-    /// Does it.
-    fn call<X: Copy>(self, part: Part, epilogue: X) -> Result<(), Error>;
-}
-
-/// Calls `with` with the epilogue of RMSNorm, if there is a `norm`, and `quantization`, on rows of `hidden` elements.
+/// The parameters of the epilogue of RMSNorm, if there is a `norm`, and `quantization`, on rows of `hidden` elements.
 ///
 /// # Errors
-/// There are no kernels for the quantization, or `with`'s.
-pub(crate) fn with_epilogue(
+/// There are no kernels for the quantization.
+pub fn epilogue(
     norm: Option<Norm>,
     quantization: Quantization,
     hidden: u64,
     tensors: &Tensors,
-    with: impl WithEpilogue,
-) -> Result<(), Error> {
-    match quantization {
-        Quantization::None => {
-            let part = if norm.is_some() { "norm" } else { "none" };
-            finish(norm, hidden, tensors, Part { fused: part, local: part }, Unquantized, with)
+) -> Result<Parameters, Error> {
+    let mut parameters = Parameters::default();
+    match norm {
+        // SAFETY: the launch structs have no padding, which `core` asserts.
+        None => unsafe { parameters.push(&Plain { quantizer: Unquantized }) },
+        Some(norm) => {
+            let head = RmsNorm {
+                gamma: address(tensors.gamma),
+                norm_out: address(tensors.norm_out),
+                inverse_hidden: 1.0 / hidden as f32,
+                epsilon: norm.epsilon,
+                weight_bias: norm.weight_bias,
+                reserved: 0,
+                quantizer: Unquantized,
+            };
+            // SAFETY: as above.
+            unsafe { parameters.push(&head) };
         }
+    }
+    // The quantizer is the last field of either.
+    match quantization {
+        Quantization::None => {}
         Quantization::Fp8Static => {
-            let part = Part { fused: "fp8", local: if norm.is_some() { "norm_fp8" } else { "fp8" } };
             let quantizer = Fp8Static { values: address(tensors.quant_out), scale: address(tensors.scale) };
-            finish(norm, hidden, tensors, part, quantizer, with)
+            // SAFETY: as above.
+            unsafe { parameters.push(&quantizer) };
         }
         Quantization::NvFp4 { layout } => {
-            let part = Part { fused: "nvfp4", local: if norm.is_some() { "norm_nvfp4" } else { "nvfp4" } };
             let quantizer = NvFp4 {
                 values: address(tensors.quant_out),
                 scales: address(tensors.scale_out),
@@ -56,33 +56,10 @@ pub(crate) fn with_epilogue(
                 swizzled: u32::from(layout == ScaleLayout::Swizzled128x4),
                 reserved: 0,
             };
-            finish(norm, hidden, tensors, part, quantizer, with)
+            // SAFETY: as above.
+            unsafe { parameters.push(&quantizer) };
         }
-        _ => Err(Error::Unsupported("this quantization")),
+        _ => return Err(Error::Unsupported("this quantization")),
     }
-}
-
-fn finish<Q: Copy>(
-    norm: Option<Norm>,
-    hidden: u64,
-    tensors: &Tensors,
-    part: Part,
-    quantizer: Q,
-    with: impl WithEpilogue,
-) -> Result<(), Error> {
-    match norm {
-        None => with.call(part, Plain { quantizer }),
-        Some(norm) => with.call(
-            part,
-            RmsNorm {
-                gamma: address(tensors.gamma),
-                norm_out: address(tensors.norm_out),
-                inverse_hidden: 1.0 / hidden as f32,
-                epsilon: norm.epsilon,
-                weight_bias: norm.weight_bias,
-                reserved: 0,
-                quantizer,
-            },
-        ),
-    }
+    Ok(parameters)
 }

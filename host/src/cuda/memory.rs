@@ -1,14 +1,15 @@
-//! Memory that outlives a call: on the device, of other processes, and of the host where the device reaches it.
+//! Memory that outlives a call: on a GPU, of other ranks, and of the host where the GPU reaches it. Each knows its
+//! context, and makes it current for as long as a call takes.
 
 use std::{ffi::c_void, ptr::null_mut, sync::atomic::AtomicU32};
 
 use fused_collective_core::launch::{Address, Status};
 
 use super::{
-    Error,
-    driver::{DevicePointer, Functions, IpcHandle, check, load},
+    device::Context,
+    driver::{DevicePointer, Functions, Handle, IpcHandle, check},
 };
-use crate::collective::{GUARD, GUARD_BYTES, stray_write};
+use crate::error::{Error, TensorProblem};
 
 /// `CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP`.
 const HOST_MAPPED: u32 = 1 | 2;
@@ -17,84 +18,93 @@ const ENABLE_PEER_ACCESS: u32 = 1;
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 const OUT_OF_MEMORY: u32 = 2;
 
-/// Bytes that the current device has free.
-pub(super) fn free_bytes() -> Result<u64, Error> {
+/// Asks for the bytes that the context's GPU has free.
+///
+/// # Errors
+/// The driver's.
+pub fn free_bytes(context: &Context) -> Result<u64, Error> {
+    let _entered = context.enter()?;
     let (mut free, mut total) = (0, 0);
-    // SAFETY: room for both numbers.
-    let code = unsafe { (load()?.cuMemGetInfo_v2)(&mut free, &mut total) };
+    // SAFETY: both numbers have room for the answer.
+    let code = unsafe { (context.driver().cuMemGetInfo_v2)(&mut free, &mut total) };
     check("ask for the GPU's free memory", code)?;
     Ok(free as u64)
 }
 
-/// Refuses what the current device has no room for: `needed` bytes for `what`.
+/// Refuses `needed` bytes for `what` where the context's GPU has no room for them.
 ///
 /// # Errors
 /// [`Error::Memory`], or the driver's.
-pub(crate) fn require(what: &str, needed: u64) -> Result<(), Error> {
-    let free = free_bytes()?;
+pub fn require(context: &Context, what: &str, needed: u64) -> Result<(), Error> {
+    let free = free_bytes(context)?;
     if needed <= free { Ok(()) } else { Err(Error::Memory { what: what.to_owned(), needed, free }) }
 }
 
-/// An allocation on the current device. Plain `cuMemAlloc`, which other processes can open.
+/// An allocation on a GPU: plain `cuMemAlloc`, which other processes can open.
 #[derive(Debug)]
-pub(crate) struct DeviceMemory {
-    driver: &'static Functions,
+pub struct DeviceMemory {
+    context: Context,
     address: DevicePointer,
     bytes: u64,
 }
 
 impl DeviceMemory {
-    /// Allocates `bytes` bytes with unspecified contents, at an address that is a multiple of 256. None at all for 0.
+    /// Allocates `bytes` bytes with unspecified contents, at an address that is a multiple of 256; nothing at all for 0.
     ///
     /// # Errors
-    /// The driver's.
-    pub(crate) fn new(bytes: u64) -> Result<Self, Error> {
-        let driver = load()?;
+    /// [`Error::Memory`], or the driver's.
+    pub fn new(context: &Context, bytes: u64) -> Result<Self, Error> {
         let mut address = 0;
         if bytes > 0 {
-            // SAFETY: the address is written where there is room for it.
-            let code = unsafe { (driver.cuMemAlloc_v2)(&mut address, bytes as usize) };
+            let _entered = context.enter()?;
+            // SAFETY: `address` has room for the answer.
+            let code = unsafe { (context.driver().cuMemAlloc_v2)(&mut address, bytes as usize) };
             if code == OUT_OF_MEMORY {
                 let what = "an allocation".to_owned();
-                return Err(Error::Memory { what, needed: bytes, free: free_bytes()? });
+                return Err(Error::Memory { what, needed: bytes, free: free_bytes(context)? });
             }
             check("allocate memory on the GPU", code)?;
         }
-        Ok(DeviceMemory { driver, address, bytes })
+        Ok(DeviceMemory { context: context.clone(), address, bytes })
     }
 
-    /// An allocation that holds `bytes`.
+    /// Makes an allocation that holds `bytes`.
     ///
     /// # Errors
-    /// The driver's.
-    pub(crate) fn holding(bytes: &[u8]) -> Result<Self, Error> {
-        let mut memory = Self::new(bytes.len() as u64)?;
+    /// As [`new`](Self::new).
+    pub fn holding(context: &Context, bytes: &[u8]) -> Result<Self, Error> {
+        let mut memory = Self::new(context, bytes.len() as u64)?;
         memory.write(0, bytes)?;
         Ok(memory)
     }
 
-    /// Where it is; null if it has no bytes.
-    pub(crate) fn address(&self) -> Address {
+    /// The address; null if it has no bytes.
+    pub fn address(&self) -> Address {
         Address(self.address)
     }
 
-    /// How large it is.
-    pub(crate) fn bytes(&self) -> u64 {
+    /// Its length in bytes.
+    pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    fn driver(&self) -> &'static Functions {
+        self.context.driver()
     }
 
     /// Writes `bytes` at `offset`. Returns when they are there.
     ///
     /// # Errors
     /// They do not fit, or the driver's.
-    pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        self.check_range("write", offset, bytes.len())?;
+    pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.check_range(offset, bytes.len())?;
         if bytes.is_empty() {
             return Ok(());
         }
+        let _entered = self.context.enter()?;
         // SAFETY: inside the allocation, as checked.
         let code = unsafe {
-            (self.driver.cuMemcpyHtoD_v2)(self.address + offset, bytes.as_ptr().cast(), bytes.len())
+            (self.driver().cuMemcpyHtoD_v2)(self.address + offset, bytes.as_ptr().cast(), bytes.len())
         };
         check("copy to the GPU", code)
     }
@@ -103,43 +113,45 @@ impl DeviceMemory {
     ///
     /// # Errors
     /// There are not so many, or the driver's.
-    pub(crate) fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
-        self.check_range("read", offset, bytes.len())?;
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), Error> {
+        self.check_range(offset, bytes.len())?;
         if bytes.is_empty() {
             return Ok(());
         }
+        let _entered = self.context.enter()?;
         // SAFETY: inside the allocation, as checked; the slice has the room.
         let code = unsafe {
-            (self.driver.cuMemcpyDtoH_v2)(bytes.as_mut_ptr().cast(), self.address + offset, bytes.len())
+            (self.driver().cuMemcpyDtoH_v2)(bytes.as_mut_ptr().cast(), self.address + offset, bytes.len())
         };
         check("copy from the GPU", code)
     }
 
-    fn check_range(&self, doing: &str, offset: u64, length: usize) -> Result<(), Error> {
-        if offset.checked_add(length as u64).is_some_and(|end| end <= self.bytes) {
+    fn check_range(&self, offset: u64, length: usize) -> Result<(), Error> {
+        let (bytes, length) = (self.bytes, length as u64);
+        if offset.checked_add(length).is_some_and(|end| end <= bytes) {
             return Ok(());
         }
-        let why = format!("has {} bytes: cannot {doing} {length} at {offset}", self.bytes);
-        Err(Error::Tensor { tensor: "the memory", why })
+        Err(Error::Tensor { tensor: "the memory", problem: TensorProblem::Range { bytes, offset, length } })
     }
 
-    /// Fills the words (of 4 bytes) from `offset` to the end with `word`. Returns when they are.
+    /// Fills the words (of 4 bytes) from `offset` to the end with `word`. Returns when they are there.
     ///
     /// # Errors
     /// The driver's.
-    pub(crate) fn fill_from(&mut self, offset: u64, word: u32) -> Result<(), Error> {
+    pub fn fill_from(&mut self, offset: u64, word: u32) -> Result<(), Error> {
         let words = self.bytes.saturating_sub(offset) / 4;
         if words == 0 {
             return Ok(());
         }
+        let _entered = self.context.enter()?;
         // SAFETY: inside the allocation.
-        let code = unsafe { (self.driver.cuMemsetD32_v2)(self.address + offset, word, words as usize) };
+        let code = unsafe { (self.driver().cuMemsetD32_v2)(self.address + offset, word, words as usize) };
         check("fill memory on the GPU", code)?;
         // The call may return early; a copy of the first word waits for it.
         let mut first = 0u32;
         // SAFETY: a word of the allocation, and room for it.
         let code = unsafe {
-            (self.driver.cuMemcpyDtoH_v2)((&raw mut first).cast(), self.address + offset, size_of::<u32>())
+            (self.driver().cuMemcpyDtoH_v2)((&raw mut first).cast(), self.address + offset, size_of::<u32>())
         };
         check("fill memory on the GPU", code)
     }
@@ -149,10 +161,11 @@ impl DeviceMemory {
     ///
     /// # Errors
     /// The driver's: this kind of GPU or container cannot share memory.
-    pub(crate) fn share(&self) -> Result<IpcHandle, Error> {
+    pub fn share(&self) -> Result<IpcHandle, Error> {
+        let _entered = self.context.enter()?;
         let mut handle = IpcHandle([0; 64]);
         // SAFETY: the start of an allocation, and room for the handle.
-        let code = unsafe { (self.driver.cuIpcGetMemHandle)(&mut handle, self.address) };
+        let code = unsafe { (self.driver().cuIpcGetMemHandle)(&mut handle, self.address) };
         check("share memory on the GPU with other processes", code)?;
         Ok(handle)
     }
@@ -160,85 +173,22 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        if self.bytes > 0 {
+        if self.bytes > 0
+            && let Ok(_entered) = self.context.enter()
+        {
             // SAFETY: allocated in `new`. If it fails, so has the whole context, and the memory with it.
-            unsafe { (self.driver.cuMemFree_v2)(self.address) };
+            unsafe { (self.driver().cuMemFree_v2)(self.address) };
         }
     }
 }
 
-/// A tensor on the current device between its guards.
+/// Another rank's allocation.
 #[derive(Debug)]
-pub(crate) struct GuardedMemory {
-    memory: DeviceMemory,
-    bytes: u64,
-}
-
-impl GuardedMemory {
-    /// Bytes of one guard. A multiple of 256, so that the tensor is aligned as an allocation is.
-    const GUARD_BYTES: u64 = GUARD_BYTES as u64;
-
-    /// Allocates `bytes` bytes with unspecified contents.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub(crate) fn new(bytes: u64) -> Result<Self, Error> {
-        let mut memory = DeviceMemory::new(bytes.saturating_add(2 * Self::GUARD_BYTES))?;
-        for offset in [0, Self::GUARD_BYTES + bytes] {
-            memory.write(offset, &[GUARD; GUARD_BYTES])?;
-        }
-        Ok(GuardedMemory { memory, bytes })
-    }
-
-    /// Where the tensor is.
-    pub(crate) fn address(&self) -> Address {
-        self.memory.address().offset(Self::GUARD_BYTES)
-    }
-
-    /// How large it is.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// Writes `bytes` at `offset`. Returns when they are there.
-    ///
-    /// # Errors
-    /// They do not fit, or the driver's.
-    pub(crate) fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        if offset.checked_add(bytes.len() as u64).is_none_or(|end| end > self.bytes) {
-            let why = format!("has {} bytes: cannot write {} at {offset}", self.bytes, bytes.len());
-            return Err(Error::Tensor { tensor: "the tensor", why });
-        }
-        self.memory.write(Self::GUARD_BYTES + offset, bytes)
-    }
-
-    /// The contents.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub(crate) fn read(&self) -> Result<Vec<u8>, Error> {
-        let mut bytes = vec![0; self.bytes as usize];
-        self.memory.read(Self::GUARD_BYTES, &mut bytes)?;
-        Ok(bytes)
-    }
-
-    /// Where the guards were written, if they were.
-    ///
-    /// # Errors
-    /// The driver's.
-    pub(crate) fn stray_write(&self) -> Result<Option<String>, Error> {
-        let (mut before, mut after) = ([0; GUARD_BYTES], [0; GUARD_BYTES]);
-        self.memory.read(0, &mut before)?;
-        self.memory.read(Self::GUARD_BYTES + self.bytes, &mut after)?;
-        Ok(stray_write(&before, &after))
-    }
-}
-
-/// Another process's allocation.
-#[derive(Debug)]
-pub(crate) struct PeerMemory {
-    driver: &'static Functions,
+pub struct PeerMemory {
+    context: Context,
     address: DevicePointer,
+    /// Opened by a handle, and to be closed.
+    is_opened: bool,
 }
 
 impl PeerMemory {
@@ -246,17 +196,31 @@ impl PeerMemory {
     ///
     /// # Errors
     /// The driver's: there is no way from this GPU to that one, or the process is gone.
-    pub(crate) fn open(handle: IpcHandle) -> Result<Self, Error> {
-        let driver = load()?;
+    pub fn open(context: &Context, handle: IpcHandle) -> Result<Self, Error> {
+        let _entered = context.enter()?;
         let mut address = 0;
         // SAFETY: a handle in whatever state is looked up, not trusted.
-        let code = unsafe { (driver.cuIpcOpenMemHandle_v2)(&mut address, handle, ENABLE_PEER_ACCESS) };
+        let code =
+            unsafe { (context.driver().cuIpcOpenMemHandle_v2)(&mut address, handle, ENABLE_PEER_ACCESS) };
         check("open the other rank's memory", code)?;
-        Ok(PeerMemory { driver, address })
+        Ok(PeerMemory { context: context.clone(), address, is_opened: true })
     }
 
-    /// Where this device sees it.
-    pub(crate) fn address(&self) -> Address {
+    /// Reaches memory of another GPU's context `peer` in this process: all addresses of a process are unique.
+    ///
+    /// # Errors
+    /// The driver's: there is no way from this GPU to that one.
+    pub(super) fn of_this_process(
+        context: &Context,
+        peer: Handle,
+        address: DevicePointer,
+    ) -> Result<Self, Error> {
+        context.enable_peer(peer)?;
+        Ok(PeerMemory { context: context.clone(), address, is_opened: false })
+    }
+
+    /// The address by which this GPU reaches it.
+    pub fn address(&self) -> Address {
         Address(self.address)
     }
 
@@ -264,25 +228,30 @@ impl PeerMemory {
     ///
     /// # Errors
     /// The driver's.
-    pub(crate) fn read(&self, bytes: &mut [u8]) -> Result<(), Error> {
+    pub fn read(&self, bytes: &mut [u8]) -> Result<(), Error> {
+        let _entered = self.context.enter()?;
+        let driver = self.context.driver();
         // SAFETY: the allocation is larger than a header, which is all that is read; the slice has the room.
-        let code =
-            unsafe { (self.driver.cuMemcpyDtoH_v2)(bytes.as_mut_ptr().cast(), self.address, bytes.len()) };
+        let code = unsafe { (driver.cuMemcpyDtoH_v2)(bytes.as_mut_ptr().cast(), self.address, bytes.len()) };
         check("read the other rank's memory", code)
     }
 }
 
 impl Drop for PeerMemory {
     fn drop(&mut self) {
-        // SAFETY: opened in `open`.
-        unsafe { (self.driver.cuIpcCloseMemHandle)(self.address) };
+        if self.is_opened
+            && let Ok(_entered) = self.context.enter()
+        {
+            // SAFETY: opened in `open`, and closed once.
+            unsafe { (self.context.driver().cuIpcCloseMemHandle)(self.address) };
+        }
     }
 }
 
 /// Host memory that stays where it is, so that the device reaches it and copies into it run by themselves.
 #[derive(Debug)]
-pub(crate) struct PinnedMemory {
-    driver: &'static Functions,
+pub struct PinnedMemory {
+    context: Context,
     host: *mut c_void,
     bytes: usize,
 }
@@ -295,47 +264,49 @@ impl PinnedMemory {
     ///
     /// # Errors
     /// The driver's.
-    pub(crate) fn new(bytes: usize) -> Result<Self, Error> {
-        let driver = load()?;
+    pub fn new(context: &Context, bytes: usize) -> Result<Self, Error> {
+        let _entered = context.enter()?;
         let mut host = null_mut();
-        // SAFETY: the address is written where there is room for it.
-        let code = unsafe { (driver.cuMemHostAlloc)(&mut host, bytes, HOST_MAPPED) };
+        // SAFETY: `host` has room for the answer.
+        let code = unsafe { (context.driver().cuMemHostAlloc)(&mut host, bytes, HOST_MAPPED) };
         check("allocate host memory that the GPU reaches", code)?;
         // SAFETY: as large as that, and nobody else knows it.
         unsafe { host.cast::<u8>().write_bytes(0, bytes) };
-        Ok(PinnedMemory { driver, host, bytes })
+        Ok(PinnedMemory { context: context.clone(), host, bytes })
     }
 
-    /// Where this process sees it.
-    pub(crate) fn address(&self) -> *mut c_void {
+    /// The address in this process.
+    pub fn address(&self) -> *mut c_void {
         self.host
     }
 
-    /// How large it is.
-    pub(crate) fn len(&self) -> usize {
+    /// Its length in bytes.
+    pub fn len(&self) -> usize {
         self.bytes
     }
 
-    /// What is in it.
+    /// Its contents.
     ///
     /// # Safety
     /// Nobody writes to it as long as the bytes are borrowed: no copy is under way.
-    pub(crate) unsafe fn bytes(&self) -> &[u8] {
+    pub unsafe fn bytes(&self) -> &[u8] {
         // SAFETY: the allocation, with zeros or what was copied there.
         unsafe { std::slice::from_raw_parts(self.host.cast(), self.bytes) }
     }
 
     /// Leaves the memory as it is for good: the device may still write to it.
-    pub(crate) fn leak(&mut self) {
+    pub fn leak(&mut self) {
         self.host = null_mut();
     }
 }
 
 impl Drop for PinnedMemory {
     fn drop(&mut self) {
-        if !self.host.is_null() {
-            // SAFETY: allocated in `new`.
-            unsafe { (self.driver.cuMemFreeHost)(self.host) };
+        if !self.host.is_null()
+            && let Ok(_entered) = self.context.enter()
+        {
+            // SAFETY: allocated in `new`, and freed once.
+            unsafe { (self.context.driver().cuMemFreeHost)(self.host) };
         }
     }
 }
@@ -355,16 +326,18 @@ impl MappedStatus {
     ///
     /// # Errors
     /// The driver's.
-    pub(crate) fn new() -> Result<Self, Error> {
-        let memory = PinnedMemory::new(size_of::<Status>())?;
+    pub(crate) fn new(context: &Context) -> Result<Self, Error> {
+        let memory = PinnedMemory::new(context, size_of::<Status>())?;
+        let _entered = context.enter()?;
         let mut device = 0;
         // SAFETY: the allocation is mapped.
-        let code = unsafe { (load()?.cuMemHostGetDevicePointer_v2)(&mut device, memory.address(), 0) };
+        let code =
+            unsafe { (context.driver().cuMemHostGetDevicePointer_v2)(&mut device, memory.address(), 0) };
         check("map host memory for the GPU", code)?;
         Ok(MappedStatus { memory, device })
     }
 
-    /// Where the device sees it.
+    /// The address by which the GPU reaches it.
     pub(crate) fn address(&self) -> Address {
         Address(self.device)
     }

@@ -7,9 +7,12 @@ use fused_collective_core::{
     quant::Quantization,
 };
 
-use super::Error;
+use crate::error::{Error, TensorProblem};
 
-/// What a tensor's elements are.
+/// The alignment of tensors, in bytes.
+const ALIGNMENT: u64 = 16;
+
+/// The type of a tensor's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TensorType {
     /// Numbers.
@@ -25,11 +28,11 @@ pub struct DeviceTensor {
     pub address: u64,
     /// Its elements, or its bytes if they are codes.
     pub length: u64,
-    /// What they are.
+    /// The type of its elements.
     pub element: TensorType,
 }
 
-/// What an operation reads and writes on one rank: see [`Operation`] for shapes.
+/// The tensors that an operation reads and writes on one rank: see [`Operation`] for shapes.
 #[derive(Clone, Copy, Debug)]
 pub struct Tensors {
     /// This rank's addend.
@@ -97,33 +100,36 @@ impl Tensors {
 }
 
 /// A tensor's address; null if there is none.
-pub(crate) fn address(tensor: Option<DeviceTensor>) -> Address {
+pub(super) fn address(tensor: Option<DeviceTensor>) -> Address {
     tensor.map_or(Address::NULL, |tensor| Address(tensor.address))
 }
 
 /// Checks one tensor against the length and type that it should have, if it should be there.
-fn check(
+///
+/// # Errors
+/// [`Error::Tensor`].
+pub(super) fn check(
     tensor: &'static str,
     given: Option<DeviceTensor>,
     needed: Option<(u64, TensorType)>,
 ) -> Result<(), Error> {
-    let wrong = |why: String| Err(Error::Tensor { tensor, why });
-    match (given, needed) {
-        (None, None) => Ok(()),
-        (None, Some(_)) => wrong("is missing: the operation has one".to_owned()),
-        (Some(_), None) => wrong("is given, and the operation has none".to_owned()),
-        (Some(given), Some((length, element))) => {
-            if given.element != element {
-                wrong(format!("holds {}, the operation needs {}", name(given.element), name(element)))
-            } else if given.length != length {
-                wrong(format!("has length {}, the operation needs {length}", given.length))
-            } else if length > 0 && (given.address == 0 || !given.address.is_multiple_of(16)) {
-                wrong(format!("is at {:#x}, which is not a multiple of 16 above 0", given.address))
+    let problem = match (given, needed) {
+        (None, None) => return Ok(()),
+        (None, Some(_)) => TensorProblem::Missing,
+        (Some(_), None) => TensorProblem::Superfluous,
+        (Some(DeviceTensor { address, length, element }), Some((needed_length, needed))) => {
+            if element != needed {
+                TensorProblem::Type { given: name(element), needed: name(needed) }
+            } else if length != needed_length {
+                TensorProblem::Length { given: length, needed: needed_length }
+            } else if length > 0 && (address == 0 || !address.is_multiple_of(ALIGNMENT)) {
+                TensorProblem::Misaligned { address, alignment: ALIGNMENT }
             } else {
-                Ok(())
+                return Ok(());
             }
         }
-    }
+    };
+    Err(Error::Tensor { tensor, problem })
 }
 
 fn name(element: TensorType) -> &'static str {

@@ -1,15 +1,26 @@
 //! A kernel with an epilogue that this project does not have: all-reduce, residual add, and GELU in place of a norm.
 //!
-//! GELU is its usual approximation by a sigmoid, `x * sigmoid(1.702 x)` (Hendrycks and Gimpel, 2016). Built as
-//! `device/ptx` is, from this folder:
-//! ```sh
-//! RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Ctarget-cpu=sm_90 -Ctarget-feature=+ptx86" \
-//!     cargo rustc --release -Zbuild-std=core --target nvptx64-nvidia-cuda -- --emit=asm
-//! ```
-//! which leaves `../../ptx/target/nvptx64-nvidia-cuda/release/deps/custom_epilogue-*.s`. `Cargo.toml` says what a copy of
-//! this folder needs.
+//! GELU is its usual approximation by a sigmoid, `x * sigmoid(1.702 x)` (Hendrycks and Gimpel, 2016).
 //!
-//! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, by the rules in `fused_collective_device::params`.
+//! # Building
+//! A program that launches the kernel compiles it in its build script, with `fused-collective-build`:
+//! ```ignore
+//! use fused_collective_build::{Bounds, Error, Kernels, Processor};
+//!
+//! fn main() -> Result<(), Error> {
+//!     let kernels = Kernels::new("custom-epilogue").processors(&[Processor::Sm90]);
+//!     // 65,536 registers of a multiprocessor are 64 for each of 1,024 threads, which this kernel does with.
+//!     for module in kernels.bounds(|_| Bounds { threads: 1024, blocks: 1 }).build()? {
+//!         println!("cargo::rustc-env=GELU_PTX={}", module.path.display());
+//!     }
+//!     Ok(())
+//! }
+//! ```
+//! The program then has the PTX as `include_str!(env!("GELU_PTX"))`. In this repository `cargo xtask ptx` does the same, and
+//! leaves `target/ptx-examples/sm_90/custom_epilogue.ptx`.
+//!
+//! # Launching
+//! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, by the rules in `fused_collective_device::launch`.
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch)]
 
@@ -18,9 +29,9 @@ use core::arch::asm;
 use fused_collective_device::{
     collective, convert,
     dtype::{Element, bf16},
-    epilogue::{Epilogue, Place},
+    epilogue::{Epilogue, PackIndex},
     pack::Pack,
-    params::{Address, Fused},
+    launch::{Address, Fused},
     simt,
 };
 
@@ -33,33 +44,18 @@ pub struct Gelu {
 }
 
 impl<E: Element> Epilogue<E> for Gelu {
-    const ROW_SUM: bool = false;
     type Constants = ();
     type Weights = ();
     type Ready = ();
 
-    unsafe fn constants(&self) {}
-
-    unsafe fn weights(&self, _pack: u32) {}
-
-    fn ready(&self, _weights: ()) {}
-
-    fn addend(&self, _row: Pack) -> f32 {
-        0.0
-    }
-
-    fn row_value(&self, _sum: f32) -> f32 {
-        0.0
-    }
-
     #[inline(always)]
-    unsafe fn finish(&self, place: Place, row: Pack, _row_value: f32, _weights: (), _constants: ()) {
+    unsafe fn finish(&self, index: PackIndex, row: Pack, _row_value: f32, _weights: (), _constants: ()) {
         let mut values = convert::widen::<E>(row);
         for value in values.as_mut() {
             *value = gelu(*value);
         }
-        // SAFETY: the place is inside the tensor, and this thread's alone.
-        unsafe { simt::store(place.of(self.out), convert::narrow::<E>(values)) };
+        // SAFETY: the pack is inside the tensor, and this thread's alone.
+        unsafe { simt::store(index.of(self.out), convert::narrow::<E>(values)) };
     }
 }
 
@@ -77,7 +73,7 @@ fn gelu(x: f32) -> f32 {
 /// For groups of at most four ranks, with one pack of a row in each thread.
 ///
 /// # Safety
-/// Launched by the rules in `fused_collective_device::params`.
+/// Launched by the rules in `fused_collective_device::launch`.
 #[unsafe(no_mangle)]
 pub unsafe extern "ptx-kernel" fn all_reduce_gelu(params: Fused<Gelu>) {
     // SAFETY: as this function's.

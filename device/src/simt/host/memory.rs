@@ -8,8 +8,8 @@ use std::{
 
 use fused_collective_core::{lamport, pack::Pack};
 
-use super::pass;
-use crate::{params::Address, simt};
+use super::grid::pass;
+use crate::{launch::Address, simt};
 
 /// The four words at `address`, for atomic access.
 ///
@@ -44,13 +44,6 @@ pub(in crate::simt) unsafe fn load_constant(address: Address) -> Pack {
 /// # Safety
 /// As the public function of this name.
 pub(in crate::simt) unsafe fn load_constant_u32(address: Address) -> u32 {
-    // SAFETY: as this function's.
-    unsafe { simt::load_value(address) }
-}
-
-/// # Safety
-/// As the public function of this name.
-pub(in crate::simt) unsafe fn load_constant_u64(address: Address) -> u64 {
     // SAFETY: as this function's.
     unsafe { simt::load_value(address) }
 }

@@ -35,11 +35,11 @@ use pulp::Arch;
 use super::{
     exchange::{EMPTY, Exchange, Medium, Word},
     fused::{self, Job, Scratch},
-    wait::{Vigil, Wait, Watch},
+    wait::{Wait, WaitGuard},
 };
-use crate::failure::{Failure, What};
+use crate::group::failure::{Failure, What};
 
-/// What a model checker brings.
+/// A model checker's words and threads.
 trait Checker: Send + Sync + 'static {
     /// Its atomic words.
     type Atomic: Word + Send + Sync;
@@ -58,9 +58,9 @@ struct Rules {
     /// Slots that take turns.
     slots: u64,
     refill: Refill,
-    /// Whether there is a release fence before a row is sent.
+    /// Has a release fence before a row is sent.
     release: bool,
-    /// Whether there is an acquire fence after a row is received.
+    /// Has an acquire fence after a row is received.
     acquire: bool,
 }
 
@@ -177,8 +177,8 @@ impl<C: Checker> Medium for End<C> {
 }
 
 /// Waits that nothing but their data ends.
-fn patience(rank: u32) -> Vigil {
-    Vigil { rank, deadline: Duration::MAX, watch: Watch::nobody(), board: None }
+fn patience(rank: u32) -> WaitGuard {
+    WaitGuard { rank, deadline: Duration::MAX, monitor: None, log: None }
 }
 
 /// Runs `rank` for each rank of a group whose slots have `slot_words` words, all joined, and checks that every slot is
@@ -324,7 +324,7 @@ impl Words {
     }
 }
 
-/// What a broken protocol looks like to a checker: what the models assert, and the checkers' limits of steps.
+/// The signs of a broken protocol: the models' assertions, and the checkers' limits of steps.
 const FAILURES: [&str; 5] = [
     "a sum is wrong",
     "a word is wrong",

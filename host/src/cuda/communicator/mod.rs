@@ -1,14 +1,20 @@
 //! One rank's end of a group of GPUs.
 
+mod abort_flag;
+mod call_table;
+pub(super) mod custom;
+pub(super) mod external;
+pub(super) mod launches;
 mod limits;
-mod names;
+mod progress;
 mod rounds;
 mod wait;
 
 use std::{
+    any::Any,
     os::fd::AsFd,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::Ordering::{Acquire, Relaxed},
     },
     time::Duration,
@@ -16,50 +22,63 @@ use std::{
 
 use fused_collective_core::{
     agreement::{Call, Chain},
+    dtype::DType,
     fusion::Operation,
+    kernels::{Module, Set},
     launch::{self, ABORTED, Address, Status},
-    plan::{self, Limits, Plan},
+    plan::{self, Algorithm, Limits, Plan},
     workspace::{Header, Layout},
 };
 
 use super::{
-    Aborter, Error,
-    abort::Switch,
     device::{self, Gpu},
-    driver::{Handle, check, load},
-    kernels::{Kernels, Launch, MAX_RANKS, Set},
+    driver::Handle,
+    epilogue::epilogue,
+    kernels::{KernelSource, Kernels, Launch, MAX_RANKS},
     memory::MappedStatus,
     tensors::Tensors,
     workspace::Workspace,
 };
 use crate::{
-    board::{Board, Disagreement, Place},
-    failure::{Awaited, Cause, Failure, What},
-    rendezvous::{Control, Group, OnLoss},
-    shared_memory::SharedMemory,
+    error::Error,
+    group::{
+        Aborter, Bootstrap, Monitor,
+        calls::{CallLog, Disagreement, Place},
+        failure::{Awaited, Cause, Failure, What},
+        shared_memory::SharedMemory,
+    },
 };
+use abort_flag::AbortFlag;
+use call_table::CallTable;
 use limits::{HOP_BYTES, agree};
-use names::Names;
-use wait::Progress;
-
-pub(crate) use rounds::TOO_MANY_TOKENS;
-pub(crate) use wait::Foreign;
+use progress::Progress;
 
 /// The longest deadline: kernels count a wait in 32 bits, which turn after 73 minutes.
 pub const MAX_DEADLINE: Duration = Duration::from_secs(3600);
 /// Announced calls that are kept: more than a GPU's queue holds, and so than a host can be ahead of its results.
 const CALLS_KEPT: u64 = 4096;
 
-/// How a group works.
-#[derive(Clone, Copy, Debug)]
+/// A group's settings. All ranks give the same, but for the kernels' place.
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Bytes of a slot of the workspace, at least: see [`slot_bytes`](super::slot_bytes).
     pub slot_bytes: u64,
     /// No wait of an operation is longer. At most [`MAX_DEADLINE`].
     pub deadline: Duration,
-    /// Whether ranks (processes) may share a GPU. They take turns on it, at the driver's pace: operations are right,
+    /// Lets ranks (processes) share a GPU. They take turns on it, at the driver's pace: operations are right,
     /// and take milliseconds. Not under MPS, where their kernels would compete for the places that each counts on.
     pub oversubscribe: bool,
+    /// The place of the kernels.
+    pub kernels: KernelSource,
+}
+
+/// A plan without a launch: the answer of [`Communicator::query`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Query {
+    /// The collective that the operation would use.
+    pub algorithm: Algorithm,
+    /// Launches that it would take: parts of the operation that fit one slot of the workspace.
+    pub rounds: u64,
 }
 
 /// One rank's end of a group of GPUs of one host, for fused operations on a caller's stream.
@@ -72,20 +91,20 @@ pub struct Communicator {
     rank: u32,
     limits: Limits,
     deadline: Duration,
-    control: Control,
+    monitor: Option<Arc<dyn Monitor>>,
     failed: Option<Box<Failure>>,
     /// Other ranks' memory is closed: see [`leave`](Self::leave).
     left: bool,
     shares_gpus: bool,
-    board: Board,
-    names: Names,
-    /// How the rounds of the operation at hand are launched.
+    log: CallLog,
+    calls: CallTable,
+    /// The launches of the rounds of the operation at hand.
     launches: Vec<Launch>,
     /// Captured since the last [`captured`](Self::captured).
     captured: Captured,
-    switch: Arc<Switch>,
-    // A loss throws the switch, whatever this process does meanwhile.
-    _on_loss: OnLoss,
+    abort: Arc<AbortFlag>,
+    /// Sets the flag at a loss, whatever this process does meanwhile. The lock makes the communicator `Sync`.
+    _on_loss: Option<Mutex<Box<dyn Any + Send>>>,
     status: Arc<MappedStatus>,
     // Dropped before the memory that it looks at.
     progress: Progress,
@@ -93,34 +112,33 @@ pub struct Communicator {
     kernels: Kernels,
     set: Set,
     layout: Layout,
-    // Dropped last: the context that everything above lives in.
     gpu: Gpu,
 }
 
 impl Communicator {
-    /// Joins the ranks of `group`, this one with GPU `ordinal` of those that the process sees (its local rank, as a
-    /// rule), and makes a workspace. All ranks call this, with the same `options`. The GPU's primary context becomes
-    /// current in the calling thread.
+    /// Joins the ranks of `bootstrap`, this one with GPU `ordinal` of those that the process sees, and makes a workspace.
+    /// All ranks call this, with the same `options`. The thread's current context stays what it is.
+    ///
+    /// Waits end early when the bootstrap's monitor tells of a lost rank; without one, at the deadline.
     ///
     /// # Errors
-    /// No driver, no kernels, not enough memory; two ranks that cannot share memory, by name; a deadline past
-    /// [`MAX_DEADLINE`].
-    pub fn join(group: &Group, ordinal: u32, options: Options) -> Result<Communicator, Error> {
-        let Options { slot_bytes, deadline, oversubscribe } = options;
+    /// No driver, no kernels, not enough memory; two ranks that cannot share memory, by number; a deadline past
+    /// [`MAX_DEADLINE`]; the bootstrap's.
+    pub fn join(bootstrap: &dyn Bootstrap, ordinal: u32, options: &Options) -> Result<Communicator, Error> {
+        let &Options { slot_bytes, deadline, oversubscribe, ref kernels } = options;
         check_deadline(deadline)?;
-        let (rank, world_size) = (group.rank(), group.world_size());
+        let (rank, world_size) = (bootstrap.rank(), bootstrap.world_size());
         let set = Set::for_group(world_size).ok_or_else(|| {
-            Error::Devices(format!(
-                "{world_size} ranks are more than GPU kernels serve: use 2 to {MAX_RANKS}"
-            ))
+            Error::Device(format!("{world_size} ranks are more than GPU kernels serve: use 2 to {MAX_RANKS}"))
         })?;
         let gpu = Gpu::open(ordinal)?;
-        let mut kernels = Kernels::find(&gpu)?;
-        let shares_gpus = device::check_group(group, &gpu, oversubscribe)?;
-        let layout =
-            Layout::new(world_size, slot_bytes).map_err(|error| Error::Devices(error.to_string()))?;
+        let context = gpu.context();
+        let module = Module { dtype: DType::Bf16, set };
+        let mut kernels = Kernels::find(&gpu, kernels, module.name())?;
+        let shares_gpus = device::check_group(bootstrap, &gpu, oversubscribe)?;
+        let layout = Layout::new(world_size, slot_bytes)?;
         let limits = agree(
-            group,
+            bootstrap,
             Limits {
                 world_size,
                 slot_bytes: layout.slot_bytes(),
@@ -130,29 +148,32 @@ impl Communicator {
             },
         )?;
         kernels.agree(limits.compute_units, limits.max_cluster);
-        let layout =
-            Layout::new(world_size, limits.slot_bytes).map_err(|error| Error::Devices(error.to_string()))?;
-        let board = share_board(group)?;
-        let workspace = Workspace::share(group, &layout)?;
-        let status = Arc::new(MappedStatus::new()?);
-        let switch = Switch::new(&status);
-        let on_loss = Arc::clone(&switch);
+        let layout = Layout::new(world_size, limits.slot_bytes)?;
+        let log = share_log(bootstrap)?;
+        let workspace = Workspace::share(bootstrap, context, &layout)?;
+        let status = Arc::new(MappedStatus::new(context)?);
+        let abort = AbortFlag::new(&status);
+        let monitor = bootstrap.monitor();
+        let on_loss = monitor.as_ref().map(|monitor| {
+            let abort = Arc::clone(&abort);
+            Mutex::new(monitor.on_loss(Box::new(move || abort.set())))
+        });
         Ok(Communicator {
             rank,
             limits,
             deadline,
-            control: group.control(),
+            monitor,
             failed: None,
             left: false,
             shares_gpus,
-            board,
-            names: Names::default(),
+            log,
+            calls: CallTable::default(),
             launches: Vec::new(),
             captured: Captured::default(),
-            switch,
-            _on_loss: group.on_loss(move || on_loss.throw()),
+            abort,
+            _on_loss: on_loss,
             status,
-            progress: Progress::new(workspace.state())?,
+            progress: Progress::new(context, workspace.state())?,
             workspace,
             kernels,
             set,
@@ -171,27 +192,40 @@ impl Communicator {
         self.limits.world_size
     }
 
-    /// Whether ranks of the group share GPUs.
+    /// True where ranks of the group share GPUs.
     pub fn shares_gpus(&self) -> bool {
         self.shares_gpus
     }
 
-    /// What operations are planned with; the same on every rank.
+    /// The limits that operations are planned with; the same on every rank.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
 
-    /// The GPU and the kernels, for reports.
+    /// Describes the GPU and the kernels, for reports.
     pub fn describe(&self) -> String {
         format!("{}, {}", self.gpu.name, self.kernels.describe())
     }
 
-    pub(crate) fn gpu(&self) -> &Gpu {
+    /// This rank's GPU.
+    pub fn gpu(&self) -> &Gpu {
         &self.gpu
     }
 
-    pub(crate) fn kernels(&mut self) -> &mut Kernels {
+    /// The kernels, for launches of one's own beside the communicator's.
+    pub fn kernels(&mut self) -> &mut Kernels {
         &mut self.kernels
+    }
+
+    /// Plans `operation` without launching it: whether it fits this communicator, by which collective, in how many rounds.
+    ///
+    /// # Errors
+    /// As [`enqueue`](Self::enqueue), but for tensors: the operation is invalid or too large, or there are no kernels for
+    /// it.
+    pub fn query(&self, operation: &Operation) -> Result<Query, Error> {
+        let plan = Plan::new(operation, &self.limits)?;
+        launches::kernel(operation, plan.algorithm)?;
+        Ok(Query { algorithm: plan.algorithm, rounds: plan.rounds().count() as u64 })
     }
 
     /// Loads the kernels that `operation` needs, so that the first one enqueued does not take the time.
@@ -199,7 +233,7 @@ impl Communicator {
     /// # Errors
     /// They are missing or unusable.
     pub fn prepare(&mut self, operation: &Operation) -> Result<(), Error> {
-        self.kernels.load(operation.dtype, self.set)
+        self.kernels.load(self.module(operation.dtype).name()).map(drop)
     }
 
     /// Enqueues `operation` on `stream`, a `CUstream` of this rank's context. It may be captured into a graph, and
@@ -226,24 +260,17 @@ impl Communicator {
         self.check_usable()?;
         let plan = Plan::new(operation, &self.limits)?;
         tensors.check(operation, self.rank, self.limits.world_size)?;
-        self.choose_launches(operation, &plan, tensors)?;
-        // SAFETY: a stream of this rank's context, as this function's caller says.
-        let capturing = unsafe { is_capturing(stream)? };
-        let captured = self.captured;
+        let _entered = self.gpu.context().clone().enter()?;
+        self.choose_launches(operation, &plan)?;
+        let epilogue = epilogue(operation.norm, operation.quantization, operation.hidden, tensors)?;
         let call = Call::operation(operation, plan.algorithm, None);
-        self.announce(call, capturing);
-        // SAFETY: as this function's.
-        let launched = unsafe { self.launch_rounds(operation, &plan, call, tensors, stream) };
-        launched.map_err(|error| {
-            if !capturing {
-                return self.fail(error);
-            }
-            self.captured = captured;
-            error
-        })
+        // SAFETY: the kernels were chosen for the operation, whose epilogue this is, and the tensors were checked, whose
+        // addresses this function's caller vouches for, as for the stream.
+        unsafe { self.launch_rounds(&plan, call, tensors.activations(), &epilogue, stream) }
     }
 
-    /// What was captured since this was last called, for [`replay`](Self::replay). Call it when a capture has ended.
+    /// Takes the calls that were captured since this was last called, for [`replay`](Self::replay). Call it when a capture
+    /// has ended.
     pub fn captured(&mut self) -> Captured {
         std::mem::take(&mut self.captured)
     }
@@ -257,12 +284,12 @@ impl Communicator {
     pub fn replay(&mut self, captured: Captured) -> Result<(), Error> {
         self.check_usable()?;
         if captured.calls > 0 {
-            self.board.announce(Call::Replay { captured: captured.chain.digest(), calls: captured.calls });
+            self.log.announce(Call::Replay { captured: captured.chain.digest(), calls: captured.calls });
         }
         Ok(())
     }
 
-    /// Whether all operations that have ended did so well, and were the same on every rank. Call it after the stream was
+    /// Checks that all operations that have ended did so well, and were the same on every rank. Call it after the stream was
     /// synchronized and before results are used.
     ///
     /// # Errors
@@ -271,14 +298,14 @@ impl Communicator {
     pub fn check(&mut self) -> Result<(), Error> {
         self.check_usable()?;
         // Ahead of a wait that failed because of it.
-        if let Some(disagreement) = self.board.disagreement() {
+        if let Some(disagreement) = self.log.disagreement() {
             return Err(self.poison(self.out_of_step(disagreement)));
         }
         if let Some(failure) = self.failed_wait() {
             return Err(self.poison(failure));
         }
         // What has ended here has begun on every rank, so each has announced it.
-        if let Some(disagreement) = self.board.disagreement_at_end() {
+        if let Some(disagreement) = self.log.disagreement_at_end() {
             return Err(self.poison(self.out_of_step(disagreement)));
         }
         Ok(())
@@ -302,7 +329,7 @@ impl Communicator {
                 _ => What::Input(token),
             },
             operation: long(Status::OPERATION),
-            call: self.names.call(long(Status::CALL)),
+            call: self.calls.call(long(Status::CALL)),
         };
         let cause = if reason == ABORTED { self.end() } else { Cause::Deadline(self.deadline) };
         Some(Failure { rank: self.rank, wait: Some(wait), cause })
@@ -310,9 +337,12 @@ impl Communicator {
 
     /// Why waits were ended.
     fn end(&self) -> Cause {
-        match self.control.lost() {
-            Some(lost) if lost.rank != self.rank => Cause::Lost(lost),
-            _ => Cause::Aborted,
+        match &self.monitor {
+            Some(monitor) => match monitor.lost() {
+                Some(lost) if lost.rank != self.rank => Cause::Lost(lost),
+                _ => Cause::Aborted,
+            },
+            None => self.log.gave_up().map_or(Cause::Aborted, Cause::GaveUp),
         }
     }
 
@@ -327,14 +357,26 @@ impl Communicator {
         }
         let failure = Box::new(failure);
         self.failed = Some(failure.clone());
-        self.switch.throw();
-        self.control.abort(&failure.to_string());
+        self.abort.set();
+        if let Some((fault, because_of)) = failure.fault() {
+            self.log.give_up(fault, because_of);
+        }
+        if let Some(monitor) = &self.monitor {
+            monitor.abort(&failure.to_string());
+        }
         Error::Failed(failure)
     }
 
-    /// For other threads: ends the group's operations, on all ranks. It may outlive the communicator.
+    /// Makes a handle that ends the group's operations, on all ranks, from any thread. It may outlive the communicator.
     pub fn aborter(&self) -> Aborter {
-        Aborter { switch: Arc::clone(&self.switch), control: self.control.clone() }
+        let (abort, monitor, log) = (Arc::clone(&self.abort), self.monitor.clone(), self.log.aborter());
+        Aborter::new(move || {
+            abort.set();
+            log.abort();
+            if let Some(monitor) = &monitor {
+                monitor.abort("the group was aborted on this rank");
+            }
+        })
     }
 
     /// Closes other ranks' memory, and returns when all have done so, after which each may free its own: drop it. All
@@ -342,14 +384,18 @@ impl Communicator {
     ///
     /// # Errors
     /// A rank was lost.
-    pub fn leave(&mut self, group: &Group) -> Result<(), Error> {
+    pub fn leave(&mut self, bootstrap: &dyn Bootstrap) -> Result<(), Error> {
         self.left = true;
         self.workspace.close_peers();
-        Ok(group.barrier()?)
+        bootstrap.barrier().map_err(Error::bootstrap)
     }
 
-    /// Between operations: what this rank's region holds, if anything. All of it is read only if `thorough`.
-    pub(crate) fn find_stray_write(&self, thorough: bool) -> Result<Option<String>, Error> {
+    /// Looks, while no operation runs, for what this rank's region holds all the same: for tests. All of it is read only if
+    /// `thorough`.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn find_stray_write(&self, thorough: bool) -> Result<Option<String>, Error> {
         let (world_size, slot_bytes) = (self.layout.world_size(), self.layout.slot_bytes());
         let header = Header { world_size, rank: self.rank, slot_bytes };
         self.workspace.find_stray_write(&self.layout, header, thorough)
@@ -357,14 +403,18 @@ impl Communicator {
 
     fn check_usable(&mut self) -> Result<(), Error> {
         if self.left {
-            return Err(Error::Group("this rank has left the group".to_owned()));
+            return Err(Error::Left);
         }
         if let Some(failure) = &self.failed {
             return Err(Error::Poisoned(failure.clone()));
         }
-        if self.switch.is_thrown() && self.status.word(Status::FAILED).load(Acquire) == 0 {
+        // Without a monitor, nothing else tells that a peer has given up.
+        if self.monitor.is_none() && self.log.gave_up().is_some() {
+            self.abort.set();
+        }
+        if self.abort.is_set() && self.status.word(Status::FAILED).load(Acquire) == 0 {
             // No wait was under way, so none has told of it.
-            let failure = match self.board.disagreement() {
+            let failure = match self.log.disagreement() {
                 Some(disagreement) => self.out_of_step(disagreement),
                 None => Failure { rank: self.rank, wait: None, cause: self.end() },
             };
@@ -378,13 +428,13 @@ impl Communicator {
         if matches!(call, Call::Operation { operation: Operation { tokens: 0, .. }, .. }) {
             // No rank takes part in it, so it is compared with the next call.
             if !capturing {
-                self.board.pass(&call);
+                self.log.pass(&call);
             }
         } else if capturing {
             self.captured.chain = self.captured.chain.then(&call);
             self.captured.calls += 1;
         } else {
-            self.board.announce(call);
+            self.log.announce(call);
         }
     }
 
@@ -392,8 +442,12 @@ impl Communicator {
         self.launch_group(self.workspace.regions())
     }
 
-    /// This rank's place in the group, for kernels that reach other memory than the workspace.
-    pub(crate) fn launch_group(&self, regions: [Address; launch::MAX_RANKS]) -> launch::Group {
+    fn module(&self, dtype: DType) -> Module {
+        Module { dtype, set: self.set }
+    }
+
+    /// This rank's place in the group, for kernels of one's own that reach other `regions` than the workspace's.
+    pub fn launch_group(&self, regions: [Address; launch::MAX_RANKS]) -> launch::Group {
         launch::Group {
             regions,
             state: self.workspace.state(),
@@ -408,7 +462,7 @@ impl Communicator {
 
 impl Drop for Communicator {
     fn drop(&mut self) {
-        self.switch.part();
+        self.abort.detach();
     }
 }
 
@@ -419,27 +473,17 @@ pub struct Captured {
     calls: u64,
 }
 
-/// Whether what is enqueued on `stream` is captured.
-///
-/// # Errors
-/// The driver's.
-///
-/// # Safety
-/// `stream` is a stream of the current context.
-pub(crate) unsafe fn is_capturing(stream: Handle) -> Result<bool, Error> {
-    let mut capturing = 0;
-    // SAFETY: as this function's, and room for the answer.
-    let code = unsafe { (load()?.cuStreamIsCapturing)(stream, &mut capturing) };
-    check("ask whether the stream is being captured", code)?;
-    Ok(capturing != 0)
-}
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Communicator>();
+};
 
 /// Refuses a deadline that kernels would not keep.
 fn check_deadline(deadline: Duration) -> Result<(), Error> {
     if deadline <= MAX_DEADLINE {
         return Ok(());
     }
-    Err(Error::Devices(format!(
+    Err(Error::Device(format!(
         "a deadline of {} s is longer than GPU kernels can wait: use up to {} s",
         deadline.as_secs_f64(),
         MAX_DEADLINE.as_secs()
@@ -447,17 +491,18 @@ fn check_deadline(deadline: Duration) -> Result<(), Error> {
 }
 
 /// The memory in which the ranks' hosts tell each other what they call.
-fn share_board(group: &Group) -> Result<Board, Error> {
-    let failed = |error: std::io::Error| Error::Group(format!("the group's shared host memory: {error}"));
+fn share_log(bootstrap: &dyn Bootstrap) -> Result<CallLog, Error> {
+    let doing = "share memory between the ranks' hosts";
+    let (rank, world_size) = (bootstrap.rank(), bootstrap.world_size());
     let place = Place::alone(CALLS_KEPT);
-    let bytes = place.bytes(group.world_size());
-    let own = match group.rank() {
-        0 => Some(SharedMemory::create(bytes).map_err(failed)?),
+    let bytes = place.bytes(world_size);
+    let own = match rank {
+        0 => Some(SharedMemory::create(bytes).map_err(Error::system(doing))?),
         _ => None,
     };
-    let file = group.share_fd(own.as_ref().map(AsFd::as_fd))?;
-    let memory = Arc::new(SharedMemory::map(file.as_fd(), bytes).map_err(failed)?);
-    Ok(Board::new(memory, place, group.rank(), group.world_size()))
+    let file = bootstrap.share_file(own.as_ref().map(AsFd::as_fd)).map_err(Error::bootstrap)?;
+    let memory = Arc::new(SharedMemory::map(file.as_fd(), bytes).map_err(Error::system(doing))?);
+    Ok(CallLog::new(memory, place, rank, world_size))
 }
 
 #[cfg(test)]

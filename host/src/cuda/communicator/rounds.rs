@@ -1,120 +1,95 @@
 //! An operation's rounds, each of which is one launch.
 //!
-//! How they are launched is settled before the other ranks are told of the operation: whatever can be refused is refused
+//! Their launches are settled before the other ranks are told of the operation: whatever can be refused is refused
 //! while nobody waits for it.
 
 use fused_collective_core::{
     agreement::Call,
     fusion::Operation,
-    launch::{Fused, Shape},
-    plan::{Algorithm, Plan, Round},
+    launch::{Activations, Shape},
+    plan::Plan,
 };
 
 use super::{
     super::{
-        Error,
-        driver::Handle,
-        epilogue::{Part, WithEpilogue, with_epilogue},
-        kernels::{Entry, Launch},
-        tensors::Tensors,
+        driver::{Handle, check},
+        kernels::Parameters,
     },
-    Communicator,
+    Captured, Communicator,
+    launches::{TOO_MANY_TOKENS, choose, kernel},
 };
+use crate::error::Error;
 
 impl Communicator {
-    /// Settles how every round of an operation is launched, which loads its kernels if need be.
+    /// Settles the launch of every round of an operation, which loads its kernels if need be.
     ///
     /// # Errors
     /// There are no kernels for it, or they are missing or unusable.
-    pub(super) fn choose_launches(
-        &mut self,
-        operation: &Operation,
-        plan: &Plan,
-        tensors: &Tensors,
-    ) -> Result<(), Error> {
-        self.launches.clear();
-        for round in plan.rounds() {
-            let chooser = Chooser { communicator: self, plan, round, operation };
-            with_epilogue(operation.norm, operation.quantization, operation.hidden, tensors, chooser)?;
-        }
-        Ok(())
+    pub(super) fn choose_launches(&mut self, operation: &Operation, plan: &Plan) -> Result<(), Error> {
+        let kernel = kernel(operation, plan.algorithm)?;
+        let (module, limits) = (self.module(operation.dtype), self.kernels.limits());
+        let versions = self.kernels.versions(module, kernel)?;
+        choose(plan, limits, versions, &mut self.launches)
     }
 
-    /// Launches every round of an operation, as [chosen](Self::choose_launches) before.
+    /// Tells the other ranks of `call`, unless it is being captured, and launches every round of `plan` as chosen before.
     ///
     /// # Errors
-    /// The driver's; some rounds may have been launched.
+    /// [`Error::Failed`]: the driver did not launch it, and the group is over, since the others wait. In a capture the
+    /// driver's error.
     ///
     /// # Safety
-    /// As [`enqueue`](Self::enqueue), and the tensors fit the operation.
+    /// The launches were chosen for a kernel that takes this epilogue, the addresses are as [`enqueue`](Self::enqueue)
+    /// asks, and `stream` is a stream of the current context.
     pub(super) unsafe fn launch_rounds(
         &mut self,
-        operation: &Operation,
         plan: &Plan,
         call: Call,
-        tensors: &Tensors,
+        activations: Activations,
+        epilogue: &Parameters,
         stream: Handle,
     ) -> Result<(), Error> {
-        let call = self.names.name(call);
-        for (round, launch) in plan.rounds().zip(0..) {
-            let launch = self.launches[launch];
-            let launcher = Launcher { communicator: self, plan, round, launch, call, tensors, stream };
-            with_epilogue(operation.norm, operation.quantization, operation.hidden, tensors, launcher)?;
-        }
-        Ok(())
+        // SAFETY: a stream of the current context, as this function's caller says.
+        let capturing = unsafe { self.is_capturing(stream)? };
+        let captured: Captured = self.captured;
+        self.announce(call, capturing);
+        let number = self.calls.name(call);
+        let mut parameters = Parameters::default();
+        let launched = plan.rounds().zip(&self.launches).try_for_each(|(round, &launch)| {
+            let shape = Shape::of_round(plan, &round, number).ok_or(TOO_MANY_TOKENS)?;
+            parameters.clear();
+            // SAFETY: the launch structs have no padding, which `core` asserts.
+            unsafe {
+                parameters.push(&self.group());
+                parameters.push(&shape);
+                parameters.push(&activations.of_round(plan, &round));
+            }
+            parameters.append(epilogue);
+            // SAFETY: these are the kernel's parameters, as this function's caller says.
+            unsafe { self.kernels.launch(launch, &parameters, stream) }
+        });
+        launched.map_err(|error| {
+            if !capturing {
+                return self.fail(error);
+            }
+            self.captured = captured;
+            error
+        })
+    }
+
+    /// Asks whether what is enqueued on `stream` is captured.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Safety
+    /// `stream` is a stream of the current context.
+    unsafe fn is_capturing(&self, stream: Handle) -> Result<bool, Error> {
+        let mut capturing = 0;
+        let driver = self.gpu.context().driver();
+        // SAFETY: a stream of the current context, and room for the answer.
+        let code = unsafe { (driver.cuStreamIsCapturing)(stream, &mut capturing) };
+        check("ask whether the stream is being captured", code)?;
+        Ok(capturing != 0)
     }
 }
-
-/// Chooses the kernel of one round, and how it is launched.
-struct Chooser<'a> {
-    communicator: &'a mut Communicator,
-    plan: &'a Plan,
-    round: Round,
-    operation: &'a Operation,
-}
-
-impl WithEpilogue for Chooser<'_> {
-    fn call<X: Copy>(self, part: Part, _: X) -> Result<(), Error> {
-        let Chooser { communicator, plan, round, operation } = self;
-        let family = match plan.algorithm {
-            Algorithm::OneShot => "one_shot",
-            Algorithm::TwoShot => "two_shot",
-            Algorithm::ShardedTwoShot => "sharded",
-        };
-        let entry = Entry { set: communicator.set, family, part: part.fused, packs: None };
-        let tokens = round.rows.tokens;
-        let Shape { row_packs, .. } = Shape::of_round(plan, &round, 0).ok_or(TOO_MANY_TOKENS)?;
-        let cluster = plan.cluster;
-        let launch = communicator.kernels.for_rows(operation.dtype, entry, cluster, row_packs, tokens)?;
-        communicator.launches.push(launch);
-        Ok(())
-    }
-}
-
-/// Launches one round.
-struct Launcher<'a> {
-    communicator: &'a mut Communicator,
-    plan: &'a Plan,
-    round: Round,
-    /// Chosen for this round.
-    launch: Launch,
-    /// What kernels call the operation.
-    call: u64,
-    tensors: &'a Tensors,
-    stream: Handle,
-}
-
-impl WithEpilogue for Launcher<'_> {
-    fn call<X: Copy>(self, _: Part, epilogue: X) -> Result<(), Error> {
-        let Launcher { communicator, plan, round, launch, call, tensors, stream } = self;
-        let shape = Shape::of_round(plan, &round, call).ok_or(TOO_MANY_TOKENS)?;
-        let activations = tensors.activations().of_round(plan, &round);
-        let parameters = Fused { group: communicator.group(), shape, activations, epilogue };
-        // SAFETY: the kernel was chosen for this operation's epilogue, which is what the parameters have, and `enqueue`
-        // has checked the tensors, whose addresses its caller vouches for.
-        unsafe { communicator.kernels.launch(launch, &parameters, stream) }
-    }
-}
-
-/// Why rows have no [`Shape`].
-pub(crate) const TOO_MANY_TOKENS: Error = Error::Unsupported("rounds of 2^31 tokens or more");

@@ -1,33 +1,34 @@
-//! How the threads of blocks and clusters share a row: which version of a kernel, in clusters of how many blocks of how many
-//! threads.
+//! The partition of a row: the version of a kernel, the blocks of a cluster, the threads of a block.
 
-use crate::cuda::Error;
+use fused_collective_core::kernels::Version;
+
+use crate::error::Error;
 
 /// Threads of a warp.
 const WARP: u32 = 32;
 
-/// Which version of a kernel serves rows of `row_packs` packs, how many blocks share a row, and their threads.
+/// The version of a kernel that serves rows of `row_packs` packs, the blocks that share a row, and their threads; `None`
+/// where no version that is there does.
 ///
-/// A version holds a share of a row in registers (`p1`, `p2`: packs of a thread) or, as the last resort, streams it.
-/// `clusters` are the numbers of blocks that may share a row, the best first; `max_threads` tells what each version
-/// allows.
+/// A version holds a share of a row in registers or, as the last resort, streams it. `clusters` are the numbers of blocks
+/// that may share a row, the best first; `max_threads` tells what each version allows, `None` of one that is not there.
 fn choose_version(
     row_packs: u32,
     clusters: impl Iterator<Item = u32>,
-    mut max_threads: impl FnMut(&'static str) -> Result<u32, Error>,
-) -> Result<(&'static str, u32, u32), Error> {
+    max_threads: impl Fn(Version) -> Option<u32>,
+) -> Option<(Version, u32, u32)> {
     let mut widest = 1;
     for cluster in clusters {
         widest = cluster;
-        for (version, packs) in [("p1", 1), ("p2", 2)] {
+        for (version, packs) in [(Version::P1, 1), (Version::P2, 2)] {
             let threads = row_packs.div_ceil(cluster * packs).next_multiple_of(WARP);
-            if threads <= max_threads(version)? {
-                return Ok((version, cluster, threads));
+            if max_threads(version).is_some_and(|most| threads <= most) {
+                return Some((version, cluster, threads));
             }
         }
     }
-    let most = max_threads("streamed")? / WARP * WARP;
-    Ok(("streamed", widest, row_packs.div_ceil(widest).next_multiple_of(WARP).min(most)))
+    let most = max_threads(Version::Streamed)? / WARP * WARP;
+    Some((Version::Streamed, widest, row_packs.div_ceil(widest).next_multiple_of(WARP).min(most)))
 }
 
 /// As [`choose_version`], for `tokens` rows: `places` tells how many of them a version in clusters of so many blocks of so
@@ -38,72 +39,88 @@ pub(super) fn choose_places(
     tokens: u64,
     waits: bool,
     clusters: impl Iterator<Item = u32>,
-    mut max_threads: impl FnMut(&'static str) -> Result<u32, Error>,
-    mut places: impl FnMut(&'static str, u32, u32) -> Result<u64, Error>,
-) -> Result<(&'static str, u32, u32), Error> {
-    let wide @ (version, cluster, threads) = choose_version(row_packs, clusters, &mut max_threads)?;
-    if version != "p1" || !waits {
-        return Ok(wide);
-    }
+    max_threads: impl Fn(Version) -> Option<u32>,
+    mut places: impl FnMut(Version, u32, u32) -> Result<u64, Error>,
+) -> Result<Option<(Version, u32, u32)>, Error> {
+    let Some(wide @ (version, cluster, threads)) = choose_version(row_packs, clusters, &max_threads) else {
+        return Ok(None);
+    };
+    let narrow_most = max_threads(Version::P2).filter(|_| version == Version::P1 && waits);
+    let Some(narrow_most) = narrow_most else { return Ok(Some(wide)) };
     let wide_places = places(version, cluster, threads)?;
     let threads = row_packs.div_ceil(cluster * 2).next_multiple_of(WARP);
-    if wide_places >= tokens || threads > max_threads("p2")? {
-        return Ok(wide);
+    if wide_places >= tokens || threads > narrow_most {
+        return Ok(Some(wide));
     }
-    Ok(if places("p2", cluster, threads)? > wide_places { ("p2", cluster, threads) } else { wide })
+    let narrow = (Version::P2, cluster, threads);
+    Ok(Some(if places(Version::P2, cluster, threads)? > wide_places { narrow } else { wide }))
 }
 
 #[cfg(test)]
 mod tests {
+    use Version::{P1, P2, Streamed};
+
     use super::*;
 
     #[test]
     fn a_row_is_held_in_registers_where_threads_allow_it() {
-        let limits = |version| Ok(if version == "p1" { 1024 } else { 512 });
+        let limits = |version| Some(if version == P1 { 1024 } else { 512 });
         let choose =
             |packs, clusters: &[u32]| choose_version(packs, clusters.iter().copied(), limits).unwrap();
         // 1,024 packs are a row of 8,192 elements of two bytes.
-        assert_eq!(choose(1024, &[1, 2, 4, 8]), ("p1", 1, 1024));
-        assert_eq!(choose(1024, &[8]), ("p1", 8, 128));
-        assert_eq!(choose(6, &[1]), ("p1", 1, 32));
+        assert_eq!(choose(1024, &[1, 2, 4, 8]), (P1, 1, 1024));
+        assert_eq!(choose(1024, &[8]), (P1, 8, 128));
+        assert_eq!(choose(6, &[1]), (P1, 1, 32));
         // What one block cannot hold, two can; without clusters it is streamed.
-        assert_eq!(choose(2048, &[1, 2, 4, 8]), ("p1", 2, 1024));
-        assert_eq!(choose(2048, &[1]), ("streamed", 1, 512));
-        assert_eq!(choose(16_384, &[1, 2, 4, 8]), ("streamed", 8, 512));
+        assert_eq!(choose(2048, &[1, 2, 4, 8]), (P1, 2, 1024));
+        assert_eq!(choose(2048, &[1]), (Streamed, 1, 512));
+        assert_eq!(choose(16_384, &[1, 2, 4, 8]), (Streamed, 8, 512));
         // Registers may allow fewer threads than the version was made for.
-        let tight = |version| Ok(if version == "p1" { 896 } else { 600 });
-        assert_eq!(choose_version(1024, [1].into_iter(), tight).unwrap(), ("p2", 1, 512));
-        assert_eq!(choose_version(4096, [1].into_iter(), tight).unwrap(), ("streamed", 1, 576));
+        let tight = |version| Some(if version == P1 { 896 } else { 600 });
+        assert_eq!(choose_version(1024, [1].into_iter(), tight).unwrap(), (P2, 1, 512));
+        assert_eq!(choose_version(4096, [1].into_iter(), tight).unwrap(), (Streamed, 1, 576));
     }
 
     /// Versions of 64 registers a thread and, for `p2`, blocks of at most 512 threads: two of those are resident where one
     /// of 1,024 is.
-    fn choose_on_gpu(units: u64, tokens: u64, row_packs: u32, waits: bool) -> (&'static str, u32, u32) {
-        let max_threads = |version| Ok(if version == "p1" { 1024 } else { 512 });
+    fn choose_on_gpu(units: u64, tokens: u64, row_packs: u32, waits: bool) -> (Version, u32, u32) {
+        let max_threads = |version| Some(if version == P1 { 1024 } else { 512 });
         let places =
-            |_: &str, cluster: u32, threads: u32| Ok(u64::from(1024 / threads) * units / u64::from(cluster));
-        choose_places(row_packs, tokens, waits, [1, 2, 4, 8].into_iter(), max_threads, places).unwrap()
+            |_, cluster: u32, threads: u32| Ok(u64::from(1024 / threads) * units / u64::from(cluster));
+        choose_places(row_packs, tokens, waits, [1, 2, 4, 8].into_iter(), max_threads, places)
+            .unwrap()
+            .unwrap()
     }
 
     #[test]
     fn more_rows_than_places_are_taken_in_narrower_blocks_unless_a_row_is_pushed_ahead() {
-        assert_eq!(choose_on_gpu(132, 132, 1024, true), ("p1", 1, 1024));
-        assert_eq!(choose_on_gpu(132, 133, 1024, true), ("p2", 1, 512));
-        assert_eq!(choose_on_gpu(132, 133, 1024, false), ("p1", 1, 1024));
+        assert_eq!(choose_on_gpu(132, 132, 1024, true), (P1, 1, 1024));
+        assert_eq!(choose_on_gpu(132, 133, 1024, true), (P2, 1, 512));
+        assert_eq!(choose_on_gpu(132, 133, 1024, false), (P1, 1, 1024));
         // Clusters share the places: 2,048 packs are two blocks'.
-        assert_eq!(choose_on_gpu(132, 66, 2048, true), ("p1", 2, 1024));
-        assert_eq!(choose_on_gpu(132, 67, 2048, true), ("p2", 2, 512));
+        assert_eq!(choose_on_gpu(132, 66, 2048, true), (P1, 2, 1024));
+        assert_eq!(choose_on_gpu(132, 67, 2048, true), (P2, 2, 512));
     }
 
     #[test]
     fn narrower_blocks_that_do_not_fit_or_gain_no_place_are_not_taken() {
         let choose = |p2_threads, p2_places| {
-            let max_threads = |version| Ok(if version == "p1" { 1024 } else { p2_threads });
-            let places = |version: &str, _, _| Ok(if version == "p1" { 132 } else { p2_places });
-            choose_places(1024, 500, true, [1].into_iter(), max_threads, places).unwrap()
+            let max_threads = |version| Some(if version == P1 { 1024 } else { p2_threads });
+            let places = |version, _, _| Ok(if version == P1 { 132 } else { p2_places });
+            choose_places(1024, 500, true, [1].into_iter(), max_threads, places).unwrap().unwrap()
         };
-        assert_eq!(choose(512, 264), ("p2", 1, 512));
-        assert_eq!(choose(512, 132), ("p1", 1, 1024));
-        assert_eq!(choose(480, 264), ("p1", 1, 1024));
+        assert_eq!(choose(512, 264), (P2, 1, 512));
+        assert_eq!(choose(512, 132), (P1, 1, 1024));
+        assert_eq!(choose(480, 264), (P1, 1, 1024));
+    }
+
+    #[test]
+    fn a_kernel_with_one_version_serves_the_rows_that_it_can_hold_and_no_others() {
+        let only_p1 = |version| (version == P1).then_some(512);
+        assert_eq!(choose_version(1024, [1, 2].into_iter(), only_p1), Some((P1, 2, 512)));
+        assert_eq!(choose_version(1025, [1, 2].into_iter(), only_p1), None);
+        let places = |_, _, _| Ok(1);
+        let chosen = choose_places(512, 500, true, [1].into_iter(), only_p1, places).unwrap();
+        assert_eq!(chosen, Some((P1, 1, 512)));
     }
 }

@@ -1,0 +1,452 @@
+//! The table of kernels: their entry points, the modules that hold them, and the largest blocks that each takes.
+//!
+//! A [`Module`] is a file of PTX, `bf16_w4` for instance: the kernels of one element type and one [`Set`]. A
+//! [`Kernel`] is a [`Family`] with an [`Epilogue`], in every [`Version`] an entry point: `two_shot_nvfp4_p2`. There is
+//! a folder of modules for each [`Processor`].
+//!
+//! Tests hold the table against the compiled kernels, both ways. Kernels that are not the library's own are not in it:
+//! their names are those crates' affair, and their [`bounds`] those of the set that they resemble.
+
+use core::fmt;
+
+use crate::{dtype::DType, launch::MAX_RANKS, plan::Algorithm, quant::Quantization};
+
+/// A kind of GPU that kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Processor {
+    /// The processor's name in PTX, and that of the folder of its modules. With an `a` at its end, its code runs on no
+    /// other.
+    pub name: &'static str,
+    /// Its compute capability: 90 is 9.0.
+    pub capability: u32,
+}
+
+impl Processor {
+    /// Every processor, the oldest first.
+    pub const ALL: [Processor; 4] = [
+        Processor { name: "sm_80", capability: 80 },
+        Processor { name: "sm_90", capability: 90 },
+        Processor { name: "sm_100a", capability: 100 },
+        Processor { name: "sm_120a", capability: 120 },
+    ];
+
+    /// The processors whose code runs on a GPU of compute capability `capability` (90 is 9.0), the best first.
+    pub fn for_capability(capability: u32) -> impl Iterator<Item = Processor> {
+        let runs = move |processor: &Processor| {
+            if processor.name.ends_with('a') {
+                processor.capability == capability
+            } else {
+                processor.capability <= capability
+            }
+        };
+        Processor::ALL.into_iter().rev().filter(runs)
+    }
+
+    /// True where kernels may be launched in clusters and as programmatic dependents. PTX for an older processor runs on
+    /// a new GPU, but does not wait for the kernel before it.
+    pub const fn has_clusters(self) -> bool {
+        self.capability >= 90
+    }
+}
+
+/// A set of kernels: a module's, for one element type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Set {
+    /// The collectives for groups of 2 ranks.
+    Group2,
+    /// The collectives for groups of at most 4 ranks.
+    Group4,
+    /// The collectives for groups of at most 8 ranks.
+    Group8,
+    /// The kernels that need no group.
+    Local,
+}
+
+impl Set {
+    /// Every set.
+    pub const ALL: [Set; 4] = [Set::Group2, Set::Group4, Set::Group8, Set::Local];
+
+    /// The smallest set with collectives for `world_size` ranks; `None` for more than [`MAX_RANKS`].
+    pub const fn for_group(world_size: u32) -> Option<Set> {
+        const { assert!(MAX_RANKS == 8) };
+        match world_size {
+            ..=2 => Some(Set::Group2),
+            3..=4 => Some(Set::Group4),
+            5..=8 => Some(Set::Group8),
+            _ => None,
+        }
+    }
+
+    /// The set's part of a module's name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Set::Group2 => "w2",
+            Set::Group4 => "w4",
+            Set::Group8 => "w8",
+            Set::Local => "local",
+        }
+    }
+
+    /// The kernels of the set.
+    pub fn kernels(self) -> impl Iterator<Item = &'static Kernel> {
+        KERNELS.iter().filter(move |kernel| (kernel.family == Family::Local) == (self == Set::Local))
+    }
+}
+
+/// A file of kernels, without what it ends in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Module {
+    /// The element type of its kernels.
+    pub dtype: DType,
+    /// Its kernels.
+    pub set: Set,
+}
+
+impl Module {
+    /// Every module.
+    pub fn all() -> impl Iterator<Item = Module> {
+        DType::ALL.into_iter().flat_map(|dtype| Set::ALL.map(|set| Module { dtype, set }))
+    }
+
+    /// The module's name: `bf16_w4`.
+    pub const fn name(self) -> &'static str {
+        macro_rules! of_type {
+            ($element:literal) => {
+                match self.set {
+                    Set::Group2 => concat!($element, "_w2"),
+                    Set::Group4 => concat!($element, "_w4"),
+                    Set::Group8 => concat!($element, "_w8"),
+                    Set::Local => concat!($element, "_local"),
+                }
+            };
+        }
+        match self.dtype {
+            DType::F32 => of_type!("f32"),
+            DType::F16 => of_type!("f16"),
+            DType::Bf16 => of_type!("bf16"),
+        }
+    }
+
+    /// A kernel's entry point in the module, which has it if the kernel is one of [its set's](Set::kernels).
+    pub const fn entry(self, kernel: &Kernel, version: Version) -> Entry {
+        Entry { module: self.name(), name: kernel.name(version) }
+    }
+
+    /// The module called `name`, if it is one of the table's.
+    pub fn named(name: &str) -> Option<Module> {
+        Module::all().find(|module| module.name() == name)
+    }
+}
+
+/// An entry point: one of this table's, or another crate's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Entry {
+    /// The name of the module that has it.
+    pub module: &'static str,
+    /// Its own name.
+    pub name: &'static str,
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.name, self.module)
+    }
+}
+
+/// The exchange between ranks that a kernel does, if any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Family {
+    /// [`Algorithm::OneShot`].
+    OneShot,
+    /// [`Algorithm::TwoShot`].
+    TwoShot,
+    /// [`Algorithm::ShardedTwoShot`].
+    Sharded,
+    /// No exchange: the residual and the epilogue alone.
+    Local,
+}
+
+impl From<Algorithm> for Family {
+    fn from(algorithm: Algorithm) -> Family {
+        match algorithm {
+            Algorithm::OneShot => Family::OneShot,
+            Algorithm::TwoShot => Family::TwoShot,
+            Algorithm::ShardedTwoShot => Family::Sharded,
+        }
+    }
+}
+
+/// What a kernel makes of a row's sum, and the parameters that say where.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Epilogue {
+    /// The sum itself: `Plain<Unquantized>`.
+    Sum,
+    /// The sum's FP8 codes: `Plain<Fp8Static>`.
+    Fp8,
+    /// The sum's NVFP4 codes: `Plain<NvFp4>`.
+    NvFp4,
+    /// The norm: `RmsNorm<Unquantized>`.
+    Norm,
+    /// The norm's FP8 codes: `RmsNorm<Fp8Static>`.
+    NormFp8,
+    /// The norm's NVFP4 codes: `RmsNorm<NvFp4>`.
+    NormNvFp4,
+}
+
+impl Epilogue {
+    /// The epilogue of an operation with a norm or without, and of `quantization`; `None` for one that no kernel has.
+    pub const fn of(has_norm: bool, quantization: Quantization) -> Option<Epilogue> {
+        Some(match (has_norm, quantization) {
+            (false, Quantization::None) => Epilogue::Sum,
+            (false, Quantization::Fp8Static) => Epilogue::Fp8,
+            (false, Quantization::NvFp4 { .. }) => Epilogue::NvFp4,
+            (true, Quantization::None) => Epilogue::Norm,
+            (true, Quantization::Fp8Static) => Epilogue::NormFp8,
+            (true, Quantization::NvFp4 { .. }) => Epilogue::NormNvFp4,
+            _ => return None,
+        })
+    }
+}
+
+/// A kernel's way to keep rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Version {
+    /// One 16-byte pack of a row in each thread's registers.
+    P1,
+    /// Two packs of a row in each thread's registers.
+    P2,
+    /// Rows of any length, read again where they are needed again.
+    Streamed,
+}
+
+impl Version {
+    /// Every version.
+    pub const ALL: [Version; 3] = [Version::P1, Version::P2, Version::Streamed];
+
+    /// The last part of an entry point's name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Version::P1 => "p1",
+            Version::P2 => "p2",
+            Version::Streamed => "streamed",
+        }
+    }
+
+    /// The version that an entry point's name ends in.
+    fn of(entry: &str) -> Option<Version> {
+        let (_, last) = entry.rsplit_once('_')?;
+        Version::ALL.into_iter().find(|version| version.name() == last)
+    }
+}
+
+/// A kernel: a family with an epilogue, an entry point in every version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Kernel {
+    /// What it does between ranks.
+    pub family: Family,
+    /// What it does with a row.
+    pub epilogue: Epilogue,
+    /// The names of its entry points, in the order of [`Version::ALL`].
+    entries: [&'static str; 3],
+}
+
+macro_rules! kernels {
+    ($($family:ident $epilogue:ident $name:literal)*) => {
+        /// The table. Names in collectives say only how the norm is quantized, as they have no quantization without.
+        static KERNELS: &[Kernel] = &[$(Kernel {
+            family: Family::$family,
+            epilogue: Epilogue::$epilogue,
+            entries: [concat!($name, "_p1"), concat!($name, "_p2"), concat!($name, "_streamed")],
+        }),*];
+    };
+}
+
+kernels! {
+    OneShot Sum       "one_shot_none"
+    OneShot Norm      "one_shot_norm"
+    OneShot NormFp8   "one_shot_fp8"
+    OneShot NormNvFp4 "one_shot_nvfp4"
+    TwoShot Sum       "two_shot_none"
+    TwoShot Norm      "two_shot_norm"
+    TwoShot NormFp8   "two_shot_fp8"
+    TwoShot NormNvFp4 "two_shot_nvfp4"
+    Sharded Norm      "sharded_norm"
+    Sharded NormFp8   "sharded_fp8"
+    Sharded NormNvFp4 "sharded_nvfp4"
+    Local   Sum       "local_none"
+    Local   Norm      "local_norm"
+    Local   Fp8       "local_fp8"
+    Local   NvFp4     "local_nvfp4"
+    Local   NormFp8   "local_norm_fp8"
+    Local   NormNvFp4 "local_norm_nvfp4"
+}
+
+impl Kernel {
+    /// The kernel of a family and an epilogue, if there is one.
+    pub fn of(family: Family, epilogue: Epilogue) -> Option<&'static Kernel> {
+        KERNELS.iter().find(|kernel| kernel.family == family && kernel.epilogue == epilogue)
+    }
+
+    /// The name of a version's entry point.
+    pub const fn name(&self, version: Version) -> &'static str {
+        self.entries[version as usize]
+    }
+
+    /// The kernel that has the entry point `name`.
+    fn with_entry(name: &str) -> Option<&'static Kernel> {
+        KERNELS.iter().find(|kernel| kernel.entries.contains(&name))
+    }
+}
+
+/// The blocks that an entry point is compiled for, as PTX says it: `.maxntid` and `.minnctapersm`.
+///
+/// They decide how many registers a thread has. A multiprocessor has 65,536: 64 for each of 1,024 threads, 128 for each
+/// of 512. Larger blocks cannot be launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Bounds {
+    /// The most threads of a block.
+    pub threads: u32,
+    /// Blocks of so many threads that must fit on a multiprocessor at once.
+    pub blocks: u32,
+}
+
+impl Bounds {
+    /// Blocks of any size, one of the largest at a time: 64 registers a thread.
+    pub const LARGEST: Bounds = Bounds { threads: 1024, blocks: 1 };
+}
+
+/// The bounds of the entry point `entry` in the module of `dtype` and `set`, compiled for `processor`.
+///
+/// A kernel that is none of the table's gets the bounds of one that is like it: for as many ranks, and of the version
+/// that its name ends in, `_p2` for instance.
+pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
+    let kernel = Kernel::with_entry(entry);
+    let version = Version::of(entry);
+    // Without clusters and dependent launch, addresses and indices take up more registers; and for sm_120a the assembler
+    // finds fewer to share.
+    let takes_more = matches!(processor, "sm_80" | "sm_120a");
+    // Kernels for more than 4 ranks hold a pack of each; those for 4 quantize to FP4 beside as many.
+    let is_large = match set {
+        Set::Group8 => true,
+        Set::Group4 => {
+            let quantizes =
+                |kernel: &Kernel| kernel.epilogue == Epilogue::NormNvFp4 && kernel.family != Family::Sharded;
+            kernel.is_some_and(quantizes) && (dtype == DType::F32 || processor == "sm_100a")
+        }
+        Set::Group2 | Set::Local => false,
+    };
+    let threads = match set {
+        Set::Group8 if processor == "sm_80" => 256,
+        Set::Group2 | Set::Group4 if takes_more => 512,
+        _ if is_large || matches!(version, Some(Version::P2 | Version::Streamed)) => 512,
+        _ => 1024,
+    };
+    // Two rows' blocks are resident where 64 registers do for two packs; one-shot pushes a row ahead instead.
+    let is_resident_twice = set == Set::Group2
+        && version == Some(Version::P2)
+        && !takes_more
+        && kernel.is_some_and(|kernel| kernel.family != Family::OneShot);
+    Bounds { threads, blocks: if is_resident_twice { 2 } else { 1 } }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashSet, format, vec::Vec};
+
+    use super::*;
+
+    #[test]
+    fn a_gpu_gets_code_that_runs_on_it_and_the_best_first() {
+        let names = |capability| {
+            Processor::for_capability(capability).map(|processor| processor.name).collect::<Vec<_>>()
+        };
+        assert_eq!(names(90), ["sm_90", "sm_80"]);
+        assert_eq!(names(100), ["sm_100a", "sm_90", "sm_80"]);
+        assert_eq!(names(103), ["sm_90", "sm_80"]);
+        assert_eq!(names(120), ["sm_120a", "sm_90", "sm_80"]);
+        assert_eq!(names(86), ["sm_80"]);
+        assert!(names(75).is_empty());
+    }
+
+    #[test]
+    fn a_group_uses_the_smallest_kernels_that_serve_it() {
+        let sets = [1, 2, 3, 4, 5, 8, 9].map(Set::for_group);
+        let [two, four, eight] = [Set::Group2, Set::Group4, Set::Group8].map(Some);
+        assert_eq!(sets, [two, two, four, four, eight, eight, None]);
+    }
+
+    #[test]
+    fn names_follow_from_their_parts_and_lead_back_to_them() {
+        let names: HashSet<_> = Module::all().map(Module::name).collect();
+        assert_eq!(names.len(), 12);
+        for module in Module::all() {
+            let element = ["f32", "f16", "bf16"][module.dtype as usize];
+            assert_eq!(module.name(), format!("{element}_{}", module.set.name()));
+            assert_eq!(Module::named(module.name()), Some(module));
+        }
+        assert_eq!(Module::named("bf16_w16"), None);
+
+        let mut entries = HashSet::new();
+        for kernel in KERNELS {
+            assert_eq!(Kernel::of(kernel.family, kernel.epilogue), Some(kernel));
+            for version in Version::ALL {
+                let name = kernel.name(version);
+                assert!(entries.insert(name), "{name} twice");
+                assert_eq!((Kernel::with_entry(name), Version::of(name)), (Some(kernel), Some(version)));
+            }
+        }
+        assert_eq!(Kernel::of(Family::Sharded, Epilogue::Sum), None);
+        let kernel = Kernel::of(Family::TwoShot, Epilogue::NormNvFp4).unwrap();
+        assert_eq!(kernel.name(Version::Streamed), "two_shot_nvfp4_streamed");
+    }
+
+    #[test]
+    fn every_kernel_is_in_one_set_or_in_all_of_the_groups() {
+        let [two, four, eight, local] = Set::ALL.map(|set| set.kernels().collect::<Vec<_>>());
+        assert_eq!((&two, &two), (&four, &eight));
+        assert_eq!((two.len(), local.len()), (11, 6));
+    }
+
+    #[test]
+    fn epilogues_are_those_of_operations() {
+        let layout = crate::quant::ScaleLayout::Linear;
+        assert_eq!(Epilogue::of(true, Quantization::Fp8Static), Some(Epilogue::NormFp8));
+        assert_eq!(Epilogue::of(false, Quantization::NvFp4 { layout }), Some(Epilogue::NvFp4));
+        assert_eq!(Epilogue::of(true, Quantization::MxFp4 { layout }), None);
+    }
+
+    #[test]
+    fn blocks_are_as_large_as_registers_allow() {
+        let of = |processor, dtype, set, entry| {
+            let Bounds { threads, blocks } = bounds(processor, dtype, set, entry);
+            (threads, blocks)
+        };
+        use DType::{Bf16, F32};
+        use Set::{Group2, Group4, Group8, Local};
+        for (processor, dtype, set, entry, expected) in [
+            ("sm_90", Bf16, Group4, "one_shot_norm_p1", (1024, 1)),
+            ("sm_90", Bf16, Group4, "one_shot_norm_p2", (512, 1)),
+            ("sm_90", Bf16, Local, "local_norm_streamed", (512, 1)),
+            ("sm_80", Bf16, Local, "local_norm_p1", (1024, 1)),
+            ("sm_80", Bf16, Group8, "one_shot_norm_p1", (256, 1)),
+            ("sm_90", Bf16, Group8, "one_shot_norm_p1", (512, 1)),
+            ("sm_120a", Bf16, Group4, "one_shot_norm_p1", (512, 1)),
+            // FP4 beside packs of four ranks.
+            ("sm_90", Bf16, Group4, "one_shot_nvfp4_p1", (1024, 1)),
+            ("sm_90", F32, Group4, "one_shot_nvfp4_p1", (512, 1)),
+            ("sm_100a", Bf16, Group4, "two_shot_nvfp4_p1", (512, 1)),
+            ("sm_100a", Bf16, Group4, "sharded_nvfp4_p1", (1024, 1)),
+            // Two packs in 64 registers.
+            ("sm_90", Bf16, Group2, "two_shot_norm_p2", (512, 2)),
+            ("sm_90", Bf16, Group2, "sharded_norm_p2", (512, 2)),
+            ("sm_90", Bf16, Group2, "one_shot_norm_p2", (512, 1)),
+            ("sm_120a", Bf16, Group2, "two_shot_norm_p2", (512, 1)),
+            // None of the table's.
+            ("sm_90", Bf16, Group4, "all_reduce_gelu", (1024, 1)),
+            ("sm_80", Bf16, Group4, "all_reduce_gelu", (512, 1)),
+            ("sm_90", Bf16, Group2, "gelu_p2", (512, 1)),
+        ] {
+            assert_eq!(of(processor, dtype, set, entry), expected, "{processor} {dtype} {set:?} {entry}");
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! From a package to PTX, by cargo and rustc.
+//!
+//! `--emit=asm` gives all of a `staticlib` linked as one PTX file. One run of cargo builds all of a processor's modules, as
+//! many at a time as there are cores, and only those whose source has changed.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use cargo_metadata::Message;
+
+use crate::{
+    BoundsOf, Error, Module, Processor, Report, TARGET, Toolchain, bounds, check, command, package::Package,
+};
+
+/// The profile of device code: linked whole, and without unwinding, which GPUs do not have.
+const PROFILE: [&str; 3] =
+    ["profile.release.panic=\"abort\"", "profile.release.lto=\"fat\"", "profile.release.codegen-units=1"];
+
+pub(crate) struct Compiler<'a> {
+    pub(crate) toolchain: Toolchain,
+    pub(crate) package: Package,
+    pub(crate) cache: &'a Path,
+    pub(crate) output: &'a Path,
+    pub(crate) bounds: Option<&'a BoundsOf>,
+}
+
+impl Compiler<'_> {
+    /// Compiles the package's modules for `compiled_for`, and writes them for each of `processors`.
+    pub(crate) fn compile(
+        &self,
+        compiled_for: Processor,
+        processors: &[Processor],
+    ) -> Result<Vec<Module>, Error> {
+        let built = self.libraries(compiled_for)?;
+        let mut modules = Vec::new();
+        for name in self.package.modules() {
+            let wrong = |problem: String| Error::Compiler { module: name.to_owned(), problem };
+            let library = built.iter().find(|(target, _)| target == name);
+            let (_, library) = library.ok_or_else(|| wrong("cargo built no library of it".to_owned()))?;
+            let assembly = assembly(library, name)?
+                .ok_or_else(|| wrong(format!("rustc left no assembly beside {}", library.display())))?;
+            let text = fs::read_to_string(&assembly).map_err(Error::io("read", &assembly))?;
+            let header = compiled_for.header();
+            if !text.contains(&header) {
+                return Err(wrong(format!("{} does not begin with {header:?}", assembly.display())));
+            }
+            for &processor in processors {
+                let mut ptx = text.replacen(&header, &processor.header(), 1);
+                if let Some(bounds) = self.bounds {
+                    ptx = bounds::add(&ptx, processor, name, bounds);
+                }
+                let folder = self.output.join(processor.name());
+                let path = folder.join(format!("{name}.ptx"));
+                fs::create_dir_all(&folder).map_err(Error::io("create", &folder))?;
+                fs::write(&path, ptx).map_err(Error::io("write", &path))?;
+                // Older machine code must not stay beside newer PTX. Usually there is none.
+                let _ = fs::remove_file(check::machine_code(&path));
+                let name = name.to_owned();
+                modules.push(Module { name, processor, path, machine_code: None, report: Report::default() });
+            }
+        }
+        Ok(modules)
+    }
+
+    /// Runs cargo. Returns the static libraries that it built, with their targets' names.
+    fn libraries(&self, compiled_for: Processor) -> Result<Vec<(String, PathBuf)>, Error> {
+        let Package { manifest, name, device, .. } = &self.package;
+        let mut cargo = self.toolchain.cargo(manifest, "build", TARGET, &self.cache.join("cross/ptx"));
+        cargo.args(["--release", "--message-format=json-render-diagnostics", "--package", name]);
+        cargo.args(self.package.targets());
+        // Kernels use unstable features of the language, and a package's flags are one of cargo's.
+        cargo.env("RUSTC_BOOTSTRAP", "1").arg("-Zprofile-rustflags");
+        // Flags for all would have Rust's own `core` built once more for each processor. What kernels use of it is generic
+        // or inline, and so compiled with them.
+        cargo.env("RUSTFLAGS", "").env_remove("CARGO_ENCODED_RUSTFLAGS");
+        for option in PROFILE {
+            cargo.args(["--config", option]);
+        }
+        for package in device {
+            let mut flags = compiled_for.flags().to_vec();
+            if package == name {
+                flags.push("--emit=asm".to_owned());
+            }
+            cargo.arg("--config").arg(format!("profile.release.package.{package}.rustflags={flags:?}"));
+        }
+        let messages = command::output(&mut cargo)?;
+        let mut libraries = Vec::new();
+        for message in Message::parse_stream(messages.as_bytes()) {
+            let message = message.map_err(Error::io("understand cargo's messages on", manifest))?;
+            let Message::CompilerArtifact(artifact) = message else { continue };
+            let library = artifact.filenames.iter().find(|file| file.extension() == Some("a"));
+            libraries.extend(library.map(|library| (artifact.target.name.clone(), library.into())));
+        }
+        Ok(libraries)
+    }
+}
+
+/// The assembly that rustc left with the static library `library` of the crate `name`. Both have a hash in their name, and
+/// older ones may lie beside them; `library` is a copy of the current one.
+fn assembly(library: &Path, name: &str) -> Result<Option<PathBuf>, Error> {
+    let current = fs::read(library).map_err(Error::io("read", library))?;
+    let beside = library.parent().unwrap_or(library);
+    for folder in [beside, &beside.join("deps")] {
+        let entries = match fs::read_dir(folder) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            entries => entries.map_err(Error::io("read", folder))?,
+        };
+        for entry in entries {
+            let path = entry.map_err(Error::io("read", folder))?.path();
+            let stem =
+                path.file_name().and_then(|file| file.to_str()?.strip_prefix("lib")?.strip_suffix(".a"));
+            let Some(stem) =
+                stem.filter(|stem| stem.strip_prefix(name).is_some_and(|hash| hash.starts_with('-')))
+            else {
+                continue;
+            };
+            if fs::read(&path).map_err(Error::io("read", &path))? == current {
+                return Ok(Some(folder.join(format!("{stem}.s"))));
+            }
+        }
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_assembly_is_that_of_the_library_that_is_current() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+        for (hash, text) in [("0a", "old"), ("1b", "current"), ("2c", "other")] {
+            write(&format!("libbf16_w2-{hash}.a"), text);
+        }
+        write("libf16_w2-3d.a", "current");
+        write("libbf16_w2.a", "current");
+        let library = folder.path().join("libbf16_w2.a");
+        assert_eq!(assembly(&library, "bf16_w2").unwrap(), Some(folder.path().join("bf16_w2-1b.s")));
+        write("libbf16_w2.a", "newer");
+        assert_eq!(assembly(&library, "bf16_w2").unwrap(), None);
+        // As cargo has it for a package's library.
+        fs::create_dir(folder.path().join("deps")).unwrap();
+        write("deps/libbf16_w2-4e.a", "newer");
+        assert_eq!(assembly(&library, "bf16_w2").unwrap(), Some(folder.path().join("deps/bf16_w2-4e.s")));
+    }
+}

@@ -1,0 +1,18 @@
+#![doc = include_str!("../README.md")]
+//!
+//! # Sizes
+//! An archive has a frame for each processor and set of kernels, with the modules of all element types in it: these are
+//! alike. To get one module out, one frame is decompressed up to it, and nothing is kept.
+#![forbid(unsafe_code)]
+
+mod archive;
+mod pack;
+
+pub use archive::{Archive, Error, Module};
+pub use pack::{Kind, Member, pack};
+
+/// The archive of this library; empty in a build without it.
+#[cfg(embedded)]
+static EMBEDDED: &[u8] = include_bytes!("../archive/kernels.zst");
+#[cfg(not(embedded))]
+static EMBEDDED: &[u8] = &[];

@@ -1,0 +1,78 @@
+//! Writing an archive: the one place that knows its form.
+//!
+//! An archive is a sequence of Zstandard frames (RFC 8878), so `zstd -dc` shows its content. The first is a skippable one
+//! with the index, as text:
+//! ```text
+//! fused-collective-kernels 1 CHECKSUM     of the index's other lines
+//! layout LAYOUT                           fingerprint of the kernels' launch structs
+//! frame LENGTH CHECKSUM                   of the next frame, compressed
+//! sm_90 bf16_w2 ptx OFFSET LENGTH         a file in the frame named last: its place in the content
+//! sm_90 f16_w2 ptx OFFSET LENGTH
+//! frame LENGTH CHECKSUM
+//! sm_90 bf16_w2 cubin OFFSET LENGTH
+//! ```
+//! Checksums are XXH64 with the seed 0, in hexadecimal digits; all else is decimal.
+
+use std::fmt::Write;
+
+use crate::archive::checksum;
+
+/// The magic number of a skippable frame. The frame's length follows it.
+pub(crate) const MAGIC: [u8; 4] = 0x184d_2a50_u32.to_le_bytes();
+/// The beginning of an index: the form's name and version.
+pub(crate) const HEADING: &str = "fused-collective-kernels 1 ";
+
+/// The two forms of a module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// PTX, which the driver compiles.
+    Ptx,
+    /// Machine code, of one processor.
+    MachineCode,
+}
+
+impl Kind {
+    const NAMES: [(Kind, &str); 2] = [(Kind::Ptx, "ptx"), (Kind::MachineCode, "cubin")];
+
+    fn name(self) -> &'static str {
+        Kind::NAMES[self as usize].1
+    }
+
+    pub(crate) fn parse(name: &str) -> Option<Kind> {
+        Kind::NAMES.into_iter().find_map(|(kind, known)| (known == name).then_some(kind))
+    }
+}
+
+/// A file to pack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// The processor, as PTX names it: `sm_90`. Without white space.
+    pub processor: String,
+    /// The module's name: `bf16_w4`. Without white space.
+    pub module: String,
+    /// The form.
+    pub kind: Kind,
+    /// The content.
+    pub bytes: Vec<u8>,
+}
+
+/// Packs `frames` into an archive, for kernels of this launch `layout`. What is alike belongs into one frame, and what is
+/// asked for most at its beginning. `compress` makes a Zstandard frame of its argument.
+pub fn pack(layout: u32, frames: &[Vec<Member>], mut compress: impl FnMut(&[u8]) -> Vec<u8>) -> Vec<u8> {
+    let mut index = format!("layout {layout}\n");
+    let mut packed = Vec::new();
+    for members in frames {
+        let (mut content, mut lines) = (Vec::new(), String::new());
+        for Member { processor, module, kind, bytes } in members {
+            let (offset, length) = (content.len(), bytes.len());
+            let _ = writeln!(lines, "{processor} {module} {} {offset} {length}", kind.name());
+            content.extend(bytes);
+        }
+        let frame = compress(&content);
+        let _ = writeln!(index, "frame {} {:x}", frame.len(), checksum(&frame));
+        index += &lines;
+        packed.extend(frame);
+    }
+    let index = format!("{HEADING}{:x}\n{index}", checksum(index.as_bytes()));
+    [&MAGIC, &(index.len() as u32).to_le_bytes(), index.as_bytes(), &packed[..]].concat()
+}

@@ -1,0 +1,8 @@
+//! The primitive steps of an eager framework, for `f32`.
+#![no_std]
+#![feature(abi_ptx)]
+
+// The panic handler.
+use fused_collective_ptx as _;
+
+fused_collective_bench::entries!(eager, f32);

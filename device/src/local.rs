@@ -1,0 +1,71 @@
+//! An epilogue on a row that needs no collective: RMSNorm with or without a residual, quantization alone, and both in
+//! one pass, which is what a graph compiler makes of everything after an all-reduce.
+
+use fused_collective_core::{dtype::Element, pack::Pack};
+
+use crate::{
+    convert,
+    epilogue::Epilogue,
+    launch::Local,
+    row::{Prepared, Team, ThreadSlice},
+    simt,
+};
+
+/// The kernel without a collective: adds the residual, if there is one, and applies the epilogue. `P` and `RESIDENT` as
+/// in the [collectives](crate::collective::one_shot).
+///
+/// # Safety
+/// As the collectives'.
+#[inline(always)]
+pub unsafe fn local<E, X, const P: usize, const RESIDENT: bool>(params: &Local<X>)
+where
+    E: Element,
+    X: Epilogue<E>,
+{
+    let Local { shape, activations, epilogue } = params;
+    let mut team = Team::join(X::ROW_SUM);
+    let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
+    // SAFETY: as this function's; each pack of a tensor is one thread's. The same holds for the block below.
+    let prepared = unsafe { Prepared::<E, X, 2, P, RESIDENT>::new(epilogue, slice, &team) };
+    let has_residual = !activations.residual.is_null();
+
+    simt::wait_for_prerequisites();
+    simt::launch_dependents();
+    // SAFETY: see above.
+    unsafe {
+        epilogue.fill_padding(
+            shape,
+            simt::block() * simt::threads() + simt::thread(),
+            simt::blocks() * simt::threads(),
+        )
+    };
+    let mut token = team.index;
+    while token < shape.tokens {
+        // SAFETY: see above.
+        unsafe {
+            prepared.complete(&mut team, shape, activations, token, |chunk, indices, row| {
+                let mut residuals = [Pack::default(); P];
+                slice.for_each(chunk, |p, _| {
+                    row[p] = simt::load(indices[p].of(activations.input));
+                    if has_residual {
+                        residuals[p] = simt::load(indices[p].of(activations.residual));
+                    }
+                });
+                if has_residual {
+                    slice.for_each(chunk, |p, _| row[p] = add::<E>(row[p], residuals[p]));
+                }
+            });
+        }
+        token += team.teams;
+    }
+}
+
+/// The sum of two packs, rounded once.
+#[inline(always)]
+fn add<E: Element>(a: Pack, b: Pack) -> Pack {
+    let mut sum = convert::widen::<E>(a);
+    for (sum, value) in sum.as_mut().iter_mut().zip(convert::widen::<E>(b).as_ref()) {
+        *sum += value;
+    }
+    convert::narrow::<E>(sum)
+}

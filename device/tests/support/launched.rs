@@ -1,0 +1,31 @@
+//! A kernel and its parameters, ready to run.
+
+use std::{mem::MaybeUninit, slice};
+
+/// A kernel with its parameters: as source, and as what it is launched by where it is compiled.
+pub struct Launched {
+    run: Box<dyn Fn() + Send + Sync>,
+    /// The name of the entry point.
+    pub entry: String,
+    /// The parameter's bytes.
+    pub parameter: Box<[MaybeUninit<u8>]>,
+}
+
+/// The bytes of a parameter, padding included.
+pub fn bytes_of<P>(params: &P) -> Box<[MaybeUninit<u8>]> {
+    // SAFETY: the bytes of a value, initialized or not.
+    unsafe { slice::from_raw_parts((&raw const *params).cast(), size_of::<P>()) }.into()
+}
+
+impl Launched {
+    pub(super) fn new<P: Send + Sync + 'static>(entry: String, kernel: unsafe fn(&P), params: P) -> Launched {
+        let parameter = bytes_of(&params);
+        // SAFETY: the parameters are as their documentation says, and geometries cover a row.
+        Launched { run: Box::new(move || unsafe { kernel(&params) }), entry, parameter }
+    }
+
+    /// Runs the source, as one thread of a grid.
+    pub fn run(&self) {
+        (self.run)();
+    }
+}

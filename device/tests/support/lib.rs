@@ -1,0 +1,378 @@
+//! Groups of ranks on the host: the kernel that the table has for a case, run on every rank.
+
+#![allow(missing_docs, reason = "for tests alone, where fields and variants are called what they are")]
+
+use std::{
+    sync::atomic::Ordering,
+    thread,
+    time::{Duration, Instant},
+};
+
+use fused_collective_bench::{launch::EagerStep, table::EagerKernel};
+use fused_collective_core::{
+    dtype::Element,
+    fusion::{Mode, Operation},
+    plan::{Algorithm, Plan, Round},
+    quant::Quantization,
+    reference::Rounding,
+};
+use fused_collective_device::{
+    collective,
+    epilogue::Epilogue,
+    launch::{Activations, Fused, Group, Local, Plain, Shape, Status, TIMED_OUT, Unquantized},
+    local,
+    simt::host::{Launch, launch},
+};
+
+mod cases;
+mod launched;
+mod memory;
+pub mod ranks;
+pub mod sequence;
+
+pub use cases::{Case, EVERYTHING, POISON, Random, Tensors, What};
+pub use launched::{Launched, bytes_of};
+pub use memory::{Buffer, Runner, World};
+
+/// The collective to run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    OneShot,
+    TwoShot,
+    /// Of cases with a sharded residual.
+    Sharded,
+}
+
+/// How rows are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    P1,
+    P2,
+    Streamed,
+}
+
+impl Rows {
+    /// As entry points are named for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Rows::P1 => "p1",
+            Rows::P2 => "p2",
+            Rows::Streamed => "streamed",
+        }
+    }
+}
+
+impl Kernel {
+    /// The plan of an operation for this kernel, under the world's slots.
+    pub fn plan(self, world: &World, operation: &Operation) -> Plan {
+        let mode = if self == Kernel::OneShot { Mode::OneShot } else { Mode::TwoShot };
+        let plan = Plan::new(&Operation { mode, ..*operation }, &world.limits()).unwrap();
+        assert_eq!(plan.algorithm == Algorithm::ShardedTwoShot, self == Kernel::Sharded);
+        plan
+    }
+}
+
+/// One rank's part of one round of a case: the kernel that the entry points' table has for it, with its parameters.
+pub fn kernel_of<E: Element>(
+    world: &World,
+    rank: u32,
+    case: &Case<E>,
+    tensors: &Tensors,
+    (plan, round): (&Plan, &Round),
+    kernel: Kernel,
+    rows: Rows,
+) -> Launched {
+    let run = Run {
+        group: world.group(rank),
+        shape: Shape::of_round(plan, round, CALL).unwrap(),
+        activations: tensors.activations().of_round(plan, round),
+        kernel,
+        rows,
+    };
+    match case.operation.quantization {
+        _ if case.operation.norm.is_none() => run.epilogue::<E, _>("none", Plain { quantizer: Unquantized }),
+        Quantization::Fp8Static => run.either::<E, _>("fp8", tensors.norm(case, tensors.fp8())),
+        Quantization::NvFp4 { layout } => {
+            run.either::<E, _>("nvfp4", tensors.norm(case, tensors.nvfp4(layout)))
+        }
+        _ => run.either::<E, _>("norm", tensors.norm(case, Unquantized)),
+    }
+}
+
+/// One rank's part of a case: its rounds, as the plan has them, each with as much of `geometry` as it has tokens for.
+pub fn rounds_of<E: Element>(
+    world: &World,
+    rank: u32,
+    case: &Case<E>,
+    tensors: &Tensors,
+    kernel: Kernel,
+    rows: Rows,
+    geometry: Launch,
+) -> Vec<(Launch, Launched)> {
+    let plan = kernel.plan(world, &case.operation);
+    let launched = |round: Round| {
+        let teams = u64::from(geometry.blocks / geometry.cluster).min(round.rows.tokens) as u32;
+        let geometry = Launch { blocks: teams * geometry.cluster, ..geometry };
+        (geometry, kernel_of(world, rank, case, tensors, (&plan, &round), kernel, rows))
+    };
+    plan.rounds().map(launched).collect()
+}
+
+/// Runs one rank's part of a case.
+pub fn run_rank<E: Element>(
+    world: &World,
+    rank: u32,
+    case: &Case<E>,
+    tensors: &Tensors,
+    kernel: Kernel,
+    rows: Rows,
+    geometry: Launch,
+) {
+    for (geometry, kernel) in rounds_of(world, rank, case, tensors, kernel, rows, geometry) {
+        match &world.runner {
+            None => launch(geometry, || kernel.run()),
+            Some(run) => run(rank, geometry, &kernel, world.ranges(rank).chain(tensors.ranges()).collect()),
+        }
+    }
+}
+
+/// Runs everything after the all-reduce, as one kernel.
+pub fn run_local<E: Element>(case: &Case<E>, tensors: &Tensors) {
+    fn with<E: Element, X: Epilogue<E> + Sync>(operation: &Operation, tensors: &Tensors, epilogue: X) {
+        let params = Local { shape: shape(operation), activations: tensors.activations(), epilogue };
+        // SAFETY: the parameters are as their documentation says, and the geometry covers a row.
+        launch(geometry(operation, Rows::P1, 1, 2), || unsafe { local::<E, X, 1, true>(&params) });
+    }
+    let operation = &case.operation;
+    match operation.quantization {
+        _ if operation.norm.is_none() => {
+            with::<E, _>(operation, tensors, Plain { quantizer: Unquantized });
+        }
+        Quantization::Fp8Static => with::<E, _>(operation, tensors, tensors.norm(case, tensors.fp8())),
+        Quantization::NvFp4 { layout } => {
+            with::<E, _>(operation, tensors, tensors.norm(case, tensors.nvfp4(layout)));
+        }
+        _ => with::<E, _>(operation, tensors, tensors.norm(case, Unquantized)),
+    }
+}
+
+/// Runs the primitive steps of RMSNorm and FP8 quantization, each a kernel of its own, which `run` runs, and holds what comes out of them to the reference. The buffers are those that a step reads and writes.
+pub fn eager_steps<E: Element>(random: &mut Random, run: impl Fn(EagerKernel, &EagerStep, [&Buffer; 3])) {
+    let mut case = Case::<E>::new(random, 1, 3, 96, true, What::Fp8);
+    case.operation.keep_norm = true;
+    let tensors = Tensors::new(&case, 0);
+    let (tokens, hidden) = (case.operation.tokens as u32, case.operation.hidden as u32);
+    let norm = case.operation.norm.unwrap();
+    let wide = || Buffer::new((tokens * hidden) as usize * 4, 0);
+    let [x, y, z] = [wide(), wide(), wide()];
+    let factors = Buffer::new(tokens as usize * 4, 0);
+    let residual = tensors.residual.as_ref().unwrap();
+    let step = |kernel: EagerKernel, a: &Buffer, b: &Buffer, out: &Buffer, value: f32| {
+        let [a_address, b_address, out_address] = [a, b, out].map(Buffer::address);
+        let step =
+            EagerStep { a: a_address, b: b_address, out: out_address, tokens, hidden, value, reserved: 0 };
+        run(kernel, &step, [a, b, out]);
+    };
+    let unused = &factors;
+    step(EagerKernel::ToF32, &tensors.input, unused, &x, 0.0);
+    step(EagerKernel::ToF32, residual, unused, &y, 0.0);
+    step(EagerKernel::Add, &x, &y, &z, 0.0);
+    step(EagerKernel::Round, &z, unused, &tensors.residual_out, 0.0);
+    step(EagerKernel::ToF32, &tensors.residual_out, unused, &x, 0.0);
+    step(EagerKernel::Square, &x, unused, &y, 0.0);
+    step(EagerKernel::MeanRsqrt, &y, unused, &factors, norm.epsilon);
+    step(EagerKernel::ScaleRows, &x, &factors, &y, 0.0);
+    step(EagerKernel::MulWeight, &y, &tensors.gamma, &z, norm.weight_bias);
+    step(EagerKernel::Round, &z, unused, &tensors.norm_out, 0.0);
+    step(EagerKernel::ToF32, &tensors.norm_out, unused, &x, 0.0);
+    step(EagerKernel::MulInverse, &x, &tensors.scale, &y, 0.0);
+    step(EagerKernel::Clamp, &y, unused, &z, 0.0);
+    step(EagerKernel::ToFp8, &z, unused, &tensors.values, 0.0);
+    tensors.check(&case, Rounding::Once);
+}
+
+struct Run {
+    group: Group,
+    shape: Shape,
+    activations: Activations,
+    kernel: Kernel,
+    rows: Rows,
+}
+
+/// The version of a collective that the table has for a run.
+macro_rules! version {
+    ($run:ident, $collective:ident, $element:ident, $epilogue:ident) => {
+        match $run.group.world_size {
+            2 => version!($run, $collective, $element, $epilogue, 2),
+            3 | 4 => version!($run, $collective, $element, $epilogue, 4),
+            _ => version!($run, $collective, $element, $epilogue, 8),
+        }
+    };
+    ($run:ident, $collective:ident, $element:ident, $epilogue:ident, $ranks:literal) => {
+        match $run.rows {
+            Rows::P1 => collective::$collective::<$element, $epilogue, $ranks, 1, true>,
+            Rows::P2 => collective::$collective::<$element, $epilogue, $ranks, 2, true>,
+            Rows::Streamed => collective::$collective::<$element, $epilogue, $ranks, 1, false>,
+        }
+    };
+}
+
+impl Run {
+    fn epilogue<E: Element, X: Epilogue<E> + Send + Sync + 'static>(
+        &self,
+        fusion: &str,
+        epilogue: X,
+    ) -> Launched {
+        let (name, kernel) = match self.kernel {
+            Kernel::OneShot => ("one_shot", version!(self, one_shot, E, X)),
+            Kernel::TwoShot => ("two_shot", version!(self, two_shot, E, X)),
+            Kernel::Sharded => panic!("`either` runs these"),
+        };
+        self.launched(name, kernel, fusion, epilogue)
+    }
+
+    /// With a sharded residual or without.
+    fn either<E: Element, X: Epilogue<E> + Send + Sync + 'static>(
+        &self,
+        fusion: &str,
+        epilogue: X,
+    ) -> Launched {
+        if self.kernel != Kernel::Sharded {
+            return self.epilogue::<E, X>(fusion, epilogue);
+        }
+        self.launched("sharded", version!(self, sharded, E, X), fusion, epilogue)
+    }
+
+    fn launched<X: Send + Sync + 'static>(
+        &self,
+        name: &str,
+        kernel: unsafe fn(&Fused<X>),
+        fusion: &str,
+        epilogue: X,
+    ) -> Launched {
+        let params = Fused { group: self.group, shape: self.shape, activations: self.activations, epilogue };
+        Launched::new(format!("{name}_{fusion}_{}", self.rows.name()), kernel, params)
+    }
+}
+
+/// What operations are called.
+pub const CALL: u64 = 0x0123_4567_89ab_cdef;
+
+/// All rows of an operation.
+pub fn shape(operation: &Operation) -> Shape {
+    Shape::of_rows(operation.tokens, operation.row_bytes()).unwrap()
+}
+
+/// A geometry that covers a row of the operation, in blocks as small as that allows.
+pub fn geometry(operation: &Operation, rows: Rows, cluster: u32, teams: u32) -> Launch {
+    let packs = (operation.row_bytes() / 16) as u32;
+    let threads = match rows {
+        Rows::P1 => packs.div_ceil(cluster).next_multiple_of(32),
+        Rows::P2 => packs.div_ceil(cluster * 2).next_multiple_of(32),
+        Rows::Streamed => 32,
+    };
+    Launch { blocks: cluster * teams, cluster, threads }
+}
+
+/// Runs a case on every rank, each after a random delay, and checks all outputs; returns rank 0's.
+pub fn run_case<E: Element>(
+    random: &mut Random,
+    world: &World,
+    case: &Case<E>,
+    kernel: Kernel,
+    rows: Rows,
+    geometry_of: impl Fn(u32) -> Launch + Sync,
+) -> [Vec<u8>; 4] {
+    let tensors: Vec<Tensors> = (0..world.size).map(|rank| Tensors::new(case, rank)).collect();
+    let delays: Vec<Duration> = (0..world.size).map(|_| Duration::from_micros(random.below(2000))).collect();
+    world.run(|rank| {
+        thread::sleep(delays[rank as usize]);
+        run_rank(world, rank, case, &tensors[rank as usize], kernel, rows, geometry_of(rank));
+    });
+    for rank in 0..world.size {
+        assert_eq!(world.failed(rank), 0, "rank {rank} failed ({:?})", case.operation);
+    }
+    check_all(case, &tensors);
+    tensors[0].outputs()
+}
+
+/// Holds all ranks' outputs to the reference and to each other.
+pub fn check_all<E: Element>(case: &Case<E>, tensors: &[Tensors]) {
+    for own in tensors {
+        own.check(case, Rounding::Once);
+        assert!(
+            own.shared_outputs(case) == tensors[0].shared_outputs(case),
+            "ranks differ ({:?})",
+            case.operation
+        );
+    }
+}
+
+/// Packs of a row for blocks of up to `warps` warps to keep: all of a thread's share, its first pack and some of the
+/// second, or a chunk.
+fn packs(random: &mut Random, rows: Rows, warps: u64) -> u64 {
+    match rows {
+        Rows::P1 => 1 + random.below(32 * warps),
+        Rows::P2 => 33 + random.below(64 * warps - 32),
+        Rows::Streamed => 33 + random.below(64 * warps),
+    }
+}
+
+/// Runs a case for every version of every collective that there is for the group, in blocks of up to `warps` warps. Shapes
+/// and geometries vary, and so does whether there is a residual.
+pub fn every_version<E: Element>(random: &mut Random, world: &World, warps: u64) {
+    for rows in [Rows::P1, Rows::P2, Rows::Streamed] {
+        for what in EVERYTHING {
+            for kernel in [Kernel::OneShot, Kernel::TwoShot, Kernel::Sharded] {
+                if kernel == Kernel::Sharded && what == What::Sum {
+                    continue;
+                }
+                let tokens = 1 + random.below(4);
+                let hidden = (packs(random, rows, warps) * E::LANES as u64).next_multiple_of(16);
+                let residual = kernel == Kernel::Sharded || random.below(2) == 1;
+                let case = Case::<E>::new(random, world.size, tokens, hidden, residual, what);
+                let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+                let launch = geometry(&case.operation, rows, 1, 1 + random.below(tokens.min(warps)) as u32);
+                let streaming = if rows == Rows::Streamed { 1 + random.below(warps) as u32 } else { 1 };
+                let launch = Launch { threads: launch.threads * streaming, ..launch };
+                run_case(random, world, &case, kernel, rows, |_| launch);
+            }
+        }
+    }
+    world.assert_clean();
+}
+
+/// Holds that rank 0 of two ends its wait for rank 1, which does not come to the second operation, and says so. Each token
+/// has a block.
+pub fn missing_rank<E: Element>(
+    random: &mut Random,
+    mut world: World,
+    tokens: u32,
+    kernel: Kernel,
+    rows: Rows,
+) {
+    let case = Case::<E>::new(random, 2, u64::from(tokens), 512, true, What::Fp8);
+    let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+    let launch = geometry(&case.operation, rows, 1, tokens);
+    run_case(random, &world, &case, kernel, rows, |_| launch);
+
+    world.timeout = Duration::from_millis(50);
+    let tensors = Tensors::new(&case, 0);
+    run_rank(&world, 0, &case, &tensors, kernel, rows, launch);
+    assert_eq!(world.failed(0), TIMED_OUT);
+    let status = &world.statuses[0];
+    assert_eq!(status.atomic(Status::MISSING_RANK).load(Ordering::Relaxed), 1);
+    let token = status.get::<u64>()[Status::TOKEN as usize / 8];
+    assert!(token < u64::from(tokens));
+    // In two hops rank 1 sums every second token.
+    let hop = if kernel == Kernel::OneShot || token.is_multiple_of(2) { 1 } else { 2 };
+    assert_eq!(status.atomic(Status::HOP).load(Ordering::Relaxed), hop);
+    assert_eq!(status.get::<u64>()[Status::OPERATION as usize / 8], 1);
+    assert_eq!(status.get::<u64>()[Status::CALL as usize / 8], CALL);
+
+    // What follows on the poisoned rank ends at once, whatever its deadline is.
+    world.timeout = Duration::from_secs(3600);
+    let started = Instant::now();
+    run_rank(&world, 0, &case, &tensors, kernel, rows, launch);
+    assert!(started.elapsed() < Duration::from_secs(60));
+}

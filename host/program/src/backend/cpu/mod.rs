@@ -1,0 +1,536 @@
+//! The CPU backend: tensors in memory, and every [`Step`] as a vectorized pass.
+//!
+//! The separate operations use the row loops of the fused one, so a difference in time comes from passes over memory.
+
+pub(crate) mod cache;
+mod links;
+
+use std::{collections::HashMap, marker::PhantomData, mem::replace, time::Instant};
+
+use fused_collective::{
+    cpu::{
+        Communicator, Inputs, Outputs, Plain,
+        rows::{AddRow, Finish, FinishRow, QuantizeRow, RowOutputs, elements, elements_mut},
+    },
+    group::rendezvous::Group,
+};
+use fused_collective_core::{
+    dtype::{DType, bf16, f16},
+    fusion::{Mode, Operation, Residual},
+    norm::{self, Gamma},
+    plan::Limits,
+    quant::{Quantization, e4m3, scale},
+};
+use pulp::{Simd, WithSimd};
+
+use crate::backend::{
+    collective::{Collective, MAX_OPERATIONS, copies},
+    error::Error,
+    guards::{GUARD, GUARD_BYTES, stray_write},
+    links::Links,
+    problem::{Problem, Tensor},
+    steps::{Eager, Step},
+};
+
+use cache::cache_bytes;
+use links::CpuLinks;
+
+/// A tensor between its guards. It starts at a cache line, as some processors copy to other addresses several times slower.
+#[derive(Debug, Default)]
+struct Buffer {
+    words: Vec<u64>,
+    start: usize,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// Bytes of a cache line.
+    const LINE: usize = 64;
+
+    fn new(bytes: u64) -> Result<Self, Error> {
+        let too_large = || Error::Memory(format!("a tensor of {bytes} bytes does not fit in memory"));
+        let length = usize::try_from(bytes).map_err(|_| too_large())?;
+        let words_needed = (length.div_ceil(8)).checked_add((2 * GUARD_BYTES + Self::LINE) / 8);
+        let words_needed = words_needed.ok_or_else(too_large)?;
+        let mut words = Vec::new();
+        words.try_reserve_exact(words_needed).map_err(|_| too_large())?;
+        words.resize(words_needed, 0u64);
+        let start = words.as_ptr().addr().wrapping_neg() % Self::LINE + GUARD_BYTES;
+        let all: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
+        all[..start].fill(GUARD);
+        all[start + length..].fill(GUARD);
+        Ok(Buffer { words, start, bytes: length })
+    }
+
+    /// Describes a write into the guards.
+    fn stray_write(&self) -> Option<String> {
+        let all: &[u8] = bytemuck::cast_slice(&self.words);
+        stray_write(&all[..self.start], &all[self.start + self.bytes..])
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[self.start..self.start + self.bytes]
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        &mut bytemuck::cast_slice_mut(&mut self.words)[self.start..self.start + self.bytes]
+    }
+
+    fn elements<E: Plain>(&self) -> &[E] {
+        elements(self.bytes())
+    }
+
+    fn elements_mut<E: Plain>(&mut self) -> &mut [E] {
+        elements_mut(self.bytes_mut())
+    }
+}
+
+/// The tensors of a problem, one for each role.
+#[derive(Debug, Default)]
+struct Tensors {
+    input: Buffer,
+    residual: Buffer,
+    residual_shard: Buffer,
+    gamma: Buffer,
+    reduced: Buffer,
+    residual_out: Buffer,
+    residual_shard_out: Buffer,
+    norm_out: Buffer,
+    quant_out: Buffer,
+    scale_out: Buffer,
+    wide_a: Buffer,
+    wide_b: Buffer,
+    per_token: Buffer,
+}
+
+impl Tensors {
+    fn get_mut(&mut self, tensor: Tensor) -> &mut Buffer {
+        match tensor {
+            Tensor::Input => &mut self.input,
+            Tensor::Residual => &mut self.residual,
+            Tensor::ResidualShard => &mut self.residual_shard,
+            Tensor::Gamma => &mut self.gamma,
+            Tensor::Reduced => &mut self.reduced,
+            Tensor::ResidualOut => &mut self.residual_out,
+            Tensor::ResidualShardOut => &mut self.residual_shard_out,
+            Tensor::NormOut => &mut self.norm_out,
+            Tensor::QuantOut => &mut self.quant_out,
+            Tensor::ScaleOut => &mut self.scale_out,
+            Tensor::WideA => &mut self.wide_a,
+            Tensor::WideB => &mut self.wide_b,
+            Tensor::PerToken => &mut self.per_token,
+        }
+    }
+}
+
+/// One rank of the CPU backend.
+#[derive(Debug)]
+pub struct Engine {
+    communicator: Communicator,
+    problem: Option<Problem>,
+    /// The tensors, and the copies on which the operations of a cold trial take turns.
+    sets: Vec<Tensors>,
+    /// The set in use.
+    set: usize,
+    cold: bool,
+    /// Memory that is written before a cold trial, to replace everything in the cache.
+    flush: Vec<u64>,
+    /// The saved problems with their tensors, by slot.
+    aside: HashMap<usize, (Option<Problem>, Vec<Tensors>)>,
+    /// The slot of the current problem.
+    slot: usize,
+    scratch: Vec<u64>,
+}
+
+impl Engine {
+    /// An engine without a problem.
+    pub fn new(communicator: Communicator) -> Self {
+        Engine {
+            communicator,
+            problem: None,
+            sets: vec![Tensors::default()],
+            set: 0,
+            cold: false,
+            flush: Vec::new(),
+            aside: HashMap::new(),
+            slot: 0,
+            scratch: Vec::new(),
+        }
+    }
+
+    fn step(&mut self, step: Step) -> Result<(), Error> {
+        let Some(problem) = self.problem else {
+            return Err(Error::Step { step, why: "no problem was prepared" });
+        };
+        match problem.dtype {
+            DType::F32 => self.typed_step::<f32>(&problem, step),
+            DType::F16 => self.typed_step::<f16>(&problem, step),
+            DType::Bf16 => self.typed_step::<bf16>(&problem, step),
+        }
+    }
+
+    fn typed_step<E: Plain>(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
+        match step {
+            Step::Fused(mode) => self.fused::<E>(problem, problem.operation(mode)),
+            Step::FusedSharded if !problem.sharded => {
+                Err(Error::Step { step, why: "the problem has no sharded residual" })
+            }
+            Step::FusedSharded => self.fused::<E>(problem, problem.sharded_operation()),
+            Step::AllReduce(mode) => self.all_reduce::<E>(problem, mode),
+            Step::NcclAllReduce => Err(Error::Step { step, why: "NCCL needs the cuda backend" }),
+            Step::AddRmsNorm => self.add_rms_norm::<E>(problem, Quantization::None),
+            Step::AddRmsNormQuantize => self.add_rms_norm::<E>(problem, problem.quantization),
+            Step::Quantize => self.quantize::<E>(problem),
+            Step::Eager(eager) => {
+                let pass = EagerPass {
+                    eager,
+                    problem,
+                    tensors: &mut self.sets[self.set],
+                    element: PhantomData::<E>,
+                };
+                self.communicator.arch().dispatch(pass);
+                Ok(())
+            }
+        }
+    }
+
+    fn fused<E: Plain>(&mut self, problem: &Problem, operation: Operation) -> Result<(), Error> {
+        let (rank, world_size) = (self.communicator.rank(), self.communicator.world_size());
+        let rows = operation.residual_rows(rank, world_size) * operation.hidden;
+        let tensors = &mut self.sets[self.set];
+        let (residual, residual_out) = match operation.residual {
+            Residual::Sharded => (&tensors.residual_shard, &mut tensors.residual_shard_out),
+            Residual::None | Residual::Replicated => (&tensors.residual, &mut tensors.residual_out),
+        };
+        let inputs = Inputs {
+            input: tensors.input.elements(),
+            residual: operation.residual.is_some().then(|| &residual.elements()[..rows as usize]),
+            gamma: Gamma::Element(tensors.gamma.elements::<E>()),
+            scale: problem.scale,
+        };
+        let outputs = Outputs {
+            residual_out: &mut residual_out.elements_mut()[..rows as usize],
+            norm_out: tensors.norm_out.elements_mut(),
+            quant_out: tensors.quant_out.bytes_mut(),
+            scale_out: tensors.scale_out.bytes_mut(),
+        };
+        Ok(self.communicator.all_reduce(&operation, inputs, outputs)?)
+    }
+
+    fn all_reduce<E: Plain>(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {
+        let tensors = &mut self.sets[self.set];
+        let sum = if problem.residual { &mut tensors.reduced } else { &mut tensors.residual_out };
+        let inputs = Inputs {
+            input: tensors.input.elements(),
+            residual: None,
+            gamma: Gamma::Element(tensors.gamma.elements::<E>()),
+            scale: problem.scale,
+        };
+        let outputs = Outputs {
+            residual_out: sum.elements_mut(),
+            norm_out: &mut [],
+            quant_out: &mut [],
+            scale_out: &mut [],
+        };
+        Ok(self.communicator.all_reduce(&problem.all_reduce(mode), inputs, outputs)?)
+    }
+
+    /// The parameters of the steps after the sum, with this `quantization` in place of the problem's.
+    fn finish<'a, E: Plain>(
+        gamma: &'a Buffer,
+        problem: &Problem,
+        quantization: Quantization,
+    ) -> Finish<'a, E> {
+        Finish {
+            norm: problem.norm,
+            gamma: Gamma::Element(gamma.elements()),
+            quantization,
+            scale: problem.scale,
+            tokens: problem.tokens,
+        }
+    }
+
+    fn add_rms_norm<E: Plain>(&mut self, problem: &Problem, quantization: Quantization) -> Result<(), Error> {
+        let arch = self.communicator.arch();
+        let hidden = problem.hidden as usize;
+        let tensors = &mut self.sets[self.set];
+        let finish = Self::finish::<E>(&tensors.gamma, problem, quantization);
+        let row_bytes = quantization.value_bytes_per_row(problem.hidden) as usize;
+        self.scratch.resize(problem.hidden as usize, 0);
+        let scratch = &mut elements_mut(bytemuck::cast_slice_mut(&mut self.scratch))[..hidden];
+        for token in 0..problem.tokens {
+            let first = token as usize * hidden;
+            let row = &mut tensors.residual_out.elements_mut::<E>()[first..first + hidden];
+            if problem.residual {
+                let sum = &tensors.reduced.elements()[first..first + hidden];
+                let residual = &tensors.residual.elements()[first..first + hidden];
+                arch.dispatch(AddRow { row: sum, addend: residual, out: row });
+            }
+            let values = token as usize * row_bytes;
+            let outputs = RowOutputs {
+                norm: if quantization == Quantization::None {
+                    &mut tensors.norm_out.elements_mut()[first..first + hidden]
+                } else {
+                    &mut []
+                },
+                values: &mut tensors.quant_out.bytes_mut()[values..values + row_bytes],
+                scales: tensors.scale_out.bytes_mut(),
+            };
+            arch.dispatch(FinishRow { finish: &finish, row, token, outputs, scratch });
+        }
+        finish.pad(problem.hidden, tensors.scale_out.bytes_mut());
+        Ok(())
+    }
+
+    fn quantize<E: Plain>(&mut self, problem: &Problem) -> Result<(), Error> {
+        let arch = self.communicator.arch();
+        let hidden = problem.hidden as usize;
+        let tensors = &mut self.sets[self.set];
+        let finish = Self::finish::<E>(&tensors.gamma, problem, problem.quantization);
+        let row_bytes = problem.quantization.value_bytes_per_row(problem.hidden) as usize;
+        for token in 0..problem.tokens {
+            let normed = &tensors.norm_out.elements()[token as usize * hidden..][..hidden];
+            let values = &mut tensors.quant_out.bytes_mut()[token as usize * row_bytes..][..row_bytes];
+            let scales = tensors.scale_out.bytes_mut();
+            arch.dispatch(QuantizeRow { finish: &finish, normed, token, values, scales });
+        }
+        finish.pad(problem.hidden, tensors.scale_out.bytes_mut());
+        Ok(())
+    }
+}
+
+/// One eager operation over whole tensors.
+struct EagerPass<'a, E> {
+    eager: Eager,
+    problem: &'a Problem,
+    tensors: &'a mut Tensors,
+    element: PhantomData<E>,
+}
+
+impl<E: Plain> WithSimd for EagerPass<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, _: S) {
+        let EagerPass { eager, problem, tensors, .. } = self;
+        let hidden = problem.hidden as usize;
+        let Tensors {
+            residual,
+            gamma,
+            reduced,
+            residual_out,
+            norm_out,
+            quant_out,
+            wide_a,
+            wide_b,
+            per_token,
+            ..
+        } = tensors;
+        match eager {
+            Eager::AddResidual => {
+                let addends = reduced.elements::<E>().iter().zip(residual.elements::<E>());
+                for (sum, (reduced, residual)) in residual_out.elements_mut::<E>().iter_mut().zip(addends) {
+                    *sum = E::from_f32(reduced.to_f32() + residual.to_f32());
+                }
+            }
+            Eager::WidenResidual => map(residual_out.elements::<E>(), wide_a.elements_mut(), E::to_f32),
+            Eager::Square => {
+                map(wide_a.elements::<f32>(), wide_b.elements_mut::<f32>(), |value| value * value)
+            }
+            Eager::MeanRsqrt => {
+                let rows = wide_b.elements::<f32>().chunks_exact(hidden);
+                for (factor, row) in per_token.elements_mut::<f32>().iter_mut().zip(rows) {
+                    *factor = 1.0 / (norm::sum(row) / hidden as f32 + problem.norm.epsilon).sqrt();
+                }
+            }
+            Eager::ScaleRows => {
+                let rows = wide_a.elements_mut::<f32>().chunks_exact_mut(hidden);
+                for (row, &factor) in rows.zip(per_token.elements::<f32>()) {
+                    row.iter_mut().for_each(|value| *value *= factor);
+                }
+            }
+            Eager::Weight => {
+                for row in wide_a.elements_mut::<f32>().chunks_exact_mut(hidden) {
+                    for (value, gamma) in row.iter_mut().zip(gamma.elements::<E>()) {
+                        *value *= problem.norm.weight_bias + gamma.to_f32();
+                    }
+                }
+            }
+            Eager::RoundNorm => map(wide_a.elements::<f32>(), norm_out.elements_mut(), E::from_f32),
+            Eager::WidenNorm => map(norm_out.elements::<E>(), wide_a.elements_mut(), E::to_f32),
+            Eager::Rescale => {
+                let multiplier = scale::fp8_multiplier(problem.scale);
+                wide_a.elements_mut::<f32>().iter_mut().for_each(|value| *value *= multiplier);
+            }
+            Eager::Clamp => {
+                for value in wide_a.elements_mut::<f32>() {
+                    *value = value.clamp(-e4m3::MAX, e4m3::MAX);
+                }
+            }
+            Eager::RoundFp8 => map(wide_a.elements::<f32>(), quant_out.bytes_mut(), e4m3::encode),
+        }
+    }
+}
+
+#[inline(always)]
+fn map<A: Copy, B>(from: &[A], to: &mut [B], convert: impl Fn(A) -> B) {
+    for (to, &from) in to.iter_mut().zip(from) {
+        *to = convert(from);
+    }
+}
+
+impl Collective for Engine {
+    fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
+        self.problem = None;
+        self.sets.clear();
+        self.flush = vec![0; if self.cold { 2 * self.cache_bytes() as usize / 8 } else { 0 }];
+        for _ in 0..sets(problem, self.cold) {
+            let mut tensors = Tensors::default();
+            for tensor in Tensor::ALL {
+                let bytes = problem.bytes(tensor).ok_or_else(|| {
+                    Error::Memory(format!(
+                        "{tensor:?} of {} tokens has more bytes than 64 bits count",
+                        problem.tokens
+                    ))
+                })?;
+                *tensors.get_mut(tensor) = Buffer::new(bytes)?;
+            }
+            self.sets.push(tensors);
+        }
+        self.set = 0;
+        self.problem = Some(*problem);
+        Ok(())
+    }
+
+    fn select(&mut self, slot: usize) -> Result<(), Error> {
+        if slot != self.slot {
+            let (problem, sets) =
+                self.aside.remove(&slot).unwrap_or_else(|| (None, vec![Tensors::default()]));
+            let aside = (replace(&mut self.problem, problem), replace(&mut self.sets, sets));
+            self.aside.insert(replace(&mut self.slot, slot), aside);
+            self.set = 0;
+        }
+        Ok(())
+    }
+
+    fn aborter(&self) -> Box<dyn Fn() + Send> {
+        let aborter = self.communicator.aborter();
+        Box::new(move || aborter.abort())
+    }
+
+    fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        for tensors in &mut self.sets {
+            let buffer = tensors.get_mut(tensor).bytes_mut();
+            let length = buffer.len();
+            let range = usize::try_from(offset)
+                .ok()
+                .and_then(|start| buffer.get_mut(start..start.checked_add(bytes.len())?));
+            let Some(range) = range else {
+                let what =
+                    format!("{} bytes at {offset} do not fit {tensor:?} of {length} bytes", bytes.len());
+                return Err(Error::Memory(what));
+            };
+            range.copy_from_slice(bytes);
+        }
+        Ok(())
+    }
+
+    fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
+        Ok(self.sets.first_mut().map_or_else(Vec::new, |tensors| tensors.get_mut(tensor).bytes().to_vec()))
+    }
+
+    fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
+        steps.iter().try_for_each(|&step| self.step(step))
+    }
+
+    fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
+        if self.cold {
+            // The compiler must not know the number, so that the memory is really written.
+            let number = std::hint::black_box(operations).into();
+            self.flush.fill(number);
+            std::hint::black_box(&mut self.flush);
+        }
+        self.communicator.barrier()?;
+        let began = Instant::now();
+        for _ in 0..operations {
+            self.run(steps)?;
+            self.set = (self.set + 1) % self.sets.len();
+        }
+        let time = began.elapsed().as_secs_f64() * 1e6 / f64::from(operations);
+        self.set = 0;
+        Ok(time)
+    }
+
+    fn set_cold(&mut self, cold: bool) {
+        self.cold = cold;
+    }
+
+    fn limits(&self) -> &Limits {
+        self.communicator.limits()
+    }
+
+    fn cache_bytes(&self) -> u64 {
+        cache_bytes()
+    }
+
+    fn find_stray_write(&mut self, _thorough: bool) -> Result<Option<String>, Error> {
+        for tensors in &mut self.sets {
+            for tensor in Tensor::ALL {
+                if let Some(at) = tensors.get_mut(tensor).stray_write() {
+                    return Ok(Some(format!("{tensor:?}: {at}")));
+                }
+            }
+        }
+        // The workspace is small enough to be read whole each time.
+        Ok(self.communicator.find_stray_write())
+    }
+
+    fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn Links + 'b>, Error> {
+        Ok(Box::new(CpuLinks::share(group, &mut self.communicator)?))
+    }
+
+    fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
+        let (from, mut to) = (Buffer::new(bytes)?, Buffer::new(bytes)?);
+        let mut times = Vec::new();
+        for _ in 0..COPIES {
+            self.communicator.barrier()?;
+            let began = Instant::now();
+            to.bytes_mut().copy_from_slice(std::hint::black_box(from.bytes()));
+            std::hint::black_box(to.bytes());
+            times.push(began.elapsed().as_secs_f64() * 1e6);
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    }
+}
+
+/// The number of sets of tensors on which operations take turns.
+pub(crate) fn sets(problem: &Problem, cold: bool) -> u32 {
+    if cold { copies(problem, cache_bytes(), MAX_OPERATIONS) } else { 1 }
+}
+
+/// Copies whose median time is [`Engine::copy_time`](Collective::copy_time).
+const COPIES: usize = 9;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_byte_on_either_side_of_a_tensor_is_missed() {
+        for bytes in [0, 1, 63, 64, 4097] {
+            let mut buffer = Buffer::new(bytes).unwrap();
+            buffer.bytes_mut().fill(0);
+            assert_eq!(buffer.bytes().as_ptr().addr() % Buffer::LINE, 0);
+            assert_eq!(buffer.stray_write(), None);
+            let (start, end) = (buffer.start, buffer.start + buffer.bytes);
+            for (at, expected) in [(start - 1, "1 bytes before its start"), (end, "0 bytes past its end")] {
+                let byte: &mut u8 = &mut bytemuck::cast_slice_mut(&mut buffer.words)[at];
+                let guard = replace(byte, 0);
+                assert_eq!(buffer.stray_write().as_deref(), Some(expected), "{bytes} bytes");
+                let byte: &mut u8 = &mut bytemuck::cast_slice_mut(&mut buffer.words)[at];
+                *byte = guard;
+            }
+        }
+    }
+}

@@ -1,0 +1,442 @@
+//! NCCL's all-reduce, the one that the fused operations are measured against.
+//!
+//! NCCL waits for other ranks without a bound, on the device and on the host. What is bounded here:
+//! - to connect, and whatever else happens inside of NCCL on the host, by [`CONNECT_LIMIT`]: it happens in threads that can
+//!   be left behind, and ranks agree on what came of it ([`together`](super::together));
+//! - an all-reduce on the device, by the group's deadline: [`NcclGroup::while_waiting`]. The host that waits for it aborts it.
+//!
+//! Within a rank one thread at a time is inside of NCCL, whichever it is: [`Shared`] has a lock.
+
+use std::{
+    ffi::{c_char, c_void},
+    ptr::null_mut,
+    sync::{
+        Arc, Mutex, PoisonError,
+        mpsc::{self, Receiver},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use fused_collective_core::{dtype::DType, launch::Address};
+use nccl_sys::{
+    NCCL_UNIQUE_ID_BYTES, Nccl, ncclBfloat16, ncclComm_t, ncclFloat16, ncclFloat32, ncclResult_t,
+    ncclSuccess, ncclSum, ncclUniqueId,
+};
+
+use fused_collective::{
+    cuda::{
+        ExternalWork,
+        device::{Context, Gpu},
+        driver::{Handle, check as check_driver},
+    },
+    group::rendezvous::{Control, Group},
+};
+
+use crate::backend::error::Error;
+
+use super::together::{Limits, Outcome, together};
+
+/// The first release that captures into graphs what its all-reduce does there: 2.19.
+const MIN_VERSION: i32 = 21_900;
+/// How long NCCL may take to be loaded, to connect the ranks, and to connect what an all-reduce uses for the first time:
+/// tens of seconds on large machines, whatever the group's deadline.
+pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(60);
+/// How long it may take to give up what did not connect.
+const UNDO_LIMIT: Duration = Duration::from_secs(15);
+/// How long it may take to leave a communicator: in good order, and when it was aborted, which nobody should wait for.
+const DESTROY_LIMIT: Duration = Duration::from_secs(10);
+const ABORT_LIMIT: Duration = Duration::from_secs(1);
+/// How long a call into NCCL may take to notice that the group is over.
+const NOTICE: Duration = Duration::from_secs(2);
+/// Between looks at whether it is.
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// Bytes per second that every link between GPUs is faster than: what all-reduces enqueued ahead may take at most.
+const SLOWEST: u64 = 1 << 30;
+
+/// One rank's end of an NCCL communicator.
+#[derive(Debug)]
+pub(crate) struct NcclGroup {
+    shared: Arc<Shared>,
+    version: i32,
+    context: Context,
+    control: Control,
+    deadline: Duration,
+    /// Bytes of the all-reduces that were enqueued and not waited for, and what the last of them was.
+    pending: Option<(u64, String)>,
+    /// An all-reduce has come to its end.
+    proven: bool,
+    /// Set when the communicator was given up; disconnected when that is done.
+    aborted: Option<Receiver<()>>,
+}
+
+/// What the threads of a rank use of NCCL.
+#[derive(Debug)]
+struct Shared {
+    nccl: Nccl,
+    /// The communicator, until it is left. Who is inside of NCCL holds the lock.
+    comm: Mutex<Option<Comm>>,
+}
+
+/// A communicator, which a thread may hand to another.
+#[derive(Debug)]
+struct Comm(ncclComm_t);
+
+// SAFETY: NCCL allows any thread to use a communicator, one at a time.
+unsafe impl Send for Comm {}
+
+/// What one all-reduce is called with.
+#[derive(Clone, Copy)]
+struct Request {
+    dtype: DType,
+    from: Address,
+    to: Address,
+    count: u64,
+    stream: Handle,
+}
+
+// SAFETY: a stream belongs to the process, not to a thread.
+unsafe impl Send for Request {}
+
+impl Shared {
+    /// Calls `inside` with the communicator; `None` if it was left.
+    fn inside<T>(&self, inside: impl FnOnce(&Nccl, ncclComm_t) -> T) -> Option<T> {
+        let comm = self.comm.lock().unwrap_or_else(PoisonError::into_inner);
+        comm.as_ref().map(|comm| inside(&self.nccl, comm.0))
+    }
+
+    /// Leaves the communicator: ends what is running, or waits for it.
+    fn leave(&self, abort: bool) {
+        let comm = self.comm.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Comm(comm)) = comm {
+            let leave = if abort { self.nccl.ncclCommAbort } else { self.nccl.ncclCommDestroy };
+            // SAFETY: the communicator was alive, and nobody else has it any more.
+            unsafe { leave(comm) };
+        }
+    }
+
+    /// Enqueues an all-reduce.
+    ///
+    /// # Safety
+    /// As [`NcclGroup::all_reduce`].
+    unsafe fn all_reduce(&self, request: Request) -> Result<(), Error> {
+        let Request { dtype, from, to, count, stream } = request;
+        let data_type = match dtype {
+            DType::F32 => ncclFloat32,
+            DType::F16 => ncclFloat16,
+            DType::Bf16 => ncclBfloat16,
+        };
+        let (from, to) = (from.0 as *const c_void, to.0 as *mut c_void);
+        let enqueue = |nccl: &Nccl, comm| {
+            // SAFETY: the caller vouches for tensors and stream; the communicator is alive.
+            let result =
+                unsafe { (nccl.ncclAllReduce)(from, to, count as usize, data_type, ncclSum, comm, stream) };
+            checked(nccl, "enqueue an all-reduce", result)
+        };
+        self.inside(enqueue).unwrap_or_else(|| Err(Error::Nccl("was aborted".to_owned())))
+    }
+}
+
+impl NcclGroup {
+    /// Joins the ranks of `group`, whose operations wait for each other no longer than `deadline`. All ranks call this,
+    /// and all have NCCL then or none: why not, with the rank, is the inner error, the same on all.
+    ///
+    /// # Errors
+    /// A rank of the group was lost, or NCCL hangs on one and cannot be ended.
+    pub(crate) fn join(
+        group: &Group,
+        gpu: &Gpu,
+        deadline: Duration,
+    ) -> Result<Result<NcclGroup, Error>, Error> {
+        let limits = Limits { work: CONNECT_LIMIT, undo: UNDO_LIMIT };
+        let makes_id = group.rank() == 0;
+        let loading = move || {
+            let (nccl, version) = load().map_err(reason)?;
+            let mut id = ncclUniqueId { internal: [0; NCCL_UNIQUE_ID_BYTES] };
+            if makes_id {
+                // SAFETY: room for the name.
+                let made = unsafe { (nccl.ncclGetUniqueId)(&mut id) };
+                checked(&nccl, "make a name for the group", made).map_err(reason)?;
+            }
+            Ok((nccl, version, id))
+        };
+        let (nccl, version, mut id) = match agreed(together(group, "loading it", limits, loading, drop)?)? {
+            Ok(loaded) => loaded,
+            Err(why) => return Ok(Err(why)),
+        };
+        let shared = group.broadcast(makes_id.then(|| bytemuck::cast_slice(&id.internal)))?;
+        let shared: &[c_char] = bytemuck::cast_slice(&shared);
+        id.internal =
+            shared.try_into().map_err(|_| Error::Nccl("has a name of another length".to_owned()))?;
+
+        let shared = Arc::new(Shared { nccl, comm: Mutex::new(None) });
+        let (ranks, rank) = (group.world_size() as i32, group.rank() as i32);
+        let (context, connected) = (gpu.context().clone(), Arc::clone(&shared));
+        let connecting = move || {
+            let _entered = context.enter().map_err(|error| reason(error.into()))?;
+            let mut comm = null_mut();
+            // SAFETY: room for the communicator; the name is rank 0's.
+            let result = unsafe { (connected.nccl.ncclCommInitRank)(&mut comm, ranks, id, rank) };
+            checked(&connected.nccl, "connect the group", result).map_err(reason)?;
+            *connected.comm.lock().unwrap_or_else(PoisonError::into_inner) = Some(Comm(comm));
+            Ok(connected)
+        };
+        let undo = |connected: Arc<Shared>| connected.leave(true);
+        let outcome = together(group, "connecting it to the others", limits, connecting, undo)?;
+        Ok(agreed(outcome)?.map(|shared| NcclGroup {
+            shared,
+            version,
+            context: gpu.context().clone(),
+            control: group.control(),
+            deadline,
+            pending: None,
+            proven: false,
+            aborted: None,
+        }))
+    }
+
+    /// The version: `2.28.9`.
+    pub(crate) fn version(&self) -> String {
+        let version = self.version;
+        format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+    }
+
+    /// Enqueues the sum of all ranks' `count` elements at `from` into `to`, on the calling thread if `stream` is being
+    /// captured: what it needs is connected then, since the same was run before.
+    ///
+    /// # Errors
+    /// NCCL's; it did not return within [`CONNECT_LIMIT`], or within [`NOTICE`] of the group's end.
+    ///
+    /// # Safety
+    /// Both tensors have `count` elements of type `dtype` until the operation has ended, and `stream` is a stream of
+    /// the context that the communicator was made in.
+    pub(crate) unsafe fn all_reduce(
+        &mut self,
+        dtype: DType,
+        from: Address,
+        to: Address,
+        count: u64,
+        stream: Handle,
+    ) -> Result<(), Error> {
+        let request = Request { dtype, from, to, count, stream };
+        // SAFETY: the caller vouches for the stream.
+        if unsafe { is_capturing(&self.context, stream)? } {
+            // SAFETY: the caller vouches for tensors and stream.
+            return unsafe { self.shared.all_reduce(request) };
+        }
+        self.expect(dtype, count, 1);
+        let (sender, receiver) = mpsc::channel();
+        let (shared, context) = (Arc::clone(&self.shared), self.context.clone());
+        let call = move || {
+            // SAFETY: as the surrounding function's.
+            let made = context
+                .enter()
+                .map_err(Error::from)
+                .and_then(|_entered| unsafe { shared.all_reduce(request) });
+            if sender.send(made).is_err() {
+                // Nobody waits any more, so nobody waits for what was enqueued.
+                shared.leave(true);
+            }
+        };
+        in_thread("nccl-call", call)?;
+        let began = Instant::now();
+        let mut over: Option<Instant> = None;
+        loop {
+            match receiver.recv_timeout(LOOK_EVERY) {
+                Ok(made) => return made,
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    return Err(Error::Nccl("panicked in a call".to_owned()));
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            }
+            if self.control.lost_rank().is_some() {
+                over.get_or_insert_with(Instant::now);
+            }
+            if began.elapsed() > CONNECT_LIMIT || over.is_some_and(|over| over.elapsed() > NOTICE) {
+                let what = describe(dtype, count);
+                let waited = began.elapsed().as_secs_f64();
+                return Err(Error::Nccl(format!(
+                    "did not return within {waited:.1} s from the call for {what}: a rank is stuck"
+                )));
+            }
+        }
+    }
+
+    /// Notes that all-reduces of `count` elements are enqueued so many `times`, by a graph.
+    pub(crate) fn expect(&mut self, dtype: DType, count: u64, times: u64) {
+        let bytes = count.saturating_mul(dtype.bytes()).saturating_mul(times);
+        let (before, _) = self.pending.take().unwrap_or_default();
+        self.pending = Some((before.saturating_add(bytes), describe(dtype, count)));
+    }
+
+    /// Calls `wait` with what is under way, if anything is, and how to end it; what `wait` says of it comes back.
+    pub(crate) fn while_waiting(
+        &mut self,
+        wait: impl FnOnce(Option<ExternalWork<'_>>) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some((bytes, what)) = self.pending.take() else { return wait(None) };
+        // The first one sets up what it uses, on each rank at its own pace.
+        let set_up = if self.proven { Duration::ZERO } else { CONNECT_LIMIT };
+        let limit = self.deadline.saturating_add(longest(bytes)).saturating_add(set_up);
+        let mut end = || self.abort();
+        let waited = wait(Some(ExternalWork { what, limit, end: &mut end }));
+        match &waited {
+            Ok(()) => self.proven = true,
+            Err(_) => self.abort(),
+        }
+        waited
+    }
+
+    /// An error if anything went wrong in what was enqueued.
+    ///
+    /// # Errors
+    /// NCCL's.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let ask = |nccl: &Nccl, comm| {
+            let mut result = ncclSuccess;
+            // SAFETY: the communicator is alive, and there is room for the answer.
+            let asked = unsafe { (nccl.ncclCommGetAsyncError)(comm, &mut result) };
+            checked(nccl, "tell how it went", asked)?;
+            checked(nccl, "run an all-reduce", result)
+        };
+        self.shared.inside(ask).unwrap_or(Ok(()))
+    }
+
+    /// Ends what is running, and the communicator, in a thread: NCCL waits for its kernels, for the graphs that they are
+    /// in, and for other ranks.
+    pub(crate) fn abort(&mut self) {
+        if self.aborted.is_none() {
+            self.aborted = Some(self.leave(true));
+        }
+    }
+
+    /// Leaves the communicator in a thread; the receiver is disconnected when that is done.
+    fn leave(&self, abort: bool) -> Receiver<()> {
+        let (alive, over) = mpsc::channel();
+        let (shared, context) = (Arc::clone(&self.shared), self.context.clone());
+        let leave = move || {
+            let _alive = alive;
+            // Without a context NCCL makes do with its own.
+            let _entered = context.enter();
+            shared.leave(abort);
+        };
+        // Without a thread the communicator ends with the process, which has none to spare.
+        let _ = in_thread("nccl-leave", leave);
+        over
+    }
+}
+
+impl Drop for NcclGroup {
+    fn drop(&mut self) {
+        if self.control.lost_rank().is_some() {
+            self.abort();
+        }
+        // Past the limit it ends with the process.
+        let _ = match self.aborted.take() {
+            Some(over) => over.recv_timeout(ABORT_LIMIT),
+            None => self.leave(false).recv_timeout(DESTROY_LIMIT),
+        };
+    }
+}
+
+/// Asks whether what is enqueued on `stream` is captured.
+///
+/// # Errors
+/// The driver's.
+///
+/// # Safety
+/// `stream` is a stream of the current context.
+unsafe fn is_capturing(context: &Context, stream: Handle) -> Result<bool, Error> {
+    let mut capturing = 0;
+    // SAFETY: a stream of the current context, and room for the answer.
+    let code = unsafe { (context.driver().cuStreamIsCapturing)(stream, &mut capturing) };
+    check_driver("ask whether the stream is being captured", code)?;
+    Ok(capturing != 0)
+}
+
+/// The longest that all-reduces of so many bytes, which no rank keeps waiting, may take.
+fn longest(bytes: u64) -> Duration {
+    Duration::from_secs_f64(bytes as f64 / SLOWEST as f64)
+}
+
+/// An all-reduce, for a reader.
+fn describe(dtype: DType, count: u64) -> String {
+    format!("NCCL's all-reduce of {count} {dtype}")
+}
+
+/// What ranks agreed on: the result, or why NCCL is not used.
+///
+/// # Errors
+/// A thread is still inside of NCCL: it would run beside all that is timed.
+fn agreed<T>(outcome: Outcome<T>) -> Result<Result<T, Error>, Error> {
+    match outcome {
+        Outcome::Done(done) => Ok(Ok(done)),
+        Outcome::Failed { rank, why } => Ok(Err(Error::Nccl(format!("is not used: on rank {rank} {why}")))),
+        Outcome::Running { rank, why, running } => Err(Error::Nccl(format!(
+            "cannot be used, nor be ended on rank {running}: on rank {rank} {why}; leave it out (--allreduce custom)"
+        ))),
+    }
+}
+
+/// An error of this module, as what completes "NCCL".
+fn reason(error: Error) -> String {
+    match error {
+        Error::Nccl(what) => format!("it {what}"),
+        error => error.to_string(),
+    }
+}
+
+fn in_thread(name: &str, act: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+    let spawned = thread::Builder::new().name(name.to_owned()).spawn(act);
+    spawned.map(drop).map_err(|error| Error::Nccl(format!("has no thread to run in: {error}")))
+}
+
+/// Whether NCCL is there.
+///
+/// # Errors
+/// It is missing or too old.
+pub fn check() -> Result<(), Error> {
+    load().map(drop)
+}
+
+fn load() -> Result<(Nccl, i32), Error> {
+    let nccl = Nccl::load().map_err(|error| Error::Nccl(format!("cannot be loaded: {error}")))?;
+    let mut version = 0;
+    // SAFETY: room for the answer.
+    checked(&nccl, "tell its version", unsafe { (nccl.ncclGetVersion)(&mut version) })?;
+    if version < MIN_VERSION {
+        return Err(Error::Nccl(format!("{version} is too old: use 2.19 or later")));
+    }
+    Ok((nccl, version))
+}
+
+/// An error if `result` is one. `doing` completes "could not".
+fn checked(nccl: &Nccl, doing: &'static str, result: ncclResult_t) -> Result<(), Error> {
+    if result == ncclSuccess {
+        return Ok(());
+    }
+    Err(Error::Nccl(format!("could not {doing}: {}", nccl.describe(result))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_that_was_enqueued_ahead_adds_to_the_deadline_what_it_takes_at_most() {
+        // Forty all-reduces of 2048 tokens of 8192 bfloat16, as a trial has.
+        assert_eq!(longest(40 * (2048 * 8192 * 2)), Duration::from_millis(1250));
+        assert_eq!(longest(0), Duration::ZERO);
+        assert!(longest(u64::MAX) > Duration::from_secs(1 << 30));
+    }
+
+    #[test]
+    fn ranks_that_cannot_use_it_say_on_which_one_and_why() {
+        let failed = Outcome::<()>::Failed { rank: 1, why: "it cannot be loaded".to_owned() };
+        let error = agreed(failed).unwrap().unwrap_err().to_string();
+        assert_eq!(error, "NCCL is not used: on rank 1 it cannot be loaded");
+        let running = Outcome::<()>::Running { rank: 1, why: "it is late".to_owned(), running: 2 };
+        let error = agreed(running).unwrap_err().to_string();
+        assert!(error.contains("ended on rank 2: on rank 1 it is late"), "{error}");
+    }
+}

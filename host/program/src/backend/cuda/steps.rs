@@ -1,0 +1,188 @@
+//! Every [`Step`] as the kernels that it enqueues.
+
+use fused_collective_bench::{launch::EagerStep, table::EagerKernel};
+use fused_collective_core::{
+    fusion::{Mode, Norm, Operation, Residual},
+    kernels::{Epilogue, Family, Kernel, Module, Set},
+    launch::{Activations, Address, Shape},
+    quant::Quantization,
+};
+
+use fused_collective::cuda::{DeviceTensor, TOO_MANY_TOKENS, epilogue::epilogue, kernels::Parameters};
+
+use crate::backend::{
+    error::Error,
+    problem::{Problem, Tensor},
+    steps::{Eager, Step},
+};
+
+use super::{EAGER_THREADS, Engine, guarded_memory::GuardedMemory};
+
+/// Elements that a thread of an eager step takes at a time.
+const EAGER_GROUP: u64 = 4;
+
+impl Engine<'_> {
+    /// Enqueues every step once.
+    pub(super) fn enqueue_all(&mut self, steps: &[Step]) -> Result<(), Error> {
+        steps.iter().try_for_each(|&step| self.enqueue(step))
+    }
+
+    fn enqueue(&mut self, step: Step) -> Result<(), Error> {
+        let problem = self.problem(step)?;
+        match step {
+            Step::Fused(mode) => self.fused(&problem, problem.operation(mode)),
+            Step::FusedSharded if !problem.sharded => {
+                Err(Error::Step { step, why: "the problem has no sharded residual" })
+            }
+            Step::FusedSharded => self.fused(&problem, problem.sharded_operation()),
+            Step::AllReduce(mode) => self.all_reduce(&problem, mode),
+            Step::NcclAllReduce => self.nccl_all_reduce(&problem, step),
+            Step::AddRmsNorm => self.local(&problem, Some(problem.norm), Quantization::None),
+            Step::AddRmsNormQuantize => self.local(&problem, Some(problem.norm), problem.quantization),
+            Step::Quantize => self.local(&problem, None, problem.quantization),
+            Step::Eager(eager) => self.eager(&problem, eager),
+        }
+    }
+
+    fn fused(&mut self, problem: &Problem, operation: Operation) -> Result<(), Error> {
+        let (residual, residual_out) = match operation.residual {
+            Residual::Sharded => (Tensor::ResidualShard, Tensor::ResidualShardOut),
+            Residual::None | Residual::Replicated => (Tensor::Residual, Tensor::ResidualOut),
+        };
+        let mut tensors = self.operands(problem, true, problem.quantization, residual_out);
+        tensors.residual = operation.residual.is_some().then(|| self.tensor(residual, problem.dtype));
+        // The tensors have room for every rank's rows.
+        let (rank, world_size) = (self.communicator.rank(), self.communicator.world_size());
+        let length = operation.residual_rows(rank, world_size) * operation.hidden;
+        tensors.residual_out.length = length;
+        tensors.residual = tensors.residual.map(|residual| DeviceTensor { length, ..residual });
+        let stream = self.handle();
+        // SAFETY: the tensors are this engine's and outlive what it enqueues: `settle` comes before they are freed.
+        Ok(unsafe { self.communicator.enqueue(&operation, &tensors, stream) }?)
+    }
+
+    fn all_reduce(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {
+        let tensors = self.operands(problem, false, Quantization::None, sum(problem));
+        let stream = self.handle();
+        // SAFETY: as in `fused`.
+        Ok(unsafe { self.communicator.enqueue(&problem.all_reduce(mode), &tensors, stream) }?)
+    }
+
+    fn nccl_all_reduce(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
+        let (from, to) = (self.address(Tensor::Input), self.address(sum(problem)));
+        let (count, stream) = (nccl_elements(problem), self.handle());
+        let nccl = self.nccl.as_mut().ok_or(Error::Step { step, why: "NCCL was not loaded" })?;
+        // SAFETY: as in `fused`.
+        let enqueued = unsafe { nccl.all_reduce(problem.dtype, from, to, count, stream) };
+        // The others may have enqueued theirs, and wait in it.
+        enqueued.map_err(|error| self.communicator.fail(error).into())
+    }
+
+    /// One pass after the all-reduce. Without a norm, it quantizes `NormOut`.
+    fn local(
+        &mut self,
+        problem: &Problem,
+        norm: Option<Norm>,
+        quantization: Quantization,
+    ) -> Result<(), Error> {
+        let tensors = self.operands(problem, norm.is_some(), quantization, Tensor::ResidualOut);
+        let activations = match norm {
+            None => Activations {
+                input: self.address(Tensor::NormOut),
+                residual: Address::NULL,
+                residual_out: Address::NULL,
+            },
+            // Without a residual the sum is in `ResidualOut` already.
+            Some(_) if !problem.residual => Activations {
+                input: self.address(Tensor::ResidualOut),
+                residual: Address::NULL,
+                residual_out: Address::NULL,
+            },
+            Some(_) => Activations {
+                input: self.address(Tensor::Reduced),
+                residual: self.address(Tensor::Residual),
+                residual_out: self.address(Tensor::ResidualOut),
+            },
+        };
+        let stream = self.handle();
+        let kernels = self.communicator.kernels();
+        let limits = kernels.limits();
+        let shape = shape(problem)?;
+        let kernel = Epilogue::of(norm.is_some(), quantization)
+            .and_then(|epilogue| Kernel::of(Family::Local, epilogue))
+            .ok_or(fused_collective::Error::Unsupported("this quantization"))?;
+        let versions = kernels.versions(Module { dtype: problem.dtype, set: Set::Local }, kernel)?;
+        let launch = limits.for_rows(versions, 1, shape.row_packs, problem.tokens)?;
+        let mut parameters = Parameters::default();
+        // SAFETY: the launch structs have no padding, which `core` asserts.
+        unsafe {
+            parameters.push(&shape);
+            parameters.push(&activations);
+        }
+        parameters.append(&epilogue(norm, quantization, problem.hidden, &tensors)?);
+        // SAFETY: the kernel and the parameters are of one epilogue; the tensors are the engine's and of the problem's
+        // shapes, and live as in `fused`.
+        Ok(unsafe { kernels.launch(launch, &parameters, stream) }?)
+    }
+
+    fn eager(&mut self, problem: &Problem, eager: Eager) -> Result<(), Error> {
+        let at = |tensor| self.address(tensor);
+        let scale = self.scale.as_ref().map_or(Address::NULL, GuardedMemory::address);
+        let (wide_a, wide_b, per_token) = (at(Tensor::WideA), at(Tensor::WideB), at(Tensor::PerToken));
+        let none = Address::NULL;
+        let norm = problem.norm;
+        // Kernel, first and second operand, result, number.
+        let launches: &[(EagerKernel, Address, Address, Address, f32)] = &match eager {
+            Eager::AddResidual => vec![
+                (EagerKernel::ToF32, at(Tensor::Reduced), none, wide_a, 0.0),
+                (EagerKernel::ToF32, at(Tensor::Residual), none, wide_b, 0.0),
+                (EagerKernel::Add, wide_a, wide_b, wide_a, 0.0),
+                (EagerKernel::Round, wide_a, none, at(Tensor::ResidualOut), 0.0),
+            ],
+            Eager::WidenResidual => vec![(EagerKernel::ToF32, at(Tensor::ResidualOut), none, wide_a, 0.0)],
+            Eager::Square => vec![(EagerKernel::Square, wide_a, none, wide_b, 0.0)],
+            Eager::MeanRsqrt => vec![(EagerKernel::MeanRsqrt, wide_b, none, per_token, norm.epsilon)],
+            Eager::ScaleRows => vec![(EagerKernel::ScaleRows, wide_a, per_token, wide_a, 0.0)],
+            Eager::Weight => {
+                vec![(EagerKernel::MulWeight, wide_a, at(Tensor::Gamma), wide_a, norm.weight_bias)]
+            }
+            Eager::RoundNorm => vec![(EagerKernel::Round, wide_a, none, at(Tensor::NormOut), 0.0)],
+            Eager::WidenNorm => vec![(EagerKernel::ToF32, at(Tensor::NormOut), none, wide_a, 0.0)],
+            Eager::Rescale => vec![(EagerKernel::MulInverse, wide_a, scale, wide_a, 0.0)],
+            Eager::Clamp => vec![(EagerKernel::Clamp, wide_a, none, wide_a, 0.0)],
+            Eager::RoundFp8 => vec![(EagerKernel::ToFp8, wide_a, none, at(Tensor::QuantOut), 0.0)],
+        };
+        let stream = self.handle();
+        let groups = problem.hidden.div_ceil(EAGER_GROUP) as u32; // of at most 65,536 elements
+        let threads = groups.next_multiple_of(32).min(EAGER_THREADS);
+        let Shape { tokens, .. } = shape(problem)?;
+        let kernels = &mut self.probes;
+        let limits = kernels.limits();
+        for &(kernel, a, b, out, value) in launches {
+            let function = kernels.function(kernel.entry(problem.dtype))?;
+            let launch = limits.for_elements(function, threads, problem.tokens)?;
+            let step = EagerStep { a, b, out, tokens, hidden: problem.hidden as u32, value, reserved: 0 };
+            // SAFETY: the struct has no padding, which its crate asserts.
+            let parameters = unsafe { Parameters::of(&step) };
+            // SAFETY: the entry point takes these parameters; the tensors have the shapes that it asks for, and live
+            // as in `fused`.
+            unsafe { kernels.launch(launch, &parameters, stream)? };
+        }
+        Ok(())
+    }
+}
+
+/// Elements of NCCL's all-reduce.
+pub(super) fn nccl_elements(problem: &Problem) -> u64 {
+    problem.tokens * problem.hidden
+}
+
+/// Where the all-reduce of the separate operations leaves its sum.
+fn sum(problem: &Problem) -> Tensor {
+    if problem.residual { Tensor::Reduced } else { Tensor::ResidualOut }
+}
+
+/// All rows of the problem.
+fn shape(problem: &Problem) -> Result<Shape, Error> {
+    Ok(Shape::of_rows(problem.tokens, problem.row_bytes()).ok_or(TOO_MANY_TOKENS)?)
+}

@@ -1,0 +1,5 @@
+//! The variants of a problem, their inputs, and the check of their results.
+
+pub mod inputs;
+pub mod variants;
+pub mod verify;

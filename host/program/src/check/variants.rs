@@ -1,0 +1,192 @@
+//! The variants of a problem: separate operations, as frameworks run them, and fused ones.
+//!
+//! The names are those of vLLM's benchmark of the same comparison:
+//! - *allreduce*, *custom_allreduce*: the backend's [all-reduces](crate::backend::steps::AllReduce);
+//! - *native*: the operation as an eager framework runs it, primitive steps that each pass through memory;
+//! - *custom*: one hand-written pass per operation;
+//! - *compiled*: one pass for everything after the all-reduce, like the code of a graph compiler.
+
+use fused_collective_core::{fusion::Mode, reference::Rounding};
+
+use crate::{
+    backend::{
+        problem::Tensor,
+        steps::{Step, eager_fp8, eager_rms_norm},
+    },
+    measurement::Kind,
+    quant_mode::QuantMode,
+};
+
+/// One way to solve a problem.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Variant {
+    /// The name in reports.
+    pub name: String,
+    /// Separate operations, or a fused one.
+    pub kind: Kind,
+    /// The steps, in order.
+    pub steps: Vec<Step>,
+    /// True if the residual that it reads and writes is sharded.
+    pub sharded: bool,
+    /// True if it writes `NormOut`, which a quantized result may do without.
+    pub writes_norm: bool,
+}
+
+impl Variant {
+    /// The tensor that gets the sum.
+    pub fn sum(&self) -> Tensor {
+        if self.sharded { Tensor::ResidualShardOut } else { Tensor::ResidualOut }
+    }
+
+    /// The rounding of its sum.
+    pub fn rounding(&self) -> Rounding {
+        match self.kind {
+            Kind::Standard => Rounding::AfterAllReduce,
+            Kind::Fused => Rounding::Once,
+        }
+    }
+}
+
+/// Every variant of `quant_mode`: the separate operations for each of `all_reduces`, then the fused ones. `all_reduces` has
+/// pairs of a name and a step. If `sharded`, one fused variant has a sharded residual.
+pub fn variants(
+    quant_mode: QuantMode,
+    residual: bool,
+    sharded: bool,
+    oneshot: bool,
+    all_reduces: &[(&'static str, Step)],
+) -> Vec<Variant> {
+    let mut all: Vec<Variant> = all_reduces
+        .iter()
+        .flat_map(|&(name, step)| {
+            after_all_reduce(quant_mode, residual).into_iter().map(move |(rest_name, rest)| Variant {
+                name: format!("standard_{name}_{rest_name}"),
+                kind: Kind::Standard,
+                sharded: false,
+                writes_norm: !rest.contains(&Step::AddRmsNormQuantize),
+                steps: [vec![step], rest].concat(),
+            })
+        })
+        .collect();
+    let quantization = match quant_mode {
+        QuantMode::None => "",
+        QuantMode::Fp8 => "_fp8_quant",
+        QuantMode::Fp4 => "_fp4_quant",
+    };
+    let modes = [(Mode::OneShot, "oneshot"), (Mode::TwoShot, "twoshot")];
+    let modes = modes.into_iter().filter(|&(mode, _)| oneshot || mode != Mode::OneShot);
+    let modes = modes.map(|(mode, suffix)| (Step::Fused(mode), suffix));
+    let with_shards = sharded.then_some((Step::FusedSharded, "twoshot_sharded"));
+    all.extend(modes.chain(with_shards).map(|(step, suffix)| Variant {
+        name: format!("fused_allreduce_rmsnorm{quantization}_{suffix}"),
+        kind: Kind::Fused,
+        steps: vec![step],
+        sharded: step == Step::FusedSharded,
+        writes_norm: quant_mode == QuantMode::None,
+    }));
+    all
+}
+
+/// The steps after the all-reduce in each form, with the form's name.
+fn after_all_reduce(quant_mode: QuantMode, residual: bool) -> Vec<(&'static str, Vec<Step>)> {
+    let native = || eager_rms_norm(residual);
+    let custom = || vec![Step::AddRmsNorm];
+    let quantize = || vec![Step::Quantize];
+    match quant_mode {
+        QuantMode::None => vec![
+            ("native_rms_norm", native()),
+            ("custom_rms_norm", custom()),
+            ("rmsnorm_native_compiled", custom()),
+        ],
+        QuantMode::Fp8 => vec![
+            ("native_rms_norm_native_quant_fp8", [native(), eager_fp8()].concat()),
+            ("native_rms_norm_custom_quant_fp8", [native(), quantize()].concat()),
+            ("custom_rms_norm_native_quant_fp8", [custom(), eager_fp8()].concat()),
+            ("custom_rms_norm_custom_quant_fp8", [custom(), quantize()].concat()),
+            ("rmsnorm_fp8_quant_native_compiled", vec![Step::AddRmsNormQuantize]),
+        ],
+        QuantMode::Fp4 => vec![
+            ("native_rms_norm_fp4_quant", [native(), quantize()].concat()),
+            ("custom_rms_norm_fp4_quant", [custom(), quantize()].concat()),
+            ("rmsnorm_fp4_quant_native_compiled", vec![Step::AddRmsNormQuantize]),
+        ],
+    }
+}
+
+/// The number of [`variants`] for `all_reduces` all-reduces.
+pub(crate) fn count(quant_mode: QuantMode, sharded: bool, oneshot: bool, all_reduces: usize) -> usize {
+    after_all_reduce(quant_mode, true).len() * all_reduces + 1 + usize::from(oneshot) + usize::from(sharded)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(quant_mode: QuantMode, oneshot: bool) -> Vec<String> {
+        let all_reduces = [("allreduce", Step::AllReduce(Mode::TwoShot))];
+        variants(quant_mode, true, false, oneshot, &all_reduces)
+            .into_iter()
+            .map(|variant| variant.name)
+            .collect()
+    }
+
+    #[test]
+    fn the_names_are_those_of_the_benchmark_that_users_know() {
+        assert_eq!(
+            names(QuantMode::None, true),
+            [
+                "standard_allreduce_native_rms_norm",
+                "standard_allreduce_custom_rms_norm",
+                "standard_allreduce_rmsnorm_native_compiled",
+                "fused_allreduce_rmsnorm_oneshot",
+                "fused_allreduce_rmsnorm_twoshot",
+            ]
+        );
+        assert_eq!(
+            names(QuantMode::Fp8, true),
+            [
+                "standard_allreduce_native_rms_norm_native_quant_fp8",
+                "standard_allreduce_native_rms_norm_custom_quant_fp8",
+                "standard_allreduce_custom_rms_norm_native_quant_fp8",
+                "standard_allreduce_custom_rms_norm_custom_quant_fp8",
+                "standard_allreduce_rmsnorm_fp8_quant_native_compiled",
+                "fused_allreduce_rmsnorm_fp8_quant_oneshot",
+                "fused_allreduce_rmsnorm_fp8_quant_twoshot",
+            ]
+        );
+        assert_eq!(
+            names(QuantMode::Fp4, false),
+            [
+                "standard_allreduce_native_rms_norm_fp4_quant",
+                "standard_allreduce_custom_rms_norm_fp4_quant",
+                "standard_allreduce_rmsnorm_fp4_quant_native_compiled",
+                "fused_allreduce_rmsnorm_fp4_quant_twoshot",
+            ]
+        );
+    }
+
+    #[test]
+    fn every_variant_has_one_collective_and_knows_whether_it_writes_the_norm() {
+        for quant_mode in QuantMode::ALL {
+            for (residual, sharded) in [(false, false), (true, false), (true, true)] {
+                let all_reduces =
+                    [("allreduce", Step::NcclAllReduce), ("custom", Step::AllReduce(Mode::OneShot))];
+                let all = variants(quant_mode, residual, sharded, true, &all_reduces);
+                assert_eq!(all.len(), count(quant_mode, sharded, true, all_reduces.len()));
+                assert_eq!(all.iter().filter(|variant| variant.sharded).count(), usize::from(sharded));
+                for variant in all {
+                    let collective = |step: &&Step| {
+                        matches!(
+                            step,
+                            Step::AllReduce(_) | Step::NcclAllReduce | Step::Fused(_) | Step::FusedSharded
+                        )
+                    };
+                    assert_eq!(variant.steps.iter().filter(collective).count(), 1, "{}", variant.name);
+                    let one_pass = variant.steps.contains(&Step::AddRmsNormQuantize)
+                        || (variant.kind == Kind::Fused && quant_mode != QuantMode::None);
+                    assert_eq!(variant.writes_norm, !one_pass, "{}", variant.name);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,321 @@
+//! The verification of a variant.
+//!
+//! The outputs are poisoned, the variant runs, and every rank checks its share of the tokens against the reference. As all
+//! ranks must have the same bits, the shares cover all outputs. A second run must give the same bits again.
+
+use std::{
+    hash::{DefaultHasher, Hasher},
+    iter::StepBy,
+    ops::Range,
+    panic::resume_unwind,
+    thread,
+};
+
+use fused_collective::{cpu::Plain, group::rendezvous::Group};
+use fused_collective_core::{
+    dtype::{DType, bf16, f16},
+    fusion::{Mode, Operation},
+    norm::Gamma,
+    plan::{owned_index, owner},
+    quant::Quantization,
+    reference::{Observed, Token, check_token},
+};
+use zerocopy::IntoBytes as _;
+
+use super::{
+    inputs::{Numbers, Source},
+    variants::Variant,
+};
+use crate::{
+    backend::{
+        collective::Collective,
+        problem::{Problem, Tensor},
+    },
+    job::ranks::{Error, gather_verdicts},
+};
+
+/// The byte that fills outputs before a run. It makes NaN in every element type, and is a rare code of random inputs.
+pub(crate) const POISON: u8 = 0xff;
+/// Bytes of a tensor that are poisoned at a time.
+const POISONED_AT_ONCE: u64 = 1 << 20;
+
+/// Fills `tensor` with [`POISON`].
+pub(crate) fn poison(backend: &mut dyn Collective, problem: &Problem, tensor: Tensor) -> Result<(), Error> {
+    let bytes = problem.bytes(tensor).unwrap_or(0);
+    let poison = vec![POISON; bytes.min(POISONED_AT_ONCE) as usize];
+    let mut at = 0;
+    while at < bytes {
+        let length = (bytes - at).min(POISONED_AT_ONCE);
+        backend.write(tensor, at, &poison[..length as usize])?;
+        at += length;
+    }
+    Ok(())
+}
+
+/// Writes this rank's input, and the tensors that all ranks share. A residual that the problem does not have is poisoned.
+pub(crate) fn write_inputs(
+    backend: &mut dyn Collective,
+    problem: &Problem,
+    numbers: Numbers,
+    group: &Group,
+) -> Result<(), Error> {
+    match problem.dtype {
+        DType::F32 => write_typed_inputs::<f32>(backend, problem, numbers, group),
+        DType::F16 => write_typed_inputs::<f16>(backend, problem, numbers, group),
+        DType::Bf16 => write_typed_inputs::<bf16>(backend, problem, numbers, group),
+    }
+}
+
+fn write_typed_inputs<E: Plain>(
+    backend: &mut dyn Collective,
+    problem: &Problem,
+    numbers: Numbers,
+    group: &Group,
+) -> Result<(), Error> {
+    // Poison shows a read of rows that this rank does not have.
+    poison(backend, problem, Tensor::ResidualShard)?;
+    let mut row = vec![E::default(); problem.hidden as usize];
+    let mut write = |tensor, source, token: u64, place: u64| {
+        numbers.fill_row(source, token, &mut row);
+        let bytes: &[u8] = row.as_bytes();
+        backend.write(tensor, place * bytes.len() as u64, bytes)
+    };
+    write(Tensor::Gamma, Source::Gamma, 0, 0)?;
+    for token in 0..problem.tokens {
+        write(Tensor::Input, Source::Input(group.rank()), token, token)?;
+        if problem.residual {
+            write(Tensor::Residual, Source::Residual, token, token)?;
+        }
+        if problem.sharded && owner(token, group.world_size()) == group.rank() {
+            let place = owned_index(token, group.world_size());
+            write(Tensor::ResidualShard, Source::Residual, token, place)?;
+        }
+    }
+    if !problem.residual {
+        poison(backend, problem, Tensor::Residual)?;
+    }
+    Ok(())
+}
+
+/// The outputs of one run, as bytes. A tensor that the variant does not write is empty.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Outputs {
+    pub(crate) residual_out: Vec<u8>,
+    pub(crate) norm_out: Vec<u8>,
+    pub(crate) quant_out: Vec<u8>,
+    pub(crate) scale_out: Vec<u8>,
+}
+
+impl Outputs {
+    /// Poisons the outputs, runs the variant, and reads them.
+    pub(crate) fn of(
+        backend: &mut dyn Collective,
+        problem: &Problem,
+        variant: &Variant,
+    ) -> Result<Self, Error> {
+        for tensor in Tensor::OUTPUTS {
+            poison(backend, problem, tensor)?;
+        }
+        backend.run(&variant.steps)?;
+        Ok(Outputs {
+            residual_out: backend.read(variant.sum())?,
+            norm_out: if variant.writes_norm { backend.read(Tensor::NormOut)? } else { Vec::new() },
+            quant_out: backend.read(Tensor::QuantOut)?,
+            scale_out: backend.read(Tensor::ScaleOut)?,
+        })
+    }
+
+    /// Digests of the outputs that are the same on all ranks: `residual_out` unless it is sharded, `norm_out`, `quant_out`
+    /// and `scale_out`.
+    pub(crate) fn digests(&self, variant: &Variant) -> [u64; 4] {
+        let residual_out = if variant.sharded { &[][..] } else { &self.residual_out };
+        [residual_out, &self.norm_out, &self.quant_out, &self.scale_out].map(digest)
+    }
+}
+
+/// A digest of bytes, for comparison between ranks of this build of the program.
+fn digest(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
+}
+
+/// Verifies `variant` on the problem whose inputs [`write_inputs`] wrote. Every rank returns the same: the largest error in
+/// units in the last place, or the reason why the variant is wrong.
+pub(crate) fn verify(
+    backend: &mut dyn Collective,
+    group: &Group,
+    problem: &Problem,
+    variant: &Variant,
+    numbers: Numbers,
+) -> Result<Result<f64, String>, Error> {
+    let outputs = Outputs::of(backend, problem, variant)?;
+    let (digests, sum) = (outputs.digests(variant), digest(&outputs.residual_out));
+    let checked = match problem.dtype {
+        DType::F32 => check::<f32>(&outputs, group, problem, variant, numbers),
+        DType::F16 => check::<f16>(&outputs, group, problem, variant, numbers),
+        DType::Bf16 => check::<bf16>(&outputs, group, problem, variant, numbers),
+    };
+    drop(outputs);
+    let again = Outputs::of(backend, problem, variant)?;
+    let checked = checked.and_then(|error| {
+        if (again.digests(variant), digest(&again.residual_out)) == (digests, sum) {
+            Ok((digests, error))
+        } else {
+            Err("a repeated run gave other bits".to_owned())
+        }
+    });
+    Ok(gather_verdicts(group, checked)?.and_then(|all| {
+        if let Some(rank) = all.iter().position(|(digests, _)| *digests != all[0].0) {
+            return Err(format!("rank {rank}'s outputs are not the same bits as rank 0's"));
+        }
+        Ok(all.iter().fold(0.0f64, |largest, (_, error)| largest.max(*error)))
+    }))
+}
+
+/// Checks this rank's share of the tokens.
+fn check<E: Plain>(
+    outputs: &Outputs,
+    group: &Group,
+    problem: &Problem,
+    variant: &Variant,
+    numbers: Numbers,
+) -> Result<f64, String> {
+    let largest = spread(group, 0..problem.tokens, |tokens| {
+        let mut judge = Judge::<E>::new(problem, variant, numbers, group.world_size());
+        largest_error(tokens, |token| judge.check(outputs, token))
+    })?;
+    check_padding(problem, &outputs.scale_out)?;
+    Ok(largest)
+}
+
+/// The largest error that `check` finds in `tokens`, or the first failure.
+pub(crate) fn largest_error(
+    mut tokens: impl Iterator<Item = u64>,
+    mut check: impl FnMut(u64) -> Result<f64, String>,
+) -> Result<f64, String> {
+    tokens.try_fold(0.0f64, |largest, token| check(token).map(|error| largest.max(error)))
+}
+
+/// The row of `token` in the sum that `variant` leaves, on a rank that has it.
+pub(crate) fn row_of_sum(variant: &Variant, token: u64, world_size: u32) -> u64 {
+    if variant.sharded { owned_index(token, world_size) } else { token }
+}
+
+/// Checks this rank's share of `tokens`, which are those that it owns in two-shot. This rank's share of the processors runs
+/// threads, each of which calls `check` with its tokens. Returns the largest error, or the first failure.
+pub(crate) fn spread(
+    group: &Group,
+    tokens: Range<u64>,
+    check: impl Fn(StepBy<Range<u64>>) -> Result<f64, String> + Sync,
+) -> Result<f64, String> {
+    let (rank, world_size) = (u64::from(group.rank()), u64::from(group.world_size()));
+    let processors = thread::available_parallelism().map_or(1, |count| count.get() as u64);
+    let count = tokens.end.saturating_sub(tokens.start);
+    let threads = (processors / world_size).clamp(1, count.div_ceil(world_size).max(1));
+    thread::scope(|scope| {
+        let checks: Vec<_> = (0..threads)
+            .map(|thread| {
+                // The first of this rank's tokens.
+                let skipped = (rank + world_size - tokens.start % world_size) % world_size;
+                let first = (tokens.start + skipped + thread * world_size).min(tokens.end);
+                let own = (first..tokens.end).step_by((world_size * threads) as usize);
+                let check = &check;
+                scope.spawn(move || check(own))
+            })
+            .collect();
+        let mut errors =
+            checks.into_iter().map(|check| check.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        errors.try_fold(0.0f64, |largest, error| error.map(|error| largest.max(error)))
+    })
+}
+
+/// The check of tokens against the reference. It makes the inputs of all ranks itself.
+pub(crate) struct Judge<'a, E> {
+    operation: Operation,
+    problem: &'a Problem,
+    variant: &'a Variant,
+    numbers: Numbers,
+    inputs: Vec<Vec<E>>,
+    residual: Vec<E>,
+    gamma: Vec<E>,
+}
+
+impl<'a, E: Plain> Judge<'a, E> {
+    pub(crate) fn new(problem: &'a Problem, variant: &'a Variant, numbers: Numbers, world_size: u32) -> Self {
+        let row = vec![E::default(); problem.hidden as usize];
+        let mut gamma = row.clone();
+        numbers.fill_row(Source::Gamma, 0, &mut gamma);
+        Judge {
+            operation: Operation { keep_norm: variant.writes_norm, ..problem.operation(Mode::Auto) },
+            problem,
+            variant,
+            numbers,
+            inputs: vec![row.clone(); world_size as usize],
+            residual: row,
+            gamma,
+        }
+    }
+
+    /// The largest error of any output of token `index` in units in the last place, or a description of a wrong output.
+    pub(crate) fn check(&mut self, outputs: &Outputs, index: u64) -> Result<f64, String> {
+        let Judge { problem, numbers, .. } = *self;
+        for (rank, input) in (0..).zip(&mut self.inputs) {
+            numbers.fill_row(Source::Input(rank), index, input);
+        }
+        numbers.fill_row(Source::Residual, index, &mut self.residual);
+        let rows: Vec<&[E]> = self.inputs.iter().map(Vec::as_slice).collect();
+        let token = Token {
+            inputs: &rows,
+            residual: problem.residual.then_some(&self.residual[..]),
+            gamma: Gamma::Element(&self.gamma),
+            scale: problem.scale,
+            index,
+        };
+        let hidden = problem.hidden as usize;
+        let sum = row_of_sum(self.variant, index, self.inputs.len() as u32);
+        let (residual_out, norm_out) =
+            (row::<E>(&outputs.residual_out, sum, hidden), row(&outputs.norm_out, index, hidden));
+        let observed = Observed {
+            residual_out: &residual_out,
+            norm_out: &norm_out,
+            values: values(problem, outputs, index),
+            scales: &outputs.scale_out,
+        };
+        check_token(&self.operation, self.variant.rounding(), &token, &observed)
+            .map_err(|wrong| wrong.to_string())
+    }
+}
+
+/// The codes of token `index`; empty if the problem has no quantization.
+pub(crate) fn values<'a>(problem: &Problem, outputs: &'a Outputs, index: u64) -> &'a [u8] {
+    if problem.quantization == Quantization::None {
+        return &[];
+    }
+    let row_bytes = problem.quantization.value_bytes_per_row(problem.hidden) as usize;
+    &outputs.quant_out[index as usize * row_bytes..][..row_bytes]
+}
+
+/// Row `index` of a tensor's bytes; empty if the tensor is.
+pub(crate) fn row<E: Plain>(bytes: &[u8], index: u64, hidden: usize) -> Vec<E> {
+    let row_bytes = hidden * size_of::<E>();
+    let start = index as usize * row_bytes;
+    let row = bytes.get(start..start + row_bytes).unwrap_or_default();
+    row.chunks_exact(size_of::<E>()).flat_map(E::read_from_bytes).collect()
+}
+
+/// Checks that the padding of the scales is 0.
+pub(crate) fn check_padding(problem: &Problem, scales: &[u8]) -> Result<(), String> {
+    let Some(layout) = problem.quantization.scale_layout() else { return Ok(()) };
+    let cols = problem.quantization.scale_cols(problem.hidden);
+    for row in 0..layout.rows_padded(problem.tokens) {
+        let first = if row < problem.tokens { cols } else { 0 };
+        for col in first..layout.cols_padded(cols) {
+            let found = scales[layout.offset(row, col, cols) as usize];
+            if found != 0 {
+                return Err(format!("scale_out[{row}, {col}] is padding and holds {found:#04x}, not 0"));
+            }
+        }
+    }
+    Ok(())
+}

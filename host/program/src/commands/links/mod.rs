@@ -1,0 +1,81 @@
+//! `fused-collective links`: the latency and bandwidth of the links between ranks.
+
+pub(crate) mod args;
+pub mod report;
+pub mod run;
+pub mod settings;
+
+use std::{env, fmt::Write as _};
+
+use fused_collective::group::rendezvous::Group;
+
+use crate::{
+    backend::collective::Collective,
+    exit::{self, Failure, complain, print},
+    job::{
+        Job, Request,
+        ranks::Error,
+        screen::{Screen, width},
+    },
+    report::{machine::Machine, output_file::OutputFile},
+};
+use report::Report;
+use settings::Settings;
+
+/// A measurement of links whose settings have been checked.
+pub(crate) struct Links {
+    settings: Settings,
+    job: Job,
+    file: Option<OutputFile>,
+}
+
+impl Links {
+    /// Checks everything that can be checked before the run.
+    pub(crate) fn new(settings: Settings) -> Result<Self, Failure> {
+        // Links are measured in memory of their own, so there are no problems.
+        let job = Job::new(Request::new(settings.job.clone()))?;
+        let file = settings.json.as_deref().map(|path| OutputFile::check("--json", path)).transpose()?;
+        Ok(Links { settings, job, file })
+    }
+
+    pub(crate) fn run(self) -> Result<u8, Failure> {
+        let measure = |group: &Group, backend: &mut dyn Collective| self.measure(group, backend);
+        self.job.run(&self.settings, measure, |report| self.conclude(&report))
+    }
+
+    /// Runs the measurement. Rank 0 shows its progress.
+    fn measure(&self, group: &Group, backend: &mut dyn Collective) -> Result<Report, Error> {
+        let (name, world_size) = (self.job.backend_name(), self.job.world_size());
+        let mut screen = Screen::new(group);
+        let progress = screen.progress(run::most_steps(world_size));
+        let mut machine = Machine::here();
+        machine.set_gpus(backend.gpus());
+        let notes = backend.notes().to_vec();
+        let mut heading = format!("{name} backend, {world_size} ranks\n{}\n", machine.summary());
+        for note in &notes {
+            let _ = writeln!(heading, "note: {note}");
+        }
+        screen.show(&progress, &heading);
+        let measured = run::run(group, backend, &progress)?;
+        drop(progress);
+        screen.finish()?;
+        let command = env::args().skip(1).collect();
+        Ok(Report::new(command, name, world_size, &self.settings.job, machine, notes, &measured))
+    }
+
+    /// Shows the report, writes the file, and returns the exit status. Rank 0 calls this.
+    fn conclude(&self, report: &Report) -> Result<u8, Failure> {
+        print(&format!("\n{}", report.render(width())))?;
+        if let Some(file) = &self.file {
+            file.write(report.to_json().map_err(Into::into))
+                .map_err(|error| Failure::Failed(error.to_string()))?;
+        }
+        let failures = report.failures().len();
+        if failures > 0 {
+            let all = report.pairs.len() + report.together.len();
+            complain(&format_args!("{failures} of {all} measurements FAILED"));
+            return Ok(exit::FAILURE);
+        }
+        Ok(exit::SUCCESS)
+    }
+}

@@ -1,0 +1,357 @@
+//! The verification matrix: every element type, quantization, mode and kind of shape, each checked in full.
+//!
+//! A case is one fused operation on random inputs. It is right if
+//! - the [reference](fused_collective_core::reference) allows every element, whatever the outputs held before;
+//! - the outputs of all ranks are the same bits, and so are those of a repeated run;
+//! - `residual_out` is the same bits in one-shot and in two-shot, and for every quantization;
+//! - the operation has not written its inputs, unrelated tensors, the guards of tensors or idle slots of the workspace. It
+//!   has not read unrelated tensors and guards, which are full of NaN.
+//!
+//! The reference is slow, so each shape is checked against it once. A later case is right if it has the same bits, or if it
+//! has the codes and scales of `core`'s quantization of the same norm. Only other results are checked against the reference
+//! again.
+//!
+//! Every rank calls [`run`] with its [`Place`]. All ranks go through the same steps and reach the same verdicts. A rank
+//! never waits for another for longer than the check of a slice takes, so the deadline holds for problems of every size.
+
+use std::{borrow::Cow, ops::Range};
+
+use fused_collective::{cpu::Plain, group::rendezvous::Group};
+use fused_collective_core::{
+    dtype::{DType, bf16, f16},
+    quant::{Quantization, quantize_row},
+};
+
+use super::{
+    settings::{Settings, Shape},
+    verdicts::{Place, Tally, Verdict, Verdicts, count, gather_groups},
+};
+
+use crate::{
+    backend::{
+        collective::Collective,
+        guards::first_other,
+        problem::{Problem, Tensor},
+    },
+    check::{
+        variants::{Variant, variants},
+        verify::{
+            Judge, Outputs, POISON, check_padding, largest_error, poison, row, row_of_sum, spread, values,
+            write_inputs,
+        },
+    },
+    job::ranks::{Error, gather_verdicts},
+    quant_mode::QuantMode,
+    report::progress::Progress,
+};
+
+/// Elements of an activation that are checked between two barriers: about a second of work for one processor.
+const SLICE_ELEMENTS: u64 = 4 << 20;
+
+/// Runs the matrix of `settings` in every group. `tell` gets a line for every case that fails, and one for every element
+/// type, quantization and hidden size.
+///
+/// # Errors
+/// A group or the backend failed. A wrong case is no error but a failure in the tally.
+pub fn run(
+    settings: &Settings,
+    place: &mut Place<'_>,
+    progress: &Progress,
+    mut tell: impl FnMut(&str),
+) -> Result<Tally, Error> {
+    let mut total = Tally::default();
+    for section in settings.sections() {
+        let mut tallies = [Tally::default(); QuantMode::ALL.len()];
+        for shape in section.shapes(settings) {
+            // The outputs of one-shot without a quantization, once they are verified.
+            let mut base = None;
+            for (quant_mode, tally) in QuantMode::ALL.into_iter().zip(&mut tallies) {
+                let title = shape.title(quant_mode);
+                progress.doing(title.clone());
+                // The backend's errors do not name the case. The group's errors are about ranks.
+                let verdicts = verify_modes(settings, shape, quant_mode, place, &mut base, progress)
+                    .map_err(|error| match error {
+                        Error::Collective(error) => Error::Failed(format!("{title}: {error}")),
+                        error => error,
+                    })?;
+                count(
+                    settings.job.groups,
+                    &title,
+                    gather_groups(place.world, place.group(), &verdicts)?,
+                    tally,
+                    &mut tell,
+                );
+            }
+        }
+        let audited = audit(place)?;
+        let mut found = gather_groups(place.world, place.group(), &audited)?;
+        found.retain(|(_, _, verdict)| verdict.is_err());
+        let title = format!("{} hidden {}, after all cases", section.dtype, section.hidden);
+        count(settings.job.groups, &title, found, &mut tallies[0], &mut tell);
+        for (quant_mode, tally) in QuantMode::ALL.into_iter().zip(tallies) {
+            tell(&section.line(quant_mode, tally));
+            total.add(tally);
+        }
+    }
+    Ok(total)
+}
+
+/// Searches everything for stray writes while all ranks are idle. Returns nothing on a rank without a group.
+fn audit(place: &mut Place<'_>) -> Result<Verdicts, Error> {
+    let Some((group, backend)) = &mut place.own else { return Ok(Vec::new()) };
+    let stray = backend.find_stray_write(true)?;
+    let own = stray.map_or(Ok(0.0), |what| Err(format!("{what} was written")));
+    let verdict = gather_verdicts(group, own)?.map(|_| 0.0);
+    Ok(vec![("no tensor's memory".to_owned(), verdict)])
+}
+
+/// Outputs that the reference has allowed.
+struct Base {
+    outputs: Outputs,
+    max_error_ulp: f64,
+}
+
+impl Base {
+    /// True if token `index` of `outputs` is right because it has the same bits, or is their quantization. Row `sum` of
+    /// `residual_out` holds the token.
+    fn explains<E: Plain>(
+        &self,
+        problem: &Problem,
+        outputs: &Outputs,
+        [index, sum]: [u64; 2],
+        scratch: &mut Scratch,
+    ) -> bool {
+        let hidden = problem.hidden as usize;
+        let rows_of = |bytes: &[u8]| row::<E>(bytes, index, hidden);
+        if rows_of(&self.outputs.residual_out) != row::<E>(&outputs.residual_out, sum, hidden) {
+            return false;
+        }
+        let norm = rows_of(&self.outputs.norm_out);
+        if problem.quantization == Quantization::None {
+            return norm == rows_of(&outputs.norm_out);
+        }
+        scratch.quantize(problem, &norm, index).is_some_and(|(codes, scales)| {
+            let layout = problem.quantization.scale_layout();
+            let cols = problem.quantization.scale_cols(problem.hidden);
+            let same_scales = layout.is_none_or(|layout| {
+                (0..layout.cols_padded(cols)).all(|col| {
+                    let in_scratch = layout.offset(index % SCRATCH_TOKENS, col, cols) as usize;
+                    scales[in_scratch] == outputs.scale_out[layout.offset(index, col, cols) as usize]
+                })
+            });
+            codes == values(problem, outputs, index) && same_scales
+        })
+    }
+}
+
+/// Tokens of the tensor that [`Scratch`] quantizes into: the rows of a tile of swizzled scales.
+const SCRATCH_TOKENS: u64 = 128;
+
+/// Buffers for the quantization of one row.
+#[derive(Default)]
+struct Scratch {
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+}
+
+impl Scratch {
+    /// `core`'s codes of row `index`, and a tile of scales with the scales of this row in its place.
+    fn quantize<E: Plain>(&mut self, problem: &Problem, norm: &[E], index: u64) -> Option<(&[u8], &[u8])> {
+        let quantization = problem.quantization;
+        self.codes.resize(quantization.value_bytes_per_row(problem.hidden) as usize, 0);
+        self.scales.resize(quantization.scale_bytes(SCRATCH_TOKENS, problem.hidden)? as usize, 0);
+        let (row, rows) = (index % SCRATCH_TOKENS, SCRATCH_TOKENS);
+        quantize_row(quantization, norm, row, rows, problem.scale, &mut self.codes, &mut self.scales).ok()?;
+        Some((&self.codes, &self.scales))
+    }
+}
+
+/// Solves one problem in each mode, and returns the verdicts. Returns nothing on a rank without a group.
+fn verify_modes(
+    settings: &Settings,
+    shape: Shape,
+    quant_mode: QuantMode,
+    place: &mut Place<'_>,
+    base: &mut Option<Base>,
+    progress: &Progress,
+) -> Result<Verdicts, Error> {
+    let problem = shape.problem(quant_mode);
+    let mut case = match &mut place.own {
+        Some((group, backend)) => Some(Case::prepare(settings, problem, group, &mut **backend)?),
+        None => None,
+    };
+    // The set-up of a rank must not count against the deadline of another rank's operation.
+    place.world.barrier()?;
+    let elements = problem.tokens * problem.hidden;
+    let slices = elements.div_ceil(SLICE_ELEMENTS).max(1);
+    let mut verdicts = Vec::new();
+    // Without all-reduces for separate operations there are only the fused variants.
+    for variant in variants(quant_mode, problem.residual, problem.sharded, true, &[]) {
+        let mut run = match &mut case {
+            Some(case) => Some(case.run(variant)?),
+            None => None,
+        };
+        for slice in 0..slices {
+            if let (Some(case), Some(run)) = (&case, &mut run) {
+                let tokens = [slice, slice + 1].map(|slice| problem.tokens * slice / slices);
+                run.check(case, base.as_ref(), tokens[0]..tokens[1]);
+            }
+            place.world.barrier()?;
+        }
+        if let (Some(case), Some(run)) = (&mut case, run) {
+            verdicts.push(run.conclude(case, base)?);
+        }
+        progress.step();
+    }
+    Ok(verdicts)
+}
+
+/// A problem whose inputs are written.
+struct Case<'a> {
+    settings: &'a Settings,
+    problem: Problem,
+    group: &'a Group,
+    backend: &'a mut dyn Collective,
+    /// The tensors that no operation may change. They include a residual that the problem does not have.
+    inputs: [(&'static str, Tensor, Vec<u8>); 4],
+}
+
+/// The tensors that only separate operations use.
+const SCRATCH: [Tensor; 4] = [Tensor::Reduced, Tensor::WideA, Tensor::WideB, Tensor::PerToken];
+
+impl<'a> Case<'a> {
+    fn prepare(
+        settings: &'a Settings,
+        problem: Problem,
+        group: &'a Group,
+        backend: &'a mut dyn Collective,
+    ) -> Result<Self, Error> {
+        backend.prepare(&problem)?;
+        write_inputs(backend, &problem, settings.numbers(), group)?;
+        for tensor in SCRATCH {
+            poison(backend, &problem, tensor)?;
+        }
+        let mut read = |name, tensor| backend.read(tensor).map(|bytes| (name, tensor, bytes));
+        let inputs = [
+            read("the input", Tensor::Input)?,
+            read("the residual", Tensor::Residual)?,
+            read("the sharded residual", Tensor::ResidualShard)?,
+            read("gamma", Tensor::Gamma)?,
+        ];
+        Ok(Case { settings, problem, group, backend, inputs })
+    }
+
+    /// Runs `variant` twice, and checks that it wrote nothing but its outputs.
+    fn run(&mut self, variant: Variant) -> Result<Run, Error> {
+        let outputs = Outputs::of(self.backend, &self.problem, &variant)?;
+        let again = Outputs::of(self.backend, &self.problem, &variant)?;
+        let repeats =
+            if again == outputs { Ok(0.0) } else { Err("a repeated run gave other bits".to_owned()) };
+        drop(again);
+        let untouched = self.check_untouched(&variant)?;
+        Ok(Run { variant, outputs, verdict: Ok(0.0), after: repeats.and(untouched) })
+    }
+
+    /// Checks on this rank that a run of `variant` wrote nothing but its outputs. All ranks are idle meanwhile.
+    fn check_untouched(&mut self, variant: &Variant) -> Result<Verdict, Error> {
+        for (name, tensor, before) in &self.inputs {
+            if self.backend.read(*tensor)? != *before {
+                return Ok(Err(format!("{name} was changed")));
+            }
+        }
+        let norm = (!variant.writes_norm).then_some(Tensor::NormOut);
+        let other_sum = if variant.sharded { Tensor::ResidualOut } else { Tensor::ResidualShardOut };
+        for tensor in SCRATCH.into_iter().chain(norm).chain([other_sum]) {
+            if let Some(at) = first_other(&self.backend.read(tensor)?, POISON) {
+                return Ok(Err(format!(
+                    "{tensor:?} is no output of the operation, and byte {at} of it was written"
+                )));
+            }
+        }
+        let stray = self.backend.find_stray_write(false)?;
+        Ok(stray.map_or(Ok(0.0), |what| Err(format!("{what} is in no tensor, and was written"))))
+    }
+}
+
+/// The sum that `variant` must leave on this rank, if `sum` is the whole sum. With a sharded residual it is this rank's
+/// rows, followed by poison.
+fn held_rows<'a>(case: &Case<'_>, variant: &Variant, sum: &'a [u8]) -> Cow<'a, [u8]> {
+    if !variant.sharded {
+        return Cow::Borrowed(sum);
+    }
+    let (rank, world_size) = (case.group.rank() as usize, case.group.world_size() as usize);
+    let rows = sum.chunks(case.problem.row_bytes() as usize).skip(rank).step_by(world_size);
+    let mut held: Vec<u8> = rows.flatten().copied().collect();
+    held.resize(sum.len(), POISON);
+    Cow::Owned(held)
+}
+
+/// A run of a variant, with this rank's verdicts.
+struct Run {
+    variant: Variant,
+    outputs: Outputs,
+    /// The verdict on the tokens so far.
+    verdict: Verdict,
+    /// The verdict on everything else, which counts if the tokens are right.
+    after: Verdict,
+}
+
+impl Run {
+    /// Checks this rank's share of `tokens`.
+    fn check(&mut self, case: &Case<'_>, base: Option<&Base>, tokens: Range<u64>) {
+        let Ok(so_far) = self.verdict else { return };
+        let found = match case.problem.dtype {
+            DType::F32 => self.check_typed::<f32>(case, base, tokens),
+            DType::F16 => self.check_typed::<f16>(case, base, tokens),
+            DType::Bf16 => self.check_typed::<bf16>(case, base, tokens),
+        };
+        self.verdict = found.map(|error| error.max(so_far));
+    }
+
+    fn check_typed<E: Plain>(&self, case: &Case<'_>, base: Option<&Base>, tokens: Range<u64>) -> Verdict {
+        let Case { settings, problem, group, .. } = case;
+        spread(group, tokens, |tokens| {
+            let mut judge = Judge::<E>::new(problem, &self.variant, settings.numbers(), group.world_size());
+            let mut scratch = Scratch::default();
+            largest_error(tokens, |token| match base {
+                Some(base) => {
+                    let rows = [token, row_of_sum(&self.variant, token, group.world_size())];
+                    if base.explains::<E>(problem, &self.outputs, rows, &mut scratch) {
+                        Ok(base.max_error_ulp)
+                    } else {
+                        judge.check(&self.outputs, token)
+                    }
+                }
+                None => judge.check(&self.outputs, token),
+            })
+        })
+    }
+
+    /// The variant's name, and the verdict of all ranks of the group.
+    fn conclude(self, case: &Case<'_>, base: &mut Option<Base>) -> Result<(String, Verdict), Error> {
+        let Run { variant, outputs, verdict, after } = self;
+        let padding = check_padding(&case.problem, &outputs.scale_out);
+        let own = verdict.and_then(|error| {
+            padding?;
+            after?;
+            Ok((error, outputs.digests(&variant)))
+        });
+        let verdict = gather_verdicts(case.group, own)?.and_then(|all| {
+            if let Some(rank) = all.iter().position(|(_, digests)| *digests != all[0].1) {
+                return Err(format!("rank {rank}'s outputs are not the same bits as rank 0's"));
+            }
+            let is_base_sum =
+                |base: &Base| held_rows(case, &variant, &base.outputs.residual_out) == outputs.residual_out;
+            if !base.as_ref().is_none_or(is_base_sum) {
+                return Err("residual_out is not the same bits as one-shot's".to_owned());
+            }
+            Ok(all.iter().fold(0.0f64, |largest, (error, _)| largest.max(*error)))
+        });
+        if let (None, Ok(max_error_ulp)) = (&base, &verdict)
+            && case.problem.quantization == Quantization::None
+        {
+            *base = Some(Base { outputs, max_error_ulp: *max_error_ulp });
+        }
+        Ok((variant.name, verdict))
+    }
+}

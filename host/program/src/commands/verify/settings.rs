@@ -1,0 +1,137 @@
+//! The settings of a verification, and the matrix of problems that they describe.
+
+use fused_collective_core::{dtype::DType, fusion::Norm};
+use serde::Serialize;
+
+use super::verdicts::Tally;
+use crate::{
+    backend::problem::Problem, check::inputs::Numbers, job::options::JobOptions, quant_mode::QuantMode,
+};
+
+/// Everything that the command line says about a verification. `num_tokens` and `hidden_dims` are not empty, no list has a
+/// value twice, and every operation of the [problems](Settings::problems) is valid.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Settings {
+    /// Token counts; 0 is one.
+    pub num_tokens: Vec<u64>,
+    /// Elements of a token.
+    pub hidden_dims: Vec<u64>,
+    /// Seed of the random inputs.
+    pub seed: u64,
+    /// True if every other row of the inputs holds NaN, infinities, subnormal numbers, zeros or the largest numbers.
+    pub special: bool,
+    /// The ranks and their backend. Its number of ranks is the largest of `group_sizes`.
+    #[serde(flatten)]
+    pub job: JobOptions,
+    /// Ranks of a group, one size after the other; empty leaves the size to the launcher or to the backend.
+    pub group_sizes: Vec<u32>,
+    /// True if every `f32` goes through the backend's own conversions.
+    pub conversions: bool,
+    /// True if each rank in turn is withheld from an operation, which must time out on the others.
+    pub faults: bool,
+    /// Runs of each operation with dependent kernels that read its outputs as early as they may.
+    pub dependents: u64,
+}
+
+impl Default for Settings {
+    /// The whole matrix.
+    fn default() -> Self {
+        Settings {
+            num_tokens: vec![0, 1, 2, 3, 17, 128, 1000, 2048],
+            hidden_dims: vec![48, 2880, 4096, 7168, 8192, 16_384],
+            seed: 0,
+            special: false,
+            job: JobOptions::default(),
+            group_sizes: Vec::new(),
+            conversions: true,
+            faults: false,
+            dependents: 0,
+        }
+    }
+}
+
+impl Settings {
+    /// The part of the matrix that takes seconds. Token counts: none, one, a few that no number of ranks divides, and more.
+    /// Hidden sizes: one that fills no warp, one that is no power of two, and a usual one.
+    pub fn quick() -> Self {
+        Settings {
+            num_tokens: vec![0, 1, 17, 128],
+            hidden_dims: vec![48, 2880, 8192],
+            conversions: false,
+            ..Settings::default()
+        }
+    }
+
+    /// The contents of the tensors.
+    pub fn numbers(&self) -> Numbers {
+        Numbers { seed: self.seed, special: self.special }
+    }
+
+    /// Every problem of the matrix.
+    pub fn problems(&self) -> impl Iterator<Item = Problem> + '_ {
+        self.sections().flat_map(move |section| {
+            section.shapes(self).flat_map(|shape| QuantMode::ALL.map(|quant_mode| shape.problem(quant_mode)))
+        })
+    }
+
+    /// Cases of one group. Each problem is solved by one-shot, by two-shot and, if it has one, with a sharded residual.
+    pub fn count(&self) -> u64 {
+        self.problems().map(|problem| 2 + u64::from(problem.sharded)).sum()
+    }
+
+    pub(super) fn sections(&self) -> impl Iterator<Item = Section> + '_ {
+        DType::ALL
+            .into_iter()
+            .flat_map(move |dtype| self.hidden_dims.iter().map(move |&hidden| Section { dtype, hidden }))
+    }
+}
+
+/// Cases that are reported together, in a line for each quantization.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Section {
+    pub(crate) dtype: DType,
+    pub(crate) hidden: u64,
+}
+
+impl Section {
+    pub(super) fn shapes(self, settings: &Settings) -> impl Iterator<Item = Shape> + '_ {
+        [true, false].into_iter().flat_map(move |residual| {
+            settings.num_tokens.iter().map(move |&tokens| Shape { section: self, tokens, residual })
+        })
+    }
+
+    /// The line that reports its cases of one quantization.
+    pub(super) fn line(self, quant_mode: QuantMode, tally: Tally) -> String {
+        let Section { dtype, hidden } = self;
+        format!("{:<8}  {:<4}  hidden {hidden:>5}  {tally}", dtype.name(), quant_mode.name())
+    }
+}
+
+/// The problems that differ in their quantization only. They have the same inputs, sums and norms.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub(crate) section: Section,
+    pub(crate) tokens: u64,
+    pub(crate) residual: bool,
+}
+
+impl Shape {
+    pub(crate) fn problem(self, quant_mode: QuantMode) -> Problem {
+        Problem {
+            dtype: self.section.dtype,
+            tokens: self.tokens,
+            hidden: self.section.hidden,
+            residual: self.residual,
+            sharded: self.residual,
+            norm: Norm::default(),
+            quantization: quant_mode.quantization(),
+            scale: quant_mode.scale(),
+        }
+    }
+
+    pub(crate) fn title(self, quant_mode: QuantMode) -> String {
+        let Shape { section: Section { dtype, hidden }, tokens, residual } = self;
+        let residual = if residual { "with residual" } else { "without residual" };
+        format!("{dtype} {quant_mode}, hidden {hidden}, {tokens} tokens, {residual}")
+    }
+}

@@ -1,0 +1,246 @@
+//! The options that all commands share, parsed and checked once.
+
+use std::{fmt, ops::Not, str::FromStr, time::Duration};
+
+use fused_collective::{cuda, group::rendezvous::MIN_RANKS};
+use fused_collective_core::MAX_WORLD_SIZE;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    usage::UsageError,
+    values::{name, number, one, seconds},
+};
+
+/// The longest deadline for ranks, in seconds: the limit of the kernels, which every backend keeps.
+const MAX_DEADLINE: f64 = cuda::MAX_DEADLINE.as_secs() as f64;
+
+/// The ranks of a job, the backend that they use, and the time that they wait for each other.
+///
+/// The field names are those of the JSON report. A default that older reports do not have is left out.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct JobOptions {
+    /// The backend asked for.
+    pub backend: BackendChoice,
+    /// Ranks of a group; `None` leaves the number to the launcher or to the backend.
+    pub nproc_per_node: Option<u32>,
+    /// Groups that run at the same time, all of one size.
+    #[serde(default = "one_group", skip_serializing_if = "is_one_group")]
+    pub groups: u32,
+    /// True if ranks may share a GPU, which makes times meaningless.
+    #[serde(default, skip_serializing_if = "Not::not")]
+    pub oversubscribe: bool,
+    /// Longest wait for another rank, in seconds; finite and above 0.
+    pub deadline_seconds: f64,
+}
+
+impl Default for JobOptions {
+    fn default() -> Self {
+        JobOptions {
+            backend: BackendChoice::Auto,
+            nproc_per_node: None,
+            groups: 1,
+            oversubscribe: false,
+            deadline_seconds: 10.0,
+        }
+    }
+}
+
+/// The shared options as a command's arguments have them. A command without one of the options leaves it `None`.
+#[derive(Default)]
+pub(crate) struct JobArgs {
+    pub(crate) backend: Option<String>,
+    pub(crate) nproc_per_node: Option<String>,
+    pub(crate) groups: Option<String>,
+    pub(crate) oversubscribe: bool,
+    pub(crate) deadline: Option<String>,
+}
+
+impl JobArgs {
+    /// Checks every value. Options that were not given keep the value in `default`.
+    pub(crate) fn parse(self, default: JobOptions) -> Result<JobOptions, UsageError> {
+        let groups =
+            |text: &str| number("--groups", text, "a number of groups", 1, Some(MAX_WORLD_SIZE / MIN_RANKS));
+        let options = JobOptions {
+            backend: one(self.backend, |text| name("--backend", text), default.backend)?,
+            nproc_per_node: one(self.nproc_per_node, |text| ranks(text).map(Some), default.nproc_per_node)?,
+            groups: one(self.groups, groups, default.groups)?,
+            oversubscribe: self.oversubscribe,
+            deadline_seconds: one(
+                self.deadline,
+                |text| seconds("--deadline", text, MAX_DEADLINE),
+                default.deadline_seconds,
+            )?,
+        };
+        let (groups, ranks) = (options.groups, options.nproc_per_node.unwrap_or(MIN_RANKS));
+        if ranks * groups > MAX_WORLD_SIZE {
+            return Err(UsageError::new(format_args!(
+                "--groups: {groups} groups of {ranks} ranks are more than {MAX_WORLD_SIZE} ranks: use fewer"
+            )));
+        }
+        Ok(options)
+    }
+}
+
+impl JobOptions {
+    /// Longest wait for another rank.
+    pub fn deadline(&self) -> Duration {
+        Duration::from_secs_f64(self.deadline_seconds)
+    }
+
+    /// Ranks of all groups together: by `--nproc-per-node`, or by a launcher that set `WORLD_SIZE` (or its like) to
+    /// `launched`. `None` if neither says; both must agree.
+    pub(crate) fn world_size(&self, launched: Option<u32>) -> Result<Option<u32>, UsageError> {
+        let asked = self.nproc_per_node.map(|ranks| ranks * self.groups);
+        if let Some(world) = launched {
+            check_ranks("WORLD_SIZE", world)?;
+            if let Some(asked) = asked.filter(|&asked| asked != world) {
+                return Err(UsageError::new(format_args!(
+                    "--nproc-per-node: {asked} disagrees with the launcher's WORLD_SIZE, {world}: leave it out or use {world}"
+                )));
+            }
+        }
+        Ok(launched.or(asked))
+    }
+}
+
+/// A number of ranks that can form a group.
+pub(crate) fn ranks(text: &str) -> Result<u32, UsageError> {
+    let option = "--nproc-per-node";
+    let ranks = text.parse().map_err(|_| {
+        UsageError::new(format_args!(
+            "{option}: '{text}' is not a number of ranks: use {MIN_RANKS} to {MAX_WORLD_SIZE}"
+        ))
+    })?;
+    check_ranks(option, ranks).map(|()| ranks)
+}
+
+fn check_ranks(name: &str, ranks: u32) -> Result<(), UsageError> {
+    if (MIN_RANKS..=MAX_WORLD_SIZE).contains(&ranks) {
+        return Ok(());
+    }
+    let noun = if ranks == 1 { "rank" } else { "ranks" };
+    Err(UsageError::new(format_args!(
+        "{name}: {ranks} {noun} cannot form a group: use {MIN_RANKS} to {MAX_WORLD_SIZE}"
+    )))
+}
+
+const fn one_group() -> u32 {
+    1
+}
+
+fn is_one_group(groups: &u32) -> bool {
+    *groups == 1
+}
+
+/// The backend that was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendChoice {
+    /// CUDA if there is a GPU for every rank, else the CPU.
+    Auto,
+    /// Rank processes over shared memory.
+    Cpu,
+    /// One process per GPU.
+    Cuda,
+}
+
+impl FromStr for BackendChoice {
+    type Err = UnknownBackend;
+
+    /// Reads `auto`, `cpu` or `cuda`.
+    fn from_str(text: &str) -> Result<Self, UnknownBackend> {
+        match text {
+            "auto" => Ok(BackendChoice::Auto),
+            "cpu" => Ok(BackendChoice::Cpu),
+            "cuda" => Ok(BackendChoice::Cuda),
+            _ => Err(UnknownBackend),
+        }
+    }
+}
+
+/// The text names no backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnknownBackend;
+
+impl fmt::Display for UnknownBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not a backend: use auto, cpu or cuda")
+    }
+}
+
+impl std::error::Error for UnknownBackend {}
+
+/// The all-reduces that the separate operations can use on GPUs. The CPU backend has this project's alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AllReduceChoice {
+    /// NCCL's.
+    Nccl,
+    /// The faster of this project's one-shot and two-shot.
+    Custom,
+}
+
+impl AllReduceChoice {
+    /// Every choice.
+    pub const ALL: [AllReduceChoice; 2] = [AllReduceChoice::Nccl, AllReduceChoice::Custom];
+}
+
+impl FromStr for AllReduceChoice {
+    type Err = UnknownAllReduce;
+
+    /// Reads `nccl` or `custom`.
+    fn from_str(text: &str) -> Result<Self, UnknownAllReduce> {
+        match text {
+            "nccl" => Ok(AllReduceChoice::Nccl),
+            "custom" => Ok(AllReduceChoice::Custom),
+            _ => Err(UnknownAllReduce),
+        }
+    }
+}
+
+/// The text names no all-reduce.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnknownAllReduce;
+
+impl fmt::Display for UnknownAllReduce {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("not an all-reduce: use nccl or custom")
+    }
+}
+
+impl std::error::Error for UnknownAllReduce {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_launcher_and_the_option_must_agree() {
+        let world_size = |nproc_per_node, groups, launched| {
+            let options = JobOptions { nproc_per_node, groups, ..JobOptions::default() };
+            options.world_size(launched).map_err(|error| error.to_string())
+        };
+        assert_eq!(world_size(None, 1, None), Ok(None));
+        assert_eq!(world_size(Some(4), 1, None), Ok(Some(4)));
+        assert_eq!(world_size(None, 1, Some(3)), Ok(Some(3)));
+        assert_eq!(world_size(Some(3), 1, Some(3)), Ok(Some(3)));
+        assert_eq!(world_size(Some(3), 2, Some(6)), Ok(Some(6)));
+        let error = |asked, launched| world_size(asked, 1, Some(launched)).unwrap_err();
+        assert_eq!(
+            error(Some(2), 4),
+            "--nproc-per-node: 2 disagrees with the launcher's WORLD_SIZE, 4: leave it out or use 4"
+        );
+        assert_eq!(error(None, 1), "WORLD_SIZE: 1 rank cannot form a group: use 2 to 16");
+        assert_eq!(error(None, 17), "WORLD_SIZE: 17 ranks cannot form a group: use 2 to 16");
+    }
+
+    #[test]
+    fn json_leaves_out_what_reports_had_not_always() {
+        let json = |options: &JobOptions| serde_json::to_value(options).unwrap();
+        let plain = serde_json::json!({"backend": "auto", "nproc_per_node": null, "deadline_seconds": 10.0});
+        assert_eq!(json(&JobOptions::default()), plain);
+        let options = JobOptions { groups: 2, oversubscribe: true, ..JobOptions::default() };
+        let back: JobOptions = serde_json::from_value(json(&options)).unwrap();
+        assert_eq!(back, options);
+    }
+}

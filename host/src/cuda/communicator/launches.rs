@@ -1,0 +1,43 @@
+//! The kernel of an operation, and the launch of each of its rounds.
+
+use fused_collective_core::{
+    fusion::Operation,
+    kernels::{Epilogue, Family, Kernel},
+    launch::Shape,
+    plan::{Algorithm, Plan},
+};
+
+use super::super::kernels::{Launch, LaunchLimits, Versions};
+use crate::error::Error;
+
+/// The error of rows that have no [`Shape`].
+pub const TOO_MANY_TOKENS: Error = Error::Unsupported("rounds of 2^31 tokens or more");
+
+/// The kernel of an operation that was planned as `algorithm`.
+///
+/// # Errors
+/// There is none.
+pub(super) fn kernel(operation: &Operation, algorithm: Algorithm) -> Result<&'static Kernel, Error> {
+    let epilogue = Epilogue::of(operation.norm.is_some(), operation.quantization);
+    epilogue
+        .and_then(|epilogue| Kernel::of(Family::from(algorithm), epilogue))
+        .ok_or(Error::Unsupported("this quantization"))
+}
+
+/// Adds to `launches` how each round of `plan` is launched with one of `versions`.
+///
+/// # Errors
+/// No version takes such rows.
+pub(super) fn choose(
+    plan: &Plan,
+    limits: LaunchLimits,
+    versions: &mut Versions,
+    launches: &mut Vec<Launch>,
+) -> Result<(), Error> {
+    launches.clear();
+    for round in plan.rounds() {
+        let Shape { row_packs, .. } = Shape::of_round(plan, &round, 0).ok_or(TOO_MANY_TOKENS)?;
+        launches.push(limits.for_rows(versions, plan.cluster, row_packs, round.rows.tokens)?);
+    }
+    Ok(())
+}

@@ -1,7 +1,0 @@
-//! The program: see `fused-collective --help`.
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    fused_collective::program::main()
-}

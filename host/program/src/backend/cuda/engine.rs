@@ -231,11 +231,11 @@ impl<'a> Engine<'a> {
     pub(super) fn settle(&mut self) -> Result<(), Error> {
         let stream = self.handle();
         let communicator = &mut self.communicator;
-        // SAFETY: the engine's stream.
         let mut wait = |external: Option<ExternalWork<'_>>| {
+            // SAFETY: the engine's stream.
             unsafe { communicator.synchronize_with(stream, external) }.map_err(Error::from)
         };
-        let Some(nccl) = &mut self.nccl else { return Ok(wait(None)?) };
+        let Some(nccl) = &mut self.nccl else { return wait(None) };
         nccl.while_waiting(&mut wait)?;
         nccl.check().map_err(|error| communicator.fail(error).into())
     }

@@ -75,7 +75,7 @@ pub const TARGET: &str = "nvptx64-nvidia-cuda";
 
 type BoundsOf = Box<dyn Fn(&Entry<'_>) -> Bounds>;
 
-/// A crate of kernels to build. See the [crate](crate) for a build script.
+/// A crate of kernels to build. See the [crate] for a build script.
 pub struct Kernels {
     folder: PathBuf,
     processors: Vec<Processor>,

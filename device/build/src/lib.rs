@@ -59,9 +59,10 @@ use std::{
     thread,
 };
 
-pub use bounds::{Bounds, Entry};
+pub use bounds::Entry;
 pub use check::{Assembly, Module, Report};
 pub use error::{Error, Fault, FaultKind};
+pub use fused_collective_core::kernels::Bounds;
 pub use processor::{Processor, UnknownProcessor};
 pub use ptxas::{Function, Ptxas};
 pub use toolchain::Toolchain;
@@ -74,7 +75,7 @@ pub const TARGET: &str = "nvptx64-nvidia-cuda";
 
 type BoundsOf = Box<dyn Fn(&Entry<'_>) -> Bounds>;
 
-/// A crate of kernels to build. See the [crate](crate) for a build script.
+/// A crate of kernels to build. See the [crate] for a build script.
 pub struct Kernels {
     folder: PathBuf,
     processors: Vec<Processor>,

@@ -103,7 +103,7 @@ pub struct Module<'a> {
 }
 
 impl Module<'_> {
-    /// The PTX, which the driver compiles when it loads it. The call takes some milliseconds: nothing is kept.
+    /// The PTX, which the driver compiles when it loads it. The call decompresses it: nothing is kept.
     ///
     /// # Errors
     /// [`Error::Damaged`].

@@ -56,8 +56,8 @@ pub struct Member {
     pub bytes: Vec<u8>,
 }
 
-/// Packs `frames` into an archive, for kernels of this launch `layout`. What is alike belongs into one frame, and what is
-/// asked for most at its beginning. `compress` makes a Zstandard frame of its argument.
+/// Packs `frames` into an archive, for kernels of this launch `layout`. Files that are alike belong into one frame; to read one
+/// of them, the frame is decompressed whole. `compress` makes a Zstandard frame of its argument.
 pub fn pack(layout: u32, frames: &[Vec<Member>], mut compress: impl FnMut(&[u8]) -> Vec<u8>) -> Vec<u8> {
     let mut index = format!("layout {layout}\n");
     let mut packed = Vec::new();

@@ -19,6 +19,9 @@ pub struct Entry<'a> {
     pub name: &'a str,
 }
 
+/// The bounds of each entry point, as a caller gives them.
+pub(crate) type BoundsOf = Box<dyn Fn(&Entry<'_>) -> Bounds>;
+
 /// Adds to each entry point of `module` the bounds that `bounds` gives for it, in place of any that it has.
 pub(crate) fn add(
     ptx: &str,

@@ -11,9 +11,3 @@ mod pack;
 
 pub use archive::{Archive, Error, Module};
 pub use pack::{Kind, Member, pack};
-
-/// The archive of this library; empty in a build without it.
-#[cfg(embedded)]
-static EMBEDDED: &[u8] = include_bytes!("../archive/kernels.zst");
-#[cfg(not(embedded))]
-static EMBEDDED: &[u8] = &[];

@@ -7,7 +7,7 @@ use cust::{
     stream::{Stream, StreamFlags},
 };
 use fused_collective_bench::{
-    launch::{Audit, Conversions},
+    launch::{Audit, Conversions, LAYOUT, LAYOUT_SYMBOL},
     table::{PROBES, Probe, eager_module},
 };
 use fused_collective_core::{
@@ -281,8 +281,12 @@ impl Collective for Engine<'_> {
         self.communicator.prepare(&problem.operation(Mode::Auto))?;
         let local = Module { dtype: problem.dtype, set: Set::Local };
         self.communicator.kernels().load(local.name())?;
-        for module in [eager_module(problem.dtype), PROBES] {
-            self.probes.load(module)?;
+        for name in [eager_module(problem.dtype), PROBES] {
+            if self.probes.load(name)?.word(LAYOUT_SYMBOL)? != Some(LAYOUT) {
+                return Err(Error::Other(format!(
+                    "the kernels of {name} are of another version: build them again with this program"
+                )));
+            }
         }
         self.problem = Some(*problem);
         Ok(())

@@ -11,24 +11,27 @@ const LICENCES: [&str; 2] = ["LICENSE-APACHE", "LICENSE-MIT"];
 pub(crate) fn check() -> Result<()> {
     let workspace = cmd::metadata()?;
     let packages = || workspace.packages.iter().filter(|package| package.publish.as_deref() != Some(&[]));
-    let mut package = cmd::cargo("package");
-    package.args(["--quiet", "--allow-dirty"]);
-    for it in packages() {
-        package.args(["--package", it.name.as_str()]);
-    }
+    let folder = workspace.target_directory.join("packages");
+    let prepare = |subcommand| {
+        let mut command = cmd::cargo(subcommand);
+        command.arg("--quiet").arg("--target-dir").arg(&folder);
+        packages().for_each(|it| {
+            command.args(["--package", it.name.as_str()]);
+        });
+        command
+    };
+    // What cargo built of a packed package it takes for good as long as the version is the same.
+    cmd::run(&mut prepare("clean"))?;
+    let mut package = prepare("package");
+    package.args(["--allow-dirty", "--config", "profile.dev.debug=false"]);
     // Device code builds for GPUs alone without it.
     package.args(["--features", "fused-collective-device/simulation"]);
-    // One folder for all, with the profile that this workspace builds others' crates in: what it has built serves.
-    package
-        .arg("--target-dir")
-        .arg(&workspace.target_directory)
-        .args(["--config", "profile.dev.debug=false"]);
     cmd::run(&mut package)?;
 
     let mut missing = Vec::new();
     for it in packages() {
         let name = format!("{}-{}", it.name, it.version);
-        let unpacked = workspace.target_directory.join("package").join(&name);
+        let unpacked = folder.join("package").join(&name);
         ensure!(unpacked.is_dir(), "{unpacked}, which cargo unpacks to verify {name}, is missing");
         missing.extend(
             LICENCES

@@ -82,7 +82,7 @@ macro_rules! fingerprint {
 
 /// The fingerprint in variable `symbol` of a module, from its PTX; `None` if the text has none.
 ///
-/// rustc writes the variable as its bytes, `.b8 symbol[4] = {1, 2, 3, 4};`; other compilers may write one number.
+/// rustc writes the variable as its bytes, `.b8 symbol[4] = {1, 2, 3, 4};`, without zeros at the end; other compilers may write one number.
 pub fn in_ptx(ptx: &str, symbol: &str) -> Option<u32> {
     ptx.lines().find_map(|line| {
         let (declared, value) = line.split_once('=')?;
@@ -94,12 +94,13 @@ pub fn in_ptx(ptx: &str, symbol: &str) -> Option<u32> {
         if name.strip_suffix("[4]")? != symbol {
             return None;
         }
+        // Zeros at the end need not be listed, and rustc lists none.
         let mut bytes = [0; 4];
-        let mut listed = value.strip_prefix('{')?.strip_suffix('}')?.split(',');
-        for byte in &mut bytes {
-            *byte = listed.next()?.trim().parse().ok()?;
+        let mut places = bytes.iter_mut();
+        for byte in value.strip_prefix('{')?.strip_suffix('}')?.split(',') {
+            *places.next()? = byte.trim().parse().ok()?;
         }
-        listed.next().is_none().then_some(u32::from_le_bytes(bytes))
+        Some(u32::from_le_bytes(bytes))
     })
 }
 
@@ -118,6 +119,8 @@ mod tests {
         assert_eq!(of(rustc), Some(u32::from_le_bytes([29, 192, 58, 67])));
         assert_eq!(of(".visible .global .align 4 .u32 layout = 123456789;"), Some(123_456_789));
         assert_eq!(of(".global .u32 layout=7 ;"), Some(7));
+        assert_eq!(of(".global .align 4 .b8 layout[4] = {7};"), Some(7));
+        assert_eq!(of(".global .align 4 .b8 layout[4] = {29, 192, 58};"), Some(0x3a_c01d));
         assert_eq!(of(&format!(".global .u32 other = 8;\n{rustc}")), of(rustc));
     }
 
@@ -126,7 +129,7 @@ mod tests {
         for line in ["", "// layout", ".global .u32 other_layout = 7;", ".global .u32 layout_of = 7;"] {
             assert_eq!(in_ptx(line, "layout"), None, "{line}");
         }
-        for value in ["1, 2", "{1, 2, 3}", "{1, 2, 3, 4, 5}", "{1, 2, 3, 256}"] {
+        for value in ["1, 2", "{}", "{1, 2, 3, 4, 5}", "{1, 2, 3, 256}"] {
             assert_eq!(in_ptx(&format!(".global .b8 layout[4] = {value};"), "layout"), None, "{value}");
         }
     }

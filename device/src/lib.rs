@@ -29,9 +29,8 @@
 //!     unsafe { collective::one_shot::<bf16, MyEpilogue, 4, 1, true>(&params) }
 //! }
 //! ```
-//! `device/examples/custom-epilogue` is such a crate, complete. It is built, as `device/ptx` is, for the target
-//! `nvptx64-nvidia-cuda` by a rustc with unstable features allowed; `device/ptx` says how. Launch it by the rules in
-//! [`launch`].
+//! `device/examples/custom-epilogue` is such a crate, complete. `fused-collective-build` compiles it to PTX in a build script.
+//! Launch it by the rules in [`launch`].
 //!
 //! Kernels must be free of panics, local memory and spills: index arrays only by constants or in loops of constant
 //! length, and look at what `ptxas -v` says.

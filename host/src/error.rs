@@ -12,6 +12,9 @@ use crate::group::{
     failure::{Cause, Failure},
 };
 
+/// `CUDA_ERROR_OUT_OF_MEMORY`.
+const OUT_OF_MEMORY: u32 = 2;
+
 /// A failure of a call. [`kind`](Self::kind), [`rank`](Self::rank) and [`peer`](Self::peer) say what a program needs to go
 /// on; the text is for a person.
 #[non_exhaustive]
@@ -75,7 +78,9 @@ pub enum Error {
         /// The driver's words for it.
         what: String,
     },
-    /// The GPU, or the options for it, cannot be used; the text says why.
+    /// The options are none that the backend can have; the text says why.
+    Options(String),
+    /// The GPU cannot be used; the text says why.
     Device(String),
     /// Kernels are missing or unusable; the text says where and why.
     Kernels(String),
@@ -167,10 +172,15 @@ impl Error {
     /// The error's class; of a [poisoned](Error::Poisoned) communicator the first failure's.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::Plan(_) | Error::Layout(_) | Error::Tensor { .. } | Error::Left => ErrorKind::Invalid,
+            Error::Plan(_) | Error::Layout(_) | Error::Tensor { .. } | Error::Options(_) | Error::Left => {
+                ErrorKind::Invalid
+            }
             Error::Unsupported(_) => ErrorKind::Unsupported,
             Error::NoDriver(_) | Error::Device(_) | Error::Kernels(_) => ErrorKind::Unavailable,
-            Error::Memory { .. } => ErrorKind::OutOfMemory,
+            Error::Memory { .. } | Error::Driver { code: OUT_OF_MEMORY, .. } => ErrorKind::OutOfMemory,
+            Error::System { source, .. } if source.kind() == io::ErrorKind::OutOfMemory => {
+                ErrorKind::OutOfMemory
+            }
             Error::Bootstrap(_) | Error::Pair { .. } | Error::Header { .. } => ErrorKind::Bootstrap,
             Error::System { .. } | Error::Driver { .. } => ErrorKind::System,
             Error::Failed(failure) | Error::Poisoned(failure) => match failure.cause {
@@ -222,7 +232,9 @@ impl fmt::Display for Error {
             Error::Tensor { tensor, problem } => write!(f, "{tensor} {problem}"),
             Error::Bootstrap(source) => source.fmt(f),
             Error::Pair { rank, peer, why } => {
-                write!(f, "ranks {rank} and {peer} cannot share memory: {why}")
+                // The same on both ranks.
+                let (first, second) = (rank.min(peer), rank.max(peer));
+                write!(f, "ranks {first} and {second} cannot share memory: {why}")
             }
             Error::Header { peer, source } => write!(f, "rank {peer}: {source}"),
             Error::Memory { what, needed, free } => {
@@ -237,7 +249,7 @@ impl fmt::Display for Error {
             Error::System { doing, source } => write!(f, "could not {doing}: {source}"),
             Error::NoDriver(why) => write!(f, "no CUDA driver here: {why}"),
             Error::Driver { doing, what, .. } => write!(f, "could not {doing}: {what}"),
-            Error::Device(what) | Error::Kernels(what) => f.write_str(what),
+            Error::Options(what) | Error::Device(what) | Error::Kernels(what) => f.write_str(what),
             Error::Failed(failure) => failure.fmt(f),
             Error::Poisoned(failure) => write!(f, "an earlier operation failed: {failure}"),
             Error::Left => f.write_str("this rank has left the group"),

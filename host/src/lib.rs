@@ -79,6 +79,8 @@ mod error;
 #[cfg(test)]
 mod fuzz;
 pub mod group;
+mod query;
 
 pub use error::{Error, ErrorKind, TensorProblem};
 pub use fused_collective_core as core;
+pub use query::Query;

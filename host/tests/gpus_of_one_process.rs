@@ -155,7 +155,7 @@ fn communicators_take_turns_change_threads_and_leave_the_current_context_as_it_w
 fn a_query_tells_what_an_operation_would_take_and_launches_nothing() {
     on_gpus(|bootstrap| {
         let small = operation(64, 4096);
-        let communicator =
+        let mut communicator =
             Communicator::join(bootstrap, bootstrap.rank(), &options(&small, DEADLINE)).unwrap();
         let query = communicator.query(&small).unwrap();
         assert_eq!((query.algorithm, query.rounds), (Algorithm::OneShot, 1));

@@ -50,7 +50,7 @@ pub(crate) fn folder() -> Result<PathBuf> {
 pub(crate) fn build(processors: &[Processor], assembly: Assembly) -> Result<Vec<Module>> {
     let bounds = |entry: &Entry<'_>| match kernels::Module::named(entry.module) {
         Some(module) => bounds(entry, module.dtype, module.set),
-        None => of_core(table::BOUNDS),
+        None => table::BOUNDS,
     };
     let modules = complete(package(MODULES, processors, assembly)?.output(folder()?).bounds(bounds))?;
     for processor in processors {
@@ -115,11 +115,7 @@ fn package(folder: &str, processors: &[Processor], assembly: Assembly) -> Result
 }
 
 fn bounds(entry: &Entry<'_>, dtype: DType, set: Set) -> Bounds {
-    of_core(kernels::bounds(entry.processor.name(), dtype, set, entry.name))
-}
-
-fn of_core(kernels::Bounds { threads, blocks }: kernels::Bounds) -> Bounds {
-    Bounds { threads, blocks }
+    kernels::bounds(entry.processor.name(), dtype, set, entry.name)
 }
 
 /// Builds, and sees that every module has the launch layout. Of kernels that are refused, all are shown.

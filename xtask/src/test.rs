@@ -20,7 +20,7 @@ use crate::{
     cmd,
     cross::{Target, Tools},
     gnu_ld::Program,
-    kernels,
+    kernels, library, packages,
     select::{EMULATED, QUICK},
     structure,
 };
@@ -89,12 +89,16 @@ fn source(tally: &mut Tally) {
     tally.check("core without alloc, std and unsafe", structure::core);
 }
 
-/// All tests, and the kernels.
+/// All tests, the kernels, and what is to be published.
 fn native(tally: &mut Tally) {
+    tally.check("the library's crates", library::crates);
+    tally.check("the library with each feature alone", library::features);
     let program = tally.check("the tests' build", || {
         cmd::run(cmd::cargo("test").args(["--workspace", "--no-run"]).args(COMPILED_KERNELS))?;
         build_tests(&["--workspace"])
     });
+    tally.check("the library's symbols", library::symbols);
+    tally.check("packages to publish", packages::check);
     // Most tests wait for something most of the time: the kernels are built meanwhile.
     let kernels = thread::spawn(build_kernels);
     if let Some(program) = program {

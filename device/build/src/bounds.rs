@@ -3,6 +3,8 @@
 
 use std::fmt::Write;
 
+use fused_collective_core::kernels::Bounds;
+
 use crate::Processor;
 
 /// An entry point of a module.
@@ -17,17 +19,8 @@ pub struct Entry<'a> {
     pub name: &'a str,
 }
 
-/// The launch bounds of an entry point.
-///
-/// A multiprocessor has 65,536 registers, and a thread at most 255 of them: with `threads * blocks` of 1,024 a thread may
-/// use 64, with 512 it may use 128.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Bounds {
-    /// The most threads of a block: PTX's `.maxntid`. Larger blocks cannot be launched.
-    pub threads: u32,
-    /// The blocks to be resident on a multiprocessor at once: PTX's `.minnctapersm`.
-    pub blocks: u32,
-}
+/// The bounds of each entry point, as a caller gives them.
+pub(crate) type BoundsOf = Box<dyn Fn(&Entry<'_>) -> Bounds>;
 
 /// Adds to each entry point of `module` the bounds that `bounds` gives for it, in place of any that it has.
 pub(crate) fn add(

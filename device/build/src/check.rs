@@ -2,7 +2,7 @@
 //! structs of this version.
 
 use std::{
-    fmt, fs,
+    fs,
     panic::resume_unwind,
     path::{Path, PathBuf},
     thread,
@@ -10,41 +10,7 @@ use std::{
 
 use fused_collective_core::launch::{LAYOUT, layout_of};
 
-use crate::{Error, Fault, FaultKind, Function, Processor, Ptxas};
-
-/// A module of kernels as PTX.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Module {
-    /// The name of the static library that it was built from.
-    pub name: String,
-    /// The processor that it is for.
-    pub processor: Processor,
-    /// The PTX: `OUTPUT/sm_90/NAME.ptx`.
-    pub path: PathBuf,
-    /// The machine code beside it, `NAME.cubin`, for this one processor; with [`Assembly::Keep`].
-    pub machine_code: Option<PathBuf>,
-    /// What is known of the kernels.
-    pub report: Report,
-}
-
-/// What is known of a module's kernels.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Report {
-    /// The fingerprint of the launch structs that `fused-collective-device` was built with; `None` in kernels without it.
-    pub layout: Option<u32>,
-    /// What each function takes. Empty if the module was not assembled.
-    pub functions: Vec<Function>,
-}
-
-/// A line for each function: `sm_90/bf16_w4: two_shot_norm_p1: 64 registers`.
-impl fmt::Display for Module {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let line = |function| writeln!(f, "{}/{}: {function}", self.processor, self.name);
-        self.report.functions.iter().try_for_each(line)
-    }
-}
+use crate::{Error, Fault, FaultKind, Module, Ptxas};
 
 /// Use of NVIDIA's assembler.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -122,6 +88,7 @@ fn panic_path(ptx: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Processor, Report};
 
     #[test]
     fn a_loop_that_makes_progress_is_no_panic_path() {

@@ -11,7 +11,10 @@ use std::{
 use cargo_metadata::Message;
 
 use crate::{
-    BoundsOf, Error, Module, Processor, Report, TARGET, Toolchain, bounds, check, command, package::Package,
+    Error, Module, Processor, Report, TARGET, Toolchain,
+    bounds::{self, BoundsOf},
+    check, command,
+    package::Package,
 };
 
 /// The profile of device code: linked whole, and without unwinding, which GPUs do not have.

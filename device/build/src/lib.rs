@@ -47,6 +47,7 @@ mod check;
 mod command;
 mod compile;
 mod error;
+mod module;
 mod package;
 mod processor;
 mod ptxas;
@@ -59,22 +60,20 @@ use std::{
     thread,
 };
 
-pub use bounds::{Bounds, Entry};
-pub use check::{Assembly, Module, Report};
+pub use bounds::Entry;
+pub use check::Assembly;
 pub use error::{Error, Fault, FaultKind};
+pub use fused_collective_core::kernels::Bounds;
+pub use module::{Function, Module, Report};
 pub use processor::{Processor, UnknownProcessor};
-pub use ptxas::{Function, Ptxas};
-pub use toolchain::Toolchain;
+pub use ptxas::Ptxas;
+pub use toolchain::{TARGET, Toolchain};
 
+use bounds::BoundsOf;
 use compile::Compiler;
 use package::Package;
 
-/// The target that GPU kernels are compiled for, as rustc names it.
-pub const TARGET: &str = "nvptx64-nvidia-cuda";
-
-type BoundsOf = Box<dyn Fn(&Entry<'_>) -> Bounds>;
-
-/// A crate of kernels to build. See the [crate](crate) for a build script.
+/// A crate of kernels to build. See the [crate] for a build script.
 pub struct Kernels {
     folder: PathBuf,
     processors: Vec<Processor>,

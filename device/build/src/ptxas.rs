@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{Error, Processor, command::run};
+use crate::{Error, Function, Processor, command::run};
 
 /// The first release that knows every processor and its PTX version.
 const MIN_RELEASE: (u32, u32) = (12, 8);
@@ -23,43 +23,6 @@ const WHEEL_PATH: &str = "nvidia/cu13/bin/ptxas";
 /// A ptxas that is recent enough: of CUDA 12.8 or later.
 #[derive(Clone, Debug)]
 pub struct Ptxas(PathBuf);
-
-/// What one function of a module takes, as `ptxas --verbose` reports it.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Function {
-    /// The entry point's name, or that of a function that was not inlined.
-    pub name: String,
-    /// Registers of a thread; unknown for what is not an entry point.
-    pub registers: Option<u32>,
-    /// Bytes of local memory for variables.
-    pub stack: u32,
-    /// Bytes of registers written to local memory.
-    pub spill_stores: u32,
-    /// Bytes of registers read back.
-    pub spill_loads: u32,
-}
-
-impl Function {
-    /// Tells if any of it is in local memory, which is as slow as global memory.
-    pub fn uses_local_memory(&self) -> bool {
-        self.stack + self.spill_stores + self.spill_loads > 0
-    }
-}
-
-impl fmt::Display for Function {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:", self.name)?;
-        if let Some(registers) = self.registers {
-            write!(f, " {registers} registers")?;
-        }
-        if self.uses_local_memory() {
-            let Function { stack, spill_stores, spill_loads, .. } = self;
-            write!(f, " {stack} bytes of stack, {spill_stores} spilled, {spill_loads} read back")?;
-        }
-        Ok(())
-    }
-}
 
 impl fmt::Display for Ptxas {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

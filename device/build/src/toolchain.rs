@@ -19,6 +19,9 @@ use crate::{
     command::{output, run},
 };
 
+/// The target that GPU kernels are compiled for, as rustc names it.
+pub const TARGET: &str = "nvptx64-nvidia-cuda";
+
 /// The time that rustup gets to fetch a few megabytes for each target: its network may be silent.
 const RUSTUP_LIMIT: Duration = Duration::from_secs(120);
 /// The time that Debian's package manager gets.

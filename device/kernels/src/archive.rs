@@ -9,13 +9,19 @@ use std::{
     str::FromStr,
 };
 
-use fused_collective_core::{fingerprint::Fingerprint, launch::LAYOUT};
+use fused_collective_core::launch::LAYOUT;
 use ruzstd::decoding::StreamingDecoder;
 
 use crate::{
     Kind,
-    pack::{HEADING, MAGIC},
+    pack::{HEADING, MAGIC, checksum},
 };
+
+/// The archive of this library; empty in a build without it.
+#[cfg(embedded)]
+static EMBEDDED: &[u8] = include_bytes!("../archive/kernels.zst");
+#[cfg(not(embedded))]
+static EMBEDDED: &[u8] = &[];
 
 /// An archive of kernels.
 #[derive(Debug)]
@@ -47,7 +53,7 @@ impl Archive<'static> {
     /// # Errors
     /// As [`open`](Archive::open).
     pub fn embedded() -> Result<Self, Error> {
-        Archive::open(crate::EMBEDDED)
+        Archive::open(EMBEDDED)
     }
 }
 
@@ -103,7 +109,7 @@ pub struct Module<'a> {
 }
 
 impl Module<'_> {
-    /// The PTX, which the driver compiles when it loads it. The call takes some milliseconds: nothing is kept.
+    /// The PTX, which the driver compiles when it loads it. The call decompresses it: nothing is kept.
     ///
     /// # Errors
     /// [`Error::Damaged`].
@@ -183,10 +189,6 @@ fn parse<'a>(index: &'a str, mut frames: &'a [u8]) -> Option<(u32, Vec<File<'a>>
         }
     }
     frames.is_empty().then_some((layout, files))
-}
-
-pub(crate) fn checksum(bytes: &[u8]) -> u64 {
-    Fingerprint::EMPTY.bytes(bytes).value()
 }
 
 /// A reason for an archive to be of no use.

@@ -11,11 +11,11 @@
 //! frame LENGTH CHECKSUM
 //! sm_90 bf16_w2 cubin OFFSET LENGTH
 //! ```
-//! Checksums are XXH64 with the seed 0, in hexadecimal digits; all else is decimal.
+//! Checksums are FNV-1a of 64 bits, in hexadecimal digits; all else is decimal.
 
 use std::fmt::Write;
 
-use crate::archive::checksum;
+use fused_collective_core::fingerprint::Fingerprint;
 
 /// The magic number of a skippable frame. The frame's length follows it.
 pub(crate) const MAGIC: [u8; 4] = 0x184d_2a50_u32.to_le_bytes();
@@ -56,8 +56,8 @@ pub struct Member {
     pub bytes: Vec<u8>,
 }
 
-/// Packs `frames` into an archive, for kernels of this launch `layout`. What is alike belongs into one frame, and what is
-/// asked for most at its beginning. `compress` makes a Zstandard frame of its argument.
+/// Packs `frames` into an archive, for kernels of this launch `layout`. Files that are alike belong into one frame; to read one
+/// of them, the frame is decompressed whole. `compress` makes a Zstandard frame of its argument.
 pub fn pack(layout: u32, frames: &[Vec<Member>], mut compress: impl FnMut(&[u8]) -> Vec<u8>) -> Vec<u8> {
     let mut index = format!("layout {layout}\n");
     let mut packed = Vec::new();
@@ -75,4 +75,8 @@ pub fn pack(layout: u32, frames: &[Vec<Member>], mut compress: impl FnMut(&[u8])
     }
     let index = format!("{HEADING}{:x}\n{index}", checksum(index.as_bytes()));
     [&MAGIC, &(index.len() as u32).to_le_bytes(), index.as_bytes(), &packed[..]].concat()
+}
+
+pub(crate) fn checksum(bytes: &[u8]) -> u64 {
+    Fingerprint::EMPTY.bytes(bytes).value()
 }

@@ -58,7 +58,7 @@ pub enum Mover {
 
 impl Mover {
     /// The fastest that this processor has.
-    pub fn new() -> Self {
+    pub fn of_this_processor() -> Self {
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx") {
             return Mover::Avx;
@@ -158,7 +158,7 @@ mod tests {
         let memory: Vec<AtomicU64> = (0..4 * WORDS as u64).map(AtomicU64::new).collect();
         for start in 0..=2 * WORDS {
             let words = memory[start..].first_chunk().unwrap();
-            for mover in [Mover::Words, Mover::new()] {
+            for mover in [Mover::Words, Mover::of_this_processor()] {
                 let before = mover.load(words);
                 assert_eq!(before, std::array::from_fn(|index| memory[start + index].load(Relaxed)));
                 mover.store(words, before.map(|value| value + 1000));

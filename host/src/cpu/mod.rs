@@ -35,6 +35,7 @@ use crate::{
         failure::{Cause, Failure, Fault},
         shared_memory::SharedMemory,
     },
+    query::Query,
 };
 pub use exchange::EMPTY;
 use exchange::Exchange;
@@ -189,6 +190,17 @@ impl Communicator {
     /// The limits that operations are planned with; the same on every rank.
     pub fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// Plans `operation` without running it: the collective that it would use, and its rounds.
+    ///
+    /// # Errors
+    /// As [`all_reduce`](Self::all_reduce) has, but for tensors: the operation is invalid or too large, or the group is
+    /// over.
+    pub fn query(&mut self, operation: &Operation) -> Result<Query, Error> {
+        self.check_usable()?;
+        let plan = Plan::new(operation, &self.limits)?;
+        Ok(Query { algorithm: plan.algorithm, rounds: plan.rounds().count() as u64 })
     }
 
     /// Runs `operation` with this rank's tensors. Returns when this rank's outputs are complete.

@@ -28,7 +28,7 @@ impl Regions {
         Ok(Regions {
             memory: Arc::new(SharedMemory::map(fd, layout.total_bytes())?),
             layout,
-            mover: Mover::new(),
+            mover: Mover::of_this_processor(),
         })
     }
 

@@ -1,6 +1,6 @@
 //! Arithmetic on rows, vectorized for the processor it runs on.
 //!
-//! The sum and the norm are written in vectors ([`lanes`]); the quantizers' loops are `fused_collective_core`'s and
+//! The sum and the norm are written in vectors (`lanes`); the quantizers' loops are `fused_collective_core`'s and
 //! portable. [`pulp`] compiles each pass once more for AVX2 and AVX-512 and picks at run time. For that, a pass is a
 //! struct with an always-inlined `with_simd`: a closure would be compiled once, for the oldest processor. Nothing here
 //! fuses a multiply with an add, so every processor gives the same bits.

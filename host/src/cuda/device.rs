@@ -261,7 +261,7 @@ pub(super) fn check_group(bootstrap: &dyn Bootstrap, gpu: &Gpu, oversubscribe: b
     };
     for (peer, identity) in (0..).zip(&identities).filter(|&(peer, _)| peer != rank) {
         if let Some(why) = conflict(&own, identity, oversubscribe) {
-            return Err(Error::Pair { rank: rank.min(peer), peer: rank.max(peer), why: why.to_owned() });
+            return Err(Error::Pair { rank, peer, why: why.to_owned() });
         }
         if !reaches(identity)? {
             let why = "there is no peer access between their GPUs".to_owned();

@@ -281,7 +281,7 @@ impl PinnedMemory {
     }
 
     /// Its length in bytes.
-    pub fn len(&self) -> usize {
+    pub fn length(&self) -> usize {
         self.bytes
     }
 

@@ -27,7 +27,7 @@ mod tensors;
 pub mod workspace;
 
 pub use communicator::{
-    Captured, Communicator, MAX_DEADLINE, Options, Query,
+    Captured, Communicator, MAX_DEADLINE, Options,
     custom::{CustomKernel, CustomOperation},
     external::ExternalWork,
     launches::TOO_MANY_TOKENS,

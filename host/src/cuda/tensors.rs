@@ -61,18 +61,7 @@ impl Tensors {
     /// operation that there are no kernels for.
     pub(crate) fn check(&self, operation: &Operation, rank: u32, world_size: u32) -> Result<(), Error> {
         let quantization = operation.quantization;
-        let scales = match quantization {
-            Quantization::None | Quantization::Fp8Static => None,
-            Quantization::NvFp4 { .. } => Some(
-                quantization
-                    .scale_bytes(operation.tokens, operation.hidden)
-                    .ok_or(Error::Unsupported("scales of more bytes than 64 bits count"))?,
-            ),
-            _ => return Err(Error::Unsupported("this quantization")),
-        };
-        if operation.norm.is_some_and(|norm| norm.gamma != GammaType::Element) {
-            return Err(Error::Unsupported("a gamma of another type than the activations"));
-        }
+        let scales = supported(operation)?;
         let element = TensorType::Element(operation.dtype);
         let activation = operation.tokens * operation.hidden;
         let rows = operation.residual_rows(rank, world_size) * operation.hidden;
@@ -96,6 +85,24 @@ impl Tensors {
             residual: address(self.residual),
             residual_out: Address(self.residual_out.address),
         }
+    }
+}
+
+/// Checks that there are kernels for a valid operation. Returns the bytes of its scales, if it writes any.
+///
+/// # Errors
+/// [`Error::Unsupported`].
+pub(super) fn supported(operation: &Operation) -> Result<Option<u64>, Error> {
+    if operation.norm.is_some_and(|norm| norm.gamma != GammaType::Element) {
+        return Err(Error::Unsupported("a gamma of another type than the activations"));
+    }
+    match operation.quantization {
+        Quantization::None | Quantization::Fp8Static => Ok(None),
+        quantization @ Quantization::NvFp4 { .. } => quantization
+            .scale_bytes(operation.tokens, operation.hidden)
+            .map(Some)
+            .ok_or(Error::Unsupported("scales of more bytes than 64 bits count")),
+        _ => Err(Error::Unsupported("this quantization")),
     }
 }
 

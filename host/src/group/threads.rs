@@ -28,25 +28,16 @@ use super::bootstrap::{Bootstrap, BootstrapError};
 /// assert_eq!(gathered, vec![vec![vec![10], vec![11], vec![12]]; 3]);
 /// ```
 pub fn threads(world_size: u32, deadline: Duration) -> Vec<Thread> {
-    let (senders, receivers): (Vec<Vec<_>>, Vec<Vec<_>>) = {
-        let mut senders: Vec<Vec<Sender<Vec<u8>>>> = (0..world_size).map(|_| Vec::new()).collect();
-        let mut receivers = Vec::new();
-        for _ in 0..world_size {
-            let mut from = Vec::new();
-            for sender in &mut senders {
-                let (send, receive) = channel();
-                sender.push(send);
-                from.push(receive);
-            }
-            receivers.push(from);
+    let mut channels: Vec<Channels> = (0..world_size).map(|_| Channels::default()).collect();
+    for receiver in 0..channels.len() {
+        for sender in 0..channels.len() {
+            let (to, from) = channel();
+            channels[sender].to.push(to);
+            channels[receiver].from.push(from);
         }
-        (senders, receivers)
-    };
-    let ends = senders.into_iter().zip(receivers);
-    (0..)
-        .zip(ends)
-        .map(|(rank, (to, from))| Thread { rank, deadline, ends: Mutex::new((to, from)) })
-        .collect()
+    }
+    let rank = |(rank, channels)| Thread { rank, deadline, channels: Mutex::new(channels) };
+    (0..).zip(channels).map(rank).collect()
 }
 
 /// A rank of a group of threads: see [`threads`].
@@ -54,8 +45,15 @@ pub fn threads(world_size: u32, deadline: Duration) -> Vec<Thread> {
 pub struct Thread {
     rank: u32,
     deadline: Duration,
-    /// By rank: to each, and from each. The lock keeps operations one after the other.
-    ends: Mutex<(Vec<Sender<Vec<u8>>>, Vec<Receiver<Vec<u8>>>)>,
+    /// The lock keeps operations one after the other.
+    channels: Mutex<Channels>,
+}
+
+/// A rank's channels, by rank.
+#[derive(Debug, Default)]
+struct Channels {
+    to: Vec<Sender<Vec<u8>>>,
+    from: Vec<Receiver<Vec<u8>>>,
 }
 
 /// A rank that did not come to an operation.
@@ -83,11 +81,11 @@ impl Bootstrap for Thread {
     }
 
     fn world_size(&self) -> u32 {
-        self.ends.lock().unwrap_or_else(PoisonError::into_inner).0.len() as u32
+        self.channels.lock().unwrap_or_else(PoisonError::into_inner).to.len() as u32
     }
 
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, BootstrapError> {
-        let (to, from) = &*self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        let Channels { to, from } = &*self.channels.lock().unwrap_or_else(PoisonError::into_inner);
         for (rank, sender) in to.iter().enumerate() {
             sender.send(bytes.to_vec()).map_err(|_| Missing { rank, waited: None })?;
         }

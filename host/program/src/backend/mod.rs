@@ -4,6 +4,7 @@
 //! [`Tensor`](problem::Tensor). A variant is a sequence of [`Step`](steps::Step)s on them, the same on every backend. Every
 //! rank has one [`Collective`](collective::Collective), and makes the same calls as the others.
 
+pub mod all_reduce_choice;
 pub mod collective;
 pub mod cpu;
 pub mod cuda;

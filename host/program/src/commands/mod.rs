@@ -3,7 +3,7 @@
 //! A program that was started plainly checks its settings, and then starts itself once per rank. Each rank checks the
 //! settings again, and takes part. Only rank 0 writes to the standard output.
 //!
-//! argh splits the arguments into options and writes the help. [`values`](crate::values) and
+//! argh splits the arguments into options and writes the help. `values` and
 //! [`job::options`](crate::job::options) check every value. Parsing reads no file and starts no process; a command checks
 //! its files before it runs.
 

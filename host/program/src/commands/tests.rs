@@ -3,9 +3,10 @@
 use fused_collective_core::dtype::DType;
 
 use super::*;
+use crate::backend::all_reduce_choice::AllReduceChoice;
 use crate::{
     commands::bench::settings::{Outputs, Settings},
-    job::options::{AllReduceChoice, BackendChoice, JobOptions},
+    job::options::{BackendChoice, JobOptions},
     peers::choice::PeerChoice,
     quant_mode::QuantMode,
 };

@@ -23,13 +23,14 @@ use fused_collective::{
 use fused_collective_core::fusion::Mode;
 use serde::Serialize;
 
+use crate::backend::all_reduce_choice::AllReduceChoice;
 use crate::{
     backend::{self, collective::Collective, problem::Problem},
     exit::{self, Failure, complain},
     report::machine::available_memory,
 };
 use launch::Launcher;
-use options::{AllReduceChoice, JobOptions};
+use options::JobOptions;
 use placement::Backend;
 use rank_env::RankEnv;
 use ranks::Error;

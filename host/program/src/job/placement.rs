@@ -2,7 +2,8 @@
 
 use fused_collective::cuda;
 
-use super::options::{AllReduceChoice, BackendChoice, JobOptions};
+use super::options::{BackendChoice, JobOptions};
+use crate::backend::all_reduce_choice::AllReduceChoice;
 use crate::{backend::cuda::gpus::check_peers, exit::Failure};
 
 /// The ranks of a group where neither the user nor the GPUs say.

@@ -89,18 +89,3 @@ pub(crate) fn gather_verdicts<T: Serialize + DeserializeOwned>(
     }
     Ok(Ok(found))
 }
-
-/// The values of all ranks, in rank order.
-///
-/// # Errors
-/// A rank was lost, or its value cannot be read.
-pub(crate) fn gather<T: Serialize + DeserializeOwned>(
-    group: &Group,
-    own: &T,
-) -> Result<Vec<T>, error::Error> {
-    let unreadable = |error: serde_json::Error| {
-        error::Error::Other(format!("cannot read a rank's part of the set-up: {error}"))
-    };
-    let bytes = serde_json::to_vec(own).map_err(unreadable)?;
-    group.all_gather(&bytes)?.iter().map(|bytes| serde_json::from_slice(bytes).map_err(unreadable)).collect()
-}

@@ -25,8 +25,8 @@ use fused_collective_core::{
     dtype::DType,
     fusion::Operation,
     kernels::{Module, Set},
-    launch::{self, ABORTED, Address, Status},
-    plan::{self, Algorithm, Limits, Plan},
+    launch::{self, ABORTED, Address, Shape, Status},
+    plan::{self, Limits, Plan},
     workspace::{Header, Layout},
 };
 
@@ -36,7 +36,7 @@ use super::{
     epilogue::epilogue,
     kernels::{KernelSource, Kernels, Launch, MAX_RANKS},
     memory::MappedStatus,
-    tensors::Tensors,
+    tensors::{Tensors, supported},
     workspace::Workspace,
 };
 use crate::{
@@ -47,6 +47,7 @@ use crate::{
         failure::{Awaited, Cause, Failure, What},
         shared_memory::SharedMemory,
     },
+    query::Query,
 };
 use abort_flag::AbortFlag;
 use call_table::CallTable;
@@ -70,15 +71,6 @@ pub struct Options {
     pub oversubscribe: bool,
     /// The place of the kernels.
     pub kernels: KernelSource,
-}
-
-/// A plan without a launch: the answer of [`Communicator::query`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Query {
-    /// The collective that the operation would use.
-    pub algorithm: Algorithm,
-    /// Launches that it would take: parts of the operation that fit one slot of the workspace.
-    pub rounds: u64,
 }
 
 /// One rank's end of a group of GPUs of one host, for fused operations on a caller's stream.
@@ -129,7 +121,9 @@ impl Communicator {
         check_deadline(deadline)?;
         let (rank, world_size) = (bootstrap.rank(), bootstrap.world_size());
         let set = Set::for_group(world_size).ok_or_else(|| {
-            Error::Device(format!("{world_size} ranks are more than GPU kernels serve: use 2 to {MAX_RANKS}"))
+            Error::Options(format!(
+                "{world_size} ranks are more than GPU kernels serve: use 2 to {MAX_RANKS}"
+            ))
         })?;
         let gpu = Gpu::open(ordinal)?;
         let context = gpu.context();
@@ -217,14 +211,20 @@ impl Communicator {
         &mut self.kernels
     }
 
-    /// Plans `operation` without launching it: whether it fits this communicator, by which collective, in how many rounds.
+    /// Plans `operation` without launching it: the collective that it would use, and its rounds.
     ///
     /// # Errors
-    /// As [`enqueue`](Self::enqueue), but for tensors: the operation is invalid or too large, or there are no kernels for
-    /// it.
-    pub fn query(&self, operation: &Operation) -> Result<Query, Error> {
+    /// As [`enqueue`](Self::enqueue) has, but for tensors: the operation is invalid or too large, there are no kernels for
+    /// it, or the group is over.
+    pub fn query(&mut self, operation: &Operation) -> Result<Query, Error> {
+        self.check_usable()?;
         let plan = Plan::new(operation, &self.limits)?;
+        supported(operation)?;
         launches::kernel(operation, plan.algorithm)?;
+        let mut rounds = plan.rounds();
+        if let Some(first) = rounds.next() {
+            Shape::of_round(&plan, &first, 0).ok_or(launches::TOO_MANY_TOKENS)?;
+        }
         Ok(Query { algorithm: plan.algorithm, rounds: plan.rounds().count() as u64 })
     }
 
@@ -483,7 +483,7 @@ fn check_deadline(deadline: Duration) -> Result<(), Error> {
     if deadline <= MAX_DEADLINE {
         return Ok(());
     }
-    Err(Error::Device(format!(
+    Err(Error::Options(format!(
         "a deadline of {} s is longer than GPU kernels can wait: use up to {} s",
         deadline.as_secs_f64(),
         MAX_DEADLINE.as_secs()

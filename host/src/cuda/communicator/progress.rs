@@ -75,7 +75,7 @@ impl Progress {
             (self.context.driver().cuMemcpyDtoHAsync_v2)(
                 self.copied.address(),
                 self.state.0,
-                self.copied.len(),
+                self.copied.length(),
                 self.stream,
             )
         };

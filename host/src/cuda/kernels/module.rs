@@ -65,15 +65,19 @@ impl Module {
         check("load the kernels", code).map_err(|error| Error::Kernels(error.to_string()))?;
         let module = Module(Arc::new(Loaded { context: context.clone(), handle }));
         if is_machine_code {
-            check_layout(module.layout()?).map_err(Error::Kernels)?;
+            check_layout(module.word(LAYOUT_SYMBOL)?).map_err(Error::Kernels)?;
         }
         Ok(module)
     }
 
-    /// The fingerprint that the module was built with, as the GPU has it; `None` if it has none.
-    fn layout(&self) -> Result<Option<u32>, Error> {
+    /// The word that the variable `symbol` of the module holds; `None` if it has no such variable of 4 bytes.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn word(&self, symbol: &str) -> Result<Option<u32>, Error> {
         let driver = self.0.context.driver();
-        let symbol = CString::new(LAYOUT_SYMBOL).unwrap_or_default();
+        let Ok(symbol) = CString::new(symbol) else { return Ok(None) };
+        let _entered = self.0.context.enter()?;
         let (mut address, mut bytes) = (0, 0);
         // SAFETY: a loaded module, a C string, and room for both answers.
         let code = unsafe {
@@ -82,10 +86,10 @@ impl Module {
         if code != 0 || bytes != size_of::<u32>() {
             return Ok(None);
         }
-        let mut layout = 0u32;
-        // SAFETY: the variable has as many bytes as `layout`.
-        let code = unsafe { (driver.cuMemcpyDtoH_v2)((&raw mut layout).cast(), address, bytes) };
-        check("read the kernels' fingerprint", code).map(|()| Some(layout))
+        let mut word = 0u32;
+        // SAFETY: the variable has as many bytes as `word`.
+        let code = unsafe { (driver.cuMemcpyDtoH_v2)((&raw mut word).cast(), address, bytes) };
+        check("read a variable of the kernels", code).map(|()| Some(word))
     }
 
     /// Finds the entry point `name`.

@@ -101,7 +101,7 @@ impl<'a> CpuLinks<'a> {
             awaited: vec![0; world_size as usize],
             run: 0,
             content: Vec::new(),
-            mover: Mover::new(),
+            mover: Mover::of_this_processor(),
             communicator,
         })
     }

@@ -5,27 +5,25 @@
 //! for brings all ranks to the same point. In a cold trial the cache is flushed in between, and each operation has
 //! tensors of its own.
 
-use fused_collective_bench::{launch::Audit, table::Probe};
-
 use fused_collective::cuda::{
     driver::{check, load},
     kernels::Parameters,
 };
-
-use crate::backend::{collective::Collective, error::Error, steps::Step};
+use fused_collective_bench::{launch::Audit, table::Probe};
 
 use super::{
-    EAGER_THREADS, Engine, OPERATIONS_PER_TRIAL,
     cust_driver::failed,
+    engine::{EAGER_THREADS, Engine, OPERATIONS_PER_TRIAL},
     graph::{Graph, TimedGraph},
     steps::nccl_elements,
 };
+use crate::backend::{collective::Collective, error::Error, steps::Step};
 
 /// Graphs of an audit that are launched before it is waited for.
 const GRAPHS_AT_ONCE: u64 = 64;
 
 impl Engine<'_> {
-    /// [`Collective::time`](crate::backend::Collective::time), in a graph.
+    /// [`Collective::time`](Collective::time), in a graph.
     pub(super) fn time_graph(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
         let index = self.capture(steps, operations)?;
         self.barrier()?;

@@ -66,7 +66,7 @@ const METHODS: [(Measure, &str); 5] = [
 
 /// One rank's end.
 #[derive(Debug)]
-pub(super) struct Links<'a> {
+pub(super) struct CudaLinks<'a> {
     group: &'a Group,
     regions: Regions,
     /// The nanoseconds of a [`Ping`].
@@ -81,7 +81,7 @@ pub(super) struct Links<'a> {
     communicator: &'a mut Communicator,
 }
 
-impl<'a> Links<'a> {
+impl<'a> CudaLinks<'a> {
     /// Makes this rank's memory and opens the others'. All ranks of `group` call this.
     ///
     /// # Errors
@@ -98,7 +98,7 @@ impl<'a> Links<'a> {
         let bytes = region_bytes(world_size, PLACE_BYTES).unwrap_or(u64::MAX);
         let regions = Regions::share(group, &context, "the memory to measure links with", bytes, 0, header)?;
         let event = || Event::new(EventFlags::DEFAULT).map_err(failed("make an event"));
-        Ok(Links {
+        Ok(CudaLinks {
             group,
             regions,
             clock: DeviceMemory::holding(&context, &[0; size_of::<u64>()])?,
@@ -284,7 +284,7 @@ impl<'a> Links<'a> {
     }
 }
 
-impl links::Links for Links<'_> {
+impl links::Links for CudaLinks<'_> {
     fn methods(&self) -> Vec<(Measure, &'static str)> {
         METHODS.to_vec()
     }

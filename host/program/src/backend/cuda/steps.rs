@@ -16,7 +16,10 @@ use crate::backend::{
     steps::{Eager, Step},
 };
 
-use super::{EAGER_THREADS, Engine, guarded_memory::GuardedMemory};
+use super::{
+    engine::{EAGER_THREADS, Engine},
+    guarded_memory::GuardedMemory,
+};
 
 /// Elements that a thread of an eager step takes at a time.
 const EAGER_GROUP: u64 = 4;

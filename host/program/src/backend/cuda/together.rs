@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use fused_collective::group::rendezvous::Group;
 
-use crate::{backend::error::Error, job::ranks::gather};
+use super::gather::gather;
+use crate::backend::error::Error;
 
 /// How often ranks tell each other how it goes.
 const TELL_EVERY: Duration = Duration::from_millis(50);

@@ -12,11 +12,8 @@ use fused_collective_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    job::options::{AllReduceChoice, JobOptions},
-    peers::choice::PeerChoice,
-    quant_mode::QuantMode,
-};
+use crate::backend::all_reduce_choice::AllReduceChoice;
+use crate::{job::options::JobOptions, peers::choice::PeerChoice, quant_mode::QuantMode};
 
 /// The files that a benchmark reads and writes.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use fused_collective::{cuda, group::rendezvous::Group};
 
+use crate::backend::all_reduce_choice::AllReduceChoice;
 use crate::{
     backend::{self, collective::Collective, cuda::free_memory::FreeMemory, problem::Tensor},
     exit::{self, Failure, print},
-    job::{Job, Request, launch, options::AllReduceChoice, ranks::Error},
+    job::{Job, Request, launch, ranks::Error},
 };
 use case::{Case, Phase};
 use judge::judge;

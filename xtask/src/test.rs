@@ -159,19 +159,17 @@ fn core_elsewhere(tally: &mut Tally) {
 fn emulated(tally: &mut Tally, target: Target) {
     let arch = target.arch();
     let Some(tools) = tally.check(&format!("tools for {arch}"), || Tools::find(target)) else { return };
-    let tests = || {
+    let tests = |arguments: &[String]| {
         let mut tests = tools.cargo("test")?;
         // Nobody debugs them, and without the tests' heaviest dependencies they are built in half the time.
-        tests
-            .args(EMULATED.arguments()?)
-            .env("CARGO_PROFILE_DEV_DEBUG", "0")
-            .env("RUSTFLAGS", "--cfg emulated");
+        tests.args(arguments).env("CARGO_PROFILE_DEV_DEBUG", "0").env("RUSTFLAGS", "--cfg emulated");
         Ok(tests)
     };
     // Integration tests have cargo build and link their package's program.
     let built = tally.check(&format!("program and tests for {arch}"), || {
-        cmd::run(tests()?.arg("--no-run"))?;
-        tests()
+        let arguments = EMULATED.arguments()?;
+        cmd::run(tests(&arguments)?.arg("--no-run"))?;
+        tests(&arguments)
     });
     if let Some(mut tests) = built {
         tests.arg("--no-fail-fast").arg("--").args(EMULATED.skips());

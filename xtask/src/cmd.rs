@@ -53,7 +53,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 }
 
 /// Like [`run`], but ends the program after `limit`: for what waits on a network.
-fn run_within(command: &mut Command, limit: Duration) -> Result<()> {
+pub(crate) fn run_within(command: &mut Command, limit: Duration) -> Result<()> {
     let mut child = start(command)?;
     let status = wait_within(command, &mut child, limit)?;
     check(command, status)

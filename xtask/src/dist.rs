@@ -20,7 +20,11 @@ use flate2::{Compression, write::GzEncoder};
 use fused_collective_build::Processor;
 use object::{Endianness, elf::FileHeader64, read::elf::FileHeader};
 
-use crate::{cmd, kernels};
+use crate::{
+    cmd,
+    cross::{Target, Tools},
+    kernels,
+};
 
 const PACKAGE: &str = "fused-collective-cli";
 /// Its program.
@@ -30,16 +34,21 @@ const PROFILE: &str = "dist";
 /// Files from the workspace's root that go along as they are.
 const LICENSES: [&str; 2] = ["LICENSE-APACHE", "LICENSE-MIT"];
 
-/// Builds everything and leaves it in `output` (`target/distribution` if there is none). Prints where.
+/// Builds everything, for this machine or for `target`, and leaves it in `output` (`target/distribution` if there is none).
+/// Prints where.
 ///
 /// # Errors
 /// Something does not build, or cannot be written.
-pub(crate) fn make(output: Option<PathBuf>, processors: &[Processor]) -> Result<()> {
-    let target = cmd::target_directory()?;
-    let output = output.unwrap_or_else(|| target.join("distribution"));
+pub(crate) fn make(output: Option<PathBuf>, processors: &[Processor], target: Option<Target>) -> Result<()> {
+    let target = target.filter(|target| !target.is_here());
+    let tools = target.map(Tools::find).transpose()?;
+    let output = match output {
+        Some(output) => output,
+        None => cmd::target_directory()?.join("distribution"),
+    };
     eprintln!("building the kernels (minutes the first time)");
     let kernels = kernels::embed(processors)?;
-    let program = program(&target)?;
+    let program = program(tools.as_ref())?;
     for archive in kernels {
         ensure!(
             contains(&program, &archive)?,
@@ -50,10 +59,11 @@ pub(crate) fn make(output: Option<PathBuf>, processors: &[Processor]) -> Result<
     }
     let contents = Contents {
         version: version()?,
+        arch: target.map_or(env::consts::ARCH, Target::arch),
         glibc: glibc_needed(&program)?,
         program,
         processors: processors.to_vec(),
-        third_party: third_party()?,
+        third_party: third_party(&target.map_or_else(host, |target| Ok(target.triple().to_owned()))?)?,
     };
     let (folder, archive) = contents.write(&output)?;
     let size = fs::metadata(&archive)?.len() as f64 / f64::from(1 << 20);
@@ -71,17 +81,20 @@ fn contains(whole: &Path, part: &Path) -> Result<bool> {
 }
 
 /// The program, built with [`PROFILE`]. Paths of this machine are left out of it.
-fn program(target: &Path) -> Result<PathBuf> {
+fn program(tools: Option<&Tools>) -> Result<PathBuf> {
     let mut flags = vec![format!("--remap-path-prefix={}=.", cmd::root().display())];
     let home = env::var_os("CARGO_HOME").map(PathBuf::from);
     if let Some(cargo) = home.or_else(|| env::home_dir().map(|home| home.join(".cargo"))) {
         flags.push(format!("--remap-path-prefix={}=cargo", cargo.display()));
     }
-    let mut cargo = cmd::cargo("build");
+    let (mut cargo, folder) = match tools {
+        None => (cmd::cargo("build"), cmd::target_directory()?),
+        Some(tools) => (tools.cargo("build")?, tools.folder()?),
+    };
     cargo.args(["--profile", PROFILE, "--package", PACKAGE, "--bin", PROGRAM]);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     cmd::run(&mut cargo)?;
-    Ok(target.join(PROFILE).join(PROGRAM))
+    Ok(folder.join(PROFILE).join(PROGRAM))
 }
 
 fn version() -> Result<String> {
@@ -131,6 +144,8 @@ fn parse_glibc(version: &str) -> Option<Glibc> {
 /// What goes into the folder.
 struct Contents {
     version: String,
+    /// The architecture that it is for.
+    arch: &'static str,
     program: PathBuf,
     /// Those that it has kernels for.
     processors: Vec<Processor>,
@@ -141,11 +156,11 @@ struct Contents {
 impl Contents {
     /// `fused-collective-0.1.0-x86_64-linux`.
     fn name(&self) -> String {
-        format!("{PROGRAM}-{}-{}-{}", self.version, env::consts::ARCH, env::consts::OS)
+        format!("{PROGRAM}-{}-{}-{}", self.version, self.arch, env::consts::OS)
     }
 
     fn needs(&self) -> String {
-        let linux = format!("Linux on {}", env::consts::ARCH);
+        let linux = format!("Linux on {}", self.arch);
         // Rust's programs unwind with GCC's library, which is there wherever glibc usually is.
         self.glibc.map_or_else(
             || linux.clone(),
@@ -259,11 +274,11 @@ fn pack(folder: &Path, name: &str, archive: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The licences of every package that is linked into the program, each text once.
-fn third_party() -> Result<String> {
+/// The licences of every package that is linked into the program for `platform` (as rustc calls it), each text once.
+fn third_party(platform: &str) -> Result<String> {
     let metadata = MetadataCommand::new()
         .manifest_path(cmd::root().join("Cargo.toml"))
-        .other_options(["--filter-platform".to_owned(), host()?])
+        .other_options(["--filter-platform".to_owned(), platform.to_owned()])
         .exec()?;
     let resolve = metadata.resolve.as_ref().context("cargo names no dependencies")?;
     let nodes: HashMap<_, _> = resolve.nodes.iter().map(|node| (&node.id, node)).collect();
@@ -335,6 +350,7 @@ mod tests {
         write_file(&program, b"#!/bin/sh\necho \"$@\" from \"$PWD\"\n", 0o755).unwrap();
         Contents {
             version: "1.2.3".to_owned(),
+            arch: "aarch64",
             program,
             processors: vec![Processor::Sm90],
             glibc: Some(Glibc(2, 34)),
@@ -352,7 +368,10 @@ mod tests {
             assert!(folder.join(name).is_file(), "{name}");
         }
         let readme = fs::read_to_string(folder.join("README.md")).unwrap();
-        assert!(readme.contains("with glibc 2.34 or later") && readme.contains("sm_90"), "{readme}");
+        assert!(
+            readme.contains("Linux on aarch64 with glibc 2.34 or later") && readme.contains("sm_90"),
+            "{readme}"
+        );
 
         let elsewhere = temporary.path().join("elsewhere");
         let unpacked = flate2::read::GzDecoder::new(File::open(&archive).unwrap());
@@ -397,7 +416,7 @@ mod tests {
 
     #[test]
     fn every_linked_package_is_named_and_no_licence_is_left_out() {
-        let text = third_party().unwrap();
+        let text = third_party(&host().unwrap()).unwrap();
         for package in ["half ", "libloading ", "serde_json ", "cust "] {
             assert!(text.lines().any(|line| line.starts_with(package)), "{package}");
         }

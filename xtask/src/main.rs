@@ -2,12 +2,15 @@
 
 mod bench;
 mod cmd;
+mod cross;
 mod dist;
 mod doctor;
+mod gnu_ld;
 mod kernels;
 mod library;
 mod modules;
 mod packages;
+mod select;
 mod structure;
 mod test;
 
@@ -18,9 +21,11 @@ use std::{
     process::ExitCode,
 };
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use argh::{EarlyExit, FromArgs};
 use fused_collective_build::{Assembly, Processor};
+
+use crate::{cross::Target, test::Scope};
 
 /// Builds, tests and benchmarks fused-collective.
 #[derive(FromArgs)]
@@ -60,6 +65,10 @@ struct Dist {
     /// a processor to have kernels for: sm_80, sm_90, sm_100a or sm_120a; may be repeated (default: all)
     #[argh(option, long = "cpu", arg_name = "cpu")]
     processors: Vec<Processor>,
+
+    /// the architecture to build the program for: aarch64 (default: this machine's)
+    #[argh(option, arg_name = "arch")]
+    target: Option<Target>,
 }
 
 /// Show what this machine has of what the project can use, and what each missing thing would enable.
@@ -88,7 +97,15 @@ struct Ptx {
 /// Run every check and test; the last line says how many passed and failed.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "test")]
-struct Test {}
+struct Test {
+    /// only format, lints, structure and the tests that are fast
+    #[argh(switch)]
+    quick: bool,
+
+    /// only the build and the tests for aarch64, which run under emulation
+    #[argh(option, arg_name = "arch")]
+    target: Option<Target>,
+}
 
 fn main() -> ExitCode {
     match parse(env::args().skip(1).collect()) {
@@ -121,7 +138,9 @@ fn parse(mut args: Vec<String>) -> Result<Task, EarlyExit> {
 fn run(task: Task) -> Result<ExitCode> {
     match task {
         Task::Bench(Bench { options }) => Err(bench::exec(&options)),
-        Task::Dist(Dist { output, processors }) => done(dist::make(output, &chosen(processors))),
+        Task::Dist(Dist { output, processors, target }) => {
+            done(dist::make(output, &chosen(processors), target))
+        }
         Task::Doctor(Doctor {}) => done(doctor::run()),
         Task::Kernels(Kernels { processors }) => done(kernels::embed(&chosen(processors)).map(drop)),
         Task::Ptx(Ptx { processors }) => {
@@ -131,7 +150,12 @@ fn run(task: Task) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Task::Test(Test {}) => Ok(test::run()),
+        Task::Test(Test { quick, target }) => match (quick, target) {
+            (true, Some(_)) => bail!("--quick and --target are two parts of the tests: choose one"),
+            (true, None) => Ok(test::run(Scope::Quick)),
+            (false, Some(target)) => Ok(test::run(Scope::Target(target))),
+            (false, None) => Ok(test::run(Scope::All)),
+        },
     }
 }
 

@@ -1,7 +1,10 @@
 //! `cargo xtask test`: every check of the project. A failed one does not keep the next from running, and the last line
 //! counts them all, together with every test that `cargo test` ran.
+//!
+//! `--quick` is the inner loop's part of it, and `--target` another architecture's.
 
 use std::{
+    ffi::OsStr,
     io::{self, IsTerminal},
     panic::resume_unwind,
     path::PathBuf,
@@ -10,22 +13,64 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context, Result};
-use cargo_metadata::Message;
+use anyhow::Result;
 use fused_collective_build::{Assembly, Processor, Toolchain};
 
-use crate::{cmd, kernels, library, packages, structure};
+use crate::{
+    cmd,
+    cross::{Target, Tools},
+    gnu_ld::Program,
+    kernels, library, packages,
+    select::{EMULATED, QUICK},
+    structure,
+};
 
 /// What `core` has to build for besides GPUs, which the kernels show: microcontrollers with and without a floating-point
 /// unit and compare-and-swap, and a browser.
 const CORE_TARGETS: [&str; 3] = ["thumbv7em-none-eabihf", "thumbv6m-none-eabi", "wasm32-unknown-unknown"];
 
+/// Names the program that tests run; without it they have cargo build one.
+const TESTED_PROGRAM: &str = "FUSED_COLLECTIVE_TESTED_PROGRAM";
+
 /// The tests that compile kernels or run compiled ones. They are none of `cargo test`'s, which does not build kernels.
 const COMPILED_KERNELS: [&str; 2] = ["--test", "compiled"];
 
-/// Runs everything. The exit status is 1 if anything failed.
-pub(crate) fn run() -> ExitCode {
+/// The part of the checks that is asked for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    All,
+    Quick,
+    Target(Target),
+}
+
+/// Runs what `scope` has. The exit status is 1 if anything failed.
+pub(crate) fn run(scope: Scope) -> ExitCode {
     let mut tally = Tally::default();
+    match scope {
+        Scope::All => {
+            source(&mut tally);
+            tally.check("docs", || {
+                cmd::run(
+                    cmd::cargo("doc").args(["--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
+                )
+            });
+            native(&mut tally);
+            core_elsewhere(&mut tally);
+            if !Target::Aarch64.is_here() {
+                emulated(&mut tally, Target::Aarch64);
+            }
+        }
+        Scope::Quick => {
+            source(&mut tally);
+            quick(&mut tally);
+        }
+        Scope::Target(target) => emulated(&mut tally, target),
+    }
+    tally.close()
+}
+
+/// Checks of the source.
+fn source(tally: &mut Tally) {
     tally.check("format", || {
         cmd::require_component("fmt", "rustfmt")?;
         // rustfmt colours its diff even where it goes to a file.
@@ -39,25 +84,30 @@ pub(crate) fn run() -> ExitCode {
         }
         Ok(())
     });
-    tally.check("docs", || {
-        cmd::run(cmd::cargo("doc").args(["--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
-    });
     tally.check("which crate depends on which", structure::dependencies);
     tally.check("which file and folder uses which", structure::files);
     tally.check("core without alloc, std and unsafe", structure::core);
+}
+
+/// All tests, the kernels, and what is to be published.
+fn native(tally: &mut Tally) {
     tally.check("the library's crates", library::crates);
     tally.check("the library with each feature alone", library::features);
-    let program = tally.check("the tests' build", build_tests);
+    let program = tally.check("the tests' build", || {
+        cmd::run(cmd::cargo("test").args(["--workspace", "--no-run"]).args(COMPILED_KERNELS))?;
+        build_tests(&["--workspace"])
+    });
     tally.check("the library's symbols", library::symbols);
     tally.check("packages to publish", packages::check);
     // Most tests wait for something most of the time: the kernels are built meanwhile.
     let kernels = thread::spawn(build_kernels);
     if let Some(program) = program {
+        tally.check("the program, linked by GNU ld", || program.link());
         let mut tests = cmd::cargo("test");
         tests
             .args(["--workspace", "--no-fail-fast"])
             // Tests of the program would have cargo build it once more, for nothing but itself.
-            .env("FUSED_COLLECTIVE_TESTED_PROGRAM", program)
+            .env(TESTED_PROGRAM, program.executable)
             // Fuzzing and soaking go on for a minute.
             .env("FUSED_COLLECTIVE_LONG_TESTS", "1");
         tally.tests("tests", &mut tests);
@@ -71,21 +121,60 @@ pub(crate) fn run() -> ExitCode {
             .env("FUSED_COLLECTIVE_PTX", folder);
         tally.tests("kernels, compiled", &mut tests);
     }
-    if let Some(toolchain) =
-        tally.check("a toolchain for core's targets", || Ok(Toolchain::find(&CORE_TARGETS, true)?))
-    {
-        for target in CORE_TARGETS {
-            tally.check(&format!("core for {target}"), || {
-                let manifest = cmd::root().join("core/Cargo.toml");
-                let folder = cmd::target_directory()?.join("cross/core");
-                let mut build = toolchain.cargo(&manifest, "build", target, &folder);
-                // That it builds is all that is asked, and Rust's own `core` may have to be built with it.
-                build.envs([("CARGO_PROFILE_DEV_OPT_LEVEL", "0"), ("CARGO_PROFILE_DEV_DEBUG", "0")]);
-                cmd::run(&mut build)
-            });
-        }
+}
+
+/// The tests of the inner loop.
+fn quick(tally: &mut Tally) {
+    let built = tally.check("the tests' build", || {
+        let arguments = QUICK.arguments()?;
+        Ok((build_tests(&arguments)?, arguments))
+    });
+    if let Some((program, arguments)) = built {
+        let mut tests = cmd::cargo("test");
+        tests.args(arguments).arg("--no-fail-fast").arg("--").args(QUICK.skips());
+        tally.tests("quick tests", tests.env(TESTED_PROGRAM, program.executable));
     }
-    tally.close()
+}
+
+/// `core` for each of its targets.
+fn core_elsewhere(tally: &mut Tally) {
+    let Some(toolchain) =
+        tally.check("a toolchain for core's targets", || Ok(Toolchain::find(&CORE_TARGETS, true)?))
+    else {
+        return;
+    };
+    for target in CORE_TARGETS {
+        tally.check(&format!("core for {target}"), || {
+            let manifest = cmd::root().join("core/Cargo.toml");
+            let folder = cmd::target_directory()?.join("cross/core");
+            let mut build = toolchain.cargo(&manifest, "build", target, &folder);
+            // That it builds is all that is asked, and Rust's own `core` may have to be built with it.
+            build.envs([("CARGO_PROFILE_DEV_OPT_LEVEL", "0"), ("CARGO_PROFILE_DEV_DEBUG", "0")]);
+            cmd::run(&mut build)
+        });
+    }
+}
+
+/// The program for another architecture, and tests under emulation.
+fn emulated(tally: &mut Tally, target: Target) {
+    let arch = target.arch();
+    let Some(tools) = tally.check(&format!("tools for {arch}"), || Tools::find(target)) else { return };
+    let tests = |arguments: &[String]| {
+        let mut tests = tools.cargo("test")?;
+        // Nobody debugs them, and without the tests' heaviest dependencies they are built in half the time.
+        tests.args(arguments).env("CARGO_PROFILE_DEV_DEBUG", "0").env("RUSTFLAGS", "--cfg emulated");
+        Ok(tests)
+    };
+    // Integration tests have cargo build and link their package's program.
+    let built = tally.check(&format!("program and tests for {arch}"), || {
+        let arguments = EMULATED.arguments()?;
+        cmd::run(tests(&arguments)?.arg("--no-run"))?;
+        tests(&arguments)
+    });
+    if let Some(mut tests) = built {
+        tests.arg("--no-fail-fast").arg("--").args(EMULATED.skips());
+        tally.tests(&format!("tests, emulating {arch}"), &mut tests);
+    }
 }
 
 /// Builds and checks the kernels for every processor, out of the way of what runs beside it, and shows what they take.
@@ -103,21 +192,11 @@ fn build_kernels() -> Result<PathBuf> {
     kernels::folder()
 }
 
-/// Builds all tests, and the program that some of them run: where it is.
-fn build_tests() -> Result<PathBuf> {
-    cmd::run(cmd::cargo("test").args(["--workspace", "--no-run"]).args(COMPILED_KERNELS))?;
+/// Builds the tests that `arguments` of `cargo test` choose, and the program that some of them run.
+fn build_tests(arguments: &[impl AsRef<OsStr>]) -> Result<Program> {
     let mut build = cmd::cargo("test");
-    build.args(["--workspace", "--no-run", "--message-format=json-render-diagnostics"]);
-    for message in Message::parse_stream(cmd::read(&mut build)?.as_bytes()) {
-        if let Message::CompilerArtifact(artifact) = message?
-            && artifact.target.is_bin()
-            && artifact.target.name == "fused-collective"
-            && !artifact.profile.test
-        {
-            return Ok(artifact.executable.context("the program was built to no file")?.into());
-        }
-    }
-    anyhow::bail!("cargo built the tests without the program fused-collective")
+    build.args(arguments).args(["--no-run", "--message-format=json-render-diagnostics"]);
+    Program::among(&cmd::read(&mut build)?, "fused-collective")
 }
 
 /// What passed and what failed, a check counting as much as a test.

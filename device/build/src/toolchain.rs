@@ -95,6 +95,22 @@ impl Toolchain {
         }
         command
     }
+
+    /// Like [`cargo`](Toolchain::cargo), for programs: where `core` is built from its source, `std` is too.
+    pub fn cargo_with_std(
+        &self,
+        manifest: &Path,
+        subcommand: &str,
+        target: &str,
+        target_directory: &Path,
+    ) -> Command {
+        let mut command = self.cargo(manifest, subcommand, target, target_directory);
+        if self.build_core {
+            // The last of such flags counts.
+            command.arg("-Zbuild-std=std");
+        }
+        command
+    }
 }
 
 /// The cargo that runs this program (cargo says so in the environment), or else the one that is found.

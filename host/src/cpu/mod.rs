@@ -9,7 +9,7 @@ mod exchange;
 mod fused;
 mod lanes;
 pub mod line;
-#[cfg(test)]
+#[cfg(all(test, not(emulated)))]
 mod model;
 mod region;
 pub mod rows;

@@ -56,9 +56,6 @@ pub(crate) fn run(scope: Scope) -> ExitCode {
             });
             native(&mut tally);
             core_elsewhere(&mut tally);
-            if !Target::Aarch64.is_here() {
-                emulated(&mut tally, Target::Aarch64);
-            }
         }
         Scope::Quick => {
             source(&mut tally);

@@ -176,7 +176,7 @@ impl From<Algorithm> for Family {
     }
 }
 
-/// What a kernel makes of a row's sum, and the parameters that say where.
+/// The work of a kernel on a row's sum, and the parameters with the addresses of its results.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Epilogue {
     /// The sum itself: `Plain<Unquantized>`.
@@ -242,9 +242,9 @@ impl Version {
 /// A kernel: a family with an epilogue, an entry point in every version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Kernel {
-    /// What it does between ranks.
+    /// The work between ranks.
     pub family: Family,
-    /// What it does with a row.
+    /// The work on a row.
     pub epilogue: Epilogue,
     /// The names of its entry points, in the order of [`Version::ALL`].
     entries: [&'static str; 3],

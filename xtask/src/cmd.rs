@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use cargo_metadata::{Metadata, MetadataCommand};
 
-/// How long rustup may take: it has a few megabytes to fetch, and may wait for a silent network.
+/// The longest run of rustup: it has a few megabytes to fetch, and may wait for a silent network.
 const RUSTUP_LIMIT: Duration = Duration::from_secs(120);
 
 /// The root of the workspace.

@@ -199,4 +199,15 @@ mod tests {
         assert!(error.status.is_err());
         assert!(error.output.contains("tset"), "{}", error.output);
     }
+
+    #[test]
+    fn a_target_that_there_is_not_is_an_error() {
+        for task in ["test", "dist"] {
+            assert!(parse_words(&[task, "--target", "aarch64"]).is_ok());
+            let Err(error) = parse_words(&[task, "--target", "arm"]) else {
+                panic!("arm is taken for a target")
+            };
+            assert!(error.output.contains("arm is no target: aarch64 is"), "{}", error.output);
+        }
+    }
 }

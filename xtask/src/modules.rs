@@ -66,7 +66,7 @@ struct Module {
     file: PathBuf,
     parent: Option<usize>,
     children: HashMap<String, usize>,
-    /// What the module defines itself.
+    /// Names that the module defines itself.
     items: HashSet<String>,
     /// Names that `use` brings in, with their paths.
     imports: HashMap<String, Vec<String>>,
@@ -166,7 +166,7 @@ impl Modules {
         Some(target)
     }
 
-    /// What `name` is in `module`.
+    /// Looks up `name` in `module`.
     fn lookup(&self, module: usize, name: &str, seen: &mut HashSet<(usize, String)>) -> Option<Target> {
         let this = &self.0[module];
         if let Some(&child) = this.children.get(name) {
@@ -289,7 +289,7 @@ impl<'ast> Visit<'ast> for Module {
     fn visit_attribute(&mut self, _: &'ast Attribute) {}
 }
 
-/// What an attribute list says of tests: that the code is part of them alone.
+/// Tells if an attribute list makes code a part of tests alone.
 fn is_test(attributes: &[Attribute]) -> bool {
     attributes.iter().any(|attribute| match &attribute.meta {
         Meta::Path(path) => path.is_ident("test"),

@@ -1,4 +1,4 @@
-//! What the kernels are launched with: parameter structs, by the rules of
+//! Parameter structs of the kernels, by the rules of
 //! [`fused_collective_core::launch`], whose structs some of them hold.
 
 use fused_collective_core::{
@@ -31,9 +31,9 @@ pub struct EagerStep {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Audit {
-    /// What the kernel before wrote, 16-byte aligned.
+    /// The bytes that the kernel before wrote, 16-byte aligned.
     pub actual: Address,
-    /// What it should have written, 16-byte aligned.
+    /// The bytes that it should have written, 16-byte aligned.
     pub expected: Address,
     /// One `u32`, 0: where a pack differs, it gets which one, counted from 1. The first to be found stays.
     pub found: Address,
@@ -53,7 +53,7 @@ pub struct Conversions {
     pub out: Address,
     /// The bits of the first `f32`.
     pub first: u32,
-    /// How many to convert, a multiple of 8: the bits count up.
+    /// Count of numbers to convert, a multiple of 8: the bits count up.
     pub count: u32,
 }
 
@@ -103,9 +103,9 @@ pub struct Push {
     pub first: u32,
     /// Targets, one after the other, at most as many as there are ranks.
     pub targets: u32,
-    /// What the [pattern](crate::links::pattern) is told.
+    /// Number of the run, for the [pattern](crate::links::pattern).
     pub run: u32,
-    /// How often everything is written.
+    /// Times that everything is written.
     pub passes: u32,
     /// Keeps the struct free of padding.
     pub reserved: u32,
@@ -123,7 +123,7 @@ pub struct Pull {
     pub packs: u32,
     /// The rank whose own place in its own memory is read; its place in this rank's memory gets it.
     pub source: u32,
-    /// How often everything is read.
+    /// Times that everything is read.
     pub passes: u32,
     /// Keeps the struct free of padding.
     pub reserved: u32,

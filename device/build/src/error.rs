@@ -40,7 +40,7 @@ pub enum Error {
     /// A file or folder could not be read or written.
     #[error("cannot {doing} {path}")]
     Io {
-        /// What was done to it.
+        /// The action that failed.
         doing: &'static str,
         /// The file or folder.
         path: PathBuf,
@@ -79,7 +79,7 @@ pub enum Error {
     /// Kernels compile, but are not as kernels must be.
     #[error("kernels must not panic, spill or use local memory, and must have this version's launch layout:{}", lines(.faults))]
     Refused {
-        /// What is wrong, module by module.
+        /// Faults, module by module.
         faults: Vec<Fault>,
         /// All modules that were built, sound ones included.
         modules: Vec<Module>,

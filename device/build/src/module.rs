@@ -16,17 +16,17 @@ pub struct Module {
     pub path: PathBuf,
     /// The machine code beside it, `NAME.cubin`, for this one processor; with [`Assembly::Keep`](crate::Assembly::Keep).
     pub machine_code: Option<PathBuf>,
-    /// What is known of the kernels.
+    /// Registers, memory and spills of the kernels, as far as known.
     pub report: Report,
 }
 
-/// What is known of a module's kernels.
+/// A report on a module's kernels.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Report {
     /// The fingerprint of the launch structs that `fused-collective-device` was built with; `None` in kernels without it.
     pub layout: Option<u32>,
-    /// What each function takes. Empty if the module was not assembled.
+    /// Resources of each function. Empty if the module was not assembled.
     pub functions: Vec<Function>,
 }
 
@@ -38,7 +38,7 @@ impl fmt::Display for Module {
     }
 }
 
-/// What one function of a module takes, as `ptxas --verbose` reports it.
+/// Resources of one function of a module, as `ptxas --verbose` reports it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Function {

@@ -243,5 +243,9 @@ mod tests {
         let variables: Vec<_> = command.get_envs().filter_map(|(name, value)| Some((name, value?))).collect();
         assert!(variables.contains(&("RUSTC".as_ref(), DEBIAN_RUSTC.as_ref())));
         assert!(variables.contains(&("RUSTC_BOOTSTRAP".as_ref(), "1".as_ref())));
+        // Cargo takes the last.
+        let (manifest, folder) = (Path::new("Cargo.toml"), Path::new("target"));
+        let command = toolchain.cargo_with_std(manifest, "build", "aarch64-unknown-linux-gnu", folder);
+        assert_eq!(command.get_args().last(), Some("-Zbuild-std=std".as_ref()));
     }
 }

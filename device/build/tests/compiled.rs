@@ -11,7 +11,7 @@ use std::{
 use fused_collective_build::{Assembly, Bounds, Error, FaultKind, Kernels, Module, Processor};
 use tempfile::TempDir;
 
-/// What follows the name.
+/// The manifest after the name.
 const MANIFEST: &str = "\
 edition = '2024'
 
@@ -75,7 +75,7 @@ impl Crate {
             .cache(target)
     }
 
-    /// What is wrong with its kernels.
+    /// Kinds of the faults of its kernels.
     fn faults(&self) -> Vec<FaultKind> {
         match self.kernels().build() {
             Err(Error::Refused { faults, .. }) => faults.into_iter().map(|fault| fault.kind).collect(),

@@ -7,7 +7,7 @@ use std::{error::Error, fmt};
 pub struct ParseError {
     /// The line of the file, counted from 1.
     pub line: usize,
-    /// What is wrong with it.
+    /// The fault, in words.
     pub what: String,
 }
 

@@ -37,13 +37,13 @@ impl<'a> Begun<'a> {
         Begun { group, operation, waiter: Waiter::new(group, slot, poisoned != 0) }
     }
 
-    /// How far after the first slot of a region the operation's is.
+    /// Offset of the operation's slot from the first of its region, in bytes.
     #[inline(always)]
     pub(super) fn slot_offset(&self) -> u64 {
         self.waiter.slot as u64 * self.group.slot_bytes
     }
 
-    /// Where the operation's slot is in the region of rank `rank`, of a kernel for at most `N` ranks.
+    /// Address of the operation's slot in the region of rank `rank`, of a kernel for at most `N` ranks.
     #[inline(always)]
     pub(super) fn slot_of<const N: usize>(&self, rank: u32) -> Address {
         // `black_box`, so that addresses are computed in the loop over tokens: kept, they would take up registers, and

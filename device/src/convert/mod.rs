@@ -93,7 +93,7 @@ pub fn ue4m3(value: f32) -> u8 {
     if code & 0x80 != 0 { 0 } else { code }
 }
 
-/// What a UE4M3 code stands for: [`ue4m3::decode`](fused_collective_core::quant::ue4m3::decode).
+/// Decodes a UE4M3 code: [`ue4m3::decode`](fused_collective_core::quant::ue4m3::decode).
 #[inline(always)]
 pub fn from_ue4m3(code: u8) -> f32 {
     #[cfg(all(target_arch = "nvptx64", target_feature = "sm_89"))]

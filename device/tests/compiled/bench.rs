@@ -60,7 +60,7 @@ fn audits_are_right(compiled: &Compiled) {
     assert!((1..=100).contains(&found.get::<u32>()[0]));
 }
 
-/// Where a GPU has instructions for a conversion, the emulator does it as `core` does, and this shows the order only.
+/// Shows the order only where a GPU has instructions for a conversion: the emulator does those as `core` does.
 /// Random ranges of numbers, those around the largest, and those where the count of bits wraps.
 fn conversions_are_right(random: &mut Random, compiled: &Compiled) {
     let edges = [448f32.to_bits() - 500, 0u32.wrapping_sub(500), 1.5f32.to_bits(), 6f32.to_bits() - 500];

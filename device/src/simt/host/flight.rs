@@ -38,7 +38,7 @@ impl Flight {
     }
 }
 
-/// Where a launch is in a stream; the default is a launch by itself.
+/// A launch's place in a stream; the default is a launch by itself.
 #[derive(Clone, Default)]
 pub(super) struct InStream {
     pub(super) flight: Option<Arc<Flight>>,

@@ -74,7 +74,7 @@ pub(super) fn launch_in(place: &InStream, geometry: Launch, kernel: impl Fn() + 
     });
 }
 
-/// What a thread knows of itself.
+/// A thread's place in its grid.
 pub(super) struct Context {
     pub(super) thread: u32,
     pub(super) block: u32,
@@ -108,7 +108,7 @@ pub(super) struct ClusterState {
 
 pub(super) struct BlockState {
     pub(super) barrier: Barrier,
-    /// What [`block_any`](super::block_any) collects; 0 outside.
+    /// Disjunction that [`block_any`](super::block_any) collects; 0 outside.
     pub(super) any: AtomicU32,
     pub(super) warps: Box<[WarpState]>,
     pub(super) shared: Box<[AtomicU32]>,
@@ -116,7 +116,7 @@ pub(super) struct BlockState {
 }
 
 pub(super) struct WarpState {
-    /// What each lane hands to the others.
+    /// Values that lanes hand to each other.
     pub(super) mailbox: [AtomicU32; WARP as usize],
     /// One for each tile of 2, 4, ..., 32 lanes: `tiles[log2(lanes) - 1][tile]`.
     pub(super) tiles: Vec<Vec<Barrier>>,
@@ -204,7 +204,7 @@ pub(super) struct Counter {
 #[derive(Default)]
 struct CounterState {
     phase: u32,
-    /// Whether it is known how many floats arrive in this phase.
+    /// True once the number of floats that arrive in this phase is known.
     armed: bool,
     /// Floats yet to arrive; less than zero while more have than are known of.
     missing: i64,

@@ -31,12 +31,12 @@ impl GuardedMemory {
         Ok(GuardedMemory { memory, bytes })
     }
 
-    /// Where the tensor is.
+    /// Address of the tensor.
     pub(crate) fn address(&self) -> Address {
         self.memory.address().offset(Self::GUARD_BYTES)
     }
 
-    /// How large it is.
+    /// Size of the tensor.
     pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -63,7 +63,7 @@ impl GuardedMemory {
         Ok(bytes)
     }
 
-    /// Where the guards were written, if they were.
+    /// Describes the writes to the guards, if there were any.
     ///
     /// # Errors
     /// The driver's.

@@ -11,7 +11,7 @@ use core::fmt;
 
 use crate::{
     dtype::DType,
-    fusion::{GammaType, Mode, Norm, Operation, Residual},
+    fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
     plan::Algorithm,
     quant::{Quantization, ScaleLayout},
 };
@@ -61,7 +61,8 @@ const SWIZZLED: u64 = 16;
 const SCALE: u64 = 32;
 const TWO_SHOT: u64 = 64;
 const SHARDED: u64 = 128;
-const ALL_FLAGS: u64 = 255;
+const ROUNDS_SUM: u64 = 256;
+const ALL_FLAGS: u64 = 511;
 
 impl Call {
     /// The call of `operation` with a plan of `algorithm`. `scale` is dropped if the quantization does not read it.
@@ -88,8 +89,17 @@ impl Call {
     pub fn to_words(&self) -> [u64; CALL_WORDS] {
         match self {
             Call::Operation { operation, scale, kernel } => {
-                let Operation { dtype, tokens, hidden, residual, norm, quantization, keep_norm, mode } =
-                    *operation;
+                let Operation {
+                    dtype,
+                    tokens,
+                    hidden,
+                    residual,
+                    norm,
+                    quantization,
+                    keep_norm,
+                    rounding,
+                    mode,
+                } = *operation;
                 let (kind, group) = quantization_code(quantization);
                 let flags = flag(residual.is_some(), RESIDUAL)
                     | flag(residual == Residual::Sharded, SHARDED)
@@ -98,7 +108,8 @@ impl Call {
                     | flag(norm.is_some_and(|norm| norm.gamma == GammaType::F32), F32_GAMMA)
                     | flag(quantization.scale_layout() == Some(ScaleLayout::Swizzled128x4), SWIZZLED)
                     | flag(scale.is_some(), SCALE)
-                    | flag(mode == Mode::TwoShot, TWO_SHOT);
+                    | flag(mode == Mode::TwoShot, TWO_SHOT)
+                    | flag(rounding == Rounding::AfterAllReduce, ROUNDS_SUM);
                 let head = OPERATION
                     | dtype_code(dtype) << DTYPE_SHIFT
                     | kind << QUANTIZATION_SHIFT
@@ -143,6 +154,7 @@ impl Call {
                         layout,
                     )?,
                     keep_norm: is(KEEP_NORM),
+                    rounding: if is(ROUNDS_SUM) { Rounding::AfterAllReduce } else { Rounding::Once },
                     mode: if is(TWO_SHOT) { Mode::TwoShot } else { Mode::OneShot },
                 };
                 if flags & !ALL_FLAGS != 0 {
@@ -206,8 +218,17 @@ impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Call::Operation { operation, scale, kernel } => {
-                let Operation { dtype, tokens, hidden, residual, norm, quantization, keep_norm, mode } =
-                    operation;
+                let Operation {
+                    dtype,
+                    tokens,
+                    hidden,
+                    residual,
+                    norm,
+                    quantization,
+                    keep_norm,
+                    rounding,
+                    mode,
+                } = operation;
                 let mode = if *mode == Mode::TwoShot { "two-shot" } else { "one-shot" };
                 write!(f, "{mode}, {tokens} tokens of {hidden} {dtype}")?;
                 if *kernel != 0 {
@@ -217,6 +238,9 @@ impl fmt::Display for Call {
                     Residual::None => {}
                     Residual::Replicated => f.write_str(", residual")?,
                     Residual::Sharded => f.write_str(", sharded residual")?,
+                }
+                if *rounding == Rounding::AfterAllReduce {
+                    f.write_str(", sum rounded")?;
                 }
                 if let Some(Norm { epsilon, weight_bias, gamma }) = norm {
                     write!(f, ", norm (epsilon {epsilon:e}")?;

@@ -26,18 +26,26 @@
 
 /// The content of a word of a slot until its data arrives.
 ///
-/// The word is `-0.0` as `f32`, and `(+0.0, -0.0)` as a pair of `f16` or `bf16`. One sentinel serves all element types,
-/// so operations of different types may use a slot in turn.
-pub const SENTINEL: u32 = 0x8000_0000;
+/// Every bit is set: a NaN as `f32`, and two NaNs as a pair of `f16` or `bf16`. So no number is the sentinel. One
+/// sentinel serves all element types, and operations of different types may use a slot in turn.
+pub const SENTINEL: u32 = u32::MAX;
 
 /// Number of slots.
 pub const SLOTS: u64 = 3;
 
-/// Makes a payload word fit to be sent: the sentinel becomes zero, which changes a `-0.0` to `+0.0` and no other value.
-/// A rank strips its own input too; otherwise sums would differ between ranks.
+/// Makes a word of elements, or of E4M3 codes, fit to be sent: the sentinel becomes another NaN, or pair of NaNs. No
+/// number changes, and no E4M3 code that [`encode`](crate::quant::e4m3::encode) returns.
 #[inline(always)]
 pub const fn strip(word: u32) -> u32 {
-    if word == SENTINEL { 0 } else { word }
+    if word < SENTINEL { word } else { SENTINEL - 1 }
+}
+
+/// Exchanges the sentinel with a word that the E2M1 codes of a row never are, `0x8000_0000`, and back: see
+/// [`e2m1::canonical`](crate::quant::e2m1::canonical). Codes of four bits have no NaN, so every other word of them may be
+/// sent as it is.
+#[inline(always)]
+pub const fn swap_e2m1(codes: u32) -> u32 {
+    codes ^ !0x8000_0000
 }
 
 /// True if the word has arrived.

@@ -8,19 +8,23 @@
 //! - The grid has at most as many blocks as can be resident at once, at most [`MAX_BLOCKS`], and at most as many
 //!   clusters as the round has tokens. Blocks have one dimension, a multiple of 32 threads and at most [`MAX_BLOCK_THREADS`]; clusters
 //!   have 1, 2, 4 or 8 blocks (1 before `sm_90`).
-//! - A kernel of `P` packs per thread needs `cluster * threads * P >= row_packs`; a streamed one takes any row.
+//! - A kernel of `P` packs per thread needs `cluster * threads * P >= row_packs` and `threads * P <=`
+//!   [`MAX_BLOCK_THREADS`]; a streamed one takes any row, and any number of threads.
 //! - Gamma and the quantization scales are constant while kernels run: they may be read before the dependent-launch
 //!   wait.
 //! - Launches that share a [`RankState`] follow each other in one stream (programmatic dependent launch included)
 //!   or are ordered by events: two of them never run at once.
 //! - A kernel that stands between two collectives and was itself launched as a programmatic dependent executes
 //!   `griddepcontrol.wait`, as all kernels here do.
-//! - Every rank of a group launches the same sequence of operations, with the same [`Shape`] and mode. Grids may
-//!   differ. So may packs per thread, clusters and threads of a block, as far as the exchange goes; but they decide in
-//!   which order a row's squares are summed, so ranks that are to have a norm of the same bits have the same.
+//! - Every rank of a group launches the same sequence of operations, with the same [`Shape`] and mode. Grids, packs per
+//!   thread, clusters and threads of a block may differ: results do not depend on them.
+//! - [`RmsNorm::norm_out`] may be [`Activations::input`], and [`Activations::residual_out`] the residual, address for
+//!   address. No other output overlaps anything. A thread that writes a pack has read, before, what was there, and nobody
+//!   else reads it.
 
 use crate::{
     fingerprint::in_ptx,
+    fusion::Rounding,
     lamport::{SENTINEL, SLOTS},
     pack::Pack,
     plan::{Algorithm, Plan, Round, owned_index},
@@ -225,9 +229,25 @@ pub struct Activations {
     pub residual: Address,
     /// The sum, plus the residual. Null only without a residual, and only in the kernels without a collective.
     pub residual_out: Address,
+    /// 1 to round the sum to the element type before the residual is added:
+    /// [`Rounding::AfterAllReduce`](crate::fusion::Rounding::AfterAllReduce); else 0. Kernels without a collective have no sum.
+    pub rounds_sum: u32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
 }
 
 impl Activations {
+    /// The activations at these addresses, of an operation with this rounding.
+    pub const fn new(
+        input: Address,
+        residual: Address,
+        residual_out: Address,
+        rounding: Rounding,
+    ) -> Activations {
+        let rounds_sum = matches!(rounding, Rounding::AfterAllReduce) as u32;
+        Activations { input, residual, residual_out, rounds_sum, reserved: 0 }
+    }
+
     /// An operation's activations as the kernel of one of its rounds takes them.
     pub const fn of_round(self, plan: &Plan, round: &Round) -> Activations {
         if !matches!(plan.algorithm, Algorithm::ShardedTwoShot) {
@@ -347,7 +367,7 @@ pub const LAYOUT: u32 = crate::fingerprint! {
     Status { abort, failed, missing_rank, hop, operation, token, call }
     Group { regions, state, status, slot_bytes, timeout_ns, world_size, rank }
     Shape { first_token, total_tokens, tokens, row_packs, call }
-    Activations { input, residual, residual_out }
+    Activations { input, residual, residual_out, rounds_sum, reserved }
     AnyFused { group, shape, activations, epilogue }
     AnyLocal { shape, activations, epilogue }
     AnyPlain { quantizer }
@@ -368,11 +388,11 @@ pub fn layout_of(ptx: &str) -> Option<u32> {
 // Host and device are compiled by different compilers: neither may pad what the other does not.
 const _: () = {
     assert!(size_of::<RankState>() == 64 + 16 * MAX_BLOCKS as usize && size_of::<Status>() == 64);
-    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 24);
+    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 32);
     assert!(size_of::<Unquantized>() == 0 && size_of::<Fp8Static>() == 16 && size_of::<NvFp4>() == 32);
     assert!(size_of::<Plain<NvFp4>>() == 32 && size_of::<RmsNorm<Unquantized>>() == 32);
-    assert!(size_of::<Fused<RmsNorm<NvFp4>>>() == 104 + 32 + 24 + 64);
-    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 24 + 48);
+    assert!(size_of::<Fused<RmsNorm<NvFp4>>>() == 104 + 32 + 32 + 64);
+    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 32 + 48);
 };
 
 #[cfg(test)]

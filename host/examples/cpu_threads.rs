@@ -10,11 +10,11 @@ use fused_collective::{
     Error,
     core::{
         dtype::{DType, bf16},
-        fusion::{Mode, Norm, Operation, Residual},
+        fusion::{Mode, Norm, Operation, Residual, Rounding},
         norm::Gamma,
         quant::{Quantization, dequantize},
     },
-    cpu::{Communicator, Inputs, Options, Outputs},
+    cpu::{Communicator, Inputs, Operand, Options, Outputs},
     group::{Bootstrap as _, Thread, threads},
 };
 
@@ -33,6 +33,7 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Error> {
         norm: Some(Norm::default()),
         quantization: Quantization::Fp8Static,
         keep_norm: false,
+        rounding: Rounding::Once,
         mode: Mode::Auto,
     };
     // Once for each group, for rows of up to so many bytes.
@@ -50,7 +51,12 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Error> {
     // As often as there are layers. Every rank calls the same.
     communicator.all_reduce(
         &operation,
-        Inputs { input: &input, residual: Some(&residual), gamma: Gamma::Element(&gamma), scale: SCALE },
+        Inputs {
+            input: Operand::Apart(&input[..]),
+            residual: Some(Operand::Apart(&residual[..])),
+            gamma: Gamma::Element(&gamma),
+            scale: SCALE,
+        },
         Outputs {
             residual_out: &mut residual_out,
             norm_out: &mut [],

@@ -12,7 +12,7 @@ use cudarc::driver::{CudaContext, CudaSlice, DevicePtr as _, DevicePtrMut as _};
 use fused_collective::{
     core::{
         dtype::{DType, bf16},
-        fusion::{Mode, Norm, Operation, Residual},
+        fusion::{Mode, Norm, Operation, Residual, Rounding},
         quant::Quantization,
     },
     cuda::{Communicator, DeviceTensor, KernelSource, Options, TensorType, Tensors, slot_bytes},
@@ -47,6 +47,7 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
         norm: Some(Norm::default()),
         quantization: Quantization::Fp8Static,
         keep_norm: false,
+        rounding: Rounding::Once,
         mode: Mode::Auto,
     };
     let options = Options {

@@ -12,7 +12,7 @@ use cudarc::driver::{CudaContext, CudaSlice, DevicePtr as _, DevicePtrMut as _};
 use fused_collective::{
     core::{
         dtype::{DType, bf16},
-        fusion::{Mode, Operation, Residual},
+        fusion::{Mode, Operation, Residual, Rounding},
         kernels::{Family, Version},
         quant::Quantization,
     },
@@ -46,6 +46,7 @@ fn rank(bootstrap: &Thread, image: &[u8]) -> Result<f32, Box<dyn Error + Send + 
         norm: None,
         quantization: Quantization::None,
         keep_norm: false,
+        rounding: Rounding::Once,
         mode: Mode::TwoShot,
     };
     let options = Options {

@@ -121,6 +121,21 @@ pub enum TensorProblem {
         /// The alignment.
         alignment: u64,
     },
+    /// It is to be in place of an output that the operation does not write.
+    NoPlace {
+        /// The output.
+        output: &'static str,
+    },
+    /// It is written, and its memory is another tensor's as well. Only `norm_out` may be all of the input's memory, and
+    /// `residual_out` all of the residual's.
+    Overlap {
+        /// Its address.
+        address: u64,
+        /// The other tensor.
+        other: &'static str,
+        /// The address of that.
+        other_address: u64,
+    },
     /// A range of bytes does not lie in it.
     Range {
         /// Bytes of the tensor.
@@ -270,6 +285,16 @@ impl fmt::Display for TensorProblem {
             }
             TensorProblem::Misaligned { address, alignment } => {
                 write!(f, "is at {address:#x}, which is not a multiple of {alignment} above 0")
+            }
+            TensorProblem::NoPlace { output } => {
+                write!(f, "is to be in the memory of {output}, which the operation does not write")
+            }
+            TensorProblem::Overlap { address, other, other_address } => {
+                write!(
+                    f,
+                    "is at {address:#x} and overlaps {other} at {other_address:#x}: norm_out may be the input, and \
+                     residual_out the residual, address for address"
+                )
             }
             TensorProblem::Range { bytes, offset, length } => {
                 write!(f, "has {bytes} bytes: {length} at {offset} are not in it")

@@ -12,11 +12,11 @@
 //!     Error,
 //!     core::{
 //!         dtype::{DType, bf16},
-//!         fusion::{Mode, Norm, Operation, Residual},
+//!         fusion::{Mode, Norm, Operation, Residual, Rounding},
 //!         norm::Gamma,
 //!         quant::Quantization,
 //!     },
-//!     cpu::{Communicator, Inputs, Options, Outputs},
+//!     cpu::{Communicator, Inputs, Operand, Options, Outputs},
 //!     group::{Bootstrap as _, threads},
 //! };
 //!
@@ -28,6 +28,7 @@
 //!     norm: Some(Norm::default()),
 //!     quantization: Quantization::Fp8Static,
 //!     keep_norm: false,
+//!     rounding: Rounding::Once,
 //!     mode: Mode::Auto,
 //! };
 //! let deadline = Duration::from_secs(10);
@@ -44,8 +45,8 @@
 //!             let mut residual_out = vec![bf16::ZERO; 4 * 64];
 //!             let mut quant_out = vec![0; 4 * 64];
 //!             let inputs = Inputs {
-//!                 input: &input,
-//!                 residual: Some(&residual),
+//!                 input: Operand::Apart(&input[..]),
+//!                 residual: Some(Operand::Apart(&residual[..])),
 //!                 gamma: Gamma::Element(&gamma),
 //!                 scale: 0.125,
 //!             };

@@ -8,13 +8,13 @@ use std::{
 
 use fused_collective::{
     Error,
-    cpu::{self, Communicator, Inputs, Outputs, Plain},
+    cpu::{self, Communicator, Inputs, Operand, Outputs, Plain},
     group::failure::{Cause, Disagreement, Failure, Fault, GaveUp, What},
     group::{Aborter, Thread, threads},
 };
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
-    fusion::{GammaType, Mode, Norm, Operation, Residual},
+    fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
     norm::Gamma,
     quant::{Quantization, ScaleLayout},
 };
@@ -47,6 +47,7 @@ fn operation() -> Operation {
         norm: Some(Norm::default()),
         quantization: Quantization::Fp8Static,
         keep_norm: false,
+        rounding: Rounding::Once,
         mode: Mode::OneShot,
     }
 }
@@ -74,8 +75,8 @@ fn run_typed<E: Plain>(
     let mut quant_out = vec![0; (tokens * quantization.value_bytes_per_row(hidden)) as usize];
     let mut scale_out = vec![0; quantization.scale_bytes(tokens, hidden).unwrap() as usize];
     let inputs = Inputs {
-        input: &ones[..elements],
-        residual: operation.residual.is_some().then_some(&ones[..elements]),
+        input: Operand::Apart(&ones[..elements]),
+        residual: operation.residual.is_some().then_some(Operand::Apart(&ones[..elements])),
         gamma: match operation.norm {
             Some(Norm { gamma: GammaType::F32, .. }) => Gamma::F32(&wide),
             _ => Gamma::Element(&ones[..hidden as usize]),

@@ -8,7 +8,7 @@ use fused_collective::{
     Error,
     core::{
         dtype::{DType, bf16},
-        fusion::{Mode, Norm, Operation, Residual},
+        fusion::{Mode, Norm, Operation, Residual, Rounding},
         plan::Algorithm,
         quant::Quantization,
     },
@@ -46,6 +46,7 @@ fn operation(tokens: u64, hidden: u64) -> Operation {
         norm: Some(Norm::default()),
         quantization: Quantization::None,
         keep_norm: false,
+        rounding: Rounding::Once,
         mode: Mode::Auto,
     }
 }

@@ -94,6 +94,9 @@ impl core::error::Error for RowError {}
 ///   [`zero_padding_rows`](ScaleLayout::zero_padding_rows) zeroes them. Per-token `f32` scales are little-endian, at
 ///   `4 * token`.
 ///
+/// E2M1 codes are [canonical](e2m1::canonical): if all codes of a 16-byte pack of elements are `+0` but the last, and that
+/// is `-0`, it is written as `+0`. Otherwise each code is [`e2m1::encode`] of its element.
+///
 /// [`Quantization::None`] writes nothing, and `values` must be empty.
 ///
 /// # Errors
@@ -257,8 +260,8 @@ trait BlockFormat {
     fn largest<E: Element>(block: &[E]) -> f32;
     /// The code of the scale, and the multiplier of elements, for a block whose largest magnitude is `amax`.
     fn scale(&self, amax: f32) -> (u8, f32);
-    /// The codes of at most [`BATCH`] multiplied elements.
-    fn encode(values: &[f32], codes: &mut [u8]);
+    /// The codes of at most [`BATCH`] multiplied elements, which are those of `LANES` to a pack.
+    fn encode<const LANES: usize>(values: &[f32], codes: &mut [u8]);
 }
 
 /// E4M3 with UE8M0 scales.
@@ -279,7 +282,7 @@ impl BlockFormat for Fp8Block {
     }
 
     #[inline(always)]
-    fn encode(values: &[f32], codes: &mut [u8]) {
+    fn encode<const LANES: usize>(values: &[f32], codes: &mut [u8]) {
         for (code, &value) in codes.iter_mut().zip(values) {
             *code = e4m3::encode(value);
         }
@@ -304,8 +307,8 @@ impl BlockFormat for MxFp4Block {
     }
 
     #[inline(always)]
-    fn encode(values: &[f32], codes: &mut [u8]) {
-        encode_e2m1(values, codes);
+    fn encode<const LANES: usize>(values: &[f32], codes: &mut [u8]) {
+        encode_e2m1::<LANES>(values, codes);
     }
 }
 
@@ -329,8 +332,8 @@ impl BlockFormat for NvFp4Block {
     }
 
     #[inline(always)]
-    fn encode(values: &[f32], codes: &mut [u8]) {
-        encode_e2m1(values, codes);
+    fn encode<const LANES: usize>(values: &[f32], codes: &mut [u8]) {
+        encode_e2m1::<LANES>(values, codes);
     }
 }
 
@@ -341,13 +344,22 @@ const BATCH: usize = 512;
 const MAX_BLOCKS: usize = BATCH / 16;
 
 #[inline(always)]
-fn encode_e2m1(values: &[f32], bytes: &mut [u8]) {
+fn encode_e2m1<const LANES: usize>(values: &[f32], bytes: &mut [u8]) {
     let mut codes = [0; BATCH];
     for (code, &value) in codes.iter_mut().zip(values) {
         *code = e2m1::encode(value);
     }
     for (byte, &[first, second]) in bytes.iter_mut().zip(codes.as_chunks::<2>().0) {
         *byte = e2m1::pack(first, second);
+    }
+    if LANES == 8 {
+        for pack in bytes.as_chunks_mut().0 {
+            *pack = e2m1::canonical::<8>(u32::from_le_bytes(*pack)).to_le_bytes();
+        }
+    } else {
+        for pack in bytes.as_chunks_mut().0 {
+            *pack = (e2m1::canonical::<4>(u16::from_le_bytes(*pack).into()) as u16).to_le_bytes();
+        }
     }
 }
 
@@ -378,7 +390,10 @@ fn quantize_blocks<E: Element, F: BlockFormat, const BLOCK: usize>(
                 *value = element.to_f32() * multiplier;
             }
         }
-        F::encode(&values[..elements.len()], codes);
+        match E::LANES {
+            8 => F::encode::<8>(&values[..elements.len()], codes),
+            _ => F::encode::<4>(&values[..elements.len()], codes),
+        }
         for (index, &code) in scale_codes[..blocks.len()].iter().enumerate() {
             scales.set(batch * (BATCH / BLOCK) + index, code);
         }

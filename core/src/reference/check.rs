@@ -2,81 +2,15 @@
 //!
 //! An output passes if it lies between the least and the greatest value that the [allowed errors](super) permit.
 
-use core::fmt;
-
-use super::compute::{Rounding, Token, inverse_rms, sum_of_squares};
 use crate::{
     dtype::{DType, Element},
-    fusion::{Norm, Operation},
+    fusion::{Norm, Operation, Rounding},
     quant::{Quantization, e2m1, e4m3, scale, ue4m3, ue8m0},
+    specification::{Mismatch, Observed, Output, Token},
 };
 
 /// Half the spacing of `f32` at 1.
 const U: f64 = 1.0 / (1u64 << 24) as f64;
-
-/// The outputs that an implementation wrote for one token.
-#[derive(Clone, Copy, Debug)]
-pub struct Observed<'a, E> {
-    /// The sum, plus the residual, `[hidden]`.
-    pub residual_out: &'a [E],
-    /// The norm, `[hidden]`; empty if the operation does not write it.
-    pub norm_out: &'a [E],
-    /// The codes of the token; empty without quantization.
-    pub values: &'a [u8],
-    /// The scales of the whole tensor; empty if there are none.
-    pub scales: &'a [u8],
-}
-
-/// An output of the operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Output {
-    /// The sum, plus the residual.
-    Residual,
-    /// The norm.
-    Norm,
-    /// A code of the quantized norm, decoded.
-    Value,
-    /// A scale of the quantized norm, decoded.
-    Scale,
-}
-
-impl fmt::Display for Output {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Output::Residual => "residual_out",
-            Output::Norm => "norm_out",
-            Output::Value => "quant_out",
-            Output::Scale => "scale_out",
-        })
-    }
-}
-
-/// A value that the reference does not allow.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Mismatch {
-    /// The output that has the value.
-    pub output: Output,
-    /// Index of the token.
-    pub token: u64,
-    /// Index of the element in the token; for a scale, of the block.
-    pub index: u64,
-    /// The value that was written, decoded.
-    pub got: f64,
-    /// The least right value.
-    pub low: f64,
-    /// The greatest right value.
-    pub high: f64,
-}
-
-impl fmt::Display for Mismatch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Mismatch { output, token, index, got, low, high } = self;
-        write!(f, "{output}[{token}, {index}] is {got:e}, but the reference is {low:e}")?;
-        if low == high { Ok(()) } else { write!(f, " to {high:e}") }
-    }
-}
-
-impl core::error::Error for Mismatch {}
 
 /// The result of exact arithmetic, and the least and the greatest allowed result of `f32` arithmetic.
 #[derive(Clone, Copy)]
@@ -137,11 +71,10 @@ fn element_error<E: Element>(got: E, exact: f64) -> f64 {
 /// If a row is shorter than `observed.residual_out`, or codes or scales are not those of `operation`.
 pub fn check_token<E: Element>(
     operation: &Operation,
-    rounding: Rounding,
     token: &Token<'_, E>,
     observed: &Observed<'_, E>,
 ) -> Result<f64, Mismatch> {
-    let checker = Checker { operation, rounding, token, observed };
+    let checker = Checker { operation, token, observed };
     let residual_error = checker.residual_out()?;
     let Some(norm) = operation.norm else { return Ok(residual_error) };
     let norm = checker.norm(norm);
@@ -152,7 +85,6 @@ pub fn check_token<E: Element>(
 
 struct Checker<'a, E> {
     operation: &'a Operation,
-    rounding: Rounding,
     token: &'a Token<'a, E>,
     observed: &'a Observed<'a, E>,
 }
@@ -228,12 +160,21 @@ impl<E: Element> Checker<'_, E> {
         Ok(largest)
     }
 
+    fn exact_sum(&self, index: usize) -> f64 {
+        self.token.inputs.iter().map(|row| f64::from(row[index].to_f32())).sum()
+    }
+
+    fn residual(&self, index: usize) -> f64 {
+        self.token.residual.map_or(0.0, |row| f64::from(row[index].to_f32()))
+    }
+
     /// The sum of all inputs and the residual.
     fn sum(&self, index: usize) -> Allowed {
-        let (sum, residual) = (self.token.sum(index), self.token.residual(index));
+        let (sum, residual) = (self.exact_sum(index), self.residual(index));
         let magnitude: f64 = self.token.inputs.iter().map(|row| f64::from(row[index].to_f32()).abs()).sum();
         let slack = self.token.inputs.len() as f64 * U * magnitude;
-        match self.rounding {
+        match self.operation.rounding {
+            _ if self.token.residual.is_none() => Allowed::around(sum, slack),
             Rounding::Once => Allowed::around(sum + residual, slack + U * (magnitude + residual.abs())),
             Rounding::AfterAllReduce => {
                 let reduced = Allowed::around(sum, slack);
@@ -248,7 +189,7 @@ impl<E: Element> Checker<'_, E> {
     /// The sum of the magnitudes of all addends.
     fn magnitude(&self, index: usize) -> f64 {
         let inputs: f64 = self.token.inputs.iter().map(|row| f64::from(row[index].to_f32()).abs()).sum();
-        inputs + self.token.residual(index).abs()
+        inputs + self.residual(index).abs()
     }
 
     /// True if a partial sum in `f32` may overflow although the whole sum does not.
@@ -276,7 +217,7 @@ impl<E: Element> Checker<'_, E> {
 
     fn exact_norm(&self, norm: &TokenNorm, index: usize) -> Allowed {
         let value = f64::from(self.observed.residual_out[index].to_f32());
-        let weight = self.token.weight(index, norm.parameters.weight_bias);
+        let weight = f64::from(norm.parameters.weight_bias) + f64::from(self.token.gamma.get(index));
         // A product below the smallest normal `f32` is rounded to a multiple of 2^-149, or flushed to 0.
         let tiny = f64::from(f32::MIN_POSITIVE) * (1.0 + weight.abs());
         let [low, exact, high] = [norm.inverse_rms.low, norm.inverse_rms.exact, norm.inverse_rms.high]
@@ -409,4 +350,15 @@ impl<E: Element> Checker<'_, E> {
         }
         Ok(largest)
     }
+}
+
+/// `1 / sqrt(mean(row^2) + epsilon)`. As in the [specification](crate::norm::rsqrt), the mean and epsilon count as 2^-126 at
+/// least.
+fn inverse_rms<E: Element>(row: &[E], epsilon: f32) -> f64 {
+    let mean = sum_of_squares(row) / row.len() as f64 + f64::from(epsilon);
+    1.0 / libm::sqrt(if mean < f64::from(f32::MIN_POSITIVE) { f64::from(f32::MIN_POSITIVE) } else { mean })
+}
+
+fn sum_of_squares<E: Element>(row: &[E]) -> f64 {
+    row.iter().map(|value| f64::from(value.to_f32())).map(|value| value * value).sum()
 }

@@ -57,6 +57,7 @@ where
     // SAFETY of all accesses below: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the
     // tensors and the slots, and by the launch rules this thread's alone.
     let has_residual = !activations.residual.is_null();
+    let rounds_sum = activations.rounds_sum != 0;
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     // A pack is as far from a slot's first row as it is from the row of the round's first token in a tensor: with this
@@ -151,8 +152,13 @@ where
                     Awaited { shape, token, hop: 1 },
                 );
                 slice.for_each(chunk, |p, _| {
-                    row[p] =
-                        residual_out::<E, N>(group, &packs[p], own[p], has_residual.then_some(residual[p]));
+                    row[p] = residual_out::<E, N>(
+                        group,
+                        &packs[p],
+                        own[p],
+                        has_residual.then_some(residual[p]),
+                        rounds_sum,
+                    );
                 });
                 // The links carry the next row while this one is normalized.
                 next_own = push(&begun, next, chunk);

@@ -17,7 +17,7 @@
 //!                 other ranks' tokens, of the turn before:
 //!                     poll the own slot until the words have arrived; refill it; store them
 //! ```
-//! What an owner sends is stripped of the sentinel, and it stores the same itself. [`turns`](super::turns) says in which
+//! What an owner sends is stripped of the sentinel, which changes no number, and it stores the same itself. [`turns`](super::turns) says in which
 //! order a team completes tokens.
 //!
 //! The second hop is short, so it should not begin only when the first is done: where it can, a team pushes a row only
@@ -71,6 +71,7 @@ where
     let (team_index, teams) = (team.index, team.teams);
     let tokens = Tokens::<N>::new(group, shape);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
+    let rounds_sum = activations.rounds_sum != 0;
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     let (row_bytes, stride) = (rows.row_bytes, rows.first_hop(1, 0));
@@ -158,7 +159,8 @@ where
                     push(waiter, other + ((turns_ahead + 1) * simt::clusters()) as i32, chunk);
                 }
                 slice.for_each(chunk, |p, _| {
-                    row[p] = residual_out::<E, N>(group, &packs[p], own[p].strip(), Some(residual[p]));
+                    row[p] =
+                        residual_out::<E, N>(group, &packs[p], own[p].strip(), Some(residual[p]), rounds_sum);
                 });
             };
             // SAFETY: see above.

@@ -31,7 +31,7 @@ pub(super) unsafe fn load_row<const P: usize, const RESIDENT: bool>(
 }
 
 /// `residual_out`: the packs of all ranks, stripped, `own` among the peers' as [`Waiter::all`] gives them, summed in
-/// rank order, plus the residual, rounded, and stripped of the sentinel: two-shot must strip it before it sends it, and
+/// rank order, plus the residual, rounded (before it is added as well, if `rounds_sum`), and stripped of the sentinel: two-shot must strip it before it sends it, and
 /// both modes give the same bits.
 #[inline(always)]
 pub(super) fn residual_out<E: Element, const N: usize>(
@@ -39,6 +39,7 @@ pub(super) fn residual_out<E: Element, const N: usize>(
     peers: &[Pack; N],
     own: Pack,
     residual: Option<Pack>,
+    rounds_sum: bool,
 ) -> Pack {
     let mut sum;
     if N == 2 {
@@ -60,6 +61,10 @@ pub(super) fn residual_out<E: Element, const N: usize>(
         add_rank!(1 2 3 4 5 6 7);
     }
     if let Some(residual) = residual {
+        if rounds_sum {
+            // `black_box`, so that this stays a branch: both results would take up registers.
+            sum = convert::widen::<E>(simt::black_box(convert::narrow::<E>(sum)));
+        }
         add::<E>(&mut sum, residual);
     }
     convert::narrow::<E>(sum).strip()

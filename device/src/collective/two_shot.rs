@@ -59,6 +59,7 @@ where
     let (team_index, teams) = (team.index, team.teams);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     let has_residual = !activations.residual.is_null();
+    let rounds_sum = activations.rounds_sum != 0;
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     let (row_bytes, stride) = (shape.row_bytes(), rows.first_hop(1, 0));
@@ -129,6 +130,7 @@ where
                         &packs[p],
                         own[p].strip(),
                         has_residual.then_some(residual[p]),
+                        rounds_sum,
                     );
                     if !begun.waiter.failed {
                         let result = result(token) + pack as u64 * Pack::BYTES;

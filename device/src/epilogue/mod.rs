@@ -4,7 +4,7 @@
 //! for one sum over the row, as RMSNorm does, before it stores anything. [`Plain`] and [`RmsNorm`] are epilogues;
 //! what either hands on, the row or its norm, goes to a [`Quantizer`].
 
-use fused_collective_core::{dtype::Element, pack::Pack};
+use fused_collective_core::{dtype::Element, norm, pack::Pack};
 
 use crate::{
     convert,
@@ -293,16 +293,12 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
 
     #[inline(always)]
     fn addend(&self, row: Pack) -> f32 {
-        let mut sum = 0.0;
-        for &value in convert::widen::<E>(row).as_ref() {
-            sum = simt::fma(value, value, sum);
-        }
-        sum
+        norm::pack_squares::<E>(convert::widen::<E>(row), simt::fma)
     }
 
     #[inline(always)]
     fn row_value(&self, sum: f32) -> f32 {
-        simt::rsqrt(simt::fma(sum, self.inverse_hidden, self.epsilon))
+        norm::rsqrt(simt::fma(sum, self.inverse_hidden, self.epsilon), simt::fma)
     }
 
     #[inline(always)]

@@ -2,8 +2,9 @@
 
 use fused_collective_core::{
     dtype::Element,
+    lamport,
     pack::Pack,
-    quant::{ScaleLayout, scale},
+    quant::{ScaleLayout, e2m1, scale},
 };
 
 use super::{PackIndex, Quantizer};
@@ -144,7 +145,7 @@ impl<E: Element> Quantizer<E> for NvFp4 {
 
     #[inline(always)]
     unsafe fn store(&self, index: PackIndex, values: Pack, global_scale: f32) {
-        let (codes, scale) = e2m1::<E>(values, global_scale, index.lanes());
+        let (codes, scale) = nvfp4::<E>(values, global_scale, index.lanes());
         // SAFETY: as this function's; a block's scale is its first lane's to store.
         unsafe {
             store_e2m1::<E>(self, index, codes);
@@ -156,13 +157,16 @@ impl<E: Element> Quantizer<E> for NvFp4 {
 
     #[inline(always)]
     fn encode(index: PackIndex, values: Pack, global_scale: f32) -> (Pack, u32) {
-        let (codes, scale) = e2m1::<E>(values, global_scale, WARP);
+        let (codes, scale) = nvfp4::<E>(values, global_scale, WARP);
         if E::LANES != 8 {
             return (Pack([codes | u32::from(scale) << 16, 0, 0, 0]), 0);
         }
         // What no block of the row has a scale for is padding, and zero.
         let scale = if index.pack < index.row_packs { u32::from(scale) } else { 0 };
-        (Pack([codes, 0, 0, 0]), simt::tile_or::<8>(scale << (index.pack / 2 % 4 * 8), WARP))
+        (
+            Pack([lamport::swap_e2m1(codes), 0, 0, 0]),
+            simt::tile_or::<8>(scale << (index.pack / 2 % 4 * 8), WARP),
+        )
     }
 
     #[inline(always)]
@@ -170,7 +174,7 @@ impl<E: Element> Quantizer<E> for NvFp4 {
         let Pack([word, ..]) = words;
         // SAFETY: as this function's.
         unsafe {
-            store_e2m1::<E>(self, index, word);
+            store_e2m1::<E>(self, index, if E::LANES == 8 { lamport::swap_e2m1(word) } else { word });
             if E::LANES != 8 && index.pack.is_multiple_of(packs_per_block::<E>()) {
                 store_scale(self, index, packs_per_block::<E>(), (word >> 16) as u8);
             }
@@ -209,7 +213,7 @@ const fn packs_per_block<E: Element>() -> u32 {
 
 /// A pack's codes, two in a byte, and its block's scale. The first `lanes` lanes of a warp call this together.
 #[inline(always)]
-fn e2m1<E: Element>(values: Pack, global_scale: f32, lanes: u32) -> (u32, u8) {
+fn nvfp4<E: Element>(values: Pack, global_scale: f32, lanes: u32) -> (u32, u8) {
     let wide = convert::widen::<E>(values);
     let own = wide.as_ref().iter().fold(0.0, |largest, &value| scale::amax_or_nan(largest, value));
     // Magnitudes, NaN included, are in the order of their bits. A block is the packs of two or four lanes.
@@ -220,7 +224,9 @@ fn e2m1<E: Element>(values: Pack, global_scale: f32, lanes: u32) -> (u32, u8) {
     // As `scale::nvfp4_block` and `scale::nvfp4_multiplier`.
     let code = convert::ue4m3(scale::nvfp4_scale(f32::from_bits(bits), global_scale));
     let multiplier = scale::nvfp4_multiplier_of(convert::from_ue4m3(code), global_scale);
-    (convert::e2m1_codes(wide.as_ref(), multiplier), code)
+    let codes = convert::e2m1_codes(wide.as_ref(), multiplier);
+    let codes = if E::LANES == 8 { e2m1::canonical::<8>(codes) } else { e2m1::canonical::<4>(codes) };
+    (codes, code)
 }
 
 /// # Safety

@@ -14,10 +14,9 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     time::Instant,
-    vec::Vec,
 };
 
-use fused_collective_core::pack::Pack;
+use fused_collective_core::{norm, pack::Pack};
 
 use super::limits::WARP;
 
@@ -115,20 +114,14 @@ pub(super) fn warp_barrier() {}
 
 pub(super) fn warp_sum(value: f32) -> f32 {
     exchange(WARP, value.to_bits(), |mailbox| {
-        let mut values = [0.0; WARP as usize];
-        for (value, bits) in values.iter_mut().zip(mailbox) {
-            *value = f32::from_bits(bits.load(Ordering::Relaxed));
-        }
-        // The pairs that the GPU's butterfly adds, in its order.
-        let mut distance = WARP as usize / 2;
-        while distance > 0 {
-            for lane in 0..distance {
-                values[lane] += values[lane + distance];
-            }
-            distance /= 2;
-        }
-        values[0]
+        let value = |lane: usize| f32::from_bits(mailbox[lane].load(Ordering::Relaxed));
+        norm::sum_by_halves::<{ WARP as usize }>(array::from_fn(value))
     })
+}
+
+pub(super) fn two_warp_sums(first: f32, second: f32) -> f32 {
+    let (first, second) = (warp_sum(first), warp_sum(second));
+    if thread() & (WARP / 2) == 0 { first } else { second }
 }
 
 pub(super) fn tile_sum(value: f32, lanes: u32) -> f32 {
@@ -136,13 +129,10 @@ pub(super) fn tile_sum(value: f32, lanes: u32) -> f32 {
         return value;
     }
     exchange(lanes, value.to_bits(), |mailbox| {
-        let mut values: Vec<f32> =
-            mailbox.iter().map(|bits| f32::from_bits(bits.load(Ordering::Relaxed))).collect();
-        // The pairs that the GPU's butterfly adds, in its order.
-        while values.len() > 1 {
-            values = values.chunks(2).map(|pair| pair[0] + pair[1]).collect();
-        }
-        values[0]
+        // A tile of fewer lanes is one of eight whose others hold zeros.
+        let value =
+            |lane: usize| mailbox.get(lane).map_or(0.0, |bits| f32::from_bits(bits.load(Ordering::Relaxed)));
+        norm::sum_by_halves::<8>(array::from_fn(value))
     })
 }
 
@@ -235,12 +225,12 @@ pub(super) fn fma(a: f32, b: f32, c: f32) -> f32 {
     a.mul_add(b, c)
 }
 
-pub(super) fn rsqrt(value: f32) -> f32 {
-    1.0 / value.sqrt()
-}
-
 pub(super) fn black_box(pack: Pack) -> Pack {
     pack
+}
+
+pub(super) fn black_box_u32(value: u32) -> u32 {
+    value
 }
 
 pub(super) fn black_box_u64(value: u64) -> u64 {

@@ -4,7 +4,7 @@
 pub const WARP: u32 = 32;
 
 /// Floats of a block's [`Shared`](super::Shared) memory.
-pub const SHARED_FLOATS: u32 = 80;
+pub const SHARED_FLOATS: u32 = 1040;
 
 /// Counters of a block's [`Shared`](super::Shared) memory.
 pub const COUNTERS: u32 = 2;

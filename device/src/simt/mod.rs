@@ -105,8 +105,15 @@ pub fn warp_sum(value: f32) -> f32 {
     imp::warp_sum(value)
 }
 
-/// The sum over this lane's tile of `lanes` lanes, 1, 2, 4 or 8, aligned to that many, with the same bits in each of
-/// them. All 32 lanes call it with the same `lanes`.
+/// Two sums over the warp: of `first` in its first 16 lanes, of `second` in the others, with the same bits in each of them.
+/// All 32 lanes call it.
+#[inline(always)]
+pub fn two_warp_sums(first: f32, second: f32) -> f32 {
+    imp::two_warp_sums(first, second)
+}
+
+/// The sum over this lane's tile of `lanes` lanes, 1, 2, 4 or 8, aligned to that many, by halves,
+/// with the same bits in each of them. All 32 lanes call it with the same `lanes`.
 #[inline(always)]
 pub fn tile_sum(value: f32, lanes: u32) -> f32 {
     imp::tile_sum(value, lanes)
@@ -218,17 +225,17 @@ pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     imp::fma(a, b, c)
 }
 
-/// `1 / sqrt(value)`, off by at most two units in the last place.
-#[inline(always)]
-pub fn rsqrt(value: f32) -> f32 {
-    imp::rsqrt(value)
-}
-
 /// The same pack, of which a compiler knows nothing. Where it would widen a pack ahead of a loop, this keeps it
 /// packed, in half the registers or a quarter.
 #[inline(always)]
 pub fn black_box(pack: Pack) -> Pack {
     imp::black_box(pack)
+}
+
+/// As [`black_box_u64`], of a number of 32 bits.
+#[inline(always)]
+pub fn black_box_u32(value: u32) -> u32 {
+    imp::black_box_u32(value)
 }
 
 /// The same number, of which a compiler knows nothing: what is computed from it is computed here, not ahead of a

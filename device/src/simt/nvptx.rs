@@ -119,6 +119,20 @@ pub(super) fn warp_sum(mut value: f32) -> f32 {
 }
 
 #[inline(always)]
+pub(super) fn two_warp_sums(first: f32, second: f32) -> f32 {
+    let is_second = thread() & (WARP / 2) != 0;
+    let (mut value, other) = if is_second { (second, first) } else { (first, second) };
+    let mut distance = WARP / 2;
+    // SAFETY: all 32 lanes are here; so below.
+    value += unsafe { shuffle_f32(u32::MAX, other, distance, WHOLE_WARP) };
+    while distance > 1 {
+        distance /= 2;
+        value += unsafe { shuffle_f32(u32::MAX, value, distance, WHOLE_WARP) };
+    }
+    value
+}
+
+#[inline(always)]
 pub(super) fn tile_sum(mut value: f32, lanes: u32) -> f32 {
     // As above. Written out: the distances of a loop would be in registers.
     macro_rules! add {
@@ -129,7 +143,7 @@ pub(super) fn tile_sum(mut value: f32, lanes: u32) -> f32 {
             }
         )*};
     }
-    add!(1 2 4);
+    add!(4 2 1);
     value
 }
 
@@ -322,14 +336,6 @@ pub(super) fn fma(a: f32, b: f32, c: f32) -> f32 {
 }
 
 #[inline(always)]
-pub(super) fn rsqrt(value: f32) -> f32 {
-    let result;
-    // SAFETY: arithmetic.
-    unsafe { asm!("rsqrt.approx.f32 {0}, {1};", out(reg32) result, in(reg32) value, options(pure, nomem)) }
-    result
-}
-
-#[inline(always)]
 pub(super) fn black_box(pack: Pack) -> Pack {
     let [mut a, mut b, mut c, mut d] = pack.0;
     // SAFETY: nothing. Volatile, or it would be moved out of the loop as well.
@@ -337,6 +343,13 @@ pub(super) fn black_box(pack: Pack) -> Pack {
         asm!("// {0} {1} {2} {3}", inout(reg32) a, inout(reg32) b, inout(reg32) c, inout(reg32) d, options(nomem));
     }
     Pack([a, b, c, d])
+}
+
+#[inline(always)]
+pub(super) fn black_box_u32(mut value: u32) -> u32 {
+    // SAFETY: nothing. Volatile, as above.
+    unsafe { asm!("// {0}", inout(reg32) value, options(nomem)) }
+    value
 }
 
 #[inline(always)]

@@ -44,7 +44,7 @@ fn the_example_s_kernel_is_right() {
             });
             check_all(&case, &tensors);
             for (own, out) in tensors.iter().zip(&outputs) {
-                for (sum, gelu) in own.residual_out.get::<bf16>().into_iter().zip(out.get::<bf16>()) {
+                for (sum, gelu) in own.residual_out().get::<bf16>().into_iter().zip(out.get::<bf16>()) {
                     let (sum, gelu) = (sum.to_f32(), gelu.to_f32());
                     let expected = sum / (1.0 + (-1.702 * sum).exp());
                     // Half of the last digit of eight, and what the approximation adds.

@@ -2,8 +2,8 @@
 
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
+    fusion::Rounding,
     quant::Quantization,
-    reference::Rounding,
 };
 use fused_collective_device::{
     launch::{Activations, Address, Local, Plain, Unquantized},
@@ -61,7 +61,7 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
                 }
                 _ => one_pass(compiled, ("norm", rows), &case, with, fused.norm(&case, Unquantized), &fused),
             }
-            fused.check(&case, Rounding::Once);
+            fused.check(&case);
             if case.operation.quantization == Quantization::None {
                 continue;
             }
@@ -74,11 +74,8 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
                 apart.norm(&case, Unquantized),
                 &apart,
             );
-            let norm = Activations {
-                input: apart.norm_out.address(),
-                residual: Address::NULL,
-                residual_out: Address::NULL,
-            };
+            let norm =
+                Activations::new(apart.norm_out().address(), Address::NULL, Address::NULL, Rounding::Once);
             match case.operation.quantization {
                 Quantization::NvFp4 { layout } => {
                     one_pass(

@@ -1,14 +1,14 @@
-//! Operations with random tensors, a rank's memory for one, and the judgement of `core::reference`.
+//! Operations with random tensors, a rank's memory for one, and the comparison with `core::specification`.
 
 use std::ops::Range;
 
 use fused_collective_core::{
     dtype::Element,
-    fusion::{Mode, Norm, Operation, Residual},
+    fusion::{Mode, Norm, Operation, Residual, Rounding},
     norm::Gamma,
     plan::{owned_index, owner},
     quant::{Quantization, ScaleLayout},
-    reference::{self, Observed, Rounding, Token},
+    specification::{Mismatch, Observed, Row, Token},
 };
 use fused_collective_device::launch::{Activations, Address, Fp8Static, NvFp4, RmsNorm};
 
@@ -75,6 +75,7 @@ impl<E: Element> Case<E> {
                 What::NvFp4(layout) => Quantization::NvFp4 { layout },
             },
             keep_norm: random.below(2) == 1,
+            rounding: if random.below(4) == 0 { Rounding::AfterAllReduce } else { Rounding::Once },
             mode: Mode::Auto,
         };
         operation.validate().unwrap();
@@ -130,13 +131,16 @@ pub const EVERYTHING: [What; 5] = [
 /// One rank's memory for a case. Outputs start as what no operation writes there by chance.
 pub struct Tensors {
     rank: u32,
+    rounding: Rounding,
+    /// Where `norm_out` is in the input's memory, in bytes from its start, if it is there and `residual_out` in the residual's.
+    in_place: Option<u64>,
     before: Before,
     pub input: Buffer,
     pub residual: Option<Buffer>,
     pub gamma: Buffer,
     pub scale: Buffer,
-    pub residual_out: Buffer,
-    pub norm_out: Buffer,
+    residual_out: Buffer,
+    norm_out: Buffer,
     pub values: Buffer,
     pub scales: Buffer,
 }
@@ -168,6 +172,8 @@ impl Tensors {
         let scales = quantization.scale_bytes(operation.tokens, operation.hidden).unwrap();
         Tensors {
             rank,
+            rounding: operation.rounding,
+            in_place: None,
             before: Before::default(),
             input: Buffer::of(&case.inputs[rank as usize]),
             residual: case.residual.as_ref().map(|residual| Buffer::of(&case.held(rank, residual))),
@@ -196,6 +202,28 @@ impl Tensors {
         Tensors { before, ..self }
     }
 
+    /// The same with `norm_out` in the input's memory and `residual_out` in the residual's.
+    pub fn in_place(self) -> Tensors {
+        Tensors { in_place: Some(0), ..self }
+    }
+
+    /// As [`in_place`](Self::in_place), but each row of `norm_out` is where the next token's input is.
+    pub fn one_row_late<E: Element>(self, case: &Case<E>) -> Tensors {
+        let row = vec![E::default(); case.operation.hidden as usize];
+        let input = Buffer::of(&[&self.input.get::<E>()[..], &row].concat());
+        Tensors { in_place: Some(case.operation.row_bytes()), input, ..self }
+    }
+
+    /// The memory of `residual_out`.
+    pub fn residual_out(&self) -> &Buffer {
+        self.residual.as_ref().filter(|_| self.in_place.is_some()).unwrap_or(&self.residual_out)
+    }
+
+    /// The memory of `norm_out`; empty if it is not written.
+    pub fn norm_out(&self) -> &Buffer {
+        if self.in_place.is_some() && self.norm_out.bytes > 0 { &self.input } else { &self.norm_out }
+    }
+
     /// The addresses of all tensors.
     pub fn ranges(&self) -> Vec<Range<u64>> {
         let inputs = [&self.input, &self.gamma, &self.scale].into_iter().chain(&self.residual);
@@ -205,11 +233,9 @@ impl Tensors {
 
     pub fn activations(&self) -> Activations {
         let held = |buffer: &Buffer| address_before(buffer, self.before.held);
-        Activations {
-            input: address_before(&self.input, self.before.elements),
-            residual: self.residual.as_ref().map_or(Address::NULL, held),
-            residual_out: held(&self.residual_out),
-        }
+        let input = address_before(&self.input, self.before.elements);
+        let residual = self.residual.as_ref().map_or(Address::NULL, held);
+        Activations::new(input, residual, held(self.residual_out()), self.rounding)
     }
 
     pub fn norm<E: Element, Q>(&self, case: &Case<E>, quantizer: Q) -> RmsNorm<Q> {
@@ -217,7 +243,7 @@ impl Tensors {
         RmsNorm {
             gamma: self.gamma.address(),
             norm_out: if case.operation.writes_norm() {
-                address_before(&self.norm_out, self.before.elements)
+                address_before(self.norm_out(), self.before.elements).offset(self.in_place.unwrap_or(0))
             } else {
                 Address::NULL
             },
@@ -245,7 +271,7 @@ impl Tensors {
 
     /// All outputs, as bytes.
     pub fn outputs(&self) -> [Vec<u8>; 4] {
-        [&self.residual_out, &self.norm_out, &self.values, &self.scales].map(Buffer::get)
+        [self.residual_out(), self.norm_out(), &self.values, &self.scales].map(Buffer::get)
     }
 
     /// What is the same on all ranks of the outputs.
@@ -257,12 +283,36 @@ impl Tensors {
         outputs
     }
 
-    /// Every token that this rank holds the residual of is what the reference allows, and nothing was written outside the
+    /// Every token that this rank holds the residual of is what `core` specifies, and nothing was written outside the
     /// tensors.
-    pub fn check<E: Element>(&self, case: &Case<E>, rounding: Rounding) {
+    pub fn check<E: Element>(&self, case: &Case<E>) {
+        let operation = &case.operation;
+        let zeros = vec![E::default(); operation.hidden as usize];
+        let row_values = operation.quantization.value_bytes_per_row(operation.hidden) as usize;
+        let scale_bytes = Row::<E>::scale_bytes(operation) as usize;
+        self.check_by(case, |token, observed| {
+            let mut row = Row {
+                residual_out: &mut zeros.clone(),
+                norm: &mut zeros.clone(),
+                values: &mut vec![0; row_values],
+                scales: &mut vec![0; scale_bytes],
+            };
+            row.compute(operation, token).unwrap();
+            row.compare(operation, token.index, observed)
+        });
+    }
+
+    /// As [`check`](Self::check), with each token's outputs judged by `check`.
+    pub fn check_by<E: Element>(
+        &self,
+        case: &Case<E>,
+        check: impl Fn(&Token<'_, E>, &Observed<'_, E>) -> Result<(), Mismatch>,
+    ) {
         let operation = &case.operation;
         let hidden = operation.hidden as usize;
-        let (residual_out, norm_out) = (self.residual_out.get::<E>(), self.norm_out.get::<E>());
+        let (residual_out, norm_out) = (self.residual_out().get::<E>(), self.norm_out().get::<E>());
+        let norm_out =
+            norm_out.get(self.in_place.unwrap_or(0) as usize / size_of::<E>()..).unwrap_or_default();
         let (values, scales) = (self.values.get::<u8>(), self.scales.get::<u8>());
         let row_values = operation.quantization.value_bytes_per_row(operation.hidden) as usize;
         for index in (0..operation.tokens as usize).filter(|&index| case.holds(self.rank, index as u64)) {
@@ -284,7 +334,7 @@ impl Tensors {
                 values: &values[index * row_values..(index + 1) * row_values],
                 scales: &scales,
             };
-            if let Err(mismatch) = reference::check_token(operation, rounding, &token, &observed) {
+            if let Err(mismatch) = check(&token, &observed) {
                 panic!("{mismatch} ({operation:?})");
             }
         }

@@ -72,7 +72,7 @@ impl<E: Element + Send + Sync> Member for Typed<E> {
 
     fn enqueue_audit(&self, rank: u32, expected: &[Buffer; 4], found: &Buffer, stream: &mut Stream<'_>) {
         let tensors = &self.tensors[rank as usize];
-        let outputs = [&tensors.residual_out, &tensors.norm_out, &tensors.values, &tensors.scales];
+        let outputs = [tensors.residual_out(), tensors.norm_out(), &tensors.values, &tensors.scales];
         for (index, (actual, expected)) in outputs.into_iter().zip(expected).enumerate() {
             let params = Audit {
                 actual: actual.address(),

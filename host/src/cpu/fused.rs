@@ -7,6 +7,7 @@
 use std::array;
 
 use fused_collective_core::{
+    fusion::Rounding,
     lamport,
     plan::{Algorithm, Plan, Round, owned_index, owned_token, owned_tokens, owner},
     quant::{Quantization, ScaleLayout},
@@ -17,7 +18,7 @@ use zerocopy::IntoBytes as _;
 
 use super::{
     exchange::{Exchange, Incoming, Medium},
-    rows::{Finish, FinishRow, Plain, RowOutputs, SumIncoming, elements, elements_mut},
+    rows::{Finish, FinishRow, Operand, Plain, RowOutputs, SumIncoming, elements, elements_mut},
 };
 use crate::group::failure::{Failure, What};
 
@@ -26,8 +27,9 @@ const MAX_WORLD: usize = fused_collective_core::MAX_WORLD_SIZE as usize;
 /// The tensors of one operation on one rank, sizes checked: see `Operation` for their shapes.
 #[derive(Debug)]
 pub(crate) struct Job<'a, E> {
-    pub(crate) input: &'a [E],
-    pub(crate) residual: Option<&'a [E]>,
+    pub(crate) input: Operand<&'a [E]>,
+    pub(crate) residual: Option<Operand<&'a [E]>>,
+    pub(crate) rounding: Rounding,
     pub(crate) residual_out: &'a mut [E],
     /// Empty unless written.
     pub(crate) norm_out: &'a mut [E],
@@ -54,6 +56,14 @@ impl<E: Plain> Job<'_, E> {
         self.range(owned_index(token, self.dealt_to))
     }
 
+    /// The row of `token` of this rank's addend, until the norm takes its place.
+    fn input_row(&self, token: u64) -> &[E] {
+        match self.input {
+            Operand::Apart(input) => &input[self.range(token)],
+            Operand::InPlace => &self.norm_out[self.range(token)],
+        }
+    }
+
     /// Sums one row from every rank into `residual_out`: the others' are still coming.
     fn sum<M: Medium>(
         &mut self,
@@ -62,11 +72,16 @@ impl<E: Plain> Job<'_, E> {
         sources: &[Option<Incoming<'_, M>>],
         arch: Arch,
     ) -> Result<(), Box<Failure>> {
-        let own = &self.input[self.range(token)];
         let range = self.residual_range(token);
-        let residual = self.residual.map(|residual| &residual[range.clone()]);
+        let residual = self.residual.map(|residual| residual.map(|residual| &residual[range.clone()]));
+        // Not `input_row`, which would borrow what is written.
+        let own = match self.input {
+            Operand::Apart(input) => &input[self.range(token)],
+            Operand::InPlace => &self.norm_out[token as usize * self.hidden..][..self.hidden],
+        };
         let out = &mut self.residual_out[range];
-        arch.dispatch(SumIncoming { exchange, sources, own, residual, out })
+        let rounding = self.rounding;
+        arch.dispatch(SumIncoming { exchange, sources, own, residual, rounding, out })
     }
 
     /// Normalizes and quantizes the row of `residual_out` that is complete.
@@ -107,9 +122,10 @@ impl<E: Plain> Job<'_, E> {
             let outputs = RowOutputs { norm: &mut [], values, scales };
             arch.dispatch(FinishRow { finish: &finish, row, token: 0, outputs, scratch });
         }
-        for word in result.as_chunks_mut().0 {
-            *word = lamport::strip(u32::from_ne_bytes(*word)).to_ne_bytes();
-        }
+        let is_e2m1 = matches!(quantization, Quantization::NvFp4 { .. });
+        let (codes, rest) = result.split_at_mut(if is_e2m1 { self.quant_row_bytes } else { 0 });
+        map_words(codes, lamport::swap_e2m1);
+        map_words(rest, lamport::strip);
         result
     }
 
@@ -135,7 +151,11 @@ impl<E: Plain> Job<'_, E> {
         }
         let values = token as usize * self.quant_row_bytes;
         let (codes, scales) = result.split_at(self.quant_row_bytes);
-        self.quant_out[values..values + self.quant_row_bytes].copy_from_slice(codes);
+        let values = &mut self.quant_out[values..values + self.quant_row_bytes];
+        values.copy_from_slice(codes);
+        if let Quantization::NvFp4 { .. } = finish.quantization {
+            map_words(values, lamport::swap_e2m1);
+        }
         let cols = finish.quantization.scale_cols(self.hidden as u64);
         match finish.quantization.scale_layout() {
             Some(ScaleLayout::Linear) => {
@@ -152,6 +172,12 @@ impl<E: Plain> Job<'_, E> {
             }
             None => {}
         }
+    }
+}
+
+fn map_words(bytes: &mut [u8], map: impl Fn(u32) -> u32) {
+    for word in bytes.as_chunks_mut().0 {
+        *word = map(u32::from_ne_bytes(*word)).to_ne_bytes();
     }
 }
 
@@ -244,7 +270,7 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
 
     /// This rank's addend for token `token` of the operation.
     fn input(&self, token: u64) -> &[u8] {
-        self.job.input[self.job.range(token)].as_bytes()
+        self.job.input_row(token).as_bytes()
     }
 
     /// Adds up `token`, every other rank's row for it being where `offset` says.

@@ -189,14 +189,7 @@ pub(super) fn round_stripped<E: Lanes, S: Simd>(simd: S, wide: &WideLine<S>, lin
 
 #[inline(always)]
 fn strip<S: Simd>(simd: S, words: S::u32s) -> S::u32s {
-    let sentinel = simd.equal_u32s(words, simd.splat_u32s(lamport::SENTINEL));
-    simd.select_u32s(sentinel, simd.splat_u32s(0), words)
-}
-
-/// One half of a wide line, word by word.
-pub(super) fn half<S: Simd>(wide: &WideLine<S>, half: usize) -> impl Iterator<Item = f32> {
-    let vectors = wide.iter().take(line::BYTES / size_of::<S::u32s>());
-    vectors.flat_map(move |wide| bytemuck::cast_slice::<S::f32s, f32>(&wide[half..=half]).iter().copied())
+    simd.min_u32s(words, simd.splat_u32s(lamport::SENTINEL - 1))
 }
 
 #[cfg(test)]
@@ -204,6 +197,12 @@ mod tests {
     use pulp::{Arch, WithSimd};
 
     use super::*;
+
+    /// One half of a wide line, word by word.
+    fn half<S: Simd>(wide: &WideLine<S>, half: usize) -> impl Iterator<Item = f32> {
+        let vectors = wide.iter().take(line::BYTES / size_of::<S::u32s>());
+        vectors.flat_map(move |wide| bytemuck::cast_slice::<S::f32s, f32>(&wide[half..=half]).iter().copied())
+    }
 
     /// Words split and joined, and the elements between.
     struct Split<'a, E>(&'a [E]);

@@ -42,17 +42,17 @@ use exchange::Exchange;
 use fused::{Job, Scratch};
 use region::Regions;
 use rows::Finish;
-pub use rows::Plain;
+pub use rows::{Operand, Plain};
 use wait::WaitGuard;
 
 /// The tensors that an operation reads on one rank.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a, E> {
     /// `[tokens, hidden]`: this rank's addend.
-    pub input: &'a [E],
+    pub input: Operand<&'a [E]>,
     /// `[tokens, hidden]`, if the operation has a residual, the same on every rank; or this rank's rows of a
     /// [sharded](Residual::Sharded) one.
-    pub residual: Option<&'a [E]>,
+    pub residual: Option<Operand<&'a [E]>>,
     /// `[hidden]`, if the operation has a norm; else not read.
     pub gamma: Gamma<'a, E>,
     /// The per-tensor scale of static FP8 or the global scale of NVFP4; else not read.
@@ -339,8 +339,14 @@ fn check<'a, E: Plain>(
         given => Err(Error::Tensor { tensor, problem: TensorProblem::Length { given, needed } }),
     };
     let scale_bytes = quantization.scale_bytes(operation.tokens, operation.hidden).unwrap_or(u64::MAX);
-    length("input", inputs.input.len(), elements)?;
-    if let Some(residual) = inputs.residual {
+    match inputs.input {
+        Operand::Apart(input) => length("input", input.len(), elements)?,
+        Operand::InPlace if !operation.writes_norm() => {
+            return wrong("input", TensorProblem::NoPlace { output: "norm_out" });
+        }
+        Operand::InPlace => {}
+    }
+    if let Some(Operand::Apart(residual)) = inputs.residual {
         length("residual", residual.len(), residual_elements)?;
     }
     if let Some(norm) = operation.norm {
@@ -381,6 +387,7 @@ fn check<'a, E: Plain>(
     Ok(Job {
         input: inputs.input,
         residual: inputs.residual,
+        rounding: operation.rounding,
         residual_out: outputs.residual_out,
         norm_out,
         quant_out,

@@ -2,12 +2,14 @@
 //!
 //! The sum and the norm are written in vectors (`lanes`); the quantizers' loops are `fused_collective_core`'s and
 //! portable. [`pulp`] compiles each pass once more for AVX2 and AVX-512 and picks at run time. For that, a pass is a
-//! struct with an always-inlined `with_simd`: a closure would be compiled once, for the oldest processor. Nothing here
-//! fuses a multiply with an add, so every processor gives the same bits.
+//! struct with an always-inlined `with_simd`: a closure would be compiled once, for the oldest processor. Every processor
+//! gives the bits of [`norm`]; those without a fused multiply-add compute it in software.
 
 use fused_collective_core::{
-    fusion::Norm,
+    MAX_HIDDEN,
+    fusion::{Norm, Rounding},
     norm::{self, Gamma},
+    pack::Pack,
     quant::{self, Quantization},
 };
 use pulp::{Simd, WithSimd};
@@ -61,50 +63,68 @@ fn padded(rest: &[u8]) -> Line {
     line
 }
 
-/// Lines whose squares are summed apart, element by element, however long a vector is: every processor gives the same
-/// bits. Partial sums hide the latency of additions and keep the rounding error of a long row near that of a short one.
-const PARTIAL_LINES: usize = 2;
+/// Bytes of a [line](norm::LINE_PACKS) of the sum over a row.
+const SUM_BYTES: usize = norm::LINE_PACKS * Pack::BYTES as usize;
+/// Lines of the longest row.
+const SUM_LINES: usize = MAX_HIDDEN as usize * 4 / SUM_BYTES;
 
-/// As [`norm::sum_of_squares`], in another order.
+/// [`norm::sum_of_squares`].
 #[inline(always)]
 fn sum_of_squares<E: Plain, S: Simd>(simd: S, row: &[E]) -> f32 {
-    let (lines, rest) = lines(row);
-    let (blocks, last) = lines.as_chunks::<PARTIAL_LINES>();
-    let mut sums = [lanes::zeros(simd); PARTIAL_LINES];
-    for block in blocks {
-        for (sums, line) in sums.iter_mut().zip(block) {
-            add_squares::<E, S>(simd, sums, line);
-        }
-    }
-    for (sums, line) in sums.iter_mut().zip(last) {
-        add_squares::<E, S>(simd, sums, line);
-    }
-    add_squares::<E, S>(simd, &mut sums[1], &padded(rest));
-    let mut total = [0.0; line::BYTES / 4];
-    for sums in sums {
-        for half in 0..E::PER_WORD {
-            for (total, sum) in total.iter_mut().zip(lanes::half::<S>(&sums, half)) {
-                *total += sum;
+    let mut sums = [0.0; SUM_LINES];
+    let mut rows = row.as_bytes().chunks(SUM_BYTES);
+    let lines = rows.len();
+    for (sum, bytes) in sums.iter_mut().zip(&mut rows) {
+        *sum = match bytes.try_into() {
+            Ok(bytes) => line_squares::<E, S>(simd, bytes),
+            Err(_) => {
+                let mut line = [0; SUM_BYTES];
+                line[..bytes.len()].copy_from_slice(bytes);
+                line_squares::<E, S>(simd, &line)
             }
-        }
+        };
     }
-    let mut width = total.len() / 2;
+    // As `norm::sum_by_halves`, of no more than there are.
+    let mut width = lines.next_power_of_two() / 2;
     while width > 0 {
-        for index in 0..width {
-            total[index] += total[index + width];
-        }
+        let (low, high) = sums.split_at_mut(width);
+        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
         width /= 2;
     }
-    total[0]
+    sums[0]
 }
 
+/// The sum of the squares of the 32 packs of a line.
 #[inline(always)]
-fn add_squares<E: Plain, S: Simd>(simd: S, sums: &mut WideLine<S>, line: &Line) {
-    for (sums, values) in sums.iter_mut().zip(lanes::widen::<E, S>(simd, line)).take(vectors::<S>()) {
-        for (sum, value) in sums[..E::PER_WORD].iter_mut().zip(values) {
-            *sum = simd.add_f32s(*sum, simd.mul_f32s(value, value));
+fn line_squares<E: Plain, S: Simd>(simd: S, bytes: &[u8; SUM_BYTES]) -> f32 {
+    /// Words of a line.
+    const WORDS: usize = SUM_BYTES / 4;
+    let mut pairs = [0.0f32; WORDS];
+    let lanes = S::F32_LANES;
+    for (line, pairs) in
+        bytes.as_chunks::<{ line::BYTES }>().0.iter().zip(pairs.chunks_exact_mut(line::BYTES / 4))
+    {
+        let wide = lanes::widen::<E, S>(simd, line);
+        for ([even, odd], pairs) in wide.iter().zip(pairs.chunks_exact_mut(lanes)) {
+            // Elements of 32 bits are a word each: their pairs are neighbours.
+            let pair = match E::PER_WORD {
+                2 => simd.mul_add_f32s(*odd, *odd, simd.mul_f32s(*even, *even)),
+                _ => *even,
+            };
+            pairs.copy_from_slice(bytemuck::cast_slice(&[pair]));
         }
     }
+    let mut packs = [0.0f32; norm::LINE_PACKS];
+    for (pack, words) in packs.iter_mut().zip(pairs.as_chunks::<4>().0) {
+        *pack = match E::PER_WORD {
+            2 => (words[0] + words[2]) + (words[1] + words[3]),
+            _ => {
+                words[1].mul_add(words[1], words[0] * words[0])
+                    + words[3].mul_add(words[3], words[2] * words[2])
+            }
+        };
+    }
+    norm::sum_by_halves(packs)
 }
 
 /// As [`norm::normalize_row`].
@@ -189,6 +209,25 @@ impl<E: Plain> WithSimd for AddRow<'_, E> {
     }
 }
 
+/// A tensor that is read, and may be in the memory of the output that takes its place.
+#[derive(Clone, Copy, Debug)]
+pub enum Operand<T> {
+    /// A tensor of its own.
+    Apart(T),
+    /// The output's memory: `norm_out` for the input, `residual_out` for the residual.
+    InPlace,
+}
+
+impl<T> Operand<T> {
+    /// The same of what `map` makes of a tensor of its own.
+    pub(crate) fn map<U>(self, map: impl FnOnce(T) -> U) -> Operand<U> {
+        match self {
+            Operand::Apart(tensor) => Operand::Apart(map(tensor)),
+            Operand::InPlace => Operand::InPlace,
+        }
+    }
+}
+
 /// `out = round(x_0 + x_1 + ... + residual)`, in `f32` in that order. Every addend but the residual, and the result, is
 /// [stripped](fused_collective_core::lamport::strip), so that the sum is the same whichever rank makes it. All have the
 /// same length.
@@ -197,7 +236,9 @@ pub(crate) struct SumIncoming<'a, E, M: Medium> {
     /// The other ranks' addends, by rank; `None` for this rank's own.
     pub(crate) sources: &'a [Option<Incoming<'a, M>>],
     pub(crate) own: &'a [E],
-    pub(crate) residual: Option<&'a [E]>,
+    /// In place, it is what `out` holds.
+    pub(crate) residual: Option<Operand<&'a [E]>>,
+    pub(crate) rounding: Rounding,
     pub(crate) out: &'a mut [E],
 }
 
@@ -206,17 +247,35 @@ impl<E: Plain, M: Medium> WithSimd for SumIncoming<'_, E, M> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
-        let SumIncoming { exchange, sources, own, residual, out } = self;
+        let SumIncoming { exchange, sources, own, residual, rounding, out } = self;
         let ((own, own_rest), (out, out_rest)) = (lines(own), lines_mut(out));
-        let residual = residual.map(lines);
+        let residual = residual.map(|residual| residual.map(lines));
         for (index, (out, own)) in out.iter_mut().zip(own).enumerate() {
-            let residual = residual.map(|(residual, _)| &residual[index]);
-            sum_line::<E, S, M>(simd, sources, Some(index), own, residual, out)?;
+            let in_place;
+            let residual = match residual {
+                Some(Operand::Apart((residual, _))) => Some(&residual[index]),
+                Some(Operand::InPlace) => {
+                    in_place = *out;
+                    Some(&in_place)
+                }
+                None => None,
+            };
+            sum_line::<E, S, M>(simd, sources, Some(index), own, (residual, rounding), out)?;
         }
         if !out_rest.is_empty() {
-            let residual = residual.map(|(_, rest)| padded(rest));
+            let residual = residual.map(|residual| match residual {
+                Operand::Apart((_, rest)) => padded(rest),
+                Operand::InPlace => padded(out_rest),
+            });
             let mut sum = padded(&[]);
-            sum_line::<E, S, M>(simd, sources, None, &padded(own_rest), residual.as_ref(), &mut sum)?;
+            sum_line::<E, S, M>(
+                simd,
+                sources,
+                None,
+                &padded(own_rest),
+                (residual.as_ref(), rounding),
+                &mut sum,
+            )?;
             out_rest.copy_from_slice(&sum[..out_rest.len()]);
         }
         exchange.received();
@@ -231,7 +290,7 @@ fn sum_line<E: Plain, S: Simd, M: Medium>(
     sources: &[Option<Incoming<'_, M>>],
     index: Option<usize>,
     own: &Line,
-    residual: Option<&Line>,
+    (residual, rounding): (Option<&Line>, Rounding),
     out: &mut Line,
 ) -> Result<(), Box<Failure>> {
     let Some((first, others)) = sources.split_first() else { return Ok(()) };
@@ -255,6 +314,11 @@ fn sum_line<E: Plain, S: Simd, M: Medium>(
         add::<E, S>(simd, &mut sum, &addend);
     }
     if let Some(residual) = residual {
+        if rounding == Rounding::AfterAllReduce {
+            let mut rounded = padded(&[]);
+            lanes::round::<E, S>(simd, &sum, &mut rounded);
+            sum = lanes::widen::<E, S>(simd, &rounded);
+        }
         add::<E, S>(simd, &mut sum, &lanes::widen::<E, S>(simd, residual));
     }
     lanes::round_stripped::<E, S>(simd, &sum, out);
@@ -337,7 +401,8 @@ impl<E: Plain> WithSimd for FinishRow<'_, E> {
     fn with_simd<S: Simd>(self, simd: S) {
         let FinishRow { finish, row, token, outputs, scratch } = self;
         let sum = sum_of_squares(simd, row);
-        let inverse_rms = norm::inverse_rms(sum, row.len() as u64, finish.norm.epsilon);
+        let mean = sum.mul_add(1.0 / row.len() as f32, finish.norm.epsilon);
+        let inverse_rms = norm::rsqrt(mean, f32::mul_add);
         let normed = if outputs.norm.is_empty() { scratch } else { outputs.norm };
         let bias = finish.norm.weight_bias;
         match finish.gamma {
@@ -477,8 +542,25 @@ mod tests {
             let mut out = vec![E::default(); hidden];
             let own = &rows[RANK as usize][..];
             let residual = residual.as_deref();
-            arch.dispatch(SumIncoming { exchange, sources: &sources, own, residual, out: &mut out }).unwrap();
+            let in_place = hidden % 8 == 0;
+            if let Some(residual) = residual.filter(|_| in_place) {
+                out.copy_from_slice(residual);
+            }
+            let rounding = if hidden % 12 == 0 { Rounding::AfterAllReduce } else { Rounding::Once };
+            let operand = |residual| if in_place { Operand::InPlace } else { Operand::Apart(residual) };
+            arch.dispatch(SumIncoming {
+                exchange,
+                sources: &sources,
+                own,
+                residual: residual.map(operand),
+                rounding,
+                out: &mut out,
+            })
+            .unwrap();
             let mut addends: Vec<Vec<E>> = rows.iter().map(|row| stripped(row)).collect();
+            if rounding == Rounding::AfterAllReduce {
+                addends = vec![sums(&addends)];
+            }
             addends.extend(residual.map(<[E]>::to_vec));
             assert_same(&out, &stripped(&sums(&addends)), &format!("{ranks} rows of {hidden}"));
             exchanges.iter_mut().for_each(Exchange::advance);
@@ -508,11 +590,8 @@ mod tests {
             let (mut found, mut scratch) = (row.clone(), row.clone());
             let outputs = RowOutputs { norm: &mut found, values: &mut [], scales: &mut [] };
             arch.dispatch(FinishRow { finish: &finish, row: &row, token: 0, outputs, scratch: &mut scratch });
-            let squares: f64 = row.iter().map(|value| f64::from(value.to_f32()).powi(2)).sum();
             let sum = arch.dispatch(Squares(&row));
-            assert!((f64::from(sum) - squares).abs() <= 1e-6 * squares, "{sum}, not {squares}");
-            // The same bits whatever the vectors' length.
-            assert_eq!(sum.to_bits(), Arch::Scalar.dispatch(Squares(&row)).to_bits());
+            assert_eq!(sum.to_bits(), norm::sum_of_squares(&row).to_bits(), "{} {hidden}", E::DTYPE);
             let mut expected = row.clone();
             let inverse_rms = norm::inverse_rms(sum, hidden as u64, norm.epsilon);
             norm::normalize_row(&row, &gamma, inverse_rms, 1.0, &mut expected);

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{GammaType, Operation},
+    fusion::{GammaType, Operation, Rounding},
     launch::{Activations, Address},
     quant::Quantization,
 };
@@ -32,7 +32,20 @@ pub struct DeviceTensor {
     pub element: TensorType,
 }
 
+impl DeviceTensor {
+    /// Bytes of the tensor.
+    const fn bytes(&self) -> u64 {
+        match self.element {
+            TensorType::Element(dtype) => self.length.saturating_mul(dtype.bytes()),
+            TensorType::Code => self.length,
+        }
+    }
+}
+
 /// The tensors that an operation reads and writes on one rank: see [`Operation`] for shapes.
+///
+/// `norm_out` may be the input's memory, and `residual_out` the residual's, address for address. Any other overlap of what
+/// is written with another tensor is an error.
 #[derive(Clone, Copy, Debug)]
 pub struct Tensors {
     /// This rank's addend.
@@ -75,16 +88,49 @@ impl Tensors {
         check("residual_out", Some(self.residual_out), Some((rows, element)))?;
         check("norm_out", self.norm_out, operation.writes_norm().then_some((activation, element)))?;
         check("quant_out", self.quant_out, quantized.then_some((values, TensorType::Code)))?;
-        check("scale_out", self.scale_out, scales.map(|bytes| (bytes, TensorType::Code)))
+        check("scale_out", self.scale_out, scales.map(|bytes| (bytes, TensorType::Code)))?;
+        self.check_overlaps()
+    }
+
+    /// Checks that what is written is no other tensor's memory, or is in place.
+    fn check_overlaps(&self) -> Result<(), Error> {
+        let read = [
+            ("input", Some(self.input)),
+            ("residual", self.residual),
+            ("gamma", self.gamma),
+            ("scale", self.scale),
+        ];
+        let written = [
+            ("residual_out", Some(self.residual_out)),
+            ("norm_out", self.norm_out),
+            ("quant_out", self.quant_out),
+            ("scale_out", self.scale_out),
+        ];
+        for (index, &(tensor, output)) in written.iter().enumerate() {
+            let Some(output) = output else { continue };
+            for &(other, tensor_read) in read.iter().chain(&written[..index]) {
+                let Some(other_tensor) = tensor_read else { continue };
+                let (address, other_address) = (output.address, other_tensor.address);
+                let in_place = address == other_address
+                    && matches!((tensor, other), ("norm_out", "input") | ("residual_out", "residual"));
+                // Their lengths were checked: they end within 64 bits, or are not there.
+                let apart = address.saturating_add(output.bytes()) <= other_address
+                    || other_address.saturating_add(other_tensor.bytes()) <= address;
+                if !in_place && !apart && output.length > 0 && other_tensor.length > 0 {
+                    return Err(Error::Tensor {
+                        tensor,
+                        problem: TensorProblem::Overlap { address, other, other_address },
+                    });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The activations' addresses.
-    pub(crate) fn activations(&self) -> Activations {
-        Activations {
-            input: Address(self.input.address),
-            residual: address(self.residual),
-            residual_out: Address(self.residual_out.address),
-        }
+    pub(crate) fn activations(&self, rounding: Rounding) -> Activations {
+        let [input, residual_out] = [self.input, self.residual_out].map(|tensor| Address(tensor.address));
+        Activations::new(input, address(self.residual), residual_out, rounding)
     }
 }
 
@@ -148,6 +194,8 @@ fn name(element: TensorType) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use fused_collective_core::{
         fusion::{Mode, Norm, Residual},
         quant::ScaleLayout,
@@ -163,11 +211,14 @@ mod tests {
         norm: None,
         quantization: Quantization::None,
         keep_norm: false,
+        rounding: Rounding::Once,
         mode: Mode::Auto,
     };
 
+    /// A tensor at an address of its own.
     fn of(length: u64, element: TensorType) -> DeviceTensor {
-        DeviceTensor { address: 4096, length, element }
+        static NEXT: AtomicU64 = AtomicU64::new(4096);
+        DeviceTensor { address: NEXT.fetch_add(4096, Ordering::Relaxed), length, element }
     }
 
     fn activation() -> DeviceTensor {
@@ -235,5 +286,51 @@ mod tests {
         let gamma = Some(of(64, TensorType::Element(DType::F32)));
         let tensors = Tensors { gamma, norm_out: Some(activation()), ..tensors() };
         assert_eq!(why(&tensors, &operation), "gamma holds float32, the operation needs bfloat16");
+    }
+
+    #[test]
+    fn outputs_are_in_place_address_for_address_or_overlap_nothing() {
+        let operation =
+            Operation { residual: Residual::Replicated, norm: Some(Norm::default()), ..OPERATION };
+        let apart = Tensors {
+            residual: Some(activation()),
+            gamma: Some(of(64, TensorType::Element(DType::Bf16))),
+            norm_out: Some(activation()),
+            ..tensors()
+        };
+        let in_place =
+            Tensors { norm_out: Some(apart.input), residual_out: apart.residual.unwrap(), ..apart };
+        assert!(apart.check(&operation, 0, 2).is_ok() && in_place.check(&operation, 0, 2).is_ok());
+        // A bfloat16 activation has 256 bytes.
+        let at =
+            |tensor: DeviceTensor, bytes: u64| DeviceTensor { address: tensor.address + bytes, ..tensor };
+        let beside = Tensors { norm_out: Some(at(apart.input, 256)), ..apart };
+        assert!(beside.check(&operation, 0, 2).is_ok());
+        let wrong = [
+            Tensors { norm_out: Some(at(apart.input, 240)), ..apart },
+            Tensors { residual_out: at(apart.residual.unwrap(), 16), ..apart },
+            Tensors { norm_out: apart.residual, ..apart },
+            Tensors { residual_out: apart.input, ..apart },
+            Tensors {
+                residual_out: apart.gamma.map(|gamma| DeviceTensor { length: 128, ..gamma }).unwrap(),
+                ..apart
+            },
+            Tensors { norm_out: Some(apart.residual_out), ..apart },
+            // Two are the input's memory, and one of them is read later.
+            Tensors { norm_out: Some(apart.input), residual: Some(apart.input), ..apart },
+        ];
+        for tensors in wrong {
+            let error = tensors.check(&operation, 0, 2).unwrap_err();
+            assert!(matches!(error, Error::Tensor { problem: TensorProblem::Overlap { .. }, .. }), "{error}");
+        }
+        let shifted = Tensors { norm_out: Some(at(apart.input, 16)), ..apart };
+        let (input, norm_out) = (apart.input.address, apart.input.address + 16);
+        assert_eq!(
+            why(&shifted, &operation),
+            format!(
+                "norm_out is at {norm_out:#x} and overlaps input at {input:#x}: norm_out may be the input, and \
+                 residual_out the residual, address for address"
+            )
+        );
     }
 }

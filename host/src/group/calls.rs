@@ -298,7 +298,7 @@ mod tests {
 
     use fused_collective_core::{
         dtype::DType,
-        fusion::{Mode, Norm, Operation, Residual},
+        fusion::{Mode, Norm, Operation, Residual, Rounding},
         plan::Algorithm,
         quant::Quantization,
     };
@@ -325,6 +325,7 @@ mod tests {
             norm: Some(Norm::default()),
             quantization: Quantization::None,
             keep_norm: false,
+            rounding: Rounding::Once,
             mode: Mode::Auto,
         };
         Call::operation(&operation, Algorithm::OneShot, None)

@@ -11,6 +11,7 @@
 use fused_collective_core::{
     dtype::Element,
     launch::Address,
+    norm,
     pack::Pack,
     quant::{e4m3, scale},
 };
@@ -91,7 +92,7 @@ pub unsafe fn square(step: &EagerStep) {
 #[inline(always)]
 pub unsafe fn mean_rsqrt(step: &EagerStep) {
     let mut team = Team::join(true);
-    team.clear();
+    team.clear::<true>(1);
     simt::wait_for_prerequisites();
     simt::launch_dependents();
     let groups = step.hidden / GROUP;
@@ -106,10 +107,16 @@ pub unsafe fn mean_rsqrt(step: &EagerStep) {
             }
             group += team.threads;
         }
-        let mean = team.sum(sum) / step.hidden as f32;
+        team.add::<1, true>(0, [sum]);
+        let mean = team.sum::<1, true>() / step.hidden as f32;
         if team.thread == 0 {
             // SAFETY: as this function's.
-            unsafe { simt::store_value(step.out.offset(token as u64 * 4), simt::rsqrt(mean + step.value)) };
+            unsafe {
+                simt::store_value(
+                    step.out.offset(token as u64 * 4),
+                    norm::rsqrt(mean + step.value, simt::fma),
+                )
+            };
         }
         token += team.teams;
     }

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{Mode, Norm, Operation, Residual},
+    fusion::{Mode, Norm, Operation, Residual, Rounding},
     quant::Quantization,
 };
 
@@ -39,6 +39,7 @@ impl Problem {
             norm: Some(self.norm),
             quantization: self.quantization,
             keep_norm: false,
+            rounding: Rounding::Once,
             mode,
         }
     }

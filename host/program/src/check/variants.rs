@@ -6,7 +6,7 @@
 //! - *custom*: one hand-written pass per operation;
 //! - *compiled*: one pass for everything after the all-reduce, like the code of a graph compiler.
 
-use fused_collective_core::{fusion::Mode, reference::Rounding};
+use fused_collective_core::fusion::{Mode, Rounding};
 
 use crate::{
     backend::{
@@ -44,6 +44,16 @@ impl Variant {
             Kind::Standard => Rounding::AfterAllReduce,
             Kind::Fused => Rounding::Once,
         }
+    }
+
+    /// True if it does the arithmetic of [`core::specification`](fused_collective_core::specification), of a group of
+    /// `world_size` ranks, and so has its bits. Eager steps round in between, and NCCL adds in an order of its own.
+    pub fn is_specified(&self, world_size: u32) -> bool {
+        self.steps.iter().all(|step| match step {
+            Step::NcclAllReduce => world_size == 2,
+            Step::Eager(_) => false,
+            _ => true,
+        })
     }
 }
 

@@ -1,6 +1,6 @@
 //! The verification of a variant.
 //!
-//! The outputs are poisoned, the variant runs, and every rank checks its share of the tokens against the reference. As all
+//! The outputs are poisoned, the variant runs, and every rank checks its share of the tokens against the specification. As all
 //! ranks must have the same bits, the shares cover all outputs. A second run must give the same bits again.
 
 use std::{
@@ -18,7 +18,8 @@ use fused_collective_core::{
     norm::Gamma,
     plan::{owned_index, owner},
     quant::Quantization,
-    reference::{Observed, Token, check_token},
+    reference::check_token,
+    specification::{Observed, Row, Token},
 };
 use zerocopy::IntoBytes as _;
 
@@ -230,7 +231,8 @@ pub(crate) fn spread(
     })
 }
 
-/// The check of tokens against the reference. It makes the inputs of all ranks itself.
+/// The check of tokens: against the specification, bit for bit, where a variant has its bits, and against the reference. It
+/// makes the inputs of all ranks itself.
 pub(crate) struct Judge<'a, E> {
     operation: Operation,
     problem: &'a Problem,
@@ -239,6 +241,16 @@ pub(crate) struct Judge<'a, E> {
     inputs: Vec<Vec<E>>,
     residual: Vec<E>,
     gamma: Vec<E>,
+    /// The outputs of a token, as specified.
+    specified: Specified<E>,
+}
+
+/// The memory of a [`Row`].
+struct Specified<E> {
+    residual_out: Vec<E>,
+    norm: Vec<E>,
+    values: Vec<u8>,
+    scales: Vec<u8>,
 }
 
 impl<'a, E: Plain> Judge<'a, E> {
@@ -246,8 +258,19 @@ impl<'a, E: Plain> Judge<'a, E> {
         let row = vec![E::default(); problem.hidden as usize];
         let mut gamma = row.clone();
         numbers.fill_row(Source::Gamma, 0, &mut gamma);
+        let operation = Operation {
+            keep_norm: variant.writes_norm,
+            rounding: variant.rounding(),
+            ..problem.operation(Mode::Auto)
+        };
         Judge {
-            operation: Operation { keep_norm: variant.writes_norm, ..problem.operation(Mode::Auto) },
+            specified: Specified {
+                residual_out: row.clone(),
+                norm: row.clone(),
+                values: vec![0; operation.quantization.value_bytes_per_row(operation.hidden) as usize],
+                scales: vec![0; Row::<E>::scale_bytes(&operation) as usize],
+            },
+            operation,
             problem,
             variant,
             numbers,
@@ -282,8 +305,13 @@ impl<'a, E: Plain> Judge<'a, E> {
             values: values(problem, outputs, index),
             scales: &outputs.scale_out,
         };
-        check_token(&self.operation, self.variant.rounding(), &token, &observed)
-            .map_err(|wrong| wrong.to_string())
+        if self.variant.is_specified(self.inputs.len() as u32) {
+            let Specified { residual_out, norm, values, scales } = &mut self.specified;
+            let mut row = Row { residual_out, norm, values, scales };
+            row.compute(&self.operation, &token).map_err(|error| error.to_string())?;
+            row.compare(&self.operation, index, &observed).map_err(|wrong| wrong.to_string())?;
+        }
+        check_token(&self.operation, &token, &observed).map_err(|wrong| wrong.to_string())
     }
 }
 

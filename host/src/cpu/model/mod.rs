@@ -26,6 +26,7 @@ use std::{
 };
 
 use fused_collective_core::{
+    fusion::Rounding,
     lamport::SLOTS,
     plan::{Algorithm, Plan},
     workspace::{HEADER_BYTES, Layout, SLOTS_OFFSET},
@@ -35,6 +36,7 @@ use pulp::Arch;
 use super::{
     exchange::{EMPTY, Exchange, Medium, Word},
     fused::{self, Job, Scratch},
+    rows::Operand,
     wait::{Wait, WaitGuard},
 };
 use crate::group::failure::{Failure, What};
@@ -244,8 +246,9 @@ fn run_fused<C: Checker>(exchange: &mut Exchange<End<C>>, ranks: u32, rank: u32,
             cluster: 1,
         };
         let job = Job {
+            rounding: Rounding::Once,
             dealt_to: 1,
-            input: &input[..],
+            input: Operand::Apart(&input[..]),
             residual: None,
             residual_out: &mut residual_out,
             norm_out: &mut [],

@@ -3,7 +3,7 @@
 use fused_collective_core::{
     agreement::Call,
     dtype::DType,
-    fusion::{Mode, Operation, Residual},
+    fusion::{Mode, Operation, Residual, Rounding},
     kernels::{Family, Version},
     launch::Activations,
     plan::Plan,
@@ -110,6 +110,7 @@ impl Communicator {
             norm: None,
             quantization: Quantization::None,
             keep_norm: false,
+            rounding: Rounding::Once,
             mode: if family == Family::OneShot { Mode::OneShot } else { Mode::TwoShot },
         };
         let plan = Plan::new(&shape, &self.limits)?;
@@ -124,11 +125,8 @@ impl Communicator {
         let mut parameters = Parameters::default();
         parameters.extend(epilogue);
         let call = Call::custom(&shape, plan.algorithm, kernel.digest);
-        let activations = Activations {
-            input: address(Some(input)),
-            residual: address(residual),
-            residual_out: address(Some(residual_out)),
-        };
+        let [to_sum, sum] = [input, residual_out].map(|tensor| address(Some(tensor)));
+        let activations = Activations::new(to_sum, address(residual), sum, shape.rounding);
         // SAFETY: the launches were chosen for the kernel, which takes this epilogue, as this function's caller says, who
         // vouches for the addresses and the stream, too.
         unsafe { self.launch_rounds(&plan, call, activations, &parameters, stream) }

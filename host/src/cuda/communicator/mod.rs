@@ -249,8 +249,8 @@ impl Communicator {
     /// not be launched.
     ///
     /// # Safety
-    /// The tensors are where and what they are said to be until the operation has ended, those that are written
-    /// overlap no other, and `stream` is a stream of this rank's context.
+    /// The tensors are where and what they are said to be until the operation has ended, and `stream` is a stream of this
+    /// rank's context.
     pub unsafe fn enqueue(
         &mut self,
         operation: &Operation,
@@ -266,7 +266,7 @@ impl Communicator {
         let call = Call::operation(operation, plan.algorithm, None);
         // SAFETY: the kernels were chosen for the operation, whose epilogue this is, and the tensors were checked, whose
         // addresses this function's caller vouches for, as for the stream.
-        unsafe { self.launch_rounds(&plan, call, tensors.activations(), &epilogue, stream) }
+        unsafe { self.launch_rounds(&plan, call, tensors.activations(operation.rounding), &epilogue, stream) }
     }
 
     /// Takes the calls that were captured since this was last called, for [`replay`](Self::replay). Call it when a capture

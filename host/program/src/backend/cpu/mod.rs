@@ -9,7 +9,7 @@ use std::{collections::HashMap, marker::PhantomData, mem::replace, time::Instant
 
 use fused_collective::{
     cpu::{
-        Communicator, Inputs, Outputs, Plain,
+        Communicator, Inputs, Operand, Outputs, Plain,
         rows::{AddRow, Finish, FinishRow, QuantizeRow, RowOutputs, elements, elements_mut},
     },
     group::rendezvous::Group,
@@ -203,8 +203,11 @@ impl Engine {
             Residual::None | Residual::Replicated => (&tensors.residual, &mut tensors.residual_out),
         };
         let inputs = Inputs {
-            input: tensors.input.elements(),
-            residual: operation.residual.is_some().then(|| &residual.elements()[..rows as usize]),
+            input: Operand::Apart(tensors.input.elements()),
+            residual: operation
+                .residual
+                .is_some()
+                .then(|| Operand::Apart(&residual.elements()[..rows as usize])),
             gamma: Gamma::Element(tensors.gamma.elements::<E>()),
             scale: problem.scale,
         };
@@ -221,7 +224,7 @@ impl Engine {
         let tensors = &mut self.sets[self.set];
         let sum = if problem.residual { &mut tensors.reduced } else { &mut tensors.residual_out };
         let inputs = Inputs {
-            input: tensors.input.elements(),
+            input: Operand::Apart(tensors.input.elements()),
             residual: None,
             gamma: Gamma::Element(tensors.gamma.elements::<E>()),
             scale: problem.scale,
@@ -340,7 +343,12 @@ impl<E: Plain> WithSimd for EagerPass<'_, E> {
             Eager::MeanRsqrt => {
                 let rows = wide_b.elements::<f32>().chunks_exact(hidden);
                 for (factor, row) in per_token.elements_mut::<f32>().iter_mut().zip(rows) {
-                    *factor = 1.0 / (norm::sum(row) / hidden as f32 + problem.norm.epsilon).sqrt();
+                    let mut sums = [0.0f32; 32];
+                    for values in row.chunks(sums.len()) {
+                        sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+                    }
+                    let mean = norm::sum_by_halves(sums) / hidden as f32;
+                    *factor = 1.0 / (mean + problem.norm.epsilon).sqrt();
                 }
             }
             Eager::ScaleRows => {

@@ -2,7 +2,7 @@
 
 use fused_collective_bench::{launch::EagerStep, table::EagerKernel};
 use fused_collective_core::{
-    fusion::{Mode, Norm, Operation, Residual},
+    fusion::{Mode, Norm, Operation, Residual, Rounding},
     kernels::{Epilogue, Family, Kernel, Module, Set},
     launch::{Activations, Address, Shape},
     quant::Quantization,
@@ -89,24 +89,15 @@ impl Engine<'_> {
         quantization: Quantization,
     ) -> Result<(), Error> {
         let tensors = self.operands(problem, norm.is_some(), quantization, Tensor::ResidualOut);
-        let activations = match norm {
-            None => Activations {
-                input: self.address(Tensor::NormOut),
-                residual: Address::NULL,
-                residual_out: Address::NULL,
-            },
+        let [input, residual, residual_out] = match norm {
+            None => [self.address(Tensor::NormOut), Address::NULL, Address::NULL],
             // Without a residual the sum is in `ResidualOut` already.
-            Some(_) if !problem.residual => Activations {
-                input: self.address(Tensor::ResidualOut),
-                residual: Address::NULL,
-                residual_out: Address::NULL,
-            },
-            Some(_) => Activations {
-                input: self.address(Tensor::Reduced),
-                residual: self.address(Tensor::Residual),
-                residual_out: self.address(Tensor::ResidualOut),
-            },
+            Some(_) if !problem.residual => [self.address(Tensor::ResidualOut), Address::NULL, Address::NULL],
+            Some(_) => {
+                [Tensor::Reduced, Tensor::Residual, Tensor::ResidualOut].map(|tensor| self.address(tensor))
+            }
         };
+        let activations = Activations::new(input, residual, residual_out, Rounding::Once);
         let stream = self.handle();
         let kernels = self.communicator.kernels();
         let limits = kernels.limits();

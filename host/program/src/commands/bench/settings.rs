@@ -8,7 +8,7 @@ use std::{ops::Not, path::PathBuf, time::Duration};
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{Mode, Norm, Operation, Residual},
+    fusion::{Mode, Norm, Operation, Residual, Rounding},
 };
 use serde::{Deserialize, Serialize};
 
@@ -135,6 +135,7 @@ impl Settings {
             norm: Some(Norm::default()),
             quantization: case.quant_mode.quantization(),
             keep_norm: false,
+            rounding: Rounding::Once,
             mode,
         }
     }

@@ -1,0 +1,297 @@
+//! The operation, specified to the bit: what every backend gives, whatever the tokens beside a token, the mode, the layout
+//! of the residual, the rounds, the blocks and threads that share a row.
+//!
+//! All arithmetic is in `f32`, each operation rounded to nearest even, subnormal numbers included:
+//! 1. `sum = x_0 + x_1 + ...`, in rank order; with [`Rounding::AfterAllReduce`] rounded to the element type.
+//! 2. `residual_out = round(sum + residual)`; without a residual `round(sum)`.
+//! 3. `norm` of the rounded `residual_out`, by the operations of [`norm`](crate::norm#order-of-operations), rounded.
+//! 4. Codes and scales of the rounded `norm`, by [`quant::scale`](crate::quant::scale).
+//!
+//! A NaN is a NaN: its sign and payload are not specified, in elements, in `f32` scales and in codes.
+//!
+//! [`Row::compute`] is the specification, and [`Row::compare`] holds an implementation to it. The
+//! [reference](crate::reference) in `f64` says how far the specification is from exact arithmetic.
+//!
+//! ```
+//! use fused_collective_core::{
+//!     dtype::DType,
+//!     fusion::{Mode, Norm, Operation, Residual, Rounding},
+//!     norm::Gamma,
+//!     quant::Quantization,
+//!     specification::{Observed, Output, Row, Token},
+//! };
+//!
+//! let operation = Operation {
+//!     dtype: DType::F32,
+//!     tokens: 1,
+//!     hidden: 16,
+//!     residual: Residual::None,
+//!     norm: Some(Norm { epsilon: 0.0, ..Norm::default() }),
+//!     quantization: Quantization::None,
+//!     keep_norm: false,
+//!     rounding: Rounding::Once,
+//!     mode: Mode::OneShot,
+//! };
+//! let (rank_0, rank_1, ones) = ([1.0f32; 16], [3.0; 16], [1.0; 16]);
+//! let token = Token {
+//!     inputs: &[&rank_0, &rank_1],
+//!     residual: None,
+//!     gamma: Gamma::Element(&ones),
+//!     scale: 1.0,
+//!     index: 0,
+//! };
+//! let (mut sum, mut norm) = ([0.0; 16], [0.0; 16]);
+//! let mut row = Row { residual_out: &mut sum, norm: &mut norm, values: &mut [], scales: &mut [] };
+//! row.compute(&operation, &token)?;
+//! assert_eq!(row.residual_out, [4.0; 16]);
+//! assert_eq!(row.norm, ones);
+//!
+//! let wrong = [1.0, 1.0, 1.0, 1.000_000_1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0];
+//! let observed = Observed { residual_out: &[4.0; 16], norm_out: &wrong, values: &[], scales: &[] };
+//! let mismatch = row.compare(&operation, token.index, &observed).unwrap_err();
+//! assert_eq!((mismatch.output, mismatch.index), (Output::Norm, 3));
+//! # Ok::<(), fused_collective_core::quant::RowError>(())
+//! ```
+
+use core::fmt;
+
+use crate::{
+    dtype::Element,
+    fusion::{Operation, Rounding},
+    norm::{self, Gamma},
+    quant::{self, Quantization, RowError, ScaleLayout, e2m1, e4m3, ue4m3, ue8m0},
+};
+
+/// The inputs of one token of an operation.
+#[derive(Clone, Copy, Debug)]
+pub struct Token<'a, E> {
+    /// Row of the token in the input of each rank, in rank order, `[hidden]` each.
+    pub inputs: &'a [&'a [E]],
+    /// Row of the token in the residual, `[hidden]`; `None` without a residual.
+    pub residual: Option<&'a [E]>,
+    /// The weight of RMSNorm, `[hidden]`; not read without a norm.
+    pub gamma: Gamma<'a, E>,
+    /// The per-tensor or global scale; not read by the other quantizations.
+    pub scale: f32,
+    /// Index of the token, which is its row in the tensor of scales.
+    pub index: u64,
+}
+
+/// The outputs of an implementation for one token.
+#[derive(Clone, Copy, Debug)]
+pub struct Observed<'a, E> {
+    /// The sum, plus the residual, `[hidden]`.
+    pub residual_out: &'a [E],
+    /// The norm, `[hidden]`; empty if the operation does not write it.
+    pub norm_out: &'a [E],
+    /// The codes of the token; empty without quantization.
+    pub values: &'a [u8],
+    /// The scales of the whole tensor; empty if there are none.
+    pub scales: &'a [u8],
+}
+
+/// An output of the operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// The sum, plus the residual.
+    Residual,
+    /// The norm.
+    Norm,
+    /// A code of the quantized norm, decoded.
+    Value,
+    /// A scale of the quantized norm, decoded.
+    Scale,
+}
+
+impl fmt::Display for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Output::Residual => "residual_out",
+            Output::Norm => "norm_out",
+            Output::Value => "quant_out",
+            Output::Scale => "scale_out",
+        })
+    }
+}
+
+/// A wrong value of an implementation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Mismatch {
+    /// The output that has the value.
+    pub output: Output,
+    /// Index of the token.
+    pub token: u64,
+    /// Index of the element in the token; for a scale, of the block.
+    pub index: u64,
+    /// The value that was written, decoded.
+    pub got: f64,
+    /// The least right value.
+    pub low: f64,
+    /// The greatest right value.
+    pub high: f64,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Mismatch { output, token, index, got, low, high } = self;
+        write!(f, "{output}[{token}, {index}] is {got:e}, not {low:e}")?;
+        if low.to_bits() == high.to_bits() { Ok(()) } else { write!(f, " to {high:e}") }
+    }
+}
+
+impl core::error::Error for Mismatch {}
+
+/// The outputs of one token, in memory of the caller's.
+#[derive(Debug)]
+pub struct Row<'a, E> {
+    /// The sum, plus the residual, `[hidden]`.
+    pub residual_out: &'a mut [E],
+    /// The norm, `[hidden]`; not touched without one.
+    pub norm: &'a mut [E],
+    /// The codes: [`Quantization::value_bytes_per_row`].
+    pub values: &'a mut [u8],
+    /// The scales of the token alone, in the [linear](ScaleLayout::Linear) layout: [`Row::scale_bytes`].
+    pub scales: &'a mut [u8],
+}
+
+impl<E: Element> Row<'_, E> {
+    /// Bytes of the scales of one token of `operation`.
+    pub fn scale_bytes(operation: &Operation) -> u64 {
+        linear(operation.quantization).scale_bytes(1, operation.hidden).unwrap_or(0)
+    }
+
+    /// Computes the outputs of `token`.
+    ///
+    /// # Errors
+    /// Those of [`quant::quantize_row`], for slices of a wrong length.
+    ///
+    /// # Panics
+    /// If a row of `token` is shorter than `residual_out`, or there is no input.
+    pub fn compute(&mut self, operation: &Operation, token: &Token<'_, E>) -> Result<(), RowError> {
+        let (first, others) = token.inputs.split_first().expect("a group has at least one rank");
+        for (index, out) in self.residual_out.iter_mut().enumerate() {
+            let mut sum = first[index].to_f32();
+            for row in others {
+                sum += row[index].to_f32();
+            }
+            if let Some(residual) = token.residual {
+                if operation.rounding == Rounding::AfterAllReduce {
+                    sum = E::from_f32(sum).to_f32();
+                }
+                sum += residual[index].to_f32();
+            }
+            *out = E::from_f32(sum);
+        }
+        let Some(parameters) = operation.norm else { return Ok(()) };
+        let row = &*self.residual_out;
+        let inverse_rms = norm::inverse_rms(norm::sum_of_squares(row), row.len() as u64, parameters.epsilon);
+        for (index, (out, value)) in self.norm.iter_mut().zip(row).enumerate() {
+            let weight = parameters.weight_bias + token.gamma.get(index);
+            *out = norm::normalize(value.to_f32(), inverse_rms, weight);
+        }
+        let quantization = linear(operation.quantization);
+        quant::quantize_row(quantization, self.norm, 0, 1, token.scale, self.values, self.scales)
+    }
+
+    /// Compares an implementation's outputs for token `token` with these, which [`compute`](Self::compute) made. A slice of
+    /// `observed` that is empty is not compared, and neither is padding.
+    ///
+    /// # Errors
+    /// The first value that is another.
+    ///
+    /// # Panics
+    /// If a slice of `observed` is neither empty nor an output of `operation`.
+    pub fn compare(
+        &self,
+        operation: &Operation,
+        token: u64,
+        observed: &Observed<'_, E>,
+    ) -> Result<(), Mismatch> {
+        let mismatch = |output, index: usize, got: f64, right: f64| Mismatch {
+            output,
+            token,
+            index: index as u64,
+            got,
+            low: right,
+            high: right,
+        };
+        let elements = |output, got: &[E], right: &[E]| {
+            // Slices that are equal but for their NaNs are rare: a comparison of bits vectorizes.
+            let differs = got.iter().zip(right).position(|(got, right)| {
+                got.to_bits() != right.to_bits() && !(got.to_f32().is_nan() && right.to_f32().is_nan())
+            });
+            match differs {
+                Some(index) => {
+                    Err(mismatch(output, index, got[index].to_f32().into(), right[index].to_f32().into()))
+                }
+                None => Ok(()),
+            }
+        };
+        elements(Output::Residual, observed.residual_out, self.residual_out)?;
+        if operation.norm.is_none() {
+            return Ok(());
+        }
+        elements(Output::Norm, observed.norm_out, self.norm)?;
+        self.compare_scales(operation, token, observed.scales)
+            .map_err(|(index, got, right)| mismatch(Output::Scale, index, got.into(), right.into()))?;
+        let is_e2m1 =
+            matches!(operation.quantization, Quantization::NvFp4 { .. } | Quantization::MxFp4 { .. });
+        let differs = observed.values.iter().zip(&*self.values).position(|(&got, &right)| {
+            got != right && (is_e2m1 || !(e4m3::decode(got).is_nan() && e4m3::decode(right).is_nan()))
+        });
+        let Some(byte) = differs else { return Ok(()) };
+        let (got, right) = (observed.values[byte], self.values[byte]);
+        if !is_e2m1 {
+            return Err(mismatch(Output::Value, byte, e4m3::decode(got).into(), e4m3::decode(right).into()));
+        }
+        let [got, right] = [got, right].map(e2m1::unpack);
+        let second = usize::from(got[0] == right[0]);
+        let [got, right] = [got, right].map(|codes| e2m1::decode(codes[second]).into());
+        Err(mismatch(Output::Value, byte * 2 + second, got, right))
+    }
+
+    /// Compares the scales of a token; else the index of the block, and both scales, decoded.
+    fn compare_scales(
+        &self,
+        operation: &Operation,
+        token: u64,
+        scales: &[u8],
+    ) -> Result<(), (usize, f32, f32)> {
+        if scales.is_empty() {
+            return Ok(());
+        }
+        let quantization = operation.quantization;
+        if quantization == Quantization::Fp8PerToken {
+            let scale =
+                |bytes: &[u8], at: usize| f32::from_le_bytes([0, 1, 2, 3].map(|byte| bytes[at + byte]));
+            let (got, right) = (scale(scales, token as usize * 4), scale(self.scales, 0));
+            let same = got.to_bits() == right.to_bits() || got.is_nan() && right.is_nan();
+            return if same { Ok(()) } else { Err((0, got, right)) };
+        }
+        let Some(layout) = quantization.scale_layout() else { return Ok(()) };
+        let decode: fn(u8) -> f32 = match quantization {
+            Quantization::NvFp4 { .. } => ue4m3::decode,
+            _ => ue8m0::decode,
+        };
+        let cols = quantization.scale_cols(operation.hidden);
+        for (col, &right) in (0..cols).zip(&*self.scales) {
+            let got = scales[layout.offset(token, col, cols) as usize];
+            if got != right {
+                return Err((col as usize, decode(got), decode(right)));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The quantization with its scales in the linear layout.
+fn linear(quantization: Quantization) -> Quantization {
+    let layout = ScaleLayout::Linear;
+    match quantization {
+        Quantization::Fp8PerGroup { group, .. } => Quantization::Fp8PerGroup { group, layout },
+        Quantization::NvFp4 { .. } => Quantization::NvFp4 { layout },
+        Quantization::MxFp8 { .. } => Quantization::MxFp8 { layout },
+        Quantization::MxFp4 { .. } => Quantization::MxFp4 { layout },
+        other @ (Quantization::None | Quantization::Fp8Static | Quantization::Fp8PerToken) => other,
+    }
+}

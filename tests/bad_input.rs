@@ -79,7 +79,10 @@ fn numbers_out_of_range() {
 
 #[test]
 fn an_unknown_all_reduce() {
-    refused_options("--allreduce nccl,gloo", &["--allreduce", "'gloo'", "use nccl or custom"]);
+    refused_options(
+        "--allreduce nccl,gloo",
+        &["--allreduce", "'gloo'", "use nccl, nccl-symmetric or custom"],
+    );
 }
 
 #[test]

@@ -27,6 +27,7 @@ const EAGER_GROUP: u64 = 4;
 impl Engine<'_> {
     /// Enqueues every step once.
     pub(super) fn enqueue_all(&mut self, steps: &[Step]) -> Result<(), Error> {
+        self.use_window(steps);
         steps.iter().try_for_each(|&step| self.enqueue(step))
     }
 
@@ -39,7 +40,10 @@ impl Engine<'_> {
             }
             Step::FusedSharded => self.fused(&problem, problem.sharded_operation()),
             Step::AllReduce(mode) => self.all_reduce(&problem, mode),
-            Step::NcclAllReduce => self.nccl_all_reduce(&problem, step),
+            Step::NcclSymmetricAllReduce if self.window.is_none() => {
+                Err(Error::Step { step, why: "the problem has no symmetric window" })
+            }
+            Step::NcclAllReduce | Step::NcclSymmetricAllReduce => self.nccl_all_reduce(&problem, step),
             Step::AddRmsNorm => self.local(&problem, Some(problem.norm), Quantization::None),
             Step::AddRmsNormQuantize => self.local(&problem, Some(problem.norm), problem.quantization),
             Step::Quantize => self.local(&problem, None, problem.quantization),
@@ -181,7 +185,7 @@ pub(super) fn nccl_elements(problem: &Problem) -> u64 {
 }
 
 /// Where the all-reduce of the separate operations leaves its sum.
-fn sum(problem: &Problem) -> Tensor {
+pub(super) fn sum(problem: &Problem) -> Tensor {
     if problem.residual { Tensor::Reduced } else { Tensor::ResidualOut }
 }
 

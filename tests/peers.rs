@@ -260,7 +260,9 @@ return [], [f"multicast: {multicast}, {[os.environ.get(name) for name in names]}
     let (python, json) = (actor(&folder, part), folder.path().join("report.json"));
     let note_with = |set: Option<(&str, &str)>| {
         let mut command = command(&python, "");
-        OFF.iter().for_each(|(name, _)| drop(command.env_remove(name)));
+        for (name, _) in OFF {
+            command.env_remove(name);
+        }
         let outcome = run(command.envs(set).arg("--json").arg(&json));
         outcome.assert_success();
         let notes = Report::read(&json).configurations.swap_remove(0).notes;

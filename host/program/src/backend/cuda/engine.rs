@@ -37,7 +37,6 @@ use super::{
     guarded_memory::GuardedMemory,
     links::CudaLinks,
     nccl::NcclGroup,
-    steps::sum,
     window_tensors::WindowTensors,
 };
 use crate::backend::{
@@ -333,10 +332,10 @@ impl Collective for Engine<'_> {
         if let (Some(nccl), true) =
             (&mut self.nccl, self.all_reduces.contains(&AllReduceChoice::NcclSymmetric))
         {
-            let (count, sum) = (self.sets.len(), sum(problem));
+            let count = self.sets.len();
             let bytes = WindowTensors::needed(problem, count).unwrap_or(u64::MAX);
             match nccl.window(self.group, bytes)? {
-                Ok(base) => self.window = Some(WindowTensors::new(context, base, problem, sum, count)),
+                Ok(base) => self.window = Some(WindowTensors::new(context, base, problem, count)),
                 Err(error) => {
                     self.all_reduces.retain(|&choice| choice != AllReduceChoice::NcclSymmetric);
                     self.notes

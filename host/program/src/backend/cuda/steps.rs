@@ -69,14 +69,14 @@ impl Engine<'_> {
     }
 
     fn all_reduce(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {
-        let tensors = self.operands(problem, false, Quantization::None, sum(problem));
+        let tensors = self.operands(problem, false, Quantization::None, problem.sum());
         let stream = self.handle();
         // SAFETY: as in `fused`.
         Ok(unsafe { self.communicator.enqueue(&problem.all_reduce(mode), &tensors, stream) }?)
     }
 
     fn nccl_all_reduce(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
-        let (from, to) = (self.address(Tensor::Input), self.address(sum(problem)));
+        let (from, to) = (self.address(Tensor::Input), self.address(problem.sum()));
         let (count, stream) = (nccl_elements(problem), self.handle());
         let nccl = self.nccl.as_mut().ok_or(Error::Step { step, why: "NCCL was not loaded" })?;
         // SAFETY: as in `fused`.
@@ -182,11 +182,6 @@ impl Engine<'_> {
 /// Elements of NCCL's all-reduce.
 pub(super) fn nccl_elements(problem: &Problem) -> u64 {
     problem.tokens * problem.hidden
-}
-
-/// Where the all-reduce of the separate operations leaves its sum.
-pub(super) fn sum(problem: &Problem) -> Tensor {
-    if problem.residual { Tensor::Reduced } else { Tensor::ResidualOut }
 }
 
 /// All rows of the problem.

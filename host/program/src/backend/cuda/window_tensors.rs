@@ -30,9 +30,9 @@ impl WindowTensors {
         bytes.checked_mul(2)?.checked_mul(sets as u64)
     }
 
-    /// The tensors in a window at `base` of as many bytes as [`needed`](Self::needed). The sum is in place of `sum`.
-    pub(super) fn new(context: Context, base: Address, problem: &Problem, sum: Tensor, sets: usize) -> Self {
-        WindowTensors { context, base, sum, bytes: problem.activation_bytes(), sets }
+    /// The tensors in a window at `base` of as many bytes as [`needed`](Self::needed).
+    pub(super) fn new(context: Context, base: Address, problem: &Problem, sets: usize) -> Self {
+        WindowTensors { context, base, sum: problem.sum(), bytes: problem.activation_bytes(), sets }
     }
 
     /// Address of `tensor` of a set, if it is in the window.

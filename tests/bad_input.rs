@@ -86,6 +86,14 @@ fn an_unknown_all_reduce() {
 }
 
 #[test]
+fn an_all_reduce_of_gpus_without_gpus() {
+    for only in ["nccl", "nccl-symmetric"] {
+        let needs = format!("{only} needs the cuda backend: use custom");
+        refused_options(&format!("--allreduce {only}"), &["--allreduce", &needs]);
+    }
+}
+
+#[test]
 fn an_unknown_backend() {
     refused(&mut command(&["bench", "--backend", "rocm"]), &["--backend", "'rocm'", "use auto, cpu or cuda"]);
 }

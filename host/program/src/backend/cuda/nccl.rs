@@ -54,6 +54,9 @@ const NOTICE: Duration = Duration::from_secs(2);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 /// What the bytes of a window are a multiple of: a large page.
 const WINDOW_BYTES: u64 = 2 << 20;
+/// What completes "NCCL" where it came to nothing.
+const NOT_USED: &str = "is not used";
+const NO_WINDOW: &str = "has no symmetric window";
 /// Bytes per second that every link between GPUs is faster than: what all-reduces enqueued ahead may take at most.
 const SLOWEST: u64 = 1 << 30;
 
@@ -144,7 +147,7 @@ impl Shared {
         let allocate = |nccl: &Nccl, comm: &mut Comm| {
             let windows = nccl.windows.as_ref();
             let windows = windows
-                .ok_or_else(|| Error::Nccl("has no symmetric windows: use 2.27 or later".to_owned()))?;
+                .ok_or_else(|| Error::Nccl("has none in this release: use 2.27 or later".to_owned()))?;
             comm.end_window(nccl)?;
             if bytes > 0 {
                 let mut memory = null_mut();
@@ -243,10 +246,11 @@ impl NcclGroup {
             }
             Ok((nccl, version, id))
         };
-        let (nccl, version, mut id) = match agreed(together(group, "loading it", limits, loading, drop)?)? {
-            Ok(loaded) => loaded,
-            Err(why) => return Ok(Err(why)),
-        };
+        let (nccl, version, mut id) =
+            match agreed(together(group, "loading it", limits, loading, drop)?, NOT_USED)? {
+                Ok(loaded) => loaded,
+                Err(why) => return Ok(Err(why)),
+            };
         let shared = group.broadcast(makes_id.then(|| bytemuck::cast_slice(&id.internal)))?;
         let shared: &[c_char] = bytemuck::cast_slice(&shared);
         id.internal =
@@ -267,7 +271,7 @@ impl NcclGroup {
         };
         let undo = |connected: Arc<Shared>| connected.leave(true);
         let outcome = together(group, "connecting it to the others", limits, connecting, undo)?;
-        Ok(agreed(outcome)?.map(|shared| NcclGroup {
+        Ok(agreed(outcome, NOT_USED)?.map(|shared| NcclGroup {
             shared,
             version,
             context: gpu.context().clone(),
@@ -312,11 +316,13 @@ impl NcclGroup {
         let undo = |shared: Arc<Shared>| drop(shared.allocate_window(0));
         // Apart, as ranks wait for each other to register, and one may have no memory.
         let allocate = in_context(Shared::allocate_window);
-        if let Err(why) = agreed(together(group, "allocating a symmetric window", limits, allocate, undo)?)? {
+        let allocated = together(group, "allocating a symmetric window", limits, allocate, undo)?;
+        if let Err(why) = agreed(allocated, NO_WINDOW)? {
             return Ok(Err(why));
         }
         let register = in_context(|shared, _| shared.register_window());
-        let registered = agreed(together(group, "registering a symmetric window", limits, register, undo)?)?;
+        let registered = together(group, "registering a symmetric window", limits, register, undo)?;
+        let registered = agreed(registered, NO_WINDOW)?;
         Ok(registered.and_then(|shared| {
             address(&shared).flatten().map(|(address, _)| address).ok_or_else(was_aborted)
         }))
@@ -485,14 +491,14 @@ fn describe(dtype: DType, count: u64) -> String {
     format!("NCCL's all-reduce of {count} {dtype}")
 }
 
-/// What ranks agreed on: the result, or why NCCL is not used.
+/// What ranks agreed on: the result, or why there is none. `lacks` says what then becomes of NCCL, for a reader.
 ///
 /// # Errors
 /// A thread is still inside of NCCL: it would run beside all that is timed.
-fn agreed<T>(outcome: Outcome<T>) -> Result<Result<T, Error>, Error> {
+fn agreed<T>(outcome: Outcome<T>, lacks: &str) -> Result<Result<T, Error>, Error> {
     match outcome {
         Outcome::Done(done) => Ok(Ok(done)),
-        Outcome::Failed { rank, why } => Ok(Err(Error::Nccl(format!("is not used: on rank {rank} {why}")))),
+        Outcome::Failed { rank, why } => Ok(Err(Error::Nccl(format!("{lacks}: on rank {rank} {why}")))),
         Outcome::Running { rank, why, running } => Err(Error::Nccl(format!(
             "cannot be used, nor be ended on rank {running}: on rank {rank} {why}; leave it out (--allreduce custom)"
         ))),
@@ -559,10 +565,10 @@ mod tests {
     #[test]
     fn ranks_that_cannot_use_it_say_on_which_one_and_why() {
         let failed = Outcome::<()>::Failed { rank: 1, why: "it cannot be loaded".to_owned() };
-        let error = agreed(failed).unwrap().unwrap_err().to_string();
+        let error = agreed(failed, NOT_USED).unwrap().unwrap_err().to_string();
         assert_eq!(error, "NCCL is not used: on rank 1 it cannot be loaded");
         let running = Outcome::<()>::Running { rank: 1, why: "it is late".to_owned(), running: 2 };
-        let error = agreed(running).unwrap_err().to_string();
+        let error = agreed(running, NO_WINDOW).unwrap_err().to_string();
         assert!(error.contains("ended on rank 2: on rank 1 it is late"), "{error}");
     }
 }

@@ -79,7 +79,18 @@ fn numbers_out_of_range() {
 
 #[test]
 fn an_unknown_all_reduce() {
-    refused_options("--allreduce nccl,gloo", &["--allreduce", "'gloo'", "use nccl or custom"]);
+    refused_options(
+        "--allreduce nccl,gloo",
+        &["--allreduce", "'gloo'", "use nccl, nccl-symmetric or custom"],
+    );
+}
+
+#[test]
+fn an_all_reduce_of_gpus_without_gpus() {
+    for only in ["nccl", "nccl-symmetric"] {
+        let needs = format!("{only} needs the cuda backend: use custom");
+        refused_options(&format!("--allreduce {only}"), &["--allreduce", &needs]);
+    }
 }
 
 #[test]

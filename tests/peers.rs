@@ -32,7 +32,7 @@ for line in sys.stdin:
     request = json.loads(line)
     if request["request"] == "start":
         assert (request["peer"], request["world_size"], request["device"]) == ("torch", 2, "cpu"), request
-        rank = request["rank"]
+        rank, multicast = request["rank"], request["multicast"]
         say("started", port=4321 if rank == 0 else None)
     elif request["request"] == "join":
         assert request["port"] == 4321, request
@@ -246,6 +246,32 @@ fn no_peer_outlives_a_run_that_is_killed() {
     running.signal(running.pid(), Signal::KILL);
     let outcome = running.wait(LIMIT);
     assert!(outcome.code.is_none() && outcome.survivors.is_empty(), "{outcome}");
+}
+
+#[test]
+fn a_variable_that_switches_multicast_off_for_one_library_does_so_for_every_peer() {
+    const OFF: [(&str, &str); 3] =
+        [("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"), ("NVSHMEM_DISABLE_NVLS", "1")];
+    let part = r#"
+names = "NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "NVSHMEM_DISABLE_NVLS"
+return [], [f"multicast: {multicast}, {[os.environ.get(name) for name in names]}"]
+"#;
+    let folder = tempfile::tempdir().unwrap();
+    let (python, json) = (actor(&folder, part), folder.path().join("report.json"));
+    let note_with = |set: Option<(&str, &str)>| {
+        let mut command = command(&python, "");
+        for (name, _) in OFF {
+            command.env_remove(name);
+        }
+        let outcome = run(command.envs(set).arg("--json").arg(&json));
+        outcome.assert_success();
+        let notes = Report::read(&json).configurations.swap_remove(0).notes;
+        notes.into_iter().find(|note| note.starts_with("multicast: ")).unwrap()
+    };
+    assert_eq!(note_with(None), "multicast: True, [None, None, None]");
+    for set in OFF {
+        assert_eq!(note_with(Some(set)), "multicast: False, ['0', '1', '1']", "{set:?}");
+    }
 }
 
 #[test]

@@ -1,14 +1,15 @@
 //! NCCL's C API, as far as an all-reduce needs it, loaded at run time.
 //!
 //! A program that uses this crate builds and starts without NCCL; [`Nccl::load`] finds the library or says where it
-//! looked. Names, types and values are those of `nccl.h`, the same since NCCL 2.10; what they mean is in NCCL's
-//! documentation.
+//! looked. Names, types and values are those of `nccl.h`, the same since NCCL 2.10, and since 2.27 for [`Windows`]; what
+//! they mean is in NCCL's documentation.
 #![allow(non_camel_case_types, non_snake_case, non_upper_case_globals, reason = "the names of the C API")]
 
 use std::{
     env,
     ffi::{CStr, OsString, c_char, c_int, c_void},
     fmt,
+    ops::Deref,
 };
 
 use libloading::Library;
@@ -29,6 +30,11 @@ pub type ncclDataType_t = c_int;
 /// A reduction.
 pub type ncclRedOp_t = c_int;
 
+/// A symmetric window: memory that each rank has registered, and that all ranks reach.
+pub type ncclWindow_t = *mut c_void;
+
+/// Flag of [`Windows::ncclCommWindowRegister`]: collectives may use kernels for symmetric memory.
+pub const NCCL_WIN_COLL_SYMMETRIC: c_int = 1;
 /// [`ncclResult_t`]: success.
 pub const ncclSuccess: ncclResult_t = 0;
 /// [`ncclDataType_t`]: IEEE half precision.
@@ -71,29 +77,29 @@ impl fmt::Display for NotFound {
 
 impl std::error::Error for NotFound {}
 
-macro_rules! api {
-    ($($(#[$attribute:meta])* fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty;)*) => {
-        /// The library, loaded. Its functions are fields, to be called as C functions are: unsafely.
+macro_rules! functions {
+    (
+        $(#[$about:meta])* pub struct $api:ident;
+        $($(#[$attribute:meta])* fn $name:ident($($argument:ident: $type:ty),*) -> $result:ty;)*
+    ) => {
+        $(#[$about])*
         #[derive(Debug)]
-        pub struct Nccl {
+        pub struct $api {
             $($(#[$attribute])* pub $name: unsafe extern "C" fn($($argument: $type),*) -> $result,)*
-            /// The library that the functions are in.
-            _library: Library,
         }
 
-        impl Nccl {
-            fn bind(library: Library) -> Result<Nccl, libloading::Error> {
-                Ok(Nccl {
-                    // SAFETY: the library's function of this name has this type.
-                    $($name: unsafe { *library.get(stringify!($name))? },)*
-                    _library: library,
-                })
+        impl $api {
+            fn bind(library: &Library) -> Result<$api, libloading::Error> {
+                // SAFETY: the library's function of this name has this type.
+                Ok($api { $($name: unsafe { *library.get(stringify!($name))? },)* })
             }
         }
     };
 }
 
-api! {
+functions! {
+    /// The functions of every release. They are fields, to be called as C functions are: unsafely.
+    pub struct Functions;
     /// Writes the version: 22809 is 2.28.9.
     fn ncclGetVersion(version: *mut c_int) -> ncclResult_t;
     /// Describes a result.
@@ -120,6 +126,45 @@ api! {
     ) -> ncclResult_t;
 }
 
+functions! {
+    /// The functions of symmetric windows, in NCCL 2.27 and later.
+    pub struct Windows;
+
+    /// Allocates memory that can be registered, on the current device.
+    fn ncclMemAlloc(memory: *mut *mut c_void, bytes: usize) -> ncclResult_t;
+    /// Frees memory of `ncclMemAlloc`.
+    fn ncclMemFree(memory: *mut c_void) -> ncclResult_t;
+    /// Registers a window on all ranks, each with as many bytes of its own. The window is null where the group has no use
+    /// for it.
+    fn ncclCommWindowRegister(
+        comm: ncclComm_t,
+        memory: *mut c_void,
+        bytes: usize,
+        window: *mut ncclWindow_t,
+        flags: c_int
+    ) -> ncclResult_t;
+    /// Ends a window.
+    fn ncclCommWindowDeregister(comm: ncclComm_t, window: ncclWindow_t) -> ncclResult_t;
+}
+
+/// The library, loaded.
+#[derive(Debug)]
+pub struct Nccl {
+    functions: Functions,
+    /// The functions of symmetric windows; `None` in a release before 2.27.
+    pub windows: Option<Windows>,
+    /// The library that the functions are in.
+    _library: Library,
+}
+
+impl Deref for Nccl {
+    type Target = Functions;
+
+    fn deref(&self) -> &Functions {
+        &self.functions
+    }
+}
+
 impl Nccl {
     /// Loads the library that [`LIBRARY_VARIABLE`] names or, if it is not set, the one that the loader finds as
     /// [`LIBRARY_NAME`].
@@ -128,6 +173,11 @@ impl Nccl {
     /// It is not there, or lacks a function.
     pub fn load() -> Result<Nccl, NotFound> {
         Self::load_from(env::var_os(LIBRARY_VARIABLE))
+    }
+
+    fn bind(library: Library) -> Result<Nccl, libloading::Error> {
+        let functions = Functions::bind(&library)?;
+        Ok(Nccl { functions, windows: Windows::bind(&library).ok(), _library: library })
     }
 
     fn load_from(named: Option<OsString>) -> Result<Nccl, NotFound> {
@@ -165,6 +215,13 @@ mod tests {
         let error = Nccl::load_from(Some("/nowhere/libnccl.so.2".into())).unwrap_err().to_string();
         assert!(error.contains("/nowhere/libnccl.so.2"), "{error}");
         assert!(error.contains("LD_LIBRARY_PATH") && error.contains("NCCL_LIBRARY"), "{error}");
+    }
+
+    #[test]
+    fn a_library_without_symmetric_windows_has_none() {
+        // SAFETY: the C library is loaded already.
+        let library = unsafe { Library::new("libc.so.6") }.unwrap();
+        assert!(Windows::bind(&library).is_err());
     }
 
     #[test]

@@ -55,9 +55,17 @@ fn values_of(kind: &str) -> &'static [&'static str] {
         "dtype" => &["bfloat16", "float16,float32", "int8", ","],
         "mode" => &["none", "fp8,fp4", "FP8", "fp5"],
         "how" => &["replicated", "sharded", "none", "both"],
-        "name" => {
-            &["cpu", "cuda", "auto", "nccl", "custom", "nccl,custom", "torch", "flashinfer,torch", "tpu"]
-        }
+        "name" => &[
+            "cpu",
+            "cuda",
+            "auto",
+            "nccl",
+            "custom",
+            "nccl,nccl-symmetric,custom",
+            "torch",
+            "flashinfer,torch",
+            "tpu",
+        ],
         "program" => &["python3", "-", ""],
         "file" => &["a.json", "/dev/null", "-", "", "a\u{1b}b"],
         "case" => &[

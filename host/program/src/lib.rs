@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | [`commands`] | the command line, and each command in a folder |
 //! | [`job`] | the ranks that run a command |
+//! | [`multicast`] | NVLink multicast, switched off for all libraries or for none |
 //! | [`backend`] | the operations of the program on CPUs and GPUs |
 //! | [`check`] | inputs, variants, and the check of their results |
 //! | [`peers`] | other packages that the benchmark measures |
@@ -19,6 +20,7 @@ pub mod exit;
 mod fuzz;
 pub mod job;
 pub mod measurement;
+pub mod multicast;
 pub mod peers;
 pub mod quant_mode;
 pub mod report;

@@ -2,6 +2,10 @@
 
 use std::process::ExitCode;
 
+use fused_collective_cli::{commands, multicast};
+
 fn main() -> ExitCode {
-    fused_collective_cli::commands::main()
+    // SAFETY: the process begins here, with one thread.
+    unsafe { multicast::agree() };
+    commands::main()
 }

@@ -6,29 +6,37 @@ use serde::{Deserialize, Serialize};
 
 /// The all-reduces that the separate operations can use on GPUs. The CPU backend has this project's alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum AllReduceChoice {
     /// NCCL's.
     Nccl,
+    /// NCCL's over symmetric windows.
+    NcclSymmetric,
     /// The faster of this project's one-shot and two-shot.
     Custom,
 }
 
 impl AllReduceChoice {
     /// Every choice.
-    pub const ALL: [AllReduceChoice; 2] = [AllReduceChoice::Nccl, AllReduceChoice::Custom];
+    pub const ALL: [AllReduceChoice; 3] =
+        [AllReduceChoice::Nccl, AllReduceChoice::NcclSymmetric, AllReduceChoice::Custom];
+
+    /// The name on the command line and in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            AllReduceChoice::Nccl => "nccl",
+            AllReduceChoice::NcclSymmetric => "nccl-symmetric",
+            AllReduceChoice::Custom => "custom",
+        }
+    }
 }
 
 impl FromStr for AllReduceChoice {
     type Err = UnknownAllReduce;
 
-    /// Reads `nccl` or `custom`.
+    /// Reads `nccl`, `nccl-symmetric` or `custom`.
     fn from_str(text: &str) -> Result<Self, UnknownAllReduce> {
-        match text {
-            "nccl" => Ok(AllReduceChoice::Nccl),
-            "custom" => Ok(AllReduceChoice::Custom),
-            _ => Err(UnknownAllReduce),
-        }
+        AllReduceChoice::ALL.into_iter().find(|choice| choice.name() == text).ok_or(UnknownAllReduce)
     }
 }
 
@@ -38,7 +46,7 @@ pub struct UnknownAllReduce;
 
 impl fmt::Display for UnknownAllReduce {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("not an all-reduce: use nccl or custom")
+        f.write_str("not an all-reduce: use nccl, nccl-symmetric or custom")
     }
 }
 

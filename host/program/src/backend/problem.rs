@@ -59,6 +59,11 @@ impl Problem {
         }
     }
 
+    /// The tensor that the all-reduce of separate operations leaves its sum in.
+    pub fn sum(&self) -> Tensor {
+        if self.residual { Tensor::Reduced } else { Tensor::ResidualOut }
+    }
+
     /// Bytes of one row of elements.
     pub fn row_bytes(&self) -> u64 {
         self.hidden * self.dtype.bytes()

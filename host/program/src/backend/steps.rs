@@ -15,6 +15,8 @@ pub enum Step {
     AllReduce(Mode),
     /// `Input` to sum, by NCCL's.
     NcclAllReduce,
+    /// `Input` to sum, by NCCL's, both in a symmetric window. The steps after it find the sum there.
+    NcclSymmetricAllReduce,
     /// One pass: sum and `Residual` to `ResidualOut` and `NormOut`.
     AddRmsNorm,
     /// One pass: sum and `Residual` to `ResidualOut`, and `QuantOut` and `ScaleOut`.
@@ -104,7 +106,7 @@ impl Conversion {
 /// An all-reduce that the separate operations can use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AllReduce {
-    /// The name within variants' names: `allreduce` or `custom_allreduce`.
+    /// The name within variants' names: `allreduce`, `symm_allreduce` or `custom_allreduce`.
     pub name: &'static str,
     /// The ways to run it, with names for a reader. The fastest is used.
     pub ways: Vec<(&'static str, Step)>,

@@ -188,7 +188,11 @@ mod tests {
                     let collective = |step: &&Step| {
                         matches!(
                             step,
-                            Step::AllReduce(_) | Step::NcclAllReduce | Step::Fused(_) | Step::FusedSharded
+                            Step::AllReduce(_)
+                                | Step::NcclAllReduce
+                                | Step::NcclSymmetricAllReduce
+                                | Step::Fused(_)
+                                | Step::FusedSharded
                         )
                     };
                     assert_eq!(variant.steps.iter().filter(collective).count(), 1, "{}", variant.name);

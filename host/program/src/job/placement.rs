@@ -51,10 +51,13 @@ pub(super) fn choose(
             (Backend::Cuda, ranks)
         }
     };
-    if chosen.0 == Backend::Cpu && !all_reduces.contains(&AllReduceChoice::Custom) {
-        return Err(Failure::Usage(
-            "--allreduce: nccl needs the cuda backend: use custom, or leave the option out".to_owned(),
-        ));
+    if let (Backend::Cpu, [choice, ..]) = (chosen.0, all_reduces)
+        && !all_reduces.contains(&AllReduceChoice::Custom)
+    {
+        return Err(Failure::Usage(format!(
+            "--allreduce: {} needs the cuda backend: use custom, or leave the option out",
+            choice.name()
+        )));
     }
     Ok(chosen)
 }

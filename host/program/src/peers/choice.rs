@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 pub enum PeerChoice {
     /// FlashInfer's fused all-reduce.
     FlashInfer,
-    /// PyTorch's all-reduce, followed by eager operations and by compiled ones.
+    /// PyTorch's all-reduces, followed by eager operations and by compiled ones.
     Torch,
 }
 

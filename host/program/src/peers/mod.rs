@@ -1,9 +1,10 @@
 //! Other packages' all-reduce, residual add, RMSNorm and quantization, measured in the same run. Their rows stand in the
 //! same report.
 //!
-//! A peer is a Python package. For each peer, every rank starts a process of its own that runs `peer.py`. The process
-//! measures each configuration right after this project's variants. Ranks go through the same steps, and exchange the
-//! states of their processes while they wait. So a process that hangs or dies costs the benchmark that peer's rows only.
+//! A peer is a Python package. For each peer, every rank starts a process of its own, which runs `peer.py` with the peers'
+//! classes appended. The process measures each configuration right after this project's variants. Ranks go through the same
+//! steps, and exchange the states of their processes while they wait. So a process that hangs or dies costs the benchmark
+//! that peer's rows only.
 //!
 //! A peer that is not installed is no failure but a note that says what to install. Wrong results are a failure.
 
@@ -19,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     job::ranks::{Error, all, slowest},
     measurement::{Kind, Measurement, Trials},
+    multicast,
 };
 use choice::PeerChoice;
 use process::{Process, clipped};
@@ -147,6 +149,7 @@ impl Peer {
             timeout_seconds: deadline.as_secs_f64(),
             max_tokens: options.max_tokens,
             hidden_dim: options.hidden_dim,
+            multicast: multicast::is_allowed(),
         });
         let mut process = Process::start(options.python);
         let states = match ask(group, &mut process, &start, deadline)? {

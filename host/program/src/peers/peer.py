@@ -5,11 +5,11 @@ its standard output, both one JSON object a line (peers/protocol.rs has them). W
 error. Every variant is checked against a reference in float64 before it is timed, and timed as fused-collective times
 its own: on GPUs a CUDA graph of 20 operations, launched twice, of which the second is timed by events; on CPUs
 wall-clock time from a barrier. The slowest rank's time is taken by whoever reads the replies.
+
+This file has what all peers share. process.rs appends a file for each peer, and the call of `main`.
 """
 
 import importlib
-import importlib.metadata
-import inspect
 import json
 import math
 import os
@@ -50,10 +50,11 @@ def load(module, package):
 
 
 class Variant:
-    """One way to solve a problem. `run` takes the set of tensors to use and leaves its outputs in it."""
+    """One way to solve a problem. `run` takes the set of tensors to use and leaves its outputs in it. `compile`, if there is
+    one, fills the package's cache of compiled kernels, without the other ranks."""
 
-    def __init__(self, name, kind, run):
-        self.name, self.kind, self.run = name, kind, run
+    def __init__(self, name, kind, run, compile=None):
+        self.name, self.kind, self.run, self.compile = name, kind, run, compile
         self.trials, self.operations = [], 0
         # On GPUs: what is launched, and what it writes to.
         self.graph, self.outputs = None, []
@@ -64,8 +65,8 @@ class Tensors:
 
     def __init__(self, input, residual, gamma):
         self.input, self.residual, self.gamma = input, residual, gamma
-        # The input of an all-reduce in place, which the next trial needs again.
-        self.reduced = input.clone()
+        # The inputs of all-reduces in place, which the next trial needs again: in any memory, and in symmetric memory.
+        self.reduced, self.symmetric = input.clone(), None
         self.set_outputs(None, None, None, None)
 
     def outputs(self):
@@ -75,8 +76,13 @@ class Tensors:
         self.residual_out, self.norm_out = residual_out, norm_out
         self.quant_out, self.scale_out = quant_out, scale_out
 
-    def reset(self):
+    def restore(self):
         self.reduced.copy_(self.input)
+        if self.symmetric is not None:
+            self.symmetric.copy_(self.input)
+
+    def reset(self):
+        self.restore()
         self.set_outputs(None, None, None, None)
 
 
@@ -282,9 +288,25 @@ class Peer:
         self.dist.all_reduce(answer, op=self.dist.ReduceOp.MIN, group=self.hosts)
         return bool(answer.item())
 
+    def rank_0_first(self, work):
+        """Does `work` on rank 0, then on the other ranks: they find in the cache what they would else write at once. An error
+        of any rank is one on all."""
+        for mine in (self.rank == 0, self.rank != 0):
+            error = None
+            try:
+                if mine:
+                    work()
+            except Exception as failed:
+                error = failed
+            if not self.all_agree(error is None):
+                raise error or RuntimeError("its kernels were not compiled on another rank")
+            reply("working", on="kernels")
+
     def prepare(self, problem, variant):
         """Runs the variant once, for its outputs to be checked, and then makes it ready to be timed."""
         torch = self.torch
+        if variant.compile:
+            self.rank_0_first(variant.compile)
         if self.device.type == "cpu":
             variant.run(problem.sets[0])
             return
@@ -310,7 +332,7 @@ class Peer:
     def trial(self, problem, variant):
         """Microseconds per operation on this rank."""
         for tensors in problem.sets:
-            tensors.reduced.copy_(tensors.input)
+            tensors.restore()
         if self.device.type == "cuda":
             return self.trial_on_gpu(problem, variant)
         if not variant.operations:
@@ -318,7 +340,7 @@ class Peer:
             self.dist.all_reduce(once, op=self.dist.ReduceOp.MAX, group=self.hosts)
             variant.operations = int(min(max(TRIAL_US / once.item(), 1.0), MAX_OPERATIONS))
             for tensors in problem.sets:
-                tensors.reduced.copy_(tensors.input)
+                tensors.restore()
         return self.time_on_cpu(problem, variant, variant.operations)
 
     def time_on_cpu(self, problem, variant, operations):
@@ -343,158 +365,6 @@ class Peer:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) * 1e3 / OPERATIONS_PER_GRAPH
-
-
-class Torch(Peer):
-    """torch.distributed's all-reduce, then eager steps, or one compiled function."""
-
-    def backend(self):
-        return "nccl" if self.device.type == "cuda" else "gloo"
-
-    def about(self):
-        how = "gloo, {} threads a rank".format(self.torch.get_num_threads())
-        if self.device.type == "cuda":
-            how = "NCCL " + ".".join(map(str, self.torch.cuda.nccl.version()))
-        return f"torch {self.torch.__version__}, {how}"
-
-    def variants(self, problem, request, notes):
-        torch, dist, dtype, epsilon = self.torch, self.dist, problem.dtype, problem.epsilon
-
-        def rms_norm(summed, residual, gamma):
-            if residual is not None:
-                summed = (summed.float() + residual.float()).to(dtype)
-            row = summed.float()
-            row = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + epsilon)
-            return (row * gamma.float()).to(dtype), summed
-
-        def rms_norm_fp8(summed, residual, gamma, inverse_scale):
-            norm, summed = rms_norm(summed, residual, gamma)
-            scaled = norm.float() * inverse_scale
-            return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), summed
-
-        def with_norm(function):
-            def run(tensors):
-                dist.all_reduce(tensors.reduced)
-                tensors.norm_out, tensors.residual_out = function(tensors.reduced, tensors.residual, tensors.gamma)
-            return run
-
-        def with_fp8(function):
-            def run(tensors):
-                dist.all_reduce(tensors.reduced)
-                tensors.quant_out, tensors.residual_out = function(
-                    tensors.reduced, tensors.residual, tensors.gamma, problem.inverse_scale
-                )
-            return run
-
-        # One shape at a time: the compiled function is that of this problem alone.
-        torch._dynamo.reset()
-        compiled = lambda function: torch.compile(function, fullgraph=True, dynamic=False)
-        start = "torch_standard_allreduce"
-        if problem.quant_mode == "none":
-            yield Variant(f"{start}_native_rms_norm", "standard", with_norm(rms_norm))
-            yield Variant(f"{start}_rmsnorm_native_compiled", "standard", with_norm(compiled(rms_norm)))
-        elif problem.quant_mode == "fp8":
-            yield Variant(f"{start}_native_rms_norm_native_quant_fp8", "standard", with_fp8(rms_norm_fp8))
-            yield Variant(f"{start}_rmsnorm_fp8_quant_native_compiled", "standard", with_fp8(compiled(rms_norm_fp8)))
-        else:
-            notes.append("torch has no NVFP4 quantization")
-
-
-class FlashInfer(Peer):
-    """FlashInfer's kernels of TensorRT-LLM: fused, over CUDA IPC. Its kernels over multicast are never used."""
-
-    def __init__(self, request):
-        if request["device"] != "cuda":
-            raise Unavailable("flashinfer has kernels for GPUs only: use --backend cuda")
-        super().__init__(request)
-        self.comm = load("flashinfer.comm", "flashinfer-python")
-        self.workspaces = {}
-
-    def about(self):
-        return f"flashinfer {importlib.import_module('flashinfer').__version__}, TensorRT-LLM's kernels over CUDA IPC"
-
-    def workspace(self, dtype):
-        """Memory of all ranks for the largest problem. The kernels tell float32 from the 16-bit types."""
-        wide = dtype == self.torch.float32
-        if wide not in self.workspaces:
-            # Sizes are reckoned in 16-bit elements.
-            tokens = self.start["max_tokens"] * (2 if wide else 1)
-            create = self.comm.trtllm_create_ipc_workspace_for_all_reduce_fusion
-            options = {"use_fp32_lamport": wide, "group": self.hosts}
-            if "use_symm_dev_mem" in inspect.signature(create).parameters:
-                options["use_symm_dev_mem"] = False  # Plain CUDA IPC, whatever a release prefers.
-            made = create(self.rank, self.world_size, tokens, self.start["hidden_dim"], **options)
-            # The handles that it made come first.
-            self.workspaces[wide] = made[1]
-        return self.workspaces[wide]
-
-    def variants(self, problem, request, notes):
-        torch, comm = self.torch, self.comm
-        pattern = comm.AllReduceFusionPattern
-        name, code = {
-            "none": ("", pattern.kARResidualRMSNorm),
-            "fp8": ("_fp8_quant", pattern.kARResidualRMSNormFP8Quant),
-            "fp4": ("_fp4_quant", pattern.kARResidualRMSNormFP4Quant),
-        }[problem.quant_mode]
-        start = f"flashinfer_trtllm_fused_allreduce_rmsnorm{name}"
-        if problem.quant_mode == "fp4" and torch.cuda.get_device_capability() < (10, 0):
-            notes.append(f"{start}_* were not measured: FlashInfer's FP4 kernels need compute capability 10.0")
-            return
-        workspace = self.workspace(problem.dtype)
-        # The kernels have no version without a residual: vLLM gives them zeros.
-        zeros = None if problem.has_residual else torch.zeros_like(problem.sets[0].input)
-        rows, columns = problem.tokens, problem.hidden
-        known = inspect.signature(comm.trtllm_allreduce_fusion).parameters
-
-        def runner(oneshot):
-            def run(tensors):
-                if tensors.residual_out is None:
-                    tensors.residual_out = torch.empty_like(tensors.input)
-                    if problem.quant_mode == "none":
-                        tensors.norm_out = torch.empty_like(tensors.input)
-                    elif problem.quant_mode == "fp8":
-                        tensors.quant_out = torch.empty_like(tensors.input, dtype=torch.float8_e4m3fn)
-                    else:
-                        size = comm.compute_fp4_swizzled_layout_sf_size(rows, columns // 16)
-                        tensors.quant_out = torch.empty(rows, columns // 2, dtype=torch.uint8, device=self.device)
-                        tensors.scale_out = torch.zeros(size, dtype=torch.uint8, device=self.device)
-                arguments = dict(
-                    allreduce_in=tensors.input,
-                    world_size=self.world_size,
-                    world_rank=self.rank,
-                    token_num=rows,
-                    hidden_dim=columns,
-                    workspace_ptrs=workspace,
-                    launch_with_pdl=torch.cuda.get_device_capability() >= (9, 0),
-                    trigger_completion_at_end=True,
-                    fp32_acc=True,
-                    pattern_code=code,
-                    use_oneshot=oneshot,
-                    allreduce_out=None,
-                    residual_in=tensors.residual if problem.has_residual else zeros,
-                    residual_out=tensors.residual_out,
-                    norm_out=tensors.norm_out,
-                    quant_out=tensors.quant_out,
-                    scale_out=tensors.scale_out,
-                    rms_gamma=tensors.gamma,
-                    rms_eps=problem.epsilon,
-                    scale_factor=None if problem.quant_mode == "none" else problem.scale_tensor,
-                    layout_code=comm.QuantizationSFLayout.SWIZZLED_128x4 if problem.quant_mode == "fp4" else None,
-                )
-                comm.trtllm_allreduce_fusion(**{key: value for key, value in arguments.items() if key in known})
-            return run
-
-        most = getattr(sys.modules[comm.trtllm_allreduce_fusion.__module__], "MAX_COMM_SIZE", 1 << 31)
-        if request["oneshot"]:
-            # Past this size the package would run two-shot instead, without a word.
-            if rows * columns * max(2, problem.dtype.itemsize) * self.world_size <= most:
-                yield Variant(f"{start}_oneshot", "fused", runner(True))
-            else:
-                notes.append(f"{start}_oneshot was not measured: the problem is larger than its workspace may be")
-        if rows > self.world_size:
-            yield Variant(f"{start}_twoshot", "fused", runner(False))
-        else:
-            notes.append(f"{start}_twoshot was not measured: it takes more tokens than ranks")
 
 
 def first_line(error):
@@ -522,6 +392,3 @@ def main():
     # Nothing is left to do that is worth waiting for: packages' destructors have hung before.
     REPLIES.flush()
     os._exit(0)
-
-
-main()

@@ -28,8 +28,15 @@ use rustix::{
 use super::protocol::{Reply, Request};
 use crate::bounded::{Line, for_each_line, one_line};
 
-/// The peers' program.
-const PROGRAM: &str = include_str!("peer.py");
+/// The peers' program: what they share, a class for each, and the call.
+const PROGRAM: &str = concat!(
+    include_str!("peer.py"),
+    "\n\n",
+    include_str!("torch_peer.py"),
+    "\n\n",
+    include_str!("flashinfer_peer.py"),
+    "\n\nmain()\n",
+);
 /// The longest line that is read: the times of a million trials of each variant.
 const MAX_LINE: u64 = 256 << 20;
 /// Bytes of a line of the standard error that are read; the rest of a longer line is skipped.

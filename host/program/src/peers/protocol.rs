@@ -31,6 +31,8 @@ pub(super) struct StartRequest<'a> {
     /// The largest number of tokens in any request.
     pub(super) max_tokens: u64,
     pub(super) hidden_dim: u64,
+    /// True if NVLink multicast may be used where the GPUs have it.
+    pub(super) multicast: bool,
 }
 
 /// A configuration to measure.

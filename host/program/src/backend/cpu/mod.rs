@@ -177,7 +177,9 @@ impl Engine {
             }
             Step::FusedSharded => self.fused::<E>(problem, problem.sharded_operation()),
             Step::AllReduce(mode) => self.all_reduce::<E>(problem, mode),
-            Step::NcclAllReduce => Err(Error::Step { step, why: "NCCL needs the cuda backend" }),
+            Step::NcclAllReduce | Step::NcclSymmetricAllReduce => {
+                Err(Error::Step { step, why: "NCCL needs the cuda backend" })
+            }
             Step::AddRmsNorm => self.add_rms_norm::<E>(problem, Quantization::None),
             Step::AddRmsNormQuantize => self.add_rms_norm::<E>(problem, problem.quantization),
             Step::Quantize => self.quantize::<E>(problem),

@@ -37,6 +37,7 @@ use super::{
     guarded_memory::GuardedMemory,
     links::CudaLinks,
     nccl::NcclGroup,
+    window_tensors::WindowTensors,
 };
 use crate::backend::{
     all_reduce_choice::AllReduceChoice,
@@ -83,6 +84,10 @@ pub struct Engine<'a> {
     /// Written before a cold trial, to have the cache full of it.
     pub(super) flush: Option<DeviceMemory>,
     pub(super) scale: Option<GuardedMemory>,
+    /// Input and sum of the current problem in NCCL's symmetric window, if it has any.
+    pub(super) window: Option<WindowTensors>,
+    /// True if the steps that ran last had their input and sum there.
+    in_window: bool,
     /// The graphs timed on the current problem, with what they run.
     pub(super) graphs: Vec<TimedGraph>,
     /// The problems put aside, by slot, and the slot of the one at hand.
@@ -105,8 +110,8 @@ impl<'a> Engine<'a> {
     /// An engine without a problem yet, whose separate operations use the all-reduces in `all_reduces`. All ranks
     /// call this.
     ///
-    /// Where NCCL is asked for and missing, or does not connect on some rank, the [notes](Collective::notes) say so and
-    /// why, and no rank uses it.
+    /// Where NCCL is asked for and missing, or does not connect on some rank, or has no symmetric windows, the
+    /// [notes](Collective::notes) say so and why, and no rank uses it.
     ///
     /// # Errors
     /// The driver's; NCCL is the only all-reduce that was asked for, and is not used; it hangs, and cannot be ended; a
@@ -129,19 +134,39 @@ impl<'a> Engine<'a> {
                 "RANKS SHARE GPUS (--oversubscribe): they take turns, so all times mean nothing".to_owned(),
             );
         }
-        if all_reduces.contains(&AllReduceChoice::Nccl) && communicator.shares_gpus() {
+        let mut all_reduces = all_reduces.to_vec();
+        let has_custom = all_reduces.contains(&AllReduceChoice::Custom);
+        let wants_nccl = all_reduces.iter().any(|&choice| choice != AllReduceChoice::Custom);
+        if wants_nccl && communicator.shares_gpus() {
             let why = "NCCL is left out: it refuses ranks that share a GPU";
-            if !all_reduces.contains(&AllReduceChoice::Custom) {
+            if !has_custom {
                 return Err(Error::Nccl("refuses ranks that share a GPU: use custom".to_owned()));
             }
             notes.push(why.to_owned());
-        } else if all_reduces.contains(&AllReduceChoice::Nccl) {
+        } else if wants_nccl {
             match NcclGroup::join(group, communicator.gpu(), deadline)? {
                 Ok(joined) => {
-                    notes.push(format!("standard_allreduce is NCCL {}", joined.version()));
+                    let version = joined.version();
+                    if all_reduces.contains(&AllReduceChoice::Nccl) {
+                        notes.push(format!("standard_allreduce is NCCL {version}"));
+                    }
                     nccl = Some(joined);
                 }
-                Err(error) if all_reduces.contains(&AllReduceChoice::Custom) => notes.push(error.to_string()),
+                Err(error) if has_custom => notes.push(error.to_string()),
+                Err(error) => return Err(error),
+            }
+        }
+        if let (Some(nccl), true) = (&mut nccl, all_reduces.contains(&AllReduceChoice::NcclSymmetric)) {
+            // A small one shows whether there are any.
+            match nccl.window(group, 1)? {
+                Ok(_) => notes.push(format!(
+                    "standard_symm_allreduce is NCCL {} over symmetric windows",
+                    nccl.version()
+                )),
+                Err(error) if all_reduces.len() > 1 => {
+                    all_reduces.retain(|&choice| choice != AllReduceChoice::NcclSymmetric);
+                    notes.push(format!("standard_symm_allreduce was not measured: {error}"));
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -154,12 +179,14 @@ impl<'a> Engine<'a> {
             cold: false,
             flush: None,
             scale: None,
+            window: None,
+            in_window: false,
             graphs: Vec::new(),
             aside: HashMap::new(),
             slot: 0,
             events: [event()?, event()?],
             nccl,
-            all_reduces: all_reduces.to_vec(),
+            all_reduces,
             notes,
             gpus: gather(group, &communicator.gpu().name)?,
             stream: Stream::new(StreamFlags::DEFAULT, None).map_err(failed("make a stream"))?,
@@ -181,8 +208,21 @@ impl<'a> Engine<'a> {
         &self.sets[self.set]
     }
 
+    /// Has `steps` find their input and sum in the symmetric window, if they are to.
+    pub(super) fn use_window(&mut self, steps: &[Step]) {
+        self.in_window = steps.contains(&Step::NcclSymmetricAllReduce);
+    }
+
+    /// The tensors in the symmetric window, if the steps at hand use them.
+    fn window_in_use(&self) -> Option<&WindowTensors> {
+        self.window.as_ref().filter(|_| self.in_window)
+    }
+
     /// Where `tensor` is; null if the problem has no use for it.
     pub(super) fn address(&self, tensor: Tensor) -> Address {
+        if let Some(address) = self.window_in_use().and_then(|window| window.address(self.set, tensor)) {
+            return address;
+        }
         self.tensors().get(&tensor).map_or(Address::NULL, GuardedMemory::address)
     }
 
@@ -251,6 +291,7 @@ impl Collective for Engine<'_> {
         self.graphs.clear();
         self.sets.clear();
         self.set = 0;
+        self.window = None;
         self.flush = None;
         let context = self.context();
         let (tokens, hidden) = (problem.tokens, problem.hidden);
@@ -288,6 +329,20 @@ impl Collective for Engine<'_> {
                 )));
             }
         }
+        if let (Some(nccl), true) =
+            (&mut self.nccl, self.all_reduces.contains(&AllReduceChoice::NcclSymmetric))
+        {
+            let count = self.sets.len();
+            let bytes = WindowTensors::needed(problem, count).unwrap_or(u64::MAX);
+            match nccl.window(self.group, bytes)? {
+                Ok(base) => self.window = Some(WindowTensors::new(context, base, problem, count)),
+                Err(error) => {
+                    self.all_reduces.retain(|&choice| choice != AllReduceChoice::NcclSymmetric);
+                    self.notes
+                        .push(format!("standard_symm_allreduce was not measured from here on: {error}"));
+                }
+            }
+        }
         self.problem = Some(*problem);
         Ok(())
     }
@@ -304,6 +359,8 @@ impl Collective for Engine<'_> {
             };
             self.aside.insert(replace(&mut self.slot, slot), aside);
             self.set = 0;
+            // There is one window, and it is the last prepared problem's.
+            self.window = None;
         }
         Ok(())
     }
@@ -318,10 +375,18 @@ impl Collective for Engine<'_> {
         for tensors in &mut self.sets {
             tensors.get_mut(&tensor).ok_or_else(too_long)?.write(offset, bytes)?;
         }
+        if let Some(window) = &mut self.window {
+            window.write(tensor, offset, bytes)?;
+        }
         Ok(())
     }
 
     fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
+        if let Some(window) = self.window_in_use()
+            && let Some(bytes) = window.read(tensor)?
+        {
+            return Ok(bytes);
+        }
         let tensor = self.sets.first().and_then(|tensors| tensors.get(&tensor));
         Ok(tensor.map_or(Ok(Vec::new()), GuardedMemory::read)?)
     }
@@ -449,11 +514,18 @@ impl Collective for Engine<'_> {
 
     fn all_reduces(&self) -> Vec<AllReduce> {
         let mut all = Vec::new();
-        if self.nccl.is_some() {
-            all.push(AllReduce { name: "allreduce", ways: vec![("NCCL", Step::NcclAllReduce)] });
-        }
-        if self.all_reduces.contains(&AllReduceChoice::Custom) {
-            all.push(AllReduce::of_both_modes("custom_allreduce"));
+        for choice in &self.all_reduces {
+            match choice {
+                AllReduceChoice::Nccl if self.nccl.is_some() => {
+                    all.push(AllReduce { name: "allreduce", ways: vec![("NCCL", Step::NcclAllReduce)] });
+                }
+                AllReduceChoice::NcclSymmetric if self.nccl.is_some() => {
+                    let ways = vec![("NCCL", Step::NcclSymmetricAllReduce)];
+                    all.push(AllReduce { name: "symm_allreduce", ways });
+                }
+                AllReduceChoice::Nccl | AllReduceChoice::NcclSymmetric => {}
+                AllReduceChoice::Custom => all.push(AllReduce::of_both_modes("custom_allreduce")),
+            }
         }
         all
     }

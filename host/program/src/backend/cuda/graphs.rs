@@ -26,6 +26,7 @@ impl Engine<'_> {
     /// [`Collective::time`](Collective::time), in a graph.
     pub(super) fn time_graph(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
         let index = self.capture(steps, operations)?;
+        self.use_window(steps);
         self.barrier()?;
         let stream = self.handle();
         self.expect_nccl(steps, 2 * operations);
@@ -53,7 +54,7 @@ impl Engine<'_> {
     /// launched.
     fn expect_nccl(&mut self, steps: &[Step], times: u32) {
         if let (Some(nccl), Some(problem)) = (&mut self.nccl, &self.problem)
-            && steps.contains(&Step::NcclAllReduce)
+            && steps.iter().any(|step| matches!(step, Step::NcclAllReduce | Step::NcclSymmetricAllReduce))
         {
             nccl.expect(problem.dtype, nccl_elements(problem), times.into());
         }

@@ -12,6 +12,7 @@ mod links;
 mod nccl;
 mod steps;
 mod together;
+mod window_tensors;
 
 pub use engine::Engine;
 pub use nccl::check as check_nccl;

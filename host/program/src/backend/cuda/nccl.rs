@@ -1,4 +1,5 @@
-//! NCCL's all-reduce, the one that the fused operations are measured against.
+//! NCCL's all-reduce, which the fused operations are measured against. It is called in the same way on any memory. On memory
+//! that NCCL has registered on all ranks, a symmetric [window](NcclGroup::window), it runs kernels for that.
 //!
 //! NCCL waits for other ranks without a bound, on the device and on the host. What is bounded here:
 //! - to connect, and whatever else happens inside of NCCL on the host, by [`CONNECT_LIMIT`]: it happens in threads that can
@@ -20,8 +21,8 @@ use std::{
 
 use fused_collective_core::{dtype::DType, launch::Address};
 use nccl_sys::{
-    NCCL_UNIQUE_ID_BYTES, Nccl, ncclBfloat16, ncclComm_t, ncclFloat16, ncclFloat32, ncclResult_t,
-    ncclSuccess, ncclSum, ncclUniqueId,
+    NCCL_UNIQUE_ID_BYTES, NCCL_WIN_COLL_SYMMETRIC, Nccl, ncclBfloat16, ncclComm_t, ncclFloat16, ncclFloat32,
+    ncclResult_t, ncclSuccess, ncclSum, ncclUniqueId, ncclWindow_t,
 };
 
 use fused_collective::{
@@ -51,6 +52,11 @@ const ABORT_LIMIT: Duration = Duration::from_secs(1);
 const NOTICE: Duration = Duration::from_secs(2);
 /// Between looks at whether it is.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// What the bytes of a window are a multiple of: a large page.
+const WINDOW_BYTES: u64 = 2 << 20;
+/// What completes "NCCL" where it came to nothing.
+const NOT_USED: &str = "is not used";
+const NO_WINDOW: &str = "has no symmetric window";
 /// Bytes per second that every link between GPUs is faster than: what all-reduces enqueued ahead may take at most.
 const SLOWEST: u64 = 1 << 30;
 
@@ -78,12 +84,38 @@ struct Shared {
     comm: Mutex<Option<Comm>>,
 }
 
-/// A communicator, which a thread may hand to another.
+/// A communicator, which a thread may hand to another, with its window.
 #[derive(Debug)]
-struct Comm(ncclComm_t);
+struct Comm {
+    comm: ncclComm_t,
+    window: Option<Window>,
+}
 
-// SAFETY: NCCL allows any thread to use a communicator, one at a time.
+// SAFETY: NCCL allows any thread to use a communicator and its windows, one at a time.
 unsafe impl Send for Comm {}
+
+impl Comm {
+    /// Ends the window, if there is one, and frees its memory. Nothing that was enqueued uses it any more.
+    fn end_window(&mut self, nccl: &Nccl) -> Result<(), Error> {
+        let (Some(windows), Some(ended)) = (&nccl.windows, self.window.take()) else { return Ok(()) };
+        if !ended.window.is_null() {
+            // SAFETY: the communicator is alive, and the window its own.
+            let result = unsafe { (windows.ncclCommWindowDeregister)(self.comm, ended.window) };
+            checked(nccl, "end a symmetric window", result)?;
+        }
+        // SAFETY: `ncclMemAlloc`'s, no longer registered, and unused, as the caller vouches for.
+        checked(nccl, "free a symmetric window", unsafe { (windows.ncclMemFree)(ended.memory) })
+    }
+}
+
+/// Memory of `ncclMemAlloc`, registered or about to be.
+#[derive(Debug)]
+struct Window {
+    memory: *mut c_void,
+    bytes: u64,
+    /// Null before it is registered.
+    window: ncclWindow_t,
+}
 
 /// What one all-reduce is called with.
 #[derive(Clone, Copy)]
@@ -101,17 +133,71 @@ unsafe impl Send for Request {}
 impl Shared {
     /// Calls `inside` with the communicator; `None` if it was left.
     fn inside<T>(&self, inside: impl FnOnce(&Nccl, ncclComm_t) -> T) -> Option<T> {
-        let comm = self.comm.lock().unwrap_or_else(PoisonError::into_inner);
-        comm.as_ref().map(|comm| inside(&self.nccl, comm.0))
+        self.with_window(|nccl, comm| inside(nccl, comm.comm))
+    }
+
+    /// Calls `inside` with the communicator and its window; `None` if it was left.
+    fn with_window<T>(&self, inside: impl FnOnce(&Nccl, &mut Comm) -> T) -> Option<T> {
+        let mut comm = self.comm.lock().unwrap_or_else(PoisonError::into_inner);
+        comm.as_mut().map(|comm| inside(&self.nccl, comm))
+    }
+
+    /// Frees the window and, if `bytes` is not 0, allocates another, which is not registered yet.
+    fn allocate_window(&self, bytes: u64) -> Result<(), Error> {
+        let allocate = |nccl: &Nccl, comm: &mut Comm| {
+            let windows = nccl.windows.as_ref();
+            let windows = windows
+                .ok_or_else(|| Error::Nccl("has none in this release: use 2.27 or later".to_owned()))?;
+            comm.end_window(nccl)?;
+            if bytes > 0 {
+                let mut memory = null_mut();
+                // SAFETY: room for the address.
+                let allocated = unsafe { (windows.ncclMemAlloc)(&mut memory, bytes as usize) };
+                checked(nccl, "allocate a symmetric window", allocated)?;
+                comm.window = Some(Window { memory, bytes, window: null_mut() });
+            }
+            Ok(())
+        };
+        self.with_window(allocate).unwrap_or_else(|| Err(was_aborted()))
+    }
+
+    /// Registers the window that was allocated.
+    fn register_window(&self) -> Result<(), Error> {
+        let register = |nccl: &Nccl, comm: &mut Comm| {
+            let (Some(windows), Some(window)) = (&nccl.windows, &mut comm.window) else {
+                return Err(Error::Nccl("has no window to register".to_owned()));
+            };
+            let &mut Window { memory, bytes, ref mut window } = window;
+            // SAFETY: the communicator is alive, the memory has so many bytes, and there is room for the window.
+            let registered = unsafe {
+                (windows.ncclCommWindowRegister)(
+                    comm.comm,
+                    memory,
+                    bytes as usize,
+                    window,
+                    NCCL_WIN_COLL_SYMMETRIC,
+                )
+            };
+            checked(nccl, "register a symmetric window", registered)?;
+            if window.is_null() {
+                return Err(Error::Nccl("has no use for symmetric windows between these GPUs".to_owned()));
+            }
+            Ok(())
+        };
+        self.with_window(register).unwrap_or_else(|| Err(was_aborted()))
     }
 
     /// Leaves the communicator: ends what is running, or waits for it.
     fn leave(&self, abort: bool) {
         let comm = self.comm.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(Comm(comm)) = comm {
+        if let Some(mut comm) = comm {
+            if !abort {
+                // The communicator ends all the same.
+                let _ = comm.end_window(&self.nccl);
+            }
             let leave = if abort { self.nccl.ncclCommAbort } else { self.nccl.ncclCommDestroy };
             // SAFETY: the communicator was alive, and nobody else has it any more.
-            unsafe { leave(comm) };
+            unsafe { leave(comm.comm) };
         }
     }
 
@@ -133,7 +219,7 @@ impl Shared {
                 unsafe { (nccl.ncclAllReduce)(from, to, count as usize, data_type, ncclSum, comm, stream) };
             checked(nccl, "enqueue an all-reduce", result)
         };
-        self.inside(enqueue).unwrap_or_else(|| Err(Error::Nccl("was aborted".to_owned())))
+        self.inside(enqueue).unwrap_or_else(|| Err(was_aborted()))
     }
 }
 
@@ -160,10 +246,11 @@ impl NcclGroup {
             }
             Ok((nccl, version, id))
         };
-        let (nccl, version, mut id) = match agreed(together(group, "loading it", limits, loading, drop)?)? {
-            Ok(loaded) => loaded,
-            Err(why) => return Ok(Err(why)),
-        };
+        let (nccl, version, mut id) =
+            match agreed(together(group, "loading it", limits, loading, drop)?, NOT_USED)? {
+                Ok(loaded) => loaded,
+                Err(why) => return Ok(Err(why)),
+            };
         let shared = group.broadcast(makes_id.then(|| bytemuck::cast_slice(&id.internal)))?;
         let shared: &[c_char] = bytemuck::cast_slice(&shared);
         id.internal =
@@ -178,12 +265,13 @@ impl NcclGroup {
             // SAFETY: room for the communicator; the name is rank 0's.
             let result = unsafe { (connected.nccl.ncclCommInitRank)(&mut comm, ranks, id, rank) };
             checked(&connected.nccl, "connect the group", result).map_err(reason)?;
-            *connected.comm.lock().unwrap_or_else(PoisonError::into_inner) = Some(Comm(comm));
+            let comm = Comm { comm, window: None };
+            *connected.comm.lock().unwrap_or_else(PoisonError::into_inner) = Some(comm);
             Ok(connected)
         };
         let undo = |connected: Arc<Shared>| connected.leave(true);
         let outcome = together(group, "connecting it to the others", limits, connecting, undo)?;
-        Ok(agreed(outcome)?.map(|shared| NcclGroup {
+        Ok(agreed(outcome, NOT_USED)?.map(|shared| NcclGroup {
             shared,
             version,
             context: gpu.context().clone(),
@@ -199,6 +287,45 @@ impl NcclGroup {
     pub(crate) fn version(&self) -> String {
         let version = self.version;
         format!("{}.{}.{}", version / 10_000, version / 100 % 100, version % 100)
+    }
+
+    /// Makes a symmetric window of at least `bytes` bytes, which takes the place of an earlier one, and returns its address.
+    /// All ranks of `group`, which is the communicator's, call this with the same number, when all that was enqueued has
+    /// ended. The inner error says why there is none, the same on all.
+    ///
+    /// # Errors
+    /// A rank of the group was lost, or NCCL hangs on one and cannot be ended.
+    pub(crate) fn window(&mut self, group: &Group, bytes: u64) -> Result<Result<Address, Error>, Error> {
+        let bytes = bytes.checked_next_multiple_of(WINDOW_BYTES).unwrap_or(u64::MAX);
+        let address = |shared: &Shared| {
+            shared.with_window(|_, comm| comm.window.as_ref().map(|it| (Address(it.memory as u64), it.bytes)))
+        };
+        if let Some((address, room)) = address(&self.shared).flatten()
+            && room >= bytes
+        {
+            return Ok(Ok(address));
+        }
+        let limits = Limits { work: CONNECT_LIMIT, undo: UNDO_LIMIT };
+        let in_context = |act: fn(&Shared, u64) -> Result<(), Error>| {
+            let (shared, context) = (Arc::clone(&self.shared), self.context.clone());
+            move || {
+                let _entered = context.enter().map_err(|error| reason(error.into()))?;
+                act(&shared, bytes).map_err(reason).map(|()| shared)
+            }
+        };
+        let undo = |shared: Arc<Shared>| drop(shared.allocate_window(0));
+        // Apart, as ranks wait for each other to register, and one may have no memory.
+        let allocate = in_context(Shared::allocate_window);
+        let allocated = together(group, "allocating a symmetric window", limits, allocate, undo)?;
+        if let Err(why) = agreed(allocated, NO_WINDOW)? {
+            return Ok(Err(why));
+        }
+        let register = in_context(|shared, _| shared.register_window());
+        let registered = together(group, "registering a symmetric window", limits, register, undo)?;
+        let registered = agreed(registered, NO_WINDOW)?;
+        Ok(registered.and_then(|shared| {
+            address(&shared).flatten().map(|(address, _)| address).ok_or_else(was_aborted)
+        }))
     }
 
     /// Enqueues the sum of all ranks' `count` elements at `from` into `to`, on the calling thread if `stream` is being
@@ -364,18 +491,23 @@ fn describe(dtype: DType, count: u64) -> String {
     format!("NCCL's all-reduce of {count} {dtype}")
 }
 
-/// What ranks agreed on: the result, or why NCCL is not used.
+/// What ranks agreed on: the result, or why there is none. `lacks` says what then becomes of NCCL, for a reader.
 ///
 /// # Errors
 /// A thread is still inside of NCCL: it would run beside all that is timed.
-fn agreed<T>(outcome: Outcome<T>) -> Result<Result<T, Error>, Error> {
+fn agreed<T>(outcome: Outcome<T>, lacks: &str) -> Result<Result<T, Error>, Error> {
     match outcome {
         Outcome::Done(done) => Ok(Ok(done)),
-        Outcome::Failed { rank, why } => Ok(Err(Error::Nccl(format!("is not used: on rank {rank} {why}")))),
+        Outcome::Failed { rank, why } => Ok(Err(Error::Nccl(format!("{lacks}: on rank {rank} {why}")))),
         Outcome::Running { rank, why, running } => Err(Error::Nccl(format!(
             "cannot be used, nor be ended on rank {running}: on rank {rank} {why}; leave it out (--allreduce custom)"
         ))),
     }
+}
+
+/// The error of a call after the communicator was left.
+fn was_aborted() -> Error {
+    Error::Nccl("was aborted".to_owned())
 }
 
 /// An error of this module, as what completes "NCCL".
@@ -433,10 +565,10 @@ mod tests {
     #[test]
     fn ranks_that_cannot_use_it_say_on_which_one_and_why() {
         let failed = Outcome::<()>::Failed { rank: 1, why: "it cannot be loaded".to_owned() };
-        let error = agreed(failed).unwrap().unwrap_err().to_string();
+        let error = agreed(failed, NOT_USED).unwrap().unwrap_err().to_string();
         assert_eq!(error, "NCCL is not used: on rank 1 it cannot be loaded");
         let running = Outcome::<()>::Running { rank: 1, why: "it is late".to_owned(), running: 2 };
-        let error = agreed(running).unwrap_err().to_string();
+        let error = agreed(running, NO_WINDOW).unwrap_err().to_string();
         assert!(error.contains("ended on rank 2: on rank 1 it is late"), "{error}");
     }
 }

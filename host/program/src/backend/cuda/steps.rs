@@ -27,6 +27,7 @@ const EAGER_GROUP: u64 = 4;
 impl Engine<'_> {
     /// Enqueues every step once.
     pub(super) fn enqueue_all(&mut self, steps: &[Step]) -> Result<(), Error> {
+        self.use_window(steps);
         steps.iter().try_for_each(|&step| self.enqueue(step))
     }
 
@@ -39,7 +40,10 @@ impl Engine<'_> {
             }
             Step::FusedSharded => self.fused(&problem, problem.sharded_operation()),
             Step::AllReduce(mode) => self.all_reduce(&problem, mode),
-            Step::NcclAllReduce => self.nccl_all_reduce(&problem, step),
+            Step::NcclSymmetricAllReduce if self.window.is_none() => {
+                Err(Error::Step { step, why: "the problem has no symmetric window" })
+            }
+            Step::NcclAllReduce | Step::NcclSymmetricAllReduce => self.nccl_all_reduce(&problem, step),
             Step::AddRmsNorm => self.local(&problem, Some(problem.norm), Quantization::None),
             Step::AddRmsNormQuantize => self.local(&problem, Some(problem.norm), problem.quantization),
             Step::Quantize => self.local(&problem, None, problem.quantization),
@@ -65,14 +69,14 @@ impl Engine<'_> {
     }
 
     fn all_reduce(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {
-        let tensors = self.operands(problem, false, Quantization::None, sum(problem));
+        let tensors = self.operands(problem, false, Quantization::None, problem.sum());
         let stream = self.handle();
         // SAFETY: as in `fused`.
         Ok(unsafe { self.communicator.enqueue(&problem.all_reduce(mode), &tensors, stream) }?)
     }
 
     fn nccl_all_reduce(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
-        let (from, to) = (self.address(Tensor::Input), self.address(sum(problem)));
+        let (from, to) = (self.address(Tensor::Input), self.address(problem.sum()));
         let (count, stream) = (nccl_elements(problem), self.handle());
         let nccl = self.nccl.as_mut().ok_or(Error::Step { step, why: "NCCL was not loaded" })?;
         // SAFETY: as in `fused`.
@@ -169,11 +173,6 @@ impl Engine<'_> {
 /// Elements of NCCL's all-reduce.
 pub(super) fn nccl_elements(problem: &Problem) -> u64 {
     problem.tokens * problem.hidden
-}
-
-/// Where the all-reduce of the separate operations leaves its sum.
-fn sum(problem: &Problem) -> Tensor {
-    if problem.residual { Tensor::Reduced } else { Tensor::ResidualOut }
 }
 
 /// All rows of the problem.

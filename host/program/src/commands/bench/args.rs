@@ -80,7 +80,7 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "name")]
     backend: Option<String>,
 
-    /// all-reduces of the separate operations on GPUs: nccl, custom (default: both)
+    /// all-reduces of the separate operations on GPUs: nccl, nccl-symmetric (over symmetric windows), custom (default: all)
     #[argh(option, arg_name = "name")]
     allreduce: Vec<String>,
 

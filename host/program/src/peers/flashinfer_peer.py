@@ -1,0 +1,181 @@
+class FlashInfer(Peer):
+    """FlashInfer's fused all-reduce: its kernels of TensorRT-LLM and, where NVLink multicast may be used, those over it
+    (mnnvl)."""
+
+    def __init__(self, request):
+        if request["device"] != "cuda":
+            raise Unavailable("flashinfer has kernels for GPUs only: use --backend cuda")
+        super().__init__(request)
+        self.comm = load("flashinfer.comm", "flashinfer-python")
+        if not hasattr(self.comm, "create_allreduce_fusion_workspace"):
+            why = f"flashinfer {self.version()} has no allreduce_fusion: use 0.6.6 or later"
+            raise Unavailable(why, "pip install --upgrade flashinfer-python")
+        self.workspaces = {}
+
+    def version(self):
+        return importlib.import_module("flashinfer").__version__
+
+    def about(self):
+        return f"flashinfer {self.version()}, its trtllm workspace in plain memory"
+
+    def part(self, name):
+        return importlib.import_module(f"flashinfer.comm.{name}")
+
+    def workspace(self, backend, dtype):
+        """Memory of all ranks for the largest problem, made at first use. What failed once fails again, without another try."""
+        key = backend, dtype if backend == "mnnvl" else dtype == self.torch.float32
+        if key not in self.workspaces:
+            try:
+                self.workspaces[key] = self.make_workspace(backend, dtype)
+            except Exception as error:
+                self.workspaces[key] = error
+        made = self.workspaces[key]
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    def make_workspace(self, backend, dtype):
+        tokens, hidden = self.start["max_tokens"], self.start["hidden_dim"]
+        options = dict(
+            backend=backend,
+            world_size=self.world_size,
+            rank=self.rank,
+            max_token_num=tokens,
+            hidden_dim=hidden,
+            dtype=dtype,
+            comm_backend=self.part("mnnvl").TorchDistBackend(group=self.dist.group.WORLD),
+        )
+        if backend == "mnnvl":
+            # One-shot past the package's own threshold needs a larger buffer, which it limits to 32 bits.
+            one_shot_bytes = tokens * hidden * self.world_size * dtype.itemsize
+            options["force_oneshot_support"] = one_shot_bytes < 1 << 32
+            return self.comm.create_allreduce_fusion_workspace(**options)
+        if dtype == self.torch.float32:
+            # Some releases reckon one of the buffers in 16-bit elements.
+            options["max_token_num"] *= 2
+        return self.in_plain_memory(lambda: self.comm.create_allreduce_fusion_workspace(**options))
+
+    def in_plain_memory(self, make):
+        """Makes a trtllm workspace in memory without ties to multicast. The package's own choice refuses GPUs without it,
+        though the kernels make no use of it, and takes a rank for its GPU's ordinal."""
+        module, name = self.part("allreduce"), "trtllm_create_ipc_workspace_for_all_reduce_fusion"
+        create = getattr(module, name)
+
+        def create_in_plain_memory(**options):
+            symmetric = options.get("use_symm_dev_mem")
+            made = create(**options | {"use_symm_dev_mem": False})
+            # With symmetric memory there are handles ahead of the last item.
+            return (*made[:-1], [], made[-1]) if symmetric else made
+
+        setattr(module, name, create_in_plain_memory)
+        try:
+            return make()
+        finally:
+            setattr(module, name, create)
+
+    def mnnvl_hindrance(self):
+        """The reason why the kernels over multicast are not used, the same on all ranks. Attributes are asked for, and nothing
+        is made: where multicast does not work, trying it may do harm."""
+        if not self.start["multicast"]:
+            variables = "NCCL_NVLS_ENABLE=0, TORCH_SYMM_MEM_DISABLE_MULTICAST=1 or NVSHMEM_DISABLE_NVLS=1"
+            return f"NVLink multicast is switched off ({variables})"
+        try:
+            symmetric_memory = importlib.import_module("torch.distributed._symmetric_memory")
+            has_multicast = symmetric_memory._SymmetricMemory.has_multicast_support
+            own = has_multicast(symmetric_memory.DeviceType.CUDA, self.device.index)
+        except Exception:
+            own = False
+        if not self.all_agree(own):
+            return "PyTorch finds no NVLink multicast"
+        # Some releases take a rank for its GPU's number.
+        gpus = min(self.torch.cuda.device_count(), self.world_size)
+        if not self.all_agree(self.rank % gpus == self.device.index):
+            return "a rank's GPU has another number than the rank"
+        return None
+
+    def variants(self, problem, request, notes):
+        modes = ["oneshot", "twoshot"] if request["oneshot"] else ["twoshot"]
+        yield from self.trtllm(problem, modes, notes)
+        # As in vLLM's benchmark, the kernels over multicast are measured without quantization.
+        if problem.quant_mode == "none":
+            yield from self.mnnvl(problem, modes, notes)
+
+    def trtllm(self, problem, modes, notes):
+        torch, rows = self.torch, problem.tokens
+        quantization = {"none": "", "fp8": "_fp8_quant", "fp4": "_fp4_quant"}[problem.quant_mode]
+        start = f"flashinfer_trtllm_fused_allreduce_rmsnorm{quantization}"
+        if problem.quant_mode == "fp4" and torch.cuda.get_device_capability() < (10, 0):
+            notes.append(f"{start}_* were not measured: FlashInfer's FP4 kernels need compute capability 10.0")
+            return
+        module = self.part("trtllm_ar")
+        compile = module.get_trtllm_comm_module
+        most = getattr(module, "MAX_COMM_SIZE", 1 << 31)
+        for mode in modes:
+            # Past this size the package would run two-shot instead, without a word.
+            bytes_of_one_shot = rows * problem.hidden * max(2, problem.dtype.itemsize) * self.world_size
+            if mode == "oneshot" and bytes_of_one_shot > most:
+                notes.append(f"{start}_oneshot was not measured: the problem is larger than its workspace may be")
+            elif mode == "twoshot" and rows <= self.world_size:
+                notes.append(f"{start}_twoshot was not measured: it takes more tokens than ranks")
+            else:
+                yield Variant(f"{start}_{mode}", "fused", self.runner(problem, "trtllm", mode), compile)
+
+    def mnnvl(self, problem, modes, notes):
+        start = "flashinfer_mnnvl_fused_allreduce_rmsnorm"
+        hindrance = self.mnnvl_hindrance()
+        if hindrance:
+            notes.append(f"{start}_* were not measured: {hindrance}")
+            return
+        module = self.part("trtllm_mnnvl_ar")
+        for mode in modes:
+            # Releases before 0.6.13, which have no quantization there, choose the mode by themselves.
+            if not hasattr(module, "MNNVLQuantType"):
+                strategy = module.MNNVLAllreduceFusionStrategy
+                chosen = strategy.select_strategy(self.world_size, problem.tokens, problem.hidden, problem.dtype)
+                if mode != chosen.name.lower():
+                    notes.append(f"{start}_{mode} was not measured: this release takes {chosen.name.lower()} here")
+                    continue
+            run = self.runner(problem, "mnnvl", mode)
+            yield Variant(f"{start}_{mode}", "fused", run, module.get_trtllm_mnnvl_comm_module)
+
+    def runner(self, problem, backend, mode):
+        torch, comm = self.torch, self.comm
+        patterns = comm.AllReduceFusionPattern
+        pattern = {
+            "none": patterns.kARResidualRMSNorm,
+            "fp8": patterns.kARResidualRMSNormFP8Quant,
+            "fp4": patterns.kARResidualRMSNormFP4Quant,
+        }[problem.quant_mode]
+        # The kernels have no version without a residual: vLLM gives them zeros.
+        zeros = None if problem.has_residual else torch.zeros_like(problem.sets[0].input)
+        rows, columns = problem.tokens, problem.hidden
+
+        def run(tensors):
+            if tensors.residual_out is None:
+                tensors.residual_out = torch.empty_like(tensors.input)
+                if problem.quant_mode == "none":
+                    tensors.norm_out = torch.empty_like(tensors.input)
+                elif problem.quant_mode == "fp8":
+                    tensors.quant_out = torch.empty_like(tensors.input, dtype=torch.float8_e4m3fn)
+                else:
+                    size = comm.compute_fp4_swizzled_layout_sf_size(rows, columns // 16)
+                    tensors.quant_out = torch.empty(rows, columns // 2, dtype=torch.uint8, device=self.device)
+                    tensors.scale_out = torch.zeros(size, dtype=torch.uint8, device=self.device)
+            comm.allreduce_fusion(
+                input=tensors.input,
+                workspace=self.workspace(backend, problem.dtype),
+                pattern=pattern,
+                launch_with_pdl=torch.cuda.get_device_capability() >= (9, 0),
+                residual_in=tensors.residual if problem.has_residual else zeros,
+                residual_out=tensors.residual_out,
+                norm_out=tensors.norm_out,
+                quant_out=tensors.quant_out,
+                scale_out=tensors.scale_out,
+                rms_gamma=tensors.gamma,
+                rms_eps=problem.epsilon,
+                scale_factor=None if problem.quant_mode == "none" else problem.scale_tensor,
+                layout_code=comm.QuantizationSFLayout.SWIZZLED_128x4 if problem.quant_mode == "fp4" else None,
+                use_oneshot=mode == "oneshot",
+                fp32_acc=True,
+            )
+        return run

@@ -250,13 +250,14 @@ fn a_result_that_comes_and_goes_is_found() {
 #[test]
 fn a_result_that_is_wrong_only_after_the_timed_trials_is_found() {
     // The first trial chooses the number of operations, and two count.
-    let fault = Fault { late: Some(3), rank: Some(1), ..fault(Tensor::NormOut, 5 * 2, ONE) };
-    check(QuantMode::None, fault, "after 2 trials: rank 1's outputs are not the same bits as rank 0's");
-    let fault = Fault { late: Some(3), ..fault(Tensor::ResidualOut, ELEMENT, ONE) };
-    check(QuantMode::None, fault, "residual_out[2, 5]");
+    let late = |rank, tensor, offset, bytes| Fault { late: Some(3), rank, ..fault(tensor, offset, bytes) };
+    let other = late(Some(1), Tensor::NormOut, 5 * 2, ONE);
+    check(QuantMode::None, other, "after 2 trials: rank 1's outputs are not the same bits as rank 0's");
+    let wrong = late(None, Tensor::ResidualOut, ELEMENT, ONE);
+    check(QuantMode::None, wrong, "residual_out[2, 5]");
     // A trial that writes nothing leaves no older result in the outputs.
-    let fault = Fault { late: Some(3), ..fault(Tensor::NormOut, 0, &[]) };
-    check(QuantMode::None, fault, "after 2 trials: rank 0: residual_out[0, 0]");
+    let nothing = late(None, Tensor::NormOut, 0, &[]);
+    check(QuantMode::None, nothing, "after 2 trials: rank 0: residual_out[0, 0]");
 }
 
 /// The backend panics if the wrong variant is timed, or any variant before its verification.

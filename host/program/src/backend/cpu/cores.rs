@@ -44,7 +44,7 @@ pub(crate) struct Cores {
 
 /// A thread that is pinned. Dropping this value, on the same thread, restores the CPUs that it had.
 #[derive(Debug)]
-pub(super) struct Pinned {
+pub(crate) struct Pinned {
     before: CpuSet,
     thread: PhantomData<*const ()>,
 }
@@ -138,7 +138,8 @@ impl Cores {
         let refused = gather(group, &refused)?;
         let refused = (0..).zip(refused).find_map(|(rank, why): (u32, _)| Some((rank, why?)));
         if let Some((rank, why)) = &refused {
-            notes = vec![format!("ranks may end up on one core: rank {rank} cannot be pinned to a CPU: {why}")];
+            notes =
+                vec![format!("ranks may end up on one core: rank {rank} cannot be pinned to a CPU: {why}")];
         }
         let (own, pinned) = if refused.is_some() { (None, None) } else { (own, pinned) };
         Ok(Cores { own, ranks: lists(&ranks, pinned.as_deref()), notes })
@@ -190,7 +191,9 @@ fn assign(ranks: &[Allowed]) -> Assignment {
     let size = ranks.len();
     if all.len() < size {
         let (plural, cpus) = (if all.len() == 1 { "" } else { "s" }, all.len());
-        return note(format!("MORE RANKS THAN CPUS: {size} ranks take turns on {cpus} CPU{plural}, and times include the wait for a turn"));
+        return note(format!(
+            "MORE RANKS THAN CPUS: {size} ranks take turns on {cpus} CPU{plural}, and times include the wait for a turn"
+        ));
     }
     // A control group with less time than ranks need stops them all, wherever they run.
     let granted = (0..).zip(ranks).find(|(_, rank): &(u32, _)| rank.granted < rank.cpus.len().min(size));
@@ -217,7 +220,8 @@ fn assign(ranks: &[Allowed]) -> Assignment {
     };
     let pinned = if let Some(cores) = by(|cpu| cpu.core) {
         // The first thread of the core on which the rank may run.
-        let cpu = |(cpus, core): (&Vec<Cpu>, u32)| cpus.iter().find(|cpu| cpu.core == core).map(|cpu| cpu.number);
+        let cpu =
+            |(cpus, core): (&Vec<Cpu>, u32)| cpus.iter().find(|cpu| cpu.core == core).map(|cpu| cpu.number);
         choices.iter().zip(cores).filter_map(cpu).collect()
     } else if let Some(cpus) = by(|cpu| cpu.number) {
         notes.push(format!(
@@ -356,7 +360,9 @@ mod tests {
 
     #[test]
     fn ranks_with_cores_of_their_own_stay_as_they_were_bound() {
-        for ranks in [[rank(&[0]), rank(&[1])], [rank(&[0, 8]), rank(&[1, 9])], [rank(&[0, 1]), rank(&[4, 5])]] {
+        for ranks in
+            [[rank(&[0]), rank(&[1])], [rank(&[0, 8]), rank(&[1, 9])], [rank(&[0, 1]), rank(&[4, 5])]]
+        {
             assert_eq!(assign(&ranks), Assignment::default());
         }
     }
@@ -365,7 +371,8 @@ mod tests {
     fn two_threads_of_a_core_are_the_last_resort_and_noted() {
         let Assignment { pinned, notes } = assign(&vec![rank(&[0, 1, 8, 9]); 3]);
         assert_eq!(pinned.unwrap(), [0, 1, 8]);
-        let note = "3 ranks have 2 cores: some run on two threads of one core, which takes longer than two cores";
+        let note =
+            "3 ranks have 2 cores: some run on two threads of one core, which takes longer than two cores";
         assert_eq!(notes, [note]);
         assert_eq!(assign(&[rank(&[0]), rank(&[8])]).notes.len(), 1);
     }
@@ -432,8 +439,7 @@ mod tests {
         let key = format!("cores {}", id());
         let rank = |number| {
             let deadline = Duration::from_secs(60);
-            let membership =
-                Membership { rank: number, world_size: 2, key: &key, config: b"", deadline };
+            let membership = Membership { rank: number, world_size: 2, key: &key, config: b"", deadline };
             let group = Group::join(&membership).unwrap();
             let before = sched_getaffinity(None).unwrap();
             let cores = Cores::agree(&group).unwrap();

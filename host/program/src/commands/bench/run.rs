@@ -340,7 +340,9 @@ fn verify_timed(
             let operations = trials.operations_per_trial;
             match verify::verify_timed(backend, group, problem, variant, operations, numbers)? {
                 Ok(error) => trials.max_error_ulp = trials.max_error_ulp.max(error),
-                Err(why) => *result = Err(format!("after {} trials: {why}", settings.warmup + settings.trials)),
+                Err(why) => {
+                    *result = Err(format!("after {} trials: {why}", settings.warmup + settings.trials))
+                }
             }
         }
         progress.step();
@@ -366,7 +368,7 @@ fn disturbed(measured: &[Measurement]) -> Option<String> {
     };
     Some(format!(
         "DISTURBED: {slow} of {trials} trials of {variant} took {slow_us:.2} µs, and the others {others_us:.2} µs{others}. \
-         Another program, or ranks that share a CPU, slowed them down: measure again"
+         Another program, or ranks that share a CPU, slowed them down: measure again without"
     ))
 }
 
@@ -422,12 +424,15 @@ mod tests {
             result: Ok(Trials { max_error_ulp: 0.5, operations_per_trial: 1, times_us: times.to_vec() }),
         };
         let (even, two) = (row("even", &[3.0, 3.1, 3.0, 3.2]), row("two", &[3.0, 60.0, 4.0, 50.0]));
-        let (more, wrong) = (row("more", &[1.0, 1.0, 2.0, 2.0]), Measurement { result: Err("wrong".to_owned()), ..row("wrong", &[]) });
+        let (more, wrong) = (
+            row("more", &[1.0, 1.0, 2.0, 2.0]),
+            Measurement { result: Err("wrong".to_owned()), ..row("wrong", &[]) },
+        );
         assert_eq!(disturbed(&[even.clone(), wrong]), None);
         assert_eq!(
             disturbed(&[even, more, two]).unwrap(),
             "DISTURBED: 2 of 4 trials of two took 55.00 µs, and the others 3.50 µs, and 1 other variant has trials of two \
-             kinds as well. Another program, or ranks that share a CPU, slowed them down: measure again"
+             kinds as well. Another program, or ranks that share a CPU, slowed them down: measure again without"
         );
     }
 

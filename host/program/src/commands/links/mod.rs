@@ -74,7 +74,8 @@ impl Links {
         let Verdict { broken, .. } = &report.verdict;
         let failures = report.failures().len();
         if !broken.is_empty() {
-            let pairs: Vec<String> = broken.iter().map(|pair| format!("{} to {}", pair.from, pair.to)).collect();
+            let pairs: Vec<String> =
+                broken.iter().map(|pair| format!("{} to {}", pair.from, pair.to)).collect();
             complain(&format_args!("FAILED between ranks {}", pairs.join(", ")));
         } else if failures > 0 {
             let all = report.pairs.len() + report.together.len();

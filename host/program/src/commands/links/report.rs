@@ -302,7 +302,7 @@ impl Report {
             rows.push(vec![together_name(*blocks), outcome_cell(outcome, unit), min, max]);
         }
         let none = || "-".to_owned();
-        for copy in &self.copy {
+        if let Some(copy) = &self.copy {
             rows.push(vec![Measure::Copy.name().to_owned(), cell(copy.gb_s, unit), none(), none()]);
         }
         let header = ["together", "GB/s", "min", "max"];
@@ -459,7 +459,9 @@ verdict: FAILED: 1 of 2 pairs of ranks did not receive what was sent: rank 1 to 
         let pairs = vec![(Measure::Word, timed(word, 0, Ok(&[0.0])))];
         let report = reported(&Measured { pairs, ..measured });
         assert_eq!((report.verdict.passed, report.verdict.status()), (false, 1));
-        assert!(report.render(100).ends_with("FAILED: the bytes arrived, but not every measurement is valid\n"));
+        assert!(
+            report.render(100).ends_with("FAILED: the bytes arrived, but not every measurement is valid\n")
+        );
     }
 
     #[test]

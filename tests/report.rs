@@ -170,7 +170,8 @@ fn machine(report: &Report) -> String {
     let gib = machine.memory_bytes as f64 / (1u64 << 30) as f64;
     let cpus = &machine.rank_cpus;
     let where_ranks_ran = match cpus.iter().collect::<HashSet<_>>().len() {
-        1 => format!("3 ranks share CPUs {}", cpus[0]),
+        1 if cpus[0].contains(['-', ',']) => format!("3 ranks share CPUs {}", cpus[0]),
+        1 => format!("3 ranks share CPU {}", cpus[0]),
         _ => format!("3 ranks on CPUs {}", cpus.join(" / ")),
     };
     format!(

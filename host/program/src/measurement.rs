@@ -41,20 +41,6 @@ impl Trials {
         sorted.sort_by(f64::total_cmp);
         median(&sorted)
     }
-
-    /// The two kinds of trials, if there are two: each at least a tenth of the trials, and at least two.
-    pub fn two_kinds(&self) -> Option<TwoKinds> {
-        let mut sorted = self.times_us.clone();
-        sorted.sort_by(f64::total_cmp);
-        let least = sorted.len().div_ceil(ONE_IN).max(2);
-        let ratio = |at: usize| sorted[at] / sorted[at - 1];
-        // The widest gap parts them.
-        let at = (least..=sorted.len().checked_sub(least)?).max_by(|a, b| ratio(*a).total_cmp(&ratio(*b)))?;
-        let (others, slow) = sorted.split_at(at);
-        // Not for NaN.
-        (ratio(at) >= APART).then_some(())?;
-        Some(TwoKinds { slow: slow.len(), slow_us: median(slow)?, others_us: median(others)? })
-    }
 }
 
 /// Trials of two kinds: some took much longer than all others, as on a machine that was disturbed.
@@ -72,6 +58,20 @@ pub struct TwoKinds {
 const APART: f64 = 1.5;
 /// The least share of the trials that makes a kind, as 1 in so many. A single trial makes none.
 const ONE_IN: usize = 10;
+
+/// The two kinds of trials with these times, if there are two: each at least a tenth of the trials, and at least two.
+pub fn two_kinds(times_us: &[f64]) -> Option<TwoKinds> {
+    let mut sorted = times_us.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let least = sorted.len().div_ceil(ONE_IN).max(2);
+    let ratio = |at: usize| sorted[at] / sorted[at - 1];
+    // The widest gap parts them.
+    let at = (least..=sorted.len().checked_sub(least)?).max_by(|a, b| ratio(*a).total_cmp(&ratio(*b)))?;
+    let (others, slow) = sorted.split_at(at);
+    // Not for NaN.
+    (ratio(at) >= APART).then_some(())?;
+    Some(TwoKinds { slow: slow.len(), slow_us: median(slow)?, others_us: median(others)? })
+}
 
 /// `2 (n - 1) / n`, the ratio of bus bandwidth to algorithm bandwidth of an all-reduce of `n` ranks.
 pub(crate) fn bus_factor(world_size: u32) -> f64 {
@@ -94,10 +94,6 @@ pub(crate) fn invalid_duration(times_us: &[f64]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn two_kinds(times_us: &[f64]) -> Option<TwoKinds> {
-        Trials { max_error_ulp: 0.5, operations_per_trial: 1, times_us: times_us.to_vec() }.two_kinds()
-    }
 
     #[test]
     fn trials_of_which_some_take_much_longer_are_of_two_kinds() {

@@ -82,7 +82,8 @@ impl Machine {
         match &rank_cpus[..] {
             [] => {}
             [first, rest @ ..] if rest.contains(first) && rest.iter().all(|cpus| cpus == first) => {
-                line += &format!(", {} ranks share CPUs {first}", rank_cpus.len());
+                let plural = if first.contains(['-', ',']) { "s" } else { "" };
+                line += &format!(", {} ranks share CPU{plural} {first}", rank_cpus.len());
             }
             each => line += &format!(", {} ranks on CPUs {}", each.len(), each.join(" / ")),
         }
@@ -147,6 +148,7 @@ mod tests {
         };
         assert_eq!(on(&["0", "1", "4-5"]), format!("{expected}, 3 ranks on CPUs 0 / 1 / 4-5"));
         assert_eq!(on(&["0-1", "0-1", "0-1"]), format!("{expected}, 3 ranks share CPUs 0-1"));
+        assert_eq!(on(&["5", "5"]), format!("{expected}, 2 ranks share CPU 5"));
         let gpus = ["GPU A", "GPU A", "GPU B"].map(str::to_owned).to_vec();
         let machine = Machine { gpus, driver: Some("580.1".to_owned()), ..machine };
         assert_eq!(machine.summary(), format!("{expected}, 2 x GPU A, 1 x GPU B (driver 580.1)"));

@@ -25,7 +25,7 @@ use crate::{
     },
     commands::links::run::put_bandwidth,
     job::ranks::{Error, slowest},
-    measurement::{Kind, Measurement, Trials, TwoKinds, bus_factor},
+    measurement::{Kind, Measurement, Trials, TwoKinds, bus_factor, two_kinds},
     peers::{Peers, protocol::MeasureRequest},
     report::progress::Progress,
 };
@@ -332,6 +332,7 @@ fn verify_timed(
     entrants: &mut [(Variant, Result<Trials, String>)],
     progress: &Progress,
 ) -> Result<(), Error> {
+    progress.doing(format!("{} tokens: verified again", problem.tokens));
     // Results that are left over from the trials would be right for the inputs of the trials.
     let numbers = Numbers::random(settings.seed.wrapping_add(1));
     verify::write_inputs(backend, problem, numbers, group)?;
@@ -354,7 +355,7 @@ fn verify_timed(
 fn disturbed(measured: &[Measurement]) -> Option<String> {
     let kinds = |row: &Measurement| {
         let trials = row.result.as_ref().ok()?;
-        Some((trials.two_kinds()?, row.variant.clone(), trials.times_us.len()))
+        Some((two_kinds(&trials.times_us)?, row.variant.clone(), trials.times_us.len()))
     };
     let of_two_kinds: Vec<_> = measured.iter().filter_map(kinds).collect();
     let times = |kinds: &TwoKinds| kinds.slow_us / kinds.others_us;

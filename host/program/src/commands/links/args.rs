@@ -26,6 +26,7 @@ use crate::{
     note = "Received bytes are compared with those sent, first without a wait: if some do not arrive, nothing is",
     note = "measured. The last line and the JSON's \"verdict\" say whether each rank received what every other",
     note = "sent, or name the pairs that did not.",
+    note = "On CPUs each rank is pinned to a core of its own meanwhile, within the CPUs that it may run on.",
     note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is a rank.",
     note = "Exit status: 0 the verdict is \"passed\"; 1 it is not, or a rank failed; 2 the command line is not",
     note = "valid."

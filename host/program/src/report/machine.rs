@@ -81,7 +81,7 @@ impl Machine {
         let mut line = format!("{cpu}, {cores} core{plural}, {gib:.1} GiB, {os} (kernel {kernel}, {arch})");
         match &rank_cpus[..] {
             [] => {}
-            [first, rest @ ..] if rest.contains(first) && rest.iter().all(|cpus| cpus == first) => {
+            [first, rest @ ..] if !rest.is_empty() && rest.iter().all(|cpus| cpus == first) => {
                 let plural = if first.contains(['-', ',']) { "s" } else { "" };
                 line += &format!(", {} ranks share CPU{plural} {first}", rank_cpus.len());
             }

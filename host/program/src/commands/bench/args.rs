@@ -27,7 +27,7 @@ const MAX_PEER_DEADLINE: f64 = 86_400.0;
     example = "{command_name} --json today.json --compare yesterday.json --tolerance 5",
     example = "{command_name} --peers flashinfer,torch --python ~/venv/bin/python",
     example = "torchrun --no-python --nproc_per_node=4 {command_name}",
-    note = "Every variant is verified before it is timed and after. Its row has the largest error of all.",
+    note = "Every variant is verified before it is timed and after. Its row has its largest error.",
     note = "On CPUs each rank is pinned to a core of its own while it is timed, one of those that it may run",
     note = "on (taskset, cgroups, a launcher's binding). The report says which.",
     note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is a rank.",

@@ -51,6 +51,9 @@ struct Fault {
     rank: Option<u32>,
     /// True if only the first run is wrong.
     once: bool,
+    /// The trials before a fault that shows in trials only; `None` for one that shows in other runs. If no bytes are written,
+    /// such a trial runs nothing.
+    late: Option<u32>,
 }
 
 /// The CPU backend with a fault.
@@ -59,6 +62,8 @@ struct Faulty {
     fault: Fault,
     here: bool,
     runs: u32,
+    /// The trials of the fused one-shot operation.
+    trials: u32,
     /// The steps of untimed runs, in which variants are verified.
     ran: Vec<Vec<Step>>,
 }
@@ -81,7 +86,7 @@ impl Collective for Faulty {
         self.ran.push(steps.to_vec());
         if steps == [Step::Fused(Mode::OneShot)] && self.here {
             self.runs += 1;
-            if !self.fault.once || self.runs == 1 {
+            if self.fault.late.is_none() && (!self.fault.once || self.runs == 1) {
                 self.engine.write(self.fault.tensor, self.fault.offset, self.fault.bytes)?;
             }
         }
@@ -89,11 +94,21 @@ impl Collective for Faulty {
     }
 
     fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
-        assert_ne!(steps, [Step::Fused(Mode::OneShot)], "a variant that is wrong was timed");
+        let harmed = steps == [Step::Fused(Mode::OneShot)];
+        assert!(!harmed || self.fault.late.is_some(), "a variant that is wrong was timed");
         // An all-reduce by itself is no variant. It is timed to choose one for the separate operations.
         let is_variant = !matches!(steps, [Step::AllReduce(_)]);
         assert!(!is_variant || self.ran.iter().any(|ran| ran == steps), "{steps:?} is timed first");
-        self.engine.time(steps, operations)
+        self.trials += u32::from(harmed);
+        if !harmed || !self.here || self.fault.late.is_none_or(|trials| self.trials <= trials) {
+            return self.engine.time(steps, operations);
+        }
+        if self.fault.bytes.is_empty() {
+            return Ok(1.0);
+        }
+        let time = self.engine.time(steps, operations)?;
+        self.engine.write(self.fault.tensor, self.fault.offset, self.fault.bytes)?;
+        Ok(time)
     }
 
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
@@ -139,13 +154,16 @@ fn report(settings: &Settings, fault: Fault) -> Report {
         let communicator =
             Communicator::join(&group, cpu::Options { max_row_bytes, deadline: DEADLINE }).unwrap();
         let here = fault.rank.is_none_or(|only| only == rank);
-        let mut backend = Faulty { engine: Engine::new(communicator), fault, here, runs: 0, ran: Vec::new() };
+        let engine = Engine::new(communicator);
+        let mut backend = Faulty { engine, fault, here, runs: 0, trials: 0, ran: Vec::new() };
         let mut report = Report::new(vec!["bench".to_owned()], "cpu", RANKS, settings.clone());
         let mut peers = Peers::default();
-        run::run(settings, &group, &mut backend, &mut peers, &Progress::hidden(), |measured| {
+        let progress = Progress::hidden();
+        run::run(settings, &group, &mut backend, &mut peers, &progress, |measured| {
             report.push(measured.case, measured.notes, measured.variants);
         })
         .unwrap();
+        assert_eq!(progress.steps(), run::count(settings, 1), "the progress bar ends with the work");
         group.farewell().unwrap();
         report
     };
@@ -179,7 +197,7 @@ const ONE: &[u8] = &[0x80, 0x3f];
 const ELEMENT: u64 = (2 * 48 + 5) * 2;
 
 fn fault(tensor: Tensor, offset: u64, bytes: &'static [u8]) -> Fault {
-    Fault { tensor, offset, bytes, rank: None, once: false }
+    Fault { tensor, offset, bytes, rank: None, once: false, late: None }
 }
 
 #[test]
@@ -227,6 +245,19 @@ fn a_rank_whose_bits_differ_from_the_others_is_found() {
 fn a_result_that_comes_and_goes_is_found() {
     let fault = Fault { once: true, rank: Some(1), ..fault(Tensor::NormOut, 5 * 2, ONE) };
     check(QuantMode::None, fault, "a repeated run gave other bits");
+}
+
+#[test]
+fn a_result_that_is_wrong_only_after_the_timed_trials_is_found() {
+    // The first trial chooses the number of operations, and two count.
+    let late = |rank, tensor, offset, bytes| Fault { late: Some(3), rank, ..fault(tensor, offset, bytes) };
+    let other = late(Some(1), Tensor::NormOut, 5 * 2, ONE);
+    check(QuantMode::None, other, "after 2 trials: rank 1's outputs are not the same bits as rank 0's");
+    let wrong = late(None, Tensor::ResidualOut, ELEMENT, ONE);
+    check(QuantMode::None, wrong, "residual_out[2, 5]");
+    // A trial that writes nothing leaves no older result in the outputs.
+    let nothing = late(None, Tensor::NormOut, 0, &[]);
+    check(QuantMode::None, nothing, "after 2 trials: rank 0: residual_out[0, 0]");
 }
 
 /// The backend panics if the wrong variant is timed, or any variant before its verification.

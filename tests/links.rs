@@ -4,6 +4,7 @@
 //! come from a backend that reports them.
 
 use std::{
+    collections::HashSet,
     fs,
     process::{Command, id},
     sync::atomic::{AtomicU32, Ordering},
@@ -29,13 +30,16 @@ use fused_collective_cli::{
             self,
             report::{data, json},
         },
-        links::run::run as measure_links,
+        links::{
+            report::Report as LinksReport,
+            run::{Broken, run as measure_links},
+        },
     },
     job::options::JobOptions,
     measurement::Kind,
     peers::Peers,
     quant_mode::QuantMode,
-    report::progress::Progress,
+    report::{machine::Machine as OwnMachine, progress::Progress},
 };
 use fused_collective_core::plan::Limits;
 use fused_collective_tests::{LIMIT, Running, command, report::Machine, run};
@@ -69,6 +73,15 @@ struct Report {
     together: Vec<Together>,
     push_gb_s: Option<f64>,
     copy: Copy,
+    verdict: Verdict,
+}
+
+#[derive(Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Verdict {
+    passed: bool,
+    pairs: u32,
+    broken: Vec<serde_json::Value>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -168,12 +181,16 @@ fn the_links_of_two_and_of_three_ranks_are_measured_each_way() {
             together,
             push_gb_s,
             copy,
+            verdict,
         } = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
 
         assert_eq!((schema.as_str(), backend.as_str(), world_size), ("links-1", "cpu", ranks));
         assert_eq!((version.as_str(), created.len()), (env!("CARGO_PKG_VERSION"), 20));
         assert_eq!(command[..3], ["links", "--backend", "cpu"]);
-        assert!(machine.cores > 0 && notes.is_empty());
+        assert!(machine.cores > 0 && machine.rank_cpus.len() == ranks as usize);
+        // Where there is a CPU for each, they have them.
+        let alone = machine.rank_cpus.iter().collect::<HashSet<_>>().len() == ranks as usize;
+        assert_eq!(alone, !notes.iter().any(|note| note.starts_with("MORE RANKS THAN CPUS")), "{notes:?}");
         assert_eq!((settings.backend.as_str(), settings.deadline_seconds), ("cpu", 60.0));
         assert_eq!((settings.oversubscribe, settings.nproc_per_node), (false, Some(ranks)));
 
@@ -199,8 +216,14 @@ fn the_links_of_two_and_of_three_ranks_are_measured_each_way() {
         all.outcome.check("gb_s", place_bytes * u64::from(ranks - 1));
         assert_eq!((all.blocks, push_gb_s), (None, Some(all.outcome.median)));
         assert!((copy.gb_s / (2e-3 * copy.bytes as f64 / copy.time_us) - 1.0).abs() < 1e-9, "{copy:?}");
-        let line = format!("all-to-all put bandwidth: {:.1} GB/s out of every rank\n", all.outcome.median);
-        assert!(outcome.stdout.ends_with(&line), "{outcome}");
+        let pairs = ranks * (ranks - 1);
+        assert_eq!(verdict, Verdict { passed: true, pairs, broken: Vec::new() });
+        let lines = format!(
+            "all-to-all put bandwidth: {:.1} GB/s out of every rank\n\
+             verdict: passed: each of the {pairs} pairs of ranks received what was sent, every time\n",
+            all.outcome.median
+        );
+        assert!(outcome.stdout.ends_with(&lines), "{outcome}");
     }
 }
 
@@ -246,7 +269,8 @@ fn a_file_that_cannot_be_written_is_found_before_anything_runs() {
 /// The hidden size of the benchmark.
 const HIDDEN: u64 = 48;
 
-/// The CPU backend that claims to have GPUs. Its links on rank 1 report wrong bytes of `harmed`.
+/// The CPU backend that claims to have GPUs. Its links on rank 1 report wrong bytes of `harmed`. If that is an
+/// [`Exercise::Reach`], the sender stores nothing instead.
 struct Faulty {
     engine: Engine,
     harmed: Exercise,
@@ -254,9 +278,9 @@ struct Faulty {
 
 impl Collective for Faulty {
     fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn Links + 'b>, Error> {
-        let here = group.rank() == 1;
+        let rank = group.rank();
         let inner = self.engine.links(group)?;
-        Ok(Box::new(FaultyLinks { inner, harmed: self.harmed, last: None, here }))
+        Ok(Box::new(FaultyLinks { inner, harmed: self.harmed, last: None, rank }))
     }
 
     fn gpus(&self) -> Vec<String> {
@@ -308,7 +332,7 @@ struct FaultyLinks<'a> {
     inner: Box<dyn Links + 'a>,
     harmed: Exercise,
     last: Option<Exercise>,
-    here: bool,
+    rank: u32,
 }
 
 impl Links for FaultyLinks<'_> {
@@ -330,11 +354,15 @@ impl Links for FaultyLinks<'_> {
 
     fn time(&mut self, exercise: Exercise, times: u32) -> Result<f64, Error> {
         self.last = Some(exercise);
-        self.inner.time(exercise, times)
+        let is_dropped = matches!(self.harmed, Exercise::Reach { from, .. } if from == self.rank);
+        // In an exercise of other ranks this one stores nothing.
+        let others = Exercise::Reach { from: u32::MAX, to: u32::MAX };
+        self.inner.time(if is_dropped && exercise == self.harmed { others } else { exercise }, times)
     }
 
     fn received(&mut self, source: u32) -> Result<Option<String>, Error> {
-        let wrong = self.here && self.last == Some(self.harmed);
+        let reports = self.rank == 1 && !matches!(self.harmed, Exercise::Reach { .. });
+        let wrong = reports && self.last == Some(self.harmed);
         let found = self.inner.received(source)?;
         Ok(if wrong { Some(format!("what rank {source} sent is wrong")) } else { found })
     }
@@ -344,14 +372,19 @@ impl Links for FaultyLinks<'_> {
     }
 }
 
-/// The results of `work` on two ranks, which are threads, with a faulty backend.
-fn on_two_ranks<T: Send>(harmed: Exercise, work: impl Fn(&Group, &mut Faulty) -> T + Sync) -> [T; 2] {
+/// The results of `work` on ranks, which are threads, with a faulty backend.
+fn on_ranks<T: Send, const RANKS: usize>(
+    harmed: Exercise,
+    work: impl Fn(&Group, &mut Faulty) -> T + Sync,
+) -> [T; RANKS] {
     const DEADLINE: Duration = Duration::from_secs(60);
     static GROUPS: AtomicU32 = AtomicU32::new(0);
     let key = format!("faulty links {} {}", id(), GROUPS.fetch_add(1, Ordering::Relaxed));
     let max_row_bytes = 4 * HIDDEN;
-    let rank = |rank| {
-        let membership = Membership { rank, world_size: 2, key: &key, config: b"", deadline: DEADLINE };
+    let world_size = RANKS as u32;
+    let rank = |rank: usize| {
+        let rank = rank as u32;
+        let membership = Membership { rank, world_size, key: &key, config: b"", deadline: DEADLINE };
         let group = Group::join(&membership).unwrap();
         let communicator =
             Communicator::join(&group, cpu::Options { max_row_bytes, deadline: DEADLINE }).unwrap();
@@ -361,16 +394,42 @@ fn on_two_ranks<T: Send>(harmed: Exercise, work: impl Fn(&Group, &mut Faulty) ->
         result
     };
     thread::scope(|scope| {
-        let second = scope.spawn(|| rank(1));
-        [rank(0), second.join().unwrap()]
+        let rank = &rank;
+        let ranks: [_; RANKS] = std::array::from_fn(|number| scope.spawn(move || rank(number)));
+        ranks.map(|rank| rank.join().unwrap())
     })
+}
+
+#[test]
+fn a_pair_whose_stores_are_dropped_is_named_and_waited_for_by_nobody() {
+    let dropped = Exercise::Reach { from: 2, to: 1 };
+    let began = Instant::now();
+    let all: [_; 3] =
+        on_ranks(dropped, |group, backend| measure_links(group, backend, &Progress::hidden()).unwrap());
+    assert!(all.iter().all(|measured| *measured == all[0]), "all ranks have the same verdict");
+    let [measured, ..] = all;
+    // Half a deadline.
+    assert!(began.elapsed() < Duration::from_secs(30));
+    let [Broken { from: 2, to: 1, reason }] = &measured.broken[..] else { panic!("{:?}", measured.broken) };
+    assert!(reason.contains("the bytes from rank 2 are wrong from byte 0 on"), "{reason}");
+
+    let options = JobOptions::default();
+    let report = LinksReport::new(Vec::new(), "cpu", 3, &options, OwnMachine::here(), Vec::new(), &measured);
+    assert_eq!(report.verdict.status(), 1);
+    let line = format!(
+        "verdict: FAILED: 1 of 6 pairs of ranks did not receive what was sent, and nothing was measured: rank 2 to rank 1 \
+         ({reason})\n"
+    );
+    assert_eq!(report.render(100), line);
+    let json: serde_json::Value = serde_json::from_str(&report.to_json().unwrap()).unwrap();
+    assert_eq!(json["verdict"]["broken"][0]["from"], 2);
 }
 
 #[test]
 fn what_arrives_wrong_has_no_figure_on_any_rank() {
     let harmed = Exercise::Push { from: 0, to: 1, polled: true };
     let [first, second] =
-        on_two_ranks(harmed, |group, backend| measure_links(group, backend, &Progress::hidden()).unwrap());
+        on_ranks(harmed, |group, backend| measure_links(group, backend, &Progress::hidden()).unwrap());
     assert_eq!(first, second, "all ranks have the same figures");
     assert_eq!(first.pairs.len(), 8);
     for (measure, timed) in &first.pairs {
@@ -378,6 +437,8 @@ fn what_arrives_wrong_has_no_figure_on_any_rank() {
         assert_eq!(timed.times_us.as_ref().err().map(String::as_str), expected, "{measure:?}");
     }
     assert!(first.together.iter().all(|timed| timed.times_us.is_ok()));
+    let broken = Broken { from: 0, to: 1, reason: "what rank 0 sent is wrong".to_owned() };
+    assert_eq!(first.broken, [broken]);
 }
 
 #[test]
@@ -393,7 +454,7 @@ fn a_benchmark_on_gpus_compares_the_fused_operation_with_the_put_bandwidth() {
     let bench = |harmed, oversubscribe| {
         let job = JobOptions { oversubscribe, ..JobOptions::default() };
         let settings = bench::settings::Settings { job, ..settings.clone() };
-        let [report, _] = on_two_ranks(harmed, |group, backend| {
+        let [report, _] = on_ranks(harmed, |group, backend| {
             let mut report = data::Report::new(Vec::new(), "cuda", 2, settings.clone());
             let mut peers = Peers::default();
             bench::run::run(&settings, group, backend, &mut peers, &Progress::hidden(), |measured| {

@@ -135,6 +135,63 @@ return [wrong, row("torch_right", "standard", [1e12] * 3)], []
     report.configurations.iter().for_each(assert_own_rows);
 }
 
+/// The program's own script, with variants that need no package.
+#[test]
+fn results_of_a_peer_that_are_wrong_only_after_its_trials_fail_the_row() {
+    let script = r#"
+import json, sys
+from types import SimpleNamespace
+
+source = open(sys.argv[1]).read()
+assert source.endswith("\nmain()\n")
+sys.stdout.flush()
+exec(compile(source.removesuffix("main()\n"), sys.argv[1], "exec"))
+
+class Problem:
+    def __init__(self, peer, request):
+        self.sets, self.ran = [], []
+
+    def check(self, variant):
+        if variant.trials:
+            assert self.ran[-1] == variant.name, "what was timed has not run once more"
+        if variant.name == "late" and variant.trials:
+            raise AssertionError("norm_out: 1 of 64 elements is off")
+        return 0.75 if variant.trials else 0.5
+
+class Fake(Peer):
+    def __init__(self):
+        self.device = SimpleNamespace(type="cpu")
+
+    def variants(self, problem, request, notes):
+        yield Variant("late", "fused", None)
+        yield Variant("right", "fused", None)
+
+    def prepare(self, problem, variant):
+        variant.operations = 7
+
+    def trial(self, problem, variant):
+        return 2.5
+
+    def run_timed(self, problem, variant):
+        problem.ran.append(variant.name)
+
+    def all_agree(self, well):
+        return well
+
+reply("measured", **Fake().measure({"warmup": 1, "trials": 2}))
+"#;
+    let peer = concat!(env!("CARGO_MANIFEST_DIR"), "/../host/program/src/peers/peer.py");
+    let output = Command::new("python3").args(["-c", script, peer]).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let last = said.lines().last().unwrap_or_else(|| panic!("{}", String::from_utf8_lossy(&output.stderr)));
+    let reply: serde_json::Value = serde_json::from_str(last).unwrap();
+    let expected = serde_json::json!([
+        {"variant": "late", "kind": "fused", "failed": "after its trials: norm_out: 1 of 64 elements is off"},
+        {"variant": "right", "kind": "fused", "max_error_ulp": 0.75, "operations_per_trial": 7, "times_us": [2.5, 2.5]},
+    ]);
+    assert_eq!(reply["rows"], expected, "{said}");
+}
+
 #[test]
 fn a_peer_that_ends_early_is_a_note_with_its_last_words() {
     let part = r#"

@@ -1,12 +1,13 @@
 //! The report of one run in every form, checked against the raw times in its JSON.
 
-use std::{fs, sync::OnceLock};
+use std::{collections::HashSet, fs, sync::OnceLock};
 
 use fused_collective_tests::{
-    Outcome, bench,
+    Outcome, bench, measure,
     report::{Configuration, Report, Row, Verified},
     run,
 };
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 /// Three ranks, so that bus and algorithm bandwidth differ; an even number of trials above 100, so that the median lies
 /// between two of them and the 99th percentile is not the slowest.
@@ -167,8 +168,14 @@ fn machine(report: &Report) -> String {
     let machine = &report.machine;
     let plural = if machine.cores == 1 { "" } else { "s" };
     let gib = machine.memory_bytes as f64 / (1u64 << 30) as f64;
+    let cpus = &machine.rank_cpus;
+    let where_ranks_ran = match cpus.iter().collect::<HashSet<_>>().len() {
+        1 if cpus[0].contains(['-', ',']) => format!("3 ranks share CPUs {}", cpus[0]),
+        1 => format!("3 ranks share CPU {}", cpus[0]),
+        _ => format!("3 ranks on CPUs {}", cpus.join(" / ")),
+    };
     format!(
-        "{}, {} core{plural}, {gib:.1} GiB, {} (kernel {}, {})",
+        "{}, {} core{plural}, {gib:.1} GiB, {} (kernel {}, {}), {where_ranks_ran}",
         machine.cpu, machine.cores, machine.os, machine.kernel, machine.arch
     )
 }
@@ -227,7 +234,7 @@ fn markdown_has_the_heading_the_settings_and_a_section_for_each_configuration() 
          fused-collective bench --backend cpu {OPTIONS} --output-file report.md --json report.json --plot 'a plot.svg'\n\
          ```\n\n\
          Time is the slowest rank's, per operation: the median of the trials. \
-         Every variant was verified before it was timed. \
+         Every variant was verified before it was timed and after. \
          Speedup is against the fastest verified standard variant of the same configuration, the *baseline*. \
          Bus bandwidth is nccl-tests'.\n\n\
          ---\n",
@@ -279,4 +286,27 @@ fn the_plot_is_well_formed_and_names_every_variant_in_every_panel() {
             shown(&format!("{}: {:.2}", row.variant, verified.figures.median_us));
         }
     }
+}
+
+/// A process has the CPUs of the thread that starts it.
+#[test]
+fn each_rank_has_a_cpu_of_its_own_and_ranks_that_share_one_are_noted() {
+    const OPTIONS: &str = "--num-tokens 1 --hidden-dim 32 --quant-modes none --trials 2 --warmup 0";
+    let note = "MORE RANKS THAN CPUS: 2 ranks take turns on 1 CPU, and times include the wait for a turn";
+    let notes =
+        |report: &Report| report.configurations[0].notes.iter().filter(|known| *known == note).count();
+    let before = sched_getaffinity(None).unwrap();
+    let report = measure(OPTIONS);
+    let cpus = report.machine.rank_cpus.iter().collect::<HashSet<_>>();
+    let expected = before.count().min(2) as usize;
+    assert_eq!((report.machine.rank_cpus.len(), cpus.len(), notes(&report)), (2, expected, 2 - expected));
+
+    let number = (0..CpuSet::MAX_CPU).find(|&number| before.is_set(number)).unwrap();
+    let mut one = CpuSet::new();
+    one.set(number);
+    sched_setaffinity(None, &one).unwrap();
+    let report = measure(OPTIONS);
+    sched_setaffinity(None, &before).unwrap();
+    assert_eq!(report.machine.rank_cpus, [number.to_string(), number.to_string()]);
+    assert_eq!(notes(&report), 1, "{:?}", report.configurations[0].notes);
 }

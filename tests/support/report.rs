@@ -39,6 +39,8 @@ pub struct Machine {
     #[serde(default)]
     pub gpus: Vec<String>,
     #[serde(default)]
+    pub rank_cpus: Vec<String>,
+    #[serde(default)]
     pub driver: Option<String>,
 }
 

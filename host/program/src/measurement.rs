@@ -43,6 +43,36 @@ impl Trials {
     }
 }
 
+/// Trials of two kinds: some took much longer than all others, as on a machine that was disturbed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TwoKinds {
+    /// The number of slow trials.
+    pub slow: usize,
+    /// The median of the slow trials, in microseconds.
+    pub slow_us: f64,
+    /// The median of the others.
+    pub others_us: f64,
+}
+
+/// The least ratio between a slow trial and every other.
+const APART: f64 = 1.5;
+/// The least share of the trials that makes a kind, as 1 in so many. A single trial makes none.
+const ONE_IN: usize = 10;
+
+/// The two kinds of trials with these times, if there are two: each at least a tenth of the trials, and at least two.
+pub fn two_kinds(times_us: &[f64]) -> Option<TwoKinds> {
+    let mut sorted = times_us.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let least = sorted.len().div_ceil(ONE_IN).max(2);
+    let ratio = |at: usize| sorted[at] / sorted[at - 1];
+    // The widest gap parts them.
+    let at = (least..=sorted.len().checked_sub(least)?).max_by(|a, b| ratio(*a).total_cmp(&ratio(*b)))?;
+    let (others, slow) = sorted.split_at(at);
+    // Not for NaN.
+    (ratio(at) >= APART).then_some(())?;
+    Some(TwoKinds { slow: slow.len(), slow_us: median(slow)?, others_us: median(others)? })
+}
+
 /// `2 (n - 1) / n`, the ratio of bus bandwidth to algorithm bandwidth of an all-reduce of `n` ranks.
 pub(crate) fn bus_factor(world_size: u32) -> f64 {
     let n = f64::from(world_size);
@@ -59,4 +89,34 @@ pub(crate) fn median(sorted: &[f64]) -> Option<f64> {
 pub(crate) fn invalid_duration(times_us: &[f64]) -> Option<String> {
     let time = times_us.iter().find(|time| !(time.is_finite() && **time > 0.0))?;
     Some(format!("a trial took {time} µs, not a valid duration"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trials_of_which_some_take_much_longer_are_of_two_kinds() {
+        let kinds = TwoKinds { slow: 3, slow_us: 60.0, others_us: 3.5 };
+        assert_eq!(two_kinds(&[3.0, 60.0, 4.0, 50.0, 3.5, 3.0, 120.0, 4.0]), Some(kinds));
+        // Whichever is the more frequent.
+        let kinds = TwoKinds { slow: 4, slow_us: 60.0, others_us: 3.5 };
+        assert_eq!(two_kinds(&[60.0, 3.0, 60.0, 61.0, 4.0, 50.0]), Some(kinds));
+    }
+
+    #[test]
+    fn trials_that_vary_a_little_or_of_which_one_stands_out_are_of_one_kind() {
+        assert_eq!(two_kinds(&[3.0, 3.1, 3.3, 4.0, 4.4, 4.5]), None);
+        assert_eq!(two_kinds(&[3.0, 3.0, 3.0, 3.0, 90.0]), None);
+        // Two of thirty are fewer than a tenth.
+        let mut times = vec![3.0; 30];
+        times[7..9].fill(90.0);
+        assert_eq!(two_kinds(&times), None);
+        times[9] = 90.0;
+        assert!(two_kinds(&times).is_some());
+        for none in [&[][..], &[1.0], &[1.0, 9.0], &[1.0, 9.0, 9.0]] {
+            assert_eq!(two_kinds(none), None);
+        }
+        assert_eq!(two_kinds(&[f64::NAN; 4]), None);
+    }
 }

@@ -175,6 +175,12 @@ pub trait Collective {
         Vec::new()
     }
 
+    /// The CPUs that each rank may run on while it is timed, in rank order, as `0` or `0-3,8`; empty if that is not known, or
+    /// if the ranks run on GPUs.
+    fn cpus(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Notes on the backend for a reader, a sentence each.
     fn notes(&self) -> &[String] {
         &[]

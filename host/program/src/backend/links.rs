@@ -74,6 +74,14 @@ pub enum Exercise {
         /// The rank that loads.
         to: u32,
     },
+    /// Rank `from` fills its place in rank `to`'s memory, and no rank waits for another: bytes that do not arrive cost no
+    /// deadline. It is not timed.
+    Reach {
+        /// The rank that stores.
+        from: u32,
+        /// The rank with the memory.
+        to: u32,
+    },
     /// Every rank fills its place in every other's memory.
     PushAll {
         /// Blocks of each rank's grid; `None` if the backend has no blocks.
@@ -96,7 +104,11 @@ impl Exercise {
     /// The ranks whose places in rank `rank`'s memory the exercise fills.
     pub(crate) fn sources(self, rank: u32, world_size: u32) -> Vec<u32> {
         match self {
-            Exercise::Push { from, to, .. } | Exercise::Pull { from, to } if to == rank => vec![from],
+            Exercise::Reach { from, to } | Exercise::Push { from, to, .. } | Exercise::Pull { from, to }
+                if to == rank =>
+            {
+                vec![from]
+            }
             Exercise::PushAll { .. } => (0..world_size).filter(|&source| source != rank).collect(),
             _ => Vec::new(),
         }
@@ -106,7 +118,7 @@ impl Exercise {
     pub(crate) fn bytes(self, place_bytes: u64, world_size: u32) -> u64 {
         match self {
             Exercise::Word { .. } => 0,
-            Exercise::Push { .. } | Exercise::Pull { .. } => place_bytes,
+            Exercise::Reach { .. } | Exercise::Push { .. } | Exercise::Pull { .. } => place_bytes,
             Exercise::PushAll { .. } => place_bytes * u64::from(world_size - 1),
         }
     }
@@ -181,6 +193,7 @@ mod tests {
         let all = Exercise::PushAll { blocks: None };
         let of = |exercise: Exercise| [0, 1, 2].map(|rank| exercise.sources(rank, 3));
         assert_eq!(of(push), [vec![2], vec![], vec![]]);
+        assert_eq!(of(Exercise::Reach { from: 0, to: 1 }), [vec![], vec![0], vec![]]);
         assert_eq!(of(Exercise::Pull { from: 1, to: 2 }), [vec![], vec![], vec![1]]);
         assert_eq!(of(all), [vec![1, 2], vec![0, 2], vec![0, 1]]);
         assert!(of(Exercise::Word { from: 0, to: 1 }).iter().all(Vec::is_empty));

@@ -9,6 +9,7 @@ pub mod collective;
 pub mod cpu;
 pub mod cuda;
 pub mod error;
+mod gather;
 pub mod guards;
 pub mod links;
 pub mod problem;

@@ -2,6 +2,8 @@
 //!
 //! The outputs are poisoned, the variant runs, and every rank checks its share of the tokens against the specification. As all
 //! ranks must have the same bits, the shares cover all outputs. A second run must give the same bits again.
+//!
+//! A variant that was timed is verified once more, by the outputs of one more trial: some faults show only then.
 
 use std::{
     hash::{DefaultHasher, Hasher},
@@ -114,10 +116,20 @@ impl Outputs {
         problem: &Problem,
         variant: &Variant,
     ) -> Result<Self, Error> {
+        Self::after(backend, problem, variant, |backend| Ok(backend.run(&variant.steps)?))
+    }
+
+    /// Poisons the outputs, calls `run`, which runs the variant, and reads them.
+    fn after(
+        backend: &mut dyn Collective,
+        problem: &Problem,
+        variant: &Variant,
+        run: impl FnOnce(&mut dyn Collective) -> Result<(), Error>,
+    ) -> Result<Self, Error> {
         for tensor in Tensor::OUTPUTS {
             poison(backend, problem, tensor)?;
         }
-        backend.run(&variant.steps)?;
+        run(backend)?;
         Ok(Outputs {
             residual_out: backend.read(variant.sum())?,
             norm_out: if variant.writes_norm { backend.read(Tensor::NormOut)? } else { Vec::new() },
@@ -152,11 +164,7 @@ pub(crate) fn verify(
 ) -> Result<Result<f64, String>, Error> {
     let outputs = Outputs::of(backend, problem, variant)?;
     let (digests, sum) = (outputs.digests(variant), digest(&outputs.residual_out));
-    let checked = match problem.dtype {
-        DType::F32 => check::<f32>(&outputs, group, problem, variant, numbers),
-        DType::F16 => check::<f16>(&outputs, group, problem, variant, numbers),
-        DType::Bf16 => check::<bf16>(&outputs, group, problem, variant, numbers),
-    };
+    let checked = check(&outputs, group, problem, variant, numbers);
     drop(outputs);
     let again = Outputs::of(backend, problem, variant)?;
     let checked = checked.and_then(|error| {
@@ -166,6 +174,30 @@ pub(crate) fn verify(
             Err("a repeated run gave other bits".to_owned())
         }
     });
+    agree(group, checked)
+}
+
+/// Verifies `variant` by the outputs of one more trial of `operations` operations, like those that were timed. Returns the
+/// same as [`verify`].
+pub(crate) fn verify_timed(
+    backend: &mut dyn Collective,
+    group: &Group,
+    problem: &Problem,
+    variant: &Variant,
+    operations: u32,
+    numbers: Numbers,
+) -> Result<Result<f64, String>, Error> {
+    let outputs = Outputs::after(backend, problem, variant, |backend| {
+        // This time counts for nothing.
+        backend.time(&variant.steps, operations).map(drop).map_err(Error::from)
+    })?;
+    let checked = check(&outputs, group, problem, variant, numbers);
+    agree(group, checked.map(|error| (outputs.digests(variant), error)))
+}
+
+/// The largest error of all ranks, or the reason why the variant is wrong, from the digests and the error that each has
+/// found. Every rank returns the same.
+fn agree(group: &Group, checked: Result<([u64; 4], f64), String>) -> Result<Result<f64, String>, Error> {
     Ok(gather_verdicts(group, checked)?.and_then(|all| {
         if let Some(rank) = all.iter().position(|(digests, _)| *digests != all[0].0) {
             return Err(format!("rank {rank}'s outputs are not the same bits as rank 0's"));
@@ -175,7 +207,21 @@ pub(crate) fn verify(
 }
 
 /// Checks this rank's share of the tokens.
-fn check<E: Plain>(
+fn check(
+    outputs: &Outputs,
+    group: &Group,
+    problem: &Problem,
+    variant: &Variant,
+    numbers: Numbers,
+) -> Result<f64, String> {
+    match problem.dtype {
+        DType::F32 => check_typed::<f32>(outputs, group, problem, variant, numbers),
+        DType::F16 => check_typed::<f16>(outputs, group, problem, variant, numbers),
+        DType::Bf16 => check_typed::<bf16>(outputs, group, problem, variant, numbers),
+    }
+}
+
+fn check_typed<E: Plain>(
     outputs: &Outputs,
     group: &Group,
     problem: &Problem,

@@ -25,7 +25,7 @@ use serde::Serialize;
 
 use crate::backend::all_reduce_choice::AllReduceChoice;
 use crate::{
-    backend::{self, collective::Collective, problem::Problem},
+    backend::{self, collective::Collective, cpu::cores::Cores, problem::Problem},
     exit::{self, Failure, complain},
     report::machine::available_memory,
 };
@@ -47,6 +47,8 @@ pub(crate) struct Request {
     pub(crate) problems: Vec<Problem>,
     /// True if the backend will hold copies of the tensors, so that no operation finds its own in a cache.
     pub(crate) cold: bool,
+    /// True if operations are timed: then ranks without a GPU get a CPU each.
+    pub(crate) timed: bool,
     /// Bytes that each rank holds of a problem besides its tensors; `None` past 64 bits.
     pub(crate) held: fn(&Problem) -> Option<u64>,
 }
@@ -59,6 +61,7 @@ impl Request {
             all_reduces: vec![AllReduceChoice::Custom],
             problems: Vec::new(),
             cold: false,
+            timed: false,
             held: |_| Some(0),
         }
     }
@@ -267,8 +270,13 @@ impl Job {
 
     /// Sets up the group's shared memory.
     fn join_cpu(&self, group: &Group, deadline: Duration) -> Result<backend::cpu::Engine, Error> {
+        let cores = if self.request.timed { Cores::agree(group)? } else { Cores::default() };
+        // The memory that this rank touches first lies near its CPU.
+        let pinned = cores.pin();
         let options = cpu::Options { max_row_bytes: self.longest_row(), deadline };
-        Ok(backend::cpu::Engine::new(cpu::Communicator::join(group, options)?))
+        let communicator = cpu::Communicator::join(group, options)?;
+        drop(pinned);
+        Ok(backend::cpu::Engine::new(communicator).on(cores))
     }
 
     /// The GPU of a rank on this host. If ranks may share a GPU, ranks past the last GPU start over with the first.

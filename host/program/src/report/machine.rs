@@ -26,6 +26,9 @@ pub struct Machine {
     /// The ranks' GPUs by name, in rank order; none if the ranks ran on the processor.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gpus: Vec<String>,
+    /// The CPUs that each rank may run on while it is timed, in rank order, as `0` or `0-3,8`; none if the ranks ran on GPUs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rank_cpus: Vec<String>,
     /// The version of the GPUs' driver.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub driver: Option<String>,
@@ -55,6 +58,7 @@ impl Machine {
             kernel: or_unknown(System::kernel_version().ok()),
             arch: std::env::consts::ARCH.to_owned(),
             gpus: Vec::new(),
+            rank_cpus: Vec::new(),
             driver: None,
         }
     }
@@ -68,13 +72,21 @@ impl Machine {
         self.gpus = gpus;
     }
 
-    /// `Some CPU, 8 cores, 31.3 GiB, Some Linux 1.2 (kernel 6.1.0, x86_64)`, and with GPUs
+    /// `Some CPU, 8 cores, 31.3 GiB, Some Linux 1.2 (kernel 6.1.0, x86_64)`, and `, 2 ranks on CPUs 0 / 1` or
     /// `, 2 x NVIDIA H200 (driver 580.95.05)`.
     pub fn summary(&self) -> String {
-        let Machine { cpu, cores, memory_bytes, os, kernel, arch, gpus, driver } = self;
+        let Machine { cpu, cores, memory_bytes, os, kernel, arch, gpus, rank_cpus, driver } = self;
         let plural = if *cores == 1 { "" } else { "s" };
         let gib = *memory_bytes as f64 / f64::from(1 << 30);
         let mut line = format!("{cpu}, {cores} core{plural}, {gib:.1} GiB, {os} (kernel {kernel}, {arch})");
+        match &rank_cpus[..] {
+            [] => {}
+            [first, rest @ ..] if !rest.is_empty() && rest.iter().all(|cpus| cpus == first) => {
+                let plural = if first.contains(['-', ',']) { "s" } else { "" };
+                line += &format!(", {} ranks share CPU{plural} {first}", rank_cpus.len());
+            }
+            each => line += &format!(", {} ranks on CPUs {}", each.len(), each.join(" / ")),
+        }
         for alike in gpus.chunk_by(|a, b| a == b) {
             line += &format!(", {} x {}", alike.len(), alike[0]);
         }
@@ -125,10 +137,18 @@ mod tests {
             kernel: "6.1".to_owned(),
             arch: "x86_64".to_owned(),
             gpus: Vec::new(),
+            rank_cpus: Vec::new(),
             driver: None,
         };
         let expected = "Test CPU, 1 core, 1.5 GiB, Linux 1 (kernel 6.1, x86_64)";
         assert_eq!(machine.summary(), expected);
+        let on = |cpus: &[&str]| {
+            let rank_cpus = cpus.iter().map(|cpus| (*cpus).to_owned()).collect();
+            Machine { rank_cpus, ..machine.clone() }.summary()
+        };
+        assert_eq!(on(&["0", "1", "4-5"]), format!("{expected}, 3 ranks on CPUs 0 / 1 / 4-5"));
+        assert_eq!(on(&["0-1", "0-1", "0-1"]), format!("{expected}, 3 ranks share CPUs 0-1"));
+        assert_eq!(on(&["5", "5"]), format!("{expected}, 2 ranks share CPU 5"));
         let gpus = ["GPU A", "GPU A", "GPU B"].map(str::to_owned).to_vec();
         let machine = Machine { gpus, driver: Some("580.1".to_owned()), ..machine };
         assert_eq!(machine.summary(), format!("{expected}, 2 x GPU A, 1 x GPU B (driver 580.1)"));

@@ -1,6 +1,11 @@
 //! A progress bar on a terminal.
 
+use std::time::Duration;
+
 use indicatif::{ProgressBar, ProgressStyle};
+
+/// The time between two draws while nothing happens: the clock shows seconds. Seldom enough not to disturb what is timed.
+const TICK: Duration = Duration::from_secs(1);
 
 /// A bar on the standard error, drawn only on a terminal. Dropping it clears it, so that no error is printed over a bar.
 #[derive(Debug)]
@@ -14,6 +19,9 @@ impl Progress {
         let bar = ProgressBar::new(steps);
         if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len} {elapsed} {wide_msg}") {
             bar.set_style(style);
+        }
+        if !bar.is_hidden() {
+            bar.enable_steady_tick(TICK);
         }
         Progress { bar }
     }
@@ -30,7 +38,12 @@ impl Progress {
 
     /// Counts one step.
     pub fn step(&self) {
-        self.bar.inc(1);
+        self.advance(1);
+    }
+
+    /// Counts `steps` steps.
+    pub fn advance(&self, steps: u64) {
+        self.bar.inc(steps);
     }
 
     /// Steps counted so far.

@@ -29,6 +29,7 @@ use fused_collective::{
 use fused_collective_bench::links::{PLACES_OFFSET, WARM_UP_TRIPS, flag_offset, pattern, region_bytes};
 use fused_collective_core::pack::Pack;
 
+use super::cores::Pinned;
 use crate::backend::{
     error::Error,
     links::{Exercise, Links, Measure, find_wrong},
@@ -74,11 +75,17 @@ pub(super) struct CpuLinks<'a> {
     content: Vec<u64>,
     mover: Mover,
     communicator: &'a mut Communicator,
+    /// Keeps this rank on its CPU.
+    _pinned: Option<Pinned>,
 }
 
 impl<'a> CpuLinks<'a> {
-    /// Makes memory that all ranks of `group` share. All ranks call this.
-    pub(super) fn share(group: &Group, communicator: &'a mut Communicator) -> Result<Self, Error> {
+    /// Makes memory that all ranks of `group` share. All ranks call this, each on the CPU to which it is `pinned`, if it is.
+    pub(super) fn share(
+        group: &Group,
+        communicator: &'a mut Communicator,
+        pinned: Option<Pinned>,
+    ) -> Result<Self, Error> {
         let failed = |what: &dyn std::fmt::Display| {
             Error::Other(format!("cannot share memory to measure links: {what}"))
         };
@@ -103,6 +110,7 @@ impl<'a> CpuLinks<'a> {
             content: Vec::new(),
             mover: Mover::of_this_processor(),
             communicator,
+            _pinned: pinned,
         })
     }
 
@@ -310,6 +318,10 @@ impl Links for CpuLinks<'_> {
             Exercise::Push { from, to, polled } if to == self.rank => self.be_pushed_to(from, polled, times),
             Exercise::Pull { from, to } if to == self.rank => self.pull(from, times),
             Exercise::Pull { from, to } if from == self.rank => self.be_pulled_from(to, times),
+            Exercise::Reach { from, to } if from == self.rank => {
+                self.store(self.place(to, self.rank), &self.content);
+                Ok(0.0)
+            }
             Exercise::PushAll { .. } => self.push_all(times),
             _ => Ok(0.0),
         }
@@ -345,7 +357,7 @@ mod tests {
             let group = Group::join(&membership).unwrap();
             let options = cpu::Options { max_row_bytes: 0, deadline };
             let mut communicator = Communicator::join(&group, options).unwrap();
-            rank(&group, CpuLinks::share(&group, &mut communicator).unwrap());
+            rank(&group, CpuLinks::share(&group, &mut communicator, None).unwrap());
             group.farewell().unwrap();
         };
         thread::scope(|scope| (0..ranks).for_each(|number| drop(scope.spawn(move || play(number)))));

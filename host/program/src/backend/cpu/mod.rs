@@ -3,6 +3,7 @@
 //! The separate operations use the row loops of the fused one, so a difference in time comes from passes over memory.
 
 pub(crate) mod cache;
+pub(crate) mod cores;
 mod links;
 
 use std::{collections::HashMap, marker::PhantomData, mem::replace, time::Instant};
@@ -33,6 +34,7 @@ use crate::backend::{
 };
 
 use cache::cache_bytes;
+use cores::Cores;
 use links::CpuLinks;
 
 /// A tensor between its guards. It starts at a cache line, as some processors copy to other addresses several times slower.
@@ -140,6 +142,8 @@ pub struct Engine {
     /// The slot of the current problem.
     slot: usize,
     scratch: Vec<u64>,
+    /// The CPUs of the ranks, to which they are pinned while they are timed.
+    cores: Cores,
 }
 
 impl Engine {
@@ -155,7 +159,13 @@ impl Engine {
             aside: HashMap::new(),
             slot: 0,
             scratch: Vec::new(),
+            cores: Cores::default(),
         }
+    }
+
+    /// This engine with CPUs for its ranks. Without them nobody is pinned.
+    pub(crate) fn on(self, cores: Cores) -> Self {
+        Engine { cores, ..self }
     }
 
     fn step(&mut self, step: Step) -> Result<(), Error> {
@@ -391,6 +401,8 @@ fn map<A: Copy, B>(from: &[A], to: &mut [B], convert: impl Fn(A) -> B) {
 
 impl Collective for Engine {
     fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
+        // Memory lies near the CPU that touches it first.
+        let _pinned = self.cores.pin();
         self.problem = None;
         self.sets.clear();
         self.flush = vec![0; if self.cold { 2 * self.cache_bytes() as usize / 8 } else { 0 }];
@@ -454,6 +466,7 @@ impl Collective for Engine {
     }
 
     fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
+        let _pinned = self.cores.pin();
         if self.cold {
             // The compiler must not know the number, so that the memory is really written.
             let number = std::hint::black_box(operations).into();
@@ -496,10 +509,19 @@ impl Collective for Engine {
     }
 
     fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn Links + 'b>, Error> {
-        Ok(Box::new(CpuLinks::share(group, &mut self.communicator)?))
+        Ok(Box::new(CpuLinks::share(group, &mut self.communicator, self.cores.pin())?))
+    }
+
+    fn cpus(&self) -> Vec<String> {
+        self.cores.of_ranks().to_vec()
+    }
+
+    fn notes(&self) -> &[String] {
+        self.cores.notes()
     }
 
     fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
+        let _pinned = self.cores.pin();
         let (from, mut to) = (Buffer::new(bytes)?, Buffer::new(bytes)?);
         let mut times = Vec::new();
         for _ in 0..COPIES {

@@ -32,7 +32,6 @@ use fused_collective::{
 
 use super::{
     cust_driver::{bind_cust, failed},
-    gather::gather,
     graph::TimedGraph,
     guarded_memory::GuardedMemory,
     links::CudaLinks,
@@ -43,6 +42,7 @@ use crate::backend::{
     all_reduce_choice::AllReduceChoice,
     collective::{AUDITED, Collective, copies},
     error::Error,
+    gather::gather,
     links::Links,
     problem::{Problem, Tensor},
     steps::{AllReduce, Conversion, Step},

@@ -267,7 +267,7 @@ impl<'a> CudaLinks<'a> {
         match exercise {
             Exercise::Word { from, to } if from == rank => self.word(to, true, first_count, times),
             Exercise::Word { from, to } if to == rank => self.word(from, false, first_count, times),
-            Exercise::Push { from, to, .. } if from == rank => {
+            Exercise::Reach { from, to } | Exercise::Push { from, to, .. } if from == rank => {
                 let distance = (to + world_size - from) % world_size;
                 self.push(distance, 1, self.all_blocks(), times)
             }

@@ -3,7 +3,6 @@
 mod cust_driver;
 mod engine;
 pub mod free_memory;
-mod gather;
 pub mod gpus;
 mod graph;
 mod graphs;

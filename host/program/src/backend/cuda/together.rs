@@ -13,8 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use fused_collective::group::rendezvous::Group;
 
-use super::gather::gather;
-use crate::backend::error::Error;
+use crate::backend::{error::Error, gather::gather};
 
 /// How often ranks tell each other how it goes.
 const TELL_EVERY: Duration = Duration::from_millis(50);

@@ -42,6 +42,7 @@ impl Bench {
             cold: settings.cold,
             // A copy of the outputs while they are verified.
             held: |problem| problem.bytes_of(&Tensor::OUTPUTS),
+            timed: true,
             ..Request::new(settings.job.clone())
         })?;
         let files = Files::check(&settings.outputs)?;
@@ -64,6 +65,10 @@ impl Bench {
         let (name, world_size) = (self.job.backend_name(), self.job.world_size());
         let mut report = Report::new(env::args().skip(1).collect(), name, world_size, settings.clone());
         report.machine.set_gpus(backend.gpus());
+        report.machine.rank_cpus = backend.cpus();
+        let mut screen = Screen::new(group);
+        let progress = screen.progress(run::count(settings, backend.all_reduces().len()));
+        screen.show(&progress, &table::heading(&report));
         let peers = PeerOptions {
             choices: &settings.peers,
             python: &settings.python,
@@ -72,10 +77,8 @@ impl Bench {
             hidden_dim: settings.hidden_dim,
             cuda: self.job.cuda(),
         };
+        progress.doing("starting peers");
         let mut peers = Peers::start(&peers, group)?;
-        let mut screen = Screen::new(group);
-        let progress = screen.progress(run::count(settings, backend.all_reduces().len()));
-        screen.show(&progress, &table::heading(&report));
         run::run(settings, group, backend, &mut peers, &progress, |measured| {
             report.push_gb_s = measured.put_gb_s;
             report.push(measured.case, measured.notes, measured.variants);

@@ -1,4 +1,4 @@
-//! The benchmark: every variant of every configuration, verified, then timed.
+//! The benchmark: every variant of every configuration, verified, then timed, then verified again.
 //!
 //! Every rank calls [`run`], and all ranks go through the same steps. A trial runs a variant several times back to back
 //! after a barrier. The time of a trial is that of the slowest rank.
@@ -25,7 +25,7 @@ use crate::{
     },
     commands::links::run::put_bandwidth,
     job::ranks::{Error, slowest},
-    measurement::{Kind, Measurement, Trials, bus_factor},
+    measurement::{Kind, Measurement, Trials, TwoKinds, bus_factor, two_kinds},
     peers::{Peers, protocol::MeasureRequest},
     report::progress::Progress,
 };
@@ -103,7 +103,9 @@ pub fn run(
             entrants.push((variant, trials));
             progress.step();
         }
-        race(settings, group, backend, &mut entrants)?;
+        progress.doing(format!("{} tokens, {}: trials", case.num_tokens, case.quant_mode));
+        race(settings, group, backend, &mut entrants, progress)?;
+        verify_timed(settings, group, backend, &problem, &mut entrants, progress)?;
         let plan = Plan::new(&problem.operation(Mode::Auto), backend.limits());
         notes.extend(plan.ok().and_then(|plan| automatic(plan.algorithm, &entrants)));
         if settings.cold {
@@ -138,7 +140,9 @@ pub fn run(
             let (rows, notes_of_peers) = peers.measure(&request(settings, case, cache_bytes), group)?;
             measured.extend(rows);
             notes.extend(notes_of_peers);
+            progress.advance(settings.peers.len() as u64);
         }
+        notes.extend(disturbed(&measured));
         let put_gb_s = put_bandwidth.as_ref().and_then(|found| found.as_ref().ok()).copied();
         done(Measured { case, notes, variants: measured, put_gb_s });
     }
@@ -164,14 +168,16 @@ fn request(settings: &Settings, case: Case, cache_bytes: u64) -> MeasureRequest 
     }
 }
 
-/// The number of variants that [`run`] will measure on a backend with `all_reduces` all-reduces.
+/// The number of steps that [`run`] will count on a backend with `all_reduces` all-reduces: each variant is verified twice,
+/// all of them take turns in each trial, and each peer is one step.
 pub fn count(settings: &Settings, all_reduces: usize) -> u64 {
-    settings
-        .cases()
-        .map(|case| {
-            variants::count(case.quant_mode, settings.sharded_residual, settings.oneshot, all_reduces) as u64
-        })
-        .sum()
+    let trials = u64::from(settings.warmup) + u64::from(settings.trials);
+    let steps = |case: Case| {
+        let variants =
+            variants::count(case.quant_mode, settings.sharded_residual, settings.oneshot, all_reduces);
+        2 * variants as u64 + trials + settings.peers.len() as u64
+    };
+    settings.cases().map(steps).sum()
 }
 
 /// Measures every way to run an all-reduce, and chooses the fastest for the separate operations.
@@ -297,6 +303,7 @@ fn race(
     group: &Group,
     backend: &mut dyn Collective,
     entrants: &mut [(Variant, Result<Trials, String>)],
+    progress: &Progress,
 ) -> Result<(), Error> {
     for trial in 0..settings.warmup + settings.trials {
         for (variant, trials) in entrants.iter_mut() {
@@ -306,6 +313,7 @@ fn race(
                 trials.times_us.push(time);
             }
         }
+        progress.step();
     }
     for (_, trials) in entrants {
         if let Ok(trials) = trials {
@@ -313,6 +321,56 @@ fn race(
         }
     }
     Ok(())
+}
+
+/// Verifies again the variants that were timed, on other inputs. One that is wrong now has no times.
+fn verify_timed(
+    settings: &Settings,
+    group: &Group,
+    backend: &mut dyn Collective,
+    problem: &Problem,
+    entrants: &mut [(Variant, Result<Trials, String>)],
+    progress: &Progress,
+) -> Result<(), Error> {
+    progress.doing(format!("{} tokens: verified again", problem.tokens));
+    // Results that are left over from the trials would be right for the inputs of the trials.
+    let numbers = Numbers::random(settings.seed.wrapping_add(1));
+    verify::write_inputs(backend, problem, numbers, group)?;
+    for (variant, result) in entrants {
+        if let Ok(trials) = result {
+            let operations = trials.operations_per_trial;
+            match verify::verify_timed(backend, group, problem, variant, operations, numbers)? {
+                Ok(error) => trials.max_error_ulp = trials.max_error_ulp.max(error),
+                Err(why) => {
+                    *result = Err(format!("after {} trials: {why}", settings.warmup + settings.trials))
+                }
+            }
+        }
+        progress.step();
+    }
+    Ok(())
+}
+
+/// Says that trials are of two kinds, as on a machine that does something else at the same time.
+fn disturbed(measured: &[Measurement]) -> Option<String> {
+    let kinds = |row: &Measurement| {
+        let trials = row.result.as_ref().ok()?;
+        Some((two_kinds(&trials.times_us)?, row.variant.clone(), trials.times_us.len()))
+    };
+    let of_two_kinds: Vec<_> = measured.iter().filter_map(kinds).collect();
+    let times = |kinds: &TwoKinds| kinds.slow_us / kinds.others_us;
+    let (worst, variant, trials) =
+        of_two_kinds.iter().max_by(|(a, ..), (b, ..)| times(a).total_cmp(&times(b)))?;
+    let TwoKinds { slow, slow_us, others_us } = worst;
+    let others = match of_two_kinds.len() - 1 {
+        0 => String::new(),
+        1 => ", and 1 other variant has trials of two kinds as well".to_owned(),
+        count => format!(", and {count} other variants have trials of two kinds as well"),
+    };
+    Some(format!(
+        "DISTURBED: {slow} of {trials} trials of {variant} took {slow_us:.2} µs, and the others {others_us:.2} µs{others}. \
+         Another program, or ranks that share a CPU, slowed them down: measure again without"
+    ))
 }
 
 #[cfg(test)]
@@ -357,6 +415,26 @@ mod tests {
             "mode auto takes two-shot here, which is 25.0% slower than one-shot"
         );
         assert_eq!(automatic(Algorithm::OneShot, &entrants[1..]), None);
+    }
+
+    #[test]
+    fn trials_of_two_kinds_are_noted_with_the_variant_where_they_differ_most() {
+        let row = |name: &str, times: &[f64]| Measurement {
+            variant: name.to_owned(),
+            kind: Kind::Fused,
+            result: Ok(Trials { max_error_ulp: 0.5, operations_per_trial: 1, times_us: times.to_vec() }),
+        };
+        let (even, two) = (row("even", &[3.0, 3.1, 3.0, 3.2]), row("two", &[3.0, 60.0, 4.0, 50.0]));
+        let (more, wrong) = (
+            row("more", &[1.0, 1.0, 2.0, 2.0]),
+            Measurement { result: Err("wrong".to_owned()), ..row("wrong", &[]) },
+        );
+        assert_eq!(disturbed(&[even.clone(), wrong]), None);
+        assert_eq!(
+            disturbed(&[even, more, two]).unwrap(),
+            "DISTURBED: 2 of 4 trials of two took 55.00 µs, and the others 3.50 µs, and 1 other variant has trials of two \
+             kinds as well. Another program, or ranks that share a CPU, slowed them down: measure again without"
+        );
     }
 
     #[test]

@@ -23,9 +23,13 @@ use crate::{
     note = "CPUs also of stores that the other rank polls (polled push). Between all ranks at once: puts to",
     note = "all others, on GPUs with grids of several sizes, and copies in each rank's own memory. The best",
     note = "put gives the all-to-all put bandwidth, the limit for an operation's bus bandwidth.",
-    note = "Received bytes are compared with those sent. A measurement with a difference is FAILED.",
+    note = "Received bytes are compared with those sent, first without a wait: if some do not arrive,",
+    note = "nothing is measured. The last line and the JSON's \"verdict\" say whether each rank received",
+    note = "what every other sent, or name the pairs that did not.",
+    note = "On CPUs each rank is pinned to a core of its own meanwhile, within the CPUs that it may run on.",
     note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is a rank.",
-    note = "Exit status: 0 success; 1 a measurement or a rank failed; 2 the command line is not valid."
+    note = "Exit status: 0 the verdict is \"passed\"; 1 it is not, or a rank failed; 2 the command line is not",
+    note = "valid."
 )]
 pub(crate) struct LinksArgs {
     /// auto, cpu or cuda (default: auto, which is cuda if there are enough GPUs)

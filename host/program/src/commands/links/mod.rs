@@ -11,7 +11,7 @@ use fused_collective::group::rendezvous::Group;
 
 use crate::{
     backend::collective::Collective,
-    exit::{self, Failure, complain, print},
+    exit::{Failure, complain, print},
     job::{
         Job, Request,
         ranks::Error,
@@ -19,7 +19,7 @@ use crate::{
     },
     report::{machine::Machine, output_file::OutputFile},
 };
-use report::Report;
+use report::{Report, Verdict};
 use settings::Settings;
 
 /// A measurement of links whose settings have been checked.
@@ -33,7 +33,7 @@ impl Links {
     /// Checks everything that can be checked before the run.
     pub(crate) fn new(settings: Settings) -> Result<Self, Failure> {
         // Links are measured in memory of their own, so there are no problems.
-        let job = Job::new(Request::new(settings.job.clone()))?;
+        let job = Job::new(Request { timed: true, ..Request::new(settings.job.clone()) })?;
         let file = settings.json.as_deref().map(|path| OutputFile::check("--json", path)).transpose()?;
         Ok(Links { settings, job, file })
     }
@@ -50,6 +50,7 @@ impl Links {
         let progress = screen.progress(run::most_steps(world_size));
         let mut machine = Machine::here();
         machine.set_gpus(backend.gpus());
+        machine.rank_cpus = backend.cpus();
         let notes = backend.notes().to_vec();
         let mut heading = format!("{name} backend, {world_size} ranks\n{}\n", machine.summary());
         for note in &notes {
@@ -70,12 +71,16 @@ impl Links {
             file.write(report.to_json().map_err(Into::into))
                 .map_err(|error| Failure::Failed(error.to_string()))?;
         }
+        let Verdict { broken, .. } = &report.verdict;
         let failures = report.failures().len();
-        if failures > 0 {
+        if !broken.is_empty() {
+            let pairs: Vec<String> =
+                broken.iter().map(|pair| format!("{} to {}", pair.from, pair.to)).collect();
+            complain(&format_args!("FAILED between ranks {}", pairs.join(", ")));
+        } else if failures > 0 {
             let all = report.pairs.len() + report.together.len();
             complain(&format_args!("{failures} of {all} measurements FAILED"));
-            return Ok(exit::FAILURE);
         }
-        Ok(exit::SUCCESS)
+        Ok(report.verdict.status())
     }
 }

@@ -7,9 +7,10 @@ use std::{fmt::Write, time::SystemTime};
 
 use serde::Serialize;
 
-use super::run::{LinkOutcome, Measured, Timed, best_gb_s, gb_s};
+use super::run::{Broken, LinkOutcome, Measured, Timed, best_gb_s, gb_s};
 use crate::{
     backend::links::{Exercise, Measure},
+    exit,
     job::options::{BackendChoice, JobOptions},
     report::{grid::grid, machine::Machine},
 };
@@ -49,8 +50,28 @@ pub struct Report {
     /// The all-to-all put bandwidth in GB/s, the best of [`together`](Self::together); `None` if all failed. It is the limit
     /// for an operation's bus bandwidth.
     pub push_gb_s: Option<f64>,
-    /// Copies of every rank within its own memory.
-    pub copy: Copy,
+    /// Copies of every rank within its own memory; `None` if a pair of ranks was broken before anything was measured.
+    pub copy: Option<Copy>,
+    /// The answer in short.
+    pub verdict: Verdict,
+}
+
+/// The answer whether the ranks reach each other.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Verdict {
+    /// True if every rank received from every other what that one sent, each time, and every measurement is valid.
+    pub passed: bool,
+    /// The ordered pairs of ranks.
+    pub pairs: u32,
+    /// Those of which the second rank did not receive what the first one sent.
+    pub broken: Vec<Broken>,
+}
+
+impl Verdict {
+    /// The exit status of a program that gives this verdict.
+    pub fn status(&self) -> u8 {
+        if self.passed { exit::SUCCESS } else { exit::FAILURE }
+    }
 }
 
 /// The options of the run. Every field is always there.
@@ -168,8 +189,8 @@ impl Report {
             Exercise::PushAll { blocks } => Some(Together { blocks, outcome: LinkOutcome::of(timed) }),
             _ => None,
         };
-        let (bytes, time_us) = measured.copy;
-        Report {
+        let copy = |(bytes, time_us)| Copy { bytes, time_us, gb_s: gb_s(2 * bytes, time_us) };
+        let mut report = Report {
             schema: SCHEMA,
             version: env!("CARGO_PKG_VERSION"),
             created: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
@@ -189,8 +210,15 @@ impl Report {
             pairs: measured.pairs.iter().filter_map(pair).collect(),
             together: measured.together.iter().filter_map(together).collect(),
             push_gb_s: best_gb_s(&measured.together),
-            copy: Copy { bytes, time_us, gb_s: gb_s(2 * bytes, time_us) },
-        }
+            copy: measured.copy.map(copy),
+            verdict: Verdict {
+                passed: false,
+                pairs: world_size * (world_size - 1),
+                broken: measured.broken.clone(),
+            },
+        };
+        report.verdict.passed = measured.broken.is_empty() && report.failures().is_empty();
+        report
     }
 
     /// The report as indented JSON, with a newline at the end.
@@ -210,8 +238,38 @@ impl Report {
         pairs.chain(together).collect()
     }
 
-    /// The tables, at most `width` columns wide, followed by the methods.
+    /// The tables, at most `width` columns wide, followed by the methods and the verdict.
     pub fn render(&self, width: u16) -> String {
+        let mut out = String::new();
+        if self.copy.is_some() {
+            self.render_figures(&mut out, width);
+        }
+        let _ = writeln!(out, "verdict: {}", self.conclusion());
+        out
+    }
+
+    /// The verdict as a sentence.
+    fn conclusion(&self) -> String {
+        let Verdict { passed, pairs, broken } = &self.verdict;
+        let named: Vec<String> = broken
+            .iter()
+            .map(|Broken { from, to, reason }| format!("rank {from} to rank {to} ({reason})"))
+            .collect();
+        match (&named[..], passed, &self.copy) {
+            ([], true, _) => {
+                format!("passed: each of the {pairs} pairs of ranks received what was sent, every time")
+            }
+            ([], false, _) => "FAILED: the bytes arrived, but not every measurement is valid".to_owned(),
+            (named, _, copy) => format!(
+                "FAILED: {} of {pairs} pairs of ranks did not receive what was sent{}: {}",
+                named.len(),
+                if copy.is_none() { ", and nothing was measured" } else { "" },
+                named.join(", ")
+            ),
+        }
+    }
+
+    fn render_figures(&self, out: &mut String, width: u16) {
         let of_pairs: Vec<&Method> =
             self.methods.iter().filter(|method| method.measure.is_of_pairs()).collect();
         let mut header = vec!["ranks".to_owned()];
@@ -232,7 +290,7 @@ impl Report {
                 rows.push(row);
             }
         }
-        let mut out = format!("{}\n\n", grid(&header, rows, width));
+        let _ = write!(out, "{}\n\n", grid(&header, rows, width));
 
         let unit = Unit::GigabytesPerSecond;
         let mut rows: Vec<Vec<String>> = Vec::new();
@@ -244,7 +302,9 @@ impl Report {
             rows.push(vec![together_name(*blocks), outcome_cell(outcome, unit), min, max]);
         }
         let none = || "-".to_owned();
-        rows.push(vec![Measure::Copy.name().to_owned(), cell(self.copy.gb_s, unit), none(), none()]);
+        if let Some(copy) = &self.copy {
+            rows.push(vec![Measure::Copy.name().to_owned(), cell(copy.gb_s, unit), none(), none()]);
+        }
         let header = ["together", "GB/s", "min", "max"];
         let _ = write!(out, "{}\n\n", grid(&header, rows, width));
 
@@ -266,7 +326,6 @@ impl Report {
         if let Some(rate) = self.push_gb_s {
             let _ = writeln!(out, "all-to-all put bandwidth: {rate:.1} GB/s out of every rank");
         }
-        out
     }
 }
 
@@ -310,8 +369,13 @@ mod tests {
                 timed(blocks(16), 1_000_000, Ok(&[10.0, 10.0, 10.0])),
                 timed(blocks(264), 1_000_000, Ok(&[2.5, 2.5, 5.0])),
             ],
-            copy: (1_000_000, 0.5),
+            copy: Some((1_000_000, 0.5)),
+            broken: vec![Broken { from: 1, to: 0, reason: "byte 16 is not what it was".to_owned() }],
         };
+        reported(&measured)
+    }
+
+    fn reported(measured: &Measured) -> Report {
         let command = vec!["links".to_owned()];
         Report::new(
             command,
@@ -320,8 +384,14 @@ mod tests {
             &JobOptions::default(),
             Machine::here(),
             vec!["a note".to_owned()],
-            &measured,
+            measured,
         )
+    }
+
+    /// Two ranks of which nothing was measured yet.
+    fn nothing(broken: Vec<Broken>) -> Measured {
+        let (pairs, together) = (Vec::new(), Vec::new());
+        Measured { methods: Vec::new(), place_bytes: 64, pairs, together, copy: None, broken }
     }
 
     #[test]
@@ -348,6 +418,7 @@ Each figure is the median of 3 trials; GB are 10^9 bytes. Received bytes were co
 FAILED push, rank 1 to rank 0: rank 0: byte 16 is not what it was
 FAILED pull, rank 1 to rank 0: a trial took 0 µs, not a valid duration
 all-to-all put bandwidth: 400.0 GB/s out of every rank
+verdict: FAILED: 1 of 2 pairs of ranks did not receive what was sent: rank 1 to rank 0 (byte 16 is not what it was)
 ";
         assert_eq!(report().render(100), expected);
     }
@@ -368,7 +439,42 @@ all-to-all put bandwidth: 400.0 GB/s out of every rank
         assert_eq!(json["pairs"][3]["outcome"], failed);
         assert_eq!(json["together"][1]["blocks"], 264);
         assert_eq!(json["copy"], serde_json::json!({"bytes": 1_000_000, "time_us": 0.5, "gb_s": 4000.0}));
+        assert_eq!(
+            json["verdict"],
+            serde_json::json!({"passed": false, "pairs": 2, "broken": [
+                {"from": 1, "to": 0, "reason": "byte 16 is not what it was"}]})
+        );
         assert!(report.to_json().unwrap().ends_with("}\n"));
+    }
+
+    #[test]
+    fn the_verdict_passes_only_if_every_pair_and_every_measurement_does() {
+        let measured = Measured { copy: Some((64, 0.5)), ..nothing(Vec::new()) };
+        let report = reported(&measured);
+        assert_eq!((report.verdict.passed, report.verdict.status()), (true, 0));
+        let line = "verdict: passed: each of the 2 pairs of ranks received what was sent, every time\n";
+        assert!(report.render(100).ends_with(line), "{}", report.render(100));
+
+        let word = Exercise::Word { from: 0, to: 1 };
+        let pairs = vec![(Measure::Word, timed(word, 0, Ok(&[0.0])))];
+        let report = reported(&Measured { pairs, ..measured });
+        assert_eq!((report.verdict.passed, report.verdict.status()), (false, 1));
+        assert!(
+            report.render(100).ends_with("FAILED: the bytes arrived, but not every measurement is valid\n")
+        );
+    }
+
+    #[test]
+    fn a_pair_that_is_broken_from_the_start_is_the_whole_report() {
+        let broken = Broken { from: 0, to: 1, reason: "nothing came".to_owned() };
+        let report = reported(&nothing(vec![broken]));
+        assert_eq!((report.verdict.passed, report.verdict.status()), (false, 1));
+        assert_eq!(
+            report.render(100),
+            "verdict: FAILED: 1 of 2 pairs of ranks did not receive what was sent, and nothing was measured: rank 0 to \
+             rank 1 (nothing came)\n"
+        );
+        assert_eq!(serde_json::to_value(&report).unwrap()["copy"], serde_json::Value::Null);
     }
 
     #[test]

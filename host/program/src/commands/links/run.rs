@@ -1,10 +1,11 @@
 //! The measurement of links: exercises, timed and checked.
 //!
-//! Every rank calls [`run`]. In an exercise only the ranks that it names are active; the others wait for them. It is timed
-//! in trials of about a millisecond. Its figures count only if every byte of the last trial has arrived.
+//! Every rank calls [`run`]. First every rank sends to every other without a wait: a pair that nothing passes between is then
+//! found before a measurement waits for it. In an exercise only the ranks that it names are active; the others wait for
+//! them. It is timed in trials of about a millisecond. Its figures count only if every byte of the last trial has arrived.
 
 use fused_collective::group::rendezvous::Group;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
     backend::{
@@ -34,6 +35,17 @@ pub struct Timed {
     pub times_us: Result<Vec<f64>, String>,
 }
 
+/// Bytes that did not arrive as they were sent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Broken {
+    /// The rank that sent.
+    pub from: u32,
+    /// The rank that did not receive what was sent.
+    pub to: u32,
+    /// The difference, in a line.
+    pub reason: String,
+}
+
 /// The measurements of the links of a group. The same on every rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Measured {
@@ -45,33 +57,61 @@ pub struct Measured {
     pub pairs: Vec<(Measure, Timed)>,
     /// Puts of all ranks at the same time, with every grid.
     pub together: Vec<Timed>,
-    /// Bytes of each rank's copy, and the microseconds of the slowest rank.
-    pub copy: (u64, f64),
+    /// Bytes of each rank's copy, and the microseconds of the slowest rank; `None` if a pair was
+    /// [broken](Self::broken) before anything was measured.
+    pub copy: Option<(u64, f64)>,
+    /// The pairs of ranks between which some bytes did not arrive, each once, with what was seen first.
+    pub broken: Vec<Broken>,
 }
 
-/// Measures everything that the backend can measure.
+/// Checks that every rank reaches every other, and then measures everything that the backend can measure. If a pair is broken,
+/// nothing is measured.
 ///
 /// # Errors
 /// The group or the backend failed. A wrong byte is no error but an exercise without times.
 pub fn run(group: &Group, backend: &mut dyn Collective, progress: &Progress) -> Result<Measured, Error> {
     let mut links = backend.links(group)?;
-    let methods = links.methods();
-    let (place_bytes, copy_bytes) = (links.place_bytes(), links.copy_bytes());
-    let mut pairs = Vec::new();
-    for &(measure, _) in methods.iter().filter(|(measure, _)| measure.is_of_pairs()) {
+    let mut measured = Measured {
+        methods: links.methods(),
+        place_bytes: links.place_bytes(),
+        pairs: Vec::new(),
+        together: Vec::new(),
+        copy: None,
+        broken: Vec::new(),
+    };
+    for (from, to) in ordered_pairs(group.world_size()) {
+        progress.doing(format!("what rank {from} sends to rank {to}"));
+        let exercise = Exercise::Reach { from, to };
+        links.time(exercise, 1)?;
+        group.barrier()?;
+        measured.broken.extend(missing(group, &mut *links, exercise)?);
+        progress.step();
+    }
+    if !measured.broken.is_empty() {
+        links.leave()?;
+        return Ok(measured);
+    }
+    let mut broken = Vec::new();
+    for &(measure, _) in measured.methods.iter().filter(|(measure, _)| measure.is_of_pairs()) {
         for (from, to) in ordered_pairs(group.world_size()) {
             if let Some(exercise) = Exercise::of_pair(measure, from, to) {
-                progress.doing(format!("{measure:?}, rank {from} to rank {to}"));
-                pairs.push((measure, timed(group, &mut *links, exercise)?));
+                progress.doing(format!("{}, rank {from} to rank {to}", measure.name()));
+                measured.pairs.push((measure, timed(group, &mut *links, exercise, &mut broken)?));
                 progress.step();
             }
         }
     }
-    let together = put_all(group, &mut *links, progress)?;
+    measured.together = put_all(group, &mut *links, progress, &mut broken)?;
+    let copy_bytes = links.copy_bytes();
     links.leave()?;
     drop(links);
-    let copy_us = slowest(group, &[backend.copy_time(copy_bytes)?])?[0];
-    Ok(Measured { methods, place_bytes, pairs, together, copy: (copy_bytes, copy_us) })
+    measured.copy = Some((copy_bytes, slowest(group, &[backend.copy_time(copy_bytes)?])?[0]));
+    for found in broken {
+        if !measured.broken.iter().any(|known| (known.from, known.to) == (found.from, found.to)) {
+            measured.broken.push(found);
+        }
+    }
+    Ok(measured)
 }
 
 /// The all-to-all put bandwidth of `group`, in GB/s: the best rate at which every rank stores into the memory of all others
@@ -85,7 +125,7 @@ pub fn put_bandwidth(
     progress: &Progress,
 ) -> Result<Result<f64, String>, Error> {
     let mut links = backend.links(group)?;
-    let all = put_all(group, &mut *links, progress)?;
+    let all = put_all(group, &mut *links, progress, &mut Vec::new())?;
     links.leave()?;
     let wrong = all.iter().find_map(|timed| timed.times_us.as_ref().err());
     Ok(match wrong {
@@ -96,7 +136,7 @@ pub fn put_bandwidth(
 
 /// The most exercises of pairs that [`run`] does in a group of `world_size` ranks.
 pub fn most_steps(world_size: u32) -> u64 {
-    4 * u64::from(world_size) * u64::from(world_size - 1)
+    5 * u64::from(world_size) * u64::from(world_size - 1)
 }
 
 fn ordered_pairs(world_size: u32) -> impl Iterator<Item = (u32, u32)> {
@@ -106,7 +146,12 @@ fn ordered_pairs(world_size: u32) -> impl Iterator<Item = (u32, u32)> {
 }
 
 /// Times the puts of all ranks at the same time, with every grid that is worth trying.
-fn put_all(group: &Group, links: &mut dyn Links, progress: &Progress) -> Result<Vec<Timed>, Error> {
+fn put_all(
+    group: &Group,
+    links: &mut dyn Links,
+    progress: &Progress,
+    broken: &mut Vec<Broken>,
+) -> Result<Vec<Timed>, Error> {
     let own = serde_json::to_vec(&links.grids()?).map_err(|error| Error::Failed(error.to_string()))?;
     // The grids of rank 0, as GPUs may differ.
     let grids = group.broadcast((group.rank() == 0).then_some(&own[..]))?;
@@ -115,14 +160,18 @@ fn put_all(group: &Group, links: &mut dyn Links, progress: &Progress) -> Result<
     let mut all = Vec::new();
     for blocks in grids {
         progress.doing("all ranks put");
-        all.push(timed(group, links, Exercise::PushAll { blocks })?);
+        all.push(timed(group, links, Exercise::PushAll { blocks }, broken)?);
     }
     Ok(all)
 }
 
-/// Times an exercise, and compares the bytes that arrived with those that were sent.
-fn timed(group: &Group, links: &mut dyn Links, exercise: Exercise) -> Result<Timed, Error> {
-    let (rank, world_size) = (group.rank(), group.world_size());
+/// Times an exercise, and compares the bytes that arrived with those that were sent. What differs is added to `broken`.
+fn timed(
+    group: &Group,
+    links: &mut dyn Links,
+    exercise: Exercise,
+    broken: &mut Vec<Broken>,
+) -> Result<Timed, Error> {
     let mut trial = |times| {
         // No rank is still busy with the trial before.
         group.barrier()?;
@@ -135,19 +184,24 @@ fn timed(group: &Group, links: &mut dyn Links, exercise: Exercise) -> Result<Tim
     let times = (TRIAL_US / once.max(1.0)).clamp(1.0, MAX_TIMES) as u32;
     let own = (0..TRIALS).map(|_| trial(times)).collect::<Result<Vec<_>, _>>()?;
     group.barrier()?;
-    let mut verdict = Ok(());
-    for source in exercise.sources(rank, world_size) {
-        if let (Ok(()), Some(wrong)) = (&verdict, links.received(source)?) {
-            verdict = Err(wrong);
-        }
-    }
-    let verdict = gather_verdicts(group, verdict)?;
+    let missing = missing(group, links, exercise)?;
     let times_us = slowest(group, &own)?;
-    Ok(Timed {
-        exercise,
-        bytes: exercise.bytes(links.place_bytes(), world_size),
-        times_us: verdict.map(|_| times_us),
-    })
+    let times_us = match missing.first() {
+        None => Ok(times_us),
+        Some(Broken { to, reason, .. }) => Err(format!("rank {to}: {reason}")),
+    };
+    broken.extend(missing);
+    Ok(Timed { exercise, bytes: exercise.bytes(links.place_bytes(), group.world_size()), times_us })
+}
+
+/// The bytes of the last exercise that did not arrive on some rank. Every rank returns the same.
+fn missing(group: &Group, links: &mut dyn Links, exercise: Exercise) -> Result<Vec<Broken>, Error> {
+    let (to, mut own) = (group.rank(), Vec::new());
+    for from in exercise.sources(to, group.world_size()) {
+        let wrong = links.received(from)?;
+        own.extend(wrong.map(|reason| Broken { from, to, reason }));
+    }
+    Ok(gather_verdicts(group, Ok(own))?.map_err(Error::Failed)?.concat())
 }
 
 /// The best rate in GB/s; `None` if all exercises failed.
@@ -227,6 +281,6 @@ mod tests {
     fn every_ordered_pair_is_measured_once() {
         let pairs: Vec<_> = ordered_pairs(3).collect();
         assert_eq!(pairs, [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]);
-        assert_eq!(most_steps(3), 4 * pairs.len() as u64);
+        assert_eq!(most_steps(3), 5 * pairs.len() as u64);
     }
 }

@@ -35,6 +35,7 @@ pub(super) fn empty(num_tokens: &[u64], quant_modes: &[QuantMode]) -> Report {
         kernel: "6.1.0".to_owned(),
         arch: "x86_64".to_owned(),
         gpus: Vec::new(),
+        rank_cpus: Vec::new(),
         driver: None,
     };
     let command = ["bench", "--output-file", "my results.md"].map(str::to_owned).to_vec();

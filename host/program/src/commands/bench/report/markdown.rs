@@ -33,7 +33,7 @@ pub fn to_string(report: &Report) -> String {
         out,
         "\n```sh\n{}\n```\n\n\
          Time is the slowest rank's, per operation: the median of the trials. \
-         Every variant was verified before it was timed. \
+         Every variant was verified before it was timed and after. \
          Speedup is against the fastest verified standard variant of the same configuration, the *baseline*. \
          Bus bandwidth is nccl-tests'.\n\n---\n",
         report.command_line()
@@ -94,7 +94,7 @@ mod tests {
 fused-collective bench --output-file 'my results.md'
 ```
 
-Time is the slowest rank's, per operation: the median of the trials. Every variant was verified before it was timed. Speedup is against the fastest verified standard variant of the same configuration, the *baseline*. Bus bandwidth is nccl-tests'.
+Time is the slowest rank's, per operation: the median of the trials. Every variant was verified before it was timed and after. Speedup is against the fastest verified standard variant of the same configuration, the *baseline*. Bus bandwidth is nccl-tests'.
 
 ---
 

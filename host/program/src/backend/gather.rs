@@ -3,7 +3,7 @@
 use fused_collective::group::rendezvous::Group;
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::backend::error::Error;
+use super::error::Error;
 
 /// The values of all ranks, in rank order.
 ///

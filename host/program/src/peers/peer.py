@@ -309,7 +309,7 @@ class Peer:
                 output.view(self.torch.uint8).fill_(0xFF)
         # An output may be the input that was reduced in place.
         for tensors in problem.sets:
-            tensors.reduced.copy_(tensors.input)
+            tensors.restore()
         self.torch.cuda.synchronize()
         self.dist.barrier(self.hosts)
         graph.replay()
@@ -351,7 +351,9 @@ class Peer:
                 variant.run(tensors)
         stream.synchronize()
         checked = [None if output is None else output.clone() for output in problem.sets[0].outputs()]
-        is_in_place = not torch.equal(problem.sets[0].reduced, problem.sets[0].input)
+        first = problem.sets[0]
+        in_place = [tensor for tensor in (first.reduced, first.symmetric) if tensor is not None]
+        is_in_place = not all(torch.equal(tensor, first.input) for tensor in in_place)
 
         def capture(operations):
             graph = torch.cuda.CUDAGraph()

@@ -4,7 +4,7 @@
 //! settings again, and takes part. Only rank 0 writes to the standard output.
 //!
 //! argh splits the arguments into options and writes the help. `values` and
-//! [`job::options`](crate::job::options) check every value. Parsing reads no file and starts no process; a command checks
+//! [`job::options`] check every value. Parsing reads no file and starts no process; a command checks
 //! its files before it runs.
 
 mod arguments;

@@ -107,14 +107,30 @@ fn cuda_where_no_gpu_can_be_seen() {
 #[test]
 fn an_option_without_its_value_or_that_does_not_exist() {
     refused_options("--num-tokens --trials 1", &["--num-tokens", "no value given"]);
-    refused_options("--tokens 1", &["--tokens", "see fused-collective --help"]);
-    refused(&mut command(&["bench", "stray"]), &["stray", "see fused-collective --help"]);
+    let help = "see fused-collective bench --help";
+    let meant = |option: &str| format!("no option of bench (did you mean {option}?); {help}");
+    refused_options("--tokens 1", &["--tokens: ", &meant("--num-tokens")]);
+    refused_options("--num-token 1", &["--num-token: ", &meant("--num-tokens")]);
+    refused_options("--hiden-dim=1", &["--hiden-dim: ", &meant("--hidden-dim")]);
+    refused_options("--qqq", &[&format!("--qqq: no option of bench; {help}")]);
+    refused(
+        &mut command(&["links", "--num-tokens", "1"]),
+        &["--num-tokens: no option of links", "links --help"],
+    );
+    refused(
+        &mut command(&["--verison"]),
+        &["--verison: no option (did you mean --version?); see fused-collective --help"],
+    );
+    refused(&mut command(&["bench", "stray"]), &[&format!("stray: no argument of bench; {help}")]);
 }
 
 #[test]
 fn no_command_or_an_unknown_one() {
     refused(&mut command(&[]), &["use bench", "--help"]);
-    refused(&mut command(&["benchmark"]), &["benchmark", "--help"]);
+    refused(
+        &mut command(&["benchmark"]),
+        &["benchmark: no command (did you mean bench?); see fused-collective --help"],
+    );
 }
 
 #[test]

@@ -83,6 +83,6 @@ fn bad_options_are_refused_in_one_line() {
     let outcome = run(faults("").env("RANK", "0").env("WORLD_SIZE", "2").env("MASTER_PORT", "29500"));
     outcome.assert_failure(
         2,
-        "faults starts its own ranks, to watch how they end: start it plainly, not as a rank",
+        "rank 0: faults starts its own ranks, to watch how they end: start it plainly, not as a rank",
     );
 }

@@ -1,9 +1,9 @@
 //! The report of one run in every form, checked against the raw times in its JSON.
 
-use std::{collections::HashSet, fs, sync::OnceLock};
+use std::{collections::HashSet, ffi::OsStr, fs, os::unix::ffi::OsStrExt as _, process::Command, sync::OnceLock};
 
 use fused_collective_tests::{
-    Outcome, bench, measure,
+    LIMIT, Outcome, Running, bench, measure,
     report::{Configuration, Report, Row, Verified},
     run,
 };
@@ -309,4 +309,26 @@ fn each_rank_has_a_cpu_of_its_own_and_ranks_that_share_one_are_noted() {
     sched_setaffinity(None, &before).unwrap();
     assert_eq!(report.machine.rank_cpus, [number.to_string(), number.to_string()]);
     assert_eq!(notes(&report), 1, "{:?}", report.configurations[0].notes);
+}
+
+#[test]
+fn a_program_in_a_folder_whose_name_is_not_utf_8_reports_as_any_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().join(OsStr::from_bytes(b"r\xe9seau"));
+    fs::create_dir(&folder).unwrap();
+    let program = folder.join("fused-collective");
+    if fs::hard_link(fused_collective_tests::program(), &program).is_err() {
+        fs::copy(fused_collective_tests::program(), &program).unwrap();
+    }
+    for (command, options) in [
+        ("bench", &["--num-tokens", "1", "--hidden-dim", "32", "--trials", "1", "--warmup", "0"][..]),
+        ("links", &[]),
+    ] {
+        let mut run = Command::new(&program);
+        run.current_dir(&folder).args([command, "--backend", "cpu", "--json", "report.json"]).args(options);
+        Running::start(&mut run).wait(LIMIT).assert_success();
+        let report: serde_json::Value =
+            serde_json::from_slice(&fs::read(folder.join("report.json")).unwrap()).unwrap();
+        assert_eq!(report["command"][0], command);
+    }
 }

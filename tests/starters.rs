@@ -1,14 +1,15 @@
 //! Ranks that another program starts. They need only the variables of `torchrun`, Open MPI's `mpirun` or Slurm's `srun`,
-//! which are checked.
+//! which are checked. `launchers` has the tests with these programs themselves.
 
 use std::{
+    fs,
     process::{Command, id},
     sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
 use fused_collective_tests::{LIMIT, Outcome, Running, bench, measure, report::Report};
-use rustix::process::Signal;
+use rustix::process::{Signal, geteuid};
 use tempfile::TempDir;
 
 const RANKS: u32 = 3;
@@ -56,6 +57,15 @@ fn srun(job: u32, rank: u32, ranks: u32) -> Variables {
         ("SLURM_STEP_NUM_TASKS", ranks.to_string()),
         ("SLURM_STEP_NUM_NODES", "1".to_owned()),
     ]
+}
+
+/// `srun --mpi=pmi2`, which says all twice.
+fn srun_pmi2(job: u32, rank: u32, ranks: u32) -> Variables {
+    let mut variables = srun(job, rank, ranks);
+    variables.push(("PMI_JOBID", format!("{job}.0")));
+    variables.push(("PMI_RANK", rank.to_string()));
+    variables.push(("PMI_SIZE", ranks.to_string()));
+    variables
 }
 
 /// Starts a rank of a job whose other ranks may be started later, or never.
@@ -127,11 +137,12 @@ fn ranks_of_mpirun_give_the_same_results() {
 #[test]
 fn ranks_of_srun_give_the_same_results() {
     check(srun);
+    check(srun_pmi2);
 }
 
 #[test]
 fn several_jobs_on_one_host_do_not_meet() {
-    let jobs = [Job::start(torchrun), Job::start(torchrun), Job::start(srun)];
+    let jobs = [Job::start(torchrun), Job::start(torchrun), Job::start(srun_pmi2)];
     for job in jobs {
         assert_eq!(job.report().world_size, RANKS);
     }
@@ -145,12 +156,23 @@ fn refused(options: &str, variables: Variables, line: &str) {
     assert_eq!(outcome.stdout, "");
 }
 
+/// Asserts that all ranks of a job are refused, and that one line says so.
+#[track_caller]
+fn all_refused(options: &str, ranks: u32, variables: impl Fn(u32) -> Variables, line: &str) {
+    let ranks = (0..ranks).map(|rank| start(&mut bench(options), variables(rank)));
+    let (codes, said) = ends(ranks.collect());
+    assert_eq!(said, format!("fused-collective: {line}\n"));
+    assert!(codes.iter().all(|code| *code == Some(2)), "{codes:?}");
+}
+
 #[test]
-fn a_world_size_that_disagrees_with_nproc_per_node_is_refused() {
-    refused(
+fn a_world_size_that_disagrees_with_nproc_per_node_is_refused_once() {
+    let job = job_number();
+    all_refused(
         "--nproc-per-node 2",
-        torchrun(job_number(), 0, 4),
-        "--nproc-per-node: 2 disagrees with the launcher's WORLD_SIZE, 4: leave it out or use 4",
+        RANKS,
+        |rank| torchrun(job, rank, RANKS),
+        "rank 0: --nproc-per-node: 2 disagrees with the launcher's WORLD_SIZE, 3: leave it out or use 3",
     );
 }
 
@@ -170,23 +192,80 @@ fn a_rank_that_is_not_below_the_world_size_is_refused() {
 }
 
 #[test]
-fn a_job_of_one_rank_or_of_too_many_is_refused() {
+fn a_job_of_too_many_ranks_is_refused_once_by_the_variable_that_says_so() {
     let job = job_number();
-    refused("", torchrun(job, 0, 1), "WORLD_SIZE: 1 rank cannot form a group: use 2 to 16");
-    refused("", mpirun(job, 0, 17), "WORLD_SIZE: 17 ranks cannot form a group: use 2 to 16");
+    all_refused(
+        "",
+        17,
+        |rank| mpirun(job, rank, 17),
+        "rank 0: OMPI_COMM_WORLD_SIZE: 17 ranks cannot form a group: use 2 to 16",
+    );
 }
 
 #[test]
-fn ranks_on_several_hosts_are_refused() {
-    let mut variables = srun(job_number(), 0, 4);
-    variables.retain(|(name, _)| *name != "SLURM_STEP_NUM_NODES");
-    variables.push(("SLURM_STEP_NUM_NODES", "2".to_owned()));
-    refused(
-        "",
-        variables,
-        "SLURM_STEP_NUM_NODES=2 says that the job has ranks on several hosts, which is not supported yet: start all on \
-         one host (SLURM_STEP_NUM_NODES=1)",
-    );
+fn the_only_rank_of_a_job_starts_its_own() {
+    for starter in [torchrun, mpirun, srun_pmi2] {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("report.json");
+        let mut command = bench(OPTIONS);
+        command.arg("--json").arg(&file);
+        start(&mut command, starter(job_number(), 0, 1)).wait(LIMIT).assert_success();
+        assert_eq!(Report::read(&file).world_size, 2);
+    }
+}
+
+#[test]
+fn ranks_on_several_hosts_are_refused_once() {
+    let job = job_number();
+    for starter in [srun, srun_pmi2] {
+        let variables = |rank| {
+            let mut variables = starter(job, rank, 4);
+            variables.retain(|(name, _)| *name != "SLURM_STEP_NUM_NODES");
+            variables.push(("SLURM_STEP_NUM_NODES", "2".to_owned()));
+            variables
+        };
+        all_refused(
+            "",
+            2,
+            variables,
+            "rank 0: SLURM_STEP_NUM_NODES=2 says that the job has ranks on several hosts, which is not supported yet: \
+             start all on one host (SLURM_STEP_NUM_NODES=1)",
+        );
+    }
+}
+
+#[test]
+fn a_rank_with_a_wrong_option_is_the_one_that_is_named_and_keeps_nobody_waiting() {
+    let (job, began) = (job_number(), Instant::now());
+    let ranks = ["", "--seed x", ""]
+        .into_iter()
+        .zip(0..)
+        .map(|(more, rank)| start(&mut bench(&format!("{OPTIONS} {more}")), torchrun(job, rank, RANKS)));
+    let (codes, said) = ends(ranks.collect());
+    assert!(said.starts_with("fused-collective: rank 1: --seed: 'x'"), "{said}");
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert_eq!(codes, [Some(1), Some(2), Some(1)]);
+    // Their deadline is a minute.
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_rank_without_memory_is_named_once_and_all_fail_with_status_1() {
+    let job = job_number();
+    // Tensors of 32 MiB and more.
+    let options = "--num-tokens 4096 --hidden-dim 4096 --quant-modes none --trials 1 --warmup 0";
+    let ranks = (0..2).map(|rank| {
+        let bench = bench(options);
+        let mut limited = Command::new("sh");
+        // In KiB: enough to start, and too little for all of them.
+        limited.args(["-c", "[ $RANK = 0 ] || ulimit -v 200000; exec \"$@\"", "sh"]).arg(bench.get_program());
+        limited.args(bench.get_args());
+        start(&mut limited, torchrun(job, rank, 2))
+    });
+    let (codes, said) = ends(ranks.collect());
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.starts_with("fused-collective: rank 1"), "{said}");
+    assert_eq!(codes, [Some(1), Some(1)], "{said}");
 }
 
 /// The ranks' exit statuses, and their standard error.
@@ -202,8 +281,16 @@ fn a_rank_that_never_comes_is_named_once_when_the_deadline_has_passed() {
     let options = format!("{OPTIONS} --deadline 2");
     let ranks = [0, 2].map(|rank| start(&mut bench(&options), torchrun(job, rank, RANKS)));
     let (codes, said) = ends(ranks.into());
-    assert_eq!(said, "fused-collective: rank 1 did not come to the rendezvous within 2.0s\n");
-    assert_eq!(codes, [Some(1), Some(90)]);
+    let network = fs::read_link("/proc/self/ns/net").unwrap();
+    let expected = format!(
+        "fused-collective: rank 1 did not come to the rendezvous within 2.0s: rank 0 waited under the key \
+         'torchrun/127.0.0.1/29500/{job}/0', as user {}, in the network namespace {}, and all ranks must have these in \
+         common (the variable FUSED_COLLECTIVE_KEY sets the key)\n",
+        geteuid().as_raw(),
+        network.display()
+    );
+    assert_eq!(said, expected);
+    assert_eq!(codes, [Some(1), Some(1)]);
     assert!(began.elapsed() < Duration::from_secs(2 + 2), "{:?}", began.elapsed());
 }
 
@@ -217,7 +304,7 @@ fn ranks_with_other_options_are_named_and_do_not_run() {
     let (codes, said) = ends(ranks.collect());
     let why = "it was started with other settings than rank 0: give every rank the same options";
     assert_eq!(said, format!("fused-collective: rank 1 cannot join the group: {why}\n"));
-    assert_eq!(codes, [Some(1), Some(90)]);
+    assert_eq!(codes, [Some(1), Some(1)]);
 }
 
 #[test]
@@ -233,7 +320,7 @@ fn a_killed_rank_is_named_once_by_the_others() {
     let began = Instant::now();
     let (codes, said) = ends(ranks);
     assert_eq!(said, "fused-collective: rank 1 was lost: it ended without a farewell\n");
-    assert_eq!(codes, [Some(1), Some(90)]);
+    assert_eq!(codes, [Some(1), Some(1)]);
     assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
     assert_eq!(killed.wait(LIMIT).code, None);
 }

@@ -12,6 +12,7 @@ mod process;
 pub mod report;
 
 use std::{
+    io::{self, Write as _},
     path::{Path, PathBuf},
     process::Command,
     sync::OnceLock,
@@ -83,6 +84,15 @@ pub fn bench(options: &str) -> Command {
         command.args(["--deadline", "60"]);
     }
     command
+}
+
+/// Tells the reader of the tests' output, and `cargo xtask test`, which counts them, that a test was skipped, and why.
+///
+/// # Panics
+/// The output cannot be written.
+pub fn skip(why: &str) {
+    // Not `println!`, whose text the test harness keeps.
+    writeln!(io::stdout(), "skipped: {why}").expect("an output");
 }
 
 /// Runs the program to its end.

@@ -16,6 +16,7 @@ mod test;
 
 use std::{
     env,
+    ffi::OsString,
     io::{self, Write},
     path::PathBuf,
     process::ExitCode,
@@ -108,7 +109,10 @@ struct Test {
 }
 
 fn main() -> ExitCode {
-    match parse(env::args().skip(1).collect()) {
+    let text = |argument: OsString| {
+        argument.into_string().map_err(|bytes| EarlyExit::from(format!("{bytes:?} is not valid UTF-8")))
+    };
+    match env::args_os().skip(1).map(text).collect::<Result<_, _>>().and_then(parse) {
         Ok(task) => run(task).unwrap_or_else(|error| {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE

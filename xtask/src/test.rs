@@ -201,6 +201,8 @@ fn build_tests(arguments: &[impl AsRef<OsStr>]) -> Result<Program> {
 struct Tally {
     passed: usize,
     failed: usize,
+    /// Tests among those that passed which this machine has not what it takes for.
+    skipped: usize,
     /// The checks that failed, for the end of the output.
     failed_checks: Vec<String>,
 }
@@ -235,6 +237,7 @@ impl Tally {
         eprintln!("== {name}: {:.1} s", began.elapsed().as_secs_f64());
         self.passed += counts.passed;
         self.failed += counts.failed;
+        self.skipped += counts.skipped;
         if let Err(error) = result {
             eprintln!("error: {error:#}");
             // Without a failed test, something did not compile or a test program died.
@@ -248,7 +251,11 @@ impl Tally {
         if !self.failed_checks.is_empty() {
             println!("\nfailed: {}", self.failed_checks.join(", "));
         }
-        println!("\n{} passed, {} failed", self.passed, self.failed);
+        let skipped = match self.skipped {
+            0 => String::new(),
+            count => format!(" ({count} skipped, each with a line that says why)"),
+        };
+        println!("\n{} passed, {} failed{skipped}", self.passed, self.failed);
         if self.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
     }
 }
@@ -258,11 +265,19 @@ impl Tally {
 struct Counts {
     passed: usize,
     failed: usize,
+    /// Tests that said so.
+    skipped: usize,
 }
 
+/// The start of the line that a test writes in place of testing.
+const SKIPPED: &str = "skipped: ";
+
 impl Counts {
-    /// Adds a line of `cargo test`'s output, if it is one that closes a test program or a crate's doctests.
+    /// Adds a line of `cargo test`'s output, if it is one that closes a test program or a crate's doctests, or a test's that
+    /// it was skipped.
     fn add(&mut self, line: &str) {
+        // With one test at a time, the test's name stands before it.
+        self.skipped += usize::from(line.starts_with(SKIPPED) || line.contains(&format!(" ... {SKIPPED}")));
         let Some((_, counts)) = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". "))
         else {
             return;
@@ -288,12 +303,14 @@ mod tests {
             "running 3 tests",
             "test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 4 filtered out; finished in 0.01s",
             "test pack::tests::result ... ok",
+            "skipped: there is no GPU here",
+            "test starters::mpirun ... skipped: there is no mpirun here",
             "test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.50s",
             "all doctests ran in 0.30s; merged doctests compilation took 0.29s",
         ] {
             counts.add(line);
         }
-        assert_eq!(counts, Counts { passed: 14, failed: 3 });
+        assert_eq!(counts, Counts { passed: 14, failed: 3, skipped: 2 });
     }
 
     #[test]

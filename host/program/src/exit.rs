@@ -14,7 +14,8 @@ pub const SUCCESS: u8 = 0;
 pub const FAILURE: u8 = 1;
 /// Exit status of an invalid command line or environment. The process has printed the reason.
 pub const USAGE: u8 = 2;
-/// Exit status of a rank that failed because another rank did, and printed nothing.
+/// Exit status by which a rank tells this program's own launcher that it failed because another rank did, and printed nothing.
+/// Other launchers show it to the user, so under them such a rank exits with [`FAILURE`].
 pub const SECONDARY: u8 = 90;
 
 /// Exit status of a program that a signal has interrupted, as shells report it.
@@ -24,11 +25,12 @@ pub(crate) const fn of_signal(signal: u8) -> u8 {
 
 /// The end of a run that was not a success.
 pub(crate) enum Failure {
-    /// The program was started with invalid options, so nothing has run. The line names the value and the valid ones.
+    /// The program was started with invalid options, so nothing has run. The line names the value and the valid ones,
+    /// and is empty if another rank prints it.
     Usage(String),
-    /// A failure with its reason. The line is empty if the report has the reason.
+    /// A failure with its reason. The line is empty if the report has the reason, or another rank prints it.
     Failed(String),
-    /// A failure of another rank, which prints the reason.
+    /// A failure of another rank, which prints the reason. For this program's own launcher.
     Elsewhere,
 }
 

@@ -216,7 +216,7 @@ proptest! {
         parent: u32,
     ) {
         let variables: HashMap<&str, String> = variables.into_iter().collect();
-        match RankEnv::parse(|name| variables.get(name).cloned(), parent) {
+        match RankEnv::parse(|name| variables.get(name).cloned(), || parent) {
             Ok(None) => {}
             Ok(Some(rank)) => {
                 prop_assert!(rank.rank < rank.world_size && rank.local_rank < rank.world_size);
@@ -248,7 +248,7 @@ proptest! {
     }
 }
 
-const VARIABLES: [&str; 24] = [
+const VARIABLES: [&str; 25] = [
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -264,6 +264,7 @@ const VARIABLES: [&str; 24] = [
     "PMIX_NAMESPACE",
     "PMI_RANK",
     "PMI_SIZE",
+    "PMI_JOBID",
     "MPI_LOCALRANKID",
     "MPI_LOCALNRANKS",
     "SLURM_PROCID",

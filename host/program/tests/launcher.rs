@@ -4,8 +4,9 @@
 //! Launcher and ranks are this test program, started again to run `launched_program` only.
 
 use std::{
-    env,
-    io::{Read as _, Write as _},
+    env, fs,
+    io::{self, Read as _, Write as _},
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio, exit},
     thread,
     time::{Duration, Instant},
@@ -18,6 +19,7 @@ use fused_collective_cli::{
         launch::{self, Launcher},
         rank_env::RankEnv,
     },
+    report::memory::available_memory,
 };
 use rustix::process::{Pid, Signal, getpid, kill_process};
 
@@ -30,6 +32,10 @@ const RANKS: u32 = 3;
 fn launched_program() {
     launch::tie_to_parent().expect("a parent");
     let work = env::var(WORK).expect("started by another test");
+    if work == "free memory" {
+        println!("\nfree {}", available_memory().expect("a figure"));
+        exit(0);
+    }
     if let Some(rank) = RankEnv::from_env().expect("a valid environment") {
         rank_main(&rank, &work);
     }
@@ -45,7 +51,7 @@ fn launched_program() {
 fn rank_main(environment: &RankEnv, work: &str) -> ! {
     let &RankEnv { rank, world_size, .. } = environment;
     let mut input = Vec::new();
-    std::io::stdin().read_to_end(&mut input).expect("an empty input");
+    io::stdin().read_to_end(&mut input).expect("an empty input");
     if (work, rank) == ("crash at start", 1) {
         end_here(Signal::KILL);
     }
@@ -66,6 +72,7 @@ fn rank_main(environment: &RankEnv, work: &str) -> ! {
             group.abort("a wrong option");
             exit(USAGE.into());
         }
+        ("hoard", 2) => hoard(),
         ("linger", 1) | ("sleep", _) => sleep(),
         ("linger", _) => exit(SECONDARY.into()),
         _ => {}
@@ -94,8 +101,20 @@ fn sleep() -> ! {
     }
 }
 
+/// Takes memory until there is none.
+fn hoard() -> ! {
+    let mut hoarded = Vec::new();
+    loop {
+        hoarded.push(vec![1_u8; 1 << 20]);
+    }
+}
+
 fn start(work: &str) -> Child {
-    let mut command = Command::new(env::current_exe().expect("this program"));
+    start_by(Command::new(env::current_exe().expect("this program")), work)
+}
+
+/// Starts this program again by a command that ends with its path.
+fn start_by(mut command: Command, work: &str) -> Child {
     command.args(["--ignored", "--exact", "launched_program", "--nocapture"]);
     // The test's own environment may make it a rank.
     for variable in
@@ -109,19 +128,24 @@ fn start(work: &str) -> Child {
 
 /// Runs a job to its end. Returns the status, the standard error, and the ranks' process numbers.
 fn run(work: &str) -> (Option<i32>, String, Vec<u32>) {
-    let mut launcher = start(work);
+    let (code, printed, errors) = outputs(start(work));
+    let pids = printed.lines().filter_map(|line| line.strip_prefix("pid ")?.parse().ok()).collect();
+    (code, errors, pids)
+}
+
+/// Runs a job to its end. Returns the status, and what it wrote to both outputs.
+fn outputs(mut launcher: Child) -> (Option<i32>, String, String) {
     // A rank that reads the launcher's input would wait for ever.
     let mut input = launcher.stdin.take().expect("an input");
     input.write_all(b"x").expect("written");
     let output = launcher.wait_with_output().expect("ended");
-    let printed = String::from_utf8(output.stdout).expect("text");
-    let pids = printed.lines().filter_map(|line| line.strip_prefix("pid ")?.parse().ok()).collect();
-    (output.status.code(), String::from_utf8(output.stderr).expect("text"), pids)
+    let text = |bytes| String::from_utf8(bytes).expect("text");
+    (output.status.code(), text(output.stdout), text(output.stderr))
 }
 
 /// True if the process has ended, even if its parent has not collected it yet.
 fn is_gone(pid: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let status = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     status
         .rsplit(')')
         .next()
@@ -188,12 +212,12 @@ fn a_rank_that_lingers_is_ended_after_the_grace_period() {
 
 /// Starts a job whose ranks sleep, waits for them, and sends the launcher a signal.
 fn signalled(signal: Signal) -> (Option<i32>, String) {
-    use std::io::BufRead as _;
+    use io::BufRead as _;
 
     let mut launcher = start("sleep");
     drop(launcher.stdin.take());
-    let output = std::io::BufReader::new(launcher.stdout.take().expect("its output"));
-    let pid = |line: std::io::Result<String>| line.expect("a line").strip_prefix("pid ")?.parse().ok();
+    let output = io::BufReader::new(launcher.stdout.take().expect("its output"));
+    let pid = |line: io::Result<String>| line.expect("a line").strip_prefix("pid ")?.parse().ok();
     let pids: Vec<u32> = output.lines().filter_map(pid).take(RANKS as usize).collect();
     assert_eq!(pids.len(), RANKS as usize);
     assert!(pids.iter().all(|&pid| !is_gone(pid)));
@@ -212,4 +236,65 @@ fn an_interrupted_job_ends_with_all_its_ranks() {
 #[test]
 fn no_rank_outlives_a_killed_launcher() {
     assert_eq!(signalled(Signal::KILL), (None, String::new()));
+}
+
+/// The most memory of a control group, in bytes: enough for the processes of a job.
+const GROUP_BYTES: u64 = 256 << 20;
+
+/// A control group of this test's own, with [`GROUP_BYTES`] of memory.
+struct ControlGroup(PathBuf);
+
+impl ControlGroup {
+    /// `None`, with a line that says so, if this process may not make one.
+    fn make(name: &str) -> Option<Self> {
+        let name = format!("fused-collective-{name}-{}", std::process::id());
+        // Version 1, or version 2 where memory is controlled below the root.
+        let ways = [("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")];
+        let made = ways.iter().find_map(|(root, limit)| {
+            let group = ControlGroup(Path::new(root).join(&name));
+            fs::create_dir(&group.0).ok()?;
+            fs::write(group.0.join(limit), GROUP_BYTES.to_string()).is_ok().then_some(group)
+        });
+        if made.is_none() {
+            // Not `println!`, whose text the test harness keeps.
+            let _ = writeln!(io::stdout(), "skipped: a control group of memory cannot be made here");
+        }
+        made
+    }
+
+    /// Starts this program in the group.
+    fn start(&self, work: &str) -> Child {
+        let mut command = Command::new("sh");
+        command.args(["-c", "echo $$ > \"$0\"/cgroup.procs && exec \"$@\""]).arg(&self.0);
+        command.arg(env::current_exe().expect("this program"));
+        start_by(command, work)
+    }
+}
+
+impl Drop for ControlGroup {
+    fn drop(&mut self) {
+        // The kernel takes a moment to part with the processes that have ended.
+        let until = Instant::now() + Duration::from_secs(10);
+        while fs::remove_dir(&self.0).is_err() && self.0.exists() && Instant::now() < until {
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+#[test]
+fn free_memory_is_that_of_the_control_group() {
+    let Some(group) = ControlGroup::make("free") else { return };
+    let (code, printed, errors) = outputs(group.start("free memory"));
+    let free = printed.lines().find_map(|line| line.strip_prefix("free ")?.parse::<u64>().ok());
+    assert_eq!((code, errors.as_str()), (Some(0), ""));
+    assert!(free.is_some_and(|free| free > GROUP_BYTES / 2 && free <= GROUP_BYTES), "{printed}");
+}
+
+#[test]
+fn a_rank_that_is_killed_for_memory_is_named_with_the_cause() {
+    let Some(group) = ControlGroup::make("hoard") else { return };
+    // The kernel would swap, where it may.
+    let (code, _, errors) = outputs(group.start("hoard"));
+    let line = "rank 2 was killed by signal 9 (SIGKILL): its control group ran out of memory\n";
+    assert_eq!((code, errors.as_str()), (Some(1), line));
 }

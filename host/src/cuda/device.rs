@@ -1,4 +1,7 @@
 //! The GPUs that this process sees, and the contexts that everything on them lives in.
+//!
+//! An ordinal means something in one process only: `CUDA_VISIBLE_DEVICES` and control groups decide which GPUs it counts. So
+//! ranks tell GPUs apart by the driver's UUID, and a rank may use the GPU of a peer that it does not see.
 
 use std::{
     ffi::{c_char, c_int},
@@ -191,7 +194,7 @@ pub fn can_access(ordinal: u32, peer: u32) -> Result<bool, Error> {
 
 fn uuid(ordinal: u32) -> Result<[u8; 16], Error> {
     let mut uuid = [0; 16];
-    // SAFETY: a device by number, checked against their count, and room for the answer.
+    // SAFETY: the driver refuses devices that are not there, and `uuid` has room for the answer.
     let code = unsafe { (load()?.cuDeviceGetUuid)(&mut uuid, ordinal as c_int) };
     check("ask for the GPU's identity", code)?;
     Ok(uuid)
@@ -219,9 +222,9 @@ struct Identity {
 }
 
 impl Identity {
-    fn of(gpu: &Gpu) -> Result<Identity, Error> {
+    fn of(ordinal: u32) -> Result<Identity, Error> {
         let host = fs::read(BOOT_ID).map_err(Error::system("tell hosts apart by their boot identifier"))?;
-        Ok(Identity { uuid: uuid(gpu.ordinal)?, process: process(), host })
+        Ok(Identity { uuid: uuid(ordinal)?, process: process(), host })
     }
 
     fn to_bytes(&self) -> Vec<u8> {
@@ -239,29 +242,36 @@ impl Identity {
     }
 }
 
-/// Checks that every rank has a GPU on this host which this rank's can reach, and one of its own unless ranks may
-/// `oversubscribe` them. All ranks call this. Returns whether any two share one.
+/// Checks that every rank has a GPU on this host which this rank's GPU `ordinal` can reach, and one of its own unless ranks
+/// may `oversubscribe` them. All ranks call this. Returns whether any two share one.
+///
+/// [`Communicator::join`](super::Communicator::join) does it as well. A GPU that this process does not see is left to that.
 ///
 /// # Errors
-/// A pair of ranks that cannot share memory, and why; the bootstrap's.
-pub(super) fn check_group(bootstrap: &dyn Bootstrap, gpu: &Gpu, oversubscribe: bool) -> Result<bool, Error> {
+/// A pair of ranks that cannot share memory, and why, on these two ranks at least; the bootstrap's.
+pub fn check_group(bootstrap: &dyn Bootstrap, ordinal: u32, oversubscribe: bool) -> Result<bool, Error> {
     let rank = bootstrap.rank();
-    let own = Identity::of(gpu)?;
-    let all = bootstrap.all_gather(&own.to_bytes()).map_err(Error::bootstrap)?;
+    let own = Identity::of(ordinal);
+    // Without one, this rank still answers the others, which would wait for it.
+    let told = own.as_ref().map_or_else(|_| Vec::new(), Identity::to_bytes);
+    let all = bootstrap.all_gather(&told).map_err(Error::bootstrap)?;
+    let own = own?;
     let identities: Vec<Identity> =
         all.iter().map(|bytes| Identity::from_bytes(bytes)).collect::<Option<_>>().ok_or_else(|| {
-            Error::bootstrap(BootstrapError::from("a rank's GPU cannot be read: is it of another version?"))
+            Error::bootstrap(BootstrapError::from(
+                "a rank has no GPU that it can name, or is of another version",
+            ))
         })?;
     let found =
         (0..count()?).map(|ordinal| Ok((ordinal, uuid(ordinal)?))).collect::<Result<Vec<_>, Error>>()?;
     let reaches = |peer: &Identity| {
         // A GPU that this process does not see is left to the attempt to open its memory. One is no peer of itself.
         let seen = found.iter().find(|(_, uuid)| *uuid == peer.uuid && !peer.is_same_gpu(&own));
-        seen.map_or(Ok(true), |&(ordinal, _)| can_access(gpu.ordinal, ordinal))
+        seen.map_or(Ok(true), |&(peer, _)| can_access(ordinal, peer))
     };
     for (peer, identity) in (0..).zip(&identities).filter(|&(peer, _)| peer != rank) {
         if let Some(why) = conflict(&own, identity, oversubscribe) {
-            return Err(Error::Pair { rank, peer, why: why.to_owned() });
+            return Err(Error::Pair { rank, peer, why });
         }
         if !reaches(identity)? {
             let why = "there is no peer access between their GPUs".to_owned();
@@ -279,20 +289,35 @@ fn any_alike(identities: &[Identity]) -> bool {
 }
 
 /// The reason that two ranks' GPUs cannot be in a group, as far as their names tell.
-fn conflict(one: &Identity, other: &Identity, oversubscribe: bool) -> Option<&'static str> {
+fn conflict(one: &Identity, other: &Identity, oversubscribe: bool) -> Option<String> {
     if one.host != other.host {
-        Some("they are on different hosts")
-    } else if !one.is_same_gpu(other) {
-        None
+        return Some("they are on different hosts".to_owned());
+    }
+    let remedy = if !one.is_same_gpu(other) {
+        return None;
     } else if !oversubscribe {
-        Some("they use the same GPU: give each rank its own, or allow ranks to share one")
+        "give each rank its own, or allow ranks to share one"
     } else if one.process == other.process {
         // The driver shares a GPU between processes by turns; kernels of one process that wait for each other may
         // never run at the same time.
-        Some("they use the same GPU in one process: ranks that share a GPU are processes of their own")
+        "ranks that share a GPU are processes of their own, and these are of one process"
     } else {
-        None
-    }
+        return None;
+    };
+    Some(format!("they use the same GPU, {}: {remedy}", uuid_text(one.uuid)))
+}
+
+/// A UUID as `nvidia-smi -L` shows it.
+fn uuid_text(uuid: [u8; 16]) -> String {
+    let digits = format!("{:032x}", u128::from_be_bytes(uuid));
+    format!(
+        "GPU-{}-{}-{}-{}-{}",
+        &digits[..8],
+        &digits[8..12],
+        &digits[12..16],
+        &digits[16..20],
+        &digits[20..]
+    )
 }
 
 #[cfg(test)]
@@ -311,7 +336,13 @@ mod tests {
         assert!(why(&identity("b", 2)).is_some_and(|why| why.contains("different hosts")));
         // The same number on another host would be another GPU.
         assert!(why(&identity("b", 1)).is_some_and(|why| why.contains("different hosts")));
-        assert!(why(&identity("a", 1)).is_some_and(|why| why.contains("same GPU")));
+        assert_eq!(
+            why(&identity("a", 1)).as_deref(),
+            Some(
+                "they use the same GPU, GPU-01010101-0101-0101-0101-010101010101: give each rank its own, or allow \
+                 ranks to share one"
+            )
+        );
     }
 
     #[test]
@@ -330,5 +361,16 @@ mod tests {
         let own = identity("host", 3);
         assert_eq!(Identity::from_bytes(&own.to_bytes()), Some(own));
         assert_eq!(Identity::from_bytes(&[0; 31]), None);
+    }
+
+    #[test]
+    fn ranks_without_a_gpu_of_their_own_are_all_told() {
+        let ranks = crate::group::threads(2, std::time::Duration::from_secs(10));
+        std::thread::scope(|scope| {
+            for rank in ranks {
+                // Without a GPU here both have none, else both have the same.
+                scope.spawn(move || check_group(&rank, 0, false).expect_err("no group"));
+            }
+        });
     }
 }

@@ -32,7 +32,7 @@ pub use communicator::{
     external::ExternalWork,
     launches::TOO_MANY_TOKENS,
 };
-pub use device::{can_access, count};
+pub use device::{can_access, check_group, count};
 pub use kernels::{FOLDER_VARIABLE, KernelSource, MAX_RANKS};
 pub use tensors::{DeviceTensor, TensorType, Tensors};
 pub use workspace::slot_bytes;

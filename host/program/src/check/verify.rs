@@ -267,12 +267,16 @@ pub(crate) fn spread(
                 let skipped = (rank + world_size - tokens.start % world_size) % world_size;
                 let first = (tokens.start + skipped + thread * world_size).min(tokens.end);
                 let own = (first..tokens.end).step_by((world_size * threads) as usize);
-                let check = &check;
-                scope.spawn(move || check(own))
+                let (check, spare) = (&check, own.clone());
+                let started = thread::Builder::new().spawn_scoped(scope, move || check(own));
+                // Without a thread, and the memory that it takes, this one does its work.
+                started.map_err(|_| check(spare))
             })
             .collect();
-        let mut errors =
-            checks.into_iter().map(|check| check.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        let mut errors = checks.into_iter().map(|check| match check {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            Err(done) => done,
+        });
         errors.try_fold(0.0f64, |largest, error| error.map(|error| largest.max(error)))
     })
 }

@@ -4,9 +4,10 @@
 //! settings again, and takes part. Only rank 0 writes to the standard output.
 //!
 //! argh splits the arguments into options and writes the help. `values` and
-//! [`job::options`](crate::job::options) check every value. Parsing reads no file and starts no process; a command checks
+//! [`job::options`] check every value. Parsing reads no file and starts no process; a command checks
 //! its files before it runs.
 
+mod arguments;
 pub mod bench;
 pub mod faults;
 pub mod links;
@@ -22,7 +23,7 @@ use argh::{ArgsInfo, FlagInfoKind, FromArgs, Optionality};
 
 use crate::{
     exit::{self, Failure, print},
-    job::launch,
+    job::{self, launch},
     usage::{PROGRAM, UsageError},
 };
 use normalize::{Takes, normalize};
@@ -34,17 +35,25 @@ pub fn main() -> ExitCode {
 }
 
 fn run() -> Result<u8, Failure> {
-    match parse(env::args_os().skip(1))? {
-        Invocation::Print(text) => {
-            print(&text)?;
-            Ok(exit::SUCCESS)
-        }
-        Invocation::Bench(settings) => bench::Bench::new(*settings)?.run(),
-        Invocation::Verify(settings) => verify::Verify::new(settings)?.run(),
-        Invocation::Links(settings) => links::Links::new(settings)?.run(),
-        Invocation::Soak(settings) => soak::Soak::new(settings)?.run(),
-        Invocation::Faults(settings) => faults::Faults::new(settings)?.run(),
-    }
+    prepare().map_err(job::decline)?()
+}
+
+/// A command whose settings have been checked.
+type Prepared = Box<dyn FnOnce() -> Result<u8, Failure>>;
+
+fn prepare() -> Result<Prepared, Failure> {
+    Ok(match parse(env::args_os().skip(1))? {
+        Invocation::Print(text) => Box::new(move || print(&text).map(|()| exit::SUCCESS)),
+        Invocation::Bench(settings) => prepared(bench::Bench::new(*settings)?, bench::Bench::run),
+        Invocation::Verify(settings) => prepared(verify::Verify::new(settings)?, verify::Verify::run),
+        Invocation::Links(settings) => prepared(links::Links::new(settings)?, links::Links::run),
+        Invocation::Soak(settings) => prepared(soak::Soak::new(settings)?, soak::Soak::run),
+        Invocation::Faults(settings) => prepared(faults::Faults::new(settings)?, faults::Faults::run),
+    })
+}
+
+fn prepared<C: 'static>(command: C, run: fn(C) -> Result<u8, Failure>) -> Prepared {
+    Box::new(move || run(command))
 }
 
 /// The request that the arguments make.
@@ -70,6 +79,8 @@ pub enum Invocation {
     help_triggers("-h", "--help", "help"),
     usage = "<command> [<options>]",
     example = "{command_name} bench --help",
+    note = "Under torchrun, mpirun, mpiexec or srun the program is a rank of their job. FUSED_COLLECTIVE_KEY, a text that all ranks \
+            of a job have in common, tells jobs apart where the launcher does not.",
     note = "Exit status: 0 success; 1 something failed; 2 the command line is not valid."
 )]
 struct TopLevel {
@@ -102,15 +113,13 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
             arg.into_string().map_err(|arg| UsageError::new(format_args!("{arg:?} is not valid UTF-8")))
         })
         .collect::<Result<_, _>>()?;
-    let args = normalize(&args, |option| takes(command(&args), option)).map_err(UsageError::new)?;
+    let all = args;
+    let args = normalize(&all, |option| takes(command(&all), option)).map_err(UsageError::new)?;
     let args: Vec<&str> = args.iter().map(|arg| &**arg).collect();
     let top = match TopLevel::from_args(&[PROGRAM], &args) {
         Ok(top) => top,
         Err(exit) if exit.status.is_ok() => return Ok(Invocation::Print(exit.output)),
-        Err(exit) => {
-            let text = exit.output.split_whitespace().collect::<Vec<_>>().join(" ");
-            return Err(UsageError::new(format_args!("{text}; see {PROGRAM} --help")));
-        }
+        Err(exit) => return Err(refusal(&exit.output, command(&all))),
     };
     match top.command {
         _ if top.version => Ok(Invocation::Print(format!("{PROGRAM} {}\n", env!("CARGO_PKG_VERSION")))),
@@ -126,6 +135,40 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Invocation, Usa
             Err(UsageError::new(line))
         }
     }
+}
+
+/// The least likeness, by Jaro from 0 to 1, of words of which one may be meant by the other: the one that clap takes.
+const LIKENESS: f64 = 0.7;
+
+/// The error of arguments to `command` that argh refuses with `output`: with the word that may have been meant, and the help
+/// that has them all.
+fn refusal(output: &str, command: &str) -> UsageError {
+    let text = output.split_whitespace().collect::<Vec<_>>().join(" ");
+    let info = TopLevel::get_args_info();
+    let of_command = info.commands.iter().find(|sub| sub.name == command);
+    let help = of_command.map_or(format!("{PROGRAM} --help"), |_| format!("{PROGRAM} {command} --help"));
+    let Some(unknown) = text.strip_prefix("Unrecognized argument: ") else {
+        return UsageError::new(format_args!("{text}; see {help}"));
+    };
+    let known: Vec<&str> = match of_command {
+        Some(sub) => sub.command.flags.iter().map(|flag| flag.long).chain(["--help"]).collect(),
+        None => info.commands.iter().map(|sub| sub.name).chain(["--version", "--help"]).collect(),
+    };
+    // A part of a name is as good as a name with an error.
+    let likeness = |name: &str| {
+        let part = unknown.trim_start_matches('-');
+        if part.len() > 2 && name.contains(part) { 1.0 } else { strsim::jaro(unknown, name) }
+    };
+    let best = known.into_iter().max_by(|one, other| likeness(one).total_cmp(&likeness(other)));
+    let meant = best.filter(|name| likeness(name) >= LIKENESS);
+    let meant = meant.map_or_else(String::new, |name| format!(" (did you mean {name}?)"));
+    let what = match of_command {
+        _ if unknown.starts_with('-') => "option",
+        Some(_) => "argument",
+        None => "command",
+    };
+    let of = of_command.map_or_else(String::new, |_| format!(" of {command}"));
+    UsageError::new(format_args!("{unknown}: no {what}{of}{meant}; see {help}"))
 }
 
 /// The command that `args` name: the first argument that is neither an option nor a help trigger. No option before it has

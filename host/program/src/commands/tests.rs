@@ -173,7 +173,7 @@ fn every_option_of_links_reaches_its_setting() {
     assert_eq!(links(options), expected);
     refused("links --json=", "--json: '' is not a file name");
     refused("links --nproc-per-node 1", "--nproc-per-node: 1 rank cannot form a group: use 2 to 16");
-    refused("links --num-tokens 1", "Unrecognized argument: --num-tokens; see fused-collective --help");
+    refused("links --num-tokens 1", "--num-tokens: no option of links; see fused-collective links --help");
 }
 
 #[test]
@@ -192,7 +192,7 @@ fn the_help_of_verify_states_the_lists_that_hold() {
 #[test]
 fn a_list_of_verify_that_bench_takes_once_is_refused_there() {
     let line = "bench --hidden-dim 48 64";
-    refused(line, "Unrecognized argument: 64; see fused-collective --help");
+    refused(line, "64: no argument of bench; see fused-collective bench --help");
 }
 
 #[test]
@@ -231,16 +231,19 @@ fn the_version_is_the_crate_s() {
 #[test]
 fn what_is_not_a_command_or_option_is_refused() {
     refused("", "no command given: use bench, verify, links, soak or faults, or see fused-collective --help");
-    refused("bnch", "Unrecognized argument: bnch; see fused-collective --help");
-    refused("bench --tokens 3", "Unrecognized argument: --tokens; see fused-collective --help");
-    refused("bench 3", "Unrecognized argument: 3; see fused-collective --help");
-    refused("bench --no-residual=yes", "Unrecognized argument: yes; see fused-collective --help");
+    refused("bnch", "bnch: no command (did you mean bench?); see fused-collective --help");
+    refused(
+        "bench --tokens 3",
+        "--tokens: no option of bench (did you mean --num-tokens?); see fused-collective bench --help",
+    );
+    refused("bench 3", "3: no argument of bench; see fused-collective bench --help");
+    refused("bench --no-residual=yes", "yes: no argument of bench; see fused-collective bench --help");
     refused("bench --json", "--json: no value given");
     refused("bench --json --plot a.svg", "--json: no value given");
     refused("bench --json=", "--json: '' is not a file name");
     refused(
         "bench --trials 3 --trials 4",
-        "Error parsing option '--trials' with value '4': duplicate values provided; see fused-collective --help",
+        "Error parsing option '--trials' with value '4': duplicate values provided; see fused-collective bench --help",
     );
 }
 

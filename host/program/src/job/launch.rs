@@ -41,7 +41,7 @@ use rustix::{
 };
 use signal_hook::{
     SigId,
-    consts::{SIGCHLD, SIGINT, SIGTERM},
+    consts::{SIGCHLD, SIGINT, SIGKILL, SIGTERM},
     low_level::{signal_name, unregister},
 };
 
@@ -50,6 +50,7 @@ use fused_collective::group::{How, Lost};
 use crate::{
     exit::{self, FAILURE, SECONDARY, SUCCESS, USAGE},
     job::rank_env,
+    report::memory,
 };
 
 /// The variable with the [`Launcher`]'s process number, which its ranks have.
@@ -236,8 +237,9 @@ impl Launcher {
     pub fn run(&self) -> Result<JobEnd, Error> {
         // Before the first rank starts, so that no signal is missed.
         let signals = Signals::catch().map_err(Error::system("catch signals"))?;
-        let mut ranks =
-            Ranks { ranks: self.start()?, cause: None, interrupted: None, pressure: Pressure::None };
+        let oom_kills = memory::oom_kills();
+        let (cause, interrupted, pressure) = (None, None, Pressure::None);
+        let mut ranks = Ranks { ranks: self.start()?, cause, oom_kills, interrupted, pressure };
         loop {
             ranks.reap()?;
             if ranks.ranks.iter().all(|rank| rank.status.is_some()) {
@@ -313,6 +315,8 @@ struct Ranks {
     ranks: Vec<Rank>,
     /// The first rank that failed for a reason of its own.
     cause: Option<(u32, ExitStatus)>,
+    /// Processes of the control group that were killed for memory before the ranks started, where that is known.
+    oom_kills: Option<u64>,
     /// The signal that ends the job.
     interrupted: Option<i32>,
     pressure: Pressure,
@@ -393,7 +397,15 @@ impl Ranks {
         if let Some((rank, status)) = self.cause {
             return match status.code().map(u8::try_from) {
                 Some(Ok(code)) if has_told(status) => JobEnd { status: code, message: None },
-                _ => JobEnd { status: FAILURE, message: Some(format!("rank {rank} {}", describe(status))) },
+                _ => {
+                    let out_of_memory =
+                        status.signal() == Some(SIGKILL) && memory::oom_kills() > self.oom_kills;
+                    let why = if out_of_memory { ": its control group ran out of memory" } else { "" };
+                    JobEnd {
+                        status: FAILURE,
+                        message: Some(format!("rank {rank} {}{why}", describe(status))),
+                    }
+                }
             };
         }
         let of = |matches: fn(&Rank) -> bool| self.ranks.iter().position(matches);

@@ -6,8 +6,10 @@ mod placement;
 pub mod rank_env;
 pub mod ranks;
 pub(crate) mod screen;
+mod starting_process;
 
 use std::{
+    cell::Cell,
     thread,
     time::{Duration, Instant},
 };
@@ -15,7 +17,7 @@ use std::{
 use fused_collective::{
     cpu, cuda,
     group::{
-        Lost,
+        How, Lost,
         failure::Cause,
         rendezvous::{self, Group, MIN_RANKS, Membership},
     },
@@ -27,12 +29,12 @@ use crate::backend::all_reduce_choice::AllReduceChoice;
 use crate::{
     backend::{self, collective::Collective, cpu::cores::Cores, problem::Problem},
     exit::{self, Failure, complain},
-    report::machine::available_memory,
+    report::memory::{available_memory, oom_kills},
 };
 use launch::Launcher;
-use options::JobOptions;
+use options::{BackendChoice, JobOptions};
 use placement::Backend;
-use rank_env::RankEnv;
+use rank_env::{KEY, RankEnv};
 use ranks::Error;
 
 /// The time that a rank waits for another, which has given up, to say why.
@@ -71,8 +73,11 @@ impl Request {
 pub(crate) struct Job {
     request: Request,
     environment: Option<RankEnv>,
-    backend: Backend,
+    /// Under another launcher, the one that this rank has found by itself, until the ranks [settle](Self::settle) on one.
+    backend: Cell<Backend>,
     world_size: u32,
+    /// Processes of the control group that were killed for memory before the run, where that is known.
+    oom_kills: Option<u64>,
     /// Contents for the ranks to read, by variable.
     handed_over: Vec<(&'static str, Vec<u8>)>,
 }
@@ -80,23 +85,28 @@ pub(crate) struct Job {
 impl Job {
     /// Settles on a backend and a number of ranks.
     pub(crate) fn new(request: Request) -> Result<Self, Failure> {
-        let environment = RankEnv::from_env().map_err(|error| Failure::Usage(error.to_string()))?;
-        let launched = environment.as_ref().map(|environment| environment.world_size);
+        let environment = RankEnv::from_env().map_err(|error| {
+            let is_reported = error.is_reported_by_rank_0();
+            Failure::Usage(if is_reported { String::new() } else { error.to_string() })
+        })?;
+        let launched =
+            environment.as_ref().map(|environment| (environment.size_variable, environment.world_size));
         let options = &request.options;
         let asked = options.world_size(launched)?;
         let (backend, world_size) =
-            placement::choose(options, &request.all_reduces, asked, launched.is_some())?;
+            placement::choose(options, &request.all_reduces, asked, is_foreign(&environment))?;
         let groups = options.groups;
         if !world_size.is_multiple_of(groups) || world_size / groups < MIN_RANKS {
             return Err(Failure::Usage(format!(
                 "--groups: {world_size} ranks cannot form {groups} groups of one size: use a number that leaves each {MIN_RANKS} ranks or more"
             )));
         }
-        Ok(Job { request, environment, backend, world_size, handed_over: Vec::new() })
+        let (backend, oom_kills) = (Cell::new(backend), oom_kills());
+        Ok(Job { request, environment, backend, world_size, oom_kills, handed_over: Vec::new() })
     }
 
     pub(crate) fn backend_name(&self) -> &'static str {
-        self.backend.name()
+        self.backend.get().name()
     }
 
     /// Ranks of all groups together.
@@ -107,7 +117,7 @@ impl Job {
     /// This rank's GPU, if the backend has one.
     pub(crate) fn cuda(&self) -> Option<u32> {
         let environment = self.environment.as_ref()?;
-        if self.backend == Backend::Cuda { self.ordinal(environment.local_rank).ok() } else { None }
+        if self.backend.get() == Backend::Cuda { ordinal(environment.local_rank).ok() } else { None }
     }
 
     /// This process's rank; `None` in the process that will start the ranks.
@@ -132,7 +142,7 @@ impl Job {
 
     /// True if the ranks are processes of this program's own, one for each GPU.
     pub(crate) fn starts_ranks_on_gpus(&self) -> bool {
-        self.backend == Backend::Cuda && (self.environment.is_none() || launch::is_launched())
+        self.backend.get() == Backend::Cuda && (self.environment.is_none() || launch::is_launched())
     }
 
     /// Meets the other ranks, which have the same settings, under a key made from the job's.
@@ -184,15 +194,36 @@ impl Job {
             config: &config,
             deadline: self.deadline(),
         };
-        let group = Group::join(&membership).map_err(|error| rendezvous_failure(&error, rank))?;
-        match work(&group) {
+        let group = Group::join(&membership).map_err(|error| self.not_met(&error, rank))?;
+        match self.settle(&group).and_then(|()| work(&group)) {
             Ok(result) => {
                 let status = if rank == 0 { conclude(result)? } else { exit::SUCCESS };
                 // A rank that waits at the farewell waits for rank 0's files, too.
-                group.farewell().map_err(|error| rendezvous_failure(&error, rank))?;
+                group.farewell().map_err(|error| self.rendezvous_failure(&error, rank))?;
                 Ok(status)
             }
-            Err(error) => Err(give_up(&group, &error)),
+            Err(error) => Err(self.give_up(&group, &error)),
+        }
+    }
+
+    /// Settles on one backend with the other ranks of a launcher, which may show each of them another GPU.
+    fn settle(&self, group: &Group) -> Result<(), Error> {
+        let options = &self.request.options;
+        let found = self.backend.get();
+        if options.backend != BackendChoice::Auto || !is_foreign(&self.environment) {
+            return Ok(());
+        }
+        let local_rank = self.environment.as_ref().map_or(0, |environment| environment.local_rank);
+        let settled = placement::settle(group, found, || ordinal(local_rank), options.oversubscribe)?;
+        self.backend.set(settled);
+        if settled == found {
+            return Ok(());
+        }
+        // Of another backend, all that was checked before.
+        let checked = settled.check_all_reduces(&self.request.all_reduces).and_then(|()| self.check_memory());
+        match checked {
+            Err(Failure::Usage(line) | Failure::Failed(line)) => Err(Error::Failed(line)),
+            _ => Ok(()),
         }
     }
 
@@ -202,7 +233,7 @@ impl Job {
         group: &'a Group,
         deadline: Duration,
     ) -> Result<Box<dyn Collective + 'a>, Error> {
-        Ok(match self.backend {
+        Ok(match self.backend.get() {
             Backend::Cpu => Box::new(self.join_cpu(group, deadline)?),
             Backend::Cuda => {
                 let local_rank = self.environment.as_ref().map_or(0, |environment| environment.local_rank);
@@ -226,7 +257,7 @@ impl Job {
 
     /// Refuses problems that do not fit in main memory. GPU memory is not checked: its allocator reports that itself.
     pub(crate) fn check_memory(&self) -> Result<(), Failure> {
-        if self.backend == Backend::Cuda {
+        if self.backend.get() == Backend::Cuda {
             return Ok(());
         }
         let needed = |problem: &Problem| self.memory_needed(problem).unwrap_or(u64::MAX);
@@ -279,12 +310,6 @@ impl Job {
         Ok(backend::cpu::Engine::new(communicator).on(cores))
     }
 
-    /// The GPU of a rank on this host. If ranks may share a GPU, ranks past the last GPU start over with the first.
-    fn ordinal(&self, local_rank: u32) -> Result<u32, fused_collective::Error> {
-        let oversubscribe = self.request.options.oversubscribe;
-        if oversubscribe { Ok(local_rank % cuda::count()?.max(1)) } else { Ok(local_rank) }
-    }
-
     /// Makes the group's workspace on the GPUs.
     fn join_cuda<'a>(
         &self,
@@ -300,36 +325,98 @@ impl Job {
             oversubscribe: self.request.options.oversubscribe,
             kernels: cuda::KernelSource::default(),
         };
-        let communicator = cuda::Communicator::join(group, self.ordinal(local_rank)?, &options)?;
+        let communicator = cuda::Communicator::join(group, ordinal(local_rank)?, &options)?;
         Ok(backend::cuda::Engine::new(group, communicator, &self.request.all_reduces, deadline)?)
+    }
+
+    /// Ends this rank's part in a failed job: tells the other ranks, unless one of them was the cause, and the user.
+    fn give_up(&self, group: &Group, error: &Error) -> Failure {
+        if let Some(lost) = group.lost() {
+            return self.loss(&lost, group.rank());
+        }
+        if let Error::Group(error) = error {
+            return self.rendezvous_failure(error, group.rank());
+        }
+        if is_anothers(error) {
+            // That rank is about to tell all ranks, and knows best.
+            let until = Instant::now() + FIRST_HAND;
+            while group.lost().is_none() && Instant::now() < until {
+                thread::sleep(Duration::from_millis(1));
+            }
+            if let Some(lost) = group.lost() {
+                return self.loss(&lost, group.rank());
+            }
+        }
+        let line = format!("rank {}: {error}", group.rank());
+        group.abort(&error.to_string());
+        // Another rank may have been first.
+        match group.lost() {
+            Some(lost) if lost.rank != group.rank() => self.loss(&lost, group.rank()),
+            _ => Failure::Failed(line),
+        }
+    }
+
+    fn loss(&self, lost: &Lost, rank: u32) -> Failure {
+        let is_launched = launch::is_launched();
+        if !launch::reports(lost, rank, is_launched) {
+            return if is_launched { Failure::Elsewhere } else { Failure::Failed(String::new()) };
+        }
+        let out_of_memory = lost.how == How::Ended && oom_kills() > self.oom_kills;
+        let cause = if out_of_memory { "; its control group ran out of memory" } else { "" };
+        Failure::Failed(format!("{lost}{cause}"))
+    }
+
+    fn rendezvous_failure(&self, error: &rendezvous::Error, rank: u32) -> Failure {
+        match error {
+            rendezvous::Error::Lost(lost) => self.loss(lost, rank),
+            error => Failure::Failed(format!("rank {rank}: {error}")),
+        }
+    }
+
+    /// The failure of a rank that did not find the others.
+    fn not_met(&self, error: &rendezvous::Error, rank: u32) -> Failure {
+        let is_late = matches!(error, rendezvous::Error::Lost(lost) if lost.how == How::Late);
+        match self.rendezvous_failure(error, rank) {
+            Failure::Failed(line) if is_late && !line.is_empty() && !launch::is_launched() => {
+                Failure::Failed(format!("{line} (the variable {KEY} sets the key)"))
+            }
+            failure => failure,
+        }
     }
 }
 
-/// Ends this rank's part in a failed job: tells the other ranks, unless one of them was the cause, and the user.
-fn give_up(group: &Group, error: &Error) -> Failure {
-    if let Some(lost) = group.lost() {
-        return loss(&lost, group.rank());
-    }
-    if let Error::Group(error) = error {
-        return rendezvous_failure(error, group.rank());
-    }
-    if is_anothers(error) {
-        // That rank is about to tell all ranks, and knows best.
-        let until = Instant::now() + FIRST_HAND;
-        while group.lost().is_none() && Instant::now() < until {
-            thread::sleep(Duration::from_millis(1));
+/// True if another program than this one started the ranks.
+fn is_foreign(environment: &Option<RankEnv>) -> bool {
+    environment.is_some() && !launch::is_launched()
+}
+
+/// The GPU of a rank, of those that it sees: all of the host, its own alone, or its own and some others. Ranks that get the
+/// same one find out by its UUID.
+fn ordinal(local_rank: u32) -> Result<u32, fused_collective::Error> {
+    Ok(local_rank % cuda::count()?.max(1))
+}
+
+/// Ends a rank that fails before it meets the others. All ranks may fail in the same way: then rank 0 alone prints it. If
+/// others do not, they learn it from this rank. Returns what is left to print.
+pub(crate) fn decline(failure: Failure) -> Failure {
+    let (is_usage, line) = match failure {
+        Failure::Usage(line) => (true, line),
+        Failure::Failed(line) => (false, line),
+        Failure::Elsewhere => return Failure::Elsewhere,
+    };
+    let mut left = line.clone();
+    if let (Ok(Some(environment)), false) = (RankEnv::from_env(), line.is_empty()) {
+        let RankEnv { rank, world_size, key, .. } = environment;
+        let named = format!("rank {rank}: {line}");
+        if rank == 0 {
+            // Ahead of the wait for the others, which may not come.
+            complain(&named);
         }
-        if let Some(lost) = group.lost() {
-            return loss(&lost, group.rank());
-        }
+        let membership = Membership { rank, world_size, key: &key, config: b"", deadline: Duration::ZERO };
+        let told = Group::decline(&membership, &line);
+        left = if rank > 0 && told.rank == rank { named } else { String::new() };
     }
-    let line = format!("rank {}: {error}", group.rank());
-    group.abort(&error.to_string());
-    // Another rank may have been first.
-    match group.lost() {
-        Some(lost) if lost.rank != group.rank() => loss(&lost, group.rank()),
-        _ => Failure::Failed(line),
-    }
+    if is_usage { Failure::Usage(left) } else { Failure::Failed(left) }
 }
 
 /// True if a call failed only because another rank has given up.
@@ -339,20 +426,5 @@ fn is_anothers(error: &Error) -> bool {
             error.failure().is_some_and(|failure| matches!(failure.cause, Cause::GaveUp(_)))
         }
         _ => false,
-    }
-}
-
-fn loss(lost: &Lost, rank: u32) -> Failure {
-    if launch::reports(lost, rank, launch::is_launched()) {
-        Failure::Failed(lost.to_string())
-    } else {
-        Failure::Elsewhere
-    }
-}
-
-fn rendezvous_failure(error: &rendezvous::Error, rank: u32) -> Failure {
-    match error {
-        rendezvous::Error::Lost(lost) => loss(lost, rank),
-        error => Failure::Failed(format!("rank {rank}: {error}")),
     }
 }

@@ -87,19 +87,18 @@ impl JobOptions {
         Duration::from_secs_f64(self.deadline_seconds)
     }
 
-    /// Ranks of all groups together: by `--nproc-per-node`, or by a launcher that set `WORLD_SIZE` (or its like) to
-    /// `launched`. `None` if neither says; both must agree.
-    pub(crate) fn world_size(&self, launched: Option<u32>) -> Result<Option<u32>, UsageError> {
+    /// Ranks of all groups together: by `--nproc-per-node`, or by a launcher that `launched` them and set a variable to their
+    /// number. `None` if neither says; both must agree.
+    pub(crate) fn world_size(&self, launched: Option<(&str, u32)>) -> Result<Option<u32>, UsageError> {
         let asked = self.nproc_per_node.map(|ranks| ranks * self.groups);
-        if let Some(world) = launched {
-            check_ranks("WORLD_SIZE", world)?;
-            if let Some(asked) = asked.filter(|&asked| asked != world) {
-                return Err(UsageError::new(format_args!(
-                    "--nproc-per-node: {asked} disagrees with the launcher's WORLD_SIZE, {world}: leave it out or use {world}"
-                )));
-            }
+        let Some((variable, world)) = launched else { return Ok(asked) };
+        check_ranks(variable, world)?;
+        if let Some(asked) = asked.filter(|&asked| asked != world) {
+            return Err(UsageError::new(format_args!(
+                "--nproc-per-node: {asked} disagrees with the launcher's {variable}, {world}: leave it out or use {world}"
+            )));
         }
-        Ok(launched.or(asked))
+        Ok(Some(world))
     }
 }
 
@@ -176,8 +175,9 @@ mod tests {
 
     #[test]
     fn the_launcher_and_the_option_must_agree() {
-        let world_size = |nproc_per_node, groups, launched| {
+        let world_size = |nproc_per_node, groups, launched: Option<u32>| {
             let options = JobOptions { nproc_per_node, groups, ..JobOptions::default() };
+            let launched = launched.map(|world| ("PMI_SIZE", world));
             options.world_size(launched).map_err(|error| error.to_string())
         };
         assert_eq!(world_size(None, 1, None), Ok(None));
@@ -188,10 +188,9 @@ mod tests {
         let error = |asked, launched| world_size(asked, 1, Some(launched)).unwrap_err();
         assert_eq!(
             error(Some(2), 4),
-            "--nproc-per-node: 2 disagrees with the launcher's WORLD_SIZE, 4: leave it out or use 4"
+            "--nproc-per-node: 2 disagrees with the launcher's PMI_SIZE, 4: leave it out or use 4"
         );
-        assert_eq!(error(None, 1), "WORLD_SIZE: 1 rank cannot form a group: use 2 to 16");
-        assert_eq!(error(None, 17), "WORLD_SIZE: 17 ranks cannot form a group: use 2 to 16");
+        assert_eq!(error(None, 17), "PMI_SIZE: 17 ranks cannot form a group: use 2 to 16");
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! The backend and the number of ranks of a job.
 
-use fused_collective::cuda;
+use fused_collective::{cuda, group::rendezvous::Group};
 
-use super::options::{BackendChoice, JobOptions};
+use super::{
+    options::{BackendChoice, JobOptions},
+    ranks::{Error, all},
+};
 use crate::backend::all_reduce_choice::AllReduceChoice;
 use crate::{backend::cuda::gpus::check_peers, exit::Failure};
 
@@ -23,43 +26,62 @@ impl Backend {
             Backend::Cuda => "cuda",
         }
     }
+
+    /// Refuses all-reduces of which the backend has none.
+    pub(super) fn check_all_reduces(self, all_reduces: &[AllReduceChoice]) -> Result<(), Failure> {
+        if let (Backend::Cpu, [choice, ..]) = (self, all_reduces)
+            && !all_reduces.contains(&AllReduceChoice::Custom)
+        {
+            return Err(Failure::Usage(format!(
+                "--allreduce: {} needs the cuda backend: use custom, or leave the option out",
+                choice.name()
+            )));
+        }
+        Ok(())
+    }
 }
 
-/// Chooses the backend and the number of ranks of all groups. `asked` is the number that the user or a launcher gave;
-/// `launched` is true if a launcher has started the ranks.
+/// Chooses the backend and the number of ranks of all groups. `asked` is the number that the user or a launcher gave. Ranks of
+/// a `foreign` launcher may each see another GPU, and check together whether these fit, when they have met.
 pub(super) fn choose(
     options: &JobOptions,
     all_reduces: &[AllReduceChoice],
     asked: Option<u32>,
-    launched: bool,
+    foreign: bool,
 ) -> Result<(Backend, u32), Failure> {
     let &JobOptions { groups, oversubscribe, .. } = options;
     let on_cpu = (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS * groups));
-    let check = |ranks: u32| check_peers(ranks / groups, groups, oversubscribe).map(|()| ranks);
+    let check = |ranks: u32| {
+        if foreign { Ok(ranks) } else { check_peers(ranks / groups, groups, oversubscribe).map(|()| ranks) }
+    };
+    let on_gpus = || gpu_ranks(asked, groups, oversubscribe).and_then(check);
     let chosen = match options.backend {
         BackendChoice::Cpu => on_cpu,
-        BackendChoice::Auto => match gpu_ranks(asked, groups, oversubscribe).and_then(check) {
-            Ok(ranks) => (Backend::Cuda, ranks),
-            Err(_) => on_cpu,
-        },
+        BackendChoice::Auto => on_gpus().map_or(on_cpu, |ranks| (Backend::Cuda, ranks)),
         BackendChoice::Cuda => {
-            // A launcher may show each rank only its own GPU. Then the ranks check together, when they join.
-            let check = |ranks| if launched { Ok(ranks) } else { check(ranks) };
-            let ranks = gpu_ranks(asked, groups, oversubscribe).and_then(check).map_err(|error| {
+            let ranks = on_gpus().map_err(|error| {
                 Failure::Usage(format!("--backend: cuda: {error}: use cpu, or leave the option out"))
             })?;
             (Backend::Cuda, ranks)
         }
     };
-    if let (Backend::Cpu, [choice, ..]) = (chosen.0, all_reduces)
-        && !all_reduces.contains(&AllReduceChoice::Custom)
-    {
-        return Err(Failure::Usage(format!(
-            "--allreduce: {} needs the cuda backend: use custom, or leave the option out",
-            choice.name()
-        )));
-    }
+    chosen.0.check_all_reduces(all_reduces)?;
     Ok(chosen)
+}
+
+/// The backend of all ranks of `group`, of which each has `found` one by itself: GPUs if every rank has one, and one of its own
+/// unless they may `oversubscribe` them. All ranks call this, and return the same.
+pub(super) fn settle(
+    group: &Group,
+    found: Backend,
+    ordinal: impl FnOnce() -> Result<u32, fused_collective::Error>,
+    oversubscribe: bool,
+) -> Result<Backend, Error> {
+    let ordinal = ordinal().ok().filter(|_| found == Backend::Cuda);
+    let has_one = all(group, ordinal.is_some())?;
+    let (true, Some(ordinal)) = (has_one, ordinal) else { return Ok(Backend::Cpu) };
+    let fit = cuda::check_group(group, ordinal, oversubscribe);
+    Ok(if all(group, fit.is_ok())? { Backend::Cuda } else { Backend::Cpu })
 }
 
 /// The ranks of `groups` groups on GPUs: `asked`, or one per GPU. If ranks may `oversubscribe` GPUs, at least enough to
@@ -78,4 +100,40 @@ fn gpu_ranks(asked: Option<u32>, groups: u32, oversubscribe: bool) -> Result<u32
     Err(fused_collective::Error::Device(format!(
         "{ranks} GPUs cannot form {group}: {DEFAULT_RANKS} to {most} can form one"
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{thread, time::Duration};
+
+    use fused_collective::group::rendezvous::Membership;
+
+    use super::*;
+
+    /// What two ranks settle on of which each has `found` a backend, and GPU 0 if that is CUDA.
+    fn settled(key: &str, found: [Backend; 2]) -> [Backend; 2] {
+        let key = &format!("{key} {}", std::process::id());
+        thread::scope(|scope| {
+            let rank = |rank, found| {
+                let deadline = Duration::from_secs(60);
+                let membership = Membership { rank, world_size: 2, key, config: b"", deadline };
+                let group = Group::join(&membership).unwrap();
+                let settled = settle(&group, found, || Ok(0), false).unwrap();
+                // Both have made the same calls.
+                group.farewell().unwrap();
+                settled
+            };
+            let [first, second] = found;
+            let other = scope.spawn(move || rank(1, second));
+            [rank(0, first), other.join().unwrap()]
+        })
+    }
+
+    #[test]
+    fn ranks_settle_on_gpus_only_if_each_has_one_of_its_own() {
+        assert_eq!(settled("settled: one GPU", [Backend::Cuda, Backend::Cpu]), [Backend::Cpu; 2]);
+        assert_eq!(settled("settled: none", [Backend::Cpu; 2]), [Backend::Cpu; 2]);
+        // The same GPU, or none at all.
+        assert_eq!(settled("settled: a common GPU", [Backend::Cuda; 2]), [Backend::Cpu; 2]);
+    }
 }

@@ -4,16 +4,22 @@
 //! | --- | --- | --- | --- |
 //! | this program, `torchrun` | `RANK`, `WORLD_SIZE` | `LOCAL_RANK`, `LOCAL_WORLD_SIZE` | `MASTER_ADDR`, `MASTER_PORT`, `TORCHELASTIC_RUN_ID`, `TORCHELASTIC_RESTART_COUNT` |
 //! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE` | `OMPI_COMM_WORLD_LOCAL_RANK`, `_LOCAL_SIZE` | `PMIX_NAMESPACE`, else `OMPI_MCA_ess_base_jobid` |
-//! | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` | the parent process |
+//! | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` | the process that started the ranks |
+//! | others with PMI | `PMI_RANK`, `PMI_SIZE` | hosts: `SLURM_STEP_NUM_NODES` | `PMI_JOBID`, else the process that started the ranks |
 //! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS` or `SLURM_NTASKS` | `SLURM_LOCALID`; hosts: `SLURM_STEP_NUM_NODES` | `SLURM_JOB_ID`, `SLURM_STEP_ID` |
 //!
-//! The first line whose rank or size is set counts, so `torchrun` inside a Slurm job is `torchrun`. The key is the same for
-//! all ranks of a job, and differs from every other job's on the host; [`KEY`] overrides it.
+//! The first line whose rank or size is set counts, so `torchrun` inside a Slurm job is `torchrun`. `srun` with PMI sets the
+//! same rank and size twice; there Slurm's own line counts. The key is the same for all ranks of a job, and differs from every
+//! other job's on the host; [`KEY`] overrides it.
+//!
+//! A process that is the only rank of its job is no rank: it starts ranks of its own.
 //!
 //! Slurm sets its variables for every process of a job, even if it is no rank: a batch script, or a shell of `srun --pty` or
 //! `salloc`. Only the tasks of a job step with several tasks are ranks.
 
 use std::{env, fmt};
+
+use super::starting_process::starting_process;
 
 /// The variable with the job's key, for starters whose own variables do not tell jobs apart. Any text, the same on all
 /// ranks.
@@ -42,6 +48,8 @@ pub struct RankEnv {
     pub rank: u32,
     /// Ranks in the job.
     pub world_size: u32,
+    /// The variable that says so.
+    pub size_variable: &'static str,
     /// The rank among those on this host, which chooses the device.
     pub local_rank: u32,
     /// The same on all ranks of the job, and different from every other job's on this host.
@@ -78,6 +86,13 @@ pub enum Error {
         /// The value for a job on one host.
         expected: u32,
     },
+    /// The error of a process that knows its rank.
+    OfRank {
+        /// The rank.
+        rank: u32,
+        /// The error.
+        source: Box<Error>,
+    },
 }
 
 impl fmt::Display for Error {
@@ -97,27 +112,42 @@ impl fmt::Display for Error {
                 "{variable}={value} says that the job has ranks on several hosts, which is not supported yet: start \
                  all on one host ({variable}={expected})"
             ),
+            Error::OfRank { rank, source } => write!(f, "rank {rank}: {source}"),
         }
     }
 }
 
 impl std::error::Error for Error {}
 
+impl Error {
+    /// True if rank 0 has the same error, and reports it.
+    pub fn is_reported_by_rank_0(&self) -> bool {
+        match self {
+            Error::OfRank { rank: 1.., source } => matches!(**source, Error::SeveralHosts { .. }),
+            _ => false,
+        }
+    }
+}
+
 impl RankEnv {
-    /// Reads this process's environment. `None` if the process was started plainly.
+    /// Reads this process's environment. `None` if the process was started plainly, or as the only rank of its job.
     ///
     /// # Errors
     /// The variables are incomplete, contradict each other, or name several hosts.
     pub fn from_env() -> Result<Option<Self>, Error> {
         let lookup = |name: &str| env::var_os(name).map(|value| value.to_string_lossy().into_owned());
-        Self::parse(lookup, std::os::unix::process::parent_id())
+        Self::parse(lookup, starting_process)
     }
 
-    /// Like [`from_env`](Self::from_env), with the environment as a function and the parent's process number.
+    /// Like [`from_env`](Self::from_env), with the environment as a function, and one that finds the number of the process
+    /// that started the ranks.
     ///
     /// # Errors
     /// As [`from_env`](Self::from_env).
-    pub fn parse(lookup: impl Fn(&str) -> Option<String>, parent: u32) -> Result<Option<Self>, Error> {
+    pub fn parse(
+        lookup: impl Fn(&str) -> Option<String>,
+        starting_process: impl Fn() -> u32,
+    ) -> Result<Option<Self>, Error> {
         let environment = Environment(lookup);
         let Some((starter, names)) = environment.starter()? else { return Ok(None) };
         let world_size = environment.number(names.size)?.ok_or(missing(names.rank, names.size))?;
@@ -129,22 +159,17 @@ impl RankEnv {
         if rank >= world_size {
             return Err(environment.invalid(names.rank, below_size));
         }
-        let expected = names.local_size_on_one_host(world_size);
-        if let Some(value) = environment.number(names.local_size)?
-            && value != expected
-        {
-            return Err(Error::SeveralHosts { variable: names.local_size, value, expected });
+        if world_size == 1 {
+            return Ok(None);
         }
-        let local_rank = environment.number(names.local_rank)?.unwrap_or(rank);
+        let of_rank = |error| Error::OfRank { rank, source: Box::new(error) };
+        environment.check_host(starter, &names, world_size).map_err(of_rank)?;
+        let local_rank = environment.number(names.local_rank).map_err(of_rank)?.unwrap_or(rank);
         if local_rank >= world_size {
-            return Err(environment.invalid(names.local_rank, below_size));
+            return Err(of_rank(environment.invalid(names.local_rank, below_size)));
         }
-        let key = match environment.get(KEY) {
-            Some(key) if key.is_empty() => return Err(environment.invalid(KEY, "a text that names the job")),
-            Some(key) => key,
-            None => environment.key(starter, parent)?,
-        };
-        Ok(Some(RankEnv { rank, world_size, local_rank, key, starter }))
+        let key = environment.key(starter, starting_process).map_err(of_rank)?;
+        Ok(Some(RankEnv { rank, world_size, size_variable: names.size, local_rank, key, starter }))
     }
 }
 
@@ -180,11 +205,6 @@ impl Names {
     };
     /// The variables of Slurm versions that do not count a step's own tasks.
     const SLURM_JOB: Names = Names { size: "SLURM_NTASKS", ..Names::SLURM };
-
-    /// The value of `local_size` if all ranks are on one host.
-    fn local_size_on_one_host(&self, world_size: u32) -> u32 {
-        if self.local_size == SLURM_HOSTS { 1 } else { world_size }
-    }
 }
 
 const SLURM_HOSTS: &str = "SLURM_STEP_NUM_NODES";
@@ -218,6 +238,7 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         ];
         if let Some(found) =
             starters.into_iter().find(|(_, names)| self.has(names.rank) || self.has(names.size))
+            && !(found.0 == Starter::Pmi && self.is_pmi_of_slurm())
         {
             return Ok(Some(found));
         }
@@ -232,8 +253,36 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         Ok(is_task.then_some((Starter::Slurm, names)))
     }
 
-    /// The key from the starter's variables.
-    fn key(&self, starter: Starter, parent: u32) -> Result<String, Error> {
+    /// True if PMI's variables repeat those of Slurm. Hydra, which Slurm may start, sets a local rank as well.
+    fn is_pmi_of_slurm(&self) -> bool {
+        let slurm = if self.has(Names::SLURM.size) { Names::SLURM } else { Names::SLURM_JOB };
+        let same = |one: &str, other: &str| self.has(one) && self.get(one) == self.get(other);
+        !self.has(Names::PMI.local_rank)
+            && same(Names::PMI.rank, slurm.rank)
+            && same(Names::PMI.size, slurm.size)
+    }
+
+    /// Refuses ranks on several hosts.
+    fn check_host(&self, starter: Starter, names: &Names, world_size: u32) -> Result<(), Error> {
+        // PMI need not say it. Slurm does, if it is what lies below.
+        let variable = match starter {
+            Starter::Pmi if !self.has(names.local_size) => SLURM_HOSTS,
+            _ => names.local_size,
+        };
+        let expected = if variable == SLURM_HOSTS { 1 } else { world_size };
+        match self.number(variable)? {
+            Some(value) if value != expected => Err(Error::SeveralHosts { variable, value, expected }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The key that was given, or else that of the starter's variables.
+    fn key(&self, starter: Starter, starting_process: impl Fn() -> u32) -> Result<String, Error> {
+        match self.get(KEY) {
+            Some(key) if key.is_empty() => return Err(self.invalid(KEY, "a text that names the job")),
+            Some(key) => return Ok(key),
+            None => {}
+        }
         let join = |names: &[&str]| {
             let values: Vec<_> = names.iter().map(|name| self.get(name).unwrap_or_default()).collect();
             values.join("/")
@@ -259,8 +308,11 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
                 job.map(|job| format!("mpirun/{job}"))
                     .ok_or(missing("OMPI_COMM_WORLD_RANK", "PMIX_NAMESPACE"))
             }
-            // Hydra names no job, but one proxy process starts all ranks of a job on a host.
-            Starter::Pmi => Ok(format!("mpiexec/{parent}")),
+            // Hydra, which sets a local rank, names no job. One that it inherits is that of a job around it.
+            Starter::Pmi => Ok(match self.get("PMI_JOBID").filter(|_| !self.has(Names::PMI.local_rank)) {
+                Some(job) => format!("pmi/{job}"),
+                None => format!("mpiexec/{}", starting_process()),
+            }),
             Starter::Slurm if self.has("SLURM_JOB_ID") => {
                 Ok(format!("srun/{}", join(&["SLURM_JOB_ID", "SLURM_STEP_ID"])))
             }
@@ -285,7 +337,7 @@ mod tests {
             };
             variables.split_whitespace().find_map(find)
         };
-        RankEnv::parse(lookup, 77)
+        RankEnv::parse(lookup, || 77)
     }
 
     fn rank(variables: &str) -> RankEnv {
@@ -325,13 +377,23 @@ mod tests {
                 "mpirun/prterun-h-5@1",
             ),
             ("PMI_RANK=2 PMI_SIZE=4 MPI_LOCALRANKID=2 MPI_LOCALNRANKS=4", Starter::Pmi, 2, "mpiexec/77"),
+            ("PMI_RANK=2 PMI_SIZE=4 PMI_JOBID=9.0", Starter::Pmi, 2, "pmi/9.0"),
             (SRUN, Starter::Slurm, 2, "srun/9/0"),
+            (&format!("{SRUN} PMI_RANK=2 PMI_SIZE=4 PMI_JOBID=9.0"), Starter::Slurm, 2, "srun/9/0"),
             ("SLURM_PROCID=1 SLURM_NTASKS=4 SLURM_JOB_ID=9 SLURM_STEP_ID=3", Starter::Slurm, 1, "srun/9/3"),
         ];
         for (variables, starter, number, key) in cases {
-            let expected =
-                RankEnv { rank: number, world_size: 4, local_rank: number, key: key.to_owned(), starter };
-            assert_eq!(rank(variables), expected);
+            let found = rank(variables);
+            assert!(variables.contains(&format!("{}=4", found.size_variable)), "{found:?}");
+            let expected = RankEnv {
+                rank: number,
+                world_size: 4,
+                size_variable: found.size_variable,
+                local_rank: number,
+                key: key.to_owned(),
+                starter,
+            };
+            assert_eq!(found, expected);
         }
     }
 
@@ -339,6 +401,24 @@ mod tests {
     fn the_starter_nearest_to_the_program_counts() {
         assert_eq!(rank(&format!("{SRUN} {TORCHRUN}")).starter, Starter::Torchrun);
         assert_eq!(rank(&format!("{SRUN} PMI_RANK=1 PMI_SIZE=2")).starter, Starter::Pmi);
+        // Hydra in a shell of `srun --mpi=pmi2`: the number of the job is that of the shell.
+        let hydra = "PMI_RANK=2 PMI_SIZE=4 MPI_LOCALRANKID=2 MPI_LOCALNRANKS=4 PMI_JOBID=9.0";
+        assert_eq!(rank(&format!("{SRUN} {hydra}")).key, "mpiexec/77");
+    }
+
+    #[test]
+    fn the_only_rank_of_a_job_is_a_plain_start() {
+        let slurm = "SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_STEP_NUM_TASKS=1 SLURM_JOB_ID=9 SLURM_STEP_ID=0";
+        let single = [
+            "RANK=0 WORLD_SIZE=1 LOCAL_WORLD_SIZE=1 MASTER_PORT=1",
+            "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=1 PMIX_NAMESPACE=1",
+            "PMI_RANK=0 PMI_SIZE=1 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=1",
+            "PMI_RANK=0 PMI_SIZE=1 PMI_JOBID=9.0",
+            slurm,
+            &format!("{slurm} PMI_RANK=0 PMI_SIZE=1 PMI_JOBID=9.0"),
+        ];
+        single.iter().for_each(|variables| assert_eq!(parse(variables), Ok(None), "{variables}"));
+        assert!(error("RANK=1 WORLD_SIZE=1").contains("use a number from 0 to 0"));
     }
 
     #[test]
@@ -397,13 +477,29 @@ mod tests {
     fn several_hosts_are_not_supported_yet() {
         let cases = [
             ("RANK=0 WORLD_SIZE=16 LOCAL_WORLD_SIZE=8 MASTER_PORT=1", "LOCAL_WORLD_SIZE=8"),
-            ("OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_SIZE=2", "LOCAL_SIZE=2"),
+            (
+                "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_SIZE=2",
+                "OMPI_COMM_WORLD_LOCAL_SIZE=2",
+            ),
             ("PMI_RANK=0 PMI_SIZE=4 MPI_LOCALNRANKS=2", "MPI_LOCALNRANKS=2"),
             (&SRUN.replace("NODES=1", "NODES=2"), "SLURM_STEP_NUM_NODES=2"),
+            ("PMI_RANK=0 PMI_SIZE=4 PMI_JOBID=9.0 SLURM_STEP_NUM_NODES=2", "SLURM_STEP_NUM_NODES=2"),
+            (
+                &format!("{} PMI_RANK=2 PMI_SIZE=4 PMI_JOBID=9.0", SRUN.replace("NODES=1", "NODES=2")),
+                "SLURM_STEP_NUM_NODES=2",
+            ),
         ];
         for (variables, expected) in cases {
-            let error = error(variables);
-            assert!(error.contains(expected) && error.contains("several hosts"), "{error}");
+            let error = parse(variables).expect_err("an error");
+            let Error::OfRank { rank, .. } = error else { panic!("no rank: {error}") };
+            assert_eq!(error.is_reported_by_rank_0(), rank > 0, "{error}");
+            let text = error.to_string();
+            assert!(text.starts_with(&format!("rank {rank}: {expected} says")), "{text}");
+            assert!(text.contains("several hosts"), "{text}");
         }
+        // What the program's own starter says of its host counts, not what a job around it has.
+        let around = "PMI_RANK=0 PMI_SIZE=2 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=2 SLURM_STEP_NUM_NODES=2";
+        assert_eq!(rank(around).world_size, 2);
+        assert_eq!(rank("RANK=0 WORLD_SIZE=2 MASTER_PORT=1 SLURM_STEP_NUM_NODES=2").world_size, 2);
     }
 }

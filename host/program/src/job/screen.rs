@@ -10,9 +10,13 @@ use crate::{
     report::{grid, progress::Progress},
 };
 
-/// Columns of the terminal, or of the tables if there is no terminal.
+/// Columns of the terminal, or of the tables if there is no terminal. One without a size is between a launcher such as Open
+/// MPI and its ranks, and nobody reads there.
 pub(crate) fn width() -> u16 {
-    rustix::termios::tcgetwinsize(io::stdout()).map_or(grid::WIDTH, |size| size.ws_col.max(40))
+    match rustix::termios::tcgetwinsize(io::stdout()) {
+        Ok(size) if size.ws_col > 0 => size.ws_col.max(40),
+        _ => grid::WIDTH,
+    }
 }
 
 /// Standard output during a job. Rank 0 alone writes to it. A reader that goes away fails the job, at the job's end.

@@ -105,16 +105,6 @@ fn driver_version(text: &str) -> Option<String> {
     line.split_whitespace().find(is_version).map(str::to_owned)
 }
 
-/// Bytes that processes can still take without swapping, within the limit of this process's control group. `None` if the
-/// system does not say.
-pub fn available_memory() -> Option<u64> {
-    let wanted = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
-    let system = System::new_with_specifics(wanted).ok()?;
-    let free = system.available_memory();
-    let limited = system.cgroup_limits().map_or(free, |limits| limits.free_memory.min(free));
-    (free > 0).then_some(limited)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

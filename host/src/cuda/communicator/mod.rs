@@ -109,6 +109,7 @@ pub struct Communicator {
 
 impl Communicator {
     /// Joins the ranks of `bootstrap`, this one with GPU `ordinal` of those that the process sees, and makes a workspace.
+    /// Processes may see different GPUs, each its own alone for instance, which is then GPU 0 in all of them.
     /// All ranks call this, with the same `options`. The thread's current context stays what it is.
     ///
     /// Waits end early when the bootstrap's monitor tells of a lost rank; without one, at the deadline.
@@ -129,7 +130,7 @@ impl Communicator {
         let context = gpu.context();
         let module = Module { dtype: DType::Bf16, set };
         let mut kernels = Kernels::find(&gpu, kernels, module.name())?;
-        let shares_gpus = device::check_group(bootstrap, &gpu, oversubscribe)?;
+        let shares_gpus = device::check_group(bootstrap, ordinal, oversubscribe)?;
         let layout = Layout::new(world_size, slot_bytes)?;
         let limits = agree(
             bootstrap,

@@ -72,7 +72,7 @@ pub(super) enum Frame {
     Offer { operation: Operation, bytes: Vec<u8> },
     /// Rank 0: all have come; the contribution of `rank`.
     Part { rank: u32, operation: Operation, bytes: Vec<u8> },
-    /// The group is over.
+    /// The group is over. In place of a hello: this rank does not join it.
     Failed(Lost),
 }
 

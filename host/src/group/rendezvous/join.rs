@@ -4,7 +4,8 @@
 //! else than a hello, or ends, is sent away and changes nothing; whoever says nothing waits at no one's cost.
 //! A hello that does not fit (a rank twice, another group size, version or configuration) is a mistake in
 //! how the job was started, so no rank may go on: rank 0 tells all of them which rank it was. For that it
-//! waits for the others' hellos a little longer.
+//! waits for the others' hellos a little longer. A rank that has a reason not to join says so in place of a hello, and
+//! its reason is told in the same way.
 //!
 //! The listening socket is closed before the first welcome is sent, so that a later group may use the key.
 
@@ -19,9 +20,9 @@ use rustix::{
     io::Errno,
     net::{
         AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect, listen,
-        socket_with, sockopt::socket_peercred,
+        socket_with,
     },
-    process::{Uid, geteuid},
+    process::geteuid,
 };
 
 use super::{
@@ -30,6 +31,7 @@ use super::{
     error::Error,
     frame::{Frame, FrameError, MAX_PAYLOAD},
     membership::{MARGIN, Membership},
+    peer_user::peer_user,
 };
 
 /// The version that all ranks must have.
@@ -44,6 +46,10 @@ const MAX_STRANGERS: usize = 64;
 const BACKLOG: u16 = 128;
 /// After a hello that does not fit: how long the others have to connect and be told.
 const SETTLE: Duration = Duration::from_secs(1);
+/// How long a rank that does not join tries to tell the others.
+const DECLINE: Duration = Duration::from_secs(5);
+/// The most ranks that it tells.
+const MOST_TOLD: u32 = 4096;
 /// Between two attempts to reach or to become the listener.
 const RETRY: Duration = Duration::from_millis(5);
 
@@ -65,20 +71,29 @@ fn socket() -> Result<OwnedFd, Error> {
 
 /// Rank 0's side. Returns the connections to ranks 1, 2, ... in this order, all welcomed.
 pub(super) fn gather(membership: &Membership<'_>, until: Instant) -> Result<Vec<Channel>, Error> {
+    gather_unless(membership, until, None)
+}
+
+/// Like [`gather`]. With a `problem` of its own, rank 0 tells it to all who come.
+fn gather_unless(
+    membership: &Membership<'_>,
+    until: Instant,
+    problem: Option<Lost>,
+) -> Result<Vec<Channel>, Error> {
     let listener = become_listener(membership, until)?;
     let mut gathering = Gathering {
         membership,
         seats: (1..membership.world_size).map(|_| None).collect(),
         strangers: Vec::new(),
         refused: Vec::new(),
-        problem: None,
+        problem: problem.map(|lost| (lost, until)),
     };
     let mut end = until;
     loop {
         gathering.accept(&listener)?;
         gathering.hear();
-        if let Some(problem) = &gathering.problem {
-            end = end.min(problem.1 + SETTLE);
+        if let Some((_, seen)) = &gathering.problem {
+            end = end.min(*seen + SETTLE);
         }
         if gathering.has_heard_all() || Instant::now() >= end {
             break;
@@ -134,7 +149,7 @@ impl Gathering<'_> {
     fn accept(&mut self, listener: &OwnedFd) -> Result<(), Error> {
         for _ in 0..BACKLOG {
             match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
-                Ok(socket) if socket_peercred(&socket).is_ok_and(|peer| peer.uid == geteuid()) => {
+                Ok(socket) if peer_user(&socket).is_ok_and(|user| user == geteuid().as_raw()) => {
                     self.strangers.push(Channel::new(socket, MAX_HELLO));
                 }
                 Ok(_) | Err(Errno::INTR | Errno::CONNABORTED) => {}
@@ -158,6 +173,12 @@ impl Gathering<'_> {
                             self.refused.push((rank, stranger));
                         }
                     }
+                }
+                Ok(Some(Frame::Failed(Lost { rank, how: How::GaveUp, detail })))
+                    if (1..self.membership.world_size).contains(&rank) =>
+                {
+                    self.fail(rank, How::GaveUp, detail);
+                    self.refused.push((rank, stranger));
                 }
                 Err(error @ FrameError::Protocol { rank, .. }) => {
                     self.fail(rank, How::Refused, format!("it sent {error}"));
@@ -218,11 +239,7 @@ impl Gathering<'_> {
             (1..).zip(&self.seats).filter(|(_, seat)| seat.is_none()).map(|(rank, _)| rank).collect();
         if let [first, others @ ..] = missing.as_slice() {
             let others: String = others.iter().map(|rank| format!(", nor did rank {rank}")).collect();
-            self.fail(
-                *first,
-                How::Late,
-                format!("the rendezvous within {:.1?}{others}", self.membership.deadline),
-            );
+            self.fail(*first, How::Late, missed(self.membership, &others));
         }
         let mut seats: Vec<_> = self.seats.into_iter().flatten().collect();
         let Some((lost, _)) = self.problem else {
@@ -243,13 +260,19 @@ impl Gathering<'_> {
 
 /// The side of ranks 1, 2, ... Returns the connection to rank 0 once the group is complete.
 pub(super) fn call(membership: &Membership<'_>, until: Instant) -> Result<Channel, Error> {
-    let mut channel = Channel::new(reach(membership, until)?, MAX_PAYLOAD);
-    channel.queue(&Frame::Hello {
+    let hello = Frame::Hello {
         rank: membership.rank,
         world_size: membership.world_size,
         version: VERSION.to_owned(),
         config: membership.config.to_vec(),
-    });
+    };
+    ask(membership, until, &hello)
+}
+
+/// Says `word` to rank 0. Returns the connection once rank 0 has answered with a welcome.
+fn ask(membership: &Membership<'_>, until: Instant, word: &Frame) -> Result<Channel, Error> {
+    let mut channel = Channel::new(reach(membership, until)?, MAX_PAYLOAD);
+    channel.queue(word);
     // Rank 0 knows best what is missing, so it may speak first.
     let end = until + MARGIN;
     loop {
@@ -280,9 +303,8 @@ fn reach(membership: &Membership<'_>, until: Instant) -> Result<OwnedFd, Error> 
         let socket = socket()?;
         match connect(&socket, &address) {
             Ok(()) => {
-                let peer =
-                    socket_peercred(&socket).map_err(Error::system("ask who listens in rank 0's place"))?;
-                return if peer.uid == geteuid() { Ok(socket) } else { Err(foreign(peer.uid)) };
+                let uid = peer_user(&socket).map_err(Error::system("ask whose process is rank 0"))?;
+                return if uid == geteuid().as_raw() { Ok(socket) } else { Err(Error::Foreign { uid }) };
             }
             // Nobody listens, or too many wait to be accepted.
             Err(Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR) if Instant::now() < until => {
@@ -302,10 +324,38 @@ pub(super) fn is_taken(key: &str) -> bool {
     !matches!(connect(&socket, &address), Err(Errno::CONNREFUSED))
 }
 
-fn late(membership: &Membership<'_>) -> Lost {
-    Lost { rank: 0, how: How::Late, detail: format!("the rendezvous within {:.1?}", membership.deadline) }
+/// Tells the ranks of a group that this one does not join it, for `reason`. Returns the loss that they are told of: that of
+/// this rank, unless another was first.
+pub(super) fn decline(membership: &Membership<'_>, reason: &str) -> Lost {
+    let own = Lost { rank: membership.rank, how: How::GaveUp, detail: reason.to_owned() };
+    if membership.world_size > MOST_TOLD || membership.rank >= membership.world_size {
+        return own;
+    }
+    let until = Instant::now() + DECLINE;
+    let told = if membership.rank == 0 {
+        gather_unless(membership, until, Some(own.clone())).map(drop)
+    } else {
+        ask(membership, until, &Frame::Failed(own.clone())).map(drop)
+    };
+    match told {
+        // A rank 0 that did not come or did not stay has told nobody anything.
+        Err(Error::Lost(lost)) if lost.rank != 0 || lost.how == How::GaveUp => lost,
+        _ => own,
+    }
 }
 
-fn foreign(uid: Uid) -> Error {
-    Error::Foreign { uid: uid.as_raw() }
+fn late(membership: &Membership<'_>) -> Lost {
+    Lost { rank: 0, how: How::Late, detail: missed(membership, "") }
+}
+
+/// The rendezvous to which a rank did not come, `nor` others, and what would keep it from being found.
+fn missed(membership: &Membership<'_>, nor: &str) -> String {
+    let &Membership { rank, key, deadline, .. } = membership;
+    let network = std::fs::read_link("/proc/self/ns/net");
+    let network = network.map_or_else(|_| "that is not known".to_owned(), |name| name.display().to_string());
+    format!(
+        "the rendezvous within {deadline:.1?}{nor}: rank {rank} waited under the key '{key}', as user {}, in the network \
+         namespace {network}, and all ranks must have these in common",
+        geteuid().as_raw()
+    )
 }

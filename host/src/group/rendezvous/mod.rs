@@ -20,6 +20,7 @@ use std::{
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
+        mpsc::{self, Sender},
     },
     thread::{self, JoinHandle},
     time::{Duration, Instant},
@@ -33,6 +34,7 @@ mod frame;
 mod join;
 mod membership;
 mod monitor;
+mod peer_user;
 #[cfg(test)]
 mod tests;
 
@@ -51,6 +53,8 @@ use monitor::{Command, Part, RankMonitor, Shared};
 
 /// The most bytes that a rank may contribute to an operation.
 pub const MAX_MESSAGE: usize = MAX_PAYLOAD;
+/// The most bytes of the reason that a rank gives up for.
+const MAX_REASON: usize = 4096;
 
 /// A rank's membership in a group of processes.
 ///
@@ -94,14 +98,15 @@ impl Group {
         }
         check_length("a configuration", config, join::MAX_CONFIG)?;
         let until = saturating_add(Instant::now(), deadline);
-        let shared = Arc::new(Shared::new().map_err(Error::system("make an event for the group's monitor"))?);
+        // Ahead of the meeting, so that a rank that cannot have them does not come.
+        let decline = |error: &Error| drop(join::decline(membership, &error.to_string()));
+        let shared = Shared::new().map_err(Error::system("make an event for the group's monitor"));
+        let shared = Arc::new(shared.inspect_err(decline)?);
+        let (monitor, ready) = start_monitor().inspect_err(decline)?;
         let channels =
             if rank == 0 { join::gather(membership, until)? } else { vec![join::call(membership, until)?] };
-        let monitor = RankMonitor::new(Arc::clone(&shared), membership, channels);
-        let monitor = thread::Builder::new()
-            .name("rank-monitor".to_owned())
-            .spawn(|| monitor.run())
-            .map_err(Error::system("start the group's monitor"))?;
+        // Received, as the thread waits for it.
+        let _ = ready.send(RankMonitor::new(Arc::clone(&shared), membership, channels));
         let (monitor, operation) = (Some(monitor), Mutex::new(()));
         Ok(Group {
             rank,
@@ -114,6 +119,15 @@ impl Group {
             operation,
             farewell: false,
         })
+    }
+
+    /// Tells the ranks of a group, as they come to join it, that this rank will not, and the `reason`. They fail with
+    /// [`How::GaveUp`] at once, not at their deadline. Returns what they are told: this rank's loss, unless another rank was
+    /// first. Waits for ranks that have not come yet, for a few seconds at most.
+    ///
+    /// Of `membership`, rank, size and key count. The size may be one that no group can have.
+    pub fn decline(membership: &Membership<'_>, reason: &str) -> Lost {
+        join::decline(membership, &reason[..reason.floor_char_boundary(MAX_REASON)])
     }
 
     /// This rank.
@@ -356,7 +370,7 @@ impl Control {
         if self.lost_rank().is_some() {
             return;
         }
-        let detail = reason[..reason.floor_char_boundary(4096)].to_owned();
+        let detail = reason[..reason.floor_char_boundary(MAX_REASON)].to_owned();
         self.shared.command(Command::Fail(Lost { rank: self.rank, how: How::GaveUp, detail }));
         let waiting = |state: &mut monitor::State| !(state.flushed && state.lost.is_some());
         // Past the time limit the connection's end tells the others as much.
@@ -395,6 +409,16 @@ impl Drop for OnLoss {
 /// True if somebody waits for a group to come together under `key`, on this host and as this user.
 pub fn is_taken(key: &str) -> bool {
     join::is_taken(key)
+}
+
+/// Starts the thread of a monitor, which waits for the monitor itself.
+fn start_monitor() -> Result<(JoinHandle<()>, Sender<RankMonitor>), Error> {
+    let (ready, monitor) = mpsc::channel::<RankMonitor>();
+    let thread = thread::Builder::new()
+        .name("rank-monitor".to_owned())
+        .spawn(move || monitor.recv().into_iter().for_each(RankMonitor::run))
+        .map_err(Error::system("start the group's monitor"))?;
+    Ok((thread, ready))
 }
 
 fn check_length(what: &'static str, bytes: &[u8], limit: usize) -> Result<(), Error> {

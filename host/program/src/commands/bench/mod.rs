@@ -5,10 +5,11 @@ pub mod report;
 pub mod run;
 pub mod settings;
 
-use std::{env, path::Path};
+use std::path::Path;
 
 use fused_collective::group::rendezvous::Group;
 
+use super::arguments::arguments;
 use crate::{
     backend::{collective::Collective, problem::Tensor},
     exit::{self, Failure, complain, print},
@@ -63,7 +64,7 @@ impl Bench {
     fn measure(&self, group: &Group, backend: &mut dyn Collective) -> Result<Report, Error> {
         let settings = &self.settings;
         let (name, world_size) = (self.job.backend_name(), self.job.world_size());
-        let mut report = Report::new(env::args().skip(1).collect(), name, world_size, settings.clone());
+        let mut report = Report::new(arguments(), name, world_size, settings.clone());
         report.machine.set_gpus(backend.gpus());
         report.machine.rank_cpus = backend.cpus();
         let mut screen = Screen::new(group);

@@ -5,10 +5,11 @@ pub mod report;
 pub mod run;
 pub mod settings;
 
-use std::{env, fmt::Write as _};
+use std::fmt::Write as _;
 
 use fused_collective::group::rendezvous::Group;
 
+use super::arguments::arguments;
 use crate::{
     backend::collective::Collective,
     exit::{Failure, complain, print},
@@ -60,8 +61,7 @@ impl Links {
         let measured = run::run(group, backend, &progress)?;
         drop(progress);
         screen.finish()?;
-        let command = env::args().skip(1).collect();
-        Ok(Report::new(command, name, world_size, &self.settings.job, machine, notes, &measured))
+        Ok(Report::new(arguments(), name, world_size, &self.settings.job, machine, notes, &measured))
     }
 
     /// Shows the report, writes the file, and returns the exit status. Rank 0 calls this.

@@ -105,12 +105,17 @@ fn compare(to: Conversion, first: u32, codes: &[u8], ranks: u32) -> Compared {
             .enumerate()
             .map(|(part, codes)| {
                 let first = first.wrapping_add((part * share) as u32 * per_byte);
-                scope.spawn(move || compare_part(to, first, codes))
+                let compare = move || compare_part(to, first, codes);
+                // Without a thread, and the memory that it takes, this one does its work.
+                thread::Builder::new().spawn_scoped(scope, compare).map_err(|_| compare())
             })
             .collect();
         let mut all = Compared::default();
         for part in parts {
-            all.add(part.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            all.add(match part {
+                Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
+                Err(done) => done,
+            });
         }
         all
     })

@@ -204,6 +204,8 @@ fn any_thread_can_end_the_group_and_every_rank_acts_on_it_once() {
         let act = group.control().on_loss(Box::new(counter(&count)));
         drop(group.control().on_loss(Box::new(counter(&dropped))));
         let control = group.control();
+        // Nobody aborts before every rank has come so far.
+        group.barrier().expect("all are there");
         thread::scope(|scope| {
             if rank == 1 {
                 scope.spawn(move || {
@@ -287,6 +289,48 @@ fn a_missing_rank_0_is_named_at_the_deadline() {
     let key = new_key();
     let members = [1, 2].map(|rank| Membership { deadline: SHORT, ..member(rank, 3, &key) });
     assert_all_lose(join_all(&members, |group| group), 0, How::Late, "the rendezvous within 400.0ms");
+}
+
+#[test]
+fn a_rank_that_declines_is_named_to_all_at_once() {
+    for declining in 0..3 {
+        let (key, started) = (&new_key(), Instant::now());
+        let why = "an option is not valid";
+        let lost: Vec<Lost> = thread::scope(|scope| {
+            let rank = |rank: u32| {
+                let member = member(rank, 3, key);
+                if rank == declining { Group::decline(&member, why) } else { loss(Group::join(&member)) }
+            };
+            let threads = [0, 1, 2].map(|number| scope.spawn(move || rank(number)));
+            threads.map(|thread| thread.join().expect("no rank panics")).into()
+        });
+        let expected = Lost { rank: declining, how: How::GaveUp, detail: why.to_owned() };
+        assert!(lost.iter().all(|lost| *lost == expected), "{lost:?}");
+        assert!(started.elapsed() < DEADLINE / 2, "{:?}", started.elapsed());
+    }
+}
+
+#[test]
+fn ranks_that_all_decline_are_told_of_rank_0_however_many_they_are() {
+    let key = &new_key();
+    let lost: Vec<Lost> = thread::scope(|scope| {
+        let decline =
+            |rank| move || Group::decline(&member(rank, 100, key), &format!("rank {rank}'s reason"));
+        let threads: Vec<_> = (0..100).rev().map(|rank| scope.spawn(decline(rank))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no rank panics")).collect()
+    });
+    assert!(lost.iter().all(|lost| lost.rank == 0 && lost.detail == "rank 0's reason"), "{lost:?}");
+}
+
+#[test]
+fn a_rank_that_declines_alone_keeps_its_reason() {
+    let declined = |rank, world_size| Group::decline(&member(rank, world_size, &new_key()), "a reason");
+    let own = |rank| Lost { rank, how: How::GaveUp, detail: "a reason".to_owned() };
+    assert_eq!(declined(1, 2), own(1));
+    // Too many to be told, and one that is none of the group's.
+    let started = Instant::now();
+    assert_eq!([declined(0, u32::MAX), declined(7, 7)], [own(0), own(7)]);
+    assert!(started.elapsed() < DEADLINE / 2, "{:?}", started.elapsed());
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! The report of one run in every form, checked against the raw times in its JSON.
 
-use std::{fs, sync::OnceLock};
+use std::{fs, process::Command, sync::OnceLock};
 
 use fused_collective_tests::{
-    Outcome, bench,
-    report::{Configuration, Report, Row, Verified},
+    Outcome, bench, command,
+    report::{Conclusion, Configuration, Fastest, Report, Row, Verified},
     run,
 };
 
@@ -19,6 +19,7 @@ struct Run {
     report: Report,
     markdown: String,
     svg: String,
+    json: String,
 }
 
 /// The run that all tests here look at.
@@ -43,6 +44,7 @@ fn reported() -> &'static Run {
             report: Report::read(&path("report.json")),
             markdown: fs::read_to_string(path("report.md")).unwrap(),
             svg: fs::read_to_string(path("a plot.svg")).unwrap(),
+            json: fs::read_to_string(path("report.json")).unwrap(),
         }
     })
 }
@@ -200,7 +202,61 @@ fn the_terminal_shows_the_heading_and_a_table_for_each_configuration() {
             assert_eq!(next(), format!("note: {note}"));
         }
     }
-    assert_eq!(lines.next(), None);
+    assert_eq!((next(), next()), ("", "Conclusion"));
+    let rest: Vec<&str> = lines.collect();
+    let (table, sentences) = rest.split_at(rest.len() - report.conclusion.sentences.len());
+    assert_eq!(sentences, report.conclusion.sentences);
+    // Two lines of a header, and a rule.
+    let cells = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let found: Vec<_> = table[3..].iter().map(|line| cells(line)).collect();
+    let expected: Vec<_> = answers(report, short).into_iter().map(|line| cells(&line.join(" "))).collect();
+    assert_eq!(found, expected);
+}
+
+/// A variant's name without what it shares with the others.
+fn short(variant: &str) -> String {
+    let name = variant.replace("standard_", "").replace("fused_allreduce_rmsnorm", "fused");
+    name.replace("_rmsnorm", "").replace("_fp4_quant", "")
+}
+
+/// The lines of the conclusion's table, by element type and then tokens, from the rows.
+fn answers(report: &Report, name: impl Fn(&str) -> String) -> Vec<[String; 7]> {
+    let mut configurations: Vec<&Configuration> = report.configurations.iter().collect();
+    configurations.sort_by_key(|one| (std::cmp::Reverse(one.dtype.clone()), one.num_tokens));
+    let answer = |configuration: &&Configuration| {
+        let fastest = |kind: &str| {
+            let of_kind = rows(configuration).filter(|(row, _)| row.kind == kind);
+            let times = of_kind.map(|(row, one)| (row.variant.clone(), one.figures.median_us));
+            times.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap()
+        };
+        let ((separate, before), (fused, after)) = (fastest("standard"), fastest("fused"));
+        let mode = format!("{}, {}", configuration.dtype, configuration.quant_mode);
+        let [separate, fused] = [separate, fused].map(|variant| name(&variant));
+        let gain = format!("{:.2}x", before / after);
+        let [before, after] = [before, after].map(|time| format!("{time:.2}"));
+        [mode, configuration.num_tokens.to_string(), separate, fused, before, after, gain]
+    };
+    configurations.iter().map(answer).collect()
+}
+
+#[test]
+fn json_has_the_conclusion_with_each_gain() {
+    let Conclusion { sentences, gains } = &reported().report.conclusion;
+    assert!(sentences.iter().any(|sentence| sentence.starts_with("Fusing is ")), "{sentences:?}");
+    let expected = answers(&reported().report, str::to_owned);
+    assert_eq!(gains.len(), expected.len());
+    for (gain, [mode, tokens, separate, fused, before, after, factor]) in gains.iter().zip(expected) {
+        assert_eq!(
+            (format!("{}, {}", gain.dtype, gain.quant_mode), gain.num_tokens.to_string()),
+            (mode, tokens)
+        );
+        for (fastest, variant, time) in [(&gain.separate, separate, before), (&gain.fused, fused, after)] {
+            let Fastest { variant: found, median_us, spread } = fastest.as_ref().unwrap();
+            assert_eq!((found, format!("{median_us:.2}")), (&variant, time));
+            assert!(*spread >= 0.0);
+        }
+        assert_eq!(format!("{:.2}x", gain.gain.unwrap()), factor);
+    }
 }
 
 #[test]
@@ -212,9 +268,17 @@ fn output_that_is_no_terminal_has_no_control_characters() {
 #[test]
 fn markdown_has_the_heading_the_settings_and_a_section_for_each_configuration() {
     let Run { report, markdown, .. } = reported();
-    let mut expected = format!(
-        "# Fused Collective Operations Benchmark Results\n\n\
-         **World Size:** 3  \n\
+    let mut expected = String::from("# Fused Collective Operations Benchmark Results\n\n## Conclusion\n\n");
+    for sentence in &report.conclusion.sentences {
+        expected += &format!("- {sentence}\n");
+    }
+    expected += "\n| Quantization | Tokens | Fastest separate | Fastest fused | Separate (µs) | Fused (µs) | Gain |\n\
+                 | :--- | ---: | :--- | :--- | ---: | ---: | ---: |\n";
+    for line in answers(report, |variant| format!("`{variant}`")) {
+        expected += &format!("| {} |\n", line.join(" | "));
+    }
+    expected += &format!(
+        "\n**World Size:** 3  \n\
          **Hidden Dimension:** 96  \n\
          **Warmup Iterations:** 1  \n\
          **Benchmark Trials:** 102  \n\
@@ -253,7 +317,7 @@ fn markdown_has_the_heading_the_settings_and_a_section_for_each_configuration() 
 }
 
 #[test]
-fn the_plot_is_well_formed_and_names_every_variant_in_every_panel() {
+fn the_plot_is_well_formed_and_names_what_decides_in_every_panel() {
     let Run { report, svg, .. } = reported();
     let document = roxmltree::Document::parse(svg).unwrap();
     let root = document.root_element();
@@ -269,14 +333,91 @@ fn the_plot_is_well_formed_and_names_every_variant_in_every_panel() {
     let shown = |text: &str| assert!(texts.contains(&text), "no {text:?} in {texts:?}");
     shown("tokens");
     shown("µs per operation");
-    shown(&machine(report));
+    // Long lines break.
+    assert!(texts.join(" ").contains(&machine(report)), "{texts:?}");
     for dtype in ["float16", "float32"] {
         shown(&format!("{dtype}, quantization fp4"));
     }
     // A line ends at the most tokens, and has its name and its time there.
     for configuration in report.configurations.iter().filter(|configuration| configuration.num_tokens == 5) {
         for (row, verified) in rows(configuration) {
-            shown(&format!("{}: {:.2}", row.variant, verified.figures.median_us));
+            let time = format!("{:.2}", verified.figures.median_us);
+            if row.kind == "fused" {
+                shown(&format!("{}: {time}", short(&row.variant)));
+            } else if verified.figures.is_baseline {
+                shown(&format!("fastest separate: {time}"));
+            }
+            assert!(!texts.iter().any(|text| text.starts_with("standard_")), "{texts:?}");
         }
     }
+}
+
+#[test]
+fn a_report_shown_from_its_json_is_the_same_in_every_form() {
+    let Run { outcome, report, markdown, svg, json } = reported();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::write(path("a.json"), json).unwrap();
+    let mut again = command(&["bench", "--from", "a.json", "--json", "b.json", "--output-file", "b.md"]);
+    let shown = run(again.args(["--plot", "b.svg"]).current_dir(folder.path()));
+    shown.assert_success();
+    assert_eq!(shown.stdout, outcome.stdout);
+    let read = |name: &str| fs::read_to_string(path(name)).unwrap();
+    assert_eq!([&read("b.json"), &read("b.md"), &read("b.svg")], [json, markdown, svg]);
+
+    // All variants, on demand.
+    run(command(&["bench", "--from", "a.json", "--plot", "b.svg", "--plot-all"]).current_dir(folder.path()))
+        .assert_success();
+    for configuration in &report.configurations {
+        for variant in configuration.variants() {
+            assert!(read("b.svg").contains(variant), "{variant}");
+        }
+    }
+
+    // Compared with itself it lost nothing; a report of an older version has no conclusion of its own.
+    let mut older: serde_json::Value = serde_json::from_str(json).unwrap();
+    older.as_object_mut().unwrap().remove("conclusion").unwrap();
+    fs::write(path("older.json"), older.to_string()).unwrap();
+    let compared =
+        run(command(&["bench", "--from", "older.json", "--compare", "a.json"]).current_dir(folder.path()));
+    compared.assert_success();
+    assert!(compared.stdout.starts_with(&outcome.stdout), "{compared}");
+    assert!(compared.stdout.ends_with("0 of 20 rows lost more than 10%\n"), "{compared}");
+}
+
+#[test]
+fn a_file_may_be_the_standard_output_and_is_alone_there() {
+    let Run { outcome, markdown, json, .. } = reported();
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.json"), json).unwrap();
+    for (option, content) in [("--output-file", markdown), ("--json", json)] {
+        let shown = run(command(&["bench", "--from", "a.json", option, "-"]).current_dir(folder.path()));
+        assert_eq!(
+            (shown.code, &shown.stdout, &shown.stderr),
+            (Some(0), content, &outcome.stdout),
+            "{shown}"
+        );
+        assert!(!folder.path().join("-").exists());
+    }
+    // Of a run as of a report that is read.
+    let shown = run(bench("--num-tokens 1 --hidden-dim 64 --trials 1 --json -").current_dir(folder.path()));
+    assert_eq!(shown.code, Some(0), "{shown}");
+    let report: Report =
+        serde_json::from_str(&shown.stdout).unwrap_or_else(|error| panic!("{error}: {shown}"));
+    assert!(shown.stderr.ends_with(&format!("{}\n", report.conclusion.sentences.join("\n"))), "{shown}");
+}
+
+#[test]
+fn a_screen_that_cannot_be_written_costs_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = bench("--num-tokens 1 2 --hidden-dim 64 --trials 1 --json a.json --output-file a.md");
+    // A device that is always full.
+    let mut full = Command::new("sh");
+    full.args(["-c", r#"exec "$0" "$@" > /dev/full"#]).arg(program.get_program()).args(program.get_args());
+    let outcome = run(full.current_dir(folder.path()));
+    assert_eq!(outcome.code, Some(1), "{outcome}");
+    assert!(outcome.stderr.contains("cannot write to the standard output: "), "{outcome}");
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+    assert_eq!(Report::read(&folder.path().join("a.json")).configurations.len(), 6);
+    assert!(folder.path().join("a.md").exists());
 }

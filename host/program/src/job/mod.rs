@@ -184,10 +184,10 @@ impl Job {
         let group = Group::join(&membership).map_err(|error| rendezvous_failure(&error, rank))?;
         match work(&group) {
             Ok(result) => {
-                let status = if rank == 0 { conclude(result)? } else { exit::SUCCESS };
-                // A rank that waits at the farewell waits for rank 0's files, too.
-                group.farewell().map_err(|error| rendezvous_failure(&error, rank))?;
-                Ok(status)
+                let status = if rank == 0 { conclude(result) } else { Ok(exit::SUCCESS) };
+                // A rank that waits at the farewell waits for rank 0's files, too. Files that fail are rank 0's to report.
+                let farewell = group.farewell().map_err(|error| rendezvous_failure(&error, rank));
+                status.and_then(|status| farewell.map(|()| status))
             }
             Err(error) => Err(give_up(&group, &error)),
         }

@@ -11,6 +11,7 @@
 //! - The baseline is the verified standard variant with the smallest median, the first of equals. The speedup of a row is
 //!   the baseline's median over the row's.
 
+use super::conclusion::Conclusion;
 use super::data::{Configuration, ErrorUnit, Figures, Report, Row, RowOutcome};
 use crate::{
     commands::bench::settings::Case,
@@ -31,6 +32,12 @@ impl Report {
         };
         configuration.rows = rows(measured, configuration.input_bytes(), self.world_size);
         self.configurations.push(configuration);
+        self.conclude();
+    }
+
+    /// Derives the conclusion from the configurations.
+    pub(super) fn conclude(&mut self) {
+        self.conclusion = Conclusion::of(self);
     }
 }
 
@@ -93,7 +100,8 @@ fn timed(trials: Trials, bytes: f64, world_size: u32) -> RowOutcome {
     }
 }
 
-fn percentile(sorted: &[f64], percent: usize) -> Option<f64> {
+/// The smallest of ascending numbers that at least `percent` of them do not exceed.
+pub(super) fn percentile(sorted: &[f64], percent: usize) -> Option<f64> {
     let rank = (sorted.len() * percent).div_ceil(100);
     sorted.get(rank.checked_sub(1)?).copied()
 }

@@ -206,6 +206,7 @@ fn the_terminal_shows_the_heading_and_a_table_for_each_configuration() {
     let rest: Vec<&str> = lines.collect();
     let (table, sentences) = rest.split_at(rest.len() - report.conclusion.sentences.len());
     assert_eq!(sentences, report.conclusion.sentences);
+    let table = table.strip_suffix(&[""]).unwrap();
     // Two lines of a header, and a rule.
     let cells = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     let found: Vec<_> = table[3..].iter().map(|line| cells(line)).collect();
@@ -405,6 +406,12 @@ fn a_file_may_be_the_standard_output_and_is_alone_there() {
     let report: Report =
         serde_json::from_str(&shown.stdout).unwrap_or_else(|error| panic!("{error}: {shown}"));
     assert!(shown.stderr.ends_with(&format!("{}\n", report.conclusion.sentences.join("\n"))), "{shown}");
+    // Of the links as of a benchmark.
+    let links = ["links", "--backend", "cpu", "--deadline", "60", "--json", "-"];
+    let shown = run(command(&links).current_dir(folder.path()));
+    assert_eq!(shown.code, Some(0), "{shown}");
+    assert!(serde_json::from_str::<serde_json::Value>(&shown.stdout).is_ok(), "{shown}");
+    assert!(shown.stderr.starts_with("cpu backend, 2 ranks\n"), "{shown}");
 }
 
 #[test]

@@ -66,6 +66,12 @@ pub(crate) fn median(sorted: &[f64]) -> Option<f64> {
     Some(if sorted.len().is_multiple_of(2) { (sorted[sorted.len() / 2 - 1] + upper) / 2.0 } else { upper })
 }
 
+/// The smallest of ascending numbers that at least `percent` of them do not exceed.
+pub(crate) fn percentile(sorted: &[f64], percent: usize) -> Option<f64> {
+    let rank = (sorted.len() * percent).div_ceil(100);
+    sorted.get(rank.checked_sub(1)?).copied()
+}
+
 /// The reason why times are not usable, if one of them is not positive and finite.
 pub(crate) fn invalid_duration(times_us: &[f64]) -> Option<String> {
     let time = times_us.iter().find(|time| !(time.is_finite() && **time > 0.0))?;

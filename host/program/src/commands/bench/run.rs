@@ -222,11 +222,14 @@ fn prediction(
     // A copy that takes longer than all of the separate operations was disturbed.
     Ok(Some(match (fastest(entrants, Kind::Standard), fastest(entrants, Kind::Fused)) {
         (Some(standard), Some(fused)) if copy < standard => format!(
-            "fusing saves one trip of the activation through memory, which takes {copy:.2} µs here ({rate:.2} GB/s). \
-             Separate operations take {standard:.2} µs, so the fused one should take {:.2} µs or less. It takes {fused:.2} µs",
+            "fusing saves writing the activation to memory and reading it back, which takes {copy:.2} µs here \
+             ({rate:.2} GB/s). Separate operations take {standard:.2} µs, so the fused one should take {:.2} µs or less. \
+             It takes {fused:.2} µs",
             standard - copy
         ),
-        _ => format!("one trip of the activation through memory takes {copy:.2} µs here ({rate:.2} GB/s)"),
+        _ => format!(
+            "writing the activation to memory and reading it back takes {copy:.2} µs here ({rate:.2} GB/s)"
+        ),
     }))
 }
 
@@ -326,15 +329,19 @@ mod tests {
         let note = prediction(&[], 16_384, || Ok(2.0), &entrants(9.0, 6.5)).unwrap().unwrap();
         assert_eq!(
             note,
-            "fusing saves one trip of the activation through memory, which takes 2.00 µs here (16.38 GB/s). \
-             Separate operations take 9.00 µs, so the fused one should take 7.00 µs or less. It takes 6.50 µs"
+            "fusing saves writing the activation to memory and reading it back, which takes 2.00 µs here \
+             (16.38 GB/s). Separate operations take 9.00 µs, so the fused one should take 7.00 µs or less. \
+             It takes 6.50 µs"
         );
     }
 
     #[test]
     fn a_copy_that_takes_longer_than_the_separate_operations_predicts_nothing() {
         let note = prediction(&[], 16_384, || Ok(6.0), &entrants(3.69, 3.3)).unwrap().unwrap();
-        assert_eq!(note, "one trip of the activation through memory takes 6.00 µs here (5.46 GB/s)");
+        assert_eq!(
+            note,
+            "writing the activation to memory and reading it back takes 6.00 µs here (5.46 GB/s)"
+        );
     }
 
     #[test]

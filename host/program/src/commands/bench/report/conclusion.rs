@@ -8,14 +8,11 @@
 use std::fmt;
 
 use fused_collective_core::dtype::DType;
-use serde::{Deserialize, Serialize};
 
-use super::{
-    data::{Configuration, Report, Row, RowOutcome},
-    figures::percentile,
-};
+use super::data::{Conclusion, Configuration, Fastest, Gain, Report, Row, RowOutcome};
 use crate::{
-    commands::bench::settings::dtype_name, measurement::Kind, peers::choice::PeerChoice,
+    measurement::{Kind, percentile},
+    peers::choice::PeerChoice,
     quant_mode::QuantMode,
 };
 
@@ -26,73 +23,39 @@ const NOISY: f64 = 0.1;
 /// The most configurations that a sentence lists.
 const MOST_LISTED: usize = 4;
 
-/// The answer of a benchmark.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Conclusion {
-    /// The answer in words, a sentence or two each.
-    pub sentences: Vec<String>,
-    /// A line for each configuration, by element type, quantization mode and tokens.
-    pub gains: Vec<Gain>,
+impl Report {
+    /// Derives the conclusion from the configurations.
+    pub(super) fn conclude(&mut self) {
+        self.conclusion = conclusion(self);
+    }
 }
 
-/// The gain from fusing in one configuration.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Gain {
-    /// Element type.
-    #[serde(with = "dtype_name")]
-    pub dtype: DType,
-    /// The quantization of the norm.
-    pub quant_mode: QuantMode,
-    /// Tokens.
-    pub num_tokens: u64,
-    /// The fastest variant of separate operations; `None` if none was verified.
-    pub separate: Option<Fastest>,
-    /// The fastest fused variant; `None` if none was verified.
-    pub fused: Option<Fastest>,
-    /// The separate variant's median over the fused one's.
-    pub gain: Option<f64>,
-}
-
-/// The fastest variant of its kind.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Fastest {
-    /// The variant's name.
-    pub variant: String,
-    /// Median time in microseconds.
-    pub median_us: f64,
-    /// The middle half of the trials, from its shortest to its longest, as a share of the median.
-    pub spread: f64,
+/// The conclusion from the configurations of `report`.
+fn conclusion(report: &Report) -> Conclusion {
+    let mut configurations: Vec<&Configuration> = report.configurations.iter().collect();
+    configurations.sort_by_key(|configuration| {
+        let Configuration { dtype, quant_mode, num_tokens, .. } = configuration;
+        let place = DType::ALL.iter().position(|known| known == dtype);
+        (place, *quant_mode as u8, *num_tokens)
+    });
+    let has_dtypes = configurations.chunk_by(|a, b| a.dtype == b.dtype).count() > 1;
+    let cases: Vec<Times<'_>> =
+        configurations.into_iter().map(|configuration| Times { configuration, has_dtypes }).collect();
+    let mut sentences = Vec::new();
+    if report.settings.job.oversubscribe {
+        sentences.push("Ranks may have shared a GPU, which makes times meaningless.".to_owned());
+    }
+    let parts = [gain, modes, quantization, peers, sharded, noise];
+    sentences.extend(parts.into_iter().flat_map(|part| part(&cases)));
+    let failures = report.failures().count();
+    if failures > 0 {
+        let rows: usize = report.configurations.iter().map(|case| case.rows.len()).sum();
+        sentences.push(format!("Not counted: {failures} of {rows} variants, which FAILED."));
+    }
+    Conclusion { sentences, gains: cases.iter().map(Times::gain).collect() }
 }
 
 impl Conclusion {
-    /// The conclusion from the configurations of `report`.
-    pub(super) fn of(report: &Report) -> Conclusion {
-        let mut configurations: Vec<&Configuration> = report.configurations.iter().collect();
-        configurations.sort_by_key(|configuration| {
-            let Configuration { dtype, quant_mode, num_tokens, .. } = configuration;
-            let place = DType::ALL.iter().position(|known| known == dtype);
-            (place, *quant_mode as u8, *num_tokens)
-        });
-        let has_dtypes = configurations.chunk_by(|a, b| a.dtype == b.dtype).count() > 1;
-        let cases: Vec<Times<'_>> =
-            configurations.into_iter().map(|configuration| Times { configuration, has_dtypes }).collect();
-        let mut sentences = Vec::new();
-        if report.settings.job.oversubscribe {
-            sentences.push("Ranks may have shared a GPU, which makes times meaningless.".to_owned());
-        }
-        let parts = [gain, modes, quantization, peers, sharded, noise];
-        sentences.extend(parts.into_iter().flat_map(|part| part(&cases)));
-        let failures = report.failures().count();
-        if failures > 0 {
-            let rows: usize = report.configurations.iter().map(|case| case.rows.len()).sum();
-            sentences.push(format!("Not counted: {failures} of {rows} variants, which FAILED."));
-        }
-        Conclusion { sentences, gains: cases.iter().map(Times::gain).collect() }
-    }
-
     /// The lines of the conclusion, as the table and Markdown show them: `fp8`, or `float16, fp8` if there are several
     /// element types; tokens; the two variants by `name`; their times; and the gain.
     pub(super) fn cells(&self, name: impl Fn(&str) -> String) -> impl Iterator<Item = [String; 7]> {
@@ -166,6 +129,11 @@ impl<'a> Times<'a> {
         self.fastest(|row| row.is_ours_fused() && !row.is_sharded())
     }
 
+    /// True if separate operations are faster.
+    fn loses(&self) -> bool {
+        self.separate().zip(self.fused()).is_some_and(|(separate, fused)| separate.beats(&fused))
+    }
+
     fn gain(&self) -> Gain {
         let Configuration { dtype, quant_mode, num_tokens, .. } = *self.configuration;
         let (separate, fused) = (self.separate(), self.fused());
@@ -205,7 +173,7 @@ fn gain(cases: &[Times<'_>]) -> Vec<String> {
         ];
     };
     let mut sentence = format!("Fusing is {range} times as fast as the fastest separate operations.");
-    let lost: Vec<&Times<'_>> = gains.iter().filter(|(_, gain)| *gain < 1.0).map(|(case, _)| *case).collect();
+    let lost: Vec<&Times<'_>> = gains.iter().map(|(case, _)| *case).filter(|case| case.loses()).collect();
     if lost.len() == gains.len() {
         sentence += " It does not pay here.";
     } else if !lost.is_empty() {
@@ -395,8 +363,11 @@ mod tests {
     const ONE_SHOT: &str = "fused_allreduce_rmsnorm_oneshot";
     const TWO_SHOT: &str = "fused_allreduce_rmsnorm_twoshot";
 
-    /// The sentences for configurations of these modes and tokens, each with the times of some variants.
-    fn sentences(cases: &[(QuantMode, u64, &[(&str, f64)])]) -> Vec<String> {
+    /// A configuration, with the times of some variants.
+    type Case<'a> = (QuantMode, u64, &'a [(&'a str, f64)]);
+
+    /// The sentences for these configurations.
+    fn sentences(cases: &[Case<'_>]) -> Vec<String> {
         let mut report = fixture::empty(&[1], &[QuantMode::None]);
         for (mode, tokens, rows) in cases {
             let rows = rows.iter().map(|(variant, time)| measurement(variant, trials(&[*time; 5])));
@@ -445,26 +416,28 @@ mod tests {
 
     #[test]
     fn the_gain_is_a_range_and_where_fusing_does_not_pay_is_said() {
-        let at =
-            |tokens, separate, fused| (QuantMode::None, tokens, [(SEPARATE, separate), (ONE_SHOT, fused)]);
-        let gain = |times: &[(QuantMode, u64, [(&str, f64); 2])]| {
+        let gain = |times: &[(u64, f64, f64)]| {
+            let rows: Vec<_> = times
+                .iter()
+                .map(|&(tokens, separate, fused)| (tokens, [(SEPARATE, separate), (ONE_SHOT, fused)]))
+                .collect();
             let cases: Vec<_> =
-                times.iter().map(|(mode, tokens, rows)| (*mode, *tokens, &rows[..])).collect();
+                rows.iter().map(|(tokens, rows)| (QuantMode::None, *tokens, &rows[..])).collect();
             sentences(&cases).remove(0)
         };
         let fusing = |rest: &str| format!("Fusing is {rest}");
         assert_eq!(
-            gain(&[at(1, 9.0, 2.25), at(128, 15.0, 10.0)]),
+            gain(&[(1, 9.0, 2.25), (128, 15.0, 10.0)]),
             fusing("1.50 to 4.00 times as fast as the fastest separate operations.")
         );
         assert_eq!(
-            gain(&[at(1, 9.0, 2.25), at(128, 9.0, 10.0)]),
+            gain(&[(1, 9.0, 2.25), (128, 9.0, 10.0)]),
             fusing(
                 "0.90 to 4.00 times as fast as the fastest separate operations. It does not pay at 128 tokens (none)."
             )
         );
         assert_eq!(
-            gain(&[at(1, 5.0, 10.0)]),
+            gain(&[(1, 5.0, 10.0)]),
             fusing("0.50 times as fast as the fastest separate operations. It does not pay here.")
         );
         assert_eq!(

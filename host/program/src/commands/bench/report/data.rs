@@ -5,7 +5,6 @@ use std::time::SystemTime;
 use fused_collective_core::dtype::DType;
 use serde::{Deserialize, Serialize};
 
-use super::conclusion::Conclusion;
 use crate::{
     commands::bench::settings::{Case, Settings, dtype_name},
     measurement::Kind,
@@ -46,6 +45,47 @@ pub struct Report {
     pub conclusion: Conclusion,
     /// The configurations, in the order measured.
     pub configurations: Vec<Configuration>,
+}
+
+/// The answer of a benchmark.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Conclusion {
+    /// The answer in words, a sentence or two each.
+    pub sentences: Vec<String>,
+    /// A line for each configuration, by element type, quantization mode and tokens.
+    pub gains: Vec<Gain>,
+}
+
+/// The gain from fusing in one configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gain {
+    /// Element type.
+    #[serde(with = "dtype_name")]
+    pub dtype: DType,
+    /// The quantization of the norm.
+    pub quant_mode: QuantMode,
+    /// Tokens.
+    pub num_tokens: u64,
+    /// The fastest variant of separate operations; `None` if none was verified.
+    pub separate: Option<Fastest>,
+    /// The fastest fused variant; `None` if none was verified.
+    pub fused: Option<Fastest>,
+    /// The separate variant's median over the fused one's.
+    pub gain: Option<f64>,
+}
+
+/// The fastest variant of its kind.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fastest {
+    /// The variant's name.
+    pub variant: String,
+    /// Median time in microseconds.
+    pub median_us: f64,
+    /// The middle half of the trials, from its shortest to its longest, as a share of the median.
+    pub spread: f64,
 }
 
 /// One configuration. All its variants compute the same result.

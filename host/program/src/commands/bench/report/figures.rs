@@ -11,11 +11,10 @@
 //! - The baseline is the verified standard variant with the smallest median, the first of equals. The speedup of a row is
 //!   the baseline's median over the row's.
 
-use super::conclusion::Conclusion;
 use super::data::{Configuration, ErrorUnit, Figures, Report, Row, RowOutcome};
 use crate::{
     commands::bench::settings::Case,
-    measurement::{Kind, Measurement, Trials, bus_factor, invalid_duration, median},
+    measurement::{Kind, Measurement, Trials, bus_factor, invalid_duration, median, percentile},
 };
 
 impl Report {
@@ -33,11 +32,6 @@ impl Report {
         configuration.rows = rows(measured, configuration.input_bytes(), self.world_size);
         self.configurations.push(configuration);
         self.conclude();
-    }
-
-    /// Derives the conclusion from the configurations.
-    pub(super) fn conclude(&mut self) {
-        self.conclusion = Conclusion::of(self);
     }
 }
 
@@ -98,12 +92,6 @@ fn timed(trials: Trials, bytes: f64, world_size: u32) -> RowOutcome {
         times_us,
         figures,
     }
-}
-
-/// The smallest of ascending numbers that at least `percent` of them do not exceed.
-pub(super) fn percentile(sorted: &[f64], percent: usize) -> Option<f64> {
-    let rank = (sorted.len() * percent).div_ceil(100);
-    sorted.get(rank.checked_sub(1)?).copied()
 }
 
 #[cfg(test)]

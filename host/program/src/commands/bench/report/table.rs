@@ -4,8 +4,7 @@ use std::fmt::Write;
 
 use super::{
     cells::Cells,
-    conclusion::Conclusion,
-    data::{Configuration, Report, short_name},
+    data::{Conclusion, Configuration, Report, short_name},
 };
 use crate::report::grid::{grid, table};
 
@@ -43,7 +42,7 @@ pub fn conclusion(conclusion: &Conclusion, width: u16) -> String {
     let header =
         ["quantization", "tokens", "fastest separate", "fastest fused", "separate µs", "fused µs", "gain"];
     let rows = conclusion.cells(short_name).map(Vec::from).collect();
-    let mut out = format!("Conclusion\n{}\n", table(4, &header, rows, width));
+    let mut out = format!("Conclusion\n{}\n\n", table(4, &header, rows, width));
     for sentence in &conclusion.sentences {
         let _ = writeln!(out, "{sentence}");
     }

@@ -2,7 +2,8 @@
 
 use std::ops::Range;
 
-use super::NAME_HEIGHT;
+/// Distance from one name to the next.
+pub(super) const NAME_HEIGHT: i32 = 19;
 
 /// Round times from `from` to `to`. The fewer powers of ten there are, the more ticks has each.
 pub(super) fn time_ticks(from: f64, to: f64) -> Vec<f64> {

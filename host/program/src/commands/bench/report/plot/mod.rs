@@ -18,7 +18,7 @@ use plotters::{
     style::text_anchor::{HPos, Pos, VPos},
 };
 
-use axes::{spread, time_ticks, visible_ticks};
+use axes::{NAME_HEIGHT, spread, time_ticks, visible_ticks};
 
 use super::data::{Configuration, Report, Row, short_name};
 use crate::{bounded::one_line, measurement::Kind, quant_mode::QuantMode, report::grid::wrapped};
@@ -59,8 +59,6 @@ const HEADING_LINE: i32 = 18;
 /// Space above and below a panel's axes.
 const TOP: i32 = 40;
 const BOTTOM: i32 = 50;
-/// Distance from one name to the next.
-const NAME_HEIGHT: i32 = 19;
 /// Half the width of a mark.
 const MARK: i32 = 4;
 

@@ -231,7 +231,7 @@ fn answers(report: &Report, name: impl Fn(&str) -> String) -> Vec<[String; 7]> {
             times.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap()
         };
         let ((separate, before), (fused, after)) = (fastest("standard"), fastest("fused"));
-        let mode = format!("{}, {}", configuration.dtype, configuration.quant_mode);
+        let mode = format!("{} {}", configuration.dtype, configuration.quant_mode);
         let [separate, fused] = [separate, fused].map(|variant| name(&variant));
         let gain = format!("{:.2}x", before / after);
         let [before, after] = [before, after].map(|time| format!("{time:.2}"));
@@ -248,7 +248,7 @@ fn json_has_the_conclusion_with_each_gain() {
     assert_eq!(gains.len(), expected.len());
     for (gain, [mode, tokens, separate, fused, before, after, factor]) in gains.iter().zip(expected) {
         assert_eq!(
-            (format!("{}, {}", gain.dtype, gain.quant_mode), gain.num_tokens.to_string()),
+            (format!("{} {}", gain.dtype, gain.quant_mode), gain.num_tokens.to_string()),
             (mode, tokens)
         );
         for (fastest, variant, time) in [(&gain.separate, separate, before), (&gain.fused, fused, after)] {

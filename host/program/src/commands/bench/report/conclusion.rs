@@ -56,7 +56,7 @@ fn conclusion(report: &Report) -> Conclusion {
 }
 
 impl Conclusion {
-    /// The lines of the conclusion, as the table and Markdown show them: `fp8`, or `float16, fp8` if there are several
+    /// The lines of the conclusion, as the table and Markdown show them: `fp8`, or `float16 fp8` if there are several
     /// element types; tokens; the two variants by `name`; their times; and the gain.
     pub(super) fn cells(&self, name: impl Fn(&str) -> String) -> impl Iterator<Item = [String; 7]> {
         let has_dtypes = self.gains.chunk_by(|a, b| a.dtype == b.dtype).count() > 1;
@@ -148,7 +148,7 @@ impl<'a> Times<'a> {
 }
 
 fn mode(dtype: DType, quant_mode: QuantMode, with_dtype: bool) -> String {
-    if with_dtype { format!("{dtype}, {quant_mode}") } else { quant_mode.to_string() }
+    if with_dtype { format!("{dtype} {quant_mode}") } else { quant_mode.to_string() }
 }
 
 impl fmt::Display for Times<'_> {
@@ -182,7 +182,7 @@ fn gain(cases: &[Times<'_>]) -> Vec<String> {
     vec![sentence]
 }
 
-/// The mode to use at each token count. Quantization modes with the same answer share a sentence.
+/// The faster mode at each token count. Quantization modes with the same answer share a sentence.
 fn modes(cases: &[Times<'_>]) -> Vec<String> {
     let mut answers: Vec<(String, Vec<String>)> = Vec::new();
     for series in cases.chunk_by(|a, b| a.mode() == b.mode()) {
@@ -193,9 +193,9 @@ fn modes(cases: &[Times<'_>]) -> Vec<String> {
         }
     }
     if let [(answer, _)] = &answers[..] {
-        return vec![format!("{answer}.")];
+        return vec![format!("{}{}.", answer[..1].to_uppercase(), &answer[1..])];
     }
-    answers.into_iter().map(|(answer, modes)| format!("{}: {answer}.", modes.join(" and "))).collect()
+    answers.into_iter().map(|(answer, modes)| format!("With {}, {answer}.", modes.join(" and "))).collect()
 }
 
 /// The mode to use at each token count of one series; `None` unless both modes were measured.
@@ -229,17 +229,17 @@ fn mode_by_tokens(series: &[Times<'_>]) -> Option<String> {
     let returns = winners[split..].iter().any(|(_, winner)| *winner == Some("one-shot"));
     Some(match split {
         _ if winners.iter().all(|(_, winner)| winner.is_none()) => {
-            format!("One-shot and two-shot take the same time {all}")
+            format!("one-shot and two-shot take the same time {all}")
         }
         _ if returns => format!(
-            "One-shot is the faster mode at {} tokens, two-shot at {}",
+            "one-shot is the faster mode at {} tokens, two-shot at {}",
             won_by("one-shot"),
             won_by("two-shot")
         ),
-        0 => format!("Use two-shot {all}"),
-        split if split == winners.len() => format!("Use one-shot {all}"),
+        0 => format!("use two-shot {all}"),
+        split if split == winners.len() => format!("use one-shot {all}"),
         split => format!(
-            "Use one-shot up to {}, two-shot from {} on",
+            "use one-shot up to {}, two-shot from {} on",
             tokens(winners[split - 1].0),
             winners[split].0
         ),
@@ -409,7 +409,10 @@ mod tests {
         let two: &[_] = &[(ONE_SHOT, 2.0), (TWO_SHOT, 1.0)];
         let cases = [(QuantMode::None, 1, one), (QuantMode::Fp8, 1, one), (QuantMode::Fp4, 1, two)];
         let found = sentences(&cases);
-        assert_eq!(found[1..3], ["none and fp8: Use one-shot at 1 token.", "fp4: Use two-shot at 1 token."]);
+        assert_eq!(
+            found[1..3],
+            ["With none and fp8, use one-shot at 1 token.", "With fp4, use two-shot at 1 token."]
+        );
         let found = sentences(&cases[..2]);
         assert_eq!(found[1], "Use one-shot at 1 token.");
     }

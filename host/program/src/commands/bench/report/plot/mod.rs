@@ -47,7 +47,7 @@ const LEAST_HEIGHT: i32 = 300;
 /// Margin around the plot.
 const MARGIN: i32 = 20;
 /// Width of the time labels, left of a panel's axis.
-const LEFT: i32 = 78;
+const LEFT: i32 = 98;
 /// Width of a character of a name in bold, and of what is between a line's end and its name.
 const CHARACTER: f64 = 8.0;
 const JOINT: i32 = 46;

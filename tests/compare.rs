@@ -218,7 +218,7 @@ fn a_report_of_another_machine_is_compared_with_a_word_on_it() {
 }
 
 #[test]
-fn a_pipe_that_nobody_writes_is_given_up_at_the_deadline() {
+fn a_pipe_without_another_end_is_given_up_by_the_deadline() {
     let folder = tempfile::tempdir().unwrap();
     assert!(Command::new("mkfifo").arg(folder.path().join("pipe")).status().unwrap().success());
     for option in ["--compare", "--from"] {
@@ -226,6 +226,10 @@ fn a_pipe_that_nobody_writes_is_given_up_at_the_deadline() {
         let outcome = run(bench.current_dir(folder.path()));
         outcome.assert_failure(2, &format!("{option}: cannot use 'pipe': nobody wrote to it for 0.5 s"));
     }
+    // Nor does one that nobody reads hold up a run: the ranks that wait for the file do not give up first.
+    let mut bench = bench(&format!("{OPTIONS} --deadline 12 --json pipe"));
+    let outcome = run(bench.current_dir(folder.path()));
+    outcome.assert_failure(1, "cannot write 'pipe': nobody reads from it for 6 s");
 }
 
 /// The program must refuse the comparison before anything runs, with this line.

@@ -11,15 +11,12 @@ use std::{
     io::{self, Write},
     os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustix::fs::{Access, access};
 
-use crate::{
-    bounded::{self, PATIENCE},
-    exit::Stream,
-    usage::UsageError,
-};
+use crate::{bounded, exit::Stream, usage::UsageError};
 
 /// A file that could be written when it was [checked](OutputFile::check).
 #[derive(Debug)]
@@ -114,16 +111,16 @@ impl OutputFile {
         &self.named
     }
 
-    /// Writes the file, whole or not at all.
-    pub(crate) fn write(&self, content: Content) -> Result<(), WriteError> {
-        let written = content.and_then(|content| Ok(self.put(&content)?));
+    /// Writes the file, whole or not at all. A named pipe has so much `patience` for a reader.
+    pub(crate) fn write(&self, content: Content, patience: Duration) -> Result<(), WriteError> {
+        let written = content.and_then(|content| Ok(self.put(&content, patience)?));
         written.map_err(|cause| WriteError { named: self.named.clone(), cause })
     }
 
-    fn put(&self, content: &str) -> io::Result<()> {
+    fn put(&self, content: &str, patience: Duration) -> io::Result<()> {
         let (folder, path) = match &self.target {
             Target::File { folder, path } => (folder, path),
-            Target::Stream => return bounded::write(&self.named, content.as_bytes(), PATIENCE),
+            Target::Stream => return bounded::write(&self.named, content.as_bytes(), patience),
             Target::Stdout => return Stream::Output.write(content),
         };
         // Temporary files are private by default. This one becomes the user's, so it gets the permissions of ordinary
@@ -222,7 +219,7 @@ mod tests {
         let path = folder.path().join("a.json");
         let file = OutputFile::check("--json", &path).unwrap();
         drop(folder);
-        let error = file.write(Ok("text".to_owned())).unwrap_err().to_string();
+        let error = file.write(Ok("text".to_owned()), Duration::ZERO).unwrap_err().to_string();
         assert!(error.starts_with(&format!("cannot write '{}': ", path.display())), "{error}");
     }
 

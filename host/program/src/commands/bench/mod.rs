@@ -141,7 +141,10 @@ impl Bench {
         let comparison = self.earlier.as_ref().map(compare);
         let slower = comparison.as_ref().is_some_and(|comparison| comparison.regressions().next().is_some());
         let failed = failures > 0 || slower;
-        let beside = self.files.write(report, failed).map_err(|error| Failure::Failed(error.to_string()))?;
+        // The other ranks wait for the files, and should not give up first.
+        let patience = self.settings.job.deadline() / 2;
+        let beside =
+            self.files.write(report, failed, patience).map_err(|error| Failure::Failed(error.to_string()))?;
         if failures > 0 {
             let rows: usize = report.configurations.iter().map(|case| case.rows.len()).sum();
             complain(&format_args!("{failures} of {rows} variants FAILED"));

@@ -75,7 +75,8 @@ impl Links {
     /// file nothing. Rank 0 calls this.
     fn conclude(&self, report: &Report, shown: Result<(), Failure>) -> Result<u8, Failure> {
         if let Some(file) = &self.file {
-            file.write(report.to_json().map_err(Into::into))
+            // The other ranks wait for the file, and should not give up first.
+            file.write(report.to_json().map_err(Into::into), self.settings.job.deadline() / 2)
                 .map_err(|error| Failure::Failed(error.to_string()))?;
         }
         shown?;

@@ -1,6 +1,6 @@
 //! The files of a benchmark's report.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use super::{data::Report, json, markdown, plot};
 use crate::{
@@ -80,12 +80,17 @@ impl Files {
 
     /// Writes every file, and returns the first failure. A file that fails does not keep the others from being written. If
     /// the report is `slower` than the one that it was compared with, it does not replace that one but goes to a file beside
-    /// it, whose path is returned.
-    pub(crate) fn write(&self, report: &Report, slower: bool) -> Result<Option<PathBuf>, WriteError> {
+    /// it, whose path is returned. A named pipe has so much `patience` for a reader.
+    pub(crate) fn write(
+        &self,
+        report: &Report,
+        slower: bool,
+        patience: Duration,
+    ) -> Result<Option<PathBuf>, WriteError> {
         let beside = self.beside.as_ref().filter(|_| slower);
         let write = |(form, file): &(Form, OutputFile)| {
             let file = if *form == Form::Json { beside.unwrap_or(file) } else { file };
-            file.write(form.content(report))
+            file.write(form.content(report), patience)
         };
         let results: Vec<_> = self.files.iter().map(write).collect();
         results.into_iter().collect::<Result<(), _>>()?;
@@ -140,7 +145,7 @@ mod tests {
         assert_eq!(fs::read_to_string(&old).unwrap(), "precious");
 
         let report = fixture::report();
-        assert_eq!(files.write(&report, false).unwrap(), None);
+        assert_eq!(files.write(&report, false, Duration::ZERO).unwrap(), None);
         assert_eq!(names(folder.path()), ["a.md", "a.svg", "old.json"]);
         assert_eq!(read(&old), report);
         assert_eq!(fs::metadata(&old).unwrap().mode() & 0o777, 0o640);
@@ -157,7 +162,7 @@ mod tests {
         let (file, link) = (folder.path().join("file.json"), folder.path().join("link.json"));
         fs::write(&file, "").unwrap();
         symlink(&file, &link).unwrap();
-        Files::check(&json(&link)).unwrap().write(&fixture::report(), false).unwrap();
+        Files::check(&json(&link)).unwrap().write(&fixture::report(), false, Duration::ZERO).unwrap();
         assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
         assert_eq!(read(&file), fixture::report());
         let both = Outputs { plot: Some(file.clone()), ..json(&link) };
@@ -169,7 +174,7 @@ mod tests {
     #[test]
     fn a_stream_is_written_as_it_is() {
         let device = Outputs { plot: Some("/dev/null".into()), ..json("/dev/null") };
-        Files::check(&device).unwrap().write(&fixture::report(), false).unwrap();
+        Files::check(&device).unwrap().write(&fixture::report(), false, Duration::ZERO).unwrap();
         assert!(!fs::metadata("/dev/null").unwrap().is_file());
     }
 
@@ -191,11 +196,11 @@ mod tests {
         symlink(&file, &link).unwrap();
         let files = Files::check(&Outputs { compare: Some(link), ..json(&file) }).unwrap();
         let beside = folder.path().join("a.json.new");
-        assert_eq!(files.write(&fixture::report(), true).unwrap(), Some(beside.clone()));
+        assert_eq!(files.write(&fixture::report(), true, Duration::ZERO).unwrap(), Some(beside.clone()));
         assert_eq!(fs::read_to_string(&file).unwrap(), "the baseline");
         assert_eq!(read(&beside), fixture::report());
         // One that is not slower takes its place.
-        assert_eq!(files.write(&fixture::report(), false).unwrap(), None);
+        assert_eq!(files.write(&fixture::report(), false, Duration::ZERO).unwrap(), None);
         assert_eq!(read(&file), fixture::report());
     }
 

@@ -1,11 +1,22 @@
 //! The report of one run in every form, checked against the raw times in its JSON.
 
-use std::{fs, process::Command, sync::OnceLock};
+use std::{
+    fs::{self, File},
+    io::Read,
+    path::Path,
+    process::{Command, Stdio},
+    sync::OnceLock,
+};
 
 use fused_collective_tests::{
     Outcome, bench, command,
     report::{Conclusion, Configuration, Fastest, Report, Row, Verified},
     run,
+};
+use rustix::{
+    io::Errno,
+    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+    termios::{Winsize, tcsetwinsize},
 };
 
 /// Three ranks, so that bus and algorithm bandwidth differ; an even number of trials above 100, so that the median lies
@@ -412,6 +423,54 @@ fn a_file_may_be_the_standard_output_and_is_alone_there() {
     assert_eq!(shown.code, Some(0), "{shown}");
     assert!(serde_json::from_str::<serde_json::Value>(&shown.stdout).is_ok(), "{shown}");
     assert!(shown.stderr.starts_with("cpu backend, 2 ranks\n"), "{shown}");
+}
+
+/// The text of the report on a terminal with so many columns.
+fn on_terminal(columns: u16) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.json"), &reported().json).unwrap();
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    tcsetwinsize(&terminal, Winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap();
+    let screen = File::options().read(true).write(true).open(Path::new(name.to_str().unwrap())).unwrap();
+    let mut program = command(&["bench", "--from", "a.json"])
+        .current_dir(folder.path())
+        .stdin(Stdio::null())
+        .stdout(screen)
+        .spawn()
+        .unwrap();
+    let mut text = Vec::new();
+    // It ends with an error when the program does, which alone has the screen open.
+    let end = File::from(terminal).read_to_end(&mut text);
+    assert_eq!(end.unwrap_err().raw_os_error(), Some(Errno::IO.raw_os_error()));
+    assert!(program.wait().unwrap().success());
+    String::from_utf8(text).unwrap().replace('\r', "")
+}
+
+#[test]
+fn on_a_narrow_terminal_every_line_fits_and_no_word_of_a_note_is_broken() {
+    for columns in [72, 40] {
+        let text = on_terminal(columns);
+        for line in text.lines() {
+            assert!(line.chars().count() <= columns.into(), "{columns}: {line:?} in\n{text}");
+        }
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let notes = reported().report.configurations.iter().flat_map(|configuration| &configuration.notes);
+        for note in notes {
+            let note: Vec<&str> = note.split_whitespace().collect();
+            assert!(
+                words.windows(note.len()).any(|words| words == note),
+                "{columns}: no {note:?} in\n{text}"
+            );
+        }
+    }
+    // Where there is room, all is as elsewhere.
+    let notes = |text: &str| {
+        text.lines().filter(|line| line.starts_with("note: ")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(notes(&on_terminal(500)), notes(&reported().outcome.stdout));
 }
 
 #[test]

@@ -210,6 +210,29 @@ fn an_earlier_report_that_is_missing_or_broken() {
 }
 
 #[test]
+fn a_report_to_show_that_is_broken_or_comes_with_options_of_a_measurement() {
+    let show = |args: &[&str]| command(&[&["bench", "--from"], args].concat());
+    refused(&mut show(&["none.json"]), &["--from", "'none.json'", "there is no such file"]);
+    refused(&mut show(&["/dev/null"]), &["--from", "'/dev/null'", "it is not a JSON report"]);
+    refused(
+        &mut show(&["a.json", "--num-tokens", "1"]),
+        &["--from: it shows a report", "use only --output-file"],
+    );
+}
+
+#[test]
+fn an_output_in_the_place_of_a_report_that_is_read() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("report.json");
+    fs::write(&file, "{}").unwrap();
+    for (output, input) in [("--plot", "--compare"), ("--output-file", "--from")] {
+        let mut command = command(&["bench"]);
+        command.arg(output).arg(&file).arg(input).arg(&file);
+        refused(&mut command, &[output, &format!("the file that {input} names"), "give each its own"]);
+    }
+}
+
+#[test]
 fn an_earlier_report_without_an_end() {
     let why = "it has more than 268435456 bytes, the most that is read";
     refused(&mut compare_with(Path::new("/dev/zero")), &["--compare", "/dev/zero", why]);

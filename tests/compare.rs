@@ -8,7 +8,7 @@ use std::{
     thread,
 };
 
-use fused_collective_tests::{Outcome, bench, report::Report, run};
+use fused_collective_tests::{Outcome, bench, command, report::Report, run};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -122,7 +122,8 @@ fn rows_that_lost_more_than_the_tolerance_are_named_and_fail_the_run() {
     let [first, second, verdict] = lines[..] else { panic!("{lines:?}") };
     for (line, variant, tokens) in [(first, ONESHOT, 2), (second, CUSTOM, 3)] {
         let row = format!("{variant} (num_tokens={tokens}, dtype=bfloat16, with residual, quant=none)");
-        assert!(line.starts_with("SLOWER by ") && line.ends_with(&format!("%: {row}")), "{line}");
+        assert!(line.starts_with(&format!("SLOWER: {row} is ")), "{line}");
+        assert!(line.ends_with(" times as slow as before"), "{line}");
     }
     assert_eq!(verdict, "2 of 10 rows lost more than 100000%");
     // The run itself is complete, and so are its files.
@@ -176,16 +177,59 @@ fn rows_without_a_counterpart_are_named_and_cost_nothing() {
     assert!(compared.comparison().ends_with("0 of 4 rows lost more than 1000000%\n"), "{}", compared.outcome);
 }
 
-#[test]
-fn the_earlier_report_can_be_replaced_by_this_one() {
+/// A run that replaces the report that it is compared with, which is `older`, or may not.
+fn replaced(options: &str, older: &Value) -> (Outcome, TempDir) {
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("report.json");
+    fs::write(folder.path().join("report.json"), older.to_string()).unwrap();
+    let mut bench = bench(options);
+    bench.args(["--json", "report.json", "--compare", "./report.json"]).current_dir(folder.path());
+    (run(&mut bench), folder)
+}
+
+#[test]
+fn a_report_replaces_the_earlier_one_only_if_it_lost_nothing() {
     let mut older = earlier();
     older["created"] = "2020-02-02T02:02:02Z".into();
-    fs::write(&file, older.to_string()).unwrap();
-    let mut bench = bench(&with_tolerance(FAR));
-    run(bench.arg("--json").arg(&file).arg("--compare").arg(&file)).assert_success();
-    assert_ne!(Report::read(&file).created, "2020-02-02T02:02:02Z");
+    let (outcome, folder) = replaced(&with_tolerance(FAR), &older);
+    outcome.assert_success();
+    assert_ne!(Report::read(&folder.path().join("report.json")).created, "2020-02-02T02:02:02Z");
+    assert_eq!(files(folder.path()), ["report.json"]);
+
+    scale(&mut older, 0, ONESHOT, 1.0 / FAR);
+    let (outcome, folder) = replaced(&with_tolerance(100_000.0), &older);
+    outcome.assert_failure(1, "the earlier report stays as it is, and this one is in 'report.json.new'");
+    assert_eq!(fs::read_to_string(folder.path().join("report.json")).unwrap(), older.to_string());
+    let fresh = Report::read(&folder.path().join("report.json.new"));
+    assert_ne!(fresh.created, "2020-02-02T02:02:02Z");
+}
+
+#[test]
+fn a_report_of_another_machine_is_compared_with_a_word_on_it() {
+    let mut older = earlier();
+    let cores = older["machine"]["cores"].as_u64().unwrap();
+    older["machine"]["cores"] = (cores + 1).into();
+    let compared = Compared::run(&with_tolerance(FAR), &older);
+    compared.outcome.assert_success();
+    let note = format!(
+        "note: the earlier report is of another machine: {} cores then, {cores} cores now\n",
+        cores + 1
+    );
+    assert!(compared.comparison().starts_with(&note), "{}", compared.outcome);
+}
+
+#[test]
+fn a_pipe_without_another_end_is_given_up_by_the_deadline() {
+    let folder = tempfile::tempdir().unwrap();
+    assert!(Command::new("mkfifo").arg(folder.path().join("pipe")).status().unwrap().success());
+    for option in ["--compare", "--from"] {
+        let mut bench = command(&["bench", option, "pipe", "--deadline", "0.5"]);
+        let outcome = run(bench.current_dir(folder.path()));
+        outcome.assert_failure(2, &format!("{option}: cannot use 'pipe': nobody wrote to it for 0.5 s"));
+    }
+    // Nor does one that nobody reads hold up a run: the ranks that wait for the file do not give up first.
+    let mut bench = bench(&format!("{OPTIONS} --deadline 12 --json pipe"));
+    let outcome = run(bench.current_dir(folder.path()));
+    outcome.assert_failure(1, "cannot write 'pipe': nobody reads from it for 6 s");
 }
 
 /// The program must refuse the comparison before anything runs, with this line.

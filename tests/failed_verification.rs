@@ -283,7 +283,7 @@ fn every_form_of_the_report_says_failed_and_why() {
     let markdown = markdown::to_string(&report);
     assert!(markdown.contains(&format!("| `{variant}` | FAILED | - | - | - | - | - |\n")), "{markdown}");
     assert!(markdown.ends_with(&format!("- FAILED `{variant}`: {reason}\n")), "{markdown}");
-    assert!(plot::to_svg(&report).unwrap().contains(&format!("{variant}: FAILED")));
+    assert!(plot::to_svg(&report, plot::Lines::All).unwrap().contains(&format!("{variant}: FAILED")));
     let read = json::parse(&json::to_string(&report).unwrap()).unwrap();
     let failed = &read.configurations[0].rows.iter().find(|row| row.variant == variant).unwrap().outcome;
     assert_eq!(*failed, RowOutcome::Failed { reason: reason.to_owned() });

@@ -1,13 +1,27 @@
 //! The report of one run in every form, checked against the raw times in its JSON.
 
-use std::{collections::HashSet, ffi::OsStr, fs, os::unix::ffi::OsStrExt as _, process::Command, sync::OnceLock};
+use std::{
+    collections::HashSet,
+    ffi::OsStr,
+    fs::{self, File},
+    io::Read,
+    os::unix::ffi::OsStrExt as _,
+    path::Path,
+    process::{Command, Stdio},
+    sync::OnceLock,
+};
 
 use fused_collective_tests::{
-    LIMIT, Outcome, Running, bench, measure,
-    report::{Configuration, Report, Row, Verified},
+    LIMIT, Outcome, Running, bench, command, measure,
+    report::{Conclusion, Configuration, Fastest, Report, Row, Verified},
     run,
 };
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::{
+    io::Errno,
+    pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt},
+    termios::{Winsize, tcsetwinsize},
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+};
 
 /// Three ranks, so that bus and algorithm bandwidth differ; an even number of trials above 100, so that the median lies
 /// between two of them and the 99th percentile is not the slowest.
@@ -20,6 +34,7 @@ struct Run {
     report: Report,
     markdown: String,
     svg: String,
+    json: String,
 }
 
 /// The run that all tests here look at.
@@ -44,6 +59,7 @@ fn reported() -> &'static Run {
             report: Report::read(&path("report.json")),
             markdown: fs::read_to_string(path("report.md")).unwrap(),
             svg: fs::read_to_string(path("a plot.svg")).unwrap(),
+            json: fs::read_to_string(path("report.json")).unwrap(),
         }
     })
 }
@@ -207,7 +223,62 @@ fn the_terminal_shows_the_heading_and_a_table_for_each_configuration() {
             assert_eq!(next(), format!("note: {note}"));
         }
     }
-    assert_eq!(lines.next(), None);
+    assert_eq!((next(), next()), ("", "Conclusion"));
+    let rest: Vec<&str> = lines.collect();
+    let (table, sentences) = rest.split_at(rest.len() - report.conclusion.sentences.len());
+    assert_eq!(sentences, report.conclusion.sentences);
+    let table = table.strip_suffix(&[""]).unwrap();
+    // Two lines of a header, and a rule.
+    let cells = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let found: Vec<_> = table[3..].iter().map(|line| cells(line)).collect();
+    let expected: Vec<_> = answers(report, short).into_iter().map(|line| cells(&line.join(" "))).collect();
+    assert_eq!(found, expected);
+}
+
+/// A variant's name without what it shares with the others.
+fn short(variant: &str) -> String {
+    let name = variant.replace("standard_", "").replace("fused_allreduce_rmsnorm", "fused");
+    name.replace("_rmsnorm", "").replace("_fp4_quant", "")
+}
+
+/// The lines of the conclusion's table, by element type and then tokens, from the rows.
+fn answers(report: &Report, name: impl Fn(&str) -> String) -> Vec<[String; 7]> {
+    let mut configurations: Vec<&Configuration> = report.configurations.iter().collect();
+    configurations.sort_by_key(|one| (std::cmp::Reverse(one.dtype.clone()), one.num_tokens));
+    let answer = |configuration: &&Configuration| {
+        let fastest = |kind: &str| {
+            let of_kind = rows(configuration).filter(|(row, _)| row.kind == kind);
+            let times = of_kind.map(|(row, one)| (row.variant.clone(), one.figures.median_us));
+            times.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap()
+        };
+        let ((separate, before), (fused, after)) = (fastest("standard"), fastest("fused"));
+        let mode = format!("{} {}", configuration.dtype, configuration.quant_mode);
+        let [separate, fused] = [separate, fused].map(|variant| name(&variant));
+        let gain = format!("{:.2}x", before / after);
+        let [before, after] = [before, after].map(|time| format!("{time:.2}"));
+        [mode, configuration.num_tokens.to_string(), separate, fused, before, after, gain]
+    };
+    configurations.iter().map(answer).collect()
+}
+
+#[test]
+fn json_has_the_conclusion_with_each_gain() {
+    let Conclusion { sentences, gains } = &reported().report.conclusion;
+    assert!(sentences.iter().any(|sentence| sentence.starts_with("Fusing is ")), "{sentences:?}");
+    let expected = answers(&reported().report, str::to_owned);
+    assert_eq!(gains.len(), expected.len());
+    for (gain, [mode, tokens, separate, fused, before, after, factor]) in gains.iter().zip(expected) {
+        assert_eq!(
+            (format!("{} {}", gain.dtype, gain.quant_mode), gain.num_tokens.to_string()),
+            (mode, tokens)
+        );
+        for (fastest, variant, time) in [(&gain.separate, separate, before), (&gain.fused, fused, after)] {
+            let Fastest { variant: found, median_us, spread } = fastest.as_ref().unwrap();
+            assert_eq!((found, format!("{median_us:.2}")), (&variant, time));
+            assert!(*spread >= 0.0);
+        }
+        assert_eq!(format!("{:.2}x", gain.gain.unwrap()), factor);
+    }
 }
 
 #[test]
@@ -219,9 +290,17 @@ fn output_that_is_no_terminal_has_no_control_characters() {
 #[test]
 fn markdown_has_the_heading_the_settings_and_a_section_for_each_configuration() {
     let Run { report, markdown, .. } = reported();
-    let mut expected = format!(
-        "# Fused Collective Operations Benchmark Results\n\n\
-         **World Size:** 3  \n\
+    let mut expected = String::from("# Fused Collective Operations Benchmark Results\n\n## Conclusion\n\n");
+    for sentence in &report.conclusion.sentences {
+        expected += &format!("- {sentence}\n");
+    }
+    expected += "\n| Quantization | Tokens | Fastest separate | Fastest fused | Separate (µs) | Fused (µs) | Gain |\n\
+                 | :--- | ---: | :--- | :--- | ---: | ---: | ---: |\n";
+    for line in answers(report, |variant| format!("`{variant}`")) {
+        expected += &format!("| {} |\n", line.join(" | "));
+    }
+    expected += &format!(
+        "\n**World Size:** 3  \n\
          **Hidden Dimension:** 96  \n\
          **Warmup Iterations:** 1  \n\
          **Benchmark Trials:** 102  \n\
@@ -260,7 +339,7 @@ fn markdown_has_the_heading_the_settings_and_a_section_for_each_configuration() 
 }
 
 #[test]
-fn the_plot_is_well_formed_and_names_every_variant_in_every_panel() {
+fn the_plot_is_well_formed_and_names_what_decides_in_every_panel() {
     let Run { report, svg, .. } = reported();
     let document = roxmltree::Document::parse(svg).unwrap();
     let root = document.root_element();
@@ -276,14 +355,21 @@ fn the_plot_is_well_formed_and_names_every_variant_in_every_panel() {
     let shown = |text: &str| assert!(texts.contains(&text), "no {text:?} in {texts:?}");
     shown("tokens");
     shown("µs per operation");
-    shown(&machine(report));
+    // Long lines break.
+    assert!(texts.join(" ").contains(&machine(report)), "{texts:?}");
     for dtype in ["float16", "float32"] {
         shown(&format!("{dtype}, quantization fp4"));
     }
     // A line ends at the most tokens, and has its name and its time there.
     for configuration in report.configurations.iter().filter(|configuration| configuration.num_tokens == 5) {
         for (row, verified) in rows(configuration) {
-            shown(&format!("{}: {:.2}", row.variant, verified.figures.median_us));
+            let time = format!("{:.2}", verified.figures.median_us);
+            if row.kind == "fused" {
+                shown(&format!("{}: {time}", short(&row.variant)));
+            } else if verified.figures.is_baseline {
+                shown(&format!("fastest separate: {time}"));
+            }
+            assert!(!texts.iter().any(|text| text.starts_with("standard_")), "{texts:?}");
         }
     }
 }
@@ -331,4 +417,128 @@ fn a_program_in_a_folder_whose_name_is_not_utf_8_reports_as_any_other() {
             serde_json::from_slice(&fs::read(folder.join("report.json")).unwrap()).unwrap();
         assert_eq!(report["command"][0], command);
     }
+}
+
+#[test]
+fn a_report_shown_from_its_json_is_the_same_in_every_form() {
+    let Run { outcome, report, markdown, svg, json } = reported();
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::write(path("a.json"), json).unwrap();
+    let mut again = command(&["bench", "--from", "a.json", "--json", "b.json", "--output-file", "b.md"]);
+    let shown = run(again.args(["--plot", "b.svg"]).current_dir(folder.path()));
+    shown.assert_success();
+    assert_eq!(shown.stdout, outcome.stdout);
+    let read = |name: &str| fs::read_to_string(path(name)).unwrap();
+    assert_eq!([&read("b.json"), &read("b.md"), &read("b.svg")], [json, markdown, svg]);
+
+    // All variants, on demand.
+    run(command(&["bench", "--from", "a.json", "--plot", "b.svg", "--plot-all"]).current_dir(folder.path()))
+        .assert_success();
+    for configuration in &report.configurations {
+        for variant in configuration.variants() {
+            assert!(read("b.svg").contains(variant), "{variant}");
+        }
+    }
+
+    // Compared with itself it lost nothing; a report of an older version has no conclusion of its own.
+    let mut older: serde_json::Value = serde_json::from_str(json).unwrap();
+    older.as_object_mut().unwrap().remove("conclusion").unwrap();
+    fs::write(path("older.json"), older.to_string()).unwrap();
+    let compared =
+        run(command(&["bench", "--from", "older.json", "--compare", "a.json"]).current_dir(folder.path()));
+    compared.assert_success();
+    assert!(compared.stdout.starts_with(&outcome.stdout), "{compared}");
+    assert!(compared.stdout.ends_with("0 of 20 rows lost more than 10%\n"), "{compared}");
+}
+
+#[test]
+fn a_file_may_be_the_standard_output_and_is_alone_there() {
+    let Run { outcome, markdown, json, .. } = reported();
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.json"), json).unwrap();
+    for (option, content) in [("--output-file", markdown), ("--json", json)] {
+        let shown = run(command(&["bench", "--from", "a.json", option, "-"]).current_dir(folder.path()));
+        assert_eq!(
+            (shown.code, &shown.stdout, &shown.stderr),
+            (Some(0), content, &outcome.stdout),
+            "{shown}"
+        );
+        assert!(!folder.path().join("-").exists());
+    }
+    // Of a run as of a report that is read.
+    let shown = run(bench("--num-tokens 1 --hidden-dim 64 --trials 1 --json -").current_dir(folder.path()));
+    assert_eq!(shown.code, Some(0), "{shown}");
+    let report: Report =
+        serde_json::from_str(&shown.stdout).unwrap_or_else(|error| panic!("{error}: {shown}"));
+    assert!(shown.stderr.ends_with(&format!("{}\n", report.conclusion.sentences.join("\n"))), "{shown}");
+    // Of the links as of a benchmark.
+    let links = ["links", "--backend", "cpu", "--deadline", "60", "--json", "-"];
+    let shown = run(command(&links).current_dir(folder.path()));
+    assert_eq!(shown.code, Some(0), "{shown}");
+    assert!(serde_json::from_str::<serde_json::Value>(&shown.stdout).is_ok(), "{shown}");
+    assert!(shown.stderr.starts_with("cpu backend, 2 ranks\n"), "{shown}");
+}
+
+/// The text of the report on a terminal with so many columns.
+fn on_terminal(columns: u16) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("a.json"), &reported().json).unwrap();
+    let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+    grantpt(&terminal).unwrap();
+    unlockpt(&terminal).unwrap();
+    tcsetwinsize(&terminal, Winsize { ws_row: 24, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
+    let name = ptsname(&terminal, Vec::new()).unwrap();
+    let screen = File::options().read(true).write(true).open(Path::new(name.to_str().unwrap())).unwrap();
+    let mut program = command(&["bench", "--from", "a.json"])
+        .current_dir(folder.path())
+        .stdin(Stdio::null())
+        .stdout(screen)
+        .spawn()
+        .unwrap();
+    let mut text = Vec::new();
+    // It ends with an error when the program does, which alone has the screen open.
+    let end = File::from(terminal).read_to_end(&mut text);
+    assert_eq!(end.unwrap_err().raw_os_error(), Some(Errno::IO.raw_os_error()));
+    assert!(program.wait().unwrap().success());
+    String::from_utf8(text).unwrap().replace('\r', "")
+}
+
+#[test]
+fn on_a_narrow_terminal_every_line_fits_and_no_word_of_a_note_is_broken() {
+    for columns in [72, 40] {
+        let text = on_terminal(columns);
+        for line in text.lines() {
+            assert!(line.chars().count() <= columns.into(), "{columns}: {line:?} in\n{text}");
+        }
+        let words: Vec<&str> = text.split_whitespace().collect();
+        let notes = reported().report.configurations.iter().flat_map(|configuration| &configuration.notes);
+        for note in notes {
+            let note: Vec<&str> = note.split_whitespace().collect();
+            assert!(
+                words.windows(note.len()).any(|words| words == note),
+                "{columns}: no {note:?} in\n{text}"
+            );
+        }
+    }
+    // Where there is room, all is as elsewhere.
+    let notes = |text: &str| {
+        text.lines().filter(|line| line.starts_with("note: ")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(notes(&on_terminal(500)), notes(&reported().outcome.stdout));
+}
+
+#[test]
+fn a_screen_that_cannot_be_written_costs_no_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = bench("--num-tokens 1 2 --hidden-dim 64 --trials 1 --json a.json --output-file a.md");
+    // A device that is always full.
+    let mut full = Command::new("sh");
+    full.args(["-c", r#"exec "$0" "$@" > /dev/full"#]).arg(program.get_program()).args(program.get_args());
+    let outcome = run(full.current_dir(folder.path()));
+    assert_eq!(outcome.code, Some(1), "{outcome}");
+    assert!(outcome.stderr.contains("cannot write to the standard output: "), "{outcome}");
+    assert_eq!(outcome.stderr.lines().count(), 1, "{outcome}");
+    assert_eq!(Report::read(&folder.path().join("a.json")).configurations.len(), 6);
+    assert!(folder.path().join("a.md").exists());
 }

@@ -22,6 +22,7 @@ pub struct Report {
     /// Present only if links between GPUs were measured.
     #[serde(default)]
     pub push_gb_s: Option<f64>,
+    pub conclusion: Conclusion,
     pub configurations: Vec<Configuration>,
 }
 
@@ -72,6 +73,38 @@ pub struct Settings {
     #[serde(default)]
     pub oversubscribe: bool,
     pub tolerance_percent: f64,
+}
+
+/// The answer.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub struct Conclusion {
+    pub sentences: Vec<String>,
+    pub gains: Vec<Gain>,
+}
+
+/// The gain from fusing in one configuration.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub struct Gain {
+    pub dtype: String,
+    pub quant_mode: String,
+    pub num_tokens: u64,
+    pub separate: Option<Fastest>,
+    pub fused: Option<Fastest>,
+    pub gain: Option<f64>,
+}
+
+/// The fastest variant of its kind.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub struct Fastest {
+    pub variant: String,
+    pub median_us: f64,
+    pub spread: f64,
 }
 
 /// Variants that compute the same result.

@@ -1,24 +1,121 @@
-//! Bounded reads of data from outside: a file may be an endless device, and a line from a pipe may never end.
+//! Bounded reads and writes of what is outside: a file may be an endless device, a line from a pipe may never end, and a
+//! pipe may have nobody at its other end.
 
 use std::{
-    fs::File,
-    io::{self, BufRead, BufReader, ErrorKind, Read},
+    fs::{File, OpenOptions},
+    io::{self, BufRead, BufReader, ErrorKind, Read, Write},
+    os::{fd::AsFd, unix::fs::OpenOptionsExt as _},
     path::Path,
+    thread,
+    time::{Duration, Instant},
 };
 
-/// Reads the text of the file, pipe or device at `path`.
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::OFlags,
+    io::Errno,
+};
+
+/// Longest wait for the other end of a pipe that no option sets.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Reads the text of the file, pipe or device at `path`. Nobody has to write to a pipe, so each wait for more ends after
+/// `patience`.
 ///
 /// # Errors
-/// It cannot be read, it has more than `most` bytes ([`ErrorKind::FileTooLarge`]), or it is not UTF-8
-/// ([`ErrorKind::InvalidData`]).
-pub(crate) fn read_to_string(path: &Path, most: u64) -> io::Result<String> {
+/// It cannot be read, it has more than `most` bytes ([`ErrorKind::FileTooLarge`]), it is not UTF-8
+/// ([`ErrorKind::InvalidData`]), or nothing came in time ([`ErrorKind::TimedOut`]).
+pub(crate) fn read_to_string(path: &Path, most: u64, patience: Duration) -> io::Result<String> {
+    let file = open(OpenOptions::new().read(true), path)?;
+    let pipe = Patient { file: &file, patience };
     let mut bytes = Vec::new();
-    File::open(path)?.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
+    pipe.take(most.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > most {
         let why = format!("it has more than {most} bytes, the most that is read");
         return Err(io::Error::new(ErrorKind::FileTooLarge, why));
     }
     String::from_utf8(bytes).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))
+}
+
+/// Writes `bytes` to the pipe or device at `path`. Nobody has to read from a pipe, so each wait for a reader ends after
+/// `patience`.
+///
+/// # Errors
+/// It cannot be written, or nobody read in time ([`ErrorKind::TimedOut`]).
+pub(crate) fn write(path: &Path, bytes: &[u8], patience: Duration) -> io::Result<()> {
+    let until = Instant::now() + patience;
+    let file = loop {
+        match open(OpenOptions::new().write(true), path) {
+            // A pipe without a reader, which may be about to come.
+            Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) => {
+                if Instant::now() >= until {
+                    return Err(timed_out("nobody reads from it", patience));
+                }
+                thread::sleep(Duration::from_millis(10));
+            }
+            opened => break opened?,
+        }
+    };
+    Patient { file: &file, patience }.write_all(bytes)
+}
+
+/// Opens `path` so that no call on it waits: neither this one, for the other end of a pipe, nor a read or a write.
+fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    options.custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path)
+}
+
+/// A file whose reads and writes wait for the other end of a pipe, but no longer than `patience`.
+struct Patient<'a> {
+    file: &'a File,
+    patience: Duration,
+}
+
+impl Patient<'_> {
+    /// Waits until `ready` is true of the file, then runs `call`.
+    fn when(
+        &self,
+        ready: PollFlags,
+        silence: &str,
+        mut call: impl FnMut() -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let until = Instant::now() + self.patience;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            // A duration that does not fit is one without an end.
+            let left = Timespec::try_from(left).ok();
+            match poll(&mut [PollFd::from_borrowed_fd(self.file.as_fd(), ready)], left.as_ref()) {
+                Ok(0) => return Err(timed_out(silence, self.patience)),
+                Ok(_) => match call() {
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                    done => return done,
+                },
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut file = self.file;
+        self.when(PollFlags::IN, "nobody wrote to it", || file.read(buffer))
+    }
+}
+
+impl Write for Patient<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut file = self.file;
+        self.when(PollFlags::OUT, "nobody read from it", || file.write(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn timed_out(silence: &str, patience: Duration) -> io::Error {
+    io::Error::new(ErrorKind::TimedOut, format!("{silence} for {} s", patience.as_secs_f64()))
 }
 
 /// `text` with control characters escaped: one line that cannot control a terminal.
@@ -68,7 +165,7 @@ pub(crate) fn for_each_line(pipe: impl Read, most: u64, mut each: impl FnMut(Lin
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, io::repeat};
+    use std::{fs, io::repeat, path::PathBuf, process::Command};
 
     use super::*;
 
@@ -77,6 +174,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("text");
         fs::write(&file, "12345678").unwrap();
+        let read_to_string = |file: &Path, most| read_to_string(file, most, PATIENCE);
         assert_eq!(read_to_string(&file, 8).unwrap(), "12345678");
         for (file, most) in [(file.as_path(), 7), (Path::new("/dev/zero"), 1000)] {
             let error = read_to_string(file, most).unwrap_err();
@@ -88,6 +186,50 @@ mod tests {
         assert_eq!(read_to_string(&file, 0).unwrap_err().kind(), ErrorKind::FileTooLarge);
         fs::write(&file, b"\xff").unwrap();
         assert_eq!(read_to_string(&file, 8).unwrap_err().kind(), ErrorKind::InvalidData);
+    }
+
+    /// A named pipe in `folder`.
+    fn pipe(folder: &tempfile::TempDir) -> PathBuf {
+        let pipe = folder.path().join("pipe");
+        assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        pipe
+    }
+
+    #[test]
+    fn a_pipe_without_another_end_is_waited_for_no_longer_than_patience() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = pipe(&folder);
+        let brief = Duration::from_millis(50);
+        let error = read_to_string(&pipe, 8, brief).unwrap_err();
+        assert_eq!(
+            (error.kind(), &*error.to_string()),
+            (ErrorKind::TimedOut, "nobody wrote to it for 0.05 s")
+        );
+        let error = write(&pipe, b"text", brief).unwrap_err();
+        assert_eq!(
+            (error.kind(), &*error.to_string()),
+            (ErrorKind::TimedOut, "nobody reads from it for 0.05 s")
+        );
+        // A reader that does not read: the pipe fills up.
+        let _reader = open(OpenOptions::new().read(true), &pipe).unwrap();
+        let error = write(&pipe, &vec![0; 1 << 20], brief).unwrap_err();
+        assert_eq!(
+            (error.kind(), &*error.to_string()),
+            (ErrorKind::TimedOut, "nobody read from it for 0.05 s")
+        );
+    }
+
+    #[test]
+    fn what_comes_through_a_pipe_is_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = pipe(&folder);
+        // More than a pipe holds at once.
+        let text = "0123456789".repeat(100_000);
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| read_to_string(&pipe, 1 << 20, Duration::from_secs(60)));
+            write(&pipe, text.as_bytes(), Duration::from_secs(60)).unwrap();
+            assert_eq!(reader.join().unwrap().unwrap(), text);
+        });
     }
 
     fn lines(pipe: impl Read, most: u64) -> Vec<(String, bool)> {

@@ -6,6 +6,8 @@ use std::{
     process::ExitCode,
 };
 
+use rustix::termios::tcgetwinsize;
+
 use crate::usage::{PROGRAM, UsageError};
 
 /// Exit status of success.
@@ -62,7 +64,52 @@ pub(crate) fn complain(line: &dyn Display) {
 
 /// Writes to the standard output. A reader that has gone away is a failure, not a panic.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
-    let mut stdout = io::stdout().lock();
-    let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
-    written.map_err(|error| Failure::Failed(format!("cannot write to the standard output: {error}")))
+    Stream::Output.print(text)
+}
+
+/// A stream for text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stream {
+    /// The standard output.
+    Output,
+    /// The standard error.
+    Error,
+}
+
+impl Stream {
+    /// The stream for what a person reads, if some file may take the standard output.
+    pub(crate) const fn beside(file_takes_output: bool) -> Stream {
+        if file_takes_output { Stream::Error } else { Stream::Output }
+    }
+
+    /// Writes `text`. A reader that has gone away is a failure, not a panic.
+    pub(crate) fn print(self, text: &str) -> Result<(), Failure> {
+        let name = match self {
+            Stream::Output => "output",
+            Stream::Error => "error",
+        };
+        self.write(text)
+            .map_err(|error| Failure::Failed(format!("cannot write to the standard {name}: {error}")))
+    }
+
+    /// Writes `text`.
+    pub(crate) fn write(self, text: &str) -> io::Result<()> {
+        fn all(mut stream: impl io::Write, text: &str) -> io::Result<()> {
+            stream.write_all(text.as_bytes())?;
+            stream.flush()
+        }
+        match self {
+            Stream::Output => all(io::stdout().lock(), text),
+            Stream::Error => all(io::stderr().lock(), text),
+        }
+    }
+
+    /// Columns of the terminal that the stream is; `None` if it is none, or one that does not say.
+    pub(crate) fn columns(self) -> Option<u16> {
+        let size = match self {
+            Stream::Output => tcgetwinsize(io::stdout()),
+            Stream::Error => tcgetwinsize(io::stderr()),
+        };
+        Some(size.ok()?.ws_col).filter(|columns| *columns > 0)
+    }
 }

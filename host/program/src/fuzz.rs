@@ -12,7 +12,11 @@ use serde_json::Value;
 use crate::{
     commands::{
         self, Invocation,
-        bench::report::{compare, fixture, json},
+        bench::report::{
+            compare, fixture, json, markdown,
+            plot::{Lines, to_svg},
+            table,
+        },
     },
     job::rank_env::RankEnv,
 };
@@ -244,6 +248,11 @@ proptest! {
             let comparison = compare::compare(&read, &report, 10.0);
             prop_assert!(!comparison.render(80).is_empty());
             prop_assert!(compare::compare(&report, &read, 10.0).regressions().count() < 1000);
+            prop_assert!(markdown::to_string(&read).contains("## Conclusion"));
+            prop_assert!(!table::conclusion(&read.conclusion, 40).is_empty());
+            for lines in [Lines::Deciding, Lines::All] {
+                prop_assert!(to_svg(&read, lines).unwrap().ends_with("</svg>\n"));
+            }
         }
     }
 }

@@ -79,10 +79,27 @@ pub(crate) fn bus_factor(world_size: u32) -> f64 {
     2.0 * (n - 1.0) / n
 }
 
+/// The ratio of a time to another in plain words, up to the name of the other: `4.5% faster than`, `34 times as slow as`.
+pub(crate) fn compared(ratio: f64) -> String {
+    let times = |factor: f64| if factor < 10.0 { format!("{factor:.1}") } else { format!("{factor:.0}") };
+    match ratio {
+        _ if ratio >= 2.0 => format!("{} times as slow as", times(ratio)),
+        _ if ratio <= 0.5 => format!("{} times as fast as", times(1.0 / ratio)),
+        _ if ratio > 1.0 => format!("{:.1}% slower than", (ratio - 1.0) * 100.0),
+        _ => format!("{:.1}% faster than", (1.0 - ratio) * 100.0),
+    }
+}
+
 /// The middle of ascending numbers, or the mean of the two middle ones.
 pub(crate) fn median(sorted: &[f64]) -> Option<f64> {
     let upper = *sorted.get(sorted.len() / 2)?;
     Some(if sorted.len().is_multiple_of(2) { (sorted[sorted.len() / 2 - 1] + upper) / 2.0 } else { upper })
+}
+
+/// The smallest of ascending numbers that at least `percent` of them do not exceed.
+pub(crate) fn percentile(sorted: &[f64], percent: usize) -> Option<f64> {
+    let rank = (sorted.len() * percent).div_ceil(100);
+    sorted.get(rank.checked_sub(1)?).copied()
 }
 
 /// The reason why times are not usable, if one of them is not positive and finite.
@@ -118,5 +135,22 @@ mod tests {
             assert_eq!(two_kinds(none), None);
         }
         assert_eq!(two_kinds(&[f64::NAN; 4]), None);
+    }
+
+    #[test]
+    fn a_ratio_in_words_is_in_percent_up_to_twice_and_in_times_from_there() {
+        let cases = [
+            (1.0, "0.0% faster than"),
+            (0.955, "4.5% faster than"),
+            (1.25, "25.0% slower than"),
+            (2.0, "2.0 times as slow as"),
+            (34.421, "34 times as slow as"),
+            (113.6, "114 times as slow as"),
+            (0.5, "2.0 times as fast as"),
+            (0.05, "20 times as fast as"),
+        ];
+        for (ratio, words) in cases {
+            assert_eq!(compared(ratio), words);
+        }
     }
 }

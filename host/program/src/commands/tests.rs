@@ -45,7 +45,7 @@ fn every_option_reaches_its_setting() {
         "--num-tokens 1 2 --hidden-dim 65536 --dtypes float16 --quant-modes fp4 --no-residual --no-oneshot \
          --warmup 0 --trials 1 --seed 7 --backend cpu --allreduce custom --nproc-per-node 16 --oversubscribe --deadline 0.5 --output-file a.md \
          --cold --peers torch,flashinfer torch --python a/python --peer-deadline 2.5 \
-         --json a.json --plot a.svg --compare b.json --tolerance 2.5",
+         --json a.json --plot a.svg --plot-all --compare b.json --tolerance 2.5",
     );
     let expected = Settings {
         num_tokens: vec![1, 2],
@@ -75,10 +75,24 @@ fn every_option_reaches_its_setting() {
             output_file: Some("a.md".into()),
             json: Some("a.json".into()),
             plot: Some("a.svg".into()),
+            plot_all: true,
+            from: None,
             compare: Some("b.json".into()),
         },
     };
     assert_eq!(settings, expected);
+}
+
+#[test]
+fn a_report_of_an_earlier_run_is_shown_without_options_of_a_measurement() {
+    let settings = bench("--from a.json --json - --tolerance 5 --deadline 3");
+    let outputs = Outputs { from: Some("a.json".into()), json: Some("-".into()), ..Outputs::default() };
+    let job = JobOptions { deadline_seconds: 3.0, ..JobOptions::default() };
+    assert_eq!(settings, Settings { outputs, job, tolerance_percent: 5.0, ..Settings::default() });
+    for option in ["--num-tokens 1", "--trials 3", "--backend cpu", "--peers torch", "--no-residual"] {
+        let error = run(&format!("bench --from a.json {option}")).unwrap_err().to_string();
+        assert!(error.starts_with("--from: it shows a report and measures nothing"), "{option}: {error}");
+    }
 }
 
 #[test]

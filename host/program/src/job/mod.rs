@@ -197,10 +197,10 @@ impl Job {
         let group = Group::join(&membership).map_err(|error| self.not_met(&error, rank))?;
         match self.settle(&group).and_then(|()| work(&group)) {
             Ok(result) => {
-                let status = if rank == 0 { conclude(result)? } else { exit::SUCCESS };
-                // A rank that waits at the farewell waits for rank 0's files, too.
-                group.farewell().map_err(|error| self.rendezvous_failure(&error, rank))?;
-                Ok(status)
+                let status = if rank == 0 { conclude(result) } else { Ok(exit::SUCCESS) };
+                // A rank that waits at the farewell waits for rank 0's files, too. Files that fail are rank 0's to report.
+                let farewell = group.farewell().map_err(|error| self.rendezvous_failure(&error, rank));
+                status.and_then(|status| farewell.map(|()| status))
             }
             Err(error) => Err(self.give_up(&group, &error)),
         }

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
-use crate::bounded;
+use crate::bounded::{self, PATIENCE};
 
 /// The facts about a machine that a reader needs to judge figures. None of them identifies the machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,10 +66,30 @@ impl Machine {
     /// Sets the ranks' GPUs, and reads the version of their driver.
     pub fn set_gpus(&mut self, gpus: Vec<String>) {
         self.driver = (!gpus.is_empty())
-            .then(|| bounded::read_to_string(Path::new(DRIVER_VERSION), MAX_VERSION).ok())
+            .then(|| bounded::read_to_string(Path::new(DRIVER_VERSION), MAX_VERSION, PATIENCE).ok())
             .flatten()
             .and_then(|text| driver_version(&text));
         self.gpus = gpus;
+    }
+
+    /// The facts in which this machine is not the `earlier` one, as `2 cores then, 4 now`. Main memory does not count: what
+    /// a system has of it changes a little with its kernel.
+    pub fn differences(&self, earlier: &Machine) -> Vec<String> {
+        let facts = |machine: &Machine| {
+            let Machine { cpu, cores, memory_bytes: _, os, kernel, arch, gpus, rank_cpus: _, driver } = machine;
+            let gpus = if gpus.is_empty() { "no GPU".to_owned() } else { gpus.join(", ") };
+            [
+                cpu.clone(),
+                format!("{cores} cores"),
+                arch.clone(),
+                os.clone(),
+                format!("kernel {kernel}"),
+                gpus,
+                format!("driver {}", driver.as_deref().unwrap_or("none")),
+            ]
+        };
+        let pairs = facts(earlier).into_iter().zip(facts(self));
+        pairs.filter(|(then, now)| then != now).map(|(then, now)| format!("{then} then, {now} now")).collect()
     }
 
     /// `Some CPU, 8 cores, 31.3 GiB, Some Linux 1.2 (kernel 6.1.0, x86_64)`, and `, 2 ranks on CPUs 0 / 1` or
@@ -142,6 +162,25 @@ mod tests {
         let gpus = ["GPU A", "GPU A", "GPU B"].map(str::to_owned).to_vec();
         let machine = Machine { gpus, driver: Some("580.1".to_owned()), ..machine };
         assert_eq!(machine.summary(), format!("{expected}, 2 x GPU A, 1 x GPU B (driver 580.1)"));
+    }
+
+    #[test]
+    fn another_machine_differs_in_what_it_is() {
+        let here = Machine::here();
+        assert_eq!(here.differences(&here), [""; 0]);
+        let other = Machine {
+            cores: here.cores + 1,
+            memory_bytes: here.memory_bytes + 1,
+            gpus: vec!["GPU A".to_owned()],
+            driver: Some("580.1".to_owned()),
+            ..here.clone()
+        };
+        let expected = [
+            format!("{} cores then, {} cores now", here.cores, other.cores),
+            "no GPU then, GPU A now".to_owned(),
+            "driver none then, driver 580.1 now".to_owned(),
+        ];
+        assert_eq!(other.differences(&here), expected);
     }
 
     #[test]

@@ -2,20 +2,21 @@
 //!
 //! A run takes minutes, so a file that cannot be written must be found before it. The check leaves no trace: no file is
 //! made, emptied or changed. A file gets its content at once, by a rename, so an interrupted run leaves an older file as it
-//! was.
+//! was. The name `-` is the standard output.
 
 use std::{
     error::Error,
     fmt::{self, Write as _},
-    fs::{self, File, OpenOptions, Permissions},
+    fs::{self, File, Permissions},
     io::{self, Write},
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{MetadataExt, PermissionsExt},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustix::fs::{Access, access};
 
-use crate::usage::UsageError;
+use crate::{bounded, exit::Stream, usage::UsageError};
 
 /// A file that could be written when it was [checked](OutputFile::check).
 #[derive(Debug)]
@@ -34,6 +35,8 @@ enum Target {
     File { folder: PathBuf, path: PathBuf },
     /// A pipe, a terminal or another stream, which is written in place.
     Stream,
+    /// The standard output, which is this file's alone.
+    Stdout,
 }
 
 /// The content of a file, or the reason why there is none.
@@ -72,23 +75,53 @@ impl OutputFile {
         if self.target == Target::Stream || self.target != other.target {
             return Ok(());
         }
-        Err(UsageError::new(format_args!(
-            "{}: '{}' is the file that {} names: give each its own",
-            self.option,
-            self.named.display(),
-            other.option
-        )))
+        Err(self.taken_by(other.option))
     }
 
-    /// Writes the file, whole or not at all.
-    pub(crate) fn write(&self, content: Content) -> Result<(), WriteError> {
-        let written = content.and_then(|content| Ok(self.put(content.as_bytes())?));
+    /// The error of naming the same file as `option`.
+    pub(crate) fn taken_by(&self, option: &str) -> UsageError {
+        UsageError::new(format_args!(
+            "{}: '{}' is the file that {option} names: give each its own",
+            self.option,
+            self.named.display()
+        ))
+    }
+
+    /// True if this is the standard output.
+    pub(crate) fn is_stdout(&self) -> bool {
+        self.target == Target::Stdout
+    }
+
+    /// True if this is the file at `path`, however either is spelled.
+    pub(crate) fn is(&self, path: &Path) -> bool {
+        let Target::File { path: own, .. } = &self.target else { return false };
+        let identity = |path: &Path| fs::metadata(path).map(|file| (file.dev(), file.ino()));
+        matches!((identity(own), identity(path)), (Ok(a), Ok(b)) if a == b)
+    }
+
+    /// The file beside this one whose name ends in `.new`.
+    pub(crate) fn beside(&self) -> Result<OutputFile, UsageError> {
+        let mut named = self.named.clone().into_os_string();
+        named.push(".new");
+        OutputFile::check(self.option, Path::new(&named))
+    }
+
+    /// The path as the user wrote it.
+    pub(crate) fn named(&self) -> &Path {
+        &self.named
+    }
+
+    /// Writes the file, whole or not at all. A named pipe has so much `patience` for a reader.
+    pub(crate) fn write(&self, content: Content, patience: Duration) -> Result<(), WriteError> {
+        let written = content.and_then(|content| Ok(self.put(&content, patience)?));
         written.map_err(|cause| WriteError { named: self.named.clone(), cause })
     }
 
-    fn put(&self, content: &[u8]) -> io::Result<()> {
-        let Target::File { folder, path } = &self.target else {
-            return OpenOptions::new().write(true).open(&self.named)?.write_all(content);
+    fn put(&self, content: &str, patience: Duration) -> io::Result<()> {
+        let (folder, path) = match &self.target {
+            Target::File { folder, path } => (folder, path),
+            Target::Stream => return bounded::write(&self.named, content.as_bytes(), patience),
+            Target::Stdout => return Stream::Output.write(content),
         };
         // Temporary files are private by default. This one becomes the user's, so it gets the permissions of ordinary
         // output, or those of the file that it replaces.
@@ -97,7 +130,7 @@ impl OutputFile {
         if let Ok(existing) = fs::metadata(path) {
             file.as_file().set_permissions(existing.permissions())?;
         }
-        file.write_all(content)?;
+        file.write_all(content.as_bytes())?;
         file.as_file().sync_all()?;
         file.persist(path)?;
         Ok(())
@@ -106,6 +139,9 @@ impl OutputFile {
 
 /// The file or stream that `path` names, or the reason why it cannot be written.
 fn target(path: &Path) -> Result<Target, String> {
+    if path == Path::new("-") {
+        return Ok(Target::Stdout);
+    }
     let is_folder = || "it is a directory: give a file name".to_owned();
     match fs::metadata(path) {
         Ok(existing) if existing.is_dir() => return Err(is_folder()),
@@ -183,7 +219,7 @@ mod tests {
         let path = folder.path().join("a.json");
         let file = OutputFile::check("--json", &path).unwrap();
         drop(folder);
-        let error = file.write(Ok("text".to_owned())).unwrap_err().to_string();
+        let error = file.write(Ok("text".to_owned()), Duration::ZERO).unwrap_err().to_string();
         assert!(error.starts_with(&format!("cannot write '{}': ", path.display())), "{error}");
     }
 

@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path, sync::OnceLock};
 
-use crate::bounded;
+use crate::bounded::{self, PATIENCE};
 
 /// The folder in which Linux lists the caches of a processor.
 const CACHES: &str = "/sys/devices/system/cpu/cpu0/cache";
@@ -20,7 +20,7 @@ pub(crate) fn cache_bytes() -> u64 {
 /// The size of the largest cache that a folder lists.
 fn largest(caches: &Path) -> Option<u64> {
     let sizes = fs::read_dir(caches).ok()?.filter_map(|cache| {
-        let size = bounded::read_to_string(&cache.ok()?.path().join("size"), MAX_SIZE).ok()?;
+        let size = bounded::read_to_string(&cache.ok()?.path().join("size"), MAX_SIZE, PATIENCE).ok()?;
         parse_size(size.trim())
     });
     sizes.max()

@@ -79,7 +79,7 @@ impl Cpu {
     fn read(cpus: &Path, number: u32) -> Cpu {
         let folder = cpus.join(format!("cpu{number}"));
         let first = |path: &str| {
-            let text = bounded::read_to_string(&folder.join(path), MAX_FACT).ok()?;
+            let text = bounded::read_to_string(&folder.join(path), MAX_FACT, bounded::PATIENCE).ok()?;
             text.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
         };
         // The last of the caches, which are `index0`, `index1` and so on.

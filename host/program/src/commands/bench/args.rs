@@ -25,6 +25,7 @@ const MAX_PEER_DEADLINE: f64 = 86_400.0;
     example = "{command_name} --num-tokens 128 512 --dtypes float16 bfloat16 --nproc-per-node 4",
     example = "{command_name} --quant-modes none,fp8 --output-file results.md --plot results.svg",
     example = "{command_name} --json today.json --compare yesterday.json --tolerance 5",
+    example = "{command_name} --from results.json --plot results.svg",
     example = "{command_name} --peers flashinfer,torch --python ~/venv/bin/python",
     example = "torchrun --no-python --nproc_per_node=4 {command_name}",
     note = "Every variant is verified before it is timed and after. Its row has its largest error.",
@@ -32,7 +33,10 @@ const MAX_PEER_DEADLINE: f64 = 86_400.0;
     note = "on (taskset, cgroups, a launcher's binding). The report says which.",
     note = "Started plainly, the program starts its own ranks. Under torchrun, mpirun or srun it is a rank.",
     note = "List values are separated by spaces, commas or both. A repeated value counts once.",
-    note = "Files are checked before the run, and written when it is complete.",
+    note = "Files are checked before the run, and written when it is complete. An output - is the standard",
+    note = "output, and the tables then go to the standard error; an input - is the standard input.",
+    note = "If --json names the file of --compare and a row is slower, the file stays as it is, and the new",
+    note = "report goes to a file beside it whose name ends in .new.",
     note = "Exit status: 0 success; 1 a variant or a rank failed, or a row is slower than the tolerance",
     note = "allows; 2 the command line is not valid."
 )]
@@ -94,7 +98,7 @@ pub(crate) struct BenchArgs {
     #[argh(switch)]
     oversubscribe: bool,
 
-    /// longest wait for another rank, in seconds (default: 10)
+    /// longest wait for another rank, or for a pipe's writer, in seconds (default: 10)
     #[argh(option, arg_name = "seconds")]
     deadline: Option<String>,
 
@@ -122,9 +126,17 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "file")]
     json: Option<String>,
 
-    /// plot time over tokens into this SVG file
+    /// plot time over tokens into this SVG file: the fastest separate variant, each fused one, each peer's best
     #[argh(option, arg_name = "file")]
     plot: Option<String>,
+
+    /// plot every variant
+    #[argh(switch)]
+    plot_all: bool,
+
+    /// show the JSON report of an earlier run, and measure nothing
+    #[argh(option, arg_name = "file")]
+    from: Option<String>,
 
     /// compare with the JSON report of an earlier run
     #[argh(option, arg_name = "file")]
@@ -206,9 +218,17 @@ impl BenchArgs {
                 output_file: file("--output-file", self.output_file)?,
                 json: file("--json", self.json)?,
                 plot: file("--plot", self.plot)?,
+                plot_all: self.plot_all,
+                from: file("--from", self.from)?,
                 compare: file("--compare", self.compare)?,
             },
         };
+        if settings.outputs.from.is_some() && !settings.is_default_measurement() {
+            return Err(UsageError::new(
+                "--from: it shows a report and measures nothing, so options of a measurement have no effect: \
+                 use only --output-file, --json, --plot, --plot-all, --compare, --tolerance and --deadline with it",
+            ));
+        }
         for case in settings.cases() {
             check_operation(&settings.operation(case, Mode::Auto))?;
         }

@@ -24,6 +24,10 @@ pub struct Outputs {
     pub json: Option<PathBuf>,
     /// SVG plot.
     pub plot: Option<PathBuf>,
+    /// True if the plot has every variant, and not only those that decide.
+    pub plot_all: bool,
+    /// JSON report to show in place of a measurement.
+    pub from: Option<PathBuf>,
     /// Earlier JSON report to compare with.
     pub compare: Option<PathBuf>,
 }
@@ -138,6 +142,19 @@ impl Settings {
             rounding: Rounding::Once,
             mode,
         }
+    }
+
+    /// True if nothing is set that changes a measurement.
+    pub(super) fn is_default_measurement(&self) -> bool {
+        let default = Settings::default();
+        let deadline_seconds = self.job.deadline_seconds;
+        let measurement = Settings {
+            outputs: self.outputs.clone(),
+            tolerance_percent: self.tolerance_percent,
+            job: JobOptions { deadline_seconds, ..default.job },
+            ..default
+        };
+        *self == measurement
     }
 
     /// Longest silence of a peer.

@@ -48,7 +48,7 @@ pub(crate) struct LinksArgs {
     #[argh(option, arg_name = "seconds")]
     deadline: Option<String>,
 
-    /// write every figure to this file as JSON
+    /// write every figure to this file as JSON; - is the standard output, and the tables then go to the standard error
     #[argh(option, arg_name = "file")]
     json: Option<String>,
 }

@@ -12,11 +12,11 @@ use fused_collective::group::rendezvous::Group;
 use super::arguments::arguments;
 use crate::{
     backend::collective::Collective,
-    exit::{Failure, complain, print},
+    exit::{Failure, Stream, complain},
     job::{
         Job, Request,
         ranks::Error,
-        screen::{Screen, width},
+        screen::{Screen, show, width},
     },
     report::{machine::Machine, output_file::OutputFile},
 };
@@ -41,13 +41,22 @@ impl Links {
 
     pub(crate) fn run(self) -> Result<u8, Failure> {
         let measure = |group: &Group, backend: &mut dyn Collective| self.measure(group, backend);
-        self.job.run(&self.settings, measure, |report| self.conclude(&report))
+        self.job.run(&self.settings, measure, |(report, shown)| self.conclude(&report, shown))
     }
 
-    /// Runs the measurement. Rank 0 shows its progress.
-    fn measure(&self, group: &Group, backend: &mut dyn Collective) -> Result<Report, Error> {
+    /// The stream for what a person reads.
+    fn stream(&self) -> Stream {
+        Stream::beside(self.file.as_ref().is_some_and(OutputFile::is_stdout))
+    }
+
+    /// Runs the measurement. Rank 0 shows its progress. Returns also the failure to show it.
+    fn measure(
+        &self,
+        group: &Group,
+        backend: &mut dyn Collective,
+    ) -> Result<(Report, Result<(), Failure>), Error> {
         let (name, world_size) = (self.job.backend_name(), self.job.world_size());
-        let mut screen = Screen::new(group);
+        let mut screen = Screen::on(self.stream(), group);
         let progress = screen.progress(run::most_steps(world_size));
         let mut machine = Machine::here();
         machine.set_gpus(backend.gpus());
@@ -59,18 +68,20 @@ impl Links {
         }
         screen.show(&progress, &heading);
         let measured = run::run(group, backend, &progress)?;
-        drop(progress);
-        screen.finish()?;
-        Ok(Report::new(arguments(), name, world_size, &self.settings.job, machine, notes, &measured))
+        let report = Report::new(arguments(), name, world_size, &self.settings.job, machine, notes, &measured);
+        Ok((report, screen.shown()))
     }
 
-    /// Shows the report, writes the file, and returns the exit status. Rank 0 calls this.
-    fn conclude(&self, report: &Report) -> Result<u8, Failure> {
-        print(&format!("\n{}", report.render(width())))?;
+    /// Writes the file, shows the report, and returns the exit status. A reader of the tables that has gone away costs the
+    /// file nothing. Rank 0 calls this.
+    fn conclude(&self, report: &Report, shown: Result<(), Failure>) -> Result<u8, Failure> {
         if let Some(file) = &self.file {
-            file.write(report.to_json().map_err(Into::into))
+            // The other ranks wait for the file, and should not give up first.
+            file.write(report.to_json().map_err(Into::into), self.settings.job.deadline() / 2)
                 .map_err(|error| Failure::Failed(error.to_string()))?;
         }
+        shown?;
+        show(self.stream(), &format!("\n{}", report.render(width(self.stream()))))?;
         let Verdict { broken, .. } = &report.verdict;
         let failures = report.failures().len();
         if !broken.is_empty() {

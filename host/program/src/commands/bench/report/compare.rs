@@ -1,16 +1,15 @@
 //! The comparison of an earlier report with this one: the rows that got slower, and those that lost too much.
 //!
-//! Backend, ranks, hidden size and residual must be the same. Rows are matched by tokens, element type, quantization mode
+//! Machines may differ, and the comparison says in what. Backend, ranks, hidden size and residual must be the same. Rows are matched by tokens, element type, quantization mode
 //! and variant. All of this is known before the run, so [`check`] refuses a useless run. A row without a counterpart is
 //! listed and is no failure: variants come and go.
 
-use std::{fmt::Write, path::Path};
+use std::fmt::Write;
 
-use super::{
-    data::{Configuration, Report},
-    json,
+use super::data::{Configuration, Report};
+use crate::{
+    commands::bench::settings::Settings, measurement::compared, report::grid::grid, usage::UsageError,
 };
-use crate::{bounded, commands::bench::settings::Settings, report::grid::grid, usage::UsageError};
 
 /// Rows of two reports, matched.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,6 +18,8 @@ pub struct Comparison {
     pub rows: Vec<Compared>,
     /// A line for each row or configuration that only one report has.
     pub unmatched: Vec<String>,
+    /// The facts in which the machines differ.
+    pub machine: Vec<String>,
     /// Slowdown in percent past which a row has lost too much.
     pub tolerance_percent: f64,
 }
@@ -41,21 +42,6 @@ impl Compared {
     pub fn ratio(&self) -> f64 {
         self.current_us / self.earlier_us
     }
-}
-
-/// Reads the text of the report at `path`. Errors call the file `named`.
-pub fn read_text(path: &Path, named: &Path) -> Result<String, UsageError> {
-    bounded::read_to_string(path, json::MAX_BYTES)
-        .map_err(|error| unusable(named, &json::ReadError::Io(error)))
-}
-
-/// Parses a report. Errors call its file `named`.
-pub fn parse(text: &str, named: &Path) -> Result<Report, UsageError> {
-    json::parse(text).map_err(|error| unusable(named, &error))
-}
-
-fn unusable(named: &Path, error: &json::ReadError) -> UsageError {
-    UsageError::new(format_args!("--compare: cannot use '{}': {error}", named.display()))
 }
 
 /// Checks that a run of `settings` on `backend` with `world_size` ranks is comparable with `earlier`.
@@ -96,7 +82,8 @@ pub fn check(
 
 /// Compares `current` with `earlier`, which [`check`] has passed.
 pub fn compare(earlier: &Report, current: &Report, tolerance_percent: f64) -> Comparison {
-    let mut comparison = Comparison { rows: Vec::new(), unmatched: Vec::new(), tolerance_percent };
+    let machine = current.machine.differences(&earlier.machine);
+    let mut comparison = Comparison { rows: Vec::new(), unmatched: Vec::new(), machine, tolerance_percent };
     for configuration in &current.configurations {
         match earlier.configurations.iter().find(|earlier| earlier.case() == configuration.case()) {
             Some(earlier) => comparison.add(earlier, configuration),
@@ -146,6 +133,10 @@ impl Comparison {
     /// counterpart, the rows that got slower, and the verdict.
     pub fn render(&self, width: u16) -> String {
         let mut out = String::from("Compared with the earlier report; a ratio above 1 is slower\n");
+        if !self.machine.is_empty() {
+            let _ =
+                writeln!(out, "note: the earlier report is of another machine: {}", self.machine.join("; "));
+        }
         for rows in self.rows.chunk_by(|a, b| a.configuration == b.configuration) {
             let cells = rows.iter().map(|row| {
                 let Compared { earlier_us, current_us, .. } = row;
@@ -162,8 +153,8 @@ impl Comparison {
         let mut lost = 0;
         for row in self.regressions() {
             lost += 1;
-            let percent = (row.ratio() - 1.0) * 100.0;
-            let _ = writeln!(out, "SLOWER by {percent:.1}%: {} ({})", row.variant, row.configuration);
+            let how = compared(row.ratio());
+            let _ = writeln!(out, "SLOWER: {} ({}) is {how} before", row.variant, row.configuration);
         }
         let (rows, tolerance) = (self.rows.len(), self.tolerance_percent);
         let _ = writeln!(out, "{lost} of {rows} rows lost more than {tolerance}%");
@@ -249,7 +240,7 @@ standard_allreduce_native_rms_norm   100.00  125.00  1.250
 fused_allreduce_rmsnorm_oneshot       50.00   40.00  0.800
 
 not compared: fused_gone (num_tokens=128, dtype=bfloat16, with residual, quant=none): only in the earlier report
-SLOWER by 25.0%: standard_allreduce_native_rms_norm (num_tokens=128, dtype=bfloat16, with residual, quant=none)
+SLOWER: standard_allreduce_native_rms_norm (num_tokens=128, dtype=bfloat16, with residual, quant=none) is 25.0% slower than before
 1 of 2 rows lost more than 10%
 ";
         assert_eq!(compare(&earlier, &current, 10.0).render(WIDTH), expected);
@@ -286,11 +277,15 @@ SLOWER by 25.0%: standard_allreduce_native_rms_norm (num_tokens=128, dtype=bfloa
     }
 
     #[test]
-    fn a_file_that_is_no_report_is_refused() {
-        let path = Path::new("no such\nfile.json");
-        let error = read_text(path, path).unwrap_err().to_string();
-        assert_eq!(error, "--compare: cannot use 'no such\\nfile.json': there is no such file");
-        let error = parse("# Markdown", Path::new("a.md")).unwrap_err().to_string();
-        assert!(error.starts_with("--compare: cannot use 'a.md': it is not a JSON report: "), "{error}");
+    fn another_machine_is_named_and_a_large_loss_is_in_times() {
+        let earlier = report(&[(FUSED, Some(1.0))]);
+        let mut current = report(&[(FUSED, Some(113.6))]);
+        current.machine.cores = 4;
+        let text = compare(&earlier, &current, 10.0).render(WIDTH);
+        let note = "note: the earlier report is of another machine: 2 cores then, 4 cores now\n";
+        assert!(text.contains(note), "{text}");
+        let title = "num_tokens=128, dtype=bfloat16, with residual, quant=none";
+        let slower = format!("SLOWER: {FUSED} ({title}) is 114 times as slow as before\n");
+        assert!(text.contains(&slower), "{text}");
     }
 }

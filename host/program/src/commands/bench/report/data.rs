@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     commands::bench::settings::{Case, Settings, dtype_name},
     measurement::Kind,
+    peers::choice::PeerChoice,
     quant_mode::QuantMode,
     report::machine::Machine,
     usage::PROGRAM,
@@ -39,8 +40,52 @@ pub struct Report {
     /// All-to-all put bandwidth in GB/s, measured in this run. Only for links between GPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub push_gb_s: Option<f64>,
+    /// The answer, which follows from the configurations. Reading a report derives it anew.
+    #[serde(default)]
+    pub conclusion: Conclusion,
     /// The configurations, in the order measured.
     pub configurations: Vec<Configuration>,
+}
+
+/// The answer of a benchmark.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Conclusion {
+    /// The answer in words, a sentence or two each.
+    pub sentences: Vec<String>,
+    /// A line for each configuration, by element type, quantization mode and tokens.
+    pub gains: Vec<Gain>,
+}
+
+/// The gain from fusing in one configuration.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Gain {
+    /// Element type.
+    #[serde(with = "dtype_name")]
+    pub dtype: DType,
+    /// The quantization of the norm.
+    pub quant_mode: QuantMode,
+    /// Tokens.
+    pub num_tokens: u64,
+    /// The fastest variant of separate operations; `None` if none was verified.
+    pub separate: Option<Fastest>,
+    /// The fastest fused variant; `None` if none was verified.
+    pub fused: Option<Fastest>,
+    /// The separate variant's median over the fused one's.
+    pub gain: Option<f64>,
+}
+
+/// The fastest variant of its kind.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fastest {
+    /// The variant's name.
+    pub variant: String,
+    /// Median time in microseconds.
+    pub median_us: f64,
+    /// The middle half of the trials, from its shortest to its longest, as a share of the median.
+    pub spread: f64,
 }
 
 /// One configuration. All its variants compute the same result.
@@ -142,6 +187,7 @@ impl Report {
             world_size,
             settings,
             push_gb_s: None,
+            conclusion: Conclusion::default(),
             configurations: Vec::new(),
         }
     }
@@ -196,6 +242,24 @@ impl Configuration {
 }
 
 impl Row {
+    /// The package that the row measures; `None` if it is this project. Names of a package's variants start with its name.
+    pub fn peer(&self) -> Option<PeerChoice> {
+        let is_of = |peer: &PeerChoice| {
+            self.variant.strip_prefix(peer.name()).is_some_and(|rest| rest.starts_with('_'))
+        };
+        PeerChoice::ALL.into_iter().find(is_of)
+    }
+
+    /// True if it is a fused operation of this project.
+    pub fn is_ours_fused(&self) -> bool {
+        self.kind == Kind::Fused && self.peer().is_none()
+    }
+
+    /// True if the residual that it reads and writes is sharded, so that it sends and writes fewer bytes than others.
+    pub fn is_sharded(&self) -> bool {
+        self.variant.ends_with("_sharded")
+    }
+
     /// The figures, if the row was verified.
     pub fn figures(&self) -> Option<&Figures> {
         match &self.outcome {
@@ -203,4 +267,12 @@ impl Row {
             RowOutcome::Failed { .. } => None,
         }
     }
+}
+
+/// A variant's name without the parts that the rows of a configuration share.
+pub(super) fn short_name(variant: &str) -> String {
+    let fused = variant.replace("fused_allreduce_rmsnorm", "fused");
+    ["standard_", "_rmsnorm", "_fp8_quant", "_fp4_quant"]
+        .iter()
+        .fold(fused, |name, part| name.replace(part, ""))
 }

@@ -14,7 +14,7 @@
 use super::data::{Configuration, ErrorUnit, Figures, Report, Row, RowOutcome};
 use crate::{
     commands::bench::settings::Case,
-    measurement::{Kind, Measurement, Trials, bus_factor, invalid_duration, median},
+    measurement::{Kind, Measurement, Trials, bus_factor, invalid_duration, median, percentile},
 };
 
 impl Report {
@@ -31,6 +31,7 @@ impl Report {
         };
         configuration.rows = rows(measured, configuration.input_bytes(), self.world_size);
         self.configurations.push(configuration);
+        self.conclude();
     }
 }
 
@@ -91,11 +92,6 @@ fn timed(trials: Trials, bytes: f64, world_size: u32) -> RowOutcome {
         times_us,
         figures,
     }
-}
-
-fn percentile(sorted: &[f64], percent: usize) -> Option<f64> {
-    let rank = (sorted.len() * percent).div_ceil(100);
-    sorted.get(rank.checked_sub(1)?).copied()
 }
 
 #[cfg(test)]

@@ -1,17 +1,21 @@
 //! The report as JSON: every figure, for scripts and for a comparison with a later run.
 //!
 //! Reading is strict: a report of another schema, with unknown or missing fields, or with impossible figures is refused.
+//! What follows from the rest is derived anew, so reports of earlier versions get it too.
 
-use std::{fmt, io, path::Path};
+use std::{fmt, io, ops::RangeInclusive, path::Path, time::Duration};
 
 use serde_json::Value;
 
 use super::data::{Report, RowOutcome, SCHEMA};
-use crate::bounded;
+use crate::{bounded, usage::UsageError};
 
 /// The most bytes of a report that are read. The longest benchmarks write a few hundredths of that. With a million trials
 /// it is enough for the rows of one configuration.
 pub const MAX_BYTES: u64 = 256 << 20;
+
+/// The medians that a report may have, in microseconds: from less than any clock tells to more than a lifetime.
+const MEDIANS_US: RangeInclusive<f64> = 1e-9..=1e18;
 
 /// The reason why a report cannot be read.
 #[derive(Debug)]
@@ -58,9 +62,37 @@ pub fn to_string(report: &Report) -> serde_json::Result<String> {
     serde_json::to_string_pretty(report).map(|text| text + "\n")
 }
 
-/// Reads the report at `path`.
-pub fn read(path: &Path) -> Result<Report, ReadError> {
-    parse(&bounded::read_to_string(path, MAX_BYTES).map_err(ReadError::Io)?)
+/// The file of an earlier report, as an option names it. The name `-` is the standard input.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    /// The option, for messages.
+    pub option: &'static str,
+    /// The path as the user wrote it.
+    pub named: &'a Path,
+    /// Longest wait for the writer of a pipe.
+    pub patience: Duration,
+}
+
+impl<'a> Source<'a> {
+    /// The path to read.
+    pub fn path(&self) -> &'a Path {
+        if self.named == Path::new("-") { Path::new("/dev/stdin") } else { self.named }
+    }
+
+    /// Reads the text, from another `path` if a pipe's content has been handed over.
+    pub fn text(&self, path: Option<&Path>) -> Result<String, UsageError> {
+        bounded::read_to_string(path.unwrap_or(self.path()), MAX_BYTES, self.patience)
+            .map_err(|error| self.unusable(&ReadError::Io(error)))
+    }
+
+    /// The report that `text` is.
+    pub fn report(&self, text: &str) -> Result<Report, UsageError> {
+        parse(text).map_err(|error| self.unusable(&error))
+    }
+
+    fn unusable(&self, error: &ReadError) -> UsageError {
+        UsageError::new(format_args!("{}: cannot use '{}': {error}", self.option, self.named.display()))
+    }
 }
 
 /// Reads a report from text.
@@ -72,22 +104,23 @@ pub fn parse(text: &str) -> Result<Report, ReadError> {
         Some(_) => {}
     }
     // Once more from the text: its errors name line and column.
-    let report: Report = serde_json::from_str(text).map_err(ReadError::Fields)?;
+    let mut report: Report = serde_json::from_str(text).map_err(ReadError::Fields)?;
     for configuration in &report.configurations {
         for row in &configuration.rows {
             if let RowOutcome::Verified { figures, .. } = &row.outcome
-                && !(figures.median_us.is_finite() && figures.median_us > 0.0)
+                && (configuration.num_tokens == 0 || !MEDIANS_US.contains(&figures.median_us))
             {
                 return Err(ReadError::Figures(format!("{} at {}", row.variant, configuration.title())));
             }
         }
     }
+    report.conclude();
     Ok(report)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{fs, process::Command};
 
     use super::{super::fixture, *};
 
@@ -172,13 +205,38 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_cannot_be_read_says_why() {
+    fn a_report_without_its_conclusion_gets_it_from_the_rows() {
+        let mut value = serde_json::to_value(fixture::report()).unwrap();
+        value.as_object_mut().unwrap().remove("conclusion").unwrap();
+        assert_eq!(parse(&value.to_string()).unwrap(), fixture::report());
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_says_why() {
         let folder = tempfile::tempdir().unwrap();
-        let error = |path: &Path| read(path).unwrap_err().to_string();
+        let error = |path: &Path| {
+            let source = Source { option: "--from", named: path, patience: Duration::from_millis(20) };
+            let error = source.text(None).and_then(|text| source.report(&text)).unwrap_err().to_string();
+            let start = format!("--from: cannot use '{}': ", path.display());
+            error.strip_prefix(&start).unwrap_or_else(|| panic!("{error}")).to_owned()
+        };
         assert_eq!(error(&folder.path().join("none.json")), "there is no such file");
         assert_eq!(error(folder.path()), "it is a directory");
         let path = folder.path().join("binary");
         fs::write(&path, b"\xff\xfe").unwrap();
         assert_eq!(error(&path), "it is not a JSON report: not UTF-8");
+        fs::write(&path, "# Markdown").unwrap();
+        assert!(error(&path).starts_with("it is not a JSON report: "));
+        let pipe = folder.path().join("pipe");
+        assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        assert_eq!(error(&pipe), "nobody wrote to it for 0.02 s");
+    }
+
+    #[test]
+    fn a_name_is_shown_in_one_line() {
+        let named = Path::new("no such\nfile.json");
+        let source = Source { option: "--compare", named, patience: Duration::ZERO };
+        let error = source.text(None).unwrap_err().to_string();
+        assert_eq!(error, "--compare: cannot use 'no such\\nfile.json': there is no such file");
     }
 }

@@ -1,5 +1,5 @@
-//! The report as Markdown, in the form of vLLM's `benchmark_fused_collective.py`: a heading, the settings, and a section
-//! with a table for each configuration.
+//! The report as Markdown: the conclusion, and then the form of vLLM's `benchmark_fused_collective.py`, which is the settings
+//! and a section with a table for each configuration.
 
 use std::fmt::Write;
 
@@ -13,6 +13,7 @@ pub fn to_string(report: &Report) -> String {
     let Report { settings, .. } = report;
     let modes: Vec<&str> = settings.quant_modes.iter().map(|mode| mode.name()).collect();
     let mut out = String::from("# Fused Collective Operations Benchmark Results\n\n");
+    conclusion(&mut out, report);
     let cold = settings.cold.then(|| ("Caches", "cold: tensors come from memory".to_owned()));
     let settings = [
         ("World Size", report.world_size.to_string()),
@@ -42,6 +43,21 @@ pub fn to_string(report: &Report) -> String {
         section(&mut out, configuration);
     }
     out
+}
+
+fn conclusion(out: &mut String, report: &Report) {
+    out.push_str("## Conclusion\n\n");
+    for sentence in &report.conclusion.sentences {
+        let _ = writeln!(out, "- {sentence}");
+    }
+    out.push_str(
+        "\n| Quantization | Tokens | Fastest separate | Fastest fused | Separate (µs) | Fused (µs) | Gain |\n\
+         | :--- | ---: | :--- | :--- | ---: | ---: | ---: |\n",
+    );
+    for cells in report.conclusion.cells(|variant| format!("`{variant}`")) {
+        let _ = writeln!(out, "| {} |", cells.join(" | "));
+    }
+    out.push('\n');
 }
 
 fn section(out: &mut String, configuration: &Configuration) {
@@ -79,6 +95,17 @@ mod tests {
     fn the_form_is_exact() {
         let expected = "\
 # Fused Collective Operations Benchmark Results
+
+## Conclusion
+
+- Fusing is 0.50 to 2.00 times as fast as the fastest separate operations. It does not pay at 128 tokens (fp8).
+- FP8 in the fused kernel takes 160 times the time without quantization.
+- Not counted: 1 of 7 variants, which FAILED.
+
+| Quantization | Tokens | Fastest separate | Fastest fused | Separate (µs) | Fused (µs) | Gain |
+| :--- | ---: | :--- | :--- | ---: | ---: | ---: |
+| none | 128 | `standard_allreduce_rmsnorm_native_compiled` | `fused_allreduce_rmsnorm_oneshot` | 250.00 | 125.00 | 2.00x |
+| fp8 | 128 | `standard_allreduce_rmsnorm_fp8_quant_native_compiled` | `fused_allreduce_rmsnorm_fp8_quant_oneshot` | 10000.00 | 20000.00 | 0.50x |
 
 **World Size:** 2  
 **Hidden Dimension:** 8192  

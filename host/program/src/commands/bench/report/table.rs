@@ -4,9 +4,9 @@ use std::fmt::Write;
 
 use super::{
     cells::Cells,
-    data::{Configuration, Report},
+    data::{Conclusion, Configuration, Report, short_name},
 };
-use crate::report::grid::grid;
+use crate::report::grid::{grid, table};
 
 /// The heading: backend, ranks, trials and machine.
 pub fn heading(report: &Report) -> String {
@@ -33,6 +33,18 @@ pub fn configuration(configuration: &Configuration, width: u16) -> String {
     }
     for (row, reason) in configuration.failures() {
         let _ = writeln!(out, "FAILED {}: {reason}", row.variant);
+    }
+    out
+}
+
+/// The conclusion: a table at most `width` columns wide, and its sentences.
+pub fn conclusion(conclusion: &Conclusion, width: u16) -> String {
+    let header =
+        ["quantization", "tokens", "fastest separate", "fastest fused", "separate µs", "fused µs", "gain"];
+    let rows = conclusion.cells(short_name).map(Vec::from).collect();
+    let mut out = format!("Conclusion\n{}\n\n", table(4, &header, rows, width));
+    for sentence in &conclusion.sentences {
+        let _ = writeln!(out, "{sentence}");
     }
     out
 }

@@ -33,7 +33,7 @@ pub enum GammaType {
 pub struct Norm {
     /// Addend of the mean square; finite and not negative.
     pub epsilon: f32,
-    /// Addend of gamma: 0 in the usual form, 1 in Gemma's.
+    /// Addend of gamma, finite: 0 in the usual form, 1 in Gemma's.
     pub weight_bias: f32,
     /// The type of gamma in memory.
     pub gamma: GammaType,
@@ -166,6 +166,8 @@ pub enum OperationError {
     Group(u32),
     /// Epsilon is negative, infinite or NaN.
     Epsilon(f32),
+    /// The weight bias is infinite or NaN.
+    WeightBias(f32),
     /// A quantization without a norm to quantize.
     QuantizationWithoutNorm,
     /// The residual is sharded, which this operation does not allow; the text completes "a sharded residual ...".
@@ -198,6 +200,9 @@ impl fmt::Display for OperationError {
             OperationError::Epsilon(epsilon) => {
                 write!(f, "epsilon {epsilon} is not valid: use a finite number that is not negative")
             }
+            OperationError::WeightBias(bias) => {
+                write!(f, "weight bias {bias} is not valid: use a finite number")
+            }
             OperationError::QuantizationWithoutNorm => f.write_str(
                 "a quantization needs a norm to quantize: add a norm or leave out the quantization",
             ),
@@ -227,6 +232,9 @@ impl Operation {
         if let Some(norm) = self.norm {
             if !(norm.epsilon.is_finite() && norm.epsilon >= 0.0) {
                 return Err(OperationError::Epsilon(norm.epsilon));
+            }
+            if !norm.weight_bias.is_finite() {
+                return Err(OperationError::WeightBias(norm.weight_bias));
             }
         } else if self.quantization != Quantization::None {
             return Err(OperationError::QuantizationWithoutNorm);

@@ -70,7 +70,11 @@ fn expected(quantization: Quantization, row: &[f32], scale: f32) -> Quantized {
     let (mut values, mut scales) = (Vec::new(), Vec::new());
     match quantization {
         Quantization::None => {}
-        Quantization::Fp8Static => values.extend(row.iter().map(|x| fp8(x, 1.0 / scale))),
+        // A scale that is not valid multiplies by 0.
+        Quantization::Fp8Static => {
+            let multiplier = if quantization.check_scale(scale).is_ok() { 1.0 / scale } else { 0.0 };
+            values.extend(row.iter().map(|x| fp8(x, multiplier)));
+        }
         Quantization::Fp8PerToken => {
             let scale = (amax(row) / 448.0).max(1.0 / (448.0 * 512.0));
             values.extend(row.iter().map(|x| fp8(x, 1.0 / scale)));
@@ -91,6 +95,7 @@ fn expected(quantization: Quantization, row: &[f32], scale: f32) -> Quantized {
             }
         }
         Quantization::NvFp4 { .. } => {
+            let scale = if quantization.check_scale(scale).is_ok() { scale } else { 0.0 };
             for block in row.chunks(16) {
                 let code = nearest_ue4m3(f64::from(scale * (amax_or_nan(block) / 6.0)));
                 let multiplier = if code == 0 { 0.0 } else { scale / ue4m3::decode(code) };

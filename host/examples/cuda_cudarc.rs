@@ -54,6 +54,7 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
         slot_bytes: slot_bytes(RANKS, &operation),
         deadline: DEADLINE,
         oversubscribe: false,
+        check_scales: false,
         kernels: KernelSource::Embedded,
     };
     let mut communicator = Communicator::join(bootstrap, ordinal, &options)?;

@@ -54,6 +54,7 @@ fn rank(bootstrap: &Thread, image: &[u8]) -> Result<f32, Box<dyn Error + Send + 
         slot_bytes: slot_bytes(RANKS, &shape) / 2,
         deadline: DEADLINE,
         oversubscribe: false,
+        check_scales: false,
         kernels: KernelSource::Embedded,
     };
     let mut communicator = Communicator::join(bootstrap, ordinal, &options)?;

@@ -4,6 +4,7 @@ use std::{fmt, io, sync::Arc};
 
 use fused_collective_core::{
     plan::PlanError,
+    quant::ScaleError,
     workspace::{HeaderError, LayoutError},
 };
 
@@ -51,6 +52,8 @@ pub enum Error {
         /// The difference.
         source: HeaderError,
     },
+    /// The per-tensor or global scale is not valid; nothing was sent.
+    Scale(ScaleError),
     /// The memory has no room.
     Memory {
         /// The use of the memory.
@@ -187,9 +190,12 @@ impl Error {
     /// The error's class; of a [poisoned](Error::Poisoned) communicator the first failure's.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::Plan(_) | Error::Layout(_) | Error::Tensor { .. } | Error::Options(_) | Error::Left => {
-                ErrorKind::Invalid
-            }
+            Error::Plan(_)
+            | Error::Layout(_)
+            | Error::Tensor { .. }
+            | Error::Scale(_)
+            | Error::Options(_)
+            | Error::Left => ErrorKind::Invalid,
             Error::Unsupported(_) => ErrorKind::Unsupported,
             Error::NoDriver(_) | Error::Device(_) | Error::Kernels(_) => ErrorKind::Unavailable,
             Error::Memory { .. } | Error::Driver { code: OUT_OF_MEMORY, .. } => ErrorKind::OutOfMemory,
@@ -242,6 +248,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Plan(error) => error.fmt(f),
+            Error::Scale(error) => error.fmt(f),
             Error::Layout(error) => error.fmt(f),
             Error::Unsupported(what) => write!(f, "there are no kernels for {what}"),
             Error::Tensor { tensor, problem } => write!(f, "{tensor} {problem}"),
@@ -307,6 +314,7 @@ impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Error::Plan(source) => Some(source),
+            Error::Scale(source) => Some(source),
             Error::Layout(source) => Some(source),
             Error::Bootstrap(source) => Some(&**source),
             Error::Header { source, .. } => Some(source),

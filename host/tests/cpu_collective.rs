@@ -3,7 +3,7 @@
 use std::{thread, time::Duration};
 
 use fused_collective::{
-    Error,
+    Error, ErrorKind,
     cpu::{self, Communicator, Inputs, Operand, Outputs, Plain},
     group::{Thread, threads},
 };
@@ -456,5 +456,90 @@ fn tensors_that_do_not_fit_the_operation_are_refused_before_anything_is_sent() {
         assert_eq!(error.to_string(), "norm_out has length 240, the operation needs 256");
         // Nothing was sent: the next operation is right.
         case.check(&case.run(&mut communicator, Mode::OneShot).unwrap());
+    });
+}
+
+#[test]
+fn a_scale_or_a_weight_bias_that_is_not_valid_is_refused_before_anything_is_sent() {
+    let fp8 = Operation { quantization: Quantization::Fp8Static, ..operation::<bf16>(4, 64) };
+    let nvfp4 = Operation {
+        quantization: Quantization::NvFp4 { layout: ScaleLayout::Linear },
+        ..operation::<bf16>(4, 64)
+    };
+    group(2, 128, PATIENT, |mut communicator| {
+        for operation in [fp8, nvfp4] {
+            for scale in [0.0, -0.0, -1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+                let case = Case::<bf16> { scale, ..Case::new(operation, 2, 8) };
+                let error = case.run(&mut communicator, Mode::OneShot).unwrap_err();
+                assert_eq!(error.kind(), ErrorKind::Invalid);
+                assert!(error.to_string().contains("is not valid: use a"), "{error}");
+            }
+        }
+        for bias in [f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+            let norm = Some(Norm { weight_bias: bias, ..Norm::default() });
+            let case = Case::<bf16>::new(Operation { norm, ..operation::<bf16>(4, 64) }, 2, 8);
+            let error = case.run(&mut communicator, Mode::OneShot).unwrap_err();
+            assert_eq!(error.to_string(), format!("weight bias {bias} is not valid: use a finite number"));
+        }
+        // Without a quantization no scale is read.
+        let case = Case::<bf16> { scale: f32::NAN, ..Case::new(operation::<bf16>(4, 64), 2, 8) };
+        case.check(&case.run(&mut communicator, Mode::OneShot).unwrap());
+    });
+}
+
+/// The norm in the input's memory, the sum in the residual's, in one round and in many.
+#[test]
+fn outputs_in_place_are_those_apart() {
+    fn check<E: Plain>(operation: Operation, world_size: u32) {
+        let case = Case::<E>::new(operation, world_size, 9);
+        group(world_size, operation.row_bytes(), PATIENT, |mut communicator| {
+            let rank = communicator.rank();
+            let sharded = Operation { residual: Residual::Sharded, mode: Mode::TwoShot, ..operation };
+            let modes = [Mode::OneShot, Mode::TwoShot].map(|mode| Operation { mode, ..operation });
+            for operation in modes.into_iter().chain([sharded]) {
+                let apart = case.run_operation(&mut communicator, &operation).unwrap();
+                let (mut residual, mut input) = (
+                    case.residual_rows(&operation, rank, &case.residual),
+                    case.inputs[rank as usize].clone(),
+                );
+                let inputs = Inputs {
+                    input: Operand::InPlace,
+                    residual: Some(Operand::InPlace),
+                    gamma: case.gamma(),
+                    scale: case.scale,
+                };
+                let outputs = Outputs {
+                    residual_out: &mut residual,
+                    norm_out: &mut input,
+                    quant_out: &mut [],
+                    scale_out: &mut [],
+                };
+                communicator.all_reduce(&operation, inputs, outputs).unwrap();
+                assert!(residual.as_bytes() == apart.residual_out.as_bytes(), "{operation:?}");
+                assert!(input.as_bytes() == apart.norm_out.as_bytes(), "{operation:?}");
+            }
+        });
+    }
+    check::<bf16>(operation::<bf16>(3, 80), 2);
+    check::<f32>(operation::<f32>(200, 4096), 3);
+
+    // Without a norm in the elements there is no place for it.
+    let operation = Operation { quantization: Quantization::Fp8Static, ..operation::<bf16>(3, 64) };
+    let case = Case::<bf16>::new(operation, 2, 10);
+    group(2, 128, PATIENT, |mut communicator| {
+        let inputs = Inputs {
+            input: Operand::InPlace,
+            residual: Some(Operand::Apart(&case.residual[..])),
+            gamma: case.gamma(),
+            scale: case.scale,
+        };
+        let (mut sum, mut codes) = (case.residual.clone(), vec![0; 3 * 64]);
+        let outputs =
+            Outputs { residual_out: &mut sum, norm_out: &mut [], quant_out: &mut codes, scale_out: &mut [] };
+        let error = communicator.all_reduce(&operation, inputs, outputs).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "input is to be in the memory of norm_out, which the operation does not write"
+        );
     });
 }

@@ -53,7 +53,13 @@ fn operation(tokens: u64, hidden: u64) -> Operation {
 
 fn options(operation: &Operation, deadline: Duration) -> Options {
     let slot_bytes = slot_bytes(RANKS, operation);
-    Options { slot_bytes, deadline, oversubscribe: false, kernels: KernelSource::Embedded }
+    Options {
+        slot_bytes,
+        deadline,
+        oversubscribe: false,
+        check_scales: false,
+        kernels: KernelSource::Embedded,
+    }
 }
 
 /// The context that is current in this thread.

@@ -150,7 +150,12 @@ pub(super) fn write_row<E: Element>(
         }
         Quantization::NvFp4 { layout } => {
             let scales = RowScales::new(layout, token, row.len() / 16, scales);
-            quantize_blocks::<E, _, 16>(NvFp4Block { global_scale: scale }, row, values, scales);
+            quantize_blocks::<E, _, 16>(
+                NvFp4Block { global_scale: scale::nvfp4_global(scale) },
+                row,
+                values,
+                scales,
+            );
         }
         Quantization::MxFp4 { layout } => {
             let scales = RowScales::new(layout, token, row.len() / 32, scales);

@@ -38,10 +38,19 @@ pub fn amax_or_nan(largest: f32, value: f32) -> f32 {
     f32::from_bits(largest.to_bits().max(value.abs().to_bits()))
 }
 
-/// The multiplier of elements under an `f32` scale: `1 / scale`.
+/// The multiplier of elements under an `f32` scale: `1 / scale`. It is 0 under a scale that is not from [`MIN_FP8_STATIC`]
+/// to [`f32::MAX`], so that zeros stay zeros: such a scale in a tensor gives codes of zero, and NaN for elements that are
+/// not finite.
 #[inline(always)]
 pub fn fp8_multiplier(scale: f32) -> f32 {
-    1.0 / scale
+    if scale >= MIN_FP8_STATIC && scale <= f32::MAX { 1.0 / scale } else { 0.0 }
+}
+
+/// The global scale of NVFP4 as it is used: 0 in place of one that is not above 0 and at most [`MAX_NVFP4_GLOBAL`]. Under 0
+/// all block scales and codes of finite elements are zeros.
+#[inline(always)]
+pub fn nvfp4_global(scale: f32) -> f32 {
+    if scale > 0.0 && scale <= MAX_NVFP4_GLOBAL { scale } else { 0.0 }
 }
 
 /// The `f32` scale of a token: `max(amax / 448, 1 / (448 * 512))`, as in vLLM's dynamic per-token kernel.

@@ -268,6 +268,7 @@ impl<E: Element> Checker<'_, E> {
     /// Checks the scale of one block (or of the whole token) and returns the multiplier of its elements.
     fn multiplier(&self, norm: &TokenNorm, first: usize, elements: usize) -> Result<f32, Mismatch> {
         let (quantization, global) = (self.operation.quantization, self.token.scale);
+        let nvfp4_global = scale::nvfp4_global(global);
         let block = first / elements;
         let cols = (self.observed.residual_out.len() / elements) as u64;
         let code_in = |layout: crate::quant::ScaleLayout| {
@@ -309,10 +310,10 @@ impl<E: Element> Checker<'_, E> {
                 let code = code_in(layout);
                 check(
                     scale::amax_or_nan,
-                    &|amax| ue4m3::decode(scale::nvfp4_block(amax, global)),
+                    &|amax| ue4m3::decode(scale::nvfp4_block(amax, nvfp4_global)),
                     ue4m3::decode(code),
                 )?;
-                Ok(scale::nvfp4_multiplier(code, global))
+                Ok(scale::nvfp4_multiplier(code, nvfp4_global))
             }
         }
     }

@@ -107,7 +107,7 @@ impl<E: Element> Quantizer<E> for NvFp4 {
     #[inline(always)]
     unsafe fn constants(&self) -> f32 {
         // SAFETY: the scale is one `f32` and constant.
-        f32::from_bits(unsafe { simt::load_constant_u32(self.global_scale) })
+        scale::nvfp4_global(f32::from_bits(unsafe { simt::load_constant_u32(self.global_scale) }))
     }
 
     /// Zeroes the scales of the rows that pad the last row of tiles, with the round that has the last token.

@@ -450,3 +450,31 @@ fn a_norm_in_the_place_of_the_next_tokens_input_is_wrong() {
     });
     check_all(&case, &tensors);
 }
+
+/// On a GPU a scale is seen by the kernel alone.
+#[test]
+fn under_a_scale_that_is_not_valid_codes_are_defined_and_zeros_stay_zero() {
+    let mut random = Random(42);
+    let world = World::new(2, 1 << 14);
+    for scale in [0.0, -0.0, 1e-45, -1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 3e38] {
+        for (what, kernel) in [
+            (What::Fp8, Kernel::OneShot),
+            (What::Fp8, Kernel::Sharded),
+            (What::NvFp4(ScaleLayout::Linear), Kernel::TwoShot),
+            (What::NvFp4(ScaleLayout::Linear), Kernel::Sharded),
+        ] {
+            let mut case = Case::<bf16>::new(&mut random, 2, 3, 64, true, what);
+            case.scale = scale;
+            let row = ..64;
+            case.inputs.iter_mut().chain(&mut case.residual).for_each(|tensor| tensor[row].fill(bf16::ZERO));
+            let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+            let launch = geometry(&case.operation, Rows::P1, 1, 2);
+            let [_, _, codes, scales] = run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);
+            let of_zeros = case.operation.quantization.value_bytes_per_row(64) as usize;
+            assert!(codes[..of_zeros].iter().all(|&code| code & 0x77 == 0), "{scale}: {codes:x?}");
+            let valid = case.operation.quantization.check_scale(scale).is_ok();
+            assert!(valid || scales.iter().all(|&scale| scale == 0), "{scale}: {scales:x?}");
+        }
+    }
+    world.assert_clean();
+}

@@ -363,6 +363,7 @@ fn check<'a, E: Plain>(
         }
         length("gamma", inputs.gamma.len(), operation.hidden)?;
     }
+    quantization.check_scale(inputs.scale).map_err(Error::Scale)?;
     length("residual_out", outputs.residual_out.len(), residual_elements)?;
     let norm_out = if operation.writes_norm() {
         length("norm_out", outputs.norm_out.len(), elements)?;

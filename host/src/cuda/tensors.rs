@@ -11,6 +11,8 @@ use crate::error::{Error, TensorProblem};
 
 /// The alignment of tensors, in bytes.
 const ALIGNMENT: u64 = 16;
+/// The alignment of a scale, in bytes: it may be one of several in a tensor.
+pub(super) const SCALE_ALIGNMENT: u64 = 4;
 
 /// The type of a tensor's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +26,7 @@ pub enum TensorType {
 /// A contiguous tensor in the memory of this rank's GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceTensor {
-    /// Its address: a multiple of 16.
+    /// Its address: a multiple of 16; of [`Tensors::scale`] a multiple of 4.
     pub address: u64,
     /// Its elements, or its bytes if they are codes.
     pub length: u64,
@@ -55,6 +57,9 @@ pub struct Tensors {
     /// RMSNorm's weight, if the operation has a norm. It must not change while operations run.
     pub gamma: Option<DeviceTensor>,
     /// One `f32`: the scale of static FP8 or the global scale of NVFP4. It must not change while operations run.
+    ///
+    /// One that [`Quantization::check_scale`] refuses gives [codes of zero](fused_collective_core::quant::scale::fp8_multiplier).
+    /// [`Options::check_scales`](super::Options::check_scales) makes it an error.
     pub scale: Option<DeviceTensor>,
     /// The sum, plus the residual.
     pub residual_out: DeviceTensor,
@@ -84,7 +89,8 @@ impl Tensors {
         check("input", Some(self.input), Some((activation, element)))?;
         check("residual", self.residual, operation.residual.is_some().then_some((rows, element)))?;
         check("gamma", self.gamma, operation.norm.map(|_| (hidden, element)))?;
-        check("scale", self.scale, quantized.then_some((1, TensorType::Element(DType::F32))))?;
+        let scale = quantized.then_some((1, TensorType::Element(DType::F32)));
+        check_aligned("scale", self.scale, scale, SCALE_ALIGNMENT)?;
         check("residual_out", Some(self.residual_out), Some((rows, element)))?;
         check("norm_out", self.norm_out, operation.writes_norm().then_some((activation, element)))?;
         check("quant_out", self.quant_out, quantized.then_some((values, TensorType::Code)))?;
@@ -166,6 +172,19 @@ pub(super) fn check(
     given: Option<DeviceTensor>,
     needed: Option<(u64, TensorType)>,
 ) -> Result<(), Error> {
+    check_aligned(tensor, given, needed, ALIGNMENT)
+}
+
+/// [`check`] of a tensor of another alignment.
+///
+/// # Errors
+/// [`Error::Tensor`].
+fn check_aligned(
+    tensor: &'static str,
+    given: Option<DeviceTensor>,
+    needed: Option<(u64, TensorType)>,
+    alignment: u64,
+) -> Result<(), Error> {
     let problem = match (given, needed) {
         (None, None) => return Ok(()),
         (None, Some(_)) => TensorProblem::Missing,
@@ -175,8 +194,8 @@ pub(super) fn check(
                 TensorProblem::Type { given: name(element), needed: name(needed) }
             } else if length != needed_length {
                 TensorProblem::Length { given: length, needed: needed_length }
-            } else if length > 0 && (address == 0 || !address.is_multiple_of(ALIGNMENT)) {
-                TensorProblem::Misaligned { address, alignment: ALIGNMENT }
+            } else if length > 0 && (address == 0 || !address.is_multiple_of(alignment)) {
+                TensorProblem::Misaligned { address, alignment }
             } else {
                 return Ok(());
             }
@@ -260,6 +279,16 @@ mod tests {
             ..tensors()
         };
         assert!(tensors.check(&fp4, 0, 2).is_ok());
+        // A layer's scale among those of others.
+        let scale_at = |address| Tensors {
+            scale: Some(DeviceTensor { address, ..of(1, TensorType::Element(DType::F32)) }),
+            ..tensors
+        };
+        assert!(scale_at(1 << 20 | 12).check(&fp4, 0, 2).is_ok());
+        assert_eq!(
+            why(&scale_at(1 << 20 | 6), &fp4),
+            "scale is at 0x100006, which is not a multiple of 4 above 0"
+        );
         let missing = Tensors { scale_out: None, ..tensors };
         assert_eq!(why(&missing, &fp4), "scale_out is missing: the operation has one");
     }

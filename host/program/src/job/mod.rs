@@ -323,6 +323,7 @@ impl Job {
             slot_bytes: self.request.problems.iter().map(slot_bytes).max().unwrap_or(0),
             deadline,
             oversubscribe: self.request.options.oversubscribe,
+            check_scales: false,
             kernels: cuda::KernelSource::default(),
         };
         let communicator = cuda::Communicator::join(group, ordinal(local_rank)?, &options)?;

@@ -76,7 +76,8 @@ impl Machine {
     /// a system has of it changes a little with its kernel.
     pub fn differences(&self, earlier: &Machine) -> Vec<String> {
         let facts = |machine: &Machine| {
-            let Machine { cpu, cores, memory_bytes: _, os, kernel, arch, gpus, rank_cpus: _, driver } = machine;
+            let Machine { cpu, cores, memory_bytes: _, os, kernel, arch, gpus, rank_cpus: _, driver } =
+                machine;
             let gpus = if gpus.is_empty() { "no GPU".to_owned() } else { gpus.join(", ") };
             [
                 cpu.clone(),

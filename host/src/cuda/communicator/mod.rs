@@ -32,7 +32,7 @@ use fused_collective_core::{
 
 use super::{
     device::{self, Gpu},
-    driver::Handle,
+    driver::{Handle, check},
     epilogue::epilogue,
     kernels::{KernelSource, Kernels, Launch, MAX_RANKS},
     memory::MappedStatus,
@@ -69,6 +69,10 @@ pub struct Options {
     /// Lets ranks (processes) share a GPU. They take turns on it, at the driver's pace: operations are right,
     /// and take milliseconds. Not under MPS, where their kernels would compete for the places that each counts on.
     pub oversubscribe: bool,
+    /// Reads the scale of each operation from the GPU before it is enqueued, and refuses one that is
+    /// [not valid](fused_collective_core::quant::Quantization::check_scale): for debugging, since the host waits for the
+    /// stream. An operation that is captured is not checked.
+    pub check_scales: bool,
     /// The place of the kernels.
     pub kernels: KernelSource,
 }
@@ -88,6 +92,7 @@ pub struct Communicator {
     /// Other ranks' memory is closed: see [`leave`](Self::leave).
     left: bool,
     shares_gpus: bool,
+    check_scales: bool,
     log: CallLog,
     calls: CallTable,
     /// The launches of the rounds of the operation at hand.
@@ -118,7 +123,7 @@ impl Communicator {
     /// No driver, no kernels, not enough memory; two ranks that cannot share memory, by number; a deadline past
     /// [`MAX_DEADLINE`]; the bootstrap's.
     pub fn join(bootstrap: &dyn Bootstrap, ordinal: u32, options: &Options) -> Result<Communicator, Error> {
-        let &Options { slot_bytes, deadline, oversubscribe, ref kernels } = options;
+        let &Options { slot_bytes, deadline, oversubscribe, check_scales, ref kernels } = options;
         check_deadline(deadline)?;
         let (rank, world_size) = (bootstrap.rank(), bootstrap.world_size());
         let set = Set::for_group(world_size).ok_or_else(|| {
@@ -161,6 +166,7 @@ impl Communicator {
             failed: None,
             left: false,
             shares_gpus,
+            check_scales,
             log,
             calls: CallTable::default(),
             launches: Vec::new(),
@@ -262,12 +268,46 @@ impl Communicator {
         let plan = Plan::new(operation, &self.limits)?;
         tensors.check(operation, self.rank, self.limits.world_size)?;
         let _entered = self.gpu.context().clone().enter()?;
+        if self.check_scales {
+            // SAFETY: the context is current, and the caller vouches for the scale and the stream.
+            unsafe { self.check_scale(operation, tensors, stream)? };
+        }
         self.choose_launches(operation, &plan)?;
         let epilogue = epilogue(operation.norm, operation.quantization, operation.hidden, tensors)?;
         let call = Call::operation(operation, plan.algorithm, None);
         // SAFETY: the kernels were chosen for the operation, whose epilogue this is, and the tensors were checked, whose
         // addresses this function's caller vouches for, as for the stream.
         unsafe { self.launch_rounds(&plan, call, tensors.activations(operation.rounding), &epilogue, stream) }
+    }
+
+    /// Reads the scale of `operation`, and checks it. A scale that is written in a capture is not there yet.
+    ///
+    /// # Errors
+    /// [`Error::Scale`]; the driver's.
+    ///
+    /// # Safety
+    /// This rank's context is current, of which `stream` is one, and the scale is where the tensors say.
+    unsafe fn check_scale(
+        &self,
+        operation: &Operation,
+        tensors: &Tensors,
+        stream: Handle,
+    ) -> Result<(), Error> {
+        let Some(scale) = tensors.scale else { return Ok(()) };
+        // SAFETY: a stream of the current context.
+        if unsafe { self.is_capturing(stream)? } {
+            return Ok(());
+        }
+        let driver = self.gpu.context().driver();
+        let mut value = 0.0f32;
+        // SAFETY: as above; one `f32` of the device, and room for it.
+        let codes = unsafe {
+            let waited = (driver.cuStreamSynchronize)(stream);
+            let to = (&raw mut value).cast();
+            [waited, (driver.cuMemcpyDtoH_v2)(to, scale.address, size_of::<f32>())]
+        };
+        codes.into_iter().try_for_each(|code| check("read a scale", code))?;
+        operation.quantization.check_scale(value).map_err(Error::Scale)
     }
 
     /// Takes the calls that were captured since this was last called, for [`replay`](Self::replay). Call it when a capture

@@ -84,7 +84,7 @@ impl Communicator {
     ///
     /// # Safety
     /// `stream` is a stream of the current context.
-    unsafe fn is_capturing(&self, stream: Handle) -> Result<bool, Error> {
+    pub(super) unsafe fn is_capturing(&self, stream: Handle) -> Result<bool, Error> {
         let mut capturing = 0;
         let driver = self.gpu.context().driver();
         // SAFETY: a stream of the current context, and room for the answer.

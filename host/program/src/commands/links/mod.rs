@@ -68,7 +68,8 @@ impl Links {
         }
         screen.show(&progress, &heading);
         let measured = run::run(group, backend, &progress)?;
-        let report = Report::new(arguments(), name, world_size, &self.settings.job, machine, notes, &measured);
+        let report =
+            Report::new(arguments(), name, world_size, &self.settings.job, machine, notes, &measured);
         Ok((report, screen.shown()))
     }
 

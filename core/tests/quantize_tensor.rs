@@ -227,7 +227,9 @@ proptest! {
         let tensor = quantized(quantization, shape, &once, 1.0, 0xa5);
         let twice = dequantized::<f32>(quantization, shape, &tensor, 1.0);
         for (&once, &twice) in once.iter().zip(&twice) {
-            prop_assert_eq!(bits(once), bits(twice), "{:?}: {} became {}", quantization, once, twice);
+            // The last of a pack of E2M1 zeros loses its sign.
+            let is_zero = matches!(quantization, Quantization::MxFp4 { .. }) && once == 0.0 && twice == 0.0;
+            prop_assert!(bits(once) == bits(twice) || is_zero, "{quantization:?}: {once} became {twice}");
         }
     }
 
@@ -368,9 +370,15 @@ fn a_zero_is_a_zero_under_every_scale_that_is_accepted_and_no_other() {
             assert!(tensor.codes.iter().all(|&code| code == 0), "{quantization:?}: {scale:e}");
         }
     }
-    // One step further, multipliers are infinite, and zeros times them NaN.
-    assert!(scale::fp8_multiplier(scale::MIN_FP8_STATIC.next_down()).is_infinite());
-    assert!(scale::nvfp4_multiplier(1, scale::MAX_NVFP4_GLOBAL.next_up()).is_infinite());
+    // One step further, multipliers would be infinite, and zeros times them NaN.
+    let (small, large) = (scale::MIN_FP8_STATIC.next_down(), scale::MAX_NVFP4_GLOBAL.next_up());
+    assert!((1.0 / small).is_infinite() && scale::nvfp4_multiplier(1, large).is_infinite());
+    for bad in [small, 0.0, -0.0, -1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+        assert_eq!(scale::fp8_multiplier(bad).to_bits(), 0);
+    }
+    for bad in [large, 0.0, -0.0, -1.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN] {
+        assert_eq!(scale::nvfp4_global(bad).to_bits(), 0);
+    }
 }
 
 #[test]

@@ -173,6 +173,9 @@ fn adversarial_rows_stay_near_exact_arithmetic() {
     check::<bf16>(0.51);
 }
 
+/// A change of a sum, a norm, codes and scales.
+type Change<'a> = dyn Fn(&mut [f32], &mut [f32], &mut [u8], &mut [u8]) + 'a;
+
 #[test]
 fn any_other_bit_is_found_and_a_nan_is_a_nan() {
     let hidden = 64;
@@ -187,8 +190,7 @@ fn any_other_bit_is_found_and_a_nan_is_a_nan() {
         rounding: Rounding::Once,
         mode: Mode::Auto,
     };
-    let compare = |change: &dyn Fn(&mut Vec<f32>, &mut Vec<f32>, &mut Vec<u8>, &mut Vec<u8>),
-                   input: &[f32]| {
+    let compare = |change: &Change<'_>, input: &[f32]| {
         let gamma = vec![1.0; hidden];
         let token =
             Token { inputs: &[input], residual: None, gamma: Gamma::F32(&gamma), scale: 100.0, index: 2 };
@@ -211,7 +213,7 @@ fn any_other_bit_is_found_and_a_nan_is_a_nan() {
     let input: Vec<f32> = (0..hidden).map(|index| index as f32 / 7.0 - 3.0).collect();
     assert_eq!(compare(&|_, _, _, _| {}, &input), Ok(()));
     let flip = |value: &mut f32| *value = f32::from_bits(value.to_bits() ^ 1);
-    let found = |change: &dyn Fn(&mut Vec<f32>, &mut Vec<f32>, &mut Vec<u8>, &mut Vec<u8>)| {
+    let found = |change: &Change<'_>| {
         let mismatch = compare(change, &input).unwrap_err();
         assert_eq!(mismatch.token, 2);
         (mismatch.output, mismatch.index)
@@ -228,7 +230,7 @@ fn any_other_bit_is_found_and_a_nan_is_a_nan() {
     let negative = compare(&|sum, _, _, _| sum[1] = -0.0, &special).unwrap_err();
     assert_eq!((negative.output, negative.index), (Output::Residual, 1));
     special[2] = f32::NAN;
-    let other_nan = |sum: &mut Vec<f32>, norm: &mut Vec<f32>, _: &mut Vec<u8>, _: &mut Vec<u8>| {
+    let other_nan = |sum: &mut [f32], norm: &mut [f32], _: &mut [u8], _: &mut [u8]| {
         sum[2] = -f32::NAN;
         norm[7] = f32::from_bits(0x7fff_ffff);
     };

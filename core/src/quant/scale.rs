@@ -43,7 +43,7 @@ pub fn amax_or_nan(largest: f32, value: f32) -> f32 {
 /// not finite.
 #[inline(always)]
 pub fn fp8_multiplier(scale: f32) -> f32 {
-    if scale >= MIN_FP8_STATIC && scale <= f32::MAX { 1.0 / scale } else { 0.0 }
+    if (MIN_FP8_STATIC..=f32::MAX).contains(&scale) { 1.0 / scale } else { 0.0 }
 }
 
 /// The global scale of NVFP4 as it is used: 0 in place of one that is not above 0 and at most [`MAX_NVFP4_GLOBAL`]. Under 0

@@ -168,8 +168,8 @@ fn check<E: Element + Pod>(problem: &Problem, [residual_out, values, scales, nor
         };
         let operation = problem.operation(Mode::Auto);
         let mut specified = Row {
-            residual_out: &mut vec![E::default(); HIDDEN],
-            norm: &mut vec![E::default(); HIDDEN],
+            residual_out: &mut [E::default(); HIDDEN],
+            norm: &mut [E::default(); HIDDEN],
             values: &mut vec![0; row_values],
             scales: &mut vec![0; Row::<E>::scale_bytes(&operation) as usize],
         };

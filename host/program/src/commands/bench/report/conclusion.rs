@@ -1,7 +1,7 @@
 //! The answer of a benchmark: the fastest separate and the fastest fused variant of each configuration, and sentences to act
 //! on.
 //!
-//! Medians that differ by less than [`EQUAL`], or whose middle halves of trials overlap, are taken for equal. Fused variants
+//! Medians that differ by less than 3%, or whose middle halves of trials overlap, are taken for equal. Fused variants
 //! are this project's with a replicated residual, if nothing else is said: peers and the sharded residual have sentences
 //! of their own.
 

@@ -82,6 +82,7 @@ struct Tensors<E> {
 }
 
 /// Folds the outputs for rows of every kind, length, rounding and quantization.
+#[inline(always)]
 pub(crate) fn fold_rows<E: Element>(fold: &mut Fold) {
     let mut tensors = Tensors {
         inputs: [[E::default(); LONGEST]; RANKS],
@@ -108,6 +109,7 @@ pub(crate) fn fold_rows<E: Element>(fold: &mut Fold) {
 }
 
 impl<E: Element> Tensors<E> {
+    #[inline(always)]
     fn fold_row(&mut self, hidden: usize, number: u32, rounding: Rounding, fold: &mut Fold) {
         let twice = rounding == Rounding::AfterAllReduce;
         let mut random = Random(hidden as u64 ^ u64::from(number) << 32 ^ u64::from(twice) << 48);

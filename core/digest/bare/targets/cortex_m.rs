@@ -9,9 +9,9 @@ use core::arch::{asm, global_asm};
 // it is switched on before any compiled code, which may save its registers.
 global_asm!(
     ".section .vectors, \"a\"",
-    ".word stack_top, reset + 1",
+    ".word stack_top, reset",
     ".rept 14",
-    ".word fault + 1",
+    ".word fault",
     ".endr",
     ".section .text.reset, \"ax\"",
     ".thumb_func",

@@ -106,7 +106,8 @@ fn ptx() -> Result<String> {
         build.args(["--config", &format!("profile.release.{option}")]);
     }
     // The emulator knows neither functions nor tables: all is inlined but what panics, and a switch is branches.
-    let flags = "-Ctarget-cpu=sm_80 -Cllvm-args=-switch-to-lookup=false -Cllvm-args=-inline-threshold=1000000";
+    let flags =
+        "-Ctarget-cpu=sm_80 -Cllvm-args=-switch-to-lookup=false -Cllvm-args=-inline-threshold=1000000";
     build.env("RUSTFLAGS", flags).arg("--").arg(format!("--emit=asm={}", ptx.display()));
     cmd::run_within(&mut build, BUILD_LIMIT)?;
     let arguments = ["--package", "fused-collective-digest", "--example", "emulated"];

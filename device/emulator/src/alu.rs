@@ -255,6 +255,18 @@ mod tests {
         assert_eq!(of("setp.lt.f32", u64::from(f32::NAN.to_bits()), 0, 0), 0);
         assert_eq!(of("not.pred", of("mov.pred", u64::MAX, 0, 0), 0, 0), 0);
         assert_eq!(of("mul.hi.u32", 0xffff_ffff, 0xffff_ffff, 0), 0xffff_fffe);
+        assert_eq!(of("setp.ne.f32", bits(f32::NAN), 0, 0), 0);
+        assert_eq!(of("setp.ne.f32", bits(1.0), 0, 0), 1);
+        assert_eq!(of("setp.nan.f32", 0, bits(f32::NAN), 0), 1);
+        assert_eq!(of("setp.lt.s64", u64::MAX, 0, 0), 1);
+        assert_eq!(of("bfe.u32", 0xffff_ffff_1234_5678, 28, 8), 1);
+        assert_eq!(of("clz.b64", 1, 0, 0), 63);
+        assert_eq!(of("cvt.s32.s16", 0x8000, 0, 0), 0xffff_8000);
+        assert_eq!(of("neg.f32", 0, 0, 0), 0x8000_0000);
+        assert_eq!(of("mul.wide.u16", 0xffff, 0x1_ffff, 0), 0xfffe_0001);
+        // Halfway between two of `float32`, to even.
+        assert_eq!(of("cvt.rn.f32.f64", double_bits(1.0 + f64::from(f32::EPSILON) / 2.0), 0, 0), bits(1.0));
+        assert_eq!(of("sub.rn.f64", double_bits(1.0), double_bits(0.25), 0), double_bits(0.75));
         // The first source is the upper half.
         assert_eq!(of("cvt.rn.bf16x2.f32", bits(1.0), bits(-2.0), 0), 0x3f80_c000);
         assert_eq!(of("cvt.rn.f16x2.f32", bits(f32::NAN), bits(1e9), 0), 0x7fff_7c00);

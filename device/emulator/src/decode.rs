@@ -256,6 +256,12 @@ impl Decoder {
         {
             return Ok(Source::Constant(bits));
         }
+        // Unsigned, as the `U` says.
+        if let Some(bits) = operand.strip_prefix("0x")
+            && let Ok(bits) = u64::from_str_radix(bits.trim_end_matches('U'), 16)
+        {
+            return Ok(Source::Constant(bits));
+        }
         if let Ok(value) = operand.parse::<i128>() {
             return Ok(Source::Constant(value as u64));
         }

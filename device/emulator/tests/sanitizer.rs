@@ -309,7 +309,7 @@ fn what_the_emulator_does_not_know_is_named_with_its_line() {
     assert_eq!(what("\nadd.cc.s32 %r1, %r1, %r1;"), "line 11: the emulator does not know `add.cc.s32`");
     assert_eq!(what("add.s32 %r1, %r1, %r9;"), "line 10: `%r9` is no register");
     assert_eq!(what("bra $nowhere;"), "line 10: `$nowhere` is no label");
-    assert_eq!(what("ld.local.b32 %r1, [%rd1];"), "line 10: the emulator does not know `ld.local.b32`");
+    assert_eq!(what("ld.const.b32 %r1, [%rd1];"), "line 10: the emulator does not know `ld.const.b32`");
 }
 
 const LOCAL: &str = ".local .align 8 .b8 __local_depot0[16]; .reg .b64 %SP; .reg .b64 %SPL;

@@ -303,6 +303,27 @@ impl Decoder {
         {
             return Ok(Operation::Special { to: self.register(to)?, of });
         }
+        if let (Some(space), [to, from]) = (space_of(name, "ld", &GLOBAL_LOADS), operands) {
+            return Ok(Operation::Load {
+                space,
+                to: self.registers_of(to)?,
+                bytes: self.bytes(name)?,
+                signed: name.contains(".s8"),
+                from: self.place(from)?,
+                constant: name.contains(".nc"),
+                is_weak: !name.contains(".relaxed"),
+            });
+        }
+        if let (Some(space), [to, from]) = (space_of(name, "st", &GLOBAL_STORES), operands) {
+            return Ok(Operation::Store {
+                space,
+                to: self.place(to)?,
+                bytes: self.bytes(name)?,
+                from: self.sources_of(from)?,
+                release: name.contains(".release"),
+                is_weak: !name.contains(".relaxed") && !name.contains(".release"),
+            });
+        }
         Ok(match (name, operands) {
             ("mov.b32" | "mov.b64", [to, from]) if to.starts_with('{') => {
                 let parts = Self::list(to).into_iter();
@@ -332,23 +353,6 @@ impl Decoder {
             ("st.shared.f32", [to, from]) => {
                 Operation::StoreShared { to: self.place(to)?, from: self.source(from)? }
             }
-            (_, [to, from]) if space_of(name, "ld", &GLOBAL_LOADS).is_some() => Operation::Load {
-                space: space_of(name, "ld", &GLOBAL_LOADS).unwrap_or(Space::Generic),
-                to: self.registers_of(to)?,
-                bytes: self.bytes(name)?,
-                signed: name.contains(".s8"),
-                from: self.place(from)?,
-                constant: name.contains(".nc"),
-                is_weak: !name.contains(".relaxed"),
-            },
-            (_, [to, from]) if space_of(name, "st", &GLOBAL_STORES).is_some() => Operation::Store {
-                space: space_of(name, "st", &GLOBAL_STORES).unwrap_or(Space::Generic),
-                to: self.place(to)?,
-                bytes: self.bytes(name)?,
-                from: self.sources_of(from)?,
-                release: name.contains(".release"),
-                is_weak: !name.contains(".relaxed") && !name.contains(".release"),
-            },
             ("atom.relaxed.sys.global.cas.b32", [old, at, expected, new]) => Operation::CompareAndSwap {
                 old: self.register(old)?,
                 at: self.place(at)?,

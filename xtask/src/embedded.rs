@@ -27,8 +27,11 @@ const BUILD_LIMIT: Duration = Duration::from_secs(1200);
 /// The time of a run, a hundred times what each takes.
 const RUN_LIMIT: Duration = Duration::from_secs(120);
 
-/// Everything that computes the digest, and its way to do so.
-pub(crate) const PROCESSORS: [(&str, fn() -> Result<String>); 5] = [
+/// Builds the digest for a processor, runs it there, and returns what it printed.
+type Run = fn() -> Result<String>;
+
+/// Everything that computes the digest.
+pub(crate) const PROCESSORS: [(&str, Run); 5] = [
     ("the digest of this machine", native),
     ("the digest of aarch64", aarch64),
     ("the digest of a Cortex-M", cortex_m),

@@ -79,12 +79,15 @@ impl Team {
     pub fn clear<const RESIDENT: bool>(&self, lines: u32) {
         let (cluster, used) = (simt::cluster_size(), simt::threads() / WARP * lines);
         let (lanes, _) = Self::tiles(used);
+        // Most rows fill their places, and the code need not be fetched.
+        if RESIDENT && used == lanes * 4 && (cluster == 1 || cluster == MAX_CLUSTER) {
+            return;
+        }
         let mut index = simt::thread();
         while index < 2 * partials(RESIDENT) {
             let place = index % partials(RESIDENT);
             let is_used = if place >= max_lines(RESIDENT) {
-                let block = place - max_lines(RESIDENT);
-                block % 4 * 2 + block / 4 < cluster
+                place - max_lines(RESIDENT) < cluster
             } else if RESIDENT {
                 // The line that has the place, if one has.
                 place / 4 + place % 4 * lanes < used && place < 4 * lanes
@@ -124,33 +127,23 @@ impl Team {
         }
     }
 
-    /// The place of the sum of block `block`, among those of the cluster: blocks of even index come first.
-    #[inline(always)]
-    fn block_place(block: u32) -> u32 {
-        const { assert!(MAX_CLUSTER == 8) };
-        block % 2 * 4 + block / 2
-    }
-
     /// Leaves the sums of this warp's lines of chunk `chunk` of a row, of which this thread's packs have the sums `packs`,
     /// for [`sum`](Self::sum). Every thread of the team calls this for each chunk of the row.
     #[inline(always)]
     pub fn add<const P: usize, const RESIDENT: bool>(&self, chunk: u32, packs: [f32; P]) {
         const { assert!(P == 1 || P == 2) };
+        let (thread, warps) = (simt::thread(), simt::threads() / WARP);
+        let lanes = WARP / P as u32;
+        let line = (chunk * P as u32 + thread % WARP / lanes) * warps + thread / WARP;
+        // Ahead of the sum, which takes its time.
+        let place = Self::place::<RESIDENT>(line, warps * P as u32);
         // Two sums take as many shuffles as one: in the first, each half of the lanes takes over one of them.
-        let (sum, lanes) = match P {
-            1 => (simt::warp_sum(packs[0]), WARP),
-            _ => (simt::two_warp_sums(packs[0], packs[P - 1]), WARP / 2),
+        let sum = match P {
+            1 => simt::warp_sum(packs[0]),
+            _ => simt::two_warp_sums(packs[0], packs[P - 1]),
         };
-        // Registers that are read again are not kept.
-        if simt::thread() % lanes != 0 {
-            return;
-        }
-        let half = simt::thread() % WARP / lanes;
-        let warps = simt::threads() / WARP;
-        let line = (chunk * P as u32 + half) * warps + simt::thread() / WARP;
         // Past the longest row's end there is nothing to add.
-        if RESIDENT || line < max_lines(false) {
-            let place = Self::place::<RESIDENT>(line, warps * P as u32);
+        if thread % lanes == 0 && (RESIDENT || line < max_lines(false)) {
             self.shared.store(self.sums % 2 * partials(RESIDENT) + place, sum);
         }
     }
@@ -188,11 +181,12 @@ impl Team {
             if simt::thread() == 0 {
                 self.shared.expect(buffer, cluster);
             }
-            let place = sums + Self::block_place(simt::cluster_rank());
-            self.shared.send(simt::thread(), place, sum, buffer);
+            self.shared.send(simt::thread(), sums + simt::cluster_rank(), sum, buffer);
         }
         self.shared.wait(buffer, phase);
-        self.quad(sums) + self.quad(sums + 4)
+        const { assert!(MAX_CLUSTER == 8) };
+        let [first, second] = [0, 4].map(|block| self.shared.load_four(sums + block));
+        norm::sum_by_halves(core::array::from_fn::<_, 4, _>(|block| first[block] + second[block]))
     }
 
     /// The sum by halves of four floats of shared memory.

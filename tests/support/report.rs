@@ -22,6 +22,7 @@ pub struct Report {
     /// Present only if links between GPUs were measured.
     #[serde(default)]
     pub push_gb_s: Option<f64>,
+    pub verified_after: bool,
     pub conclusion: Conclusion,
     pub configurations: Vec<Configuration>,
 }

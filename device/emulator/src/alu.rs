@@ -59,6 +59,15 @@ fn extract(value: u64, first: u64, count: u64) -> u64 {
     if count > 63 { shifted } else { shifted & ((1 << count) - 1) }
 }
 
+/// [`extract`] of 32 bits, of which the last bit taken is repeated above. Of a field past the end, that is the sign.
+fn extract_signed(value: u64, first: u64, count: u64) -> u64 {
+    let (first, count) = ((first & 0xff).min(31) as u32, (count & 0xff) as u32);
+    let shifted = value as i32 >> first;
+    let above = 32u32.saturating_sub(count);
+    let field = if count == 0 { 0 } else { shifted << above >> above };
+    u64::from(field as u32)
+}
+
 fn both(of: fn(f32, f32) -> f32, a: u64, b: u64) -> u64 {
     bits(of(float(a), float(b))) | bits(of(float(a >> 32), float(b >> 32))) << 32
 }
@@ -153,6 +162,7 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "prmt.b32": permute,
         "bfe.u32": |a, b, c| extract(a & 0xffff_ffff, b, c) & 0xffff_ffff,
         "bfe.u64": extract,
+        "bfe.s32": extract_signed,
 
         "setp.eq.b16": compare!(u16, ==),
         "setp.ne.b16": compare!(u16, !=),
@@ -177,8 +187,8 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "setp.ge.u64": compare!(u64, >=),
         "setp.eq.f32": compare!(f32, ==),
         "setp.lt.f32": compare!(f32, <),
-        "setp.gt.f32": compare!(f32, >),
         "setp.le.f32": compare!(f32, <=),
+        "setp.gt.f32": compare!(f32, >),
         "setp.ge.f32": compare!(f32, >=),
         // Unlike `!=`, false of a NaN.
         "setp.ne.f32": |a, b, _| u64::from(float(a) < float(b) || float(a) > float(b)),
@@ -203,12 +213,11 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "fma.rn.f32": |a, b, c| bits(float(a).mul_add(float(b), float(c))),
         "div.rn.f32": |a, b, _| bits(float(a) / float(b)),
         "rcp.rn.f32": |a, _, _| bits(1.0 / float(a)),
-        "rsqrt.approx.f32": |a, _, _| bits((1.0 / f64::from(float(a)).sqrt()) as f32),
         "ex2.approx.f32": |a, _, _| bits(float(a).exp2()),
-        "neg.f32": |a, _, _| (a ^ 1 << 31) & 0xffff_ffff,
         "max.f32": |a, b, _| bits(float(a).max(float(b))),
         "min.f32": |a, b, _| bits(float(a).min(float(b))),
         "abs.f32": |a, _, _| bits(float(a).abs()),
+        "neg.f32": |a, _, _| bits(-float(a)),
         "cvt.rn.f32.u16": |a, _, _| bits(f32::from(a as u16)),
         "cvt.rn.f32.u32": |a, _, _| bits(a as u32 as f32),
         "cvt.rn.f32.u64": |a, _, _| bits(a as f32),

@@ -40,6 +40,9 @@ pub struct Report {
     /// All-to-all put bandwidth in GB/s, measured in this run. Only for links between GPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub push_gb_s: Option<f64>,
+    /// True if every variant was verified again after its trials; reports before version 0.3.0 do not say so.
+    #[serde(default)]
+    pub verified_after: bool,
     /// The answer, which follows from the configurations. Reading a report derives it anew.
     #[serde(default)]
     pub conclusion: Conclusion,
@@ -187,6 +190,7 @@ impl Report {
             world_size,
             settings,
             push_gb_s: None,
+            verified_after: true,
             conclusion: Conclusion::default(),
             configurations: Vec::new(),
         }

@@ -34,10 +34,11 @@ pub fn to_string(report: &Report) -> String {
         out,
         "\n```sh\n{}\n```\n\n\
          Time is the slowest rank's, per operation: the median of the trials. \
-         Every variant was verified before it was timed and after. \
+         Every variant was verified before it was timed{}. \
          Speedup is against the fastest verified standard variant of the same configuration, the *baseline*. \
          Bus bandwidth is nccl-tests'.\n\n---\n",
-        report.command_line()
+        report.command_line(),
+        if report.verified_after { " and after" } else { "" }
     );
     for configuration in &report.configurations {
         section(&mut out, configuration);

@@ -17,7 +17,7 @@ use fused_collective_build::Toolchain;
 use crate::cmd;
 
 /// A file that shows each of the packages to be installed: Debian's linker, its C library for the target, the emulator.
-const DEBIAN_PACKAGES: [(&str, &str); 3] = [
+const DEBIAN_PACKAGES: [Package; 3] = [
     ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"),
     ("/usr/aarch64-linux-gnu/lib/libc.so.6", "libc6-dev-arm64-cross"),
     ("qemu-aarch64", "qemu-user"),
@@ -91,15 +91,8 @@ impl Tools {
             (runner, format!("qemu-{arch} -L /usr/{arch}-linux-gnu")),
         ];
         variables.retain(|(name, _)| env::var_os(name).is_none());
-        if !variables.is_empty() && !missing_packages().is_empty() {
-            debian().with_context(|| {
-                format!(
-                    "no linker or no emulator for {arch}: on Debian, as root, apt-get update && apt-get install \
-                     --no-install-recommends {}; elsewhere set {}",
-                    missing_packages().join(" "),
-                    target.variables().join(" and ")
-                )
-            })?;
+        if !variables.is_empty() {
+            require_packages(&DEBIAN_PACKAGES, &target.variables().join(" and "))?;
         }
         Ok(Tools { target, toolchain, variables })
     }
@@ -129,16 +122,36 @@ impl Tools {
     }
 }
 
-/// Those of [`DEBIAN_PACKAGES`] that are not installed.
-fn missing_packages() -> Vec<&'static str> {
+/// A file that shows a package to be installed, and the package.
+type Package = (&'static str, &'static str);
+
+/// Makes sure that `packages` are installed.
+///
+/// # Errors
+/// One is not and cannot be: how to install it, and `instead`, what to set where there is no such package.
+pub(crate) fn require_packages(packages: &[Package], instead: &str) -> Result<()> {
+    if missing(packages).is_empty() {
+        return Ok(());
+    }
+    debian(packages).with_context(|| {
+        format!(
+            "a tool is missing: on Debian, as root, apt-get update && apt-get install --no-install-recommends {}; \
+             elsewhere set {instead}",
+            missing(packages).join(" ")
+        )
+    })
+}
+
+/// Those of `packages` that are not installed.
+fn missing(packages: &[Package]) -> Vec<&'static str> {
     let path = env::var_os("PATH").unwrap_or_default();
     // A file with a whole path is where it says, whatever folder it is joined to.
     let is_there = |file| env::split_paths(&path).any(|folder| folder.join(file).is_file());
-    DEBIAN_PACKAGES.iter().filter(|(file, _)| !is_there(file)).map(|(_, package)| *package).collect()
+    packages.iter().filter(|(file, _)| !is_there(file)).map(|(_, package)| *package).collect()
 }
 
-/// Installs what is missing of [`DEBIAN_PACKAGES`].
-fn debian() -> Result<()> {
+/// Installs what is missing of `packages`.
+fn debian(packages: &[Package]) -> Result<()> {
     ensure!(Path::new("/etc/debian_version").exists(), "this is not Debian");
     ensure!(rustix::process::geteuid().is_root(), "only root can install packages");
     let apt_get = |args: &[&str]| {
@@ -147,9 +160,9 @@ fn debian() -> Result<()> {
         cmd::run_within(&mut command, APT_LIMIT)
     };
     apt_get(&["update"])?;
-    let packages = missing_packages();
-    apt_get(&[&["install", "--yes", "--no-install-recommends", "--no-remove"], &packages[..]].concat())?;
-    ensure!(missing_packages().is_empty(), "{} are not what was installed", missing_packages().join(", "));
+    let names = missing(packages);
+    apt_get(&[&["install", "--yes", "--no-install-recommends", "--no-remove"], &names[..]].concat())?;
+    ensure!(missing(packages).is_empty(), "{} are not what was installed", missing(packages).join(", "));
     Ok(())
 }
 
@@ -168,5 +181,11 @@ mod tests {
                 "CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER"
             ]
         );
+    }
+
+    #[test]
+    fn a_package_is_missing_if_its_file_is() {
+        let packages = [("sh", "dash"), ("/bin/sh", "dash"), ("no-such-program", "nothing")];
+        assert_eq!(missing(&packages), ["nothing"]);
     }
 }

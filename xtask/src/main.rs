@@ -5,6 +5,7 @@ mod cmd;
 mod cross;
 mod dist;
 mod doctor;
+mod embedded;
 mod gnu_ld;
 mod kernels;
 mod library;
@@ -106,6 +107,10 @@ struct Test {
     /// only the build and the tests for aarch64, which run under emulation
     #[argh(option, arg_name = "arch")]
     target: Option<Target>,
+
+    /// only the specification's digest: on this machine, aarch64 and a Cortex-M under emulation, as WebAssembly and as PTX
+    #[argh(switch)]
+    embedded: bool,
 }
 
 fn main() -> ExitCode {
@@ -154,11 +159,12 @@ fn run(task: Task) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Task::Test(Test { quick, target }) => match (quick, target) {
-            (true, Some(_)) => bail!("--quick and --target are two parts of the tests: choose one"),
-            (true, None) => Ok(test::run(Scope::Quick)),
-            (false, Some(target)) => Ok(test::run(Scope::Target(target))),
-            (false, None) => Ok(test::run(Scope::All)),
+        Task::Test(Test { quick, target, embedded }) => match (quick, target, embedded) {
+            (false, None, false) => Ok(test::run(Scope::All)),
+            (true, None, false) => Ok(test::run(Scope::Quick)),
+            (false, Some(target), false) => Ok(test::run(Scope::Target(target))),
+            (false, None, true) => Ok(test::run(Scope::Embedded)),
+            _ => bail!("--quick, --target and --embedded are parts of the tests: choose one"),
         },
     }
 }

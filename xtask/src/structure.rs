@@ -15,8 +15,9 @@ use crate::{
 };
 
 /// The crates of the workspace that each crate may depend on, for its tests as well. Every crate has a row.
-const MAY_DEPEND_ON: [(&str, &[&str]); 12] = [
+const MAY_DEPEND_ON: [(&str, &[&str]); 13] = [
     ("fused-collective-core", &[]),
+    ("fused-collective-digest", &["fused-collective-core", "fused-collective-emulator"]),
     // On itself with its feature `simulation`, for its tests.
     ("fused-collective-device", &["fused-collective-core", "fused-collective-device"]),
     ("fused-collective-bench", &["fused-collective-core", "fused-collective-device"]),
@@ -45,6 +46,7 @@ const MAY_DEPEND_ON: [(&str, &[&str]); 12] = [
             "fused-collective-bench",
             "fused-collective-build",
             "fused-collective-core",
+            "fused-collective-digest",
             "fused-collective-kernels",
             "fused-collective-nccl-sys",
         ],

@@ -1,7 +1,8 @@
 //! `cargo xtask test`: every check of the project. A failed one does not keep the next from running, and the last line
 //! counts them all, together with every test that `cargo test` ran.
 //!
-//! `--quick` is the inner loop's part of it, and `--target` another architecture's.
+//! `--quick` is the inner loop's part of it, `--target` another architecture's, and `--embedded` the specification on
+//! processors of every kind.
 
 use std::{
     ffi::OsStr,
@@ -19,6 +20,7 @@ use fused_collective_build::{Assembly, Processor, Toolchain};
 use crate::{
     cmd,
     cross::{Target, Tools},
+    embedded,
     gnu_ld::Program,
     kernels, library, packages,
     select::{EMULATED, QUICK},
@@ -41,6 +43,7 @@ pub(crate) enum Scope {
     All,
     Quick,
     Target(Target),
+    Embedded,
 }
 
 /// Runs what `scope` has. The exit status is 1 if anything failed.
@@ -62,6 +65,11 @@ pub(crate) fn run(scope: Scope) -> ExitCode {
             quick(&mut tally);
         }
         Scope::Target(target) => emulated(&mut tally, target),
+        Scope::Embedded => {
+            for (name, digest) in embedded::PROCESSORS {
+                tally.check(name, || embedded::hold(&digest()?));
+            }
+        }
     }
     tally.close()
 }

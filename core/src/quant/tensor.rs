@@ -223,6 +223,8 @@ pub fn dequantize<E: Element>(
 }
 
 /// Checks all arguments; `lengths` are those of elements, codes and scales.
+// Inlined as its callers are: a kernel calls no functions.
+#[inline(always)]
 fn check(
     quantization: Quantization,
     [tokens, hidden]: [u64; 2],

@@ -14,6 +14,7 @@ pub(crate) type Compute = fn(u64, u64, u64) -> u64;
 /// What a GPU makes of every NaN that it computes.
 const NAN: u32 = 0x7fff_ffff;
 const HALF_NAN: u64 = 0x7fff;
+const DOUBLE_NAN: u64 = 0x7fff_ffff_ffff_ffff;
 
 fn float(bits: u64) -> f32 {
     f32::from_bits(bits as u32)
@@ -21,6 +22,14 @@ fn float(bits: u64) -> f32 {
 
 fn bits(value: f32) -> u64 {
     u64::from(if value.is_nan() { NAN } else { value.to_bits() })
+}
+
+fn double(bits: u64) -> f64 {
+    f64::from_bits(bits)
+}
+
+fn double_bits(value: f64) -> u64 {
+    if value.is_nan() { DOUBLE_NAN } else { value.to_bits() }
 }
 
 fn to_f16(value: u64) -> u64 {
@@ -77,6 +86,9 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         (f32, $operator:tt) => {
             |a, b, _| u64::from(float(a) $operator float(b))
         };
+        (f64, $operator:tt) => {
+            |a, b, _| u64::from(double(a) $operator double(b))
+        };
         ($type:ty, $operator:tt) => {
             |a, b, _| u64::from((a as $type) $operator (b as $type))
         };
@@ -92,30 +104,44 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "selp.b32": |a, b, c| if c != 0 { a } else { b },
         "selp.u32": |a, b, c| if c != 0 { a } else { b },
         "selp.b64": |a, b, c| if c != 0 { a } else { b },
+        "selp.f64": |a, b, c| if c != 0 { a } else { b },
+        // Local addresses are generic ones: see `LOCAL`.
+        "cvta.local.u64": |a, _, _| a,
+        "cvta.to.local.u64": |a, _, _| a,
         "selp.f32": |a, b, c| if c != 0 { a } else { b },
 
+        "add.s16": |a, b, _| u64::from((a as u16).wrapping_add(b as u16)),
         "add.s32": |a, b, _| u64::from((a as u32).wrapping_add(b as u32)),
         "add.s64": |a, b, _| a.wrapping_add(b),
+        "add.u64": |a, b, _| a.wrapping_add(b),
         "sub.s32": |a, b, _| u64::from((a as u32).wrapping_sub(b as u32)),
         "sub.s64": |a, b, _| a.wrapping_sub(b),
         "neg.s32": |a, _, _| u64::from((a as u32).wrapping_neg()),
+        "neg.s64": |a, _, _| a.wrapping_neg(),
         "mul.lo.s32": |a, b, _| u64::from((a as u32).wrapping_mul(b as u32)),
         "mul.lo.s64": |a, b, _| a.wrapping_mul(b),
         "mul.hi.u32": |a, b, _| (u64::from(a as u32) * u64::from(b as u32)) >> 32,
+        "mul.wide.u16": |a, b, _| u64::from(a as u16) * u64::from(b as u16),
         "mul.wide.u32": |a, b, _| u64::from(a as u32) * u64::from(b as u32),
         "mad.lo.s32": |a, b, c| u64::from((a as u32).wrapping_mul(b as u32).wrapping_add(c as u32)),
         "mad.lo.s64": |a, b, c| a.wrapping_mul(b).wrapping_add(c),
         "div.u32": |a, b, _| u64::from((a as u32).checked_div(b as u32).unwrap_or(u32::MAX)),
         "div.u64": |a, b, _| a.checked_div(b).unwrap_or(u64::MAX),
         "rem.u32": |a, b, _| u64::from((a as u32).checked_rem(b as u32).unwrap_or(a as u32)),
+        "rem.u64": |a, b, _| a.checked_rem(b).unwrap_or(a),
         "min.u32": |a, b, _| u64::from((a as u32).min(b as u32)),
         "max.u32": |a, b, _| u64::from((a as u32).max(b as u32)),
+        "min.u64": |a, b, _| a.min(b),
+        "max.u64": |a, b, _| a.max(b),
+        "max.u16": |a, b, _| u64::from((a as u16).max(b as u16)),
         "max.s16": |a, b, _| u64::from((a as i16).max(b as i16) as u16),
 
         "and.pred": |a, b, _| u64::from(a != 0 && b != 0),
         "and.b16": |a, b, _| a & b & 0xffff,
         "and.b32": |a, b, _| a & b & 0xffff_ffff,
         "and.b64": |a, b, _| a & b,
+        "xor.pred": |a, b, _| u64::from((a != 0) != (b != 0)),
+        "or.b16": |a, b, _| (a | b) & 0xffff,
         "or.pred": |a, b, _| u64::from(a != 0 || b != 0),
         "or.b32": |a, b, _| (a | b) & 0xffff_ffff,
         "or.b64": |a, b, _| a | b,
@@ -124,17 +150,24 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "not.pred": |a, _, _| u64::from(a == 0),
         "not.b32": |a, _, _| u64::from(!(a as u32)),
         "not.b64": |a, _, _| !a,
+        "shl.b16": |a, b, _| u64::from((a as u16).checked_shl(b as u32).unwrap_or(0)),
+        "shr.u16": |a, b, _| u64::from((a as u16).checked_shr(b as u32).unwrap_or(0)),
+        "clz.b64": |a, _, _| u64::from(a.leading_zeros()),
+        "brev.b64": |a, _, _| a.reverse_bits(),
         "shl.b32": |a, b, _| u64::from((a as u32).checked_shl(b as u32).unwrap_or(0)),
         "shl.b64": |a, b, _| a.checked_shl(b as u32).unwrap_or(0),
         "shr.u32": |a, b, _| u64::from((a as u32).checked_shr(b as u32).unwrap_or(0)),
         "shr.u64": |a, b, _| a.checked_shr(b as u32).unwrap_or(0),
         "shf.l.wrap.b32": |a, b, c| (((a & 0xffff_ffff) | b << 32) << (c & 31)) >> 32,
         "prmt.b32": permute,
+        "bfe.u32": |a, b, c| extract(a & 0xffff_ffff, b, c) & 0xffff_ffff,
         "bfe.u64": extract,
         "bfe.s32": extract_signed,
 
         "setp.eq.b16": compare!(u16, ==),
         "setp.ne.b16": compare!(u16, !=),
+        "setp.lt.u16": compare!(u16, <),
+        "setp.gt.u16": compare!(u16, >),
         "setp.gt.s16": compare!(i16, >),
         "setp.eq.b32": compare!(u32, ==),
         "setp.ne.b32": compare!(u32, !=),
@@ -147,6 +180,8 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "setp.ge.s32": compare!(i32, >=),
         "setp.eq.b64": compare!(u64, ==),
         "setp.ne.b64": compare!(u64, !=),
+        "setp.lt.s64": compare!(i64, <),
+        "setp.le.u64": compare!(u64, <=),
         "setp.lt.u64": compare!(u64, <),
         "setp.gt.u64": compare!(u64, >),
         "setp.ge.u64": compare!(u64, >=),
@@ -155,8 +190,15 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "setp.le.f32": compare!(f32, <=),
         "setp.gt.f32": compare!(f32, >),
         "setp.ge.f32": compare!(f32, >=),
+        // Unlike `!=`, false of a NaN.
+        "setp.ne.f32": |a, b, _| u64::from(float(a) < float(b) || float(a) > float(b)),
+        "setp.nan.f32": |a, b, _| u64::from(float(a).is_nan() || float(b).is_nan()),
+        "setp.eq.f64": compare!(f64, ==),
+        "setp.lt.f64": compare!(f64, <),
 
         "cvt.u16.u32": |a, _, _| a & 0xffff,
+        "cvt.u16.u64": |a, _, _| a & 0xffff,
+        "cvt.s32.s16": |a, _, _| u64::from(a as i16 as u32),
         "cvt.u32.u8": |a, _, _| a & 0xff,
         "cvt.u32.u16": |a, _, _| a & 0xffff,
         "cvt.u64.u16": |a, _, _| a & 0xffff,
@@ -172,11 +214,18 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "div.rn.f32": |a, b, _| bits(float(a) / float(b)),
         "rcp.rn.f32": |a, _, _| bits(1.0 / float(a)),
         "ex2.approx.f32": |a, _, _| bits(float(a).exp2()),
+        "max.f32": |a, b, _| bits(float(a).max(float(b))),
         "min.f32": |a, b, _| bits(float(a).min(float(b))),
         "abs.f32": |a, _, _| bits(float(a).abs()),
         "neg.f32": |a, _, _| bits(-float(a)),
         "cvt.rn.f32.u16": |a, _, _| bits(f32::from(a as u16)),
         "cvt.rn.f32.u32": |a, _, _| bits(a as u32 as f32),
+        "cvt.rn.f32.u64": |a, _, _| bits(a as f32),
+        "cvt.rn.f32.f64": |a, _, _| bits(double(a) as f32),
+        "cvt.f64.f32": |a, _, _| double_bits(f64::from(float(a))),
+        "add.rn.f64": |a, b, _| double_bits(double(a) + double(b)),
+        "sub.rn.f64": |a, b, _| double_bits(double(a) - double(b)),
+        "mul.rn.f64": |a, b, _| double_bits(double(a) * double(b)),
         "cvt.f32.f16": |a, _, _| bits(f16::from_bits(a as u16).to_f32()),
         "cvt.rn.f16x2.f32": |high, low, _| to_f16(high) << 16 | to_f16(low),
         "cvt.rn.bf16x2.f32": |high, low, _| to_bf16(high) << 16 | to_bf16(low),
@@ -215,6 +264,18 @@ mod tests {
         assert_eq!(of("setp.lt.f32", u64::from(f32::NAN.to_bits()), 0, 0), 0);
         assert_eq!(of("not.pred", of("mov.pred", u64::MAX, 0, 0), 0, 0), 0);
         assert_eq!(of("mul.hi.u32", 0xffff_ffff, 0xffff_ffff, 0), 0xffff_fffe);
+        assert_eq!(of("setp.ne.f32", bits(f32::NAN), 0, 0), 0);
+        assert_eq!(of("setp.ne.f32", bits(1.0), 0, 0), 1);
+        assert_eq!(of("setp.nan.f32", 0, bits(f32::NAN), 0), 1);
+        assert_eq!(of("setp.lt.s64", u64::MAX, 0, 0), 1);
+        assert_eq!(of("bfe.u32", 0xffff_ffff_1234_5678, 28, 8), 1);
+        assert_eq!(of("clz.b64", 1, 0, 0), 63);
+        assert_eq!(of("cvt.s32.s16", 0x8000, 0, 0), 0xffff_8000);
+        assert_eq!(of("neg.f32", 0, 0, 0), 0x8000_0000);
+        assert_eq!(of("mul.wide.u16", 0xffff, 0x1_ffff, 0), 0xfffe_0001);
+        // Halfway between two of `float32`, to even.
+        assert_eq!(of("cvt.rn.f32.f64", double_bits(1.0 + f64::from(f32::EPSILON) / 2.0), 0, 0), bits(1.0));
+        assert_eq!(of("sub.rn.f64", double_bits(1.0), double_bits(0.25), 0), double_bits(0.75));
         // The first source is the upper half.
         assert_eq!(of("cvt.rn.bf16x2.f32", bits(1.0), bits(-2.0), 0), 0x3f80_c000);
         assert_eq!(of("cvt.rn.f16x2.f32", bits(f32::NAN), bits(1e9), 0), 0x7fff_7c00);

@@ -5,12 +5,11 @@ use std::collections::HashMap;
 use crate::{
     alu,
     error::ParseError,
-    instruction::{Entry, Instruction, Operation, Place, Register, Source, Special},
+    instruction::{Entry, Instruction, LOCAL, Operation, Place, Register, Source, Space, Special},
 };
 
-/// Loads from global memory. Those without a state space have addresses of any; only global ones are known here.
-const GLOBAL_LOADS: [&str; 10] = [
-    "ld.b32",
+/// Loads from global memory.
+const GLOBAL_LOADS: [&str; 9] = [
     "ld.global.u32",
     "ld.global.v2.u32",
     "ld.global.v4.u32",
@@ -22,11 +21,7 @@ const GLOBAL_LOADS: [&str; 10] = [
     "ld.relaxed.sys.global.v4.u32",
 ];
 /// Stores to it.
-const GLOBAL_STORES: [&str; 10] = [
-    "st.b8",
-    "st.b16",
-    "st.b32",
-    "st.b64",
+const GLOBAL_STORES: [&str; 6] = [
     "st.global.u32",
     "st.global.v4.u32",
     "st.relaxed.sys.global.u32",
@@ -34,6 +29,22 @@ const GLOBAL_STORES: [&str; 10] = [
     "st.relaxed.sys.global.v4.u32",
     "st.release.sys.global.u32",
 ];
+
+/// Types of what is loaded and stored in local memory and by generic addresses, alone or in vectors.
+const PLAIN_TYPES: [&str; 9] = ["b8", "u8", "s8", "b16", "b32", "b64", "v2.b8", "v2.b16", "v2.b32"];
+
+/// The state space of a load (`ld`) or store (`st`), one of `global` or a plain one; `None` for any other instruction.
+fn space_of(name: &str, kind: &str, global: &[&str]) -> Option<Space> {
+    if global.contains(&name) {
+        return Some(Space::Global);
+    }
+    let rest = name.strip_prefix(kind)?.strip_prefix('.')?;
+    let (space, of) = match rest.strip_prefix("local.") {
+        Some(of) => (Space::Local, of),
+        None => (Space::Generic, rest),
+    };
+    PLAIN_TYPES.contains(&of).then_some(space)
+}
 
 /// Decodes the body of an entry point, which starts in line `line` of its file.
 pub(crate) fn entry(name: &str, line: usize, param_bytes: u64, body: &str) -> Result<Entry, ParseError> {
@@ -47,6 +58,7 @@ pub(crate) fn entry(name: &str, line: usize, param_bytes: u64, body: &str) -> Re
         code: decoder.code,
         registers: decoder.registers,
         shared_bytes: decoder.shared_bytes,
+        local_bytes: decoder.local_bytes as usize,
         param_bytes,
         waits_for_grid,
     })
@@ -63,6 +75,8 @@ enum Name {
     },
     /// An array in shared memory.
     Shared(u32),
+    /// An array in local memory.
+    Local(u32),
 }
 
 #[derive(Default)]
@@ -72,6 +86,7 @@ struct Decoder {
     scopes: Vec<HashMap<String, Name>>,
     registers: usize,
     shared_bytes: u32,
+    local_bytes: u32,
     code: Vec<Instruction>,
     labels: HashMap<String, usize>,
     /// The label that came last: that of the list of labels, if one follows.
@@ -154,8 +169,9 @@ impl Decoder {
         let operands = split(operands);
         match name {
             ".reg" => return self.declare(&operands),
-            ".shared" => return self.declare_shared(&operands),
-            ".pragma" => return Ok(()),
+            ".shared" | ".local" => return self.declare_array(name, &operands),
+            // Those of calls, which end the run.
+            ".pragma" | ".param" => return Ok(()),
             ".branchtargets" => {
                 let label = std::mem::take(&mut self.last_label);
                 self.tables.insert(label, operands);
@@ -190,16 +206,20 @@ impl Decoder {
     }
 
     /// `.align 16 .b8 name[5]`.
-    fn declare_shared(&mut self, operands: &[String]) -> Decoded<()> {
+    fn declare_array(&mut self, space: &str, operands: &[String]) -> Decoded<()> {
         let [operand] = operands else { return self.fail("several arrays in one declaration") };
         let array = operand.split_whitespace().last().and_then(|array| array.strip_suffix(']'));
         let Some((name, bytes)) = array.and_then(|array| array.split_once('[')) else {
             return self.fail(format!("`{operand}` is no array"));
         };
         let Ok(bytes) = bytes.parse::<u32>() else { return self.fail(format!("`{bytes}` is no length")) };
-        let start = self.shared_bytes.next_multiple_of(16);
-        self.shared_bytes = start + bytes;
-        self.define(name, Name::Shared(start));
+        let (end, declared): (_, fn(u32) -> Name) = match space {
+            ".local" => (&mut self.local_bytes, Name::Local),
+            _ => (&mut self.shared_bytes, Name::Shared),
+        };
+        let start = end.next_multiple_of(16);
+        *end = start + bytes;
+        self.define(name, declared(start));
         Ok(())
     }
 
@@ -226,11 +246,19 @@ impl Decoder {
     }
 
     fn source(&self, operand: &str) -> Decoded<Source> {
-        if let Some(Name::Shared(start)) = self.find(operand) {
-            return Ok(Source::Constant(u64::from(start)));
+        match self.find(operand) {
+            Some(Name::Shared(start)) => return Ok(Source::Constant(u64::from(start))),
+            Some(Name::Local(start)) => return Ok(Source::Constant(LOCAL + u64::from(start))),
+            _ => {}
         }
-        if let Some(bits) = operand.strip_prefix("0f")
+        if let Some(bits) = operand.strip_prefix("0f").or_else(|| operand.strip_prefix("0d"))
             && let Ok(bits) = u64::from_str_radix(bits, 16)
+        {
+            return Ok(Source::Constant(bits));
+        }
+        // Unsigned, as the `U` says.
+        if let Some(bits) = operand.strip_prefix("0x")
+            && let Ok(bits) = u64::from_str_radix(bits.trim_end_matches('U'), 16)
         {
             return Ok(Source::Constant(bits));
         }
@@ -275,6 +303,27 @@ impl Decoder {
         {
             return Ok(Operation::Special { to: self.register(to)?, of });
         }
+        if let (Some(space), [to, from]) = (space_of(name, "ld", &GLOBAL_LOADS), operands) {
+            return Ok(Operation::Load {
+                space,
+                to: self.registers_of(to)?,
+                bytes: self.bytes(name)?,
+                signed: name.contains(".s8"),
+                from: self.place(from)?,
+                constant: name.contains(".nc"),
+                is_weak: !name.contains(".relaxed"),
+            });
+        }
+        if let (Some(space), [to, from]) = (space_of(name, "st", &GLOBAL_STORES), operands) {
+            return Ok(Operation::Store {
+                space,
+                to: self.place(to)?,
+                bytes: self.bytes(name)?,
+                from: self.sources_of(from)?,
+                release: name.contains(".release"),
+                is_weak: !name.contains(".relaxed") && !name.contains(".release"),
+            });
+        }
         Ok(match (name, operands) {
             ("mov.b32" | "mov.b64", [to, from]) if to.starts_with('{') => {
                 let parts = Self::list(to).into_iter();
@@ -304,20 +353,6 @@ impl Decoder {
             ("st.shared.f32", [to, from]) => {
                 Operation::StoreShared { to: self.place(to)?, from: self.source(from)? }
             }
-            (_, [to, from]) if GLOBAL_LOADS.contains(&name) => Operation::LoadGlobal {
-                to: self.registers_of(to)?,
-                bytes: self.bytes(name)?,
-                from: self.place(from)?,
-                constant: name.contains(".nc"),
-                is_weak: !name.contains(".relaxed"),
-            },
-            (_, [to, from]) if GLOBAL_STORES.contains(&name) => Operation::StoreGlobal {
-                to: self.place(to)?,
-                bytes: self.bytes(name)?,
-                from: self.sources_of(from)?,
-                release: name.contains(".release"),
-                is_weak: !name.contains(".relaxed") && !name.contains(".release"),
-            },
             ("atom.relaxed.sys.global.cas.b32", [old, at, expected, new]) => Operation::CompareAndSwap {
                 old: self.register(old)?,
                 at: self.place(at)?,
@@ -332,7 +367,14 @@ impl Decoder {
                 self.branches.push((self.code.len(), (*table).to_owned()));
                 Operation::BranchIndexed { index: self.source(index)?, targets: Vec::new() }
             }
-            ("ret", []) => Operation::Return,
+            ("ret" | "exit", []) => Operation::Return,
+            ("trap", []) => Operation::Fail("traps".to_owned()),
+            // Functions of kernels are inlined. What is not is what panics.
+            ("call" | "call.uni", operands) => {
+                let function = operands.iter().find(|operand| !operand.starts_with('('));
+                Operation::Fail(format!("calls {}", function.unwrap_or(&"by address")))
+            }
+            ("st.param.b32" | "st.param.b64", _) => Operation::Nothing,
             ("shfl.sync.bfly.b32", [to, value, distance, clamp, mask]) => Operation::Shuffle {
                 to: self.register(to)?,
                 value: self.source(value)?,

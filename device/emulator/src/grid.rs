@@ -164,6 +164,8 @@ struct Running<'a> {
     grid: &'a Grid<'a>,
     threads: Vec<Thread>,
     registers: Vec<u64>,
+    /// Local memory of each thread, once it has accessed it.
+    locals: Vec<Vec<u8>>,
     blocks: Vec<Block>,
     /// Threads of each cluster that have arrived at its barrier, in all.
     cluster_arrivals: Vec<u64>,
@@ -191,6 +193,7 @@ impl<'a> Running<'a> {
             grid,
             threads: (0..all).map(|_| Thread::default()).collect(),
             registers: vec![0; all * grid.entry.registers],
+            locals: vec![Vec::new(); all],
             blocks: (0..blocks).map(|_| block()).collect(),
             cluster_arrivals: vec![0; (blocks / cluster) as usize],
             messages: Vec::new(),

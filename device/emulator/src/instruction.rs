@@ -9,6 +9,8 @@ pub struct Entry {
     pub(crate) code: Vec<Instruction>,
     pub(crate) registers: usize,
     pub(crate) shared_bytes: u32,
+    /// Bytes of local memory of each thread.
+    pub(crate) local_bytes: usize,
     pub(crate) param_bytes: u64,
     /// Whether it has a `griddepcontrol.wait`, and so must not access what an earlier kernel may write before it.
     pub(crate) waits_for_grid: bool,
@@ -38,6 +40,19 @@ pub(crate) enum Source {
 pub(crate) struct Place {
     pub(crate) address: Source,
     pub(crate) offset: u64,
+}
+
+/// Start of the addresses of local memory. They are the same in every thread, each of which has its own bytes there. No
+/// allocation of the host has such addresses.
+pub(crate) const LOCAL: u64 = 1 << 62;
+
+/// The state space that an address is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Space {
+    Global,
+    Local,
+    /// Either.
+    Generic,
 }
 
 /// What threads ask about themselves.
@@ -81,14 +96,18 @@ pub(crate) enum Operation {
         offset: u64,
         bytes: u64,
     },
-    LoadGlobal {
+    Load {
+        space: Space,
         to: Vec<Register>,
         bytes: u64,
+        /// Whether the value's sign fills the register.
+        signed: bool,
         from: Place,
         constant: bool,
         is_weak: bool,
     },
-    StoreGlobal {
+    Store {
+        space: Space,
         to: Place,
         bytes: u64,
         from: Vec<Source>,
@@ -158,5 +177,7 @@ pub(crate) enum Operation {
         parity: Source,
     },
     WaitForGrid,
+    /// Ends the run: with what the thread did.
+    Fail(String),
     Nothing,
 }

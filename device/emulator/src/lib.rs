@@ -15,10 +15,11 @@
 //!   reach at different instructions, or neither reach nor end; a shuffle that reads a lane which has ended
 //! - a block that ends while other blocks of its cluster still send to it
 //! - global memory that is accessed before `griddepcontrol.wait`, but by loads of what is constant
+//! - local memory outside the thread's, or not aligned; a call, which only panics are; a trap
 //!
 //! # What it is not
 //! It knows the instructions that the kernels consist of, and says so of any other. It does not judge
-//! - global memory and registers that nobody has written
+//! - global memory, local memory and registers that nobody has written
 //! - what two grids do with the same global memory; they only do it in another order each time
 //! - a word that is sent to a block over one that a thread still reads
 //!

@@ -309,5 +309,46 @@ fn what_the_emulator_does_not_know_is_named_with_its_line() {
     assert_eq!(what("\nadd.cc.s32 %r1, %r1, %r1;"), "line 11: the emulator does not know `add.cc.s32`");
     assert_eq!(what("add.s32 %r1, %r1, %r9;"), "line 10: `%r9` is no register");
     assert_eq!(what("bra $nowhere;"), "line 10: `$nowhere` is no label");
-    assert_eq!(what("ld.local.b32 %r1, [%rd1];"), "line 10: the emulator does not know `ld.local.b32`");
+    assert_eq!(what("ld.const.b32 %r1, [%rd1];"), "line 10: the emulator does not know `ld.const.b32`");
+}
+
+const LOCAL: &str = ".local .align 8 .b8 __local_depot0[16]; .reg .b64 %SP; .reg .b64 %SPL;
+mov.b64 %SPL, __local_depot0; cvta.local.u64 %SP, %SPL;";
+
+#[test]
+fn local_memory_is_each_thread_s_own_by_both_of_its_addresses() {
+    // Each lane stores its number; lane 5 reads it back a barrier later, by bytes and with its sign.
+    let own = format!(
+        "{LOCAL} neg.s32 %r2, %r1; st.local.b32 [%SPL+8], %r2; st.b32 [%SP+12], %r1; bar.warp.sync -1;
+setp.ne.b32 %p1, %r1, 5;
+@%p1 bra $end;
+ld.b32 %r3, [%SP+8]; st.global.u32 [%rd1], %r3;
+ld.local.b32 %r3, [%SPL+12]; st.global.u32 [%rd1+4], %r3;
+ld.local.s8 %rs1, [%SPL+8]; cvt.u32.u16 %r3, %rs1; st.global.u32 [%rd1+8], %r3;
+ld.local.v2.b16 {{%rs1, %rs2}}, [%SPL+12]; cvt.u32.u16 %r3, %rs2; st.global.u32 [%rd1+12], %r3;
+$end:"
+    );
+    for seed in 0..20 {
+        assert_eq!(run(&own, ONE_WARP, seed), Ok([-5i32 as u32, 5, 0xfffb, 0]));
+    }
+}
+
+#[test]
+fn local_memory_that_is_none_or_not_aligned_is_a_fault() {
+    let access = |instruction: &str| format!("{LOCAL}\n{instruction}");
+    assert_fault(&access("st.local.b32 [%SPL+16], %r1;"), ONE_WARP, 2, "outside local memory");
+    assert_fault(&access("ld.b64 %rd2, [%SP+12];"), ONE_WARP, 2, "not aligned");
+    assert_fault(&access("ld.local.b32 %r2, [%rd1];"), ONE_WARP, 2, "outside local memory");
+    assert_fault(&access("ld.global.u32 %r2, [%SP];"), ONE_WARP, 2, "none of the tensors");
+}
+
+#[test]
+fn a_call_and_a_trap_are_faults_that_say_so() {
+    let call = "{ // callseq 0, 0
+.param .b64 param0;
+st.param.b64 [param0], %rd1;
+call.uni panic_fmt, (param0);
+}";
+    assert_fault(call, ONE_WARP, 3, "calls panic_fmt");
+    assert_fault("trap; exit;", ONE_WARP, 0, "traps");
 }

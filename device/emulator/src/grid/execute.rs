@@ -2,7 +2,7 @@
 
 use super::{Geometry, Message, Running, Shuffle, Step, WARP};
 use crate::{
-    instruction::{Operation, Place, Special},
+    instruction::{LOCAL, Operation, Place, Space, Special},
     memory::Cell,
 };
 
@@ -47,27 +47,52 @@ impl Running<'_> {
                 let value = self.parameter(offset, bytes)?;
                 self.set(thread, to, value);
             }
-            Operation::LoadGlobal { ref to, bytes, from, constant, is_weak } => {
+            Operation::Load { space, ref to, bytes, signed, from, constant, is_weak } => {
+                let extended = |value: u64| {
+                    let above = 64 - 8 * bytes as u32;
+                    if signed { ((value << above) as i64 >> above) as u64 } else { value }
+                };
+                if let Some(local) = self.local(thread, space, from, bytes * to.len() as u64)? {
+                    let mut values = [0; 4];
+                    for (value, bytes) in values.iter_mut().zip(local.chunks_exact(bytes as usize)) {
+                        let mut whole = [0; 8];
+                        whole[..bytes.len()].copy_from_slice(bytes);
+                        *value = extended(u64::from_le_bytes(whole));
+                    }
+                    for (register, value) in to.iter().zip(values) {
+                        self.set(thread, *register, value);
+                    }
+                    return Ok(Step::Next);
+                }
                 self.check_grid(thread, constant)?;
                 let all = bytes * to.len() as u64;
                 let cell = self.touch(thread, from, all, false, is_weak)?;
                 self.stores.complete_own(thread, cell, all);
                 for (index, register) in to.iter().enumerate() {
-                    self.set(thread, *register, cell.at(index as u64 * bytes).load(bytes));
+                    self.set(thread, *register, extended(cell.at(index as u64 * bytes).load(bytes)));
                 }
                 // It may be polling.
                 return Ok(Step::Pause);
             }
-            Operation::StoreGlobal { to, bytes, ref from, release, is_weak } => {
+            Operation::Store { space, to, bytes, ref from, release, is_weak } => {
+                let mut values = [0; 4];
+                for (value, source) in values.iter_mut().zip(from) {
+                    *value = self.get(thread, *source);
+                }
+                if let Some(local) = self.local(thread, space, to, bytes * from.len() as u64)? {
+                    for (bytes, value) in local.chunks_exact_mut(bytes as usize).zip(values) {
+                        bytes.copy_from_slice(&value.to_le_bytes()[..bytes.len()]);
+                    }
+                    return Ok(Step::Next);
+                }
                 self.check_grid(thread, false)?;
                 let cell = self.touch(thread, to, bytes * from.len() as u64, true, is_weak)?;
                 if release {
                     // What others stored before was made visible where it was ordered before this.
                     self.stores.complete_of(|other| other == thread);
                 }
-                for (index, source) in from.iter().enumerate() {
-                    let (cell, value) = (cell.at(index as u64 * bytes), self.get(thread, *source));
-                    self.stores.push(thread, cell, bytes, value);
+                for (index, &value) in values[..from.len()].iter().enumerate() {
+                    self.stores.push(thread, cell.at(index as u64 * bytes), bytes, value);
                 }
                 while self.stores.len() > MOST_STORES {
                     self.stores.complete(0);
@@ -208,6 +233,7 @@ impl Running<'_> {
                 return Ok(Step::Pause);
             }
             Operation::WaitForGrid => self.threads[thread].waited_for_grid = true,
+            Operation::Fail(ref what) => return Err(what.clone()),
             Operation::Nothing => {}
         }
         Ok(Step::Next)
@@ -254,6 +280,30 @@ impl Running<'_> {
             return Err("global memory is accessed before griddepcontrol.wait".to_owned());
         }
         Ok(())
+    }
+
+    /// The local memory at a place, which a thread accesses; `None` at a place of global memory.
+    fn local(
+        &mut self,
+        thread: usize,
+        space: Space,
+        place: Place,
+        bytes: u64,
+    ) -> Result<Option<&mut [u8]>, String> {
+        let address = self.get(thread, place.address).wrapping_add(place.offset);
+        match space {
+            Space::Global => return Ok(None),
+            Space::Generic if address < LOCAL => return Ok(None),
+            Space::Generic | Space::Local => {}
+        }
+        if !address.is_multiple_of(bytes) {
+            return Err(format!("{bytes} bytes at {address:#x} of local memory are not aligned"));
+        }
+        let local = &mut self.locals[thread];
+        local.resize(self.grid.entry.local_bytes, 0);
+        let start = usize::try_from(address.wrapping_sub(LOCAL)).ok();
+        let inside = start.and_then(|start| local.get_mut(start..)?.get_mut(..bytes as usize));
+        inside.map(Some).ok_or_else(|| format!("{bytes} bytes at {address:#x} are outside local memory"))
     }
 
     /// The global memory at a place, which a thread accesses.

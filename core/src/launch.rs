@@ -230,7 +230,7 @@ pub struct Activations {
     /// The sum, plus the residual. Null only without a residual, and only in the kernels without a collective.
     pub residual_out: Address,
     /// 1 to round the sum to the element type before the residual is added:
-    /// [`Rounding::AfterAllReduce`](crate::fusion::Rounding::AfterAllReduce); else 0. Kernels without a collective have no sum.
+    /// [`Rounding::AfterAllReduce`]; else 0. Kernels without a collective have no sum.
     pub rounds_sum: u32,
     /// Keeps the struct free of padding.
     pub reserved: u32,

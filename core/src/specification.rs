@@ -5,7 +5,7 @@
 //! 1. `sum = x_0 + x_1 + ...`, in rank order; with [`Rounding::AfterAllReduce`] rounded to the element type.
 //! 2. `residual_out = round(sum + residual)`; without a residual `round(sum)`.
 //! 3. `norm` of the rounded `residual_out`, by the operations of [`norm`](crate::norm#order-of-operations), rounded.
-//! 4. Codes and scales of the rounded `norm`, by [`quant::scale`](crate::quant::scale).
+//! 4. Codes and scales of the rounded `norm`, by [`quant::scale`].
 //!
 //! A NaN is a NaN: its sign and payload are not specified, in elements, in `f32` scales and in codes.
 //!

@@ -111,20 +111,25 @@ fn adversarial<E: Element>(hidden: usize) -> Vec<(&'static str, Vec<E>)> {
     rows.map(|(name, value)| (name, (0..hidden).map(|index| E::from_f32(value(index))).collect())).into()
 }
 
-/// Both ranks' operation on a row: the largest error of any output in units in the last place.
-fn error_of<E: Element>(row: &[E], quantization: Quantization) -> f64 {
-    let hidden = row.len();
-    let operation = Operation {
+/// One token with a residual, a norm that is kept, and no quantization.
+fn operation<E: Element>(hidden: usize) -> Operation {
+    Operation {
         dtype: E::DTYPE,
         tokens: 1,
         hidden: hidden as u64,
         residual: Residual::Replicated,
         norm: Some(Norm::default()),
-        quantization,
+        quantization: Quantization::None,
         keep_norm: true,
         rounding: Rounding::Once,
         mode: Mode::Auto,
-    };
+    }
+}
+
+/// Both ranks' operation on a row: the largest error of any output in units in the last place.
+fn error_of<E: Element>(row: &[E], quantization: Quantization) -> f64 {
+    let hidden = row.len();
+    let operation = Operation { quantization, ..operation::<E>(hidden) };
     let other: Vec<E> = row.iter().rev().copied().collect();
     let gamma: Vec<E> = (0..hidden).map(|index| E::from_f32(0.5 + (index % 7) as f32)).collect();
     let token = Token {
@@ -180,15 +185,10 @@ type Change<'a> = dyn Fn(&mut [f32], &mut [f32], &mut [u8], &mut [u8]) + 'a;
 fn any_other_bit_is_found_and_a_nan_is_a_nan() {
     let hidden = 64;
     let operation = Operation {
-        dtype: f32::DTYPE,
         tokens: 3,
-        hidden: hidden as u64,
         residual: Residual::None,
-        norm: Some(Norm::default()),
         quantization: Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 },
-        keep_norm: true,
-        rounding: Rounding::Once,
-        mode: Mode::Auto,
+        ..operation::<f32>(hidden)
     };
     let compare = |change: &Change<'_>, input: &[f32]| {
         let gamma = vec![1.0; hidden];

@@ -151,7 +151,7 @@ impl Team {
     /// The sum over a row whose lines' sums were [left](Self::add), with the same bits in every thread. Every thread of the
     /// team calls it.
     ///
-    /// Where several blocks share a row each sends its own sum to all of them. Sums alternate between two buffers: one is
+    /// The blocks that share a row send their own sums to each other. Sums alternate between two buffers: one is
     /// written again two sums later, when the sum between has shown that everybody has read it. After the last sum nobody
     /// sends to a block any more, so blocks may end.
     #[inline(always)]

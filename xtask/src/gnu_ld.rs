@@ -21,7 +21,7 @@ pub(crate) struct Program {
     source: PathBuf,
     edition: &'static str,
     /// The name and the file of the library that the binary is a shell of.
-    library: (String, PathBuf),
+    rlib: (String, PathBuf),
     /// Folders of native libraries, as rustc's `-L` takes them.
     search: BTreeSet<String>,
 }
@@ -53,7 +53,7 @@ impl Program {
             executable: program.executable.clone().context("the program was built to no file")?.into(),
             source: program.target.src_path.clone().into(),
             edition: program.target.edition.as_str(),
-            library: (library.target.name.clone(), file.context("a library has an rlib")?.into()),
+            rlib: (library.target.name.clone(), file.context("a library has an rlib")?.into()),
             search,
         })
     }
@@ -65,7 +65,7 @@ impl Program {
     pub(crate) fn link(&self) -> Result<()> {
         let folder = tempfile::tempdir()?;
         let program = folder.path().join("program");
-        let (name, file) = &self.library;
+        let (name, file) = &self.rlib;
         let mut rustc = Command::new(env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()));
         rustc.args(["--edition", self.edition, "--crate-name", "program"]).arg(&self.source);
         rustc.arg("--extern").arg(format!("{name}={}", file.display()));
@@ -101,7 +101,7 @@ mod tests {
         let program = Program::among(&[&*test, &*library, &*program].concat(), "it").unwrap();
         assert_eq!(program.executable, PathBuf::from("/it"));
         assert_eq!(program.source, PathBuf::from("/it/bin.rs"));
-        assert_eq!(program.library, ("it_lib".to_owned(), PathBuf::from("/deps/it.rlib")));
+        assert_eq!(program.rlib, ("it_lib".to_owned(), PathBuf::from("/deps/it.rlib")));
         assert_eq!(program.edition, "2024");
     }
 

@@ -11,6 +11,8 @@ pub enum Special {
     Ordinary,
     /// One element of rank 0 is NaN.
     Nan,
+    /// Every element of rank 0 is the NaN of all bits, and so every word [the sentinel](crate::lamport::SENTINEL).
+    Sentinel,
     /// One element of rank 0 is infinite.
     Infinity,
     /// One element is infinite, with opposite signs on ranks 0 and 1: their sum is NaN.
@@ -31,9 +33,10 @@ pub enum Special {
 
 impl Special {
     /// Every kind.
-    pub const ALL: [Special; 10] = [
+    pub const ALL: [Special; 11] = [
         Special::Ordinary,
         Special::Nan,
+        Special::Sentinel,
         Special::Infinity,
         Special::OppositeInfinities,
         Special::Subnormal,
@@ -59,6 +62,10 @@ impl Special {
             let mixed =
                 (index as u64).wrapping_mul(7) ^ token.wrapping_mul(5) ^ u64::from(rank).wrapping_mul(3);
             let whole = (mixed % 9) as f32 - 4.0;
+            if self == Special::Sentinel && rank == 0 {
+                *element = E::from_bits(u32::MAX);
+                continue;
+            }
             let here = index == place;
             let sign = match rank {
                 0 => 1.0,
@@ -103,6 +110,7 @@ mod tests {
 
     fn kinds_are_what_they_say<E: Element>() {
         assert!(row::<E>(Special::Nan, 0).iter().any(|x| x.is_nan()));
+        assert!(row::<E>(Special::Sentinel, 0).iter().all(|x| x.is_nan()));
         assert!(row::<E>(Special::Infinity, 0).contains(&f32::INFINITY));
         assert!(row::<E>(Special::OppositeInfinities, 1).contains(&f32::NEG_INFINITY));
         // Half of the smallest number rounds to zero: there is none between.

@@ -100,7 +100,7 @@ pub(crate) enum Operation {
         space: Space,
         to: Vec<Register>,
         bytes: u64,
-        /// Whether the value's sign fills the register.
+        /// True if the value's sign fills the register.
         signed: bool,
         from: Place,
         constant: bool,

@@ -17,8 +17,8 @@
 //!                 other ranks' tokens, of the turn before:
 //!                     poll the own slot until the words have arrived; refill it; store them
 //! ```
-//! What an owner sends is stripped of the sentinel, which changes no number, and it stores the same itself. [`turns`](super::turns) says in which
-//! order a team completes tokens.
+//! An owner stores what it sends, which is stripped of the sentinel: that changes no number. [`turns`](super::turns) says in
+//! which order a team completes tokens.
 //!
 //! The second hop is short, so it should not begin only when the first is done: where it can, a team pushes a row only
 //! when it sums the token before that of its own, each time what it waits for has arrived. So owners sum and quantize

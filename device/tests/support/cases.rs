@@ -132,7 +132,7 @@ pub const EVERYTHING: [What; 5] = [
 pub struct Tensors {
     rank: u32,
     rounding: Rounding,
-    /// Where `norm_out` is in the input's memory, in bytes from its start, if it is there and `residual_out` in the residual's.
+    /// The offset of `norm_out` in the input's memory, in bytes, if it is there, and `residual_out` in the residual's.
     in_place: Option<u64>,
     before: Before,
     pub input: Buffer,

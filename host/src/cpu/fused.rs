@@ -18,7 +18,9 @@ use zerocopy::IntoBytes as _;
 
 use super::{
     exchange::{Exchange, Incoming, Medium},
-    rows::{Finish, FinishRow, Operand, Plain, RowOutputs, SumIncoming, elements, elements_mut},
+    finish::{Finish, FinishRow, RowOutputs},
+    rows::{Plain, elements, elements_mut},
+    sum::{Operand, SumIncoming},
 };
 use crate::group::failure::{Failure, What};
 

@@ -6,6 +6,7 @@
 //! made in the same processes.
 
 mod exchange;
+pub mod finish;
 mod fused;
 mod lanes;
 pub mod line;
@@ -13,6 +14,7 @@ pub mod line;
 mod model;
 mod region;
 pub mod rows;
+pub mod sum;
 pub mod wait;
 
 use std::{os::fd::AsFd as _, sync::Arc, time::Duration};
@@ -39,10 +41,11 @@ use crate::{
 };
 pub use exchange::EMPTY;
 use exchange::Exchange;
+use finish::Finish;
 use fused::{Job, Scratch};
 use region::Regions;
-use rows::Finish;
-pub use rows::{Operand, Plain};
+pub use rows::Plain;
+pub use sum::Operand;
 use wait::WaitGuard;
 
 /// The tensors that an operation reads on one rank.

@@ -41,7 +41,7 @@ macro_rules! functions {
             $(pub $name: unsafe extern "C" fn($($argument: $type),*) -> Code,)*
             /// Launches with attributes, in drivers of CUDA 12 and later.
             pub launcher: Option<Launcher>,
-            library: DynamicLibrary,
+            libcuda: DynamicLibrary,
         }
 
         #[allow(non_snake_case, reason = "the driver's names")]
@@ -58,7 +58,7 @@ macro_rules! functions {
                     };
                 )*
                 let launcher = Launcher::find(&library);
-                Ok(Functions { $($name,)* launcher, library })
+                Ok(Functions { $($name,)* launcher, libcuda: library })
             }
         }
     };
@@ -210,7 +210,7 @@ impl Launcher {
 impl Functions {
     /// The address of the driver's function `name`, for bindings of other crates; `None` if the driver has none.
     pub fn address(&self, name: &str) -> Option<*mut c_void> {
-        self.library.symbol(name)
+        self.libcuda.symbol(name)
     }
 }
 

@@ -54,7 +54,7 @@ impl Numbers {
 const SQRT_3: f32 = 1.732_050_8;
 
 /// Fills `row` with row `token` of a tensor, uniform with mean 0 and variance 1. One element in 256 is a zero of either
-/// sign, because the Lamport protocols treat `-0.0` specially.
+/// sign, whose bits an implementation may lose.
 pub fn fill_row<E: Element>(seed: u64, source: Source, token: u64, row: &mut [E]) {
     let first = token.wrapping_mul(row.len() as u64);
     let stream = mix(seed ^ mix(source.stream()));

@@ -110,7 +110,7 @@ mod tests {
 
     use super::*;
 
-    /// What two ranks settle on of which each has `found` a backend, and GPU 0 if that is CUDA.
+    /// Settles two ranks, of which each has `found` a backend, and GPU 0 if that is CUDA.
     fn settled(key: &str, found: [Backend; 2]) -> [Backend; 2] {
         let key = &format!("{key} {}", std::process::id());
         thread::scope(|scope| {

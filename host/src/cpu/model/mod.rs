@@ -36,7 +36,7 @@ use pulp::Arch;
 use super::{
     exchange::{EMPTY, Exchange, Medium, Word},
     fused::{self, Job, Scratch},
-    rows::Operand,
+    sum::Operand,
     wait::{Wait, WaitGuard},
 };
 use crate::group::failure::{Failure, What};

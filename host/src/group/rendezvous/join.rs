@@ -46,7 +46,7 @@ const MAX_STRANGERS: usize = 64;
 const BACKLOG: u16 = 128;
 /// After a hello that does not fit: how long the others have to connect and be told.
 const SETTLE: Duration = Duration::from_secs(1);
-/// How long a rank that does not join tries to tell the others.
+/// The time for which a rank that does not join tries to tell the others.
 const DECLINE: Duration = Duration::from_secs(5);
 /// The most ranks that it tells.
 const MOST_TOLD: u32 = 4096;

@@ -95,7 +95,7 @@ impl Cpu {
     }
 }
 
-/// What a rank may use.
+/// The processors that a rank may use.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Allowed {
     /// The CPUs that it may run on; empty if they are not known.

@@ -11,7 +11,9 @@ use std::{collections::HashMap, marker::PhantomData, mem::replace, time::Instant
 use fused_collective::{
     cpu::{
         Communicator, Inputs, Operand, Outputs, Plain,
-        rows::{AddRow, Finish, FinishRow, QuantizeRow, RowOutputs, elements, elements_mut},
+        finish::{Finish, FinishRow, QuantizeRow, RowOutputs},
+        rows::{elements, elements_mut},
+        sum::AddRow,
     },
     group::rendezvous::Group,
 };

@@ -110,8 +110,8 @@ impl<'a> Engine<'a> {
     /// An engine without a problem yet, whose separate operations use the all-reduces in `all_reduces`. All ranks
     /// call this.
     ///
-    /// Where NCCL is asked for and missing, or does not connect on some rank, or has no symmetric windows, the
-    /// [notes](Collective::notes) say so and why, and no rank uses it.
+    /// No rank uses NCCL if it is missing, does not connect on some rank, or has no symmetric windows: the
+    /// [notes](Collective::notes) say so and why.
     ///
     /// # Errors
     /// The driver's; NCCL is the only all-reduce that was asked for, and is not used; it hangs, and cannot be ended; a

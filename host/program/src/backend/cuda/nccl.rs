@@ -52,9 +52,9 @@ const ABORT_LIMIT: Duration = Duration::from_secs(1);
 const NOTICE: Duration = Duration::from_secs(2);
 /// Between looks at whether it is.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
-/// What the bytes of a window are a multiple of: a large page.
+/// The granularity of a window, in bytes: a large page.
 const WINDOW_BYTES: u64 = 2 << 20;
-/// What completes "NCCL" where it came to nothing.
+/// Predicates of "NCCL" in notes, for a communicator and for a window that there is not.
 const NOT_USED: &str = "is not used";
 const NO_WINDOW: &str = "has no symmetric window";
 /// Bytes per second that every link between GPUs is faster than: what all-reduces enqueued ahead may take at most.
@@ -491,7 +491,7 @@ fn describe(dtype: DType, count: u64) -> String {
     format!("NCCL's all-reduce of {count} {dtype}")
 }
 
-/// What ranks agreed on: the result, or why there is none. `lacks` says what then becomes of NCCL, for a reader.
+/// Agrees on the result, or on why there is none. `lacks` is the predicate of NCCL in the note that then follows.
 ///
 /// # Errors
 /// A thread is still inside of NCCL: it would run beside all that is timed.

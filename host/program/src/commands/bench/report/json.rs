@@ -1,7 +1,7 @@
 //! The report as JSON: every figure, for scripts and for a comparison with a later run.
 //!
 //! Reading is strict: a report of another schema, with unknown or missing fields, or with impossible figures is refused.
-//! What follows from the rest is derived anew, so reports of earlier versions get it too.
+//! The conclusion is derived anew, so reports of earlier versions get it too.
 
 use std::{fmt, io, ops::RangeInclusive, path::Path, time::Duration};
 

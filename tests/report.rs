@@ -532,6 +532,22 @@ fn on_a_narrow_terminal_every_line_fits_and_no_word_of_a_note_is_broken() {
 }
 
 #[test]
+fn a_file_that_cannot_be_written_costs_no_screen() {
+    let folder = tempfile::tempdir().unwrap();
+    // A pipe that nobody reads.
+    assert!(Command::new("mkfifo").arg(folder.path().join("pipe")).status().unwrap().success());
+    let links = ["links", "--backend", "cpu", "--deadline", "4", "--json", "pipe"];
+    let shown = run(command(&links).current_dir(folder.path()));
+    assert_eq!(shown.code, Some(1), "{shown}");
+    assert!(shown.stdout.contains("verdict: passed"), "{shown}");
+    fs::write(folder.path().join("a.json"), &reported().json).unwrap();
+    let from = ["bench", "--from", "a.json", "--deadline", "4", "--output-file", "pipe"];
+    let shown = run(command(&from).current_dir(folder.path()));
+    assert_eq!(shown.code, Some(1), "{shown}");
+    assert_eq!(shown.stdout, reported().outcome.stdout);
+}
+
+#[test]
 fn a_screen_that_cannot_be_written_costs_no_file() {
     let folder = tempfile::tempdir().unwrap();
     let program = bench("--num-tokens 1 2 --hidden-dim 64 --trials 1 --json a.json --output-file a.md");

@@ -65,7 +65,8 @@ const ROUNDS_SUM: u64 = 256;
 const ALL_FLAGS: u64 = 511;
 
 impl Call {
-    /// The call of `operation` with a plan of `algorithm`. `scale` is dropped if the quantization does not read it.
+    /// The call of `operation` with a plan of `algorithm`. `scale` is dropped if the quantization does not read it, and
+    /// the rounding of the sum if there is no residual.
     pub fn operation(operation: &Operation, algorithm: Algorithm, scale: Option<f32>) -> Call {
         let mode = match algorithm {
             Algorithm::OneShot => Mode::OneShot,
@@ -73,7 +74,8 @@ impl Call {
         };
         let reads_scale =
             matches!(operation.quantization, Quantization::Fp8Static | Quantization::NvFp4 { .. });
-        let operation = Operation { mode, ..*operation };
+        let rounding = if operation.residual.is_some() { operation.rounding } else { Rounding::Once };
+        let operation = Operation { mode, rounding, ..*operation };
         Call::Operation { operation, scale: scale.filter(|_| reads_scale), kernel: 0 }
     }
 

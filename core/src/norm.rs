@@ -23,7 +23,7 @@
 //! let row = [1.0f32, 7.0, -5.0, 5.0]; // mean square 25
 //! let gamma = [1.0f32, 1.0, 1.0, 2.0];
 //! let mut out = [0.0; 4];
-//! let inverse_rms = inverse_rms(sum_of_squares(&row), 4, 0.0);
+//! let inverse_rms = inverse_rms(sum_of_squares(&row), 1.0 / 4.0, 0.0, f32::mul_add);
 //! normalize_row(&row, &gamma, inverse_rms, 0.0, &mut out);
 //! assert_eq!(out, [0.2, 1.4, -1.0, 2.0]);
 //! ```
@@ -92,8 +92,14 @@ pub fn pack_squares<E: Element>(pack: E::Wide, fma: impl Fma) -> f32 {
 #[inline(always)]
 pub fn sum_by_halves<const N: usize>(mut terms: [f32; N]) -> f32 {
     const { assert!(N.is_power_of_two()) };
+    fold_by_halves(&mut terms)
+}
+
+/// [`sum_by_halves`] of as many terms as there are, a power of two, which it overwrites.
+#[inline(always)]
+pub fn fold_by_halves(terms: &mut [f32]) -> f32 {
     // Terms whose indices agree in the low bits belong together longest.
-    let mut width = N / 2;
+    let mut width = terms.len() / 2;
     while width > 0 {
         let (low, high) = terms.split_at_mut(width);
         for (low, high) in low.iter_mut().zip(high) {
@@ -157,10 +163,10 @@ pub fn rsqrt(value: f32, fma: impl Fma) -> f32 {
     if value == f32::INFINITY { 0.0 } else { root }
 }
 
-/// `1 / sqrt(sum_of_squares / hidden + epsilon)`, by [`rsqrt`].
+/// `1 / sqrt(sum_of_squares / hidden + epsilon)`, by [`rsqrt`]; `inverse_hidden` is `1 / hidden`.
 #[inline(always)]
-pub fn inverse_rms(sum_of_squares: f32, hidden: u64, epsilon: f32) -> f32 {
-    rsqrt(libm::fmaf(sum_of_squares, 1.0 / hidden as f32, epsilon), libm::fmaf)
+pub fn inverse_rms(sum_of_squares: f32, inverse_hidden: f32, epsilon: f32, fma: impl Fma) -> f32 {
+    rsqrt(fma(sum_of_squares, inverse_hidden, epsilon), fma)
 }
 
 /// One element: `value * inverse_rms * weight` in `f32`, from left to right, rounded to `E`.

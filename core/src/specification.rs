@@ -166,7 +166,7 @@ impl<E: Element> Row<'_, E> {
     /// Those of [`quant::quantize_row`], for slices of a wrong length.
     ///
     /// # Panics
-    /// If a row of `token` is shorter than `residual_out`, or there is no input.
+    /// If a row of `token` is shorter than `residual_out`, `norm` has another length, or there is no input.
     pub fn compute(&mut self, operation: &Operation, token: &Token<'_, E>) -> Result<(), RowError> {
         let (first, others) = token.inputs.split_first().expect("a group has at least one rank");
         for (index, out) in self.residual_out.iter_mut().enumerate() {
@@ -184,7 +184,13 @@ impl<E: Element> Row<'_, E> {
         }
         let Some(parameters) = operation.norm else { return Ok(()) };
         let row = &*self.residual_out;
-        let inverse_rms = norm::inverse_rms(norm::sum_of_squares(row), row.len() as u64, parameters.epsilon);
+        assert_eq!(self.norm.len(), row.len(), "a norm has as many elements as its row");
+        let inverse_rms = norm::inverse_rms(
+            norm::sum_of_squares(row),
+            1.0 / row.len() as f32,
+            parameters.epsilon,
+            libm::fmaf,
+        );
         for (index, (out, value)) in self.norm.iter_mut().zip(row).enumerate() {
             let weight = parameters.weight_bias + token.gamma.get(index);
             *out = norm::normalize(value.to_f32(), inverse_rms, weight);
@@ -216,6 +222,7 @@ impl<E: Element> Row<'_, E> {
             high: right,
         };
         let elements = |output, got: &[E], right: &[E]| {
+            assert!(got.is_empty() || got.len() == right.len(), "{output} has another length");
             // Slices that are equal but for their NaNs are rare: a comparison of bits vectorizes.
             let differs = got.iter().zip(right).position(|(got, right)| {
                 got.to_bits() != right.to_bits() && !(got.to_f32().is_nan() && right.to_f32().is_nan())
@@ -234,6 +241,8 @@ impl<E: Element> Row<'_, E> {
         elements(Output::Norm, observed.norm_out, self.norm)?;
         self.compare_scales(operation, token, observed.scales)
             .map_err(|(index, got, right)| mismatch(Output::Scale, index, got.into(), right.into()))?;
+        let lengths = [observed.values.len(), self.values.len()];
+        assert!(lengths[0] == 0 || lengths[0] == lengths[1], "{} has another length", Output::Value);
         let is_e2m1 =
             matches!(operation.quantization, Quantization::NvFp4 { .. } | Quantization::MxFp4 { .. });
         let differs = observed.values.iter().zip(&*self.values).position(|(&got, &right)| {

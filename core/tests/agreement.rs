@@ -160,10 +160,11 @@ fn a_call_names_what_ranks_can_differ_in() {
         "{}",
         named(rounded, None)
     );
-    // A scale that nothing reads is no part of the call.
+    // A scale that nothing reads is no part of the call, and neither is a rounding.
     let alone =
         Operation { residual: Residual::None, norm: None, quantization: Quantization::None, ..operation };
-    assert_eq!(named(alone, Some(448.0)), named(alone, None));
+    let rounded = Operation { rounding: Rounding::AfterAllReduce, ..alone };
+    assert_eq!(named(alone, Some(448.0)), named(rounded, None));
     // Graphs of as many operations differ in what they hold.
     let replay = |captured| Call::Replay { captured, calls: 20 }.to_string();
     assert_eq!(replay(0xabc), "a replay of 20 captured operations, digest 0000000000000abc");

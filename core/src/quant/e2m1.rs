@@ -37,10 +37,10 @@ pub const fn unpack(byte: u8) -> [u8; 2] {
     [byte & 0xf, byte >> 4]
 }
 
-/// The codes of a pack of elements, one in every four bits of the lowest `LANES * 4`, as a row has them: if all are `+0`
+/// The codes of a pack of elements, of `lanes` elements, one in every four bits from the lowest on, as a row has them: if all are `+0`
 /// but the last, which is `-0`, that is `+0` as well. So a word of codes that is never written is left to the exchange
 /// between ranks: see [`lamport::swap_e2m1`](crate::lamport::swap_e2m1).
 #[inline(always)]
-pub const fn canonical<const LANES: usize>(codes: u32) -> u32 {
-    if codes == 8 << (4 * (LANES - 1)) { 0 } else { codes }
+pub const fn canonical(codes: u32, lanes: usize) -> u32 {
+    if codes == 8 << (4 * (lanes - 1)) { 0 } else { codes }
 }

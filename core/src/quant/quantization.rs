@@ -4,7 +4,7 @@ use core::fmt;
 
 use super::{
     layout::ScaleLayout,
-    scale::{MAX_NVFP4_GLOBAL, MIN_FP8_STATIC},
+    scale::{MAX_NVFP4_GLOBAL, MIN_FP8_STATIC, fp8_multiplier, nvfp4_global},
 };
 
 /// A quantization of a tensor `[T, H]` of `T` tokens and hidden size `H`.
@@ -124,12 +124,8 @@ impl Quantization {
     /// outside the range in which every multiplier is finite. Zeros times an infinite multiplier would be NaN.
     pub fn check_scale(self, scale: f32) -> Result<(), ScaleError> {
         match self {
-            Quantization::Fp8Static if !(MIN_FP8_STATIC..=f32::MAX).contains(&scale) => {
-                Err(ScaleError::Fp8Static(scale))
-            }
-            Quantization::NvFp4 { .. } if !(scale > 0.0 && scale <= MAX_NVFP4_GLOBAL) => {
-                Err(ScaleError::NvFp4(scale))
-            }
+            Quantization::Fp8Static if fp8_multiplier(scale) == 0.0 => Err(ScaleError::Fp8Static(scale)),
+            Quantization::NvFp4 { .. } if nvfp4_global(scale) == 0.0 => Err(ScaleError::NvFp4(scale)),
             _ => Ok(()),
         }
     }

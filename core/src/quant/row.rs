@@ -265,8 +265,8 @@ trait BlockFormat {
     fn largest<E: Element>(block: &[E]) -> f32;
     /// The code of the scale, and the multiplier of elements, for a block whose largest magnitude is `amax`.
     fn scale(&self, amax: f32) -> (u8, f32);
-    /// The codes of at most [`BATCH`] multiplied elements, which are those of `LANES` to a pack.
-    fn encode<const LANES: usize>(values: &[f32], codes: &mut [u8]);
+    /// The codes of at most [`BATCH`] multiplied elements, which were `E`.
+    fn encode<E: Element>(values: &[f32], codes: &mut [u8]);
 }
 
 /// E4M3 with UE8M0 scales.
@@ -287,7 +287,7 @@ impl BlockFormat for Fp8Block {
     }
 
     #[inline(always)]
-    fn encode<const LANES: usize>(values: &[f32], codes: &mut [u8]) {
+    fn encode<E: Element>(values: &[f32], codes: &mut [u8]) {
         for (code, &value) in codes.iter_mut().zip(values) {
             *code = e4m3::encode(value);
         }
@@ -312,8 +312,8 @@ impl BlockFormat for MxFp4Block {
     }
 
     #[inline(always)]
-    fn encode<const LANES: usize>(values: &[f32], codes: &mut [u8]) {
-        encode_e2m1::<LANES>(values, codes);
+    fn encode<E: Element>(values: &[f32], codes: &mut [u8]) {
+        encode_e2m1::<E>(values, codes);
     }
 }
 
@@ -337,8 +337,8 @@ impl BlockFormat for NvFp4Block {
     }
 
     #[inline(always)]
-    fn encode<const LANES: usize>(values: &[f32], codes: &mut [u8]) {
-        encode_e2m1::<LANES>(values, codes);
+    fn encode<E: Element>(values: &[f32], codes: &mut [u8]) {
+        encode_e2m1::<E>(values, codes);
     }
 }
 
@@ -349,7 +349,7 @@ const BATCH: usize = 512;
 const MAX_BLOCKS: usize = BATCH / 16;
 
 #[inline(always)]
-fn encode_e2m1<const LANES: usize>(values: &[f32], bytes: &mut [u8]) {
+fn encode_e2m1<E: Element>(values: &[f32], bytes: &mut [u8]) {
     let mut codes = [0; BATCH];
     for (code, &value) in codes.iter_mut().zip(values) {
         *code = e2m1::encode(value);
@@ -357,13 +357,13 @@ fn encode_e2m1<const LANES: usize>(values: &[f32], bytes: &mut [u8]) {
     for (byte, &[first, second]) in bytes.iter_mut().zip(codes.as_chunks::<2>().0) {
         *byte = e2m1::pack(first, second);
     }
-    if LANES == 8 {
+    if E::LANES == 8 {
         for pack in bytes.as_chunks_mut().0 {
-            *pack = e2m1::canonical::<8>(u32::from_le_bytes(*pack)).to_le_bytes();
+            *pack = e2m1::canonical(u32::from_le_bytes(*pack), 8).to_le_bytes();
         }
     } else {
         for pack in bytes.as_chunks_mut().0 {
-            *pack = (e2m1::canonical::<4>(u16::from_le_bytes(*pack).into()) as u16).to_le_bytes();
+            *pack = (e2m1::canonical(u16::from_le_bytes(*pack).into(), 4) as u16).to_le_bytes();
         }
     }
 }
@@ -395,10 +395,7 @@ fn quantize_blocks<E: Element, F: BlockFormat, const BLOCK: usize>(
                 *value = element.to_f32() * multiplier;
             }
         }
-        match E::LANES {
-            8 => F::encode::<8>(&values[..elements.len()], codes),
-            _ => F::encode::<4>(&values[..elements.len()], codes),
-        }
+        F::encode::<E>(&values[..elements.len()], codes);
         for (index, &code) in scale_codes[..blocks.len()].iter().enumerate() {
             scales.set(batch * (BATCH / BLOCK) + index, code);
         }

@@ -17,7 +17,8 @@ use super::{e2m1, e4m3, ue4m3, ue8m0};
 /// The smallest scale that [`fp8_per_token`] returns, so that no token, not even one of zeros, divides by zero.
 pub const MIN_FP8_PER_TOKEN: f32 = 1.0 / (e4m3::MAX * 512.0);
 
-/// The smallest per-tensor scale of static FP8: below it, [`fp8_multiplier`] is infinite. The successor of 2^-128.
+/// The smallest per-tensor scale of static FP8: below it, its reciprocal is infinite, and [`fp8_multiplier`] 0. The successor
+/// of 2^-128.
 pub const MIN_FP8_STATIC: f32 = f32::from_bits((1 << 21) + 1);
 
 /// The largest global scale of NVFP4: above it, [`nvfp4_multiplier`] is infinite for the smallest block scale, 2^-9.

@@ -298,7 +298,7 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
 
     #[inline(always)]
     fn row_value(&self, sum: f32) -> f32 {
-        norm::rsqrt(simt::fma(sum, self.inverse_hidden, self.epsilon), simt::fma)
+        norm::inverse_rms(sum, self.inverse_hidden, self.epsilon, simt::fma)
     }
 
     #[inline(always)]

@@ -224,9 +224,7 @@ fn nvfp4<E: Element>(values: Pack, global_scale: f32, lanes: u32) -> (u32, u8) {
     // As `scale::nvfp4_block` and `scale::nvfp4_multiplier`.
     let code = convert::ue4m3(scale::nvfp4_scale(f32::from_bits(bits), global_scale));
     let multiplier = scale::nvfp4_multiplier_of(convert::from_ue4m3(code), global_scale);
-    let codes = convert::e2m1_codes(wide.as_ref(), multiplier);
-    let codes = if E::LANES == 8 { e2m1::canonical::<8>(codes) } else { e2m1::canonical::<4>(codes) };
-    (codes, code)
+    (e2m1::canonical(convert::e2m1_codes(wide.as_ref(), multiplier), E::LANES), code)
 }
 
 /// # Safety

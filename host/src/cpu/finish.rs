@@ -39,14 +39,7 @@ fn sum_of_squares<E: Plain, S: Simd>(simd: S, row: &[E]) -> f32 {
             }
         };
     }
-    // As `norm::sum_by_halves`, of no more than there are.
-    let mut width = lines.next_power_of_two() / 2;
-    while width > 0 {
-        let (low, high) = sums.split_at_mut(width);
-        low.iter_mut().zip(high).for_each(|(low, high)| *low += *high);
-        width /= 2;
-    }
-    sums[0]
+    norm::fold_by_halves(&mut sums[..lines.next_power_of_two()])
 }
 
 /// The sum of the squares of the 32 packs of a line.
@@ -187,8 +180,7 @@ impl<E: Plain> WithSimd for FinishRow<'_, E> {
     fn with_simd<S: Simd>(self, simd: S) {
         let FinishRow { finish, row, token, outputs, scratch } = self;
         let sum = sum_of_squares(simd, row);
-        let mean = sum.mul_add(1.0 / row.len() as f32, finish.norm.epsilon);
-        let inverse_rms = norm::rsqrt(mean, f32::mul_add);
+        let inverse_rms = norm::inverse_rms(sum, 1.0 / row.len() as f32, finish.norm.epsilon, f32::mul_add);
         let normed = if outputs.norm.is_empty() { scratch } else { outputs.norm };
         let bias = finish.norm.weight_bias;
         match finish.gamma {
@@ -256,7 +248,7 @@ mod tests {
             let sum = arch.dispatch(Squares(&row));
             assert_eq!(sum.to_bits(), norm::sum_of_squares(&row).to_bits(), "{} {hidden}", E::DTYPE);
             let mut expected = row.clone();
-            let inverse_rms = norm::inverse_rms(sum, hidden as u64, norm.epsilon);
+            let inverse_rms = norm::inverse_rms(sum, 1.0 / hidden as f32, norm.epsilon, f32::mul_add);
             norm::normalize_row(&row, &gamma, inverse_rms, 1.0, &mut expected);
             assert_eq!(bits(&found), bits(&expected), "{} {hidden}", E::DTYPE);
         }

@@ -50,9 +50,14 @@ impl Variant {
     /// `world_size` ranks, and so has its bits. Eager steps round in between, and NCCL adds in an order of its own.
     pub fn is_specified(&self, world_size: u32) -> bool {
         self.steps.iter().all(|step| match step {
-            Step::NcclAllReduce => world_size == 2,
+            Step::NcclAllReduce | Step::NcclSymmetricAllReduce => world_size == 2,
             Step::Eager(_) => false,
-            _ => true,
+            Step::Fused(_)
+            | Step::FusedSharded
+            | Step::AllReduce(_)
+            | Step::AddRmsNorm
+            | Step::AddRmsNormQuantize
+            | Step::Quantize => true,
         })
     }
 }
@@ -173,6 +178,21 @@ mod tests {
                 "fused_allreduce_rmsnorm_fp4_quant_twoshot",
             ]
         );
+    }
+
+    #[test]
+    fn variants_have_the_bits_of_the_specification_unless_they_round_or_add_in_another_way() {
+        let all_reduces = [
+            ("custom_allreduce", Step::AllReduce(Mode::OneShot)),
+            ("allreduce", Step::NcclAllReduce),
+            ("symm_allreduce", Step::NcclSymmetricAllReduce),
+        ];
+        for variant in variants(QuantMode::Fp8, true, true, true, &all_reduces) {
+            let is_eager = variant.name.contains("native_rms_norm") || variant.name.contains("native_quant");
+            let is_ours = variant.name.contains("custom_allreduce") || variant.kind == Kind::Fused;
+            assert_eq!(variant.is_specified(2), !is_eager, "{}", variant.name);
+            assert_eq!(variant.is_specified(3), !is_eager && is_ours, "{}", variant.name);
+        }
     }
 
     #[test]

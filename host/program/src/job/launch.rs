@@ -399,7 +399,7 @@ impl Ranks {
                 Some(Ok(code)) if has_told(status) => JobEnd { status: code, message: None },
                 _ => {
                     let out_of_memory =
-                        status.signal() == Some(SIGKILL) && memory::oom_kills() > self.oom_kills;
+                        status.signal() == Some(SIGKILL) && memory::killed_since(self.oom_kills);
                     let why = if out_of_memory { ": its control group ran out of memory" } else { "" };
                     JobEnd {
                         status: FAILURE,

@@ -29,7 +29,7 @@ use crate::backend::all_reduce_choice::AllReduceChoice;
 use crate::{
     backend::{self, collective::Collective, cpu::cores::Cores, problem::Problem},
     exit::{self, Failure, complain},
-    report::memory::{available_memory, oom_kills},
+    report::memory::{available_memory, killed_since, oom_kills},
 };
 use launch::Launcher;
 use options::{BackendChoice, JobOptions};
@@ -210,10 +210,18 @@ impl Job {
     fn settle(&self, group: &Group) -> Result<(), Error> {
         let options = &self.request.options;
         let found = self.backend.get();
-        if options.backend != BackendChoice::Auto || !is_foreign(&self.environment) {
+        if !is_foreign(&self.environment) {
             return Ok(());
         }
         let local_rank = self.environment.as_ref().map_or(0, |environment| environment.local_rank);
+        if options.backend != BackendChoice::Auto {
+            // Each group checks its own ranks' GPUs when it joins, but not that another group has them.
+            if found == Backend::Cuda && options.groups > 1 {
+                let ordinal = ordinal(local_rank).unwrap_or(u32::MAX);
+                cuda::check_group(group, ordinal, options.oversubscribe)?;
+            }
+            return Ok(());
+        }
         let settled = placement::settle(group, found, || ordinal(local_rank), options.oversubscribe)?;
         self.backend.set(settled);
         if settled == found {
@@ -362,7 +370,7 @@ impl Job {
         if !launch::reports(lost, rank, is_launched) {
             return if is_launched { Failure::Elsewhere } else { Failure::Failed(String::new()) };
         }
-        let out_of_memory = lost.how == How::Ended && oom_kills() > self.oom_kills;
+        let out_of_memory = lost.how == How::Ended && killed_since(self.oom_kills);
         let cause = if out_of_memory { "; its control group ran out of memory" } else { "" };
         Failure::Failed(format!("{lost}{cause}"))
     }

@@ -72,8 +72,8 @@ impl Machine {
         self.gpus = gpus;
     }
 
-    /// The facts in which this machine is not the `earlier` one, as `2 cores then, 4 now`. Main memory does not count: what
-    /// a system has of it changes a little with its kernel.
+    /// The facts in which this machine is not the `earlier` one, as `2 cores then, 4 cores now`. Main memory does not count,
+    /// since what a system has of it changes a little with its kernel, and neither do the CPUs that ranks were on.
     pub fn differences(&self, earlier: &Machine) -> Vec<String> {
         let facts = |machine: &Machine| {
             let Machine { cpu, cores, memory_bytes: _, os, kernel, arch, gpus, rank_cpus: _, driver } =

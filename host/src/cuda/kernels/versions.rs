@@ -1,6 +1,6 @@
 //! The partition of a row: the version of a kernel, the blocks of a cluster, the threads of a block.
 
-use fused_collective_core::kernels::Version;
+use fused_collective_core::{kernels::Version, launch::MAX_BLOCK_THREADS};
 
 use crate::error::Error;
 
@@ -22,7 +22,7 @@ fn choose_version(
         widest = cluster;
         for (version, packs) in [(Version::P1, 1), (Version::P2, 2)] {
             let threads = row_packs.div_ceil(cluster * packs).next_multiple_of(WARP);
-            if max_threads(version).is_some_and(|most| threads <= most) {
+            if max_threads(version).is_some_and(|most| threads <= most.min(MAX_BLOCK_THREADS / packs)) {
                 return Some((version, cluster, threads));
             }
         }
@@ -119,6 +119,9 @@ mod tests {
         let only_p1 = |version| (version == P1).then_some(512);
         assert_eq!(choose_version(1024, [1, 2].into_iter(), only_p1), Some((P1, 2, 512)));
         assert_eq!(choose_version(1025, [1, 2].into_iter(), only_p1), None);
+        // However large the blocks are that it was compiled for, it holds no more packs than the largest of one each.
+        let only_p2 = |version| (version == P2).then_some(1024);
+        assert_eq!(choose_version(2048, [1, 2].into_iter(), only_p2), Some((P2, 2, 512)));
         let places = |_, _, _| Ok(1);
         let chosen = choose_places(512, 500, true, [1].into_iter(), only_p1, places).unwrap();
         assert_eq!(chosen, Some((P1, 1, 512)));

@@ -178,11 +178,16 @@ impl Shared {
                     NCCL_WIN_COLL_SYMMETRIC,
                 )
             };
-            checked(nccl, "register a symmetric window", registered)?;
-            if window.is_null() {
-                return Err(Error::Nccl("has no use for symmetric windows between these GPUs".to_owned()));
+            let is_missing = window.is_null();
+            let registered = checked(nccl, "register a symmetric window", registered).and_then(|()| {
+                let why = "has no use for symmetric windows between these GPUs";
+                if is_missing { Err(Error::Nccl(why.to_owned())) } else { Ok(()) }
+            });
+            if registered.is_err() {
+                // The memory is of no other use.
+                let _ = comm.end_window(nccl);
             }
-            Ok(())
+            registered
         };
         self.with_window(register).unwrap_or_else(|| Err(was_aborted()))
     }
@@ -313,15 +318,21 @@ impl NcclGroup {
                 act(&shared, bytes).map_err(reason).map(|()| shared)
             }
         };
-        let undo = |shared: Arc<Shared>| drop(shared.allocate_window(0));
+        let undo = || {
+            let context = self.context.clone();
+            move |shared: Arc<Shared>| {
+                let _entered = context.enter();
+                drop(shared.allocate_window(0));
+            }
+        };
         // Apart, as ranks wait for each other to register, and one may have no memory.
         let allocate = in_context(Shared::allocate_window);
-        let allocated = together(group, "allocating a symmetric window", limits, allocate, undo)?;
+        let allocated = together(group, "allocating a symmetric window", limits, allocate, undo())?;
         if let Err(why) = agreed(allocated, NO_WINDOW)? {
             return Ok(Err(why));
         }
         let register = in_context(|shared, _| shared.register_window());
-        let registered = together(group, "registering a symmetric window", limits, register, undo)?;
+        let registered = together(group, "registering a symmetric window", limits, register, undo())?;
         let registered = agreed(registered, NO_WINDOW)?;
         Ok(registered.and_then(|shared| {
             address(&shared).flatten().map(|(address, _)| address).ok_or_else(was_aborted)

@@ -35,8 +35,8 @@ const MAX_PEER_DEADLINE: f64 = 86_400.0;
     note = "List values are separated by spaces, commas or both. A repeated value counts once.",
     note = "Files are checked before the run, and written when it is complete. An output - is the standard",
     note = "output, and the tables then go to the standard error; an input - is the standard input.",
-    note = "If --json names the file of --compare and a row is slower, the file stays as it is, and the new",
-    note = "report goes to a file beside it whose name ends in .new.",
+    note = "If --json names the file of --compare, and a row is slower or a variant failed, the file stays",
+    note = "as it is, and the new report goes to a file beside it whose name ends in .new.",
     note = "Exit status: 0 success; 1 a variant or a rank failed, or a row is slower than the tolerance",
     note = "allows; 2 the command line is not valid."
 )]

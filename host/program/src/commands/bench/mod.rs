@@ -40,8 +40,8 @@ pub(crate) struct Bench {
 enum Origin {
     /// Ranks measure them.
     Job(Box<Job>),
-    /// An earlier run did.
-    File(Box<Report>),
+    /// An earlier run did. Under a launcher rank 0 alone reads its report: a pipe can be read once.
+    File(Option<Box<Report>>),
 }
 
 impl Bench {
@@ -49,6 +49,15 @@ impl Bench {
     pub(crate) fn new(settings: Settings) -> Result<Self, Failure> {
         let compare = settings.outputs.compare.as_deref().map(|path| source("--compare", path, &settings));
         if let Some(path) = &settings.outputs.from {
+            let environment = RankEnv::from_env().map_err(|error| Failure::Usage(error.to_string()))?;
+            if environment.is_some_and(|environment| environment.rank > 0) {
+                return Ok(Bench {
+                    origin: Origin::File(None),
+                    files: Files::default(),
+                    earlier: None,
+                    settings,
+                });
+            }
             let files = Files::check(&settings.outputs)?;
             let read = |source: Source<'_>| source.report(&source.text(None)?);
             let report = read(source("--from", path, &settings))?;
@@ -56,7 +65,7 @@ impl Bench {
             if let Some(earlier) = &earlier {
                 compare::check(earlier, &report.settings, &report.backend, report.world_size)?;
             }
-            return Ok(Bench { origin: Origin::File(Box::new(report)), files, earlier, settings });
+            return Ok(Bench { origin: Origin::File(Some(Box::new(report))), files, earlier, settings });
         }
         let mut job = Job::new(Request {
             all_reduces: settings.all_reduces.clone(),
@@ -82,12 +91,8 @@ impl Bench {
                 let measure = |group: &Group, backend: &mut dyn Collective| self.measure(job, group, backend);
                 job.run(&self.settings, measure, |(report, shown)| self.conclude(&report, shown))
             }
-            Origin::File(report) => {
-                // Under a launcher, one process is enough.
-                let environment = RankEnv::from_env().map_err(|error| Failure::Usage(error.to_string()))?;
-                if environment.is_some_and(|environment| environment.rank > 0) {
-                    return Ok(exit::SUCCESS);
-                }
+            Origin::File(None) => Ok(exit::SUCCESS),
+            Origin::File(Some(report)) => {
                 let width = width(self.stream());
                 let tables = report.configurations.iter().map(|one| table::configuration(one, width));
                 let text = [table::heading(report)].into_iter().chain(tables).collect::<Vec<_>>().join("\n");
@@ -138,7 +143,8 @@ impl Bench {
     }
 
     /// Writes the files, shows the conclusion, failures and the comparison, and returns the exit status. A reader of the
-    /// tables that has gone away costs the files nothing: `shown` tells of it. Rank 0 calls this.
+    /// tables that has gone away costs the files nothing, which `shown` tells of, and a file that cannot be written costs the
+    /// conclusion nothing. Rank 0 calls this.
     fn conclude(&self, report: &Report, shown: Result<(), Failure>) -> Result<u8, Failure> {
         let failures = report.failures().count();
         let compare = |earlier| compare::compare(earlier, report, self.settings.tolerance_percent);
@@ -147,25 +153,25 @@ impl Bench {
         let failed = failures > 0 || slower;
         // The other ranks wait for the files, and should not give up first.
         let patience = self.settings.job.deadline() / 2;
-        let beside =
-            self.files.write(report, failed, patience).map_err(|error| Failure::Failed(error.to_string()))?;
+        let written =
+            self.files.write(report, failed, patience).map_err(|error| Failure::Failed(error.to_string()));
         if failures > 0 {
             let rows: usize = report.configurations.iter().map(|case| case.rows.len()).sum();
             complain(&format_args!("{failures} of {rows} variants FAILED"));
         }
-        if let Some(beside) = beside {
+        if let Ok(Some(beside)) = &written {
             complain(&format_args!(
                 "the earlier report stays as it is, and this one is in '{}'",
                 one_line(&beside.display().to_string())
             ));
         }
-        shown?;
         let width = width(self.stream());
         let mut text = format!("\n{}", table::conclusion(&report.conclusion, width));
         if let Some(comparison) = comparison {
             text += &format!("\n{}", comparison.render(width));
         }
-        show(self.stream(), &text)?;
+        let shown = shown.and_then(|()| show(self.stream(), &text));
+        written.map(drop).and(shown)?;
         Ok(if failed { exit::FAILURE } else { exit::SUCCESS })
     }
 }

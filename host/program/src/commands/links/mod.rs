@@ -73,16 +73,16 @@ impl Links {
         Ok((report, screen.shown()))
     }
 
-    /// Writes the file, shows the report, and returns the exit status. A reader of the tables that has gone away costs the
-    /// file nothing. Rank 0 calls this.
+    /// Writes the file, shows the report, and returns the exit status. Neither costs the other anything: not a reader of the
+    /// tables that has gone away, nor a file that cannot be written. Rank 0 calls this.
     fn conclude(&self, report: &Report, shown: Result<(), Failure>) -> Result<u8, Failure> {
-        if let Some(file) = &self.file {
+        let written = self.file.as_ref().map_or(Ok(()), |file| {
             // The other ranks wait for the file, and should not give up first.
             file.write(report.to_json().map_err(Into::into), self.settings.job.deadline() / 2)
-                .map_err(|error| Failure::Failed(error.to_string()))?;
-        }
-        shown?;
-        show(self.stream(), &format!("\n{}", report.render(width(self.stream()))))?;
+                .map_err(|error| Failure::Failed(error.to_string()))
+        });
+        let tables = format!("\n{}", report.render(width(self.stream())));
+        let shown = shown.and_then(|()| show(self.stream(), &tables));
         let Verdict { broken, .. } = &report.verdict;
         let failures = report.failures().len();
         if !broken.is_empty() {
@@ -93,6 +93,7 @@ impl Links {
             let all = report.pairs.len() + report.together.len();
             complain(&format_args!("{failures} of {all} measurements FAILED"));
         }
+        written.and(shown)?;
         Ok(report.verdict.status())
     }
 }

@@ -287,17 +287,16 @@ fn peers(cases: &[Times<'_>]) -> Vec<String> {
 
 /// The best case of a sharded residual.
 fn sharded(cases: &[Times<'_>]) -> Vec<String> {
-    let ratio = |case| {
+    let saving = |case| {
         let times: &Times<'_> = case;
         let sharded = times.fastest(|row| row.is_ours_fused() && row.is_sharded())?;
-        Some((times, sharded.median / times.fused()?.median))
+        let fused = times.fused()?;
+        Some((times, if sharded.beats(&fused) { 1.0 - sharded.median / fused.median } else { 0.0 }))
     };
-    let best = cases.iter().filter_map(ratio).min_by(|a, b| a.1.total_cmp(&b.1));
-    let sentence = |(case, ratio): (&Times<'_>, f64)| match ratio {
-        ratio if ratio * EQUAL < 1.0 => {
-            format!("A sharded residual saves up to {:.0}% more, at {case}.", (1.0 - ratio) * 100.0)
-        }
-        _ => "A sharded residual saves no time here.".to_owned(),
+    let best = cases.iter().filter_map(saving).max_by(|a, b| a.1.total_cmp(&b.1));
+    let sentence = |(case, saving): (&Times<'_>, f64)| match saving {
+        0.0 => "A sharded residual saves no time here.".to_owned(),
+        _ => format!("A sharded residual saves up to {:.0}% more, at {case}.", saving * 100.0),
     };
     best.map(sentence).into_iter().collect()
 }

@@ -40,7 +40,7 @@ pub struct Report {
     /// All-to-all put bandwidth in GB/s, measured in this run. Only for links between GPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub push_gb_s: Option<f64>,
-    /// True if every variant was verified again after its trials; reports before version 0.3.0 do not say so.
+    /// True if every variant was verified again after its trials; older reports do not say so.
     #[serde(default)]
     pub verified_after: bool,
     /// The answer, which follows from the configurations. Reading a report derives it anew.

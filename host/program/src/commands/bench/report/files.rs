@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// The files of a report, checked before the run.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Files {
     files: Vec<(Form, OutputFile)>,
     /// The file in the place of the JSON report if that may not replace the report it was compared with.
@@ -70,6 +70,9 @@ impl Files {
             }
             files.push((form, file));
         }
+        if let Some(beside) = &beside {
+            files.iter().try_for_each(|(_, other)| beside.check_differs(other))?;
+        }
         Ok(Files { files, beside })
     }
 
@@ -79,15 +82,16 @@ impl Files {
     }
 
     /// Writes every file, and returns the first failure. A file that fails does not keep the others from being written. If
-    /// the report is `slower` than the one that it was compared with, it does not replace that one but goes to a file beside
-    /// it, whose path is returned. A named pipe has so much `patience` for a reader.
+    /// the report has `failed`, as a variant did or as it is slower than the one that it was compared with, it does not replace
+    /// that one but goes to a file beside it, whose path is returned. Named pipes share the `patience` for a reader.
     pub(crate) fn write(
         &self,
         report: &Report,
-        slower: bool,
+        failed: bool,
         patience: Duration,
     ) -> Result<Option<PathBuf>, WriteError> {
-        let beside = self.beside.as_ref().filter(|_| slower);
+        let beside = self.beside.as_ref().filter(|_| failed);
+        let patience = patience / self.files.len().max(1) as u32;
         let write = |(form, file): &(Form, OutputFile)| {
             let file = if *form == Form::Json { beside.unwrap_or(file) } else { file };
             file.write(form.content(report), patience)

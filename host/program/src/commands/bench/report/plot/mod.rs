@@ -61,6 +61,8 @@ const TOP: i32 = 40;
 const BOTTOM: i32 = 50;
 /// Half the width of a mark.
 const MARK: i32 = 4;
+/// Marks that differ in shape.
+const MARKS: usize = 6;
 
 const FONT: &str = "sans-serif";
 const PAPER: RGBColor = RGBColor(0xff, 0xff, 0xff);
@@ -130,14 +132,16 @@ impl Line {
     fn mark(&self, root: &Area<'_>, (x, y): (i32, i32)) -> Result<(), PlotError> {
         let color = self.color();
         let fill = if self.look == Look::Fused { color } else { PAPER };
-        let outline = match self.style / COLORS.len() % 4 {
+        let outline = match self.style / COLORS.len() % MARKS {
             0 => {
                 root.draw(&Circle::new((x, y), MARK, fill.filled()))?;
                 return root.draw(&Circle::new((x, y), MARK, color.stroke_width(2)));
             }
             1 => vec![(x, y - MARK), (x + MARK, y + MARK), (x - MARK, y + MARK)],
             2 => vec![(x - MARK, y - MARK), (x + MARK, y - MARK), (x + MARK, y + MARK), (x - MARK, y + MARK)],
-            _ => vec![(x, y - MARK), (x + MARK, y), (x, y + MARK), (x - MARK, y)],
+            3 => vec![(x, y - MARK), (x + MARK, y), (x, y + MARK), (x - MARK, y)],
+            4 => vec![(x - MARK, y - MARK), (x + MARK, y - MARK), (x, y + MARK)],
+            _ => vec![(x - MARK, y - MARK), (x + MARK, y + MARK), (x + MARK, y - MARK), (x - MARK, y + MARK)],
         };
         root.draw(&Polygon::new(outline.clone(), fill.filled()))?;
         let closed: Vec<_> = outline.iter().chain(&outline[..1]).copied().collect();
@@ -429,7 +433,7 @@ mod tests {
         let mut report = fixture::empty(tokens, &modes);
         for &tokens in tokens {
             for mode in modes {
-                let names = (1..=5).map(|n| format!("standard_{mode}_variant_{n}"));
+                let names = (1..=9).map(|n| format!("standard_{mode}_variant_{n}"));
                 let standard = names.zip(1..).map(|(name, n)| (name, f64::from(n) * tokens as f64));
                 let quantization =
                     if mode == QuantMode::None { String::new() } else { format!("_{mode}_quant") };
@@ -509,7 +513,7 @@ mod tests {
             let panels = panels(report, lines);
             for panel in &panels {
                 let mut styles: Vec<usize> =
-                    panel.lines.iter().map(|line| line.style % (4 * COLORS.len())).collect();
+                    panel.lines.iter().map(|line| line.style % (MARKS * COLORS.len())).collect();
                 styles.sort_unstable();
                 styles.dedup();
                 assert_eq!(styles.len(), panel.lines.len());

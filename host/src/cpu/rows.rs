@@ -1,6 +1,6 @@
 //! Rows as elements, bytes and lines.
 //!
-//! [`sum`](super::sum) and [`finish`](super::finish) compute on rows, in vectors ([`lanes`](super::lanes)) for the processor
+//! [`sum`](super::sum) and [`finish`](super::finish) compute on rows, in vectors (`lanes`) for the processor
 //! that runs them. [`pulp`] compiles each pass once more for AVX2 and AVX-512 and picks at run time. For that, a pass is a
 //! struct with an always-inlined `with_simd`: a closure would be compiled once, for the oldest processor. Every processor
 //! gives the bits of `core::specification`; those without a fused multiply-add compute it in software.

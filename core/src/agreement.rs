@@ -13,7 +13,7 @@ use crate::{
     dtype::DType,
     fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
     plan::Algorithm,
-    quant::{Quantization, ScaleLayout},
+    quant::{GroupScale, Quantization, ScaleLayout},
 };
 
 /// Number of words of a call.
@@ -50,6 +50,7 @@ const REPLAY: u64 = 3;
 const DTYPE_SHIFT: u32 = 8;
 const QUANTIZATION_SHIFT: u32 = 16;
 const GROUP_SHIFT: u32 = 24;
+const LAYOUT_SHIFT: u32 = 36;
 const FLAGS_SHIFT: u32 = 40;
 
 /// The flags of an operation.
@@ -57,11 +58,11 @@ const RESIDUAL: u64 = 1;
 const NORM: u64 = 2;
 const KEEP_NORM: u64 = 4;
 const F32_GAMMA: u64 = 8;
-const SWIZZLED: u64 = 16;
-const SCALE: u64 = 32;
-const TWO_SHOT: u64 = 64;
-const SHARDED: u64 = 128;
-const ROUNDS_SUM: u64 = 256;
+const SCALE: u64 = 16;
+const TWO_SHOT: u64 = 32;
+const SHARDED: u64 = 64;
+const ROUNDS_SUM: u64 = 128;
+const F32_SCALES: u64 = 256;
 const ALL_FLAGS: u64 = 511;
 
 impl Call {
@@ -72,11 +73,13 @@ impl Call {
             Algorithm::OneShot => Mode::OneShot,
             Algorithm::TwoShot | Algorithm::ShardedTwoShot => Mode::TwoShot,
         };
-        let reads_scale =
-            matches!(operation.quantization, Quantization::Fp8Static | Quantization::NvFp4 { .. });
         let rounding = if operation.residual.is_some() { operation.rounding } else { Rounding::Once };
         let operation = Operation { mode, rounding, ..*operation };
-        Call::Operation { operation, scale: scale.filter(|_| reads_scale), kernel: 0 }
+        Call::Operation {
+            operation,
+            scale: scale.filter(|_| operation.quantization.reads_scale()),
+            kernel: 0,
+        }
     }
 
     /// The call of `operation`, which was planned as `algorithm`, with a kernel of the caller's that has this digest.
@@ -103,19 +106,23 @@ impl Call {
                     mode,
                 } = *operation;
                 let (kind, group) = quantization_code(quantization);
+                let layout = quantization.scale_layout().map_or(0, ScaleLayout::code);
+                let has_f32_scales =
+                    matches!(quantization, Quantization::Fp8PerGroup { scales: GroupScale::F32, .. });
                 let flags = flag(residual.is_some(), RESIDUAL)
                     | flag(residual == Residual::Sharded, SHARDED)
                     | flag(norm.is_some(), NORM)
                     | flag(keep_norm, KEEP_NORM)
                     | flag(norm.is_some_and(|norm| norm.gamma == GammaType::F32), F32_GAMMA)
-                    | flag(quantization.scale_layout() == Some(ScaleLayout::Swizzled128x4), SWIZZLED)
+                    | flag(has_f32_scales, F32_SCALES)
                     | flag(scale.is_some(), SCALE)
                     | flag(mode == Mode::TwoShot, TWO_SHOT)
                     | flag(rounding == Rounding::AfterAllReduce, ROUNDS_SUM);
                 let head = OPERATION
                     | dtype_code(dtype) << DTYPE_SHIFT
                     | kind << QUANTIZATION_SHIFT
-                    | u64::from(group as u16) << GROUP_SHIFT
+                    | u64::from(group & 0xfff) << GROUP_SHIFT
+                    | u64::from(layout) << LAYOUT_SHIFT
                     | flags << FLAGS_SHIFT;
                 let (epsilon, bias) = norm.map_or((0.0, 0.0), |norm| (norm.epsilon, norm.weight_bias));
                 let numbers = u64::from(epsilon.to_bits()) | u64::from(bias.to_bits()) << 32;
@@ -134,7 +141,8 @@ impl Call {
                 let field = |shift: u32, bits: u32| head >> shift & ((1 << bits) - 1);
                 let flags = field(FLAGS_SHIFT, 24);
                 let is = |flag| flags & flag != 0;
-                let layout = if is(SWIZZLED) { ScaleLayout::Swizzled128x4 } else { ScaleLayout::Linear };
+                let layout = *ScaleLayout::ALL.get(field(LAYOUT_SHIFT, 4) as usize)?;
+                let scales = if is(F32_SCALES) { GroupScale::F32 } else { GroupScale::Ue8m0 };
                 let norm = Norm {
                     epsilon: f32::from_bits(numbers as u32),
                     weight_bias: f32::from_bits((numbers >> 32) as u32),
@@ -152,7 +160,8 @@ impl Call {
                     norm: is(NORM).then_some(norm),
                     quantization: quantization(
                         field(QUANTIZATION_SHIFT, 8),
-                        field(GROUP_SHIFT, 16) as u32,
+                        field(GROUP_SHIFT, 12) as u32,
+                        scales,
                         layout,
                     )?,
                     keep_norm: is(KEEP_NORM),
@@ -202,12 +211,12 @@ fn quantization_code(quantization: Quantization) -> (u64, u32) {
     }
 }
 
-fn quantization(code: u64, group: u32, layout: ScaleLayout) -> Option<Quantization> {
+fn quantization(code: u64, group: u32, scales: GroupScale, layout: ScaleLayout) -> Option<Quantization> {
     Some(match code {
         0 => Quantization::None,
         1 => Quantization::Fp8Static,
         2 => Quantization::Fp8PerToken,
-        3 => Quantization::Fp8PerGroup { group, layout },
+        3 => Quantization::Fp8PerGroup { group, scales, layout },
         4 => Quantization::NvFp4 { layout },
         5 => Quantization::MxFp8 { layout },
         6 => Quantization::MxFp4 { layout },
@@ -255,15 +264,16 @@ impl fmt::Display for Call {
                     Quantization::None => Ok(()),
                     Quantization::Fp8Static => f.write_str(", fp8"),
                     Quantization::Fp8PerToken => f.write_str(", fp8 per token"),
-                    Quantization::Fp8PerGroup { group, .. } => write!(f, ", fp8 per group of {group}"),
+                    Quantization::Fp8PerGroup { group, scales, .. } => {
+                        write!(f, ", fp8 per group of {group}")?;
+                        if *scales == GroupScale::F32 { f.write_str(", float32") } else { Ok(()) }
+                    }
                     Quantization::NvFp4 { .. } => f.write_str(", nvfp4"),
                     Quantization::MxFp8 { .. } => f.write_str(", mxfp8"),
                     Quantization::MxFp4 { .. } => f.write_str(", mxfp4"),
                 }?;
-                match quantization.scale_layout() {
-                    Some(ScaleLayout::Swizzled128x4) => f.write_str(", swizzled scales")?,
-                    Some(ScaleLayout::Linear) => f.write_str(", linear scales")?,
-                    None => {}
+                if let Some(layout) = quantization.scale_layout() {
+                    write!(f, ", {layout} scales")?;
                 }
                 if let Some(scale) = scale {
                     write!(f, ", scale {scale:e}")?;

@@ -6,7 +6,12 @@
 
 use core::fmt;
 
-use crate::{HIDDEN_MULTIPLE, MAX_HIDDEN, dtype::DType, quant::Quantization, tokens::owned_tokens};
+use crate::{
+    HIDDEN_MULTIPLE, MAX_HIDDEN,
+    dtype::DType,
+    quant::{Quantization, ScaleLayout},
+    tokens::owned_tokens,
+};
 
 /// The collective by which ranks exchange data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -164,6 +169,8 @@ pub enum OperationError {
     },
     /// Per-group FP8 has no groups of this many elements.
     Group(u32),
+    /// The layout is for scales of one byte, and these are `f32`.
+    Layout(ScaleLayout),
     /// Epsilon is negative, infinite or NaN.
     Epsilon(f32),
     /// The weight bias is infinite or NaN.
@@ -196,6 +203,9 @@ impl fmt::Display for OperationError {
             }
             OperationError::Group(group) => {
                 write!(f, "groups of {group} elements are not supported: use 32, 64 or 128")
+            }
+            OperationError::Layout(layout) => {
+                write!(f, "scales of float32 have no {layout} layout: use linear, column-major or DeepGEMM")
             }
             OperationError::Epsilon(epsilon) => {
                 write!(f, "epsilon {epsilon} is not valid: use a finite number that is not negative")
@@ -239,10 +249,13 @@ impl Operation {
         } else if self.quantization != Quantization::None {
             return Err(OperationError::QuantizationWithoutNorm);
         }
-        if let Quantization::Fp8PerGroup { group, .. } = self.quantization
-            && !matches!(group, 32 | 64 | 128)
-        {
-            return Err(OperationError::Group(group));
+        if let Quantization::Fp8PerGroup { group, layout, .. } = self.quantization {
+            if !self.quantization.has_group() {
+                return Err(OperationError::Group(group));
+            }
+            if !self.quantization.has_layout() {
+                return Err(OperationError::Layout(layout));
+            }
         }
         if let Some(block) = self.quantization.block()
             && !hidden.is_multiple_of(block)
@@ -264,13 +277,6 @@ impl Operation {
         }
         if self.mode == Mode::OneShot {
             return Err("needs owners of tokens, which one-shot does not have: use two-shot");
-        }
-        let sent = matches!(
-            self.quantization,
-            Quantization::None | Quantization::Fp8Static | Quantization::NvFp4 { .. }
-        );
-        if !sent {
-            return Err("works without quantization, with static FP8 and with NVFP4: use one of these");
         }
         if self.keep_norm && self.quantization != Quantization::None {
             return Err("leaves the norm or its quantization on all ranks, not both: do not keep the norm");

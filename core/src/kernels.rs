@@ -1,7 +1,7 @@
 //! The table of kernels: their entry points, the modules that hold them, and the largest blocks that each takes.
 //!
 //! A [`Module`] is a file of PTX, `bf16_w4` for instance: the kernels of one element type and one [`Set`]. A
-//! [`Kernel`] is a [`Family`] with an [`Epilogue`], in every [`Version`] an entry point: `two_shot_nvfp4_p2`. There is
+//! [`Kernel`] is a [`Family`] with an [`Epilogue`], in every [`Version`] an entry point: `two_shot_fp4_p2`. There is
 //! a folder of modules for each [`Processor`].
 //!
 //! Tests hold the table against the compiled kernels, both ways. Kernels that are not the library's own are not in it:
@@ -176,35 +176,46 @@ impl From<Algorithm> for Family {
     }
 }
 
-/// The work of a kernel on a row's sum, and the parameters with the addresses of its results.
+/// The quantizer of an epilogue, which the parameters of its kernels hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Epilogue {
-    /// The sum itself: `Plain<Unquantized>`.
-    Sum,
-    /// The sum's FP8 codes: `Plain<Fp8Static>`.
+pub enum Quantizer {
+    /// `Unquantized`.
+    None,
+    /// `Fp8Static`.
     Fp8,
-    /// The sum's NVFP4 codes: `Plain<NvFp4>`.
-    NvFp4,
-    /// The norm: `RmsNorm<Unquantized>`.
-    Norm,
-    /// The norm's FP8 codes: `RmsNorm<Fp8Static>`.
-    NormFp8,
-    /// The norm's NVFP4 codes: `RmsNorm<NvFp4>`.
-    NormNvFp4,
+    /// `Fp8PerToken`.
+    Fp8Token,
+    /// `Fp8Block`: per group, and MXFP8.
+    Fp8Block,
+    /// `Fp4`: NVFP4 and MXFP4.
+    Fp4,
+}
+
+impl From<Quantization> for Quantizer {
+    fn from(quantization: Quantization) -> Quantizer {
+        match quantization {
+            Quantization::None => Quantizer::None,
+            Quantization::Fp8Static => Quantizer::Fp8,
+            Quantization::Fp8PerToken => Quantizer::Fp8Token,
+            Quantization::Fp8PerGroup { .. } | Quantization::MxFp8 { .. } => Quantizer::Fp8Block,
+            Quantization::NvFp4 { .. } | Quantization::MxFp4 { .. } => Quantizer::Fp4,
+        }
+    }
+}
+
+/// The work of a kernel on a row's sum: of its norm, `RmsNorm<Q>`, or of itself, `Plain<Q>`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Epilogue {
+    /// True for `RmsNorm`.
+    pub norm: bool,
+    /// `Q`.
+    pub quantizer: Quantizer,
 }
 
 impl Epilogue {
-    /// The epilogue of an operation with a norm or without, and of `quantization`; `None` for one that no kernel has.
-    pub const fn of(has_norm: bool, quantization: Quantization) -> Option<Epilogue> {
-        Some(match (has_norm, quantization) {
-            (false, Quantization::None) => Epilogue::Sum,
-            (false, Quantization::Fp8Static) => Epilogue::Fp8,
-            (false, Quantization::NvFp4 { .. }) => Epilogue::NvFp4,
-            (true, Quantization::None) => Epilogue::Norm,
-            (true, Quantization::Fp8Static) => Epilogue::NormFp8,
-            (true, Quantization::NvFp4 { .. }) => Epilogue::NormNvFp4,
-            _ => return None,
-        })
+    /// The epilogue of an operation with a norm or without, and of `quantization`.
+    pub fn of(norm: bool, quantization: Quantization) -> Epilogue {
+        Epilogue { norm, quantizer: quantization.into() }
     }
 }
 
@@ -251,34 +262,44 @@ pub struct Kernel {
 }
 
 macro_rules! kernels {
-    ($($family:ident $epilogue:ident $name:literal)*) => {
+    ($($family:ident $norm:literal $quantizer:ident $name:literal)*) => {
         /// The table. Names in collectives say only how the norm is quantized, as they have no quantization without.
         static KERNELS: &[Kernel] = &[$(Kernel {
             family: Family::$family,
-            epilogue: Epilogue::$epilogue,
+            epilogue: Epilogue { norm: $norm, quantizer: Quantizer::$quantizer },
             entries: [concat!($name, "_p1"), concat!($name, "_p2"), concat!($name, "_streamed")],
         }),*];
     };
 }
 
 kernels! {
-    OneShot Sum       "one_shot_none"
-    OneShot Norm      "one_shot_norm"
-    OneShot NormFp8   "one_shot_fp8"
-    OneShot NormNvFp4 "one_shot_nvfp4"
-    TwoShot Sum       "two_shot_none"
-    TwoShot Norm      "two_shot_norm"
-    TwoShot NormFp8   "two_shot_fp8"
-    TwoShot NormNvFp4 "two_shot_nvfp4"
-    Sharded Norm      "sharded_norm"
-    Sharded NormFp8   "sharded_fp8"
-    Sharded NormNvFp4 "sharded_nvfp4"
-    Local   Sum       "local_none"
-    Local   Norm      "local_norm"
-    Local   Fp8       "local_fp8"
-    Local   NvFp4     "local_nvfp4"
-    Local   NormFp8   "local_norm_fp8"
-    Local   NormNvFp4 "local_norm_nvfp4"
+    OneShot false None     "one_shot_none"
+    OneShot true  None     "one_shot_norm"
+    OneShot true  Fp8      "one_shot_fp8"
+    OneShot true  Fp8Token "one_shot_fp8_token"
+    OneShot true  Fp8Block "one_shot_fp8_block"
+    OneShot true  Fp4      "one_shot_fp4"
+    TwoShot false None     "two_shot_none"
+    TwoShot true  None     "two_shot_norm"
+    TwoShot true  Fp8      "two_shot_fp8"
+    TwoShot true  Fp8Token "two_shot_fp8_token"
+    TwoShot true  Fp8Block "two_shot_fp8_block"
+    TwoShot true  Fp4      "two_shot_fp4"
+    Sharded true  None     "sharded_norm"
+    Sharded true  Fp8      "sharded_fp8"
+    Sharded true  Fp8Token "sharded_fp8_token"
+    Sharded true  Fp8Block "sharded_fp8_block"
+    Sharded true  Fp4      "sharded_fp4"
+    Local   false None     "local_none"
+    Local   false Fp8      "local_fp8"
+    Local   false Fp8Token "local_fp8_token"
+    Local   false Fp8Block "local_fp8_block"
+    Local   false Fp4      "local_fp4"
+    Local   true  None     "local_norm"
+    Local   true  Fp8      "local_norm_fp8"
+    Local   true  Fp8Token "local_norm_fp8_token"
+    Local   true  Fp8Block "local_norm_fp8_block"
+    Local   true  Fp4      "local_norm_fp4"
 }
 
 impl Kernel {
@@ -329,8 +350,9 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
     let is_large = match set {
         Set::Group8 => true,
         Set::Group4 => {
-            let quantizes =
-                |kernel: &Kernel| kernel.epilogue == Epilogue::NormNvFp4 && kernel.family != Family::Sharded;
+            let quantizes = |kernel: &Kernel| {
+                kernel.epilogue.quantizer == Quantizer::Fp4 && kernel.family != Family::Sharded
+            };
             kernel.is_some_and(quantizes) && (dtype == DType::F32 || processor == "sm_100a")
         }
         Set::Group2 | Set::Local => false,
@@ -395,24 +417,16 @@ mod tests {
                 assert_eq!((Kernel::with_entry(name), Version::of(name)), (Some(kernel), Some(version)));
             }
         }
-        assert_eq!(Kernel::of(Family::Sharded, Epilogue::Sum), None);
-        let kernel = Kernel::of(Family::TwoShot, Epilogue::NormNvFp4).unwrap();
-        assert_eq!(kernel.name(Version::Streamed), "two_shot_nvfp4_streamed");
+        assert_eq!(Kernel::of(Family::Sharded, Epilogue::of(false, Quantization::None)), None);
+        let kernel = Kernel::of(Family::TwoShot, Epilogue { norm: true, quantizer: Quantizer::Fp4 }).unwrap();
+        assert_eq!(kernel.name(Version::Streamed), "two_shot_fp4_streamed");
     }
 
     #[test]
     fn every_kernel_is_in_one_set_or_in_all_of_the_groups() {
         let [two, four, eight, local] = Set::ALL.map(|set| set.kernels().collect::<Vec<_>>());
         assert_eq!((&two, &two), (&four, &eight));
-        assert_eq!((two.len(), local.len()), (11, 6));
-    }
-
-    #[test]
-    fn epilogues_are_those_of_operations() {
-        let layout = crate::quant::ScaleLayout::Linear;
-        assert_eq!(Epilogue::of(true, Quantization::Fp8Static), Some(Epilogue::NormFp8));
-        assert_eq!(Epilogue::of(false, Quantization::NvFp4 { layout }), Some(Epilogue::NvFp4));
-        assert_eq!(Epilogue::of(true, Quantization::MxFp4 { layout }), None);
+        assert_eq!((two.len(), local.len()), (17, 10));
     }
 
     #[test]
@@ -432,10 +446,10 @@ mod tests {
             ("sm_90", Bf16, Group8, "one_shot_norm_p1", (512, 1)),
             ("sm_120a", Bf16, Group4, "one_shot_norm_p1", (512, 1)),
             // FP4 beside packs of four ranks.
-            ("sm_90", Bf16, Group4, "one_shot_nvfp4_p1", (1024, 1)),
-            ("sm_90", F32, Group4, "one_shot_nvfp4_p1", (512, 1)),
-            ("sm_100a", Bf16, Group4, "two_shot_nvfp4_p1", (512, 1)),
-            ("sm_100a", Bf16, Group4, "sharded_nvfp4_p1", (1024, 1)),
+            ("sm_90", Bf16, Group4, "one_shot_fp4_p1", (1024, 1)),
+            ("sm_90", F32, Group4, "one_shot_fp4_p1", (512, 1)),
+            ("sm_100a", Bf16, Group4, "two_shot_fp4_p1", (512, 1)),
+            ("sm_100a", Bf16, Group4, "sharded_fp4_p1", (1024, 1)),
             // Two packs in 64 registers.
             ("sm_90", Bf16, Group2, "two_shot_norm_p2", (512, 2)),
             ("sm_90", Bf16, Group2, "sharded_norm_p2", (512, 2)),

@@ -28,6 +28,7 @@ use crate::{
     lamport::{SENTINEL, SLOTS},
     pack::Pack,
     plan::{Algorithm, Plan, Round, owned_index},
+    quant::ScaleStrides,
     workspace::{self, SLOTS_OFFSET},
 };
 
@@ -332,21 +333,51 @@ pub struct Fp8Static {
     pub scale: Address,
 }
 
-/// NVFP4: E2M1 in blocks of 16 with UE4M3 scales under a global scale.
+/// FP8 with a scale for each token.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NvFp4 {
-    /// `[total_tokens, hidden / 2]` bytes of two E2M1 codes each, 4-byte aligned.
+pub struct Fp8PerToken {
+    /// `[total_tokens, hidden]` E4M3 codes, 8-byte aligned.
     pub values: Address,
-    /// `[total_tokens, hidden / 16]` UE4M3 codes in the layout that `swizzled` says, 16-byte aligned, padding
-    /// included: see [`ScaleLayout::bytes`](crate::quant::ScaleLayout::bytes). The kernel zeroes the padding.
+    /// `[total_tokens]` `f32`.
     pub scales: Address,
-    /// One `f32`. Constant.
-    pub global_scale: Address,
-    /// 0: linear; 1: [`Swizzled128x4`](crate::quant::ScaleLayout::Swizzled128x4).
-    pub swizzled: u32,
+}
+
+/// The scales of blocks. The kernel zeroes their padding.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockScales {
+    /// A [`ScaleTensor`](crate::quant::ScaleTensor) of `total_tokens` rows, 16-byte aligned, padding included.
+    pub address: Address,
+    /// Its layout.
+    pub strides: ScaleStrides,
+}
+
+/// FP8 with a scale for each block: per group, or MXFP8.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fp8Block {
+    /// `[total_tokens, hidden]` E4M3 codes, 8-byte aligned.
+    pub values: Address,
+    /// `[total_tokens, hidden / block]` UE8M0 codes or, of 4 bytes, `f32`.
+    pub scales: BlockScales,
+    /// The logarithm of the 16-byte packs of elements in a block: from 2 to 5.
+    pub block_packs_log2: u32,
     /// Keeps the struct free of padding.
     pub reserved: u32,
+}
+
+/// FP4: NVFP4, which is E2M1 in blocks of 16 with UE4M3 scales under a global scale; or MXFP4, in blocks of 32 with UE8M0
+/// scales.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fp4 {
+    /// `[total_tokens, hidden / 2]` bytes of two E2M1 codes each, 4-byte aligned.
+    pub values: Address,
+    /// `[total_tokens, hidden / block]` UE4M3 or UE8M0 codes.
+    pub scales: BlockScales,
+    /// One `f32`, constant: NVFP4's. Null for MXFP4.
+    pub global_scale: Address,
 }
 
 /// To be raised when a field, or the memory that it points to, comes to mean something else in the same place.
@@ -374,7 +405,10 @@ pub const LAYOUT: u32 = crate::fingerprint! {
     AnyRmsNorm { gamma, norm_out, inverse_hidden, epsilon, weight_bias, reserved, quantizer }
     Unquantized {}
     Fp8Static { values, scale }
-    NvFp4 { values, scales, global_scale, swizzled, reserved }
+    Fp8PerToken { values, scales }
+    BlockScales { address, strides }
+    Fp8Block { values, scales, block_packs_log2, reserved }
+    Fp4 { values, scales, global_scale }
 };
 
 /// The variable of a PTX module that holds its [`LAYOUT`].
@@ -389,9 +423,10 @@ pub fn layout_of(ptx: &str) -> Option<u32> {
 const _: () = {
     assert!(size_of::<RankState>() == 64 + 16 * MAX_BLOCKS as usize && size_of::<Status>() == 64);
     assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 32);
-    assert!(size_of::<Unquantized>() == 0 && size_of::<Fp8Static>() == 16 && size_of::<NvFp4>() == 32);
-    assert!(size_of::<Plain<NvFp4>>() == 32 && size_of::<RmsNorm<Unquantized>>() == 32);
-    assert!(size_of::<Fused<RmsNorm<NvFp4>>>() == 104 + 32 + 32 + 64);
+    assert!(size_of::<Unquantized>() == 0 && size_of::<Fp8Static>() == 16 && size_of::<Fp8PerToken>() == 16);
+    assert!(size_of::<BlockScales>() == 40 && size_of::<Fp8Block>() == 56 && size_of::<Fp4>() == 56);
+    assert!(size_of::<Plain<Fp4>>() == 56 && size_of::<RmsNorm<Unquantized>>() == 32);
+    assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 32 + 88);
     assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 32 + 48);
 };
 
@@ -412,6 +447,6 @@ mod tests {
             assert!(lists("") || lists("Any"), "{name} is not in `LAYOUT`");
             count += 1;
         }
-        assert_eq!(count, 13);
+        assert_eq!(count, 16);
     }
 }

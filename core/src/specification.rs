@@ -243,8 +243,7 @@ impl<E: Element> Row<'_, E> {
             .map_err(|(index, got, right)| mismatch(Output::Scale, index, got.into(), right.into()))?;
         let lengths = [observed.values.len(), self.values.len()];
         assert!(lengths[0] == 0 || lengths[0] == lengths[1], "{} has another length", Output::Value);
-        let is_e2m1 =
-            matches!(operation.quantization, Quantization::NvFp4 { .. } | Quantization::MxFp4 { .. });
+        let is_e2m1 = operation.quantization.is_fp4();
         let differs = observed.values.iter().zip(&*self.values).position(|(&got, &right)| {
             got != right && (is_e2m1 || !(e4m3::decode(got).is_nan() && e4m3::decode(right).is_nan()))
         });
@@ -266,27 +265,27 @@ impl<E: Element> Row<'_, E> {
         token: u64,
         scales: &[u8],
     ) -> Result<(), (usize, f32, f32)> {
+        let Operation { quantization, tokens, hidden, .. } = *operation;
+        let (Some(tensor), Some(right)) =
+            (quantization.scales(tokens, hidden), linear(quantization).scales(1, hidden))
+        else {
+            return Ok(());
+        };
         if scales.is_empty() {
             return Ok(());
         }
-        let quantization = operation.quantization;
-        if quantization == Quantization::Fp8PerToken {
-            let scale =
-                |bytes: &[u8], at: usize| f32::from_le_bytes([0, 1, 2, 3].map(|byte| bytes[at + byte]));
-            let (got, right) = (scale(scales, token as usize * 4), scale(self.scales, 0));
-            let same = got.to_bits() == right.to_bits() || got.is_nan() && right.is_nan();
-            return if same { Ok(()) } else { Err((0, got, right)) };
-        }
-        let Some(layout) = quantization.scale_layout() else { return Ok(()) };
-        let decode: fn(u8) -> f32 = match quantization {
-            Quantization::NvFp4 { .. } => ue4m3::decode,
-            _ => ue8m0::decode,
+        let decode = |bits: u32| match quantization {
+            Quantization::NvFp4 { .. } => ue4m3::decode(bits as u8),
+            _ if tensor.size == 4 => f32::from_bits(bits),
+            _ => ue8m0::decode(bits as u8),
         };
-        let cols = quantization.scale_cols(operation.hidden);
-        for (col, &right) in (0..cols).zip(&*self.scales) {
-            let got = scales[layout.offset(token, col, cols) as usize];
-            if got != right {
-                return Err((col as usize, decode(got), decode(right)));
+        for col in 0..tensor.cols {
+            let bits = [tensor.get(scales, token, col), right.get(self.scales, 0, col)];
+            assert!(!bits.contains(&None), "{} has another length", Output::Scale);
+            let [got, right] = bits.map(|bits| bits.map_or(f32::NAN, decode));
+            // Codes are compared by their bits: of two that are NaN, one may be no code of the format.
+            if bits[0] != bits[1] && !(tensor.size == 4 && got.is_nan() && right.is_nan()) {
+                return Err((col as usize, got, right));
             }
         }
         Ok(())
@@ -294,13 +293,6 @@ impl<E: Element> Row<'_, E> {
 }
 
 /// The quantization with its scales in the linear layout.
-fn linear(quantization: Quantization) -> Quantization {
-    let layout = ScaleLayout::Linear;
-    match quantization {
-        Quantization::Fp8PerGroup { group, .. } => Quantization::Fp8PerGroup { group, layout },
-        Quantization::NvFp4 { .. } => Quantization::NvFp4 { layout },
-        Quantization::MxFp8 { .. } => Quantization::MxFp8 { layout },
-        Quantization::MxFp4 { .. } => Quantization::MxFp4 { layout },
-        other @ (Quantization::None | Quantization::Fp8Static | Quantization::Fp8PerToken) => other,
-    }
+const fn linear(quantization: Quantization) -> Quantization {
+    quantization.with_layout(ScaleLayout::Linear)
 }

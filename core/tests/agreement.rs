@@ -7,17 +7,21 @@ use fused_collective_core::{
     dtype::DType,
     fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
     plan::Algorithm,
-    quant::{Quantization, ScaleLayout},
+    quant::{GroupScale, Quantization, ScaleLayout},
 };
 use proptest::prelude::*;
 
 fn quantizations() -> impl Strategy<Value = Quantization> {
-    let layout = prop_oneof![Just(ScaleLayout::Linear), Just(ScaleLayout::Swizzled128x4)];
+    let layout = prop::sample::select(&ScaleLayout::ALL[..]);
     (layout, 0usize..7, 0usize..3).prop_map(|(layout, kind, group)| match kind {
         0 => Quantization::None,
         1 => Quantization::Fp8Static,
         2 => Quantization::Fp8PerToken,
-        3 => Quantization::Fp8PerGroup { group: [32, 64, 128][group], layout },
+        3 => Quantization::Fp8PerGroup {
+            group: [32, 64, 128][group],
+            scales: if layout == ScaleLayout::DeepGemm { GroupScale::F32 } else { GroupScale::Ue8m0 },
+            layout,
+        },
         4 => Quantization::NvFp4 { layout },
         5 => Quantization::MxFp8 { layout },
         _ => Quantization::MxFp4 { layout },
@@ -145,7 +149,7 @@ fn a_call_names_what_ranks_can_differ_in() {
     let named = |operation, scale| Call::operation(&operation, Algorithm::TwoShot, scale).to_string();
     assert_eq!(
         named(operation, Some(448.0)),
-        "two-shot, 17 tokens of 4096 bfloat16, residual, norm (epsilon 1e-6, weight bias 1), nvfp4, swizzled scales, \
+        "two-shot, 17 tokens of 4096 bfloat16, residual, norm (epsilon 1e-6, weight bias 1), nvfp4, swizzled 128x4 scales, \
          scale 4.48e2, norm kept"
     );
     let sharded = Operation { residual: Residual::Sharded, ..operation };

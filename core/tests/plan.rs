@@ -13,7 +13,7 @@ use fused_collective_core::{
     plan::{
         Algorithm, Limits, Plan, PlanError, one_shot_bytes, owned_index, owned_token, owned_tokens, owner,
     },
-    quant::{Quantization, ScaleLayout},
+    quant::{GroupScale, Quantization, ScaleLayout},
     workspace::{ALIGNMENT, Header, HeaderError, LIBRARY, Layout, LayoutError, MAGIC, SlotRows, VERSION},
 };
 use proptest::prelude::*;
@@ -302,10 +302,10 @@ fn more_rows_of_a_slot_than_32_bits_count_do_not_wrap() {
 fn sizes_and_offsets_beyond_32_bits_do_not_wrap() {
     const WORLD: u32 = 3;
     let (hidden, tokens) = (8192, 5 << 32);
-    let nvfp4 = ScaleLayout::Swizzled128x4;
+    let layout = ScaleLayout::Swizzled128x4;
     let limits = limits(WORLD, 1 << 40);
     for residual in [Residual::Replicated, Residual::Sharded] {
-        let quantization = Quantization::NvFp4 { layout: nvfp4 };
+        let quantization = Quantization::NvFp4 { layout };
         let operation =
             Operation { residual, quantization, ..operation(tokens, hidden, DType::Bf16, Mode::TwoShot) };
         let plan = Plan::new(&operation, &limits).unwrap();
@@ -346,8 +346,11 @@ fn sizes_and_offsets_beyond_32_bits_do_not_wrap() {
         let cols = hidden / 16;
         assert_eq!(quantization.scale_bytes(tokens, hidden), Some(tokens * cols));
         // The last tile's last line ends the scales.
-        assert_eq!(nvfp4.offset(tokens - 1, cols - 1, cols), tokens * cols - 1);
-        assert_eq!(ScaleLayout::Linear.offset(tokens - 1, cols - 1, cols), tokens * cols - 1);
+        for layout in ScaleLayout::ALL {
+            let scales = quantization.with_layout(layout).scales(tokens, hidden).unwrap();
+            assert_eq!(scales.offset(tokens - 1, cols - 1), tokens * cols - 1, "{layout}");
+            assert_eq!(scales.strides().offset(tokens - 1, cols as u32 - 1), tokens * cols - 1, "{layout}");
+        }
     }
 }
 
@@ -402,7 +405,8 @@ fn invalid_operations_are_refused_by_name() {
     let sharded = Operation { residual: Residual::Sharded, ..valid };
     let nvfp4 = Quantization::NvFp4 { layout: ScaleLayout::Linear };
     let mxfp8 = Quantization::MxFp8 { layout: ScaleLayout::Linear };
-    let group = |group| Quantization::Fp8PerGroup { group, layout: ScaleLayout::Linear };
+    let group =
+        |group| Quantization::Fp8PerGroup { group, scales: GroupScale::F32, layout: ScaleLayout::Linear };
     let epsilon = |epsilon| Operation { norm: Some(Norm { epsilon, ..Norm::default() }), ..valid };
     let cases = [
         (Operation { hidden: 0, ..valid }, OperationError::Hidden(0)),

@@ -3,7 +3,7 @@
 
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
-    quant::{Quantization, RowError, ScaleLayout, e2m1, e4m3, quantize_row, scale, ue4m3},
+    quant::{GroupScale, Quantization, RowError, ScaleLayout, e2m1, e4m3, quantize_row, scale, ue4m3},
 };
 use proptest::prelude::*;
 
@@ -46,8 +46,8 @@ fn nearest_ue4m3(value: f64) -> u8 {
 }
 
 /// The exponent of the least power of two in UE8M0 that is not below `value`; `None` for NaN.
-fn exponent_up(value: f32) -> Option<i32> {
-    (!value.is_nan()).then(|| (-127..127).find(|&e| 2f64.powi(e) >= f64::from(value)).unwrap_or(127))
+fn exponent_up(value: f64) -> Option<i32> {
+    (!value.is_nan()).then(|| (-127..127).find(|&e| 2f64.powi(e) >= value).unwrap_or(127))
 }
 
 /// A row of codes and its scales, in order of their columns.
@@ -80,16 +80,24 @@ fn expected(quantization: Quantization, row: &[f32], scale: f32) -> Quantized {
             values.extend(row.iter().map(|x| fp8(x, 1.0 / scale)));
             scales.extend(scale.to_bits().to_le_bytes());
         }
+        Quantization::Fp8PerGroup { group, scales: GroupScale::F32, .. } => {
+            for block in row.chunks(group as usize) {
+                let scale = amax(block).max(1e-10) / 448.0;
+                // The reciprocal of infinity is 0.
+                values.extend(block.iter().map(|x| fp8(x, 1.0 / scale)));
+                scales.extend(scale.to_bits().to_le_bytes());
+            }
+        }
         Quantization::Fp8PerGroup { .. } | Quantization::MxFp8 { .. } => {
             for block in row.chunks(quantization.block().unwrap() as usize) {
-                let exponent = exponent_up(amax(block) / 448.0).unwrap();
+                let exponent = exponent_up(f64::from(amax(block)) / 448.0).unwrap();
                 values.extend(block.iter().map(|x| nearest_e4m3(f64::from(*x) * 2f64.powi(-exponent))));
                 scales.push((exponent + 127) as u8);
             }
         }
         Quantization::MxFp4 { .. } => {
             for block in row.chunks(32) {
-                let exponent = exponent_up(amax_or_nan(block) / 6.0);
+                let exponent = exponent_up(f64::from(amax_or_nan(block)) / 6.0);
                 values.extend(fp4(block, exponent.map_or(f32::NAN, |e| 2f64.powi(-e) as f32)));
                 scales.push(exponent.map_or(255, |e| (e + 127) as u8));
             }
@@ -122,13 +130,11 @@ fn quantize<E: Element>(
     let mut scales = Vec::new();
     let mut take = |offset: u64| std::mem::replace(&mut all_scales[offset as usize], POISON);
     if result.is_ok() {
-        if quantization == Quantization::Fp8PerToken {
-            scales.extend((token * 4..token * 4 + 4).map(take));
-        } else if let Some(layout) = quantization.scale_layout() {
-            let cols = quantization.scale_cols(hidden);
-            scales.extend((0..cols).map(|col| take(layout.offset(token, col, cols))));
-            for col in layout.padding_cols(cols) {
-                assert_eq!(take(layout.offset(token, col, cols)), 0, "padding column {col}");
+        if let Some(tensor) = quantization.scales(tokens, hidden) {
+            let bytes = |col| (0..tensor.size).map(move |byte| tensor.offset(token, col) + byte);
+            scales.extend((0..tensor.cols).flat_map(bytes).map(&mut take));
+            for offset in tensor.padding_cols().flat_map(bytes) {
+                assert_eq!(take(offset), 0, "padding at {offset}");
             }
         }
     }
@@ -137,13 +143,23 @@ fn quantize<E: Element>(
 }
 
 fn any_quantization() -> impl Strategy<Value = Quantization> {
-    let layout = || prop_oneof![Just(LINEAR), Just(SWIZZLED)];
+    let layout = || prop::sample::select(&ScaleLayout::ALL[..]);
+    let f32_layout = prop::sample::select(&[LINEAR, ScaleLayout::ColumnMajor, ScaleLayout::DeepGemm][..]);
+    let group = || prop_oneof![Just(32), Just(64), Just(128)];
     prop_oneof![
         Just(Quantization::None),
         Just(Quantization::Fp8Static),
         Just(Quantization::Fp8PerToken),
-        (prop_oneof![Just(32), Just(64), Just(128)], layout())
-            .prop_map(|(group, layout)| Quantization::Fp8PerGroup { group, layout }),
+        (group(), layout()).prop_map(|(group, layout)| Quantization::Fp8PerGroup {
+            group,
+            scales: GroupScale::Ue8m0,
+            layout
+        }),
+        (group(), f32_layout).prop_map(|(group, layout)| Quantization::Fp8PerGroup {
+            group,
+            scales: GroupScale::F32,
+            layout
+        }),
         layout().prop_map(|layout| Quantization::NvFp4 { layout }),
         layout().prop_map(|layout| Quantization::MxFp8 { layout }),
         layout().prop_map(|layout| Quantization::MxFp4 { layout }),
@@ -242,8 +258,8 @@ fn amax_passes_over_nan_and_amax_or_nan_keeps_it() {
 }
 
 const BLOCK_QUANTIZATIONS: [Quantization; 5] = [
-    Quantization::Fp8PerGroup { group: 32, layout: LINEAR },
-    Quantization::Fp8PerGroup { group: 128, layout: SWIZZLED },
+    Quantization::Fp8PerGroup { group: 32, scales: GroupScale::Ue8m0, layout: LINEAR },
+    Quantization::Fp8PerGroup { group: 128, scales: GroupScale::Ue8m0, layout: SWIZZLED },
     Quantization::NvFp4 { layout: SWIZZLED },
     Quantization::MxFp8 { layout: LINEAR },
     Quantization::MxFp4 { layout: LINEAR },
@@ -338,7 +354,7 @@ fn zeros_have_the_smallest_scale_and_keep_their_sign() {
 #[test]
 fn what_does_not_fit_is_refused_and_nothing_written() {
     let nvfp4 = Quantization::NvFp4 { layout: SWIZZLED };
-    let group = |group| Quantization::Fp8PerGroup { group, layout: LINEAR };
+    let group = |group| Quantization::Fp8PerGroup { group, scales: GroupScale::F32, layout: LINEAR };
     let row = [bf16::ONE; 48];
     // quantization, hidden, token, tokens, bytes for values, bytes for scales, the error
     let cases = [

@@ -4,28 +4,33 @@
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     quant::{
-        Quantization, ScaleError, ScaleLayout, TensorError, TensorPart, dequantize, e2m1, e4m3, quantize,
-        quantize_row, scale, ue4m3, ue8m0,
+        GroupScale, Quantization, ScaleError, ScaleLayout, TensorError, TensorPart, dequantize, e2m1, e4m3,
+        quantize, quantize_row, scale, ue4m3, ue8m0,
     },
 };
 use proptest::prelude::*;
 
-const LAYOUTS: [ScaleLayout; 2] = [ScaleLayout::Linear, ScaleLayout::Swizzled128x4];
-
 /// Every format in every layout.
 fn formats() -> Vec<Quantization> {
-    let blocks = LAYOUTS.into_iter().flat_map(|layout| {
-        let groups = [32, 64, 128].map(|group| Quantization::Fp8PerGroup { group, layout });
+    let blocks = ScaleLayout::ALL.into_iter().flat_map(|layout| {
+        let groups = [32, 64, 128].into_iter().flat_map(move |group| {
+            let of = move |scales| Quantization::Fp8PerGroup { group, scales, layout };
+            [of(GroupScale::Ue8m0), of(GroupScale::F32)]
+        });
         let others =
             [Quantization::NvFp4 { layout }, Quantization::MxFp8 { layout }, Quantization::MxFp4 { layout }];
-        groups.into_iter().chain(others)
+        groups.chain(others).filter(|quantization| quantization.has_layout())
     });
     [Quantization::Fp8Static, Quantization::Fp8PerToken].into_iter().chain(blocks).collect()
 }
 
 /// True for formats whose scales are powers of two, computed from the elements.
 fn has_ue8m0_scales(quantization: Quantization) -> bool {
-    quantization.block().is_some() && !matches!(quantization, Quantization::NvFp4 { .. })
+    quantization.block().is_some()
+        && !matches!(
+            quantization,
+            Quantization::NvFp4 { .. } | Quantization::Fp8PerGroup { scales: GroupScale::F32, .. }
+        )
 }
 
 /// Codes and scales of a tensor.
@@ -82,13 +87,19 @@ fn number_and_scale(
     } else {
         e2m1::decode(tensor.codes[index / 2] >> (4 * (index % 2)))
     };
-    let Some(layout) = quantization.scale_layout() else {
-        let scale = |bytes: &[u8; 4]| f32::from_le_bytes(*bytes);
-        return (number, tensor.scales.as_chunks().0.get(row as usize).map_or(global, scale));
+    let Some(scales) =
+        quantization.scales(tensor.codes.len() as u64 / quantization.value_bytes_per_row(hidden), hidden)
+    else {
+        return (number, global);
     };
-    let block = quantization.block().unwrap();
-    let code = tensor.scales[layout.offset(row, column / block, hidden / block) as usize];
-    (number, if has_ue8m0_scales(quantization) { ue8m0::decode(code) } else { ue4m3::decode(code) })
+    let block = quantization.block().unwrap_or(hidden);
+    let bits = scales.get(&tensor.scales, row, column / block).unwrap();
+    let scale = match quantization {
+        _ if scales.size == 4 => f32::from_bits(bits),
+        _ if has_ue8m0_scales(quantization) => ue8m0::decode(bits as u8),
+        _ => ue4m3::decode(bits as u8),
+    };
+    (number, scale)
 }
 
 /// Bits of a number, with one pattern for every NaN.
@@ -201,12 +212,11 @@ proptest! {
     ) {
         let mut tensor = quantized(quantization, shape, &tensor, 2.0, 0);
         let clean = dequantized::<f32>(quantization, shape, &tensor, 2.0);
-        if let Some(layout) = quantization.scale_layout() {
-            let cols = quantization.scale_cols(shape[1]);
-            for row in 0..layout.rows_padded(shape[0]) {
-                let first = if row < shape[0] { cols } else { 0 };
-                for col in first..layout.cols_padded(cols) {
-                    tensor.scales[layout.offset(row, col, cols) as usize] = 0xff;
+        if let Some(scales) = quantization.scales(shape[0], shape[1]) {
+            for row in 0..scales.rows_padded() {
+                let first = if row < shape[0] { scales.cols } else { 0 };
+                for col in first..scales.cols_padded() {
+                    tensor.scales[scales.offset(row, col) as usize] = 0xff;
                 }
             }
         }
@@ -417,7 +427,8 @@ fn scales_that_cannot_be_meant_are_refused_and_nothing_is_written() {
 #[test]
 fn shapes_and_slices_that_do_not_fit_are_refused_and_nothing_is_written() {
     const NVFP4: Quantization = Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 };
-    let group = |group| Quantization::Fp8PerGroup { group, layout: ScaleLayout::Linear };
+    let group =
+        |group| Quantization::Fp8PerGroup { group, scales: GroupScale::F32, layout: ScaleLayout::Linear };
     let length = |part, needed, given| TensorError::Length { part, needed, given };
     let (elements, codes, scales) = (TensorPart::Elements, TensorPart::Codes, TensorPart::Scales);
     // format, shape, lengths of elements, codes and scales, the error

@@ -4,7 +4,7 @@ use fused_collective_core::{
     dtype::{Element, bf16},
     fusion::{Mode, Norm, Operation, Residual, Rounding},
     norm::Gamma,
-    quant::{Quantization, ScaleLayout, e4m3},
+    quant::{GroupScale, Quantization, ScaleLayout, e4m3},
     reference::check_token,
     specification::{Mismatch, Observed, Output, Row, Token},
 };
@@ -69,17 +69,15 @@ impl<E: Element> Fixture<E> {
             scales: vec![0; quantization.scale_bytes(1, HIDDEN as u64).unwrap() as usize],
         };
         let Outputs { residual_out, norm, values, scales } = &mut outputs;
-        let linear = Row::<E>::scale_bytes(&self.operation) as usize;
-        let mut own = vec![0; linear];
+        let mut own = vec![0; Row::<E>::scale_bytes(&self.operation) as usize];
         let mut row = Row { residual_out, norm, values, scales: &mut own };
         self.with_token(|token| row.compute(&self.operation(rounding), token)).unwrap();
-        match quantization.scale_layout() {
-            Some(layout) => {
-                for (col, &scale) in (0..).zip(&own) {
-                    scales[layout.offset(0, col, linear as u64) as usize] = scale;
-                }
+        if let Some(tensor) = quantization.scales(1, self.operation.hidden) {
+            let size = tensor.size as usize;
+            for (col, scale) in (0..).zip(own.chunks(size)) {
+                let at = tensor.offset(0, col) as usize;
+                scales[at..at + size].copy_from_slice(scale);
             }
-            None => scales.copy_from_slice(&own),
         }
         outputs
     }
@@ -101,11 +99,12 @@ impl<E: Element> Fixture<E> {
 }
 
 const LAYOUT: ScaleLayout = ScaleLayout::Swizzled128x4;
-const QUANTIZATIONS: [Quantization; 7] = [
+const QUANTIZATIONS: [Quantization; 8] = [
     Quantization::None,
     Quantization::Fp8Static,
     Quantization::Fp8PerToken,
-    Quantization::Fp8PerGroup { group: 64, layout: LAYOUT },
+    Quantization::Fp8PerGroup { group: 64, scales: GroupScale::Ue8m0, layout: LAYOUT },
+    Quantization::Fp8PerGroup { group: 64, scales: GroupScale::F32, layout: ScaleLayout::DeepGemm },
     Quantization::NvFp4 { layout: LAYOUT },
     Quantization::MxFp8 { layout: LAYOUT },
     Quantization::MxFp4 { layout: LAYOUT },

@@ -5,7 +5,7 @@ use fused_collective_core::{
     dtype::{Element, bf16, f16},
     fusion::{Mode, Norm, Operation, Residual, Rounding},
     norm::{self, Gamma},
-    quant::{Quantization, ScaleLayout, e4m3},
+    quant::{Quantization, ScaleLayout, ScaleTensor, e4m3},
     reference::check_token,
     specification::{Observed, Output, Row, Token},
 };
@@ -190,6 +190,7 @@ fn any_other_bit_is_found_and_a_nan_is_a_nan() {
         quantization: Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 },
         ..operation::<f32>(hidden)
     };
+    let tensor = ScaleTensor { layout: ScaleLayout::Swizzled128x4, rows: 3, cols: 4, size: 1 };
     let compare = |change: &Change<'_>, input: &[f32]| {
         let gamma = vec![1.0; hidden];
         let token =
@@ -199,10 +200,9 @@ fn any_other_bit_is_found_and_a_nan_is_a_nan() {
         let mut row =
             Row { residual_out: &mut sum, norm: &mut norm, values: &mut values, scales: &mut scales };
         row.compute(&operation, &token).unwrap();
-        let layout = ScaleLayout::Swizzled128x4;
-        let mut all = vec![0; layout.bytes(3, 4).unwrap() as usize];
+        let mut all = vec![0; tensor.bytes().unwrap() as usize];
         for (col, &scale) in (0..).zip(&*row.scales) {
-            all[layout.offset(2, col, 4) as usize] = scale;
+            all[tensor.offset(2, col) as usize] = scale;
         }
         let (mut sum, mut norm, mut values) =
             (row.residual_out.to_vec(), row.norm.to_vec(), row.values.to_vec());
@@ -222,7 +222,7 @@ fn any_other_bit_is_found_and_a_nan_is_a_nan() {
     assert_eq!(found(&|_, norm, _, _| flip(&mut norm[0])), (Output::Norm, 0));
     assert_eq!(found(&|_, _, values, _| values[5] ^= 0x10), (Output::Value, 11));
     assert_eq!(found(&|_, _, values, _| values[5] ^= 0x01), (Output::Value, 10));
-    let offset = ScaleLayout::Swizzled128x4.offset(2, 3, 4) as usize;
+    let offset = tensor.offset(2, 3) as usize;
     assert_eq!(found(&|_, _, _, scales| scales[offset] ^= 1), (Output::Scale, 3));
     // The sign of a zero is a bit as well, and another NaN is none.
     let mut special = input.clone();

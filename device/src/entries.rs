@@ -20,25 +20,30 @@
 #[macro_export]
 macro_rules! entries {
     (collectives, $element:ident, $ranks:literal) => {
+        $crate::entries!(@epilogue one_shot, "one_shot_none", $element, $ranks, Plain<Unquantized>);
+        $crate::entries!(@epilogue two_shot, "two_shot_none", $element, $ranks, Plain<Unquantized>);
         $crate::entries!(@collective one_shot, "one_shot", $element, $ranks);
         $crate::entries!(@collective two_shot, "two_shot", $element, $ranks);
-        $crate::entries!(@epilogue sharded, "sharded_norm", $element, $ranks, RmsNorm<Unquantized>);
-        $crate::entries!(@epilogue sharded, "sharded_fp8", $element, $ranks, RmsNorm<Fp8Static>);
-        $crate::entries!(@epilogue sharded, "sharded_nvfp4", $element, $ranks, RmsNorm<NvFp4>);
+        $crate::entries!(@collective sharded, "sharded", $element, $ranks);
     };
     (local, $element:ident) => {
         $crate::entries!(@local "none", $element, Plain<Unquantized>);
-        $crate::entries!(@local "norm", $element, RmsNorm<Unquantized>);
         $crate::entries!(@local "fp8", $element, Plain<Fp8Static>);
-        $crate::entries!(@local "nvfp4", $element, Plain<NvFp4>);
+        $crate::entries!(@local "fp8_token", $element, Plain<Fp8PerToken>);
+        $crate::entries!(@local "fp8_block", $element, Plain<Fp8Block>);
+        $crate::entries!(@local "fp4", $element, Plain<Fp4>);
+        $crate::entries!(@local "norm", $element, RmsNorm<Unquantized>);
         $crate::entries!(@local "norm_fp8", $element, RmsNorm<Fp8Static>);
-        $crate::entries!(@local "norm_nvfp4", $element, RmsNorm<NvFp4>);
+        $crate::entries!(@local "norm_fp8_token", $element, RmsNorm<Fp8PerToken>);
+        $crate::entries!(@local "norm_fp8_block", $element, RmsNorm<Fp8Block>);
+        $crate::entries!(@local "norm_fp4", $element, RmsNorm<Fp4>);
     };
     (@collective $algorithm:ident, $name:literal, $element:ident, $ranks:literal) => {
-        $crate::entries!(@epilogue $algorithm, concat!($name, "_none"), $element, $ranks, Plain<Unquantized>);
         $crate::entries!(@epilogue $algorithm, concat!($name, "_norm"), $element, $ranks, RmsNorm<Unquantized>);
         $crate::entries!(@epilogue $algorithm, concat!($name, "_fp8"), $element, $ranks, RmsNorm<Fp8Static>);
-        $crate::entries!(@epilogue $algorithm, concat!($name, "_nvfp4"), $element, $ranks, RmsNorm<NvFp4>);
+        $crate::entries!(@epilogue $algorithm, concat!($name, "_fp8_token"), $element, $ranks, RmsNorm<Fp8PerToken>);
+        $crate::entries!(@epilogue $algorithm, concat!($name, "_fp8_block"), $element, $ranks, RmsNorm<Fp8Block>);
+        $crate::entries!(@epilogue $algorithm, concat!($name, "_fp4"), $element, $ranks, RmsNorm<Fp4>);
     };
     (@epilogue $algorithm:ident, $name:expr, $element:ident, $ranks:literal, $epilogue:ty) => {
         $crate::entries!(@entry concat!($name, "_p1"), Fused<$epilogue>, collective::$algorithm::<$element, $epilogue, $ranks, 1, true>);

@@ -23,7 +23,7 @@ where
     X: Epilogue<E>,
 {
     let Local { shape, activations, epilogue } = params;
-    let mut team = Team::join(X::ROW_SUM);
+    let mut team = Team::join(X::ROW_SUM || X::ROW_MAX);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     // SAFETY: as this function's; each pack of a tensor is one thread's. The same holds for the block below.
     let prepared = unsafe { Prepared::<E, X, 2, P, RESIDENT>::new(epilogue, slice, &team) };

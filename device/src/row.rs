@@ -18,7 +18,7 @@ use fused_collective_core::{
 };
 
 use crate::{
-    epilogue::{Epilogue, PackIndex},
+    epilogue::{Epilogue, PackIndex, RowValues},
     launch::{Activations, Address, MAX_BLOCK_THREADS, MAX_CLUSTER, Shape},
     simt::{self, SHARED_FLOATS, Shared, WARP},
 };
@@ -172,21 +172,52 @@ impl Team {
             simt::warp_sum(norm::sum_by_halves(of_lane))
         };
         // To read it again costs less than to keep it.
-        let cluster = simt::cluster_size();
-        if cluster == 1 {
+        if simt::cluster_size() == 1 {
             return sum;
         }
-        let sums = partials + max_lines(RESIDENT);
+        let [first, second] = self.exchange(sum, partials + max_lines(RESIDENT), buffer, phase);
+        norm::sum_by_halves(core::array::from_fn::<_, 4, _>(|block| first[block] + second[block]))
+    }
+
+    /// The largest of all threads' numbers, none of which is negative or NaN. Every thread of the team calls it.
+    ///
+    /// It takes its turn with the [sums](Self::sum) over the rows, and leaves what they need in shared memory.
+    #[inline(always)]
+    pub fn max<const P: usize, const RESIDENT: bool>(&mut self, largest: f32) -> f32 {
+        let (buffer, phase) = (self.sums % 2, self.sums / 2);
+        self.sums += 1;
+        let partials = buffer * partials(RESIDENT);
+        let (lane, warps) = (simt::thread() % WARP, simt::threads() / WARP);
+        let over_warp = |value: f32| f32::from_bits(simt::tile_max(value.to_bits(), WARP, WARP));
+        // Where a line's sum lies. Other places stay as they are.
+        let place = |warp: u32| partials + Self::place::<RESIDENT>(warp, warps * P as u32);
+        let of_warp = over_warp(largest);
+        if lane == 0 {
+            self.shared.store(place(simt::thread() / WARP), of_warp);
+        }
+        simt::block_barrier();
+        let largest = over_warp(if lane < warps { self.shared.load(place(lane)) } else { 0.0 });
+        if simt::cluster_size() == 1 {
+            return largest;
+        }
+        let [first, second] = self.exchange(largest, partials + max_lines(RESIDENT), buffer, phase);
+        let of = |four: [f32; 4]| four.into_iter().fold(0.0, f32::max);
+        of(first).max(of(second))
+    }
+
+    /// Sends this block's number to every block of the cluster. Returns those of all, in their places from `numbers` on.
+    #[inline(always)]
+    fn exchange(&self, number: f32, numbers: u32, buffer: u32, phase: u32) -> [[f32; 4]; 2] {
+        const { assert!(MAX_CLUSTER == 8) };
+        let cluster = simt::cluster_size();
         if simt::thread() < cluster {
             if simt::thread() == 0 {
                 self.shared.expect(buffer, cluster);
             }
-            self.shared.send(simt::thread(), sums + simt::cluster_rank(), sum, buffer);
+            self.shared.send(simt::thread(), numbers + simt::cluster_rank(), number, buffer);
         }
         self.shared.wait(buffer, phase);
-        const { assert!(MAX_CLUSTER == 8) };
-        let [first, second] = [0, 4].map(|block| self.shared.load_four(sums + block));
-        norm::sum_by_halves(core::array::from_fn::<_, 4, _>(|block| first[block] + second[block]))
+        [0, 4].map(|block| self.shared.load_four(numbers + block))
     }
 
     /// The sum by halves of four floats of shared memory.
@@ -301,7 +332,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     /// The addresses in `epilogue` are as its documentation says.
     #[inline(always)]
     pub unsafe fn new(epilogue: &'a X, slice: ThreadSlice<P, RESIDENT>, team: &Team) -> Self {
-        if X::ROW_SUM {
+        if X::ROW_SUM || X::ROW_MAX {
             team.clear::<RESIDENT>(slice.lines());
         }
         let mut weights = X::Weights::default();
@@ -348,19 +379,24 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
                 }
                 if X::ROW_SUM {
                     addends[p] = self.epilogue.addend(row[p]);
-                } else {
+                } else if !X::ROW_MAX {
                     // SAFETY: as this function's.
-                    unsafe { self.finish(indices[p], row[p], 0.0) };
+                    unsafe { self.finish(indices[p], row[p], RowValues::default()) };
                 }
             });
             if X::ROW_SUM {
                 team.add::<P, RESIDENT>(chunk, addends);
             }
         });
-        if !X::ROW_SUM {
+        if !X::ROW_SUM && !X::ROW_MAX {
             return;
         }
-        let row_value = self.epilogue.row_value(team.sum::<P, RESIDENT>());
+        let read = |index: PackIndex| {
+            // SAFETY: this thread wrote the pack above, or nobody writes the input.
+            unsafe { simt::load(index.of(row_in_memory(activations))) }
+        };
+        // SAFETY: as this function's.
+        let of_row = unsafe { self.row_values(team, token, &row, read) };
         self.slice.for_chunks(|chunk| {
             if !Self::SPARE {
                 // `black_box`, or they would be kept.
@@ -368,17 +404,46 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
             }
             self.slice.for_each(chunk, |p, _| {
                 if !RESIDENT {
-                    // SAFETY: this thread wrote the pack above, or nobody writes the input.
-                    row[p] = unsafe { simt::load(indices[p].of(row_in_memory(activations))) };
+                    row[p] = read(indices[p]);
                 }
                 // SAFETY: as this function's.
-                unsafe { self.finish(indices[p], row[p], row_value) };
+                unsafe { self.finish(indices[p], row[p], of_row) };
             });
         });
     }
 
+    /// The sum and the maximum over a row that the epilogue needs, of which the lines' sums were left. `row` are this
+    /// thread's packs, or where they are not resident `read` has them, of row `token` of its tensor.
+    ///
+    /// # Safety
+    /// As [`complete`](Self::complete).
+    #[inline(always)]
+    unsafe fn row_values(
+        &self,
+        team: &mut Team,
+        token: u64,
+        row: &[Pack; P],
+        read: impl Fn(PackIndex) -> Pack,
+    ) -> RowValues {
+        let value = if X::ROW_SUM { self.epilogue.row_value(team.sum::<P, RESIDENT>()) } else { 0.0 };
+        let mut max = 0.0;
+        if X::ROW_MAX {
+            self.slice.for_chunks(|chunk| {
+                let indices = self.slice.indices(simt::black_box_u64(token), chunk);
+                self.slice.for_each(chunk, |p, pack| {
+                    let row = if RESIDENT { row[p] } else { read(indices[p]) };
+                    // SAFETY: as this function's.
+                    let weights = unsafe { self.ready(pack) };
+                    max = f32::max(max, self.epilogue.magnitude(row, value, weights));
+                });
+            });
+            max = team.max::<P, RESIDENT>(max);
+        }
+        RowValues { value, max }
+    }
+
     /// Completes a token of this rank's as [`complete`](Self::complete), but gives what the epilogue makes of each pack
-    /// to `send`, with the pack: what it became and, for the first of [`SCALE_PACKS`](Epilogue::SCALE_PACKS), scales.
+    /// to `send`, with the pack: what it became and, for the first of those that share a word of scales, this word.
     /// The row of `residual_out` is `owned`, the token's row among this rank's. `context` is what both closures work on.
     ///
     /// # Safety
@@ -411,16 +476,15 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
                 team.add::<P, RESIDENT>(chunk, addends);
             }
         });
-        let row_value = if X::ROW_SUM { self.epilogue.row_value(team.sum::<P, RESIDENT>()) } else { 0.0 };
+        // SAFETY: this thread wrote the packs above.
+        let read = |index: PackIndex| unsafe { simt::load(index.of(activations.residual_out)) };
+        // SAFETY: as this function's.
+        let of_row = unsafe { self.row_values(team, owned as u64, &row, read) };
         self.slice.for_chunks(|chunk| {
             self.slice.for_lanes(chunk, |p, pack| {
                 let inside = pack < shape.row_packs;
                 if !RESIDENT {
-                    row[p] = Pack::default();
-                    if inside {
-                        // SAFETY: this thread wrote the pack above.
-                        row[p] = unsafe { simt::load(index(pack).of(activations.residual_out)) };
-                    }
+                    row[p] = if inside { read(index(pack)) } else { Pack::default() };
                 }
                 let mut weights = self.weights;
                 if !Self::HOLDS_WEIGHTS {
@@ -435,7 +499,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
                 let (words, scales) = self.epilogue.make(
                     index(pack),
                     if P > 1 { simt::black_box(row[p]) } else { row[p] },
-                    row_value,
+                    of_row,
                     weights,
                     self.constants,
                 );
@@ -446,22 +510,32 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         });
     }
 
+    /// The weights of a pack of the row.
+    ///
     /// # Safety
     /// As [`complete`](Self::complete).
     #[inline(always)]
-    unsafe fn finish(&self, index: PackIndex, row: Pack, row_value: f32) {
+    unsafe fn ready(&self, pack: u32) -> X::Ready {
+        if Self::SPARE {
+            self.ready
+        } else if Self::HOLDS_WEIGHTS {
+            self.epilogue.ready(self.weights)
+        } else {
+            // SAFETY: as this function's.
+            self.epilogue.ready(unsafe { self.epilogue.weights(pack) })
+        }
+    }
+
+    /// # Safety
+    /// As [`complete`](Self::complete).
+    #[inline(always)]
+    unsafe fn finish(&self, index: PackIndex, row: Pack, of_row: RowValues) {
         // SAFETY: as this function's.
         unsafe {
-            let weights = if Self::SPARE {
-                self.ready
-            } else if Self::HOLDS_WEIGHTS {
-                self.epilogue.ready(self.weights)
-            } else {
-                self.epilogue.ready(self.epilogue.weights(index.pack))
-            };
+            let weights = self.ready(index.pack);
             // As in `make`.
             let row = if P > 1 { simt::black_box(row) } else { row };
-            self.epilogue.finish(index, row, row_value, weights, self.constants);
+            self.epilogue.finish(index, row, of_row, weights, self.constants);
         }
     }
 }

@@ -4,7 +4,7 @@ use fused_collective_core::{
     dtype::{Element, bf16, f16},
     fusion::Operation,
     fusion::Rounding,
-    quant::ScaleLayout,
+    quant::Quantization,
 };
 use fused_collective_device::{
     epilogue::Epilogue,
@@ -12,7 +12,9 @@ use fused_collective_device::{
     local,
     simt::host::launch,
 };
-use fused_collective_device_tests::{Case, EVERYTHING, Random, Rows, Tensors, What, geometry, shape};
+use fused_collective_device_tests::{
+    Case, EVERYTHING, Random, Rows, Tensors, What, geometry, shape, with_quantizer,
+};
 
 fn run_local<E: Element, X: Epilogue<E> + Sync>(
     operation: &Operation,
@@ -62,25 +64,24 @@ fn separate_quantization<E: Element>(seed: u64, what: What) {
     let operation = &case.operation;
     run_local::<E, _>(operation, separate.activations(), separate.norm(&case, Unquantized));
     let norm = Activations::new(separate.norm_out().address(), Address::NULL, Address::NULL, Rounding::Once);
-    match what {
-        What::NvFp4(layout) => {
-            run_local::<E, _>(operation, norm, Plain { quantizer: separate.nvfp4(layout) });
-            run_local::<E, _>(operation, fused.activations(), fused.norm(&case, fused.nvfp4(layout)));
-        }
-        _ => {
-            run_local::<E, _>(operation, norm, Plain { quantizer: separate.fp8() });
-            run_local::<E, _>(operation, fused.activations(), fused.norm(&case, fused.fp8()));
-        }
-    }
+    with_quantizer!(case, separate, |_name, quantizer| {
+        run_local::<E, _>(operation, norm, Plain { quantizer });
+    });
+    with_quantizer!(case, fused, |_name, quantizer| {
+        run_local::<E, _>(operation, fused.activations(), fused.norm(&case, quantizer));
+    });
     assert!(fused.outputs() == separate.outputs());
 }
 
 #[test]
 fn quantization_alone_gives_the_same_codes() {
-    separate_quantization::<f32>(24, What::Fp8);
-    separate_quantization::<bf16>(25, What::Fp8);
-    separate_quantization::<f32>(26, What::NvFp4(ScaleLayout::Linear));
-    separate_quantization::<f16>(27, What::NvFp4(ScaleLayout::Swizzled128x4));
+    for what in EVERYTHING {
+        if what.quantization() != Quantization::None {
+            separate_quantization::<f32>(24, what);
+            separate_quantization::<f16>(25, what);
+            separate_quantization::<bf16>(26, what);
+        }
+    }
 }
 
 /// A norm without a residual needs no `residual_out`, in registers or streamed.

@@ -12,7 +12,7 @@ use fused_collective_core::{
     fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
     norm::Gamma,
     plan::{Limits, Plan, owner},
-    quant::{Quantization, ScaleLayout},
+    quant::{GroupScale, Quantization, ScaleLayout},
     specification::{Observed, Row, Token},
 };
 use proptest::prelude::*;
@@ -231,14 +231,14 @@ fn operation<E: Plain>(tokens: u64, hidden: u64) -> Operation {
 }
 
 fn quantizations() -> impl Strategy<Value = Quantization> {
-    let layout = prop_oneof![Just(ScaleLayout::Linear), Just(ScaleLayout::Swizzled128x4)];
-    (layout, 0usize..9).prop_map(|(layout, kind)| match kind {
+    (prop::sample::select(&ScaleLayout::ALL[..]), 0usize..10).prop_map(|(layout, kind)| match kind {
         0 => Quantization::None,
         1 => Quantization::Fp8Static,
         2 => Quantization::Fp8PerToken,
-        3 => Quantization::Fp8PerGroup { group: 32, layout },
-        4 => Quantization::Fp8PerGroup { group: 64, layout },
-        5 => Quantization::Fp8PerGroup { group: 128, layout },
+        3 => Quantization::Fp8PerGroup { group: 32, scales: GroupScale::Ue8m0, layout },
+        4 => Quantization::Fp8PerGroup { group: 64, scales: GroupScale::Ue8m0, layout },
+        5 => Quantization::Fp8PerGroup { group: 128, scales: GroupScale::Ue8m0, layout },
+        9 if layout.takes(4) => Quantization::Fp8PerGroup { group: 64, scales: GroupScale::F32, layout },
         6 => Quantization::NvFp4 { layout },
         7 => Quantization::MxFp8 { layout },
         _ => Quantization::MxFp4 { layout },
@@ -287,14 +287,13 @@ proptest! {
     fn any_operation_with_a_sharded_residual_gives_what_the_replicated_one_does(
         tokens in 0u64..12,
         blocks in 1u64..20,
-        (quantization, layout) in (0usize..3, prop_oneof![Just(ScaleLayout::Linear), Just(ScaleLayout::Swizzled128x4)]),
+        quantization in quantizations(),
         dtype in 0..3,
         world_size in 1u32..=6,
         seed: u64,
     ) {
-        let quantization =
-            [Quantization::None, Quantization::Fp8Static, Quantization::NvFp4 { layout }][quantization];
-        let operation = |dtype| Operation { dtype, quantization, ..operation::<f32>(tokens, blocks * 16) };
+        let hidden = blocks * quantization.block().unwrap_or(16);
+        let operation = |dtype| Operation { dtype, quantization, ..operation::<f32>(tokens, hidden) };
         match dtype {
             0 => check_sharded::<f32>(operation(f32::DTYPE), world_size, seed),
             1 => check_sharded::<f16>(operation(f16::DTYPE), world_size, seed),

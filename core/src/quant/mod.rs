@@ -14,6 +14,7 @@
 //! | `Fp8Static` | `s`, from the caller | `c = E4M3(x * (1 / s))` | `c * s` |
 //! | `Fp8PerToken` | `s = max(amax / 448, 1 / (448 * 512))` | `c = E4M3(x * (1 / s))` | `c * s` |
 //! | `Fp8PerGroup`, `MxFp8` | `s = UE8M0(amax / 448)` | `c = E4M3(x * (1 / s))` | `c * s` |
+//! | `Fp8PerGroup` with `f32` scales | `s = max(amax, 1e-10) / 448` | `c = E4M3(x * (1 / s))` | `c * s` |
 //! | `MxFp4` | `s = UE8M0(amax / 6)` | `c = E2M1(x * (1 / s))` | `c * s` |
 //! | `NvFp4` | `b = UE4M3(g * (amax / 6))`, `g` from the caller | `c = E2M1(x * (g / b))` | `c * b / g` |
 //!
@@ -41,7 +42,7 @@ mod tensor;
 pub mod ue4m3;
 pub mod ue8m0;
 
-pub use layout::ScaleLayout;
-pub use quantization::{Quantization, ScaleError};
+pub use layout::{ScaleLayout, ScaleStrides, ScaleTensor};
+pub use quantization::{GroupScale, Quantization, ScaleError};
 pub use row::{RowError, quantize_row};
 pub use tensor::{TensorError, TensorPart, dequantize, quantize};

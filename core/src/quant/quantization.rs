@@ -3,9 +3,18 @@
 use core::fmt;
 
 use super::{
-    layout::ScaleLayout,
+    layout::{ScaleLayout, ScaleTensor},
     scale::{MAX_NVFP4_GLOBAL, MIN_FP8_STATIC, fp8_multiplier, nvfp4_global},
 };
+
+/// The type of the scales of [`Quantization::Fp8PerGroup`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GroupScale {
+    /// Powers of two in a byte, as MX formats have them: [`fp8_block`](super::scale::fp8_block).
+    Ue8m0,
+    /// `f32`, as DeepSeek's checkpoints have them: [`fp8_group`](super::scale::fp8_group). Not in swizzled layouts.
+    F32,
+}
 
 /// A quantization of a tensor `[T, H]` of `T` tokens and hidden size `H`.
 ///
@@ -13,13 +22,12 @@ use super::{
 /// | --- | --- | --- | --- |
 /// | `Fp8Static` | `[T, H]` E4M3 | none | `f32`, per tensor |
 /// | `Fp8PerToken` | `[T, H]` E4M3 | `[T]` `f32` | none |
-/// | `Fp8PerGroup` | `[T, H]` E4M3 | `[T, H / group]` UE8M0 | none |
+/// | `Fp8PerGroup` | `[T, H]` E4M3 | `[T, H / group]` UE8M0 or `f32` | none |
 /// | `NvFp4` | `[T, H / 2]` E2M1 pairs | `[T, H / 16]` UE4M3 | `f32`, global |
 /// | `MxFp8` | `[T, H]` E4M3 | `[T, H / 32]` UE8M0 | none |
 /// | `MxFp4` | `[T, H / 2]` E2M1 pairs | `[T, H / 32]` UE8M0 | none |
 ///
-/// Tensors of scales with one byte a scale are in a [`ScaleLayout`]. The `f32` scales of `Fp8PerToken` are
-/// little-endian and adjacent.
+/// Scales of blocks are in a [`ScaleLayout`]; `f32` scales are little-endian, and those of `Fp8PerToken` adjacent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Quantization {
     /// No quantization: no codes and no scales.
@@ -28,10 +36,12 @@ pub enum Quantization {
     Fp8Static,
     /// E4M3 with a scale for each token.
     Fp8PerToken,
-    /// E4M3 with a power-of-two scale for each `group` elements of a token.
+    /// E4M3 with a scale for each `group` elements of a token.
     Fp8PerGroup {
         /// Elements that share a scale: 32, 64 or 128.
         group: u32,
+        /// Type of the scales.
+        scales: GroupScale,
         /// Layout of the scales.
         layout: ScaleLayout,
     },
@@ -63,15 +73,24 @@ impl Quantization {
         }
     }
 
-    /// True if `hidden` elements are whole blocks, of a size that the format has.
+    /// True if `hidden` elements are whole blocks, of a size that the format has, with scales that their layout takes.
     pub const fn supports(self, hidden: u64) -> bool {
-        match self {
-            Quantization::None | Quantization::Fp8Static | Quantization::Fp8PerToken => true,
-            Quantization::Fp8PerGroup { group, .. } => {
-                matches!(group, 32 | 64 | 128) && hidden.is_multiple_of(group as u64)
-            }
-            Quantization::NvFp4 { .. } => hidden.is_multiple_of(16),
-            Quantization::MxFp8 { .. } | Quantization::MxFp4 { .. } => hidden.is_multiple_of(32),
+        match self.block() {
+            None => true,
+            Some(block) => self.has_group() && self.has_layout() && hidden.is_multiple_of(block),
+        }
+    }
+
+    /// True unless this has groups of a size that there are none of.
+    pub const fn has_group(self) -> bool {
+        !matches!(self, Quantization::Fp8PerGroup { group, .. } if !matches!(group, 32 | 64 | 128))
+    }
+
+    /// True unless the layout is for scales of another size: see [`ScaleLayout::takes`].
+    pub const fn has_layout(self) -> bool {
+        match self.scale_layout() {
+            Some(layout) => layout.takes(self.scale_size()),
+            None => true,
         }
     }
 
@@ -79,12 +98,19 @@ impl Quantization {
     pub const fn value_bytes_per_row(self, hidden: u64) -> u64 {
         match self {
             Quantization::None => 0,
-            Quantization::Fp8Static
-            | Quantization::Fp8PerToken
-            | Quantization::Fp8PerGroup { .. }
-            | Quantization::MxFp8 { .. } => hidden,
-            Quantization::NvFp4 { .. } | Quantization::MxFp4 { .. } => hidden / 2,
+            _ if self.is_fp4() => hidden / 2,
+            _ => hidden,
         }
+    }
+
+    /// True if codes are E2M1, two in a byte.
+    pub const fn is_fp4(self) -> bool {
+        matches!(self, Quantization::NvFp4 { .. } | Quantization::MxFp4 { .. })
+    }
+
+    /// True if the caller gives a scale: the per-tensor scale of `Fp8Static`, the global scale of `NvFp4`.
+    pub const fn reads_scale(self) -> bool {
+        matches!(self, Quantization::Fp8Static | Quantization::NvFp4 { .. })
     }
 
     /// Layout of the block scales; `None` without block scales.
@@ -98,6 +124,27 @@ impl Quantization {
         }
     }
 
+    /// The same quantization with its block scales in `layout`.
+    pub const fn with_layout(self, layout: ScaleLayout) -> Quantization {
+        match self {
+            Quantization::Fp8PerGroup { group, scales, .. } => {
+                Quantization::Fp8PerGroup { group, scales, layout }
+            }
+            Quantization::NvFp4 { .. } => Quantization::NvFp4 { layout },
+            Quantization::MxFp8 { .. } => Quantization::MxFp8 { layout },
+            Quantization::MxFp4 { .. } => Quantization::MxFp4 { layout },
+            Quantization::None | Quantization::Fp8Static | Quantization::Fp8PerToken => self,
+        }
+    }
+
+    /// Bytes of a scale.
+    const fn scale_size(self) -> u64 {
+        match self {
+            Quantization::Fp8PerToken | Quantization::Fp8PerGroup { scales: GroupScale::F32, .. } => 4,
+            _ => 1,
+        }
+    }
+
     /// Scales of one row, without padding: one for each block, or one for the token.
     pub const fn scale_cols(self, hidden: u64) -> u64 {
         match (self, self.block()) {
@@ -107,12 +154,22 @@ impl Quantization {
         }
     }
 
+    /// The scales of `tokens` rows of `hidden` elements; `None` without scales of blocks or tokens.
+    pub const fn scales(self, tokens: u64, hidden: u64) -> Option<ScaleTensor> {
+        let layout = match (self, self.scale_layout()) {
+            (Quantization::Fp8PerToken, _) => ScaleLayout::Linear,
+            (_, Some(layout)) => layout,
+            (_, None) => return None,
+        };
+        let (cols, size) = (self.scale_cols(hidden), self.scale_size());
+        Some(ScaleTensor { layout, rows: tokens, cols, size })
+    }
+
     /// Bytes of the scales of `tokens` rows of `hidden` elements, padding included; `None` past 64 bits.
     pub const fn scale_bytes(self, tokens: u64, hidden: u64) -> Option<u64> {
-        match (self, self.scale_layout()) {
-            (Quantization::Fp8PerToken, _) => tokens.checked_mul(4),
-            (_, Some(layout)) => layout.bytes(tokens, self.scale_cols(hidden)),
-            (_, None) => Some(0),
+        match self.scales(tokens, hidden) {
+            Some(scales) => scales.bytes(),
+            None => Some(0),
         }
     }
 

@@ -8,8 +8,8 @@ use core::fmt;
 
 use super::{
     e2m1, e4m3,
-    layout::{self, ScaleLayout},
-    quantization::Quantization,
+    layout::{ScaleLayout, ScaleTensor},
+    quantization::{GroupScale, Quantization},
     scale, ue8m0,
 };
 use crate::dtype::Element;
@@ -24,6 +24,8 @@ pub enum RowError {
         /// Tokens of the tensor.
         tokens: u64,
     },
+    /// The layout is for scales of one byte, and these are `f32`.
+    Layout(ScaleLayout),
     /// The row is not a whole number of blocks, or the quantization has no blocks of this size.
     Block {
         /// Elements of the row.
@@ -52,6 +54,9 @@ impl fmt::Display for RowError {
         match *self {
             RowError::Token { token, tokens } => {
                 write!(f, "token {token} of a tensor of {tokens} tokens does not exist: count from 0")
+            }
+            RowError::Layout(layout) => {
+                write!(f, "scales of float32 have no {layout} layout: use linear, column-major or DeepGEMM")
             }
             RowError::Block { hidden, block }
                 if hidden.is_multiple_of(block) || !matches!(block, 16 | 32 | 64 | 128) =>
@@ -91,7 +96,7 @@ impl core::error::Error for RowError {}
 /// - `values`: receives the codes of the row, [`value_bytes_per_row`](Quantization::value_bytes_per_row) bytes;
 /// - `scales`: the scales of the whole tensor, at least [`scale_bytes`](Quantization::scale_bytes) bytes. The scales
 ///   of the row are written and its padding columns zeroed. Padding rows are not:
-///   [`zero_padding_rows`](ScaleLayout::zero_padding_rows) zeroes them. Per-token `f32` scales are little-endian, at
+///   [`zero_padding_rows`](ScaleTensor::zero_padding_rows) zeroes them. Per-token `f32` scales are little-endian, at
 ///   `4 * token`.
 ///
 /// E2M1 codes are [canonical](e2m1::canonical): if all codes of a 16-byte pack of elements are `+0` but the last, and that
@@ -112,7 +117,7 @@ pub fn quantize_row<E: Element>(
     scales: &mut [u8],
 ) -> Result<(), RowError> {
     check(quantization, row.len() as u64, token, tokens, values.len() as u64, scales.len() as u64)?;
-    write_row(quantization, row, token, scale, values, scales);
+    write_row(quantization, row, [token, tokens], scale, values, scales);
     Ok(())
 }
 
@@ -121,46 +126,43 @@ pub fn quantize_row<E: Element>(
 pub(super) fn write_row<E: Element>(
     quantization: Quantization,
     row: &[E],
-    token: u64,
+    [token, tokens]: [u64; 2],
     scale: f32,
     values: &mut [u8],
     scales: &mut [u8],
 ) {
-    match quantization {
-        Quantization::None => {}
-        Quantization::Fp8Static => encode_e4m3(row, scale::fp8_multiplier(scale), values),
-        Quantization::Fp8PerToken => {
+    let scales =
+        quantization.scales(tokens, row.len() as u64).map(|tensor| RowScales::new(tensor, token, scales));
+    match (quantization, scales) {
+        (Quantization::Fp8Static, _) => encode_e4m3(row, scale::fp8_multiplier(scale), values),
+        (Quantization::Fp8PerToken, Some(mut scales)) => {
             let token_scale = scale::fp8_per_token(amax(row));
             encode_e4m3(row, scale::fp8_multiplier(token_scale), values);
-            let offset = token as usize * 4;
-            scales[offset..offset + 4].copy_from_slice(&token_scale.to_le_bytes());
+            scales.set(0, token_scale.to_bits());
         }
-        Quantization::Fp8PerGroup { group: 32, layout } | Quantization::MxFp8 { layout } => {
-            let scales = RowScales::new(layout, token, row.len() / 32, scales);
-            quantize_blocks::<E, _, 32>(Fp8Block, row, values, scales);
-        }
-        Quantization::Fp8PerGroup { group: 64, layout } => {
-            let scales = RowScales::new(layout, token, row.len() / 64, scales);
+        (Quantization::Fp8PerGroup { group, scales: GroupScale::F32, .. }, Some(scales)) => match group {
+            32 => quantize_blocks::<E, _, 32>(Fp8Group, row, values, scales),
+            64 => quantize_blocks::<E, _, 64>(Fp8Group, row, values, scales),
+            // The check accepts no other group than 128.
+            _ => quantize_blocks::<E, _, 128>(Fp8Group, row, values, scales),
+        },
+        (Quantization::Fp8PerGroup { group: 64, .. }, Some(scales)) => {
             quantize_blocks::<E, _, 64>(Fp8Block, row, values, scales);
         }
-        // The check accepts no other group than 128.
-        Quantization::Fp8PerGroup { group: _, layout } => {
-            let scales = RowScales::new(layout, token, row.len() / 128, scales);
+        (Quantization::Fp8PerGroup { group: 128, .. }, Some(scales)) => {
             quantize_blocks::<E, _, 128>(Fp8Block, row, values, scales);
         }
-        Quantization::NvFp4 { layout } => {
-            let scales = RowScales::new(layout, token, row.len() / 16, scales);
-            quantize_blocks::<E, _, 16>(
-                NvFp4Block { global_scale: scale::nvfp4_global(scale) },
-                row,
-                values,
-                scales,
-            );
+        (Quantization::Fp8PerGroup { .. } | Quantization::MxFp8 { .. }, Some(scales)) => {
+            quantize_blocks::<E, _, 32>(Fp8Block, row, values, scales);
         }
-        Quantization::MxFp4 { layout } => {
-            let scales = RowScales::new(layout, token, row.len() / 32, scales);
+        (Quantization::NvFp4 { .. }, Some(scales)) => {
+            let format = NvFp4Block { global_scale: scale::nvfp4_global(scale) };
+            quantize_blocks::<E, _, 16>(format, row, values, scales);
+        }
+        (Quantization::MxFp4 { .. }, Some(scales)) => {
             quantize_blocks::<E, _, 32>(MxFp4Block, row, values, scales);
         }
+        (_, _) => {}
     }
 }
 
@@ -177,6 +179,11 @@ fn check(
     if token >= tokens {
         return Err(RowError::Token { token, tokens });
     }
+    if let Some(layout) = quantization.scale_layout()
+        && !quantization.has_layout()
+    {
+        return Err(RowError::Layout(layout));
+    }
     if !quantization.supports(hidden) {
         return Err(RowError::Block { hidden, block: quantization.block().unwrap_or(1) });
     }
@@ -191,35 +198,39 @@ fn check(
     Ok(())
 }
 
-/// Places of the scales of one row. In either layout four columns are adjacent, and the next four follow at a
+/// Places of the scales of one row. In every layout four columns are equally far apart, and the next four follow at a
 /// constant distance.
 struct RowScales<'a> {
     scales: &'a mut [u8],
     start: usize,
-    stride: usize,
+    /// Bytes from a column to the next, and from it to the fourth after it.
+    strides: [usize; 2],
+    size: usize,
 }
 
 impl<'a> RowScales<'a> {
-    /// The scales of row `token`, which has `cols` of them; zeroes its padding columns.
+    /// The scales of row `token`; zeroes its padding columns.
     #[inline(always)]
-    fn new(layout: ScaleLayout, token: u64, cols: usize, scales: &'a mut [u8]) -> Self {
-        let start = layout.offset(token, 0, cols as u64) as usize;
-        let stride = match layout {
-            ScaleLayout::Linear => 4,
-            ScaleLayout::Swizzled128x4 => layout::TILE_BYTES as usize,
-        };
-        let mut row = RowScales { scales, start, stride };
-        for col in layout.padding_cols(cols as u64) {
+    fn new(tensor: ScaleTensor, token: u64, scales: &'a mut [u8]) -> Self {
+        let (start, strides) = (tensor.offset(token, 0) as usize, tensor.strides());
+        let strides = [strides.col as usize, strides.four_cols as usize];
+        let mut row = RowScales { scales, start, strides, size: tensor.size as usize };
+        for col in tensor.padding_cols() {
             row.set(col as usize, 0);
         }
         row
     }
 
     #[inline(always)]
-    fn set(&mut self, col: usize, code: u8) {
-        // The length was checked, so the byte exists. `get_mut` costs less than the code path of a panic.
-        if let Some(scale) = self.scales.get_mut(self.start + col / 4 * self.stride + col % 4) {
-            *scale = code;
+    fn set(&mut self, col: usize, scale: u32) {
+        let start = self.start + col / 4 * self.strides[1] + col % 4 * self.strides[0];
+        // The length was checked, so the bytes exist. `get_mut` costs less than the code path of a panic.
+        if self.size == 1 {
+            if let Some(byte) = self.scales.get_mut(start) {
+                *byte = scale as u8;
+            }
+        } else if let Some(bytes) = self.scales.get_mut(start..start + 4) {
+            bytes.copy_from_slice(&scale.to_le_bytes());
         }
     }
 }
@@ -263,8 +274,8 @@ trait BlockFormat {
     const ELEMENTS_PER_BYTE: usize;
     /// The largest magnitude of the block.
     fn largest<E: Element>(block: &[E]) -> f32;
-    /// The code of the scale, and the multiplier of elements, for a block whose largest magnitude is `amax`.
-    fn scale(&self, amax: f32) -> (u8, f32);
+    /// The bits of the scale, and the multiplier of elements, for a block whose largest magnitude is `amax`.
+    fn scale(&self, amax: f32) -> (u32, f32);
     /// The codes of at most [`BATCH`] multiplied elements, which were `E`.
     fn encode<E: Element>(values: &[f32], codes: &mut [u8]);
 }
@@ -281,9 +292,9 @@ impl BlockFormat for Fp8Block {
     }
 
     #[inline(always)]
-    fn scale(&self, amax: f32) -> (u8, f32) {
+    fn scale(&self, amax: f32) -> (u32, f32) {
         let code = scale::fp8_block(amax);
-        (code, ue8m0::decode_reciprocal(code))
+        (code.into(), ue8m0::decode_reciprocal(code))
     }
 
     #[inline(always)]
@@ -291,6 +302,29 @@ impl BlockFormat for Fp8Block {
         for (code, &value) in codes.iter_mut().zip(values) {
             *code = e4m3::encode(value);
         }
+    }
+}
+
+/// E4M3 with `f32` scales.
+struct Fp8Group;
+
+impl BlockFormat for Fp8Group {
+    const ELEMENTS_PER_BYTE: usize = 1;
+
+    #[inline(always)]
+    fn largest<E: Element>(block: &[E]) -> f32 {
+        amax(block)
+    }
+
+    #[inline(always)]
+    fn scale(&self, amax: f32) -> (u32, f32) {
+        let scale = scale::fp8_group(amax);
+        (scale.to_bits(), scale::fp8_multiplier(scale))
+    }
+
+    #[inline(always)]
+    fn encode<E: Element>(values: &[f32], codes: &mut [u8]) {
+        Fp8Block::encode::<E>(values, codes);
     }
 }
 
@@ -306,9 +340,9 @@ impl BlockFormat for MxFp4Block {
     }
 
     #[inline(always)]
-    fn scale(&self, amax: f32) -> (u8, f32) {
+    fn scale(&self, amax: f32) -> (u32, f32) {
         let code = scale::mxfp4_block(amax);
-        (code, ue8m0::decode_reciprocal(code))
+        (code.into(), ue8m0::decode_reciprocal(code))
     }
 
     #[inline(always)]
@@ -331,9 +365,9 @@ impl BlockFormat for NvFp4Block {
     }
 
     #[inline(always)]
-    fn scale(&self, amax: f32) -> (u8, f32) {
+    fn scale(&self, amax: f32) -> (u32, f32) {
         let code = scale::nvfp4_block(amax, self.global_scale);
-        (code, scale::nvfp4_multiplier(code, self.global_scale))
+        (code.into(), scale::nvfp4_multiplier(code, self.global_scale))
     }
 
     #[inline(always)]
@@ -377,7 +411,7 @@ fn quantize_blocks<E: Element, F: BlockFormat, const BLOCK: usize>(
     mut scales: RowScales<'_>,
 ) {
     let mut largest = [0.0; MAX_BLOCKS];
-    let mut scale_codes = [0; MAX_BLOCKS];
+    let mut scale_bits = [0; MAX_BLOCKS];
     let mut multipliers = [0.0; MAX_BLOCKS];
     let mut values = [0.0; BATCH];
     let batches = row.chunks(BATCH).zip(codes.chunks_mut(BATCH / F::ELEMENTS_PER_BYTE));
@@ -386,8 +420,8 @@ fn quantize_blocks<E: Element, F: BlockFormat, const BLOCK: usize>(
         for (largest, block) in largest.iter_mut().zip(blocks) {
             *largest = F::largest(block);
         }
-        for ((code, multiplier), &amax) in scale_codes.iter_mut().zip(&mut multipliers).zip(&largest) {
-            (*code, *multiplier) = format.scale(amax);
+        for ((bits, multiplier), &amax) in scale_bits.iter_mut().zip(&mut multipliers).zip(&largest) {
+            (*bits, *multiplier) = format.scale(amax);
         }
         let multiplied = values.as_chunks_mut::<BLOCK>().0;
         for ((values, block), multiplier) in multiplied.iter_mut().zip(blocks).zip(&multipliers) {
@@ -396,8 +430,8 @@ fn quantize_blocks<E: Element, F: BlockFormat, const BLOCK: usize>(
             }
         }
         F::encode::<E>(&values[..elements.len()], codes);
-        for (index, &code) in scale_codes[..blocks.len()].iter().enumerate() {
-            scales.set(batch * (BATCH / BLOCK) + index, code);
+        for (index, &bits) in scale_bits[..blocks.len()].iter().enumerate() {
+            scales.set(batch * (BATCH / BLOCK) + index, bits);
         }
     }
 }

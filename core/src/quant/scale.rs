@@ -61,18 +61,48 @@ pub fn fp8_per_token(amax: f32) -> f32 {
     if scale > MIN_FP8_PER_TOKEN { scale } else { MIN_FP8_PER_TOKEN }
 }
 
-/// The UE8M0 scale of a block of E4M3 codes: `amax / 448`, rounded up so that no finite element saturates. The
-/// multiplier of elements is [the reciprocal](ue8m0::decode_reciprocal), which is exact.
+/// The least magnitude that an `f32` scale of a group stands for, so that no group divides by zero.
+pub const MIN_FP8_GROUP_AMAX: f32 = 1e-10;
+
+/// The `f32` scale of a group of E4M3 codes: `max(amax, 1e-10) / 448`, as in vLLM's `per_token_group_quant_fp8`.
 #[inline(always)]
-pub fn fp8_block(amax: f32) -> u8 {
-    ue8m0::encode_up(amax / e4m3::MAX)
+pub fn fp8_group(amax: f32) -> f32 {
+    let amax = if amax > MIN_FP8_GROUP_AMAX { amax } else { MIN_FP8_GROUP_AMAX };
+    amax / e4m3::MAX
 }
 
-/// The UE8M0 scale of a block of E2M1 codes: `amax / 6`, rounded up so that no finite element saturates. The
-/// multiplier of elements is [the reciprocal](ue8m0::decode_reciprocal), which is exact.
+/// The UE8M0 scale of a block of E4M3 codes: the least power of two that is at least `amax / 448`, exactly, so that no
+/// finite element saturates. The multiplier of elements is [the reciprocal](ue8m0::decode_reciprocal), which is exact.
+#[inline(always)]
+pub fn fp8_block(amax: f32) -> u8 {
+    block_scale::<{ e4m3::MAX.to_bits() }>(amax)
+}
+
+/// The UE8M0 scale of a block of E2M1 codes: the least power of two that is at least `amax / 6`, exactly, so that no
+/// finite element saturates. The multiplier of elements is [the reciprocal](ue8m0::decode_reciprocal), which is exact.
 #[inline(always)]
 pub fn mxfp4_block(amax: f32) -> u8 {
-    ue8m0::encode_up(amax / e2m1::MAX)
+    block_scale::<{ e2m1::MAX.to_bits() }>(amax)
+}
+
+/// The code of the least power of two that is at least `amax` divided by the number of bits `MAX`. Saturates as
+/// [`ue8m0::encode_up`].
+#[inline(always)]
+fn block_scale<const MAX: u32>(amax: f32) -> u8 {
+    const FRACTION: u32 = (1 << 23) - 1;
+    let bits = amax.abs().to_bits();
+    // A larger significand than the format's largest number has carries over into the exponent; the quotient's exponent
+    // is then the difference.
+    let exponent = (bits + (FRACTION - (MAX & FRACTION))) >> 23;
+    let code = exponent.saturating_sub((MAX >> 23) - 127);
+    let infinity = f32::INFINITY.to_bits();
+    (if bits < infinity {
+        code
+    } else if bits == infinity {
+        254
+    } else {
+        u32::from(ue8m0::NAN)
+    }) as u8
 }
 
 /// The block scale of NVFP4: `UE4M3(global_scale * (amax / 6))`, rounded to nearest. The global scale is usually

@@ -7,8 +7,8 @@ use core::fmt;
 
 use super::{
     e2m1, e4m3,
-    layout::ScaleLayout,
-    quantization::{Quantization, ScaleError},
+    layout::{ScaleLayout, ScaleTensor},
+    quantization::{GroupScale, Quantization, ScaleError},
     row::write_row,
     ue4m3, ue8m0,
 };
@@ -39,6 +39,8 @@ pub enum TensorError {
     },
     /// Per-group FP8 has no groups of this many elements.
     Group(u32),
+    /// The layout is for scales of one byte, and these are `f32`.
+    Layout(ScaleLayout),
     /// A slice has a wrong length.
     Length {
         /// The slice.
@@ -63,6 +65,9 @@ impl fmt::Display for TensorError {
             }
             TensorError::Group(group) => {
                 write!(f, "groups of {group} elements are not supported: use 32, 64 or 128")
+            }
+            TensorError::Layout(layout) => {
+                write!(f, "scales of float32 have no {layout} layout: use linear, column-major or DeepGEMM")
             }
             TensorError::Length { part, needed, given } => {
                 let (name, unit) = match part {
@@ -132,10 +137,10 @@ pub fn quantize<E: Element>(
     let row_bytes = quantization.value_bytes_per_row(hidden) as usize;
     let rows = elements.chunks_exact(hidden as usize).zip(codes.chunks_exact_mut(row_bytes));
     for (token, (row, codes)) in (0..).zip(rows) {
-        write_row(quantization, row, token, scale, codes, scales);
+        write_row(quantization, row, [token, tokens], scale, codes, scales);
     }
-    if let Some(layout) = quantization.scale_layout() {
-        layout.zero_padding_rows(tokens, quantization.scale_cols(hidden), scales);
+    if let Some(tensor) = quantization.scales(tokens, hidden) {
+        tensor.zero_padding_rows(scales);
     }
     Ok(())
 }
@@ -190,31 +195,29 @@ pub fn dequantize<E: Element>(
     }
     let row_bytes = quantization.value_bytes_per_row(hidden) as usize;
     let rows = elements.chunks_exact_mut(hidden as usize).zip(codes.chunks_exact(row_bytes));
+    let tensor = quantization.scales(tokens, hidden);
     for (token, (row, codes)) in (0..).zip(rows) {
-        match quantization {
-            Quantization::None => {}
-            Quantization::Fp8Static => decode_e4m3(codes, row, |c| c * scale),
-            Quantization::Fp8PerToken => {
-                let scale = f32::from_le_bytes(scales.as_chunks().0[token as usize]);
-                decode_e4m3(codes, row, |c| c * scale);
-            }
-            Quantization::Fp8PerGroup { layout, .. } | Quantization::MxFp8 { layout } => {
-                for (scale, codes, block) in blocks(quantization, layout, token, codes, scales, row) {
-                    let scale = ue8m0::decode(scale);
-                    decode_e4m3(codes, block, |c| c * scale);
+        let Some(tensor) = tensor else {
+            decode_e4m3(codes, row, |c| c * scale);
+            continue;
+        };
+        for (bits, codes, block) in blocks(tensor, token, codes, scales, row) {
+            match quantization {
+                Quantization::Fp8PerToken | Quantization::Fp8PerGroup { scales: GroupScale::F32, .. } => {
+                    decode_e4m3(codes, block, |c| c * f32::from_bits(bits));
                 }
-            }
-            Quantization::MxFp4 { layout } => {
-                for (scale, codes, block) in blocks(quantization, layout, token, codes, scales, row) {
-                    let scale = ue8m0::decode(scale);
+                Quantization::MxFp4 { .. } => {
+                    let scale = ue8m0::decode(bits as u8);
                     decode_e2m1(codes, block, |c| c * scale);
                 }
-            }
-            Quantization::NvFp4 { layout } => {
-                for (block_scale, codes, block) in blocks(quantization, layout, token, codes, scales, row) {
-                    let block_scale = ue4m3::decode(block_scale);
+                Quantization::NvFp4 { .. } => {
+                    let block_scale = ue4m3::decode(bits as u8);
                     // A product of two and four significant bits is exact: the division alone rounds.
                     decode_e2m1(codes, block, |c| c * block_scale / scale);
+                }
+                _ => {
+                    let scale = ue8m0::decode(bits as u8);
+                    decode_e4m3(codes, block, |c| c * scale);
                 }
             }
         }
@@ -233,8 +236,11 @@ fn check(
 ) -> Result<(), TensorError> {
     match quantization {
         Quantization::None => return Err(TensorError::NotQuantized),
-        Quantization::Fp8PerGroup { group, .. } if !matches!(group, 32 | 64 | 128) => {
+        Quantization::Fp8PerGroup { group, .. } if !quantization.has_group() => {
             return Err(TensorError::Group(group));
+        }
+        Quantization::Fp8PerGroup { layout, .. } if !quantization.has_layout() => {
+            return Err(TensorError::Layout(layout));
         }
         _ => {}
     }
@@ -255,23 +261,21 @@ fn check(
     Ok(quantization.check_scale(scale)?)
 }
 
-/// The blocks of a row: code of the scale, codes of the elements, and place for the elements.
+/// The blocks of a row: bits of the scale, codes of the elements, and place for the elements.
 #[inline(always)]
 fn blocks<'a, E>(
-    quantization: Quantization,
-    layout: ScaleLayout,
+    tensor: ScaleTensor,
     token: u64,
     codes: &'a [u8],
     scales: &'a [u8],
     row: &'a mut [E],
-) -> impl Iterator<Item = (u8, &'a [u8], &'a mut [E])> {
-    let hidden = row.len() as u64;
-    let cols = quantization.scale_cols(hidden);
-    let (elements, bytes) = ((hidden / cols) as usize, codes.len() / cols as usize);
-    let blocks = codes.chunks_exact(bytes).zip(row.chunks_exact_mut(elements));
-    (0..)
-        .zip(blocks)
-        .map(move |(col, (codes, block))| (scales[layout.offset(token, col, cols) as usize], codes, block))
+) -> impl Iterator<Item = (u32, &'a [u8], &'a mut [E])> {
+    let cols = tensor.cols as usize;
+    let blocks = codes.chunks_exact(codes.len() / cols).zip(row.chunks_exact_mut(row.len() / cols));
+    (0..).zip(blocks).map(move |(col, (codes, block))| {
+        // The length was checked.
+        (tensor.get(scales, token, col).unwrap_or(0), codes, block)
+    })
 }
 
 #[inline(always)]

@@ -5,7 +5,7 @@
 use crate::{
     dtype::{DType, Element},
     fusion::{Norm, Operation, Rounding},
-    quant::{Quantization, e2m1, e4m3, scale, ue4m3, ue8m0},
+    quant::{GroupScale, Quantization, e2m1, e4m3, scale, ue4m3, ue8m0},
     specification::{Mismatch, Observed, Output, Token},
 };
 
@@ -270,10 +270,13 @@ impl<E: Element> Checker<'_, E> {
         let (quantization, global) = (self.operation.quantization, self.token.scale);
         let nvfp4_global = scale::nvfp4_global(global);
         let block = first / elements;
-        let cols = (self.observed.residual_out.len() / elements) as u64;
-        let code_in = |layout: crate::quant::ScaleLayout| {
-            self.observed.scales[layout.offset(self.token.index, block as u64, cols) as usize]
+        let hidden = self.observed.residual_out.len() as u64;
+        let Some(tensor) = quantization.scales(self.operation.tokens, hidden) else {
+            let is_quantized = quantization != Quantization::None;
+            return Ok(if is_quantized { scale::fp8_multiplier(global) } else { 1.0 });
         };
+        let bits = tensor.get(self.observed.scales, self.token.index, block as u64).unwrap_or(u32::MAX);
+        let code = bits as u8;
         let check = |largest: fn(f32, f32) -> f32, scale_of: &dyn Fn(f32) -> f32, got: f32| {
             let bounds = self.largest(norm, first, elements, largest).map(|amax| f64::from(scale_of(amax)));
             if allows(bounds, f64::from(got)) {
@@ -282,37 +285,25 @@ impl<E: Element> Checker<'_, E> {
                 Err(self.mismatch(Output::Scale, block, f64::from(got), bounds))
             }
         };
+        let check_f32 = |scale_of: fn(f32) -> f32| {
+            let got = f32::from_bits(bits);
+            check(scale::amax, &scale_of, got).map(|()| scale::fp8_multiplier(got))
+        };
+        let check_ue8m0 = |largest: fn(f32, f32) -> f32, scale_of: fn(f32) -> u8| {
+            check(largest, &|amax| ue8m0::decode(scale_of(amax)), ue8m0::decode(code))
+                .map(|()| ue8m0::decode_reciprocal(code))
+        };
         match quantization {
-            Quantization::None => Ok(1.0),
-            Quantization::Fp8Static => Ok(scale::fp8_multiplier(global)),
-            Quantization::Fp8PerToken => {
-                let offset = self.token.index as usize * 4;
-                let bytes = [0, 1, 2, 3].map(|byte| self.observed.scales[offset + byte]);
-                let got = f32::from_le_bytes(bytes);
-                check(scale::amax, &scale::fp8_per_token, got)?;
-                Ok(scale::fp8_multiplier(got))
+            Quantization::None | Quantization::Fp8Static => Ok(1.0),
+            Quantization::Fp8PerToken => check_f32(scale::fp8_per_token),
+            Quantization::Fp8PerGroup { scales: GroupScale::F32, .. } => check_f32(scale::fp8_group),
+            Quantization::Fp8PerGroup { .. } | Quantization::MxFp8 { .. } => {
+                check_ue8m0(scale::amax, scale::fp8_block)
             }
-            Quantization::Fp8PerGroup { layout, .. } | Quantization::MxFp8 { layout } => {
-                let code = code_in(layout);
-                check(scale::amax, &|amax| ue8m0::decode(scale::fp8_block(amax)), ue8m0::decode(code))?;
-                Ok(ue8m0::decode_reciprocal(code))
-            }
-            Quantization::MxFp4 { layout } => {
-                let code = code_in(layout);
-                check(
-                    scale::amax_or_nan,
-                    &|amax| ue8m0::decode(scale::mxfp4_block(amax)),
-                    ue8m0::decode(code),
-                )?;
-                Ok(ue8m0::decode_reciprocal(code))
-            }
-            Quantization::NvFp4 { layout } => {
-                let code = code_in(layout);
-                check(
-                    scale::amax_or_nan,
-                    &|amax| ue4m3::decode(scale::nvfp4_block(amax, nvfp4_global)),
-                    ue4m3::decode(code),
-                )?;
+            Quantization::MxFp4 { .. } => check_ue8m0(scale::amax_or_nan, scale::mxfp4_block),
+            Quantization::NvFp4 { .. } => {
+                let scale_of = |amax| ue4m3::decode(scale::nvfp4_block(amax, nvfp4_global));
+                check(scale::amax_or_nan, &scale_of, ue4m3::decode(code))?;
                 Ok(scale::nvfp4_multiplier(code, nvfp4_global))
             }
         }

@@ -51,7 +51,7 @@ where
         return;
     }
     let Fused { group, shape, activations, epilogue } = params;
-    let mut team = Team::join(X::ROW_SUM);
+    let mut team = Team::join(X::ROW_SUM || X::ROW_MAX);
     let team_index = team.index;
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     // SAFETY of all accesses below: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the

@@ -67,7 +67,7 @@ where
         return;
     }
     let Fused { group, shape, activations, epilogue } = params;
-    let mut team = Team::join(X::ROW_SUM);
+    let mut team = Team::join(X::ROW_SUM || X::ROW_MAX);
     let (team_index, teams) = (team.index, team.teams);
     let tokens = Tokens::<N>::new(group, shape);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
@@ -131,9 +131,9 @@ where
         |row: Address, pack: u32| row.offset(simt::black_box_u64(pack as u64) * (X::WORDS as u64 * WORD));
     let scales_at = |row: Address, pack: u32| {
         let first = simt::black_box_u64(shape.row_packs as u64) * (X::WORDS as u64 * WORD);
-        row.offset(first + (pack / X::SCALE_PACKS.max(1)) as u64 * WORD)
+        row.offset(first + (pack >> epilogue.scale_packs_log2()) as u64 * WORD)
     };
-    let has_scales = |pack: u32| X::SCALE_PACKS > 0 && pack.is_multiple_of(X::SCALE_PACKS.max(1));
+    let has_scales = |pack: u32| X::SCALES && pack & ((1 << epilogue.scale_packs_log2()) - 1) == 0;
 
     // Complete.
     let waiter = &mut begun.waiter;
@@ -196,7 +196,7 @@ where
                         let at = |pack| Some(words_at(row, pack));
                         let words = waiter.words(X::WORDS, slice, chunk, at, owner, awaited);
                         slice.for_each(chunk, |p, pack| epilogue.store(index_of(token, pack), words[p]));
-                        if X::SCALE_PACKS > 0 {
+                        if X::SCALES {
                             let at = |pack| has_scales(pack).then(|| scales_at(row, pack));
                             let scales = waiter.words(1, slice, chunk, at, owner, awaited);
                             slice.for_each(chunk, |p, pack| {

@@ -55,7 +55,7 @@ where
         return;
     }
     let Fused { group, shape, activations, epilogue } = params;
-    let mut team = Team::join(X::ROW_SUM);
+    let mut team = Team::join(X::ROW_SUM || X::ROW_MAX);
     let (team_index, teams) = (team.index, team.teams);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     let has_residual = !activations.residual.is_null();

@@ -4,15 +4,20 @@
 //! for one sum over the row, as RMSNorm does, before it stores anything. [`Plain`] and [`RmsNorm`] are epilogues;
 //! what either hands on, the row or its norm, goes to a [`Quantizer`].
 
-use fused_collective_core::{dtype::Element, norm, pack::Pack};
+use fused_collective_core::{dtype::Element, norm, pack::Pack, quant::scale};
 
 use crate::{
     convert,
-    launch::{Address, Plain, RmsNorm, Shape},
+    launch::{Address, Plain, RmsNorm, Shape, Unquantized},
     simt::{self, WARP},
 };
 
-mod quantize;
+mod fp4;
+mod fp8;
+mod scales;
+
+/// [`Epilogue::scale_packs_log2`] of a row that has one scale.
+pub const WHOLE_ROW: u32 = 31;
 
 /// The position of a pack in the operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,13 +64,22 @@ impl PackIndex {
     }
 }
 
+/// What all packs of a row are told.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RowValues {
+    /// [`Epilogue::row_value`]; 0 without [`Epilogue::ROW_SUM`].
+    pub value: f32,
+    /// The largest [`Epilogue::magnitude`]; 0 without [`Epilogue::ROW_MAX`].
+    pub max: f32,
+}
+
 /// The work on a row after the collective. Implement it to fuse something else: [`finish`](Self::finish) is all that it
 /// takes where there are neither constants nor weights nor a sum over the row.
 ///
 /// Calls come from every thread for the packs that are its own: `constants` and `weights` first, which may be before the
 /// dependent-launch wait, so they read only what is constant while kernels run; then for each row `addend` for each pack,
-/// `row_value` once, `finish` for each pack. A thread that has more than one pack of a row calls `weights` before each
-/// `finish` instead.
+/// `row_value` once, `magnitude` for each pack, `finish` for each pack. A thread that has more than one pack of a row calls
+/// `weights` before each `finish` instead.
 ///
 /// The lanes of a warp that hold packs of a row run `finish` for it together, [as many](PackIndex::lanes) from lane 0 on, and
 /// neighbours in the row are neighbours in the warp: so they may use [`tile_max`](simt::tile_max) among themselves. There
@@ -74,15 +88,17 @@ impl PackIndex {
 /// # Results that are sent
 /// With a sharded residual a token's owner makes the results, and every rank stores them:
 /// [`collective::sharded`](crate::collective::sharded) calls `make`, `store` and `store_scales` in place of `finish`. A
-/// pack becomes [`WORDS`](Self::WORDS) words, and each [`SCALE_PACKS`](Self::SCALE_PACKS) packs of a row one word of
-/// block scales. An epilogue that leaves `WORDS` at 0 has no such kernels.
+/// pack becomes [`WORDS`](Self::WORDS) words and, where there are [`SCALES`](Self::SCALES), several packs of a row one
+/// word of scales. An epilogue that leaves `WORDS` at 0 has no such kernels.
 pub trait Epilogue<E: Element>: Copy {
     /// Whether `finish` needs a sum over the row. Without, `addend` and `row_value` are never called.
     const ROW_SUM: bool = false;
+    /// Whether `finish` needs the largest magnitude of the row. Without, `magnitude` is never called.
+    const ROW_MAX: bool = false;
     /// Words that a pack becomes: 1, 2 or 4; 0 where results are not sent.
     const WORDS: u32 = 0;
-    /// Packs whose block scales are one word: a power of two, at most 32; 0 where no scales are sent.
-    const SCALE_PACKS: u32 = 0;
+    /// Whether scales are sent beside the words.
+    const SCALES: bool = false;
 
     /// What is read once for the whole operation.
     type Constants: Copy + Default;
@@ -135,7 +151,19 @@ pub trait Epilogue<E: Element>: Copy {
         0.0
     }
 
-    /// Stores what is made of one pack of a row. `row_value` is 0 without [`ROW_SUM`](Self::ROW_SUM).
+    /// A pack's largest magnitude, which must not be NaN, of what the maximum over its row is taken of.
+    #[inline(always)]
+    fn magnitude(&self, _row: Pack, _row_value: f32, _weights: Self::Ready) -> f32 {
+        0.0
+    }
+
+    /// The logarithm of the number of packs whose scales are one word: at most 5, or [`WHOLE_ROW`].
+    #[inline(always)]
+    fn scale_packs_log2(&self) -> u32 {
+        0
+    }
+
+    /// Stores what is made of one pack of a row.
     ///
     /// # Safety
     /// As [`constants`](Self::constants); `index` is inside the tensors.
@@ -143,13 +171,13 @@ pub trait Epilogue<E: Element>: Copy {
         &self,
         index: PackIndex,
         row: Pack,
-        row_value: f32,
+        of_row: RowValues,
         weights: Self::Ready,
         constants: Self::Constants,
     );
 
-    /// Makes of a pack of a row what is sent: its words, the others zero, and for the first pack of each
-    /// [`SCALE_PACKS`](Self::SCALE_PACKS) their scales. `row_value` is 0 without [`ROW_SUM`](Self::ROW_SUM).
+    /// Makes of a pack of a row what is sent: its words, the others zero, and for the first pack of those that share a word
+    /// of scales this word.
     ///
     /// All lanes of a warp call this together, with `pack` the pack of lane 0 plus the lane. Those past the row's end
     /// (`row_packs` or more) have zeros, and what they make is not used.
@@ -158,7 +186,7 @@ pub trait Epilogue<E: Element>: Copy {
         &self,
         _index: PackIndex,
         _row: Pack,
-        _row_value: f32,
+        _of_row: RowValues,
         _weights: Self::Ready,
         _constants: Self::Constants,
     ) -> (Pack, u32) {
@@ -172,7 +200,7 @@ pub trait Epilogue<E: Element>: Copy {
     #[inline(always)]
     unsafe fn store(&self, _index: PackIndex, _words: Pack) {}
 
-    /// Stores the scales of `SCALE_PACKS` packs, of which `index` is the first.
+    /// Stores a word of scales, of the packs of which `index` is the first.
     ///
     /// # Safety
     /// As [`finish`](Self::finish).
@@ -184,8 +212,10 @@ pub trait Epilogue<E: Element>: Copy {
 pub trait Quantizer<E: Element>: Copy {
     /// As [`Epilogue::WORDS`]: quantizers of a norm send their codes.
     const WORDS: u32;
-    /// As [`Epilogue::SCALE_PACKS`].
-    const SCALE_PACKS: u32 = 0;
+    /// As [`Epilogue::SCALES`].
+    const SCALES: bool = false;
+    /// As [`Epilogue::ROW_MAX`]: the maximum is that of [`magnitude`](Self::magnitude)s.
+    const ROW_MAX: bool = false;
 
     /// What is read once for the whole operation: see [`Epilogue::Constants`].
     type Constants: Copy + Default;
@@ -206,14 +236,27 @@ pub trait Quantizer<E: Element>: Copy {
     #[inline(always)]
     unsafe fn fill_padding(&self, _shape: &Shape, _thread: u32, _threads: u32) {}
 
+    /// As [`Epilogue::scale_packs_log2`].
+    #[inline(always)]
+    fn scale_packs_log2(&self) -> u32 {
+        0
+    }
+
+    /// The largest magnitude of a pack, NaN skipped.
+    #[inline(always)]
+    fn magnitude(&self, values: Pack) -> f32 {
+        convert::widen::<E>(values).as_ref().iter().fold(0.0, |largest, &value| scale::amax(largest, value))
+    }
+
     /// Quantizes one pack and stores it. Synchronization as in [`Epilogue`].
     ///
     /// # Safety
     /// As [`constants`](Self::constants); `index` is inside the tensors.
-    unsafe fn store(&self, index: PackIndex, values: Pack, constants: Self::Constants);
+    unsafe fn store(&self, index: PackIndex, values: Pack, row_max: f32, constants: Self::Constants);
 
     /// As [`Epilogue::make`], of a pack of the norm.
-    fn encode(index: PackIndex, values: Pack, constants: Self::Constants) -> (Pack, u32);
+    fn encode(&self, index: PackIndex, values: Pack, row_max: f32, constants: Self::Constants)
+    -> (Pack, u32);
 
     /// As [`Epilogue::store`]. `norm_out` is where the norm goes, if that is what is sent.
     ///
@@ -229,7 +272,28 @@ pub trait Quantizer<E: Element>: Copy {
     unsafe fn store_scales(&self, _index: PackIndex, _scales: u32) {}
 }
 
+impl<E: Element> Quantizer<E> for Unquantized {
+    /// The norm itself is sent.
+    const WORDS: u32 = 4;
+    type Constants = ();
+
+    #[inline(always)]
+    unsafe fn store(&self, _index: PackIndex, _values: Pack, _row_max: f32, _constants: ()) {}
+
+    #[inline(always)]
+    fn encode(&self, _index: PackIndex, values: Pack, _row_max: f32, _constants: ()) -> (Pack, u32) {
+        (values, 0)
+    }
+
+    #[inline(always)]
+    unsafe fn store_words(&self, index: PackIndex, norm_out: Address, words: Pack) {
+        // SAFETY: as this function's.
+        unsafe { simt::store(index.of(norm_out), words) }
+    }
+}
+
 impl<E: Element, Q: Quantizer<E>> Epilogue<E> for Plain<Q> {
+    const ROW_MAX: bool = Q::ROW_MAX;
     type Constants = Q::Constants;
     type Weights = ();
     type Ready = ();
@@ -247,16 +311,22 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for Plain<Q> {
     }
 
     #[inline(always)]
-    unsafe fn finish(&self, index: PackIndex, row: Pack, _: f32, _: (), constants: Q::Constants) {
+    fn magnitude(&self, row: Pack, _: f32, _: ()) -> f32 {
+        self.quantizer.magnitude(row)
+    }
+
+    #[inline(always)]
+    unsafe fn finish(&self, index: PackIndex, row: Pack, of_row: RowValues, _: (), constants: Q::Constants) {
         // SAFETY: as this function's.
-        unsafe { self.quantizer.store(index, row, constants) }
+        unsafe { self.quantizer.store(index, row, of_row.max, constants) }
     }
 }
 
 impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
     const ROW_SUM: bool = true;
+    const ROW_MAX: bool = Q::ROW_MAX;
     const WORDS: u32 = Q::WORDS;
-    const SCALE_PACKS: u32 = Q::SCALE_PACKS;
+    const SCALES: bool = Q::SCALES;
     type Constants = Q::Constants;
     /// Gamma.
     type Weights = Pack;
@@ -302,21 +372,31 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
     }
 
     #[inline(always)]
+    fn magnitude(&self, row: Pack, inverse_rms: f32, weights: E::Wide) -> f32 {
+        self.quantizer.magnitude(normalize::<E>(row, inverse_rms, weights))
+    }
+
+    #[inline(always)]
+    fn scale_packs_log2(&self) -> u32 {
+        self.quantizer.scale_packs_log2()
+    }
+
+    #[inline(always)]
     unsafe fn finish(
         &self,
         index: PackIndex,
         row: Pack,
-        inverse_rms: f32,
+        of_row: RowValues,
         weights: E::Wide,
         constants: Q::Constants,
     ) {
-        let norm = normalize::<E>(row, inverse_rms, weights);
+        let norm = normalize::<E>(row, of_row.value, weights);
         // SAFETY: the pack is inside the tensors, and this thread's alone.
         unsafe {
             if !self.norm_out.is_null() {
                 simt::store(index.of(self.norm_out), norm);
             }
-            self.quantizer.store(index, norm, constants);
+            self.quantizer.store(index, norm, of_row.max, constants);
         }
     }
 
@@ -325,11 +405,11 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
         &self,
         index: PackIndex,
         row: Pack,
-        inverse_rms: f32,
+        of_row: RowValues,
         weights: E::Wide,
         constants: Q::Constants,
     ) -> (Pack, u32) {
-        Q::encode(index, normalize::<E>(row, inverse_rms, weights), constants)
+        self.quantizer.encode(index, normalize::<E>(row, of_row.value, weights), of_row.max, constants)
     }
 
     #[inline(always)]

@@ -138,26 +138,29 @@ pub(super) fn tile_sum(value: f32, lanes: u32) -> f32 {
 
 /// Panics unless this lane is one of the first `lanes`, which are whole tiles: on a GPU no other may call what follows.
 fn is_one_of_first(tile: u32, lanes: u32) {
-    assert!(lanes <= WARP && lanes.is_multiple_of(tile), "{lanes} lanes are not whole tiles of {tile}");
+    assert!(
+        tile.is_power_of_two() && lanes <= WARP && lanes.is_multiple_of(tile),
+        "{lanes} lanes are not whole tiles of {tile}"
+    );
     assert!(thread() % WARP < lanes, "lane {} calls with the first {lanes}", thread() % WARP);
 }
 
-pub(super) fn tile_max<const LANES: u32>(value: u32, lanes: u32) -> u32 {
-    is_one_of_first(LANES, lanes);
-    if LANES == 1 {
+pub(super) fn tile_max(value: u32, tile: u32, lanes: u32) -> u32 {
+    is_one_of_first(tile, lanes);
+    if tile == 1 {
         return value;
     }
-    exchange(LANES, value, |mailbox| {
+    exchange(tile, value, |mailbox| {
         mailbox.iter().fold(0, |max, value| max.max(value.load(Ordering::Relaxed)))
     })
 }
 
-pub(super) fn tile_or<const LANES: u32>(value: u32, lanes: u32) -> u32 {
-    is_one_of_first(LANES, lanes);
-    if LANES == 1 {
+pub(super) fn tile_or(value: u32, tile: u32, lanes: u32) -> u32 {
+    is_one_of_first(tile, lanes);
+    if tile == 1 {
         return value;
     }
-    exchange(LANES, value, |mailbox| {
+    exchange(tile, value, |mailbox| {
         mailbox.iter().fold(0, |bits, value| bits | value.load(Ordering::Relaxed))
     })
 }

@@ -119,19 +119,17 @@ pub fn tile_sum(value: f32, lanes: u32) -> f32 {
     imp::tile_sum(value, lanes)
 }
 
-/// The maximum over this lane's tile of `LANES` (a power of two, at most 32) lanes, aligned to that many. The first
-/// `lanes` lanes of the warp call it, whole tiles of them, with the same `lanes`, at least 1.
+/// The maximum over this lane's tile of `tile` (a power of two, at most 32) lanes, aligned to that many. The first
+/// `lanes` lanes of the warp call it, whole tiles of them, with the same `tile` and `lanes`, at least 1.
 #[inline(always)]
-pub fn tile_max<const LANES: u32>(value: u32, lanes: u32) -> u32 {
-    const { assert!(LANES.is_power_of_two() && LANES <= WARP) };
-    imp::tile_max::<LANES>(value, lanes)
+pub fn tile_max(value: u32, tile: u32, lanes: u32) -> u32 {
+    imp::tile_max(value, tile, lanes)
 }
 
 /// The bits of all lanes of this lane's tile, as [`tile_max`].
 #[inline(always)]
-pub fn tile_or<const LANES: u32>(value: u32, lanes: u32) -> u32 {
-    const { assert!(LANES.is_power_of_two() && LANES <= WARP) };
-    imp::tile_or::<LANES>(value, lanes)
+pub fn tile_or(value: u32, tile: u32, lanes: u32) -> u32 {
+    imp::tile_or(value, tile, lanes)
 }
 
 /// [`SHARED_FLOATS`] floats that the threads of a block share, and that other blocks of its cluster can send to.

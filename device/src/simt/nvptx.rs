@@ -147,30 +147,32 @@ pub(super) fn tile_sum(mut value: f32, lanes: u32) -> f32 {
     value
 }
 
-#[inline(always)]
-pub(super) fn tile_max<const LANES: u32>(mut value: u32, lanes: u32) -> u32 {
-    // The same in all lanes: one for each tile would part the warp into tiles that go on one after the other.
-    let mask = u32::MAX >> (WARP - lanes);
-    let mut distance = LANES / 2;
-    while distance > 0 {
-        // SAFETY: all lanes of the mask are here, with the same mask.
-        value = value.max(unsafe { shuffle_u32(mask, value, distance, WHOLE_WARP) });
-        distance /= 2;
-    }
-    value
+/// `value` combined with those of the other lanes of a tile.
+macro_rules! over_tile {
+    ($value:ident, $tile:ident, $lanes:ident, $combine:expr) => {{
+        // The same in all lanes: one for each tile would part the warp into tiles that go on one after the other.
+        let mask = u32::MAX >> (WARP - $lanes);
+        let combine: fn(u32, u32) -> u32 = $combine;
+        over_tile!(@ $value $tile mask combine 16 8 4 2 1);
+        $value
+    }};
+    // Written out: the distances of a loop would be in registers.
+    (@ $value:ident $tile:ident $mask:ident $combine:ident $($distance:literal)*) => {$(
+        if $tile > $distance {
+            // SAFETY: all lanes of the mask are here, with the same mask and tile.
+            $value = $combine($value, unsafe { shuffle_u32($mask, $value, $distance, WHOLE_WARP) });
+        }
+    )*};
 }
 
 #[inline(always)]
-pub(super) fn tile_or<const LANES: u32>(mut value: u32, lanes: u32) -> u32 {
-    // As in `tile_max`.
-    let mask = u32::MAX >> (WARP - lanes);
-    let mut distance = LANES / 2;
-    while distance > 0 {
-        // SAFETY: all lanes of the mask are here, with the same mask.
-        value |= unsafe { shuffle_u32(mask, value, distance, WHOLE_WARP) };
-        distance /= 2;
-    }
-    value
+pub(super) fn tile_max(mut value: u32, tile: u32, lanes: u32) -> u32 {
+    over_tile!(value, tile, lanes, |a, b| a.max(b))
+}
+
+#[inline(always)]
+pub(super) fn tile_or(mut value: u32, tile: u32, lanes: u32) -> u32 {
+    over_tile!(value, tile, lanes, |a, b| a | b)
 }
 
 /// An address in shared memory.

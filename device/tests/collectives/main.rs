@@ -8,7 +8,7 @@ use std::{array, env, sync::atomic::Ordering, thread, time::Duration};
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     fusion::{Norm, Operation},
-    quant::{Quantization, ScaleLayout},
+    quant::{GroupScale, Quantization, ScaleLayout},
     reference::Special,
 };
 use fused_collective_device::{
@@ -108,7 +108,8 @@ fn a_sharded_residual_gives_what_a_replicated_one_does() {
         let case = case.sharded();
         let [held, sharded @ ..] =
             run_case(&mut random, &world, &case, Kernel::Sharded, Rows::P1, |_| launch);
-        let of_rank_0: Vec<u8> = sum.chunks(160).step_by(3).flatten().copied().collect();
+        let row_bytes = case.operation.row_bytes() as usize;
+        let of_rank_0: Vec<u8> = sum.chunks(row_bytes).step_by(3).flatten().copied().collect();
         assert!(held == of_rank_0, "{what:?}");
         assert!(replicated == sharded, "{what:?}");
     }
@@ -116,7 +117,7 @@ fn a_sharded_residual_gives_what_a_replicated_one_does() {
 }
 
 /// Norms and codes that would be the sentinel, or are what stands for it, if they were sent as they are: two NaNs, eight
-/// codes of -6, and zeros of which the last of eight is -0.
+/// codes of -6, and zeros of which the last of eight is -0; and blocks of NaN, whose MXFP4 scales have every bit set.
 #[test]
 fn results_that_are_the_sentinel_arrive() {
     let mut random = Random(13);
@@ -125,8 +126,18 @@ fn results_that_are_the_sentinel_arrive() {
     let negative = |_| bf16::NEG_ONE;
     let zero = |index: usize| if index % 8 == 7 { bf16::from_f32(-0.0) } else { bf16::ZERO };
     let fp4 = What::NvFp4(ScaleLayout::Linear);
-    let rows: [(What, &dyn Fn(usize) -> bf16); 5] =
-        [(What::Norm, &nan), (What::Fp8, &nan), (What::Norm, &zero), (fp4, &negative), (fp4, &zero)];
+    let mxfp4 = What::MxFp4(ScaleLayout::Swizzled128x4);
+    let rows: [(What, &dyn Fn(usize) -> bf16); 9] = [
+        (What::Norm, &nan),
+        (What::Fp8, &nan),
+        (What::Norm, &zero),
+        (fp4, &negative),
+        (fp4, &zero),
+        (mxfp4, &negative),
+        (mxfp4, &nan),
+        (What::MxFp8(ScaleLayout::Linear), &nan),
+        (What::Fp8PerToken, &nan),
+    ];
     for (what, value) in rows {
         let mut case = Case::<bf16>::new(&mut random, 3, 4, 96, true, what).sharded();
         for tensor in case.inputs.iter_mut().chain(&mut case.residual) {
@@ -170,7 +181,7 @@ fn any_operation_may_follow_any_other() {
         run_case(random, world, &case, kernel, Rows::P1, |_| launch);
     }
     for _ in 0..20 {
-        let what = EVERYTHING[random.below(5) as usize];
+        let what = EVERYTHING[random.below(EVERYTHING.len() as u64) as usize];
         match random.below(3) {
             0 => step::<f32>(&mut random, &world, what),
             1 => step::<f16>(&mut random, &world, what),
@@ -279,8 +290,8 @@ fn a_dependent_kernel_reads_finished_outputs() {
 
 /// A case with special numbers in every other row, or in none.
 fn special_case<E: Element>(random: &mut Random, what: What, special: bool) -> Case<E> {
-    let (ranks, hidden) = (2, 48);
-    let mut case = Case::<E>::new(random, ranks, 2 * Special::ALL.len() as u64, hidden, false, what);
+    let mut case = Case::<E>::new(random, 2, 2 * Special::ALL.len() as u64, 48, false, what);
+    let hidden = case.operation.hidden;
     for (rank, input) in (0..).zip(&mut case.inputs) {
         for (token, row) in (0..).zip(input.chunks_mut(hidden as usize)) {
             let kind = if special { Special::of_token(token) } else { Special::Ordinary };
@@ -293,7 +304,16 @@ fn special_case<E: Element>(random: &mut Random, what: What, special: bool) -> C
 /// One-shot, two-shot, and the same in two kernels: the all-reduce, then the rest.
 fn special_numbers<E: Element>(seed: u64) {
     let world = World::new(2, 1 << 14);
-    for what in [What::Norm, What::Fp8, What::NvFp4(ScaleLayout::Linear)] {
+    let quantized = [
+        What::Norm,
+        What::Fp8,
+        What::Fp8PerToken,
+        What::Fp8PerGroup(64, GroupScale::F32, ScaleLayout::Linear),
+        What::MxFp8(ScaleLayout::Linear),
+        What::NvFp4(ScaleLayout::Linear),
+        What::MxFp4(ScaleLayout::Linear),
+    ];
+    for what in quantized {
         let mut random = Random(seed);
         let case = special_case::<E>(&mut random, what, true);
         let run = |random: &mut Random, case: &Case<E>, kernel| {

@@ -11,7 +11,7 @@ use fused_collective_device::{
 };
 
 use fused_collective_device_tests::{
-    Case, EVERYTHING, Random, Rows, Tensors, What, bytes_of, geometry, shape,
+    Case, EVERYTHING, Random, Rows, Tensors, What, bytes_of, geometry, shape, with_quantizer,
 };
 
 use crate::{Compiled, ROWS, gpus_of};
@@ -41,25 +41,13 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
             case.operation.keep_norm |= case.operation.norm.is_some();
             let [fused, apart] = [(); 2].map(|()| Tensors::new(&case, 0));
             let with = fused.activations();
-            match case.operation.quantization {
-                _ if what == What::Sum => {
-                    one_pass(compiled, ("none", rows), &case, with, Plain { quantizer: Unquantized }, &fused);
-                }
-                Quantization::Fp8Static => {
-                    one_pass(
-                        compiled,
-                        ("norm_fp8", rows),
-                        &case,
-                        with,
-                        fused.norm(&case, fused.fp8()),
-                        &fused,
-                    );
-                }
-                Quantization::NvFp4 { layout } => {
-                    let epilogue = fused.norm(&case, fused.nvfp4(layout));
-                    one_pass(compiled, ("norm_nvfp4", rows), &case, with, epilogue, &fused);
-                }
-                _ => one_pass(compiled, ("norm", rows), &case, with, fused.norm(&case, Unquantized), &fused),
+            if what == What::Sum {
+                one_pass(compiled, ("none", rows), &case, with, Plain { quantizer: Unquantized }, &fused);
+            } else {
+                with_quantizer!(case, fused, |name, quantizer| {
+                    let name = name.map_or("norm".to_owned(), |name| format!("norm_{name}"));
+                    one_pass(compiled, (&name, rows), &case, with, fused.norm(&case, quantizer), &fused);
+                });
             }
             fused.check(&case);
             if case.operation.quantization == Quantization::None {
@@ -76,19 +64,10 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
             );
             let norm =
                 Activations::new(apart.norm_out().address(), Address::NULL, Address::NULL, Rounding::Once);
-            match case.operation.quantization {
-                Quantization::NvFp4 { layout } => {
-                    one_pass(
-                        compiled,
-                        ("nvfp4", rows),
-                        &case,
-                        norm,
-                        Plain { quantizer: apart.nvfp4(layout) },
-                        &apart,
-                    );
-                }
-                _ => one_pass(compiled, ("fp8", rows), &case, norm, Plain { quantizer: apart.fp8() }, &apart),
-            }
+            with_quantizer!(case, apart, |name, quantizer| {
+                let name = name.unwrap_or("none");
+                one_pass(compiled, (name, rows), &case, norm, Plain { quantizer }, &apart);
+            });
             assert!(fused.outputs() == apart.outputs(), "{what:?} {rows:?}");
         }
     }

@@ -6,11 +6,14 @@ use fused_collective_core::{
     dtype::Element,
     fusion::{Mode, Norm, Operation, Residual, Rounding},
     norm::Gamma,
+    pack::Pack,
     plan::{owned_index, owner},
-    quant::{Quantization, ScaleLayout},
+    quant::{GroupScale, Quantization, ScaleLayout, ScaleTensor},
     specification::{Mismatch, Observed, Row, Token},
 };
-use fused_collective_device::launch::{Activations, Address, Fp8Static, NvFp4, RmsNorm};
+use fused_collective_device::launch::{
+    Activations, Address, BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, RmsNorm,
+};
 
 use super::memory::Buffer;
 
@@ -53,6 +56,7 @@ pub struct Case<E: Element> {
 }
 
 impl<E: Element> Case<E> {
+    /// Of `hidden` elements a row, or what is next above it that has whole blocks.
     pub fn new(
         random: &mut Random,
         world: u32,
@@ -61,6 +65,7 @@ impl<E: Element> Case<E> {
         residual: bool,
         what: What,
     ) -> Self {
+        let hidden = what.hidden(hidden);
         let count = (tokens * hidden) as usize;
         let operation = Operation {
             dtype: E::DTYPE,
@@ -69,11 +74,7 @@ impl<E: Element> Case<E> {
             residual: Residual::replicated(residual),
             norm: (what != What::Sum)
                 .then(|| Norm { weight_bias: random.below(2) as f32, ..Norm::default() }),
-            quantization: match what {
-                What::Sum | What::Norm => Quantization::None,
-                What::Fp8 => Quantization::Fp8Static,
-                What::NvFp4(layout) => Quantization::NvFp4 { layout },
-            },
+            quantization: what.quantization(),
             keep_norm: random.below(2) == 1,
             rounding: if random.below(4) == 0 { Rounding::AfterAllReduce } else { Rounding::Once },
             mode: Mode::Auto,
@@ -118,15 +119,48 @@ pub enum What {
     Norm,
     Fp8,
     NvFp4(ScaleLayout),
+    MxFp4(ScaleLayout),
+    MxFp8(ScaleLayout),
+    Fp8PerToken,
+    Fp8PerGroup(u32, GroupScale, ScaleLayout),
 }
 
-pub const EVERYTHING: [What; 5] = [
+pub const EVERYTHING: [What; 15] = [
     What::Sum,
     What::Norm,
     What::Fp8,
     What::NvFp4(ScaleLayout::Linear),
     What::NvFp4(ScaleLayout::Swizzled128x4),
+    What::NvFp4(ScaleLayout::Swizzled8x4),
+    What::MxFp4(ScaleLayout::Linear),
+    What::MxFp4(ScaleLayout::Swizzled128x4),
+    What::MxFp8(ScaleLayout::Swizzled128x4),
+    What::MxFp8(ScaleLayout::ColumnMajor),
+    What::Fp8PerToken,
+    What::Fp8PerGroup(128, GroupScale::Ue8m0, ScaleLayout::DeepGemm),
+    What::Fp8PerGroup(128, GroupScale::F32, ScaleLayout::DeepGemm),
+    What::Fp8PerGroup(64, GroupScale::F32, ScaleLayout::ColumnMajor),
+    What::Fp8PerGroup(64, GroupScale::Ue8m0, ScaleLayout::Swizzled8x4),
 ];
+
+impl What {
+    pub fn quantization(self) -> Quantization {
+        match self {
+            What::Sum | What::Norm => Quantization::None,
+            What::Fp8 => Quantization::Fp8Static,
+            What::NvFp4(layout) => Quantization::NvFp4 { layout },
+            What::MxFp4(layout) => Quantization::MxFp4 { layout },
+            What::MxFp8(layout) => Quantization::MxFp8 { layout },
+            What::Fp8PerToken => Quantization::Fp8PerToken,
+            What::Fp8PerGroup(group, scales, layout) => Quantization::Fp8PerGroup { group, scales, layout },
+        }
+    }
+
+    /// `hidden`, or what is next above it that has whole blocks.
+    fn hidden(self, hidden: u64) -> u64 {
+        hidden.next_multiple_of(self.quantization().block().unwrap_or(1))
+    }
+}
 
 /// One rank's memory for a case. Outputs start as what no operation writes there by chance.
 pub struct Tensors {
@@ -148,6 +182,7 @@ pub struct Tensors {
 /// Bytes of each tensor before the rows that are there.
 #[derive(Default)]
 struct Before {
+    tokens: u64,
     /// In the residual and what becomes of it.
     held: u64,
     elements: u64,
@@ -191,13 +226,14 @@ impl Tensors {
     pub fn preceded_by<E: Element>(self, case: &Case<E>, tokens: u64) -> Tensors {
         let (operation, ranks) = (&case.operation, case.inputs.len() as u64);
         assert!(tokens.is_multiple_of(128) && tokens.is_multiple_of(ranks));
-        let (quantization, cols) = (operation.quantization, operation.hidden / 16);
+        let quantization = operation.quantization;
         let elements = tokens * operation.row_bytes();
         let before = Before {
+            tokens,
             held: if operation.residual == Residual::Sharded { elements / ranks } else { elements },
             elements,
             values: tokens * quantization.value_bytes_per_row(operation.hidden),
-            scales: quantization.scale_layout().map_or(0, |layout| layout.offset(tokens, 0, cols)),
+            scales: self.scale_tensor(case).map_or(0, |tensor| tensor.offset(tokens, 0)),
         };
         Tensors { before, ..self }
     }
@@ -259,13 +295,40 @@ impl Tensors {
         Fp8Static { values: address_before(&self.values, self.before.values), scale: self.scale.address() }
     }
 
-    pub fn nvfp4(&self, layout: ScaleLayout) -> NvFp4 {
-        NvFp4 {
+    pub fn fp8_per_token(&self) -> Fp8PerToken {
+        Fp8PerToken {
             values: address_before(&self.values, self.before.values),
             scales: address_before(&self.scales, self.before.scales),
-            global_scale: self.scale.address(),
-            swizzled: u32::from(layout == ScaleLayout::Swizzled128x4),
+        }
+    }
+
+    /// The scales, of as many rows as the kernels are told of.
+    fn scale_tensor<E: Element>(&self, case: &Case<E>) -> Option<ScaleTensor> {
+        let Operation { quantization, tokens, hidden, .. } = case.operation;
+        quantization.scales(tokens + self.before.tokens, hidden)
+    }
+
+    fn block_scales<E: Element>(&self, case: &Case<E>) -> BlockScales {
+        let tensor = self.scale_tensor(case).unwrap();
+        BlockScales { address: address_before(&self.scales, self.before.scales), strides: tensor.strides() }
+    }
+
+    pub fn fp8_block<E: Element>(&self, case: &Case<E>) -> Fp8Block {
+        let block_bytes = case.operation.quantization.block().unwrap() * size_of::<E>() as u64;
+        Fp8Block {
+            values: address_before(&self.values, self.before.values),
+            scales: self.block_scales(case),
+            block_packs_log2: (block_bytes / Pack::BYTES).ilog2(),
             reserved: 0,
+        }
+    }
+
+    pub fn fp4<E: Element>(&self, case: &Case<E>) -> Fp4 {
+        let is_mx = matches!(case.operation.quantization, Quantization::MxFp4 { .. });
+        Fp4 {
+            values: address_before(&self.values, self.before.values),
+            scales: self.block_scales(case),
+            global_scale: if is_mx { Address::NULL } else { self.scale.address() },
         }
     }
 
@@ -338,9 +401,9 @@ impl Tensors {
                 panic!("{mismatch} ({operation:?})");
             }
         }
-        if let Some(layout) = operation.quantization.scale_layout() {
+        if let Some(tensor) = operation.quantization.scales(operation.tokens, operation.hidden) {
             let mut cleared = scales.clone();
-            layout.zero_padding_rows(operation.tokens, operation.hidden / 16, &mut cleared);
+            tensor.zero_padding_rows(&mut cleared);
             assert!(cleared == scales, "padding rows of the scales are not zero");
         }
         let buffers =

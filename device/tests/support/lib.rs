@@ -13,7 +13,6 @@ use fused_collective_core::{
     dtype::Element,
     fusion::{Mode, Operation},
     plan::{Algorithm, Plan, Round},
-    quant::Quantization,
     reference::check_token,
 };
 use fused_collective_device::{
@@ -33,6 +32,27 @@ pub mod sequence;
 pub use cases::{Case, EVERYTHING, POISON, Random, Tensors, What};
 pub use launched::{Launched, bytes_of};
 pub use memory::{Buffer, Runner, World};
+
+/// Evaluates an expression with the quantizer of a case, and its name in entry points if there is one.
+#[macro_export]
+macro_rules! with_quantizer {
+    ($case:expr, $tensors:expr, |$name:ident, $quantizer:ident| $body:expr) => {{
+        use fused_collective_core::kernels::Quantizer;
+        macro_rules! with {
+            ($of:expr, $found:expr) => {{
+                let ($name, $quantizer): (Option<&str>, _) = ($of, $found);
+                $body
+            }};
+        }
+        match Quantizer::from($case.operation.quantization) {
+            Quantizer::None => with!(None, fused_collective_device::launch::Unquantized),
+            Quantizer::Fp8 => with!(Some("fp8"), $tensors.fp8()),
+            Quantizer::Fp8Token => with!(Some("fp8_token"), $tensors.fp8_per_token()),
+            Quantizer::Fp8Block => with!(Some("fp8_block"), $tensors.fp8_block(&$case)),
+            Quantizer::Fp4 => with!(Some("fp4"), $tensors.fp4(&$case)),
+        }
+    }};
+}
 
 /// The collective to run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,14 +109,11 @@ pub fn kernel_of<E: Element>(
         kernel,
         rows,
     };
-    match case.operation.quantization {
-        _ if case.operation.norm.is_none() => run.epilogue::<E, _>("none", Plain { quantizer: Unquantized }),
-        Quantization::Fp8Static => run.either::<E, _>("fp8", tensors.norm(case, tensors.fp8())),
-        Quantization::NvFp4 { layout } => {
-            run.either::<E, _>("nvfp4", tensors.norm(case, tensors.nvfp4(layout)))
-        }
-        _ => run.either::<E, _>("norm", tensors.norm(case, Unquantized)),
+    if case.operation.norm.is_none() {
+        return run.epilogue::<E, _>("none", Plain { quantizer: Unquantized });
     }
+    with_quantizer!(case, tensors, |name, quantizer| run
+        .either::<E, _>(name.unwrap_or("norm"), tensors.norm(case, quantizer)))
 }
 
 /// One rank's part of a case: its rounds, as the plan has them, each with as much of `geometry` as it has tokens for.
@@ -144,16 +161,14 @@ pub fn run_local<E: Element>(case: &Case<E>, tensors: &Tensors) {
         launch(geometry(operation, Rows::P1, 1, 2), || unsafe { local::<E, X, 1, true>(&params) });
     }
     let operation = &case.operation;
-    match operation.quantization {
-        _ if operation.norm.is_none() => {
-            with::<E, _>(operation, tensors, Plain { quantizer: Unquantized });
-        }
-        Quantization::Fp8Static => with::<E, _>(operation, tensors, tensors.norm(case, tensors.fp8())),
-        Quantization::NvFp4 { layout } => {
-            with::<E, _>(operation, tensors, tensors.norm(case, tensors.nvfp4(layout)));
-        }
-        _ => with::<E, _>(operation, tensors, tensors.norm(case, Unquantized)),
+    if operation.norm.is_none() {
+        return with::<E, _>(operation, tensors, Plain { quantizer: Unquantized });
     }
+    with_quantizer!(case, tensors, |_name, quantizer| with::<E, _>(
+        operation,
+        tensors,
+        tensors.norm(case, quantizer)
+    ));
 }
 
 /// Runs the primitive steps of RMSNorm and FP8 quantization, each a kernel of its own, which `run` runs, and holds what comes out of them to the reference. The buffers are those that a step reads and writes.

@@ -145,8 +145,8 @@ pub struct Finish<'a, E> {
 impl<E: Plain> Finish<'_, E> {
     /// Zeroes what pads the rows of scales, once all rows of `hidden` elements are quantized.
     pub fn pad(&self, hidden: u64, scales: &mut [u8]) {
-        if let (Some(block), Some(layout)) = (self.quantization.block(), self.quantization.scale_layout()) {
-            layout.zero_padding_rows(self.tokens, hidden / block, scales);
+        if let Some(tensor) = self.quantization.scales(self.tokens, hidden) {
+            tensor.zero_padding_rows(scales);
         }
     }
 

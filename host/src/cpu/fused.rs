@@ -108,10 +108,7 @@ impl<E: Plain> Job<'_, E> {
         let sent = self.sent_bytes();
         let (result, scratch) = scratch.result_and_row::<E>(sent, self.hidden);
         let Some(finish) = &self.finish else { return result };
-        let quantization = match finish.quantization {
-            Quantization::NvFp4 { .. } => Quantization::NvFp4 { layout: ScaleLayout::Linear },
-            other => other,
-        };
+        let quantization = finish.quantization.with_layout(ScaleLayout::Linear);
         // The row is a tensor of its own.
         let finish = Finish { quantization, tokens: 1, ..*finish };
         let row = &self.residual_out[self.residual_range(token)];
@@ -124,10 +121,19 @@ impl<E: Plain> Job<'_, E> {
             let outputs = RowOutputs { norm: &mut [], values, scales };
             arch.dispatch(FinishRow { finish: &finish, row, token: 0, outputs, scratch });
         }
-        let is_e2m1 = matches!(quantization, Quantization::NvFp4 { .. });
-        let (codes, rest) = result.split_at_mut(if is_e2m1 { self.quant_row_bytes } else { 0 });
-        map_words(codes, lamport::swap_e2m1);
-        map_words(rest, lamport::strip);
+        let (codes, scales) = result.split_at_mut(self.quant_row_bytes);
+        if quantization.is_fp4() {
+            map_words(codes, lamport::swap_e2m1);
+        } else {
+            map_words(codes, lamport::strip);
+        }
+        if let Quantization::MxFp4 { .. } = quantization {
+            // Four NaN scales in a word would be the sentinel.
+            for col in (0..quantization.scale_cols(self.hidden as u64) as usize).rev() {
+                (scales[2 * col], scales[2 * col + 1]) = (scales[col], 0);
+            }
+        }
+        map_words(scales, lamport::strip);
         result
     }
 
@@ -136,11 +142,17 @@ impl<E: Plain> Job<'_, E> {
         let quantization = self.finish.as_ref().map_or(Quantization::None, |finish| finish.quantization);
         match quantization {
             Quantization::None => self.hidden * size_of::<E>(),
-            _ => {
-                let scales = quantization.scale_cols(self.hidden as u64) as usize;
-                self.quant_row_bytes + scales.next_multiple_of(8)
-            }
+            _ => self.quant_row_bytes + self.sent_scale_bytes(quantization).next_multiple_of(8),
         }
+    }
+
+    /// Bytes of a row's scales as an owner sends them.
+    fn sent_scale_bytes(&self, quantization: Quantization) -> usize {
+        let size = match quantization {
+            Quantization::MxFp4 { .. } => 2,
+            _ => quantization.scales(1, self.hidden as u64).map_or(0, |tensor| tensor.size),
+        };
+        (quantization.scale_cols(self.hidden as u64) * size) as usize
     }
 
     /// Stores what a token's owner made of its row.
@@ -155,24 +167,20 @@ impl<E: Plain> Job<'_, E> {
         let (codes, scales) = result.split_at(self.quant_row_bytes);
         let values = &mut self.quant_out[values..values + self.quant_row_bytes];
         values.copy_from_slice(codes);
-        if let Quantization::NvFp4 { .. } = finish.quantization {
+        let quantization = finish.quantization;
+        if quantization.is_fp4() {
             map_words(values, lamport::swap_e2m1);
         }
-        let cols = finish.quantization.scale_cols(self.hidden as u64);
-        match finish.quantization.scale_layout() {
-            Some(ScaleLayout::Linear) => {
-                let first = (token * cols) as usize;
-                self.scale_out[first..first + cols as usize].copy_from_slice(&scales[..cols as usize]);
-            }
-            // Four columns lie together; those past the last are padding, and zero.
-            Some(layout @ ScaleLayout::Swizzled128x4) => {
-                let groups = (0..cols).step_by(4).zip(scales.as_chunks::<4>().0);
-                for (col, group) in groups {
-                    let first = layout.offset(token, col, cols) as usize;
-                    self.scale_out[first..first + 4].copy_from_slice(group);
-                }
-            }
-            None => {}
+        let Some(tensor) = quantization.scales(finish.tokens, self.hidden as u64) else { return };
+        let size = tensor.size as usize;
+        let sent = self.sent_scale_bytes(quantization) / tensor.cols as usize;
+        for (col, scale) in (0..tensor.cols).zip(scales.chunks_exact(sent)) {
+            let at = tensor.offset(token, col) as usize;
+            self.scale_out[at..at + size].copy_from_slice(&scale[..size]);
+        }
+        for col in tensor.padding_cols() {
+            let at = tensor.offset(token, col) as usize;
+            self.scale_out[at..at + size].fill(0);
         }
     }
 }

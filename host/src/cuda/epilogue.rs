@@ -1,27 +1,21 @@
 //! An operation's epilogue, as kernels take it.
 
 use fused_collective_core::{
-    fusion::Norm,
-    launch::{Fp8Static, NvFp4, Plain, RmsNorm, Unquantized},
-    quant::{Quantization, ScaleLayout},
+    fusion::Operation,
+    kernels::Quantizer,
+    launch::{BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, Plain, RmsNorm, Unquantized},
+    pack::Pack,
+    quant::ScaleTensor,
 };
 
 use super::{
     kernels::Parameters,
     tensors::{Tensors, address},
 };
-use crate::error::Error;
 
-/// The parameters of the epilogue of RMSNorm, if there is a `norm`, and `quantization`, on rows of `hidden` elements.
-///
-/// # Errors
-/// There are no kernels for the quantization.
-pub fn epilogue(
-    norm: Option<Norm>,
-    quantization: Quantization,
-    hidden: u64,
-    tensors: &Tensors,
-) -> Result<Parameters, Error> {
+/// The parameters of the epilogue of a valid operation.
+pub fn epilogue(operation: &Operation, tensors: &Tensors) -> Parameters {
+    let Operation { tokens, hidden, norm, .. } = *operation;
     let mut parameters = Parameters::default();
     match norm {
         // SAFETY: the launch structs have no padding, which `core` asserts.
@@ -40,26 +34,31 @@ pub fn epilogue(
             unsafe { parameters.push(&head) };
         }
     }
+    let values = address(tensors.quant_out);
+    let scales =
+        |tensor: ScaleTensor| BlockScales { address: address(tensors.scale_out), strides: tensor.strides() };
     // The quantizer is the last field of either.
-    match quantization {
-        Quantization::None => {}
-        Quantization::Fp8Static => {
-            let quantizer = Fp8Static { values: address(tensors.quant_out), scale: address(tensors.scale) };
-            // SAFETY: as above.
+    // SAFETY: as above; so below.
+    match (Quantizer::from(operation.quantization), operation.quantization.scales(tokens, hidden)) {
+        (Quantizer::Fp8, _) => unsafe {
+            parameters.push(&Fp8Static { values, scale: address(tensors.scale) });
+        },
+        (Quantizer::Fp8Token, _) => unsafe {
+            parameters.push(&Fp8PerToken { values, scales: address(tensors.scale_out) });
+        },
+        (Quantizer::Fp8Block, Some(tensor)) => {
+            let block_bytes = hidden / tensor.cols * operation.dtype.bytes();
+            let block_packs_log2 = (block_bytes / Pack::BYTES).ilog2();
+            let quantizer = Fp8Block { values, scales: scales(tensor), block_packs_log2, reserved: 0 };
             unsafe { parameters.push(&quantizer) };
         }
-        Quantization::NvFp4 { layout } => {
-            let quantizer = NvFp4 {
-                values: address(tensors.quant_out),
-                scales: address(tensors.scale_out),
-                global_scale: address(tensors.scale),
-                swizzled: u32::from(layout == ScaleLayout::Swizzled128x4),
-                reserved: 0,
-            };
-            // SAFETY: as above.
-            unsafe { parameters.push(&quantizer) };
+        (Quantizer::Fp4, Some(tensor)) => {
+            // Null for MXFP4, which has no such tensor.
+            let global_scale = address(tensors.scale);
+            unsafe { parameters.push(&Fp4 { values, scales: scales(tensor), global_scale }) };
         }
-        _ => return Err(Error::Unsupported("this quantization")),
+        // Without a quantization there is nothing to be told; blocks have scales.
+        (Quantizer::None | Quantizer::Fp8Block | Quantizer::Fp4, _) => {}
     }
-    Ok(parameters)
+    parameters
 }

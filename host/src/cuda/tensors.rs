@@ -89,7 +89,7 @@ impl Tensors {
         check("input", Some(self.input), Some((activation, element)))?;
         check("residual", self.residual, operation.residual.is_some().then_some((rows, element)))?;
         check("gamma", self.gamma, operation.norm.map(|_| (hidden, element)))?;
-        let scale = quantized.then_some((1, TensorType::Element(DType::F32)));
+        let scale = quantization.reads_scale().then_some((1, TensorType::Element(DType::F32)));
         check_aligned("scale", self.scale, scale, SCALE_ALIGNMENT)?;
         check("residual_out", Some(self.residual_out), Some((rows, element)))?;
         check("norm_out", self.norm_out, operation.writes_norm().then_some((activation, element)))?;
@@ -148,14 +148,10 @@ pub(super) fn supported(operation: &Operation) -> Result<Option<u64>, Error> {
     if operation.norm.is_some_and(|norm| norm.gamma != GammaType::Element) {
         return Err(Error::Unsupported("a gamma of another type than the activations"));
     }
-    match operation.quantization {
-        Quantization::None | Quantization::Fp8Static => Ok(None),
-        quantization @ Quantization::NvFp4 { .. } => quantization
-            .scale_bytes(operation.tokens, operation.hidden)
-            .map(Some)
-            .ok_or(Error::Unsupported("scales of more bytes than 64 bits count")),
-        _ => Err(Error::Unsupported("this quantization")),
-    }
+    let Operation { quantization, tokens, hidden, .. } = *operation;
+    let Some(scales) = quantization.scales(tokens, hidden) else { return Ok(None) };
+    let bytes = scales.bytes().ok_or(Error::Unsupported("scales of more bytes than 64 bits count"))?;
+    Ok(Some(bytes))
 }
 
 /// A tensor's address; null if there is none.

@@ -3,7 +3,7 @@
 use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Norm, Operation, Residual, Rounding},
-    quant::Quantization,
+    quant::{Quantization, ScaleTensor},
 };
 
 /// One configuration: the operation to compute, by any steps.
@@ -42,6 +42,11 @@ impl Problem {
             rounding: Rounding::Once,
             mode,
         }
+    }
+
+    /// The scales of the quantized norm; `None` if it has none.
+    pub fn scales(&self) -> Option<ScaleTensor> {
+        self.quantization.scales(self.tokens, self.hidden)
     }
 
     /// The fused operation that solves the problem with a sharded residual.

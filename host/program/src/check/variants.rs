@@ -84,9 +84,8 @@ pub fn variants(
         })
         .collect();
     let quantization = match quant_mode {
-        QuantMode::None => "",
-        QuantMode::Fp8 => "_fp8_quant",
-        QuantMode::Fp4 => "_fp4_quant",
+        QuantMode::None => String::new(),
+        _ => format!("_{quant_mode}_quant"),
     };
     let modes = [(Mode::OneShot, "oneshot"), (Mode::TwoShot, "twoshot")];
     let modes = modes.into_iter().filter(|&(mode, _)| oneshot || mode != Mode::OneShot);
@@ -103,27 +102,27 @@ pub fn variants(
 }
 
 /// The steps after the all-reduce in each form, with the form's name.
-fn after_all_reduce(quant_mode: QuantMode, residual: bool) -> Vec<(&'static str, Vec<Step>)> {
+fn after_all_reduce(quant_mode: QuantMode, residual: bool) -> Vec<(String, Vec<Step>)> {
     let native = || eager_rms_norm(residual);
     let custom = || vec![Step::AddRmsNorm];
     let quantize = || vec![Step::Quantize];
     match quant_mode {
         QuantMode::None => vec![
-            ("native_rms_norm", native()),
-            ("custom_rms_norm", custom()),
-            ("rmsnorm_native_compiled", custom()),
+            ("native_rms_norm".to_owned(), native()),
+            ("custom_rms_norm".to_owned(), custom()),
+            ("rmsnorm_native_compiled".to_owned(), custom()),
         ],
         QuantMode::Fp8 => vec![
-            ("native_rms_norm_native_quant_fp8", [native(), eager_fp8()].concat()),
-            ("native_rms_norm_custom_quant_fp8", [native(), quantize()].concat()),
-            ("custom_rms_norm_native_quant_fp8", [custom(), eager_fp8()].concat()),
-            ("custom_rms_norm_custom_quant_fp8", [custom(), quantize()].concat()),
-            ("rmsnorm_fp8_quant_native_compiled", vec![Step::AddRmsNormQuantize]),
+            ("native_rms_norm_native_quant_fp8".to_owned(), [native(), eager_fp8()].concat()),
+            ("native_rms_norm_custom_quant_fp8".to_owned(), [native(), quantize()].concat()),
+            ("custom_rms_norm_native_quant_fp8".to_owned(), [custom(), eager_fp8()].concat()),
+            ("custom_rms_norm_custom_quant_fp8".to_owned(), [custom(), quantize()].concat()),
+            ("rmsnorm_fp8_quant_native_compiled".to_owned(), vec![Step::AddRmsNormQuantize]),
         ],
-        QuantMode::Fp4 => vec![
-            ("native_rms_norm_fp4_quant", [native(), quantize()].concat()),
-            ("custom_rms_norm_fp4_quant", [custom(), quantize()].concat()),
-            ("rmsnorm_fp4_quant_native_compiled", vec![Step::AddRmsNormQuantize]),
+        _ => vec![
+            (format!("native_rms_norm_{quant_mode}_quant"), [native(), quantize()].concat()),
+            (format!("custom_rms_norm_{quant_mode}_quant"), [custom(), quantize()].concat()),
+            (format!("rmsnorm_{quant_mode}_quant_native_compiled"), vec![Step::AddRmsNormQuantize]),
         ],
     }
 }

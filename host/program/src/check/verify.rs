@@ -384,14 +384,13 @@ pub(crate) fn row<E: Plain>(bytes: &[u8], index: u64, hidden: usize) -> Vec<E> {
 
 /// Checks that the padding of the scales is 0.
 pub(crate) fn check_padding(problem: &Problem, scales: &[u8]) -> Result<(), String> {
-    let Some(layout) = problem.quantization.scale_layout() else { return Ok(()) };
-    let cols = problem.quantization.scale_cols(problem.hidden);
-    for row in 0..layout.rows_padded(problem.tokens) {
-        let first = if row < problem.tokens { cols } else { 0 };
-        for col in first..layout.cols_padded(cols) {
-            let found = scales[layout.offset(row, col, cols) as usize];
-            if found != 0 {
-                return Err(format!("scale_out[{row}, {col}] is padding and holds {found:#04x}, not 0"));
+    let Some(tensor) = problem.scales() else { return Ok(()) };
+    for row in 0..tensor.rows_padded() {
+        let first = if row < tensor.rows { tensor.cols } else { 0 };
+        for col in first..tensor.cols_padded() {
+            let found = tensor.get(scales, row, col);
+            if found != Some(0) {
+                return Err(format!("scale_out[{row}, {col}] is padding and holds {found:x?}, not 0"));
             }
         }
     }

@@ -19,9 +19,7 @@ pub const TOO_MANY_TOKENS: Error = Error::Unsupported("rounds of 2^31 tokens or 
 /// There is none.
 pub(super) fn kernel(operation: &Operation, algorithm: Algorithm) -> Result<&'static Kernel, Error> {
     let epilogue = Epilogue::of(operation.norm.is_some(), operation.quantization);
-    epilogue
-        .and_then(|epilogue| Kernel::of(Family::from(algorithm), epilogue))
-        .ok_or(Error::Unsupported("this quantization"))
+    Kernel::of(Family::from(algorithm), epilogue).ok_or(Error::Unsupported("this quantization"))
 }
 
 /// Adds to `launches` how each round of `plan` is launched with one of `versions`.

@@ -273,7 +273,7 @@ impl Communicator {
             unsafe { self.check_scale(operation, tensors, stream)? };
         }
         self.choose_launches(operation, &plan)?;
-        let epilogue = epilogue(operation.norm, operation.quantization, operation.hidden, tensors)?;
+        let epilogue = epilogue(operation, tensors);
         let call = Call::operation(operation, plan.algorithm, None);
         // SAFETY: the kernels were chosen for the operation, whose epilogue this is, and the tensors were checked, whose
         // addresses this function's caller vouches for, as for the stream.

@@ -251,7 +251,7 @@ impl<'a> Engine<'a> {
             input: tensor(Tensor::Input),
             residual: None,
             gamma: norm.then(|| tensor(Tensor::Gamma)),
-            scale: quantized.then_some(DeviceTensor {
+            scale: quantization.reads_scale().then_some(DeviceTensor {
                 address: scale.0,
                 length: 1,
                 element: TensorType::Element(DType::F32),
@@ -259,7 +259,7 @@ impl<'a> Engine<'a> {
             residual_out: tensor(sum),
             norm_out: (norm && !quantized).then(|| tensor(Tensor::NormOut)),
             quant_out: quantized.then(|| tensor(Tensor::QuantOut)),
-            scale_out: quantization.scale_layout().map(|_| tensor(Tensor::ScaleOut)),
+            scale_out: quantization.scales(1, problem.hidden).map(|_| tensor(Tensor::ScaleOut)),
         }
     }
 

@@ -106,8 +106,7 @@ impl Engine<'_> {
         let kernels = self.communicator.kernels();
         let limits = kernels.limits();
         let shape = shape(problem)?;
-        let kernel = Epilogue::of(norm.is_some(), quantization)
-            .and_then(|epilogue| Kernel::of(Family::Local, epilogue))
+        let kernel = Kernel::of(Family::Local, Epilogue::of(norm.is_some(), quantization))
             .ok_or(fused_collective::Error::Unsupported("this quantization"))?;
         let versions = kernels.versions(Module { dtype: problem.dtype, set: Set::Local }, kernel)?;
         let launch = limits.for_rows(versions, 1, shape.row_packs, problem.tokens)?;
@@ -117,7 +116,8 @@ impl Engine<'_> {
             parameters.push(&shape);
             parameters.push(&activations);
         }
-        parameters.append(&epilogue(norm, quantization, problem.hidden, &tensors)?);
+        let operation = Operation { norm, quantization, ..problem.all_reduce(Mode::Auto) };
+        parameters.append(&epilogue(&operation, &tensors));
         // SAFETY: the kernel and the parameters are of one epilogue; the tensors are the engine's and of the problem's
         // shapes, and live as in `fused`.
         Ok(unsafe { kernels.launch(launch, &parameters, stream) }?)

@@ -89,7 +89,7 @@ impl Default for Settings {
             num_tokens: vec![128, 512, 1024, 2048],
             hidden_dim: 8192,
             dtypes: vec![DType::Bf16],
-            quant_modes: QuantMode::ALL.to_vec(),
+            quant_modes: QuantMode::DEFAULT.to_vec(),
             use_residual: true,
             sharded_residual: false,
             oneshot: true,

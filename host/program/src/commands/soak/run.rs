@@ -284,7 +284,9 @@ impl Soak {
         let most = (MAX_ELEMENTS / hidden).max(1);
         // Few tokens half of the time: then operations follow each other fastest.
         let tokens = if random.bool() { random.u64(0..=4.min(most)) } else { random.u64(0..=most) };
-        let quant_mode = QuantMode::ALL[random.usize(..QuantMode::ALL.len())];
+        let supports = |mode: &QuantMode| mode.quantization().supports(hidden);
+        let modes: Vec<QuantMode> = QuantMode::ALL.into_iter().filter(supports).collect();
+        let quant_mode = modes[random.usize(..modes.len())];
         let residual = random.bool();
         Problem {
             dtype: DType::ALL[random.usize(..DType::ALL.len())],

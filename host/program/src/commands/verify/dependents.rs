@@ -18,7 +18,6 @@ use crate::{
         verify::{verify, write_inputs},
     },
     job::ranks::{Error, gather_verdicts},
-    quant_mode::QuantMode,
     report::progress::Progress,
 };
 
@@ -40,8 +39,8 @@ pub fn run_dependents(
     for &hidden in &settings.hidden_dims {
         for &tokens in settings.num_tokens.iter().filter(|tokens| **tokens > 0) {
             let mut tally = Tally::default();
-            for quant_mode in QuantMode::ALL {
-                let section = Section { dtype: DType::Bf16, hidden };
+            let section = Section { dtype: DType::Bf16, hidden };
+            for quant_mode in section.quant_modes() {
                 let shape = Shape { section, tokens, residual: true };
                 let title = format!("{}, dependents", shape.title(quant_mode));
                 progress.doing(title.clone());

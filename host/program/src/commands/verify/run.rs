@@ -65,7 +65,7 @@ pub fn run(
         for shape in section.shapes(settings) {
             // The outputs of one-shot without a quantization, once they are verified.
             let mut base = None;
-            for (quant_mode, tally) in QuantMode::ALL.into_iter().zip(&mut tallies) {
+            for (quant_mode, tally) in section.quant_modes().zip(&mut tallies) {
                 let title = shape.title(quant_mode);
                 progress.doing(title.clone());
                 // The backend's errors do not name the case. The group's errors are about ranks.
@@ -88,7 +88,7 @@ pub fn run(
         found.retain(|(_, _, verdict)| verdict.is_err());
         let title = format!("{} hidden {}, after all cases", section.dtype, section.hidden);
         count(settings.job.groups, &title, found, &mut tallies[0], &mut tell);
-        for (quant_mode, tally) in QuantMode::ALL.into_iter().zip(tallies) {
+        for (quant_mode, tally) in section.quant_modes().zip(tallies) {
             tell(&section.line(quant_mode, tally));
             total.add(tally);
         }
@@ -130,22 +130,15 @@ impl Base {
         if problem.quantization == Quantization::None {
             return norm == rows_of(&outputs.norm_out);
         }
-        scratch.quantize(problem, &norm, index).is_some_and(|(codes, scales)| {
-            let layout = problem.quantization.scale_layout();
-            let cols = problem.quantization.scale_cols(problem.hidden);
-            let same_scales = layout.is_none_or(|layout| {
-                (0..layout.cols_padded(cols)).all(|col| {
-                    let in_scratch = layout.offset(index % SCRATCH_TOKENS, col, cols) as usize;
-                    scales[in_scratch] == outputs.scale_out[layout.offset(index, col, cols) as usize]
-                })
+        scratch.quantize(problem, &norm).is_some_and(|(codes, scales)| {
+            let (own, all) = (problem.quantization.scales(1, problem.hidden), problem.scales());
+            let same_scales = own.zip(all).is_none_or(|(own, all)| {
+                (0..own.cols).all(|col| own.get(scales, 0, col) == all.get(&outputs.scale_out, index, col))
             });
             codes == values(problem, outputs, index) && same_scales
         })
     }
 }
-
-/// Tokens of the tensor that [`Scratch`] quantizes into: the rows of a tile of swizzled scales.
-const SCRATCH_TOKENS: u64 = 128;
 
 /// Buffers for the quantization of one row.
 #[derive(Default)]
@@ -155,13 +148,12 @@ struct Scratch {
 }
 
 impl Scratch {
-    /// `core`'s codes of row `index`, and a tile of scales with the scales of this row in its place.
-    fn quantize<E: Plain>(&mut self, problem: &Problem, norm: &[E], index: u64) -> Option<(&[u8], &[u8])> {
+    /// `core`'s codes of a row, and its scales as those of a tensor of one row.
+    fn quantize<E: Plain>(&mut self, problem: &Problem, norm: &[E]) -> Option<(&[u8], &[u8])> {
         let quantization = problem.quantization;
         self.codes.resize(quantization.value_bytes_per_row(problem.hidden) as usize, 0);
-        self.scales.resize(quantization.scale_bytes(SCRATCH_TOKENS, problem.hidden)? as usize, 0);
-        let (row, rows) = (index % SCRATCH_TOKENS, SCRATCH_TOKENS);
-        quantize_row(quantization, norm, row, rows, problem.scale, &mut self.codes, &mut self.scales).ok()?;
+        self.scales.resize(quantization.scale_bytes(1, problem.hidden)? as usize, 0);
+        quantize_row(quantization, norm, 0, 1, problem.scale, &mut self.codes, &mut self.scales).ok()?;
         Some((&self.codes, &self.scales))
     }
 }

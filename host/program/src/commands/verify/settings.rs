@@ -70,7 +70,10 @@ impl Settings {
     /// Every problem of the matrix.
     pub fn problems(&self) -> impl Iterator<Item = Problem> + '_ {
         self.sections().flat_map(move |section| {
-            section.shapes(self).flat_map(|shape| QuantMode::ALL.map(|quant_mode| shape.problem(quant_mode)))
+            let modes = move || section.quant_modes();
+            section
+                .shapes(self)
+                .flat_map(move |shape| modes().map(move |quant_mode| shape.problem(quant_mode)))
         })
     }
 
@@ -94,6 +97,11 @@ pub(crate) struct Section {
 }
 
 impl Section {
+    /// The quantizations that rows of this length have whole blocks for.
+    pub(super) fn quant_modes(self) -> impl Iterator<Item = QuantMode> {
+        QuantMode::ALL.into_iter().filter(move |quant_mode| quant_mode.quantization().supports(self.hidden))
+    }
+
     pub(super) fn shapes(self, settings: &Settings) -> impl Iterator<Item = Shape> + '_ {
         [true, false].into_iter().flat_map(move |residual| {
             settings.num_tokens.iter().map(move |&tokens| Shape { section: self, tokens, residual })

@@ -430,10 +430,15 @@ fn invalid_operations_are_refused_by_name() {
             OperationError::Sharded("needs owners of tokens, which one-shot does not have: use two-shot"),
         ),
         (
-            Operation { quantization: Quantization::Fp8PerToken, ..sharded },
-            OperationError::Sharded(
-                "works without quantization, with static FP8 and with NVFP4: use one of these",
-            ),
+            Operation {
+                quantization: Quantization::Fp8PerGroup {
+                    group: 64,
+                    scales: GroupScale::F32,
+                    layout: ScaleLayout::Swizzled8x4,
+                },
+                ..valid
+            },
+            OperationError::Layout(ScaleLayout::Swizzled8x4),
         ),
         (
             Operation { quantization: nvfp4, keep_norm: true, ..sharded },

@@ -129,13 +129,13 @@ fn quantize<E: Element>(
     let result = quantize_row(quantization, row, token, tokens, scale, &mut values, &mut all_scales);
     let mut scales = Vec::new();
     let mut take = |offset: u64| std::mem::replace(&mut all_scales[offset as usize], POISON);
-    if result.is_ok() {
-        if let Some(tensor) = quantization.scales(tokens, hidden) {
-            let bytes = |col| (0..tensor.size).map(move |byte| tensor.offset(token, col) + byte);
-            scales.extend((0..tensor.cols).flat_map(bytes).map(&mut take));
-            for offset in tensor.padding_cols().flat_map(bytes) {
-                assert_eq!(take(offset), 0, "padding at {offset}");
-            }
+    if let Some(tensor) = quantization.scales(tokens, hidden)
+        && result.is_ok()
+    {
+        let bytes = |col| (0..tensor.size).map(move |byte| tensor.offset(token, col) + byte);
+        scales.extend((0..tensor.cols).flat_map(bytes).map(&mut take));
+        for offset in tensor.padding_cols().flat_map(bytes) {
+            assert_eq!(take(offset), 0, "padding at {offset}");
         }
     }
     assert!(all_scales.iter().all(|&byte| byte == POISON), "another row's scales were written");

@@ -322,8 +322,9 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     Prepared<'a, E, X, N, P, RESIDENT>
 {
     const HOLDS_WEIGHTS: bool = RESIDENT && P == 1;
-    /// Whether there are registers for more than what a row itself needs: kernels for two ranks hold fewer packs.
-    const SPARE: bool = RESIDENT && P == 1 && N == 2;
+    /// Whether there are registers for more than what a row itself needs: kernels for two ranks hold fewer packs. A maximum
+    /// over the row takes them.
+    const SPARE: bool = RESIDENT && P == 1 && N == 2 && !X::ROW_MAX;
 
     /// Reads what is constant. Every thread of the team's blocks calls this once, before the first row; `N` is for how
     /// many ranks the kernel is.
@@ -429,9 +430,9 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         let mut max = 0.0;
         if X::ROW_MAX {
             self.slice.for_chunks(|chunk| {
-                let indices = self.slice.indices(simt::black_box_u64(token), chunk);
                 self.slice.for_each(chunk, |p, pack| {
-                    let row = if RESIDENT { row[p] } else { read(indices[p]) };
+                    let index = || PackIndex::new(simt::black_box_u64(token), pack, self.slice.row_packs);
+                    let row = if RESIDENT { row[p] } else { read(index()) };
                     // SAFETY: as this function's.
                     let weights = unsafe { self.ready(pack) };
                     max = f32::max(max, self.epilogue.magnitude(row, value, weights));
@@ -498,7 +499,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
                 // `black_box`, so that the second pack's registers are not taken while the first's are in use.
                 let (words, scales) = self.epilogue.make(
                     index(pack),
-                    if P > 1 { simt::black_box(row[p]) } else { row[p] },
+                    if P > 1 || X::ROW_MAX { simt::black_box(row[p]) } else { row[p] },
                     of_row,
                     weights,
                     self.constants,
@@ -533,8 +534,8 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         // SAFETY: as this function's.
         unsafe {
             let weights = self.ready(index.pack);
-            // As in `make`.
-            let row = if P > 1 { simt::black_box(row) } else { row };
+            // As in `make`; and so that what `magnitude` made of the row is made again, not kept.
+            let row = if P > 1 || X::ROW_MAX { simt::black_box(row) } else { row };
             self.epilogue.finish(index, row, of_row, weights, self.constants);
         }
     }

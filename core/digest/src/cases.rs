@@ -42,7 +42,9 @@ pub(crate) fn fold_layouts(fold: &mut Fold) {
             for row in 0..259 {
                 for col in 0..cols {
                     fold.word(of(259, cols, 1).offset(row, col));
-                    fold.word(of(259, cols, 4).offset(row, col));
+                    if layout.takes(4) {
+                        fold.word(of(259, cols, 4).offset(row, col));
+                    }
                 }
             }
         }

@@ -20,7 +20,8 @@ const SCALE_PACKS: u32 = 8;
 
 #[inline(always)]
 fn is_mx(quantizer: &Fp4) -> bool {
-    quantizer.global_scale.is_null()
+    // `black_box`, so that nothing that follows from this is kept in registers.
+    simt::black_box_u64(quantizer.global_scale.0) == 0
 }
 
 #[inline(always)]
@@ -84,7 +85,7 @@ impl<E: Element> Quantizer<E> for Fp4 {
         unsafe {
             store_codes::<E>(self.values, index, codes);
             if blocks::<E>(self).starts(index) {
-                blocks::<E>(self).store(index, u32::from(scale));
+                blocks::<E>(self).store(index, 1, u32::from(scale));
             }
         }
     }
@@ -97,7 +98,7 @@ impl<E: Element> Quantizer<E> for Fp4 {
         }
         // What no block of the row has a scale for is padding, and zero.
         let scale = if index.pack < index.row_packs { u32::from(scale) } else { 0 };
-        let block = index.pack % SCALE_PACKS >> blocks::<E>(self).block_packs_log2;
+        let block = (index.pack % SCALE_PACKS) >> blocks::<E>(self).block_packs_log2;
         (Pack([lamport::swap_e2m1(codes), 0, 0, 0]), simt::tile_or(scale << (block * 8), SCALE_PACKS, WARP))
     }
 
@@ -108,7 +109,7 @@ impl<E: Element> Quantizer<E> for Fp4 {
         unsafe {
             store_codes::<E>(self.values, index, if E::LANES == 8 { lamport::swap_e2m1(word) } else { word });
             if E::LANES != 8 && blocks::<E>(self).starts(index) {
-                blocks::<E>(self).store(index, word >> 16);
+                blocks::<E>(self).store(index, 1, word >> 16);
             }
         }
     }
@@ -117,7 +118,7 @@ impl<E: Element> Quantizer<E> for Fp4 {
     unsafe fn store_scales(&self, index: PackIndex, scales: u32) {
         let blocks = blocks::<E>(self);
         // SAFETY: as this function's.
-        unsafe { blocks.store_word(index, SCALE_PACKS >> blocks.block_packs_log2, scales) }
+        unsafe { blocks.store(index, SCALE_PACKS >> blocks.block_packs_log2, scales) }
     }
 }
 

@@ -94,14 +94,20 @@ fn per_token<E: Element>(values: Pack, row_max: f32) -> (u64, u32) {
 
 #[inline(always)]
 fn blocks(quantizer: &Fp8Block) -> Blocks<'_> {
-    Blocks { scales: &quantizer.scales, block_packs_log2: quantizer.block_packs_log2 }
+    Blocks { scales: &quantizer.scales, block_packs_log2: block_packs_log2(quantizer) }
+}
+
+/// `black_box`, so that nothing that follows from this is kept in registers.
+#[inline(always)]
+fn block_packs_log2(quantizer: &Fp8Block) -> u32 {
+    simt::black_box_u32(quantizer.block_packs_log2)
 }
 
 /// The logarithm of the blocks whose scales are a word: at most four of a byte, as many as a warp has.
 #[inline(always)]
 fn word_blocks_log2(quantizer: &Fp8Block) -> u32 {
     const WARP_LOG2: u32 = WARP.ilog2();
-    if quantizer.scales.strides.size == 4 { 0 } else { (WARP_LOG2 - quantizer.block_packs_log2).min(2) }
+    if quantizer.scales.strides.size == 4 { 0 } else { (WARP_LOG2 - block_packs_log2(quantizer)).min(2) }
 }
 
 /// A pack's codes, and the bits of its block's scale. The first `lanes` lanes of a warp call this together.
@@ -109,7 +115,7 @@ fn word_blocks_log2(quantizer: &Fp8Block) -> u32 {
 fn per_block<E: Element>(quantizer: &Fp8Block, values: Pack, lanes: u32) -> (u64, u32) {
     // Magnitudes are in the order of their bits.
     let own = Quantizer::<E>::magnitude(quantizer, values);
-    let amax = f32::from_bits(simt::tile_max(own.to_bits(), 1 << quantizer.block_packs_log2, lanes));
+    let amax = f32::from_bits(simt::tile_max(own.to_bits(), 1 << block_packs_log2(quantizer), lanes));
     let (multiplier, scale) = if quantizer.scales.strides.size == 4 {
         let scale = scale::fp8_group(amax);
         (scale::fp8_multiplier(scale), scale.to_bits())
@@ -127,7 +133,7 @@ impl<E: Element> Quantizer<E> for Fp8Block {
 
     #[inline(always)]
     fn scale_packs_log2(&self) -> u32 {
-        self.block_packs_log2 + word_blocks_log2(self)
+        block_packs_log2(self) + word_blocks_log2(self)
     }
 
     #[inline(always)]
@@ -143,7 +149,7 @@ impl<E: Element> Quantizer<E> for Fp8Block {
         unsafe {
             store_codes::<E>(self.values, index, codes);
             if blocks(self).starts(index) {
-                blocks(self).store(index, scale);
+                blocks(self).store(index, 1, scale);
             }
         }
     }
@@ -155,8 +161,8 @@ impl<E: Element> Quantizer<E> for Fp8Block {
         let blocks_log2 = word_blocks_log2(self);
         // What no block of the row has a scale for is padding, and zero.
         let scale = if index.pack < index.row_packs { scale } else { 0 };
-        let block = index.pack >> self.block_packs_log2 & ((1 << blocks_log2) - 1);
-        (words(codes), simt::tile_or(scale << (block * 8), 1 << (self.block_packs_log2 + blocks_log2), WARP))
+        let block = index.pack >> block_packs_log2(self) & ((1 << blocks_log2) - 1);
+        (words(codes), simt::tile_or(scale << (block * 8), 1 << (block_packs_log2(self) + blocks_log2), WARP))
     }
 
     #[inline(always)]
@@ -168,7 +174,7 @@ impl<E: Element> Quantizer<E> for Fp8Block {
     #[inline(always)]
     unsafe fn store_scales(&self, index: PackIndex, scales: u32) {
         // SAFETY: as this function's.
-        unsafe { blocks(self).store_word(index, 1 << word_blocks_log2(self), scales) }
+        unsafe { blocks(self).store(index, 1 << word_blocks_log2(self), scales) }
     }
 }
 

@@ -24,8 +24,10 @@ impl Blocks<'_> {
         row_packs >> self.block_packs_log2
     }
 
+    /// `black_box`, so that a scale's address is computed where it is used: registers are few before.
     #[inline(always)]
     fn at(&self, row: u64, col: u32) -> Address {
+        let (row, col) = (simt::black_box_u64(row), simt::black_box_u32(col));
         self.scales.address.offset(self.scales.strides.offset(row, col))
     }
 
@@ -35,53 +37,33 @@ impl Blocks<'_> {
         index.pack & ((1 << self.block_packs_log2) - 1) == 0
     }
 
-    /// Stores the scale of the block that starts with pack `index`, and with the last one of a row its padding columns.
+    /// Stores the scales of `count` blocks, 1, 2 or 4, of which the first starts with pack `index`: an `f32`, or bytes from
+    /// the lowest of `scales` on. With the last scale of a row go its padding columns; bytes past the last are 0.
     ///
     /// # Safety
-    /// `index` is inside the tensors.
+    /// `index` is inside the tensors, and its block a multiple of `count`.
     #[inline(always)]
-    pub(super) unsafe fn store(&self, index: PackIndex, scale: u32) {
-        let (col, cols) = (index.pack >> self.block_packs_log2, self.cols(index.row_packs));
-        let address = self.at(index.token, col);
-        // SAFETY: inside the tensor of scales. Padding columns follow the last one: they end a group of four.
-        unsafe {
-            if self.scales.strides.size == 4 {
-                return simt::store_value(address, scale);
-            }
-            simt::store_value(address, scale as u8);
-            if self.scales.strides.pads_cols() && col + 1 == cols {
-                let mut padding = col;
-                while padding % 4 != 3 {
-                    padding += 1;
-                    simt::store_value(address.offset((padding - col) as u64), 0u8);
-                }
-            }
-        }
-    }
-
-    /// Stores the scales of `count` blocks, at most four, that start with pack `index`: a word, the first scale in its
-    /// lowest byte. Blocks past the row's end have scales of 0.
-    ///
-    /// # Safety
-    /// As [`store`](Self::store).
-    #[inline(always)]
-    pub(super) unsafe fn store_word(&self, index: PackIndex, count: u32, word: u32) {
-        let (col, cols) = (index.pack >> self.block_packs_log2, self.cols(index.row_packs));
+    pub(super) unsafe fn store(&self, index: PackIndex, count: u32, scales: u32) {
         let strides = &self.scales.strides;
+        let (first, cols) = (index.pack >> self.block_packs_log2, self.cols(index.row_packs));
+        let mut address = self.at(index.token, first);
         // Four columns from a multiple of four on are a word, aligned, where they are adjacent in rows of whole words.
-        let is_word = strides.col == 1 && (strides.pads_cols() || cols.is_multiple_of(4));
-        if strides.size == 4 || count == 4 && is_word {
+        let is_word = || strides.col == 1 && (strides.pads_cols() || cols.is_multiple_of(4));
+        if strides.size == 4 || count == 4 && is_word() {
             // SAFETY: inside the tensor of scales, padding columns included.
-            return unsafe { simt::store_value(self.at(index.token, col), word) };
+            return unsafe { simt::store_value(address, scales) };
         }
-        let mut rest = word;
-        let mut block = 0;
-        while block < count && col + block < cols {
-            let first = PackIndex { pack: (col + block) << self.block_packs_log2, ..index };
-            // SAFETY: as this function's.
-            unsafe { self.store(first, rest & 0xff) };
+        let (mut col, mut rest) = (first, scales);
+        loop {
+            // SAFETY: as above. Padding columns follow the last one: they end a group of four.
+            unsafe { simt::store_value(address, rest as u8) };
             rest >>= 8;
-            block += 1;
+            col += 1;
+            address = address.offset(strides.col);
+            let goes_on = if col < cols { col < first + count } else { strides.pads_cols() && col % 4 != 0 };
+            if !goes_on {
+                return;
+            }
         }
     }
 

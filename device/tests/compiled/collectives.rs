@@ -6,8 +6,8 @@ use fused_collective_core::dtype::{Element, bf16, f16};
 use fused_collective_device::simt::host::Launch;
 
 use fused_collective_device_tests::{
-    Case, EVERYTHING, Kernel, Random, Rows, Tensors, World, check_all, every_version, geometry, missing_rank,
-    run_case, run_rank,
+    Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, check_all, every_version, geometry,
+    missing_rank, run_case, run_rank,
 };
 
 use crate::{Compiled, KERNELS, ROWS, gpus_of, has_clusters};
@@ -65,8 +65,10 @@ fn blocks_of_a_cluster_share_a_row() {
         let compiled = Arc::new(Compiled::read(gpu, "bf16_w2", 4));
         let world = world(2, &compiled);
         for (cluster, rows) in [(2, Rows::P1), (4, Rows::P2), (8, Rows::P1), (4, Rows::Streamed)] {
-            for kernel in KERNELS {
-                let case = Case::<bf16>::new(&mut random, 2, 3, 4112, true, EVERYTHING[4]);
+            for (kernel, what) in
+                KERNELS.into_iter().flat_map(|kernel| [(kernel, EVERYTHING[4]), (kernel, What::Fp8PerToken)])
+            {
+                let case = Case::<bf16>::new(&mut random, 2, 3, 4112, true, what);
                 let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
                 let launch = geometry(&case.operation, rows, cluster, 2);
                 run_case(&mut random, &world, &case, kernel, rows, |_| launch);
@@ -111,7 +113,7 @@ fn ranks_may_run_ahead_of_each_other() {
             let operations: Vec<_> = (0..20)
                 .map(|index| {
                     let (kernel, rows) = (KERNELS[random.below(3) as usize], ROWS[random.below(3) as usize]);
-                    let what = EVERYTHING[1 + random.below(4) as usize];
+                    let what = EVERYTHING[1 + random.below(EVERYTHING.len() as u64 - 1) as usize];
                     let (tokens, hidden) = (1 + random.below(6), 16 * (1 + random.below(30)));
                     let case = Case::<bf16>::new(&mut random, ranks, tokens, hidden, true, what);
                     let case = if kernel == Kernel::Sharded { case.sharded() } else { case };

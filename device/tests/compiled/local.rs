@@ -11,7 +11,7 @@ use fused_collective_device::{
 };
 
 use fused_collective_device_tests::{
-    Case, EVERYTHING, Random, Rows, Tensors, What, bytes_of, geometry, shape, with_quantizer,
+    Case, Random, Rows, Tensors, What, bytes_of, geometry, shape, with_quantizer,
 };
 
 use crate::{Compiled, ROWS, gpus_of};
@@ -34,7 +34,7 @@ fn one_pass<E: Element, X>(
 
 fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
     for rows in ROWS {
-        for what in EVERYTHING {
+        for what in What::of_each_epilogue(random) {
             let hidden = 16 * (17 + random.below(17));
             let residual = random.below(2) == 1;
             let mut case = Case::<E>::new(random, 1, 3, hidden, residual, what);

@@ -5,6 +5,7 @@ use std::ops::Range;
 use fused_collective_core::{
     dtype::Element,
     fusion::{Mode, Norm, Operation, Residual, Rounding},
+    kernels::Epilogue,
     norm::Gamma,
     pack::Pack,
     plan::{owned_index, owner},
@@ -144,6 +145,20 @@ pub const EVERYTHING: [What; 15] = [
 ];
 
 impl What {
+    /// One of [`EVERYTHING`] for each epilogue that there are kernels with.
+    pub fn of_each_epilogue(random: &mut Random) -> Vec<What> {
+        let epilogue = |what: What| Epilogue::of(what != What::Sum, what.quantization());
+        let mut chosen: Vec<What> = Vec::new();
+        for (index, &what) in EVERYTHING.iter().enumerate() {
+            if EVERYTHING[..index].iter().all(|&other| epilogue(other) != epilogue(what)) {
+                let alike: Vec<What> =
+                    EVERYTHING.into_iter().filter(|&other| epilogue(other) == epilogue(what)).collect();
+                chosen.push(alike[random.below(alike.len() as u64) as usize]);
+            }
+        }
+        chosen
+    }
+
     pub fn quantization(self) -> Quantization {
         match self {
             What::Sum | What::Norm => Quantization::None,

@@ -341,7 +341,7 @@ fn packs(random: &mut Random, rows: Rows, warps: u64) -> u64 {
 /// and geometries vary, and so does whether there is a residual.
 pub fn every_version<E: Element>(random: &mut Random, world: &World, warps: u64) {
     for rows in [Rows::P1, Rows::P2, Rows::Streamed] {
-        for what in EVERYTHING {
+        for what in What::of_each_epilogue(random) {
             for kernel in [Kernel::OneShot, Kernel::TwoShot, Kernel::Sharded] {
                 if kernel == Kernel::Sharded && what == What::Sum {
                     continue;

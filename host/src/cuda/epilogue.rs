@@ -38,23 +38,26 @@ pub fn epilogue(operation: &Operation, tensors: &Tensors) -> Parameters {
     let scales =
         |tensor: ScaleTensor| BlockScales { address: address(tensors.scale_out), strides: tensor.strides() };
     // The quantizer is the last field of either.
-    // SAFETY: as above; so below.
     match (Quantizer::from(operation.quantization), operation.quantization.scales(tokens, hidden)) {
-        (Quantizer::Fp8, _) => unsafe {
-            parameters.push(&Fp8Static { values, scale: address(tensors.scale) });
-        },
-        (Quantizer::Fp8Token, _) => unsafe {
-            parameters.push(&Fp8PerToken { values, scales: address(tensors.scale_out) });
-        },
+        (Quantizer::Fp8, _) => {
+            // SAFETY: as above; so below.
+            unsafe { parameters.push(&Fp8Static { values, scale: address(tensors.scale) }) };
+        }
+        (Quantizer::Fp8Token, _) => {
+            // SAFETY: see above.
+            unsafe { parameters.push(&Fp8PerToken { values, scales: address(tensors.scale_out) }) };
+        }
         (Quantizer::Fp8Block, Some(tensor)) => {
             let block_bytes = hidden / tensor.cols * operation.dtype.bytes();
             let block_packs_log2 = (block_bytes / Pack::BYTES).ilog2();
             let quantizer = Fp8Block { values, scales: scales(tensor), block_packs_log2, reserved: 0 };
+            // SAFETY: see above.
             unsafe { parameters.push(&quantizer) };
         }
         (Quantizer::Fp4, Some(tensor)) => {
             // Null for MXFP4, which has no such tensor.
             let global_scale = address(tensors.scale);
+            // SAFETY: see above.
             unsafe { parameters.push(&Fp4 { values, scales: scales(tensor), global_scale }) };
         }
         // Without a quantization there is nothing to be told; blocks have scales.

@@ -279,7 +279,8 @@ fn bad_names_are_refused() {
     );
     refused(
         "bench --quant-modes none,fp6",
-        "--quant-modes: 'fp6' is not a quantization mode: use none, fp8 or fp4",
+        "--quant-modes: 'fp6' is not a quantization mode: use one of none, fp8, fp4, fp8_per_token, \
+         fp8_group128, fp8_group128_f32, fp8_group64, mxfp8, mxfp4",
     );
     refused("bench --peers vllm", "--peers: 'vllm' is not a peer: use flashinfer or torch");
     refused("bench --python=", "--python: '' is not a file name");

@@ -1,3 +1,14 @@
+# The pattern of each quantization. Those from releases before their own are missing in the package.
+PATTERNS = {
+    "none": "kARResidualRMSNorm",
+    "fp8": "kARResidualRMSNormFP8Quant",
+    "fp4": "kARResidualRMSNormFP4Quant",
+    "fp8_per_token": "kARResidualRMSNormDynamicFP8Quant",
+    "fp8_group128": "kARResidualRMSNormPerTokenGroupFP8PackedQuant",
+    "mxfp8": "kARResidualRMSNormMXFP8Quant",
+}
+
+
 class FlashInfer(Peer):
     """FlashInfer's fused all-reduce: its kernels of TensorRT-LLM and, where NVLink multicast may be used, those over it
     (mnnvl)."""
@@ -102,8 +113,11 @@ class FlashInfer(Peer):
 
     def trtllm(self, problem, modes, notes):
         torch, rows = self.torch, problem.tokens
-        quantization = {"none": "", "fp8": "_fp8_quant", "fp4": "_fp4_quant"}[problem.quant_mode]
+        quantization = "" if problem.quant_mode == "none" else f"_{problem.quant_mode}_quant"
         start = f"flashinfer_trtllm_fused_allreduce_rmsnorm{quantization}"
+        if not hasattr(self.comm.AllReduceFusionPattern, PATTERNS.get(problem.quant_mode, "")):
+            notes.append(f"{start}_* were not measured: flashinfer {self.version()} has no such kernel")
+            return
         if problem.quant_mode == "fp4" and torch.cuda.get_device_capability() < (10, 0):
             notes.append(f"{start}_* were not measured: FlashInfer's FP4 kernels need compute capability 10.0")
             return
@@ -140,12 +154,15 @@ class FlashInfer(Peer):
 
     def runner(self, problem, backend, mode):
         torch, comm = self.torch, self.comm
-        patterns = comm.AllReduceFusionPattern
-        pattern = {
-            "none": patterns.kARResidualRMSNorm,
-            "fp8": patterns.kARResidualRMSNormFP8Quant,
-            "fp4": patterns.kARResidualRMSNormFP4Quant,
-        }[problem.quant_mode]
+        pattern = getattr(comm.AllReduceFusionPattern, PATTERNS[problem.quant_mode])
+        # What only some kernels take, so that older releases are not asked for it.
+        options = {}
+        if problem.quant_mode in ("fp8", "fp4"):
+            options["scale_factor"] = problem.scale_tensor
+        if problem.quant_mode in ("fp4", "mxfp8"):
+            options["layout_code"] = comm.QuantizationSFLayout.SWIZZLED_128x4
+        if problem.quant_mode == "fp8_group128":
+            options["block_quant_group_size"] = 128
         # The kernels have no version without a residual: vLLM gives them zeros.
         zeros = None if problem.has_residual else torch.zeros_like(problem.sets[0].input)
         rows, columns = problem.tokens, problem.hidden
@@ -155,12 +172,13 @@ class FlashInfer(Peer):
                 tensors.residual_out = torch.empty_like(tensors.input)
                 if problem.quant_mode == "none":
                     tensors.norm_out = torch.empty_like(tensors.input)
-                elif problem.quant_mode == "fp8":
-                    tensors.quant_out = torch.empty_like(tensors.input, dtype=torch.float8_e4m3fn)
-                else:
+                elif problem.quant_mode == "fp4":
                     size = comm.compute_fp4_swizzled_layout_sf_size(rows, columns // 16)
                     tensors.quant_out = torch.empty(rows, columns // 2, dtype=torch.uint8, device=self.device)
                     tensors.scale_out = torch.zeros(size, dtype=torch.uint8, device=self.device)
+                else:
+                    tensors.quant_out = torch.empty_like(tensors.input, dtype=torch.float8_e4m3fn)
+                    tensors.scale_out = self.scales(problem)
             comm.allreduce_fusion(
                 input=tensors.input,
                 workspace=self.workspace(backend, problem.dtype),
@@ -173,9 +191,21 @@ class FlashInfer(Peer):
                 scale_out=tensors.scale_out,
                 rms_gamma=tensors.gamma,
                 rms_eps=problem.epsilon,
-                scale_factor=None if problem.quant_mode == "none" else problem.scale_tensor,
-                layout_code=comm.QuantizationSFLayout.SWIZZLED_128x4 if problem.quant_mode == "fp4" else None,
                 use_oneshot=mode == "oneshot",
                 fp32_acc=True,
+                **options,
             )
         return run
+
+    def scales(self, problem):
+        """Room for the scales of a quantization to FP8; `Problem.fp8_scales` reads them."""
+        torch, rows, columns = self.torch, problem.tokens, problem.hidden
+        if problem.quant_mode == "fp8_per_token":
+            return torch.empty(rows, 1, dtype=torch.float32, device=self.device)
+        if problem.quant_mode == "fp8_group128":
+            words, aligned = (columns // 128 + 3) // 4, (rows + 3) // 4 * 4
+            return torch.zeros(words, aligned, dtype=torch.int32, device=self.device).t()[:rows]
+        if problem.quant_mode == "mxfp8":
+            size = (rows + 127) // 128 * 128 * ((columns // 32 + 3) // 4 * 4)
+            return torch.zeros(size, dtype=torch.uint8, device=self.device)
+        return None

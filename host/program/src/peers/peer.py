@@ -144,12 +144,46 @@ class Problem:
             # The sum of squares is in float32: of up to 65536 addends, in whatever order.
             allowed = 64.0 if self.dtype == torch.float32 else 2.0
             results.append(self.error("norm_out", found.norm_out, norm, norm.abs(), self.dtype, allowed))
-        elif self.quant_mode == "fp8":
-            target = (norm / self.scale).clamp(-E4M3_MAX, E4M3_MAX)
-            results.append(self.error("quant_out", found.quant_out, target, target.abs(), torch.float8_e4m3fn, 1.0))
-        else:
+        elif self.quant_mode == "fp4":
             results.append(self.fp4_error(found, norm))
+        else:
+            scales = self.fp8_scales(found, norm)
+            target = (norm.reshape(self.tokens, scales.shape[1], -1) / scales[..., None]).reshape(norm.shape)
+            target = target.clamp(-E4M3_MAX, E4M3_MAX)
+            results.append(self.error("quant_out", found.quant_out, target, target.abs(), torch.float8_e4m3fn, 1.0))
         return max(results)
+
+    def fp8_scales(self, found, norm):
+        """The scales of FP8 codes as numbers, `[tokens, blocks]`. Those that were stored must be near the largest magnitude of
+        their elements divided by E4M3's largest number: a power of two within one step, a float within 1%."""
+        torch, rows = self.torch, self.tokens
+        if self.quant_mode == "fp8":
+            return torch.full((rows, 1), self.scale, dtype=torch.float64, device=self.device)
+        blocks = {"fp8_per_token": 1, "fp8_group128": self.hidden // 128, "mxfp8": self.hidden // 32}[self.quant_mode]
+        if self.quant_mode == "fp8_per_token":
+            scales = found.scale_out.double()
+        else:
+            if self.quant_mode == "fp8_group128":
+                # Words of four adjacent columns, column-major.
+                codes = found.scale_out.contiguous().view(torch.uint8).reshape(rows, -1)[:, :blocks]
+            else:
+                codes = found.scale_out.flatten()[self.places_128x4(blocks)]
+            scales = torch.exp2(codes.double() - 127)
+        exact = norm.reshape(rows, blocks, -1).abs().amax(-1) / E4M3_MAX
+        within = 1.01 if self.quant_mode == "fp8_per_token" else 2.01
+        wrong = ~((scales <= exact * within) & (scales * 1.01 >= exact)) & (exact > 2.0**-100)
+        if wrong.any():
+            place = [int(index) for index in wrong.nonzero()[0]]
+            raise AssertionError(f"scale_out: {float(scales[tuple(place)]):.3g} at {place}, not {float(exact[tuple(place)]):.3g}")
+        return scales
+
+    def places_128x4(self, columns):
+        """Places of the scales of `[tokens, columns]` blocks in the layout of 128 x 4 tiles."""
+        torch = self.torch
+        row = torch.arange(self.tokens, device=self.device)[:, None]
+        column = torch.arange(columns, device=self.device)[None, :]
+        tile = row // 128 * ((columns + 3) // 4) + column // 4
+        return tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
 
     def error(self, name, found, expected, magnitude, dtype, allowed):
         torch = self.torch
@@ -166,11 +200,7 @@ class Problem:
         """Of NVFP4 in units of E2M1 under the block scale that was stored; scales in the layout of 128 x 4 tiles."""
         torch = self.torch
         columns = self.hidden // 16
-        row = torch.arange(self.tokens, device=self.device)[:, None]
-        column = torch.arange(columns, device=self.device)[None, :]
-        tile = row // 128 * ((columns + 3) // 4) + column // 4
-        place = tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4
-        codes = found.scale_out.view(torch.uint8).flatten()[place]
+        codes = found.scale_out.view(torch.uint8).flatten()[self.places_128x4(columns)]
         scales = codes.view(torch.float8_e4m3fn).double() / self.scale
         values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64, device=self.device)
         values = torch.cat([values, -values])

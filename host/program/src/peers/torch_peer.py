@@ -42,8 +42,8 @@ class Torch(Peer):
                     tensors.quant_out = out
             return run
 
-        if problem.quant_mode == "fp4":
-            notes.append("torch has no NVFP4 quantization")
+        if problem.quant_mode not in ("none", "fp8"):
+            notes.append(f"the compiled steps have no quantization to {problem.quant_mode}: no row of torch")
             return
         function, eager_name, compiled_name = {
             "none": (rms_norm, "native_rms_norm", "rmsnorm_native_compiled"),

@@ -269,7 +269,7 @@ fn quantization(cases: &[Times<'_>]) -> Vec<String> {
             format!("{name} in the fused kernel takes {range} times the time without quantization.")
         })
     };
-    [QuantMode::Fp8, QuantMode::Fp4].into_iter().filter_map(sentence).collect()
+    QuantMode::ALL.into_iter().filter(|mode| *mode != QuantMode::None).filter_map(sentence).collect()
 }
 
 /// Each peer's fastest variant against the fastest fused one.

@@ -429,7 +429,7 @@ mod tests {
 
     /// A report in which standard variant `n` takes `n * tokens` and fused variants take `tokens / 2`, plus 20 µs.
     fn scaling(tokens: &[u64]) -> Report {
-        let modes = QuantMode::ALL;
+        let modes = QuantMode::DEFAULT;
         let mut report = fixture::empty(tokens, &modes);
         for &tokens in tokens {
             for mode in modes {

@@ -63,7 +63,8 @@ const TWO_SHOT: u64 = 32;
 const SHARDED: u64 = 64;
 const ROUNDS_SUM: u64 = 128;
 const F32_SCALES: u64 = 256;
-const ALL_FLAGS: u64 = 511;
+const BIAS: u64 = 512;
+const ALL_FLAGS: u64 = 1023;
 
 impl Call {
     /// The call of `operation` with a plan of `algorithm`. `scale` is dropped if the quantization does not read it, and
@@ -103,6 +104,7 @@ impl Call {
                     quantization,
                     keep_norm,
                     rounding,
+                    bias,
                     mode,
                 } = *operation;
                 let (kind, group) = quantization_code(quantization);
@@ -117,6 +119,7 @@ impl Call {
                     | flag(has_f32_scales, F32_SCALES)
                     | flag(scale.is_some(), SCALE)
                     | flag(mode == Mode::TwoShot, TWO_SHOT)
+                    | flag(bias, BIAS)
                     | flag(rounding == Rounding::AfterAllReduce, ROUNDS_SUM);
                 let head = OPERATION
                     | dtype_code(dtype) << DTYPE_SHIFT
@@ -124,8 +127,8 @@ impl Call {
                     | u64::from(group & 0xfff) << GROUP_SHIFT
                     | u64::from(layout) << LAYOUT_SHIFT
                     | flags << FLAGS_SHIFT;
-                let (epsilon, bias) = norm.map_or((0.0, 0.0), |norm| (norm.epsilon, norm.weight_bias));
-                let numbers = u64::from(epsilon.to_bits()) | u64::from(bias.to_bits()) << 32;
+                let (epsilon, weight_bias) = norm.map_or((0.0, 0.0), |norm| (norm.epsilon, norm.weight_bias));
+                let numbers = u64::from(epsilon.to_bits()) | u64::from(weight_bias.to_bits()) << 32;
                 [head, tokens, hidden, numbers, u64::from(scale.map_or(0, f32::to_bits)), *kernel, 0]
             }
             Call::Barrier => [BARRIER, 0, 0, 0, 0, 0, 0],
@@ -166,6 +169,7 @@ impl Call {
                     )?,
                     keep_norm: is(KEEP_NORM),
                     rounding: if is(ROUNDS_SUM) { Rounding::AfterAllReduce } else { Rounding::Once },
+                    bias: is(BIAS),
                     mode: if is(TWO_SHOT) { Mode::TwoShot } else { Mode::OneShot },
                 };
                 if flags & !ALL_FLAGS != 0 {
@@ -238,12 +242,16 @@ impl fmt::Display for Call {
                     quantization,
                     keep_norm,
                     rounding,
+                    bias,
                     mode,
                 } = operation;
                 let mode = if *mode == Mode::TwoShot { "two-shot" } else { "one-shot" };
                 write!(f, "{mode}, {tokens} tokens of {hidden} {dtype}")?;
                 if *kernel != 0 {
                     write!(f, ", kernel {kernel:016x}")?;
+                }
+                if *bias {
+                    f.write_str(", bias")?;
                 }
                 match residual {
                     Residual::None => {}

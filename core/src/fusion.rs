@@ -102,8 +102,9 @@ pub enum Rounding {
 /// | --- | --- | --- |
 /// | `input` | `[tokens, hidden]` elements | always: the addend of this rank |
 /// | `residual` | `[rows, hidden]` elements | if `residual` |
+/// | `bias` | `[hidden]` elements | if `bias` |
 /// | `gamma` | `[hidden]` | if `norm` |
-/// | `residual_out` | `[rows, hidden]` elements | always: the sum, plus the residual |
+/// | `residual_out` | `[rows, hidden]` elements | always: the sum, plus the bias and the residual |
 /// | `norm_out` | `[tokens, hidden]` elements | if `norm`, and `keep_norm` or no quantization |
 /// | `quant_out`, `scale_out` | see [`Quantization`] | if `quantization` |
 ///
@@ -126,6 +127,7 @@ pub enum Rounding {
 ///     quantization: Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 },
 ///     keep_norm: false,
 ///     rounding: Rounding::Once,
+///     bias: false,
 ///     mode: Mode::Auto,
 /// };
 /// assert_eq!(operation.validate(), Ok(()));
@@ -151,6 +153,9 @@ pub struct Operation {
     pub keep_norm: bool,
     /// Roundings of the sum.
     pub rounding: Rounding,
+    /// True to add a bias to the sum of all ranks, before it is rounded and the residual is added: a linear layer's, which
+    /// every rank has whole.
+    pub bias: bool,
     /// The collective.
     pub mode: Mode,
 }

@@ -228,6 +228,9 @@ pub struct Activations {
     pub input: Address,
     /// The residual, or null: then none is read.
     pub residual: Address,
+    /// `[hidden]` elements, added to the sum of all ranks before it is rounded, or null: then none is read. Constant. Kernels
+    /// without a collective have no sum.
+    pub bias: Address,
     /// The sum, plus the residual. Null only without a residual, and only in the kernels without a collective.
     pub residual_out: Address,
     /// 1 to round the sum to the element type before the residual is added:
@@ -238,7 +241,7 @@ pub struct Activations {
 }
 
 impl Activations {
-    /// The activations at these addresses, of an operation with this rounding.
+    /// The activations at these addresses, of an operation with this rounding and without a bias.
     pub const fn new(
         input: Address,
         residual: Address,
@@ -246,7 +249,7 @@ impl Activations {
         rounding: Rounding,
     ) -> Activations {
         let rounds_sum = matches!(rounding, Rounding::AfterAllReduce) as u32;
-        Activations { input, residual, residual_out, rounds_sum, reserved: 0 }
+        Activations { input, residual, bias: Address::NULL, residual_out, rounds_sum, reserved: 0 }
     }
 
     /// An operation's activations as the kernel of one of its rounds takes them.
@@ -302,7 +305,7 @@ pub struct Plain<Q> {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct RmsNorm<Q> {
-    /// `[hidden]` elements, 16-byte aligned. Constant.
+    /// `[hidden]` elements, or `f32`, 16-byte aligned. Constant.
     pub gamma: Address,
     /// `[total_tokens, hidden]` elements, or null: then the norm is not stored.
     pub norm_out: Address,
@@ -312,8 +315,8 @@ pub struct RmsNorm<Q> {
     pub epsilon: f32,
     /// Added to gamma.
     pub weight_bias: f32,
-    /// Keeps the struct free of padding.
-    pub reserved: u32,
+    /// 1: gamma is `f32`, and elements are not; else 0.
+    pub gamma_f32: u32,
     /// What is made of the norm.
     pub quantizer: Q,
 }
@@ -398,11 +401,11 @@ pub const LAYOUT: u32 = crate::fingerprint! {
     Status { abort, failed, missing_rank, hop, operation, token, call }
     Group { regions, state, status, slot_bytes, timeout_ns, world_size, rank }
     Shape { first_token, total_tokens, tokens, row_packs, call }
-    Activations { input, residual, residual_out, rounds_sum, reserved }
+    Activations { input, residual, bias, residual_out, rounds_sum, reserved }
     AnyFused { group, shape, activations, epilogue }
     AnyLocal { shape, activations, epilogue }
     AnyPlain { quantizer }
-    AnyRmsNorm { gamma, norm_out, inverse_hidden, epsilon, weight_bias, reserved, quantizer }
+    AnyRmsNorm { gamma, norm_out, inverse_hidden, epsilon, weight_bias, gamma_f32, quantizer }
     Unquantized {}
     Fp8Static { values, scale }
     Fp8PerToken { values, scales }
@@ -422,12 +425,12 @@ pub fn layout_of(ptx: &str) -> Option<u32> {
 // Host and device are compiled by different compilers: neither may pad what the other does not.
 const _: () = {
     assert!(size_of::<RankState>() == 64 + 16 * MAX_BLOCKS as usize && size_of::<Status>() == 64);
-    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 32);
+    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 40);
     assert!(size_of::<Unquantized>() == 0 && size_of::<Fp8Static>() == 16 && size_of::<Fp8PerToken>() == 16);
     assert!(size_of::<BlockScales>() == 40 && size_of::<Fp8Block>() == 56 && size_of::<Fp4>() == 56);
     assert!(size_of::<Plain<Fp4>>() == 56 && size_of::<RmsNorm<Unquantized>>() == 32);
-    assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 32 + 88);
-    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 32 + 48);
+    assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 40 + 88);
+    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 40 + 48);
 };
 
 #[cfg(test)]

@@ -23,6 +23,7 @@
 //!     quantization: Quantization::Fp8Static,
 //!     keep_norm: false,
 //!     rounding: Rounding::Once,
+//!     bias: false,
 //!     mode: Mode::Auto,
 //! };
 //! let limits = Limits {

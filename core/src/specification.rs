@@ -2,7 +2,8 @@
 //! of the residual, the rounds, the blocks and threads that share a row.
 //!
 //! All arithmetic is in `f32`, each operation rounded to nearest even, subnormal numbers included:
-//! 1. `sum = x_0 + x_1 + ...`, in rank order; with [`Rounding::AfterAllReduce`] rounded to the element type.
+//! 1. `sum = x_0 + x_1 + ...`, in rank order; plus the bias, if there is one; with [`Rounding::AfterAllReduce`] rounded to the
+//!    element type.
 //! 2. `residual_out = round(sum + residual)`; without a residual `round(sum)`.
 //! 3. `norm` of the rounded `residual_out`, by the operations of [`norm`](crate::norm#order-of-operations), rounded.
 //! 4. Codes and scales of the rounded `norm`, by [`quant::scale`].
@@ -30,12 +31,14 @@
 //!     quantization: Quantization::None,
 //!     keep_norm: false,
 //!     rounding: Rounding::Once,
+//!     bias: false,
 //!     mode: Mode::OneShot,
 //! };
 //! let (rank_0, rank_1, ones) = ([1.0f32; 16], [3.0; 16], [1.0; 16]);
 //! let token = Token {
 //!     inputs: &[&rank_0, &rank_1],
 //!     residual: None,
+//!     bias: None,
 //!     gamma: Gamma::Element(&ones),
 //!     scale: 1.0,
 //!     index: 0,
@@ -69,6 +72,8 @@ pub struct Token<'a, E> {
     pub inputs: &'a [&'a [E]],
     /// Row of the token in the residual, `[hidden]`; `None` without a residual.
     pub residual: Option<&'a [E]>,
+    /// The bias of the sum, `[hidden]`; `None` without one.
+    pub bias: Option<&'a [E]>,
     /// The weight of RMSNorm, `[hidden]`; not read without a norm.
     pub gamma: Gamma<'a, E>,
     /// The per-tensor or global scale; not read by the other quantizations.
@@ -173,6 +178,9 @@ impl<E: Element> Row<'_, E> {
             let mut sum = first[index].to_f32();
             for row in others {
                 sum += row[index].to_f32();
+            }
+            if let Some(bias) = token.bias {
+                sum += bias[index].to_f32();
             }
             if let Some(residual) = token.residual {
                 if operation.rounding == Rounding::AfterAllReduce {

@@ -36,11 +36,11 @@ fn calls() -> impl Strategy<Value = Call> {
     });
     let shape = (any::<u64>(), any::<u64>(), 0usize..3);
     let residual = prop_oneof![Just(Residual::None), Just(Residual::Replicated), Just(Residual::Sharded)];
-    let flags = (residual, any::<bool>(), any::<bool>(), any::<bool>());
+    let flags = (residual, any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     let operation = (shape, flags, proptest::option::of(norm), quantizations(), 0.0f32..9.0).prop_map(
         |(
             (tokens, hidden, dtype),
-            (residual, keep_norm, rounds_sum, two_shot),
+            (residual, keep_norm, rounds_sum, two_shot, bias),
             norm,
             quantization,
             scale,
@@ -54,6 +54,7 @@ fn calls() -> impl Strategy<Value = Call> {
                 quantization,
                 keep_norm,
                 rounding: if rounds_sum { Rounding::AfterAllReduce } else { Rounding::Once },
+                bias,
                 mode: Mode::Auto,
             };
             let algorithm = match residual {
@@ -123,6 +124,7 @@ fn chains_of_like_calls_do_not_meet() {
             quantization: Quantization::None,
             keep_norm: false,
             rounding: Rounding::Once,
+            bias: false,
             mode: Mode::Auto,
         };
         let mut chain = Chain::default();
@@ -144,6 +146,7 @@ fn a_call_names_what_ranks_can_differ_in() {
         quantization: Quantization::NvFp4 { layout: ScaleLayout::Swizzled128x4 },
         keep_norm: true,
         rounding: Rounding::Once,
+        bias: false,
         mode: Mode::Auto,
     };
     let named = |operation, scale| Call::operation(&operation, Algorithm::TwoShot, scale).to_string();

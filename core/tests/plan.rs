@@ -28,6 +28,7 @@ fn operation(tokens: u64, hidden: u64, dtype: DType, mode: Mode) -> Operation {
         quantization: Quantization::None,
         keep_norm: false,
         rounding: Rounding::Once,
+        bias: false,
         mode,
     }
 }

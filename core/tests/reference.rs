@@ -44,6 +44,7 @@ impl<E: Element> Fixture<E> {
             quantization,
             keep_norm: false,
             rounding: Rounding::Once,
+            bias: true,
             mode: Mode::Auto,
         };
         Fixture { operation, inputs: [row(1), row(2)], residual: row(3), gamma: row(4) }
@@ -54,6 +55,7 @@ impl<E: Element> Fixture<E> {
         work(&Token {
             inputs: &rows,
             residual: Some(&self.residual),
+            bias: self.operation.bias.then_some(&self.gamma[..]),
             gamma: Gamma::Element(&self.gamma),
             scale: 0.01,
             index: 0,
@@ -135,7 +137,14 @@ fn the_specification_is_the_arithmetic_of_the_definition() {
     let other: Vec<f32> = (0..16).map(|i| if i % 2 == 0 { 2.0 } else { 2.5 }).collect();
     let gamma = [2.0f32; 16];
     let inputs = [&input[..], &other[..]];
-    let token = Token { inputs: &inputs, residual: None, gamma: Gamma::F32(&gamma), scale: 1.0, index: 0 };
+    let token = Token {
+        inputs: &inputs,
+        residual: None,
+        bias: None,
+        gamma: Gamma::F32(&gamma),
+        scale: 1.0,
+        index: 0,
+    };
     let (mut residual_out, mut norm) = ([0.0f32; 16], [0.0f32; 16]);
     let mut row = Row { residual_out: &mut residual_out, norm: &mut norm, values: &mut [], scales: &mut [] };
     row.compute(&operation, &token).unwrap();
@@ -243,6 +252,7 @@ fn nan_and_infinity_come_through_and_are_demanded() {
 fn a_row_of_zeros_stays_zero_in_every_quantization() {
     for quantization in QUANTIZATIONS {
         let mut fixture = Fixture::<f32>::new(quantization);
+        fixture.operation.bias = false;
         fixture.inputs.iter_mut().for_each(|row| row.fill(0.0));
         fixture.residual.fill(0.0);
         let outputs = fixture.compute(Rounding::Once);

@@ -122,6 +122,7 @@ fn operation<E: Element>(hidden: usize) -> Operation {
         quantization: Quantization::None,
         keep_norm: true,
         rounding: Rounding::Once,
+        bias: false,
         mode: Mode::Auto,
     }
 }
@@ -135,6 +136,7 @@ fn error_of<E: Element>(row: &[E], quantization: Quantization) -> f64 {
     let token = Token {
         inputs: &[row, &other],
         residual: Some(row),
+        bias: None,
         gamma: Gamma::Element(&gamma),
         scale: 0.25,
         index: 0,
@@ -193,8 +195,14 @@ fn any_other_bit_is_found_and_a_nan_is_a_nan() {
     let tensor = ScaleTensor { layout: ScaleLayout::Swizzled128x4, rows: 3, cols: 4, size: 1 };
     let compare = |change: &Change<'_>, input: &[f32]| {
         let gamma = vec![1.0; hidden];
-        let token =
-            Token { inputs: &[input], residual: None, gamma: Gamma::F32(&gamma), scale: 100.0, index: 2 };
+        let token = Token {
+            inputs: &[input],
+            residual: None,
+            bias: None,
+            gamma: Gamma::F32(&gamma),
+            scale: 100.0,
+            index: 2,
+        };
         let (mut sum, mut norm) = (vec![0.0; hidden], vec![0.0; hidden]);
         let (mut values, mut scales) = (vec![0; hidden / 2], vec![0; hidden / 16]);
         let mut row =

@@ -11,7 +11,7 @@
 //! | [`simt`] | the GPU's words: indices, barriers, shuffles, memory order, dependent launch |
 //! | [`collective`] | one-shot and two-shot, with a sharded residual too, bounded waits, memory order |
 //! | [`local()`] | an epilogue without a collective |
-//! | [`epilogue`] | the epilogue trait, norm, FP8, NVFP4 |
+//! | [`epilogue`] | the epilogue trait, norm, quantizers to FP8 and FP4 |
 //! | [`entries!`] | the table of kernel entry points, and their names |
 //! | [`convert`] | conversions by instruction |
 //!

@@ -336,14 +336,19 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         if X::ROW_SUM || X::ROW_MAX {
             team.clear::<RESIDENT>(slice.lines());
         }
-        let mut weights = X::Weights::default();
+        let (mut weights, mut ready) = (X::Weights::default(), X::Ready::default());
         if Self::HOLDS_WEIGHTS {
-            // SAFETY: as this function's.
-            slice.for_each(0, |_, pack| weights = unsafe { epilogue.weights(pack) });
+            slice.for_each(0, |_, pack| {
+                // SAFETY: as this function's.
+                weights = unsafe { epilogue.weights(pack) };
+                if Self::SPARE {
+                    // SAFETY: as this function's.
+                    ready = unsafe { epilogue.ready(pack, weights) };
+                }
+            });
         }
         // SAFETY: as this function's.
         let constants = unsafe { epilogue.constants() };
-        let ready = if Self::SPARE { epilogue.ready(weights) } else { X::Ready::default() };
         Prepared { epilogue, constants, weights, ready, slice }
     }
 
@@ -487,15 +492,8 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
                 if !RESIDENT {
                     row[p] = if inside { read(index(pack)) } else { Pack::default() };
                 }
-                let mut weights = self.weights;
-                if !Self::HOLDS_WEIGHTS {
-                    weights = X::Weights::default();
-                    if inside {
-                        // SAFETY: as this function's.
-                        weights = unsafe { self.epilogue.weights(pack) };
-                    }
-                }
-                let weights = if Self::SPARE { self.ready } else { self.epilogue.ready(weights) };
+                // SAFETY: as this function's.
+                let weights = if inside { unsafe { self.ready(pack) } } else { X::Ready::default() };
                 // `black_box`, so that the second pack's registers are not taken while the first's are in use.
                 let (words, scales) = self.epilogue.make(
                     index(pack),
@@ -520,10 +518,11 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         if Self::SPARE {
             self.ready
         } else if Self::HOLDS_WEIGHTS {
-            self.epilogue.ready(self.weights)
+            // SAFETY: as this function's; so below.
+            unsafe { self.epilogue.ready(pack, self.weights) }
         } else {
-            // SAFETY: as this function's.
-            self.epilogue.ready(unsafe { self.epilogue.weights(pack) })
+            // SAFETY: see above.
+            unsafe { self.epilogue.ready(pack, self.epilogue.weights(pack)) }
         }
     }
 

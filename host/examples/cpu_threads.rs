@@ -34,6 +34,7 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Error> {
         quantization: Quantization::Fp8Static,
         keep_norm: false,
         rounding: Rounding::Once,
+        bias: false,
         mode: Mode::Auto,
     };
     // Once for each group, for rows of up to so many bytes.
@@ -54,6 +55,7 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Error> {
         Inputs {
             input: Operand::Apart(&input[..]),
             residual: Some(Operand::Apart(&residual[..])),
+            bias: None,
             gamma: Gamma::Element(&gamma),
             scale: SCALE,
         },

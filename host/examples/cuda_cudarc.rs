@@ -48,6 +48,7 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
         quantization: Quantization::Fp8Static,
         keep_norm: false,
         rounding: Rounding::Once,
+        bias: false,
         mode: Mode::Auto,
     };
     let options = Options {
@@ -77,6 +78,7 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
         let tensors = Tensors {
             input: tensor(input, elements, ELEMENT),
             residual: Some(tensor(residual, elements, ELEMENT)),
+            bias: None,
             gamma: Some(tensor(gamma, HIDDEN, ELEMENT)),
             scale: Some(tensor(scale, 1, TensorType::Element(DType::F32))),
             residual_out: tensor(residual_out, elements, ELEMENT),

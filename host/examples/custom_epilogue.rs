@@ -47,6 +47,7 @@ fn rank(bootstrap: &Thread, image: &[u8]) -> Result<f32, Box<dyn Error + Send + 
         quantization: Quantization::None,
         keep_norm: false,
         rounding: Rounding::Once,
+        bias: false,
         mode: Mode::TwoShot,
     };
     let options = Options {

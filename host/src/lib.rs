@@ -29,6 +29,7 @@
 //!     quantization: Quantization::Fp8Static,
 //!     keep_norm: false,
 //!     rounding: Rounding::Once,
+//!     bias: false,
 //!     mode: Mode::Auto,
 //! };
 //! let deadline = Duration::from_secs(10);
@@ -47,6 +48,7 @@
 //!             let inputs = Inputs {
 //!                 input: Operand::Apart(&input[..]),
 //!                 residual: Some(Operand::Apart(&residual[..])),
+//!                 bias: None,
 //!                 gamma: Gamma::Element(&gamma),
 //!                 scale: 0.125,
 //!             };

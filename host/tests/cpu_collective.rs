@@ -52,6 +52,7 @@ struct Case<E> {
     operation: Operation,
     inputs: Vec<Vec<E>>,
     residual: Vec<E>,
+    bias: Vec<E>,
     gamma: Vec<E>,
     gamma_f32: Vec<f32>,
     scale: f32,
@@ -74,9 +75,9 @@ impl<E: Plain> Case<E> {
         let mut tensor = |length: usize| (0..length).map(|_| E::from_f32(next())).collect::<Vec<E>>();
         let inputs = (0..world_size).map(|_| tensor(elements)).collect();
         let residual = tensor(elements);
-        let gamma = tensor(operation.hidden as usize);
+        let [bias, gamma] = [(); 2].map(|()| tensor(operation.hidden as usize));
         let gamma_f32 = gamma.iter().map(|weight| weight.to_f32()).collect();
-        Case { operation, inputs, residual, gamma, gamma_f32, scale: 0.37 }
+        Case { operation, inputs, residual, bias, gamma, gamma_f32, scale: 0.37 }
     }
 
     fn gamma(&self) -> Gamma<'_, E> {
@@ -119,6 +120,7 @@ impl<E: Plain> Case<E> {
         let inputs = Inputs {
             input: Operand::Apart(&self.inputs[communicator.rank() as usize][..]),
             residual: operation.residual.is_some().then_some(Operand::Apart(&residual[..])),
+            bias: operation.bias.then_some(&self.bias[..]),
             gamma: self.gamma(),
             scale: self.scale,
         };
@@ -141,6 +143,7 @@ impl<E: Plain> Case<E> {
             let token = Token {
                 inputs: &rows,
                 residual: self.operation.residual.is_some().then_some(&self.residual[row.clone()]),
+                bias: self.operation.bias.then_some(&self.bias[..]),
                 gamma: self.gamma(),
                 scale: self.scale,
                 index,
@@ -226,6 +229,7 @@ fn operation<E: Plain>(tokens: u64, hidden: u64) -> Operation {
         quantization: Quantization::None,
         keep_norm: false,
         rounding: Rounding::Once,
+        bias: false,
         mode: Mode::Auto,
     }
 }
@@ -251,13 +255,13 @@ fn operations() -> impl Strategy<Value = Operation> {
         gamma: if wide { GammaType::F32 } else { GammaType::Element },
         ..Norm::default()
     });
-    let shape = (0u64..12, 1u64..20, any::<bool>());
+    let shape = (0u64..12, 1u64..20, any::<bool>(), any::<bool>());
     (shape, proptest::option::weighted(0.9, norm), quantizations(), any::<bool>()).prop_map(
-        |((tokens, blocks, residual), norm, quantization, keep_norm)| {
+        |((tokens, blocks, residual, bias), norm, quantization, keep_norm)| {
             let quantization = if norm.is_some() { quantization } else { Quantization::None };
             let hidden = blocks * quantization.block().unwrap_or(16);
             let residual = Residual::replicated(residual);
-            Operation { residual, norm, quantization, keep_norm, ..operation::<f32>(tokens, hidden) }
+            Operation { residual, bias, norm, quantization, keep_norm, ..operation::<f32>(tokens, hidden) }
         },
     )
 }
@@ -340,6 +344,7 @@ fn a_whole_residual_is_refused_where_a_share_is_due() {
         let inputs = Inputs {
             input: Operand::Apart(&case.inputs[0][..]),
             residual: Some(Operand::Apart(&case.residual[..])),
+            bias: case.operation.bias.then_some(&case.bias[..]),
             gamma: case.gamma(),
             scale: 1.0,
         };
@@ -412,6 +417,7 @@ fn a_gamma_of_another_type_is_refused_before_anything_is_sent() {
         let inputs = Inputs {
             input: Operand::Apart(&case.inputs[0][..]),
             residual: Some(Operand::Apart(&case.residual[..])),
+            bias: case.operation.bias.then_some(&case.bias[..]),
             gamma: wrong.gamma(),
             scale: 1.0,
         };
@@ -441,6 +447,7 @@ fn tensors_that_do_not_fit_the_operation_are_refused_before_anything_is_sent() {
         let inputs = Inputs {
             input: Operand::Apart(&case.inputs[0][..]),
             residual: Some(Operand::Apart(&case.residual[..])),
+            bias: case.operation.bias.then_some(&case.bias[..]),
             gamma: case.gamma(),
             scale: 1.0,
         };
@@ -504,6 +511,7 @@ fn outputs_in_place_are_those_apart() {
                 let inputs = Inputs {
                     input: Operand::InPlace,
                     residual: Some(Operand::InPlace),
+                    bias: case.operation.bias.then_some(&case.bias[..]),
                     gamma: case.gamma(),
                     scale: case.scale,
                 };
@@ -529,6 +537,7 @@ fn outputs_in_place_are_those_apart() {
         let inputs = Inputs {
             input: Operand::InPlace,
             residual: Some(Operand::Apart(&case.residual[..])),
+            bias: case.operation.bias.then_some(&case.bias[..]),
             gamma: case.gamma(),
             scale: case.scale,
         };

@@ -48,6 +48,7 @@ fn operation() -> Operation {
         quantization: Quantization::Fp8Static,
         keep_norm: false,
         rounding: Rounding::Once,
+        bias: false,
         mode: Mode::OneShot,
     }
 }
@@ -77,6 +78,7 @@ fn run_typed<E: Plain>(
     let inputs = Inputs {
         input: Operand::Apart(&ones[..elements]),
         residual: operation.residual.is_some().then_some(Operand::Apart(&ones[..elements])),
+        bias: operation.bias.then_some(&ones[..hidden as usize]),
         gamma: match operation.norm {
             Some(Norm { gamma: GammaType::F32, .. }) => Gamma::F32(&wide),
             _ => Gamma::Element(&ones[..hidden as usize]),

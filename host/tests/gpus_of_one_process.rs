@@ -47,6 +47,7 @@ fn operation(tokens: u64, hidden: u64) -> Operation {
         quantization: Quantization::None,
         keep_norm: false,
         rounding: Rounding::Once,
+        bias: false,
         mode: Mode::Auto,
     }
 }
@@ -96,6 +97,7 @@ fn reduce(
         let tensors = Tensors {
             input: tensor(input, elements),
             residual: None,
+            bias: None,
             gamma: Some(tensor(gamma, operation.hidden as usize)),
             scale: None,
             residual_out: tensor(sum, elements),

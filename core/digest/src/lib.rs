@@ -20,7 +20,7 @@ use fold::Fold;
 use rows::fold_rows;
 
 /// The result of [`digest`] on every processor. A change of it is a change of the specification, or of the rows here.
-pub const DIGEST: u64 = 0x8459_8f1b_36c3_830b;
+pub const DIGEST: u64 = 0x03ed_67cd_55fa_be85;
 
 /// The digest of all rows, in each element type, and of the layouts of scales.
 pub fn digest() -> u64 {

@@ -135,6 +135,7 @@ impl<E: Element> Tensors<E> {
             quantization,
             keep_norm: true,
             rounding,
+            bias: number.is_multiple_of(7),
             mode: Mode::Auto,
         };
         let [first, second, third] = &self.inputs;
@@ -142,6 +143,8 @@ impl<E: Element> Tensors<E> {
         let token = Token {
             inputs: &inputs[..1 + number as usize % RANKS],
             residual: operation.residual.is_some().then_some(&self.residual[..hidden]),
+            // Any row will do.
+            bias: operation.bias.then_some(&self.gamma[..hidden]),
             gamma: match norm.gamma {
                 GammaType::Element => Gamma::Element(&self.gamma[..hidden]),
                 GammaType::F32 => Gamma::F32(&self.gamma_f32[..hidden]),

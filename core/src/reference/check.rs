@@ -161,7 +161,12 @@ impl<E: Element> Checker<'_, E> {
     }
 
     fn exact_sum(&self, index: usize) -> f64 {
-        self.token.inputs.iter().map(|row| f64::from(row[index].to_f32())).sum()
+        self.addends().map(|row| f64::from(row[index].to_f32())).sum()
+    }
+
+    /// What is summed before the residual.
+    fn addends(&self) -> impl Iterator<Item = &[E]> {
+        self.token.inputs.iter().copied().chain(self.token.bias)
     }
 
     fn residual(&self, index: usize) -> f64 {
@@ -171,8 +176,8 @@ impl<E: Element> Checker<'_, E> {
     /// The sum of all inputs and the residual.
     fn sum(&self, index: usize) -> Allowed {
         let (sum, residual) = (self.exact_sum(index), self.residual(index));
-        let magnitude: f64 = self.token.inputs.iter().map(|row| f64::from(row[index].to_f32()).abs()).sum();
-        let slack = self.token.inputs.len() as f64 * U * magnitude;
+        let magnitude: f64 = self.addends().map(|row| f64::from(row[index].to_f32()).abs()).sum();
+        let slack = self.addends().count() as f64 * U * magnitude;
         match self.operation.rounding {
             _ if self.token.residual.is_none() => Allowed::around(sum, slack),
             Rounding::Once => Allowed::around(sum + residual, slack + U * (magnitude + residual.abs())),
@@ -188,8 +193,8 @@ impl<E: Element> Checker<'_, E> {
 
     /// The sum of the magnitudes of all addends.
     fn magnitude(&self, index: usize) -> f64 {
-        let inputs: f64 = self.token.inputs.iter().map(|row| f64::from(row[index].to_f32()).abs()).sum();
-        inputs + self.residual(index).abs()
+        let addends: f64 = self.addends().map(|row| f64::from(row[index].to_f32()).abs()).sum();
+        addends + self.residual(index).abs()
     }
 
     /// True if a partial sum in `f32` may overflow although the whole sum does not.

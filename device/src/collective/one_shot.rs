@@ -25,7 +25,7 @@ use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 use super::{
     begun::{Begun, prepare, serves},
     ranks::{first_slot, for_peers, peer},
-    sum::{load_row, residual_out},
+    sum::{bias_of, load_row, residual_out},
     wait::Awaited,
 };
 use crate::{
@@ -151,11 +151,12 @@ where
                     },
                     Awaited { shape, token, hop: 1 },
                 );
-                slice.for_each(chunk, |p, _| {
+                slice.for_each(chunk, |p, pack| {
                     row[p] = residual_out::<E, N>(
                         group,
                         &packs[p],
                         own[p],
+                        bias_of(activations, pack),
                         has_residual.then_some(residual[p]),
                         rounds_sum,
                     );

@@ -29,7 +29,7 @@ use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::Slot
 use super::{
     begun::{Begun, prepare, serves},
     ranks::{first_slot, pack_of, peer},
-    sum::{load_row, residual_out},
+    sum::{bias_of, load_row, residual_out},
     turns::{Token, Tokens},
     wait::{Awaited, Waiter},
 };
@@ -158,9 +158,15 @@ where
                     // at most one more of them than of its own.
                     push(waiter, other + ((turns_ahead + 1) * simt::clusters()) as i32, chunk);
                 }
-                slice.for_each(chunk, |p, _| {
-                    row[p] =
-                        residual_out::<E, N>(group, &packs[p], own[p].strip(), Some(residual[p]), rounds_sum);
+                slice.for_each(chunk, |p, pack| {
+                    row[p] = residual_out::<E, N>(
+                        group,
+                        &packs[p],
+                        own[p].strip(),
+                        bias_of(activations, pack),
+                        Some(residual[p]),
+                        rounds_sum,
+                    );
                 });
             };
             // SAFETY: see above.

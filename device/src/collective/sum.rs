@@ -5,10 +5,19 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 use crate::{
     convert,
     epilogue::PackIndex,
-    launch::{Address, Group},
+    launch::{Activations, Address, Group},
     row::ThreadSlice,
     simt,
 };
+
+/// The pack `pack` of the bias; null if there is none.
+#[inline(always)]
+pub(super) fn bias_of(activations: &Activations, pack: u32) -> Address {
+    // `black_box` for the same reason as in `load_row`.
+    let bias = Address(simt::black_box_u64(activations.bias.0));
+    if bias.is_null() { bias } else { bias.offset(simt::black_box_u32(pack) as u64 * Pack::BYTES) }
+}
+
 /// This thread's packs of a chunk of a row, from a tensor that may be absent: then zero.
 ///
 /// # Safety
@@ -31,13 +40,18 @@ pub(super) unsafe fn load_row<const P: usize, const RESIDENT: bool>(
 }
 
 /// `residual_out`: the packs of all ranks, stripped, `own` among the peers' as [`Waiter::all`] gives them, summed in
-/// rank order, plus the residual, rounded (before it is added as well, if `rounds_sum`), and stripped of the sentinel: two-shot must strip it before it sends it, and
-/// both modes give the same bits.
+/// rank order, plus the pack of the bias at `bias`, unless that is null, plus the residual, rounded (before it is added as
+/// well, if `rounds_sum`), and stripped of the sentinel: two-shot must strip it before it sends it, and both modes give the
+/// same bits.
+///
+/// # Safety
+/// `bias` is null, or a pack of a bias.
 #[inline(always)]
-pub(super) fn residual_out<E: Element, const N: usize>(
+pub(super) unsafe fn residual_out<E: Element, const N: usize>(
     group: &Group,
     peers: &[Pack; N],
     own: Pack,
+    bias: Address,
     residual: Option<Pack>,
     rounds_sum: bool,
 ) -> Pack {
@@ -59,6 +73,10 @@ pub(super) fn residual_out<E: Element, const N: usize>(
             )*};
         }
         add_rank!(1 2 3 4 5 6 7);
+    }
+    if !bias.is_null() {
+        // SAFETY: as this function's. Read for each row, from a cache, where there is a bias at all.
+        add::<E>(&mut sum, unsafe { simt::load_constant(bias) });
     }
     if let Some(residual) = residual {
         if rounds_sum {

@@ -29,7 +29,7 @@ use fused_collective_core::{
 use super::{
     begun::{Begun, prepare, serves},
     ranks::{deal, pack_of, peer},
-    sum::{load_row, residual_out},
+    sum::{bias_of, load_row, residual_out},
     wait::Awaited,
 };
 use crate::{
@@ -129,6 +129,7 @@ where
                         group,
                         &packs[p],
                         own[p].strip(),
+                        bias_of(activations, pack),
                         has_residual.then_some(residual[p]),
                         rounds_sum,
                     );

@@ -125,9 +125,13 @@ pub trait Epilogue<E: Element>: Copy {
         Self::Weights::default()
     }
 
-    /// Makes weights ready. Where a kernel has registers for the result it calls this once, else for each row.
+    /// Makes the weights of pack `pack` of a row ready. Where a kernel has registers for the result it calls this once, else for
+    /// each row.
+    ///
+    /// # Safety
+    /// As [`weights`](Self::weights).
     #[inline(always)]
-    fn ready(&self, _weights: Self::Weights) -> Self::Ready {
+    unsafe fn ready(&self, _pack: u32, _weights: Self::Weights) -> Self::Ready {
         Self::Ready::default()
     }
 
@@ -328,7 +332,7 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
     const WORDS: u32 = Q::WORDS;
     const SCALES: bool = Q::SCALES;
     type Constants = Q::Constants;
-    /// Gamma.
+    /// Gamma, if it is elements.
     type Weights = Pack;
     /// Gamma plus its bias.
     type Ready = E::Wide;
@@ -341,14 +345,29 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
 
     #[inline(always)]
     unsafe fn weights(&self, pack: u32) -> Pack {
+        if has_f32_gamma::<E, Q>(self) {
+            return Pack::default();
+        }
         // SAFETY: gamma has a row's packs and is constant.
         unsafe { simt::load_constant(self.gamma.offset(pack as u64 * Pack::BYTES)) }
     }
 
     #[inline(always)]
-    fn ready(&self, gamma: Pack) -> E::Wide {
-        // `black_box`, so that nothing of this is computed ahead of the loop over rows where it is called in that.
-        let mut weights = convert::widen::<E>(simt::black_box(gamma));
+    unsafe fn ready(&self, pack: u32, gamma: Pack) -> E::Wide {
+        let mut weights;
+        if has_f32_gamma::<E, Q>(self) {
+            // Not kept where there are few registers, but read for each row, from a cache.
+            weights = E::WIDE_ZERO;
+            let first = self.gamma.offset(simt::black_box_u32(pack) as u64 * (E::LANES as u64 * 4));
+            for (index, four) in weights.as_mut().as_chunks_mut::<4>().0.iter_mut().enumerate() {
+                // SAFETY: gamma has as many `f32` as a row has elements, and is constant.
+                let Pack(words) = unsafe { simt::load_constant(first.offset(index as u64 * Pack::BYTES)) };
+                *four = words.map(f32::from_bits);
+            }
+        } else {
+            // `black_box`, so that nothing of this is computed ahead of the loop over rows where it is called in that.
+            weights = convert::widen::<E>(simt::black_box(gamma));
+        }
         for weight in weights.as_mut() {
             *weight += self.weight_bias;
         }
@@ -423,6 +442,12 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
         // SAFETY: as this function's.
         unsafe { self.quantizer.store_scales(index, scales) }
     }
+}
+
+/// True if gamma is `f32` beside elements of 16 bits.
+#[inline(always)]
+fn has_f32_gamma<E: Element, Q>(norm: &RmsNorm<Q>) -> bool {
+    E::LANES == 8 && norm.gamma_f32 != 0
 }
 
 /// The norm of a pack of a row.

@@ -326,11 +326,14 @@ fn special_numbers<E: Element>(seed: u64) {
 
         let all_reduce =
             Operation { norm: None, quantization: Quantization::None, keep_norm: false, ..case.operation };
+        // The bias, if there is one, is the collective's.
         let reduced = Case {
             operation: all_reduce,
             inputs: case.inputs.clone(),
             residual: None,
+            bias: case.bias.clone(),
             gamma: case.gamma.clone(),
+            gamma_f32: case.gamma_f32.clone(),
             scale: case.scale,
         };
         let [sum, ..] = run(&mut random, &reduced, Kernel::OneShot);

@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use fused_collective_core::{
-    dtype::Element,
-    fusion::{Mode, Norm, Operation, Residual, Rounding},
+    dtype::{DType, Element},
+    fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
     kernels::Epilogue,
     norm::Gamma,
     pack::Pack,
@@ -52,7 +52,10 @@ pub struct Case<E: Element> {
     pub operation: Operation,
     pub inputs: Vec<Vec<E>>,
     pub residual: Option<Vec<E>>,
+    pub bias: Option<Vec<E>>,
     pub gamma: Vec<E>,
+    /// The same, where the operation's gamma is `f32`: with bits that `E` has none for.
+    pub gamma_f32: Vec<f32>,
     pub scale: f32,
 }
 
@@ -73,11 +76,15 @@ impl<E: Element> Case<E> {
             tokens,
             hidden,
             residual: Residual::replicated(residual),
-            norm: (what != What::Sum)
-                .then(|| Norm { weight_bias: random.below(2) as f32, ..Norm::default() }),
+            norm: (what != What::Sum).then(|| Norm {
+                weight_bias: random.below(2) as f32,
+                gamma: if random.below(3) == 0 { GammaType::F32 } else { GammaType::Element },
+                ..Norm::default()
+            }),
             quantization: what.quantization(),
             keep_norm: random.below(2) == 1,
             rounding: if random.below(4) == 0 { Rounding::AfterAllReduce } else { Rounding::Once },
+            bias: world > 1 && random.below(3) == 0,
             mode: Mode::Auto,
         };
         operation.validate().unwrap();
@@ -85,7 +92,9 @@ impl<E: Element> Case<E> {
             operation,
             inputs: (0..world).map(|_| random.elements(count)).collect(),
             residual: residual.then(|| random.elements(count)),
+            bias: operation.bias.then(|| random.elements(hidden as usize)),
             gamma: random.elements(hidden as usize),
+            gamma_f32: random.elements(hidden as usize),
             scale: match what {
                 What::NvFp4(_) => 300.0,
                 _ => 0.037,
@@ -99,6 +108,14 @@ impl<E: Element> Case<E> {
         self.operation.keep_norm &= self.operation.quantization == Quantization::None;
         self.operation.validate().unwrap();
         self
+    }
+
+    /// Gamma of the operation's type.
+    pub fn norm_gamma(&self) -> Gamma<'_, E> {
+        match self.operation.norm.map(|norm| norm.gamma) {
+            Some(GammaType::F32) => Gamma::F32(&self.gamma_f32),
+            _ => Gamma::Element(&self.gamma),
+        }
     }
 
     /// Whether rank `rank` holds the residual of token `token`.
@@ -186,6 +203,7 @@ pub struct Tensors {
     before: Before,
     pub input: Buffer,
     pub residual: Option<Buffer>,
+    bias: Option<Buffer>,
     pub gamma: Buffer,
     pub scale: Buffer,
     residual_out: Buffer,
@@ -227,7 +245,11 @@ impl Tensors {
             before: Before::default(),
             input: Buffer::of(&case.inputs[rank as usize]),
             residual: case.residual.as_ref().map(|residual| Buffer::of(&case.held(rank, residual))),
-            gamma: Buffer::of(&case.gamma),
+            bias: case.bias.as_ref().map(|bias| Buffer::of(bias)),
+            gamma: match case.norm_gamma() {
+                Gamma::Element(gamma) => Buffer::of(gamma),
+                Gamma::F32(gamma) => Buffer::of(gamma),
+            },
             scale: Buffer::of(&[case.scale]),
             residual_out: Buffer::new(held as usize, POISON),
             norm_out: Buffer::new(if operation.writes_norm() { bytes } else { 0 }, POISON),
@@ -277,7 +299,8 @@ impl Tensors {
 
     /// The addresses of all tensors.
     pub fn ranges(&self) -> Vec<Range<u64>> {
-        let inputs = [&self.input, &self.gamma, &self.scale].into_iter().chain(&self.residual);
+        let inputs =
+            [&self.input, &self.gamma, &self.scale].into_iter().chain(&self.residual).chain(&self.bias);
         let outputs = [&self.residual_out, &self.norm_out, &self.values, &self.scales];
         inputs.chain(outputs).map(Buffer::range).collect()
     }
@@ -286,7 +309,8 @@ impl Tensors {
         let held = |buffer: &Buffer| address_before(buffer, self.before.held);
         let input = address_before(&self.input, self.before.elements);
         let residual = self.residual.as_ref().map_or(Address::NULL, held);
-        Activations::new(input, residual, held(self.residual_out()), self.rounding)
+        let bias = self.bias.as_ref().map_or(Address::NULL, Buffer::address);
+        Activations { bias, ..Activations::new(input, residual, held(self.residual_out()), self.rounding) }
     }
 
     pub fn norm<E: Element, Q>(&self, case: &Case<E>, quantizer: Q) -> RmsNorm<Q> {
@@ -301,7 +325,7 @@ impl Tensors {
             inverse_hidden: 1.0 / case.operation.hidden as f32,
             epsilon: norm.epsilon,
             weight_bias: norm.weight_bias,
-            reserved: 0,
+            gamma_f32: u32::from(norm.gamma == GammaType::F32 && E::DTYPE != DType::F32),
             quantizer,
         }
     }
@@ -402,7 +426,8 @@ impl Tensors {
             let token = Token {
                 inputs: &inputs,
                 residual: case.residual.as_ref().map(|residual| &residual[elements.clone()]),
-                gamma: Gamma::Element(&case.gamma),
+                bias: case.bias.as_deref(),
+                gamma: case.norm_gamma(),
                 scale: case.scale,
                 index: index as u64,
             };

@@ -156,6 +156,7 @@ fn check<E: Element + Pod>(problem: &Problem, [residual_out, values, scales, nor
         let token = Token {
             inputs: &inputs,
             residual: problem.residual.then_some(&residual),
+            bias: None,
             gamma: Gamma::Element(&gamma),
             scale: problem.scale,
             index: token,

@@ -31,6 +31,7 @@ const MAX_WORLD: usize = fused_collective_core::MAX_WORLD_SIZE as usize;
 pub(crate) struct Job<'a, E> {
     pub(crate) input: Operand<&'a [E]>,
     pub(crate) residual: Option<Operand<&'a [E]>>,
+    pub(crate) bias: Option<&'a [E]>,
     pub(crate) rounding: Rounding,
     pub(crate) residual_out: &'a mut [E],
     /// Empty unless written.
@@ -82,8 +83,8 @@ impl<E: Plain> Job<'_, E> {
             Operand::InPlace => &self.norm_out[token as usize * self.hidden..][..self.hidden],
         };
         let out = &mut self.residual_out[range];
-        let rounding = self.rounding;
-        arch.dispatch(SumIncoming { exchange, sources, own, residual, rounding, out })
+        let (bias, rounding) = (self.bias, self.rounding);
+        arch.dispatch(SumIncoming { exchange, sources, own, residual, bias, rounding, out })
     }
 
     /// Normalizes and quantizes the row of `residual_out` that is complete.

@@ -56,6 +56,8 @@ pub struct Inputs<'a, E> {
     /// `[tokens, hidden]`, if the operation has a residual, the same on every rank; or this rank's rows of a
     /// [sharded](Residual::Sharded) one.
     pub residual: Option<Operand<&'a [E]>>,
+    /// `[hidden]`: the bias of the sum, if the operation has one.
+    pub bias: Option<&'a [E]>,
     /// `[hidden]`, if the operation has a norm; else not read.
     pub gamma: Gamma<'a, E>,
     /// The per-tensor scale of static FP8 or the global scale of NVFP4; else not read.
@@ -333,6 +335,11 @@ fn check<'a, E: Plain>(
         (false, Some(_)) => return wrong("residual", TensorProblem::Superfluous),
         _ => {}
     }
+    match (operation.bias, inputs.bias) {
+        (true, None) => return wrong("bias", TensorProblem::Missing),
+        (false, Some(_)) => return wrong("bias", TensorProblem::Superfluous),
+        _ => {}
+    }
     let quantization = operation.quantization;
     let elements = operation.tokens * operation.hidden;
     let residual_elements = operation.residual_rows(rank, world_size) * operation.hidden;
@@ -351,6 +358,9 @@ fn check<'a, E: Plain>(
     }
     if let Some(Operand::Apart(residual)) = inputs.residual {
         length("residual", residual.len(), residual_elements)?;
+    }
+    if let Some(bias) = inputs.bias {
+        length("bias", bias.len(), operation.hidden)?;
     }
     if let Some(norm) = operation.norm {
         let given = match inputs.gamma {
@@ -391,6 +401,7 @@ fn check<'a, E: Plain>(
     Ok(Job {
         input: inputs.input,
         residual: inputs.residual,
+        bias: inputs.bias,
         rounding: operation.rounding,
         residual_out: outputs.residual_out,
         norm_out,

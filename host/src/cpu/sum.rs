@@ -71,7 +71,7 @@ impl<T> Operand<T> {
     }
 }
 
-/// `out = round(x_0 + x_1 + ... + residual)`, in `f32` in that order. Every addend but the residual, and the result, is
+/// `out = round(x_0 + x_1 + ... + bias + residual)`, in `f32` in that order. Every rank's addend, and the result, is
 /// [stripped](fused_collective_core::lamport::strip), so that the sum is the same whichever rank makes it. All have the
 /// same length.
 pub(crate) struct SumIncoming<'a, E, M: Medium> {
@@ -81,6 +81,7 @@ pub(crate) struct SumIncoming<'a, E, M: Medium> {
     pub(crate) own: &'a [E],
     /// In place, it is what `out` holds.
     pub(crate) residual: Option<Operand<&'a [E]>>,
+    pub(crate) bias: Option<&'a [E]>,
     pub(crate) rounding: Rounding,
     pub(crate) out: &'a mut [E],
 }
@@ -90,7 +91,8 @@ impl<E: Plain, M: Medium> WithSimd for SumIncoming<'_, E, M> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
-        let SumIncoming { exchange, sources, own, residual, rounding, out } = self;
+        let SumIncoming { exchange, sources, own, residual, bias, rounding, out } = self;
+        let bias = bias.map(lines);
         let ((own, own_rest), (out, out_rest)) = (lines(own), lines_mut(out));
         let residual = residual.map(|residual| residual.map(lines));
         for (index, (out, own)) in out.iter_mut().zip(own).enumerate() {
@@ -103,7 +105,8 @@ impl<E: Plain, M: Medium> WithSimd for SumIncoming<'_, E, M> {
                 }
                 None => None,
             };
-            sum_line::<E, S, M>(simd, sources, Some(index), own, (residual, rounding), out)?;
+            let bias = bias.map(|(bias, _)| &bias[index]);
+            sum_line::<E, S, M>(simd, sources, Some(index), own, (bias, residual, rounding), out)?;
         }
         if !out_rest.is_empty() {
             let residual = residual.map(|residual| match residual {
@@ -116,7 +119,7 @@ impl<E: Plain, M: Medium> WithSimd for SumIncoming<'_, E, M> {
                 sources,
                 None,
                 &padded(own_rest),
-                (residual.as_ref(), rounding),
+                (bias.map(|(_, rest)| padded(rest)).as_ref(), residual.as_ref(), rounding),
                 &mut sum,
             )?;
             out_rest.copy_from_slice(&sum[..out_rest.len()]);
@@ -133,7 +136,7 @@ fn sum_line<E: Plain, S: Simd, M: Medium>(
     sources: &[Option<Incoming<'_, M>>],
     index: Option<usize>,
     own: &Line,
-    (residual, rounding): (Option<&Line>, Rounding),
+    (bias, residual, rounding): (Option<&Line>, Option<&Line>, Rounding),
     out: &mut Line,
 ) -> Result<(), Box<Failure>> {
     let Some((first, others)) = sources.split_first() else { return Ok(()) };
@@ -155,6 +158,9 @@ fn sum_line<E: Plain, S: Simd, M: Medium>(
             None => lanes::widen_stripped::<E, S>(simd, own),
         };
         add::<E, S>(simd, &mut sum, &addend);
+    }
+    if let Some(bias) = bias {
+        add::<E, S>(simd, &mut sum, &lanes::widen::<E, S>(simd, bias));
     }
     if let Some(residual) = residual {
         if rounding == Rounding::AfterAllReduce {
@@ -273,6 +279,7 @@ mod tests {
             if let Some(residual) = residual.filter(|_| in_place) {
                 out.copy_from_slice(residual);
             }
+            let bias = (hidden % 10 == 0).then(|| row::<E>(99, hidden));
             let rounding = if hidden % 12 == 0 { Rounding::AfterAllReduce } else { Rounding::Once };
             let operand = |residual| if in_place { Operand::InPlace } else { Operand::Apart(residual) };
             arch.dispatch(SumIncoming {
@@ -280,11 +287,13 @@ mod tests {
                 sources: &sources,
                 own,
                 residual: residual.map(operand),
+                bias: bias.as_deref(),
                 rounding,
                 out: &mut out,
             })
             .unwrap();
             let mut addends: Vec<Vec<E>> = rows.iter().map(|row| stripped(row)).collect();
+            addends.extend(bias.clone());
             if rounding == Rounding::AfterAllReduce {
                 addends = vec![sums(&addends)];
             }

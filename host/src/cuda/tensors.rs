@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{GammaType, Operation, Rounding},
+    fusion::{GammaType, Norm, Operation, Rounding},
     launch::{Activations, Address},
     quant::Quantization,
 };
@@ -54,6 +54,8 @@ pub struct Tensors {
     pub input: DeviceTensor,
     /// The residual, if the operation has one: the same on every rank, or this rank's rows.
     pub residual: Option<DeviceTensor>,
+    /// The bias of the sum, if the operation has one. It must not change while operations run.
+    pub bias: Option<DeviceTensor>,
     /// RMSNorm's weight, if the operation has a norm. It must not change while operations run.
     pub gamma: Option<DeviceTensor>,
     /// One `f32`: the scale of static FP8 or the global scale of NVFP4. It must not change while operations run.
@@ -88,7 +90,12 @@ impl Tensors {
         let hidden = operation.hidden;
         check("input", Some(self.input), Some((activation, element)))?;
         check("residual", self.residual, operation.residual.is_some().then_some((rows, element)))?;
-        check("gamma", self.gamma, operation.norm.map(|_| (hidden, element)))?;
+        check("bias", self.bias, operation.bias.then_some((hidden, element)))?;
+        let gamma = |norm: Norm| match norm.gamma {
+            GammaType::Element => element,
+            GammaType::F32 => TensorType::Element(DType::F32),
+        };
+        check("gamma", self.gamma, operation.norm.map(|norm| (hidden, gamma(norm))))?;
         let scale = quantization.reads_scale().then_some((1, TensorType::Element(DType::F32)));
         check_aligned("scale", self.scale, scale, SCALE_ALIGNMENT)?;
         check("residual_out", Some(self.residual_out), Some((rows, element)))?;
@@ -103,6 +110,7 @@ impl Tensors {
         let read = [
             ("input", Some(self.input)),
             ("residual", self.residual),
+            ("bias", self.bias),
             ("gamma", self.gamma),
             ("scale", self.scale),
         ];
@@ -136,7 +144,8 @@ impl Tensors {
     /// The activations' addresses.
     pub(crate) fn activations(&self, rounding: Rounding) -> Activations {
         let [input, residual_out] = [self.input, self.residual_out].map(|tensor| Address(tensor.address));
-        Activations::new(input, address(self.residual), residual_out, rounding)
+        let bias = address(self.bias);
+        Activations { bias, ..Activations::new(input, address(self.residual), residual_out, rounding) }
     }
 }
 
@@ -145,9 +154,6 @@ impl Tensors {
 /// # Errors
 /// [`Error::Unsupported`].
 pub(super) fn supported(operation: &Operation) -> Result<Option<u64>, Error> {
-    if operation.norm.is_some_and(|norm| norm.gamma != GammaType::Element) {
-        return Err(Error::Unsupported("a gamma of another type than the activations"));
-    }
     let Operation { quantization, tokens, hidden, .. } = *operation;
     let Some(scales) = quantization.scales(tokens, hidden) else { return Ok(None) };
     let bytes = scales.bytes().ok_or(Error::Unsupported("scales of more bytes than 64 bits count"))?;
@@ -212,7 +218,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use fused_collective_core::{
-        fusion::{Mode, Norm, Residual},
+        fusion::{Mode, Residual},
         quant::ScaleLayout,
     };
 
@@ -227,6 +233,7 @@ mod tests {
         quantization: Quantization::None,
         keep_norm: false,
         rounding: Rounding::Once,
+        bias: false,
         mode: Mode::Auto,
     };
 
@@ -244,6 +251,7 @@ mod tests {
         Tensors {
             input: activation(),
             residual: None,
+            bias: None,
             gamma: None,
             scale: None,
             residual_out: activation(),
@@ -302,15 +310,21 @@ mod tests {
     }
 
     #[test]
-    fn a_gamma_of_another_type_cannot_be_launched() {
-        let norm = Norm { gamma: GammaType::F32, ..Norm::default() };
-        let operation = Operation { norm: Some(norm), ..OPERATION };
-        assert!(matches!(tensors().check(&operation, 0, 2), Err(Error::Unsupported(_))));
-        // Nor can one that is only said to be of the activations' type.
-        let operation = Operation { norm: Some(Norm::default()), ..OPERATION };
-        let gamma = Some(of(64, TensorType::Element(DType::F32)));
-        let tensors = Tensors { gamma, norm_out: Some(activation()), ..tensors() };
-        assert_eq!(why(&tensors, &operation), "gamma holds float32, the operation needs bfloat16");
+    fn gamma_is_of_the_type_that_the_operation_says() {
+        let of_type = |gamma| Operation { norm: Some(Norm { gamma, ..Norm::default() }), ..OPERATION };
+        let tensors = |dtype| {
+            let gamma = Some(of(64, TensorType::Element(dtype)));
+            Tensors { gamma, norm_out: Some(activation()), ..tensors() }
+        };
+        assert!(tensors(DType::F32).check(&of_type(GammaType::F32), 0, 2).is_ok());
+        assert_eq!(
+            why(&tensors(DType::F32), &of_type(GammaType::Element)),
+            "gamma holds float32, the operation needs bfloat16"
+        );
+        assert_eq!(
+            why(&tensors(DType::Bf16), &of_type(GammaType::F32)),
+            "gamma holds bfloat16, the operation needs float32"
+        );
     }
 
     #[test]

@@ -326,6 +326,7 @@ mod tests {
             quantization: Quantization::None,
             keep_norm: false,
             rounding: Rounding::Once,
+            bias: false,
             mode: Mode::Auto,
         };
         Call::operation(&operation, Algorithm::OneShot, None)

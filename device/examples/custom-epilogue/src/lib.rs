@@ -29,7 +29,7 @@ use core::arch::asm;
 use fused_collective_device::{
     collective, convert,
     dtype::{Element, bf16},
-    epilogue::{Epilogue, PackIndex},
+    epilogue::{Epilogue, PackIndex, RowValues},
     pack::Pack,
     launch::{Address, Fused},
     simt,
@@ -49,7 +49,7 @@ impl<E: Element> Epilogue<E> for Gelu {
     type Ready = ();
 
     #[inline(always)]
-    unsafe fn finish(&self, index: PackIndex, row: Pack, _row_value: f32, _weights: (), _constants: ()) {
+    unsafe fn finish(&self, index: PackIndex, row: Pack, _: RowValues, _weights: (), _constants: ()) {
         let mut values = convert::widen::<E>(row);
         for value in values.as_mut() {
             *value = gelu(*value);

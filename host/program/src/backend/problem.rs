@@ -40,6 +40,7 @@ impl Problem {
             quantization: self.quantization,
             keep_norm: false,
             rounding: Rounding::Once,
+            bias: false,
             mode,
         }
     }

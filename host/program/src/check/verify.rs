@@ -341,6 +341,7 @@ impl<'a, E: Plain> Judge<'a, E> {
         let token = Token {
             inputs: &rows,
             residual: problem.residual.then_some(&self.residual[..]),
+            bias: None,
             gamma: Gamma::Element(&self.gamma),
             scale: problem.scale,
             index,

@@ -247,6 +247,7 @@ fn run_fused<C: Checker>(exchange: &mut Exchange<End<C>>, ranks: u32, rank: u32,
         };
         let job = Job {
             rounding: Rounding::Once,
+            bias: None,
             dealt_to: 1,
             input: Operand::Apart(&input[..]),
             residual: None,

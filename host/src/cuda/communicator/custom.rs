@@ -111,6 +111,7 @@ impl Communicator {
             quantization: Quantization::None,
             keep_norm: false,
             rounding: Rounding::Once,
+            bias: false,
             mode: if family == Family::OneShot { Mode::OneShot } else { Mode::TwoShot },
         };
         let plan = Plan::new(&shape, &self.limits)?;

@@ -222,6 +222,7 @@ impl Engine {
                 .residual
                 .is_some()
                 .then(|| Operand::Apart(&residual.elements()[..rows as usize])),
+            bias: None,
             gamma: Gamma::Element(tensors.gamma.elements::<E>()),
             scale: problem.scale,
         };
@@ -240,6 +241,7 @@ impl Engine {
         let inputs = Inputs {
             input: Operand::Apart(tensors.input.elements()),
             residual: None,
+            bias: None,
             gamma: Gamma::Element(tensors.gamma.elements::<E>()),
             scale: problem.scale,
         };

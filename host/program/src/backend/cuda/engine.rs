@@ -250,6 +250,7 @@ impl<'a> Engine<'a> {
         Tensors {
             input: tensor(Tensor::Input),
             residual: None,
+            bias: None,
             gamma: norm.then(|| tensor(Tensor::Gamma)),
             scale: quantization.reads_scale().then_some(DeviceTensor {
                 address: scale.0,

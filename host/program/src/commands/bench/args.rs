@@ -53,7 +53,8 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "dtype")]
     dtypes: Vec<String>,
 
-    /// quantization modes: none, fp8, fp4 (default: none,fp8,fp4)
+    /// quantization modes: none, fp8, fp4, fp8_per_token, fp8_group128, fp8_group128_f32, fp8_group64, mxfp8, mxfp4
+    /// (default: none,fp8,fp4)
     #[argh(option, arg_name = "mode")]
     quant_modes: Vec<String>,
 

@@ -140,6 +140,7 @@ impl Settings {
             quantization: case.quant_mode.quantization(),
             keep_norm: false,
             rounding: Rounding::Once,
+            bias: false,
             mode,
         }
     }

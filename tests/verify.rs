@@ -307,7 +307,7 @@ fn on_faulty_ranks(
     stray: Option<&'static str>,
     work: impl Fn(&mut Place<'_>, &mut dyn FnMut(&str)) -> Result<Tally, ranks::Error> + Sync,
 ) -> (Tally, Vec<String>) {
-    on_ranks_with_a_faulty(Step::Fused(Mode::TwoShot), fault, stray, work)
+    on_ranks_with_a_faulty(Step::fused(Mode::TwoShot), fault, stray, work)
 }
 
 /// Like [`on_faulty_ranks`], with the fault in `faulty`.
@@ -379,7 +379,7 @@ fn a_wrong_element_is_found() {
 fn a_wrong_share_of_a_sum_is_found() {
     type Fault = fn(&mut Engine, &Problem) -> Result<(), Error>;
     let found = |fault: Fault| {
-        let (tally, failed) = on_ranks_with_a_faulty(Step::FusedSharded, fault, None, |place, tell| {
+        let (tally, failed) = on_ranks_with_a_faulty(Step::fused_sharded(), fault, None, |place, tell| {
             let settings = Settings { num_tokens: vec![3], hidden_dims: vec![48], ..Settings::default() };
             run_matrix(&settings, place, &Progress::hidden(), tell)
         });

@@ -100,6 +100,20 @@ fn write_typed_inputs<E: Plain>(
     Ok(())
 }
 
+/// Copies of tensors, which are put back after an operation has overwritten them.
+pub(crate) struct Saved(Vec<(Tensor, Vec<u8>)>);
+
+impl Saved {
+    pub(crate) fn of(backend: &mut dyn Collective, tensors: &[Tensor]) -> Result<Self, Error> {
+        let saved = tensors.iter().map(|&tensor| Ok((tensor, backend.read(tensor)?)));
+        saved.collect::<Result<_, Error>>().map(Saved)
+    }
+
+    pub(crate) fn restore(&self, backend: &mut dyn Collective) -> Result<(), Error> {
+        self.0.iter().try_for_each(|(tensor, bytes)| Ok(backend.write(*tensor, 0, bytes)?))
+    }
+}
+
 /// The outputs of one run, as bytes. A tensor that the variant does not write is empty.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Outputs {
@@ -119,23 +133,26 @@ impl Outputs {
         Self::after(backend, problem, variant, |backend| Ok(backend.run(&variant.steps)?))
     }
 
-    /// Poisons the outputs, calls `run`, which runs the variant, and reads them.
-    fn after(
+    /// Poisons the outputs, calls `run`, which runs the variant, and reads them. Inputs that were overwritten are put back.
+    pub(crate) fn after(
         backend: &mut dyn Collective,
         problem: &Problem,
         variant: &Variant,
         run: impl FnOnce(&mut dyn Collective) -> Result<(), Error>,
     ) -> Result<Self, Error> {
+        let saved = Saved::of(backend, &variant.overwritten(problem))?;
         for tensor in Tensor::OUTPUTS {
             poison(backend, problem, tensor)?;
         }
         run(backend)?;
-        Ok(Outputs {
-            residual_out: backend.read(variant.sum())?,
-            norm_out: if variant.writes_norm { backend.read(Tensor::NormOut)? } else { Vec::new() },
+        let outputs = Outputs {
+            residual_out: backend.read(variant.sum(problem))?,
+            norm_out: if variant.writes_norm { backend.read(variant.norm())? } else { Vec::new() },
             quant_out: backend.read(Tensor::QuantOut)?,
             scale_out: backend.read(Tensor::ScaleOut)?,
-        })
+        };
+        saved.restore(backend)?;
+        Ok(outputs)
     }
 
     /// Digests of the outputs that are the same on all ranks: `residual_out` unless it is sharded, `norm_out`, `quant_out`
@@ -164,7 +181,7 @@ pub(crate) fn verify(
 ) -> Result<Result<f64, String>, Error> {
     let outputs = Outputs::of(backend, problem, variant)?;
     let (digests, sum) = (outputs.digests(variant), digest(&outputs.residual_out));
-    let checked = check(&outputs, group, problem, variant, numbers);
+    let checked = check(&outputs, group, problem, variant, numbers, 1);
     drop(outputs);
     let again = Outputs::of(backend, problem, variant)?;
     let checked = checked.and_then(|error| {
@@ -178,7 +195,10 @@ pub(crate) fn verify(
 }
 
 /// Verifies `variant` by the outputs of one more trial of `operations` operations, like those that were timed. Returns the
-/// same as [`verify`].
+/// same as [`verify`], and the outputs.
+///
+/// In place, each operation reads what the one before it wrote, and the outputs are those of all of them in turn. Numbers
+/// that are no longer finite at the end are a failure.
 pub(crate) fn verify_timed(
     backend: &mut dyn Collective,
     group: &Group,
@@ -186,13 +206,19 @@ pub(crate) fn verify_timed(
     variant: &Variant,
     operations: u32,
     numbers: Numbers,
-) -> Result<Result<f64, String>, Error> {
-    let outputs = Outputs::after(backend, problem, variant, |backend| {
-        // This time counts for nothing.
-        backend.time(&variant.steps, operations).map(drop).map_err(Error::from)
-    })?;
-    let checked = check(&outputs, group, problem, variant, numbers);
-    agree(group, checked.map(|error| (outputs.digests(variant), error)))
+) -> Result<Result<(f64, Outputs), String>, Error> {
+    // This time counts for nothing.
+    let run = |backend: &mut dyn Collective| Ok(backend.time(&variant.steps, operations).map(drop)?);
+    let mut times = 1;
+    if !variant.overwritten(problem).is_empty() {
+        // The first trial may run the steps once more, to capture them.
+        Outputs::after(backend, problem, variant, run)?;
+        times = backend.runs_on_each(operations);
+    }
+    let outputs = Outputs::after(backend, problem, variant, run)?;
+    let checked = check(&outputs, group, problem, variant, numbers, times);
+    let agreed = agree(group, checked.map(|error| (outputs.digests(variant), error)))?;
+    Ok(agreed.map(|error| (error, outputs)))
 }
 
 /// The largest error of all ranks, or the reason why the variant is wrong, from the digests and the error that each has
@@ -206,18 +232,19 @@ fn agree(group: &Group, checked: Result<([u64; 4], f64), String>) -> Result<Resu
     }))
 }
 
-/// Checks this rank's share of the tokens.
+/// Checks this rank's share of the tokens, after the variant ran so many `times` on the same tensors.
 fn check(
     outputs: &Outputs,
     group: &Group,
     problem: &Problem,
     variant: &Variant,
     numbers: Numbers,
+    times: u32,
 ) -> Result<f64, String> {
     match problem.dtype {
-        DType::F32 => check_typed::<f32>(outputs, group, problem, variant, numbers),
-        DType::F16 => check_typed::<f16>(outputs, group, problem, variant, numbers),
-        DType::Bf16 => check_typed::<bf16>(outputs, group, problem, variant, numbers),
+        DType::F32 => check_typed::<f32>(outputs, group, problem, variant, numbers, times),
+        DType::F16 => check_typed::<f16>(outputs, group, problem, variant, numbers, times),
+        DType::Bf16 => check_typed::<bf16>(outputs, group, problem, variant, numbers, times),
     }
 }
 
@@ -227,9 +254,11 @@ fn check_typed<E: Plain>(
     problem: &Problem,
     variant: &Variant,
     numbers: Numbers,
+    times: u32,
 ) -> Result<f64, String> {
     let largest = spread(group, 0..problem.tokens, |tokens| {
         let mut judge = Judge::<E>::new(problem, variant, numbers, group.world_size());
+        judge.times = times;
         largest_error(tokens, |token| judge.check(outputs, token))
     })?;
     check_padding(problem, &outputs.scale_out)?;
@@ -291,6 +320,8 @@ pub(crate) struct Judge<'a, E> {
     inputs: Vec<Vec<E>>,
     residual: Vec<E>,
     gamma: Vec<E>,
+    /// The times that the variant ran on the same tensors. In place, each time reads the outputs of the one before.
+    times: u32,
     /// The outputs of a token, as specified.
     specified: Specified<E>,
 }
@@ -301,6 +332,13 @@ struct Specified<E> {
     norm: Vec<E>,
     values: Vec<u8>,
     scales: Vec<u8>,
+}
+
+impl<E> Specified<E> {
+    fn row(&mut self) -> Row<'_, E> {
+        let Specified { residual_out, norm, values, scales } = self;
+        Row { residual_out, norm, values, scales }
+    }
 }
 
 impl<'a, E: Plain> Judge<'a, E> {
@@ -327,7 +365,37 @@ impl<'a, E: Plain> Judge<'a, E> {
             inputs: vec![row.clone(); world_size as usize],
             residual: row,
             gamma,
+            times: 1,
         }
+    }
+
+    /// Makes inputs of this variant's outputs in place, as all runs but the last leave them.
+    fn advance(&mut self, index: u64) -> Result<(), String> {
+        let Judge { operation, problem, inputs, residual, specified, .. } = self;
+        for _ in 1..self.times {
+            let rows: Vec<&[E]> = inputs.iter().map(Vec::as_slice).collect();
+            let token = Token {
+                inputs: &rows,
+                residual: problem.residual.then_some(&residual[..]),
+                gamma: Gamma::Element(&self.gamma),
+                scale: problem.scale,
+                index,
+            };
+            specified.row().compute(operation, &token).map_err(|error| error.to_string())?;
+            if problem.residual {
+                residual.copy_from_slice(&specified.residual_out);
+            }
+            if self.variant.writes_norm {
+                inputs.iter_mut().for_each(|input| input.copy_from_slice(&specified.norm));
+            }
+        }
+        if self.times > 1 && !inputs.iter().flatten().chain(&*residual).all(|x| x.to_f32().is_finite()) {
+            return Err(format!(
+                "after {} operations in place token {index} is not finite: use a wider element type",
+                self.times
+            ));
+        }
+        Ok(())
     }
 
     /// The largest error of any output of token `index` in units in the last place, or a description of a wrong output.
@@ -337,6 +405,7 @@ impl<'a, E: Plain> Judge<'a, E> {
             numbers.fill_row(Source::Input(rank), index, input);
         }
         numbers.fill_row(Source::Residual, index, &mut self.residual);
+        self.advance(index)?;
         let rows: Vec<&[E]> = self.inputs.iter().map(Vec::as_slice).collect();
         let token = Token {
             inputs: &rows,
@@ -356,8 +425,7 @@ impl<'a, E: Plain> Judge<'a, E> {
             scales: &outputs.scale_out,
         };
         if self.variant.is_specified(self.inputs.len() as u32) {
-            let Specified { residual_out, norm, values, scales } = &mut self.specified;
-            let mut row = Row { residual_out, norm, values, scales };
+            let mut row = self.specified.row();
             row.compute(&self.operation, &token).map_err(|error| error.to_string())?;
             row.compare(&self.operation, index, &observed).map_err(|wrong| wrong.to_string())?;
         }

@@ -32,7 +32,7 @@ use crate::{
     backend::{
         collective::Collective,
         problem::{Problem, Tensor},
-        steps::Step,
+        steps::{Fused, Step},
     },
     check::{
         inputs::Numbers,
@@ -256,7 +256,7 @@ impl Soak {
                     return Ok(Err(format!("{}: {}: {why}", describe_problem(&problem), variant.name)));
                 }
                 self.tally.operations += 2;
-                let found = outputs(backend, &variant)?;
+                let found = outputs(backend, &problem, &variant)?;
                 if variant.sharded {
                     // Signs of zeros may differ from those of the other modes.
                     sharded = found;
@@ -304,8 +304,8 @@ impl Soak {
     fn steps(&mut self, sharded: bool) -> Vec<Step> {
         let random = &mut self.random;
         let mut fused = || {
-            let modes = [Mode::Auto, Mode::OneShot, Mode::TwoShot].map(Step::Fused);
-            let all = [modes[0], modes[1], modes[2], Step::FusedSharded];
+            let modes = [Mode::Auto, Mode::OneShot, Mode::TwoShot].map(Step::fused);
+            let all = [modes[0], modes[1], modes[2], Step::fused_sharded()];
             all[random.usize(..if sharded { 4 } else { 3 })]
         };
         let last = fused();
@@ -313,7 +313,9 @@ impl Soak {
         let mut steps: Vec<Step> = Vec::new();
         for &step in &before[..random.usize(..5)] {
             steps.push(match step {
-                Step::Fused(mode) if random.u8(..4) == 0 => Step::AllReduce(mode),
+                Step::Fused(Fused { mode, sharded: false, .. }) if random.u8(..4) == 0 => {
+                    Step::AllReduce(mode)
+                }
                 step => step,
             });
         }
@@ -358,7 +360,7 @@ impl Soak {
             Turn::Run(steps) => steps,
             Turn::Repeat => &workload.repeated.0,
         };
-        let is_sharded = steps.last() == Some(&Step::FusedSharded);
+        let is_sharded = steps.last() == Some(&Step::fused_sharded());
         for (tensor, expected) in if is_sharded { &workload.sharded } else { &workload.expected } {
             let found = backend.read(*tensor)?;
             if let Some(at) = found.iter().zip(expected).position(|(found, expected)| found != expected) {
@@ -390,7 +392,7 @@ impl Soak {
         let mut text = describe_problem(&workload.problem);
         for step in steps {
             let _ = match step {
-                Step::Fused(mode) => write!(text, ", {mode:?}"),
+                Step::Fused(Fused { mode, sharded: false, .. }) => write!(text, ", {mode:?}"),
                 step => write!(text, ", {step:?}"),
             };
         }
@@ -417,10 +419,14 @@ fn quant_mode(quantization: Quantization) -> QuantMode {
 }
 
 /// The outputs that `variant` writes.
-fn outputs(backend: &mut dyn Collective, variant: &Variant) -> Result<Vec<(Tensor, Vec<u8>)>, Error> {
+fn outputs(
+    backend: &mut dyn Collective,
+    problem: &Problem,
+    variant: &Variant,
+) -> Result<Vec<(Tensor, Vec<u8>)>, Error> {
     let written = |tensor: &Tensor| match tensor {
         Tensor::NormOut => variant.writes_norm,
-        Tensor::ResidualOut | Tensor::ResidualShardOut => *tensor == variant.sum(),
+        Tensor::ResidualOut | Tensor::ResidualShardOut => *tensor == variant.sum(problem),
         _ => true,
     };
     Tensor::OUTPUTS.into_iter().filter(written).map(|tensor| Ok((tensor, backend.read(tensor)?))).collect()

@@ -115,7 +115,7 @@ impl Saved {
 }
 
 /// The outputs of one run, as bytes. A tensor that the variant does not write is empty.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Outputs {
     pub(crate) residual_out: Vec<u8>,
     pub(crate) norm_out: Vec<u8>,
@@ -145,14 +145,40 @@ impl Outputs {
             poison(backend, problem, tensor)?;
         }
         run(backend)?;
-        let outputs = Outputs {
-            residual_out: backend.read(variant.sum(problem))?,
-            norm_out: if variant.writes_norm { backend.read(variant.norm())? } else { Vec::new() },
-            quant_out: backend.read(Tensor::QuantOut)?,
-            scale_out: backend.read(Tensor::ScaleOut)?,
-        };
+        let norm = variant.writes_norm.then(|| variant.norm());
+        let outputs = Outputs::read(backend, variant.sum(problem), norm)?;
         saved.restore(backend)?;
         Ok(outputs)
+    }
+
+    /// Reads the outputs of an operation whose sum is in `sum` and whose norm is in `norm`, if it writes one.
+    pub(crate) fn read(
+        backend: &mut dyn Collective,
+        sum: Tensor,
+        norm: Option<Tensor>,
+    ) -> Result<Self, Error> {
+        Ok(Outputs {
+            residual_out: backend.read(sum)?,
+            norm_out: norm.map_or(Ok(Vec::new()), |norm| backend.read(norm))?,
+            quant_out: backend.read(Tensor::QuantOut)?,
+            scale_out: backend.read(Tensor::ScaleOut)?,
+        })
+    }
+
+    /// Describes the first byte that is not that of `expected`.
+    pub(crate) fn first_difference(&self, expected: &Outputs) -> Option<String> {
+        let tensors = [
+            (Tensor::ResidualOut, &self.residual_out, &expected.residual_out),
+            (Tensor::NormOut, &self.norm_out, &expected.norm_out),
+            (Tensor::QuantOut, &self.quant_out, &expected.quant_out),
+            (Tensor::ScaleOut, &self.scale_out, &expected.scale_out),
+        ];
+        let mut wrong = tensors.into_iter().filter(|(_, found, expected)| found != expected);
+        wrong.find_map(|(tensor, found, expected)| {
+            let at = found.iter().zip(expected).position(|(found, expected)| found != expected)?;
+            let (found, expected) = (found[at], expected[at]);
+            Some(format!("byte {at} of {tensor:?} is {found:#04x}, not the verified {expected:#04x}"))
+        })
     }
 
     /// Digests of the outputs that are the same on all ranks: `residual_out` unless it is sharded, `norm_out`, `quant_out`

@@ -4,6 +4,7 @@
 //! - the [reference](fused_collective_core::reference) allows every element, whatever the outputs held before;
 //! - the outputs of all ranks are the same bits, and so are those of a repeated run;
 //! - `residual_out` is the same bits in one-shot and in two-shot, and for every quantization;
+//! - the operation gives these bits, too, when its rows are cut into calls of random sizes whose outputs replace their inputs;
 //! - the operation has not written its inputs, unrelated tensors, the guards of tensors or idle slots of the workspace. It
 //!   has not read unrelated tensors and guards, which are full of NaN.
 //!
@@ -16,6 +17,7 @@
 
 use std::{borrow::Cow, ops::Range};
 
+use fastrand::Rng;
 use fused_collective::{cpu::Plain, group::rendezvous::Group};
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
@@ -34,6 +36,7 @@ use crate::{
         problem::{Problem, Tensor},
     },
     check::{
+        chunks,
         variants::{Variant, variants},
         verify::{
             Judge, Outputs, POISON, check_padding, largest_error, poison, row, row_of_sum, spread, values,
@@ -241,7 +244,31 @@ impl<'a> Case<'a> {
             if again == outputs { Ok(0.0) } else { Err("a repeated run gave other bits".to_owned()) };
         drop(again);
         let untouched = self.check_untouched(&variant)?;
-        Ok(Run { variant, outputs, verdict: Ok(0.0), after: repeats.and(untouched) })
+        let in_chunks = self.check_chunks(&variant, &outputs)?;
+        Ok(Run { variant, outputs, verdict: Ok(0.0), after: repeats.and(untouched).and(in_chunks) })
+    }
+
+    /// Checks on this rank that several calls in place, each of some rows, give the same `outputs`.
+    fn check_chunks(&mut self, variant: &Variant, outputs: &Outputs) -> Result<Verdict, Error> {
+        let in_place = variant.clone().in_place();
+        let Some(call) = in_place.fused() else { return Ok(Ok(0.0)) };
+        // The same on every rank, and others for other shapes.
+        let seed = self.settings.seed ^ self.problem.tokens << 32 ^ self.problem.hidden;
+        let mut random = Rng::with_seed(seed);
+        let steps = chunks::cut(&self.problem, call, self.group.world_size(), &mut random);
+        let problem = self.problem;
+        // No rank's calls may write while another one searches for stray writes of the calls before.
+        self.group.barrier()?;
+        let found = Outputs::after(self.backend, &problem, &in_place, |backend| {
+            chunks::run(backend, &problem, &steps)
+        })?;
+        let wrong = found.first_difference(outputs);
+        let stray = self.backend.find_stray_write(false)?;
+        Ok(match (wrong, stray) {
+            (Some(wrong), _) => Err(format!("in place, in {} calls: {wrong}", steps.len())),
+            (None, Some(stray)) => Err(format!("in place, in {} calls: {stray} was written", steps.len())),
+            (None, None) => Ok(0.0),
+        })
     }
 
     /// Checks on this rank that a run of `variant` wrote nothing but its outputs. All ranks are idle meanwhile.

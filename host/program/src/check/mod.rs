@@ -2,5 +2,6 @@
 
 pub(crate) mod chunks;
 pub mod inputs;
+pub(crate) mod parallel;
 pub mod variants;
 pub mod verify;

@@ -9,8 +9,6 @@ use std::{
     hash::{DefaultHasher, Hasher},
     iter::StepBy,
     ops::Range,
-    panic::resume_unwind,
-    thread,
 };
 
 use fused_collective::{cpu::Plain, group::rendezvous::Group};
@@ -18,7 +16,7 @@ use fused_collective_core::{
     dtype::{DType, bf16, f16},
     fusion::{Mode, Operation},
     norm::Gamma,
-    plan::{owned_index, owner},
+    plan::{owned_index, owned_token, owned_tokens},
     quant::Quantization,
     reference::check_token,
     specification::{Observed, Row, Token},
@@ -27,6 +25,7 @@ use zerocopy::IntoBytes as _;
 
 use super::{
     inputs::{Numbers, Source},
+    parallel,
     variants::Variant,
 };
 use crate::{
@@ -41,6 +40,10 @@ use crate::{
 pub(crate) const POISON: u8 = 0xff;
 /// Bytes of a tensor that are poisoned at a time.
 const POISONED_AT_ONCE: u64 = 1 << 20;
+/// Bytes of rows that are made, then written at a time.
+const WRITTEN_AT_ONCE: u64 = 64 << 20;
+/// Bytes of a tensor that are digested at a time by one processor.
+const DIGESTED_AT_ONCE: usize = 1 << 20;
 
 /// Fills `tensor` with [`POISON`].
 pub(crate) fn poison(backend: &mut dyn Collective, problem: &Problem, tensor: Tensor) -> Result<(), Error> {
@@ -77,25 +80,48 @@ fn write_typed_inputs<E: Plain>(
 ) -> Result<(), Error> {
     // Poison shows a read of rows that this rank does not have.
     poison(backend, problem, Tensor::ResidualShard)?;
-    let mut row = vec![E::default(); problem.hidden as usize];
-    let mut write = |tensor, source, token: u64, place: u64| {
-        numbers.fill_row(source, token, &mut row);
-        let bytes: &[u8] = row.as_bytes();
-        backend.write(tensor, place * bytes.len() as u64, bytes)
+    let (rank, ranks) = (group.rank(), group.world_size());
+    let mut write = |tensor, source, rows, token_of: &(dyn Fn(u64) -> u64 + Sync)| {
+        write_rows::<E>(backend, problem.hidden, ranks, tensor, rows, |place, row| {
+            numbers.fill_row(source, token_of(place), row);
+        })
     };
-    write(Tensor::Gamma, Source::Gamma, 0, 0)?;
-    for token in 0..problem.tokens {
-        write(Tensor::Input, Source::Input(group.rank()), token, token)?;
-        if problem.residual {
-            write(Tensor::Residual, Source::Residual, token, token)?;
-        }
-        if problem.sharded && owner(token, group.world_size()) == group.rank() {
-            let place = owned_index(token, group.world_size());
-            write(Tensor::ResidualShard, Source::Residual, token, place)?;
-        }
+    write(Tensor::Gamma, Source::Gamma, 1, &|_| 0)?;
+    write(Tensor::Input, Source::Input(rank), problem.tokens, &|token| token)?;
+    if problem.residual {
+        write(Tensor::Residual, Source::Residual, problem.tokens, &|token| token)?;
+    }
+    if problem.sharded {
+        write(
+            Tensor::ResidualShard,
+            Source::Residual,
+            owned_tokens(problem.tokens, rank, ranks),
+            &|place| owned_token(place, rank, ranks),
+        )?;
     }
     if !problem.residual {
         poison(backend, problem, Tensor::Residual)?;
+    }
+    Ok(())
+}
+
+/// Writes the first `rows` rows of `tensor`, each made by `fill` from its place, on the processors of one of `ranks` ranks.
+fn write_rows<E: Plain>(
+    backend: &mut dyn Collective,
+    hidden: u64,
+    ranks: u32,
+    tensor: Tensor,
+    rows: u64,
+    fill: impl Fn(u64, &mut [E]) + Sync,
+) -> Result<(), Error> {
+    let row_bytes = hidden * size_of::<E>() as u64;
+    let at_once = (WRITTEN_AT_ONCE / row_bytes).clamp(1, rows.max(1));
+    let mut batch = vec![E::default(); (at_once * hidden) as usize];
+    for first in (0..rows).step_by(at_once as usize) {
+        let batch = &mut batch[..((rows - first).min(at_once) * hidden) as usize];
+        let items = (first..).zip(batch.chunks_mut(hidden as usize)).collect();
+        parallel::map(ranks, items, |(place, row)| fill(place, row));
+        backend.write(tensor, first * row_bytes, batch.as_bytes())?;
     }
     Ok(())
 }
@@ -109,8 +135,19 @@ impl Saved {
         saved.collect::<Result<_, Error>>().map(Saved)
     }
 
+    /// The first of the tensors that is no longer the same.
+    pub(crate) fn first_changed(&self, backend: &mut dyn Collective) -> Result<Option<Tensor>, Error> {
+        for (tensor, bytes) in &self.0 {
+            if backend.read(*tensor)? != *bytes {
+                return Ok(Some(*tensor));
+            }
+        }
+        Ok(None)
+    }
+
     pub(crate) fn restore(&self, backend: &mut dyn Collective) -> Result<(), Error> {
-        self.0.iter().try_for_each(|(tensor, bytes)| Ok(backend.write(*tensor, 0, bytes)?))
+        let mut held = self.0.iter().filter(|(_, bytes)| !bytes.is_empty());
+        held.try_for_each(|(tensor, bytes)| Ok(backend.write(*tensor, 0, bytes)?))
     }
 }
 
@@ -183,17 +220,21 @@ impl Outputs {
 
     /// Digests of the outputs that are the same on all ranks: `residual_out` unless it is sharded, `norm_out`, `quant_out`
     /// and `scale_out`.
-    pub(crate) fn digests(&self, variant: &Variant) -> [u64; 4] {
+    pub(crate) fn digests(&self, variant: &Variant, ranks: u32) -> [u64; 4] {
         let residual_out = if variant.sharded { &[][..] } else { &self.residual_out };
-        [residual_out, &self.norm_out, &self.quant_out, &self.scale_out].map(digest)
+        [residual_out, &self.norm_out, &self.quant_out, &self.scale_out].map(|bytes| digest(bytes, ranks))
     }
 }
 
-/// A digest of bytes, for comparison between ranks of this build of the program.
-fn digest(bytes: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(bytes);
-    hasher.finish()
+/// A digest of bytes, for comparison between ranks of this build of the program. One of `ranks` ranks computes it.
+fn digest(bytes: &[u8], ranks: u32) -> u64 {
+    let of_part = |bytes: &[u8]| {
+        let mut hasher = DefaultHasher::new();
+        hasher.write(bytes);
+        hasher.finish()
+    };
+    let parts = parallel::map(ranks, bytes.chunks(DIGESTED_AT_ONCE).collect(), of_part);
+    of_part(parts.as_bytes())
 }
 
 /// Verifies `variant` on the problem whose inputs [`write_inputs`] wrote. Every rank returns the same: the largest error in
@@ -206,12 +247,13 @@ pub(crate) fn verify(
     numbers: Numbers,
 ) -> Result<Result<f64, String>, Error> {
     let outputs = Outputs::of(backend, problem, variant)?;
-    let (digests, sum) = (outputs.digests(variant), digest(&outputs.residual_out));
+    let ranks = group.world_size();
+    let (digests, sum) = (outputs.digests(variant, ranks), digest(&outputs.residual_out, ranks));
     let checked = check(&outputs, group, problem, variant, numbers, 1);
     drop(outputs);
     let again = Outputs::of(backend, problem, variant)?;
     let checked = checked.and_then(|error| {
-        if (again.digests(variant), digest(&again.residual_out)) == (digests, sum) {
+        if (again.digests(variant, ranks), digest(&again.residual_out, ranks)) == (digests, sum) {
             Ok((digests, error))
         } else {
             Err("a repeated run gave other bits".to_owned())
@@ -243,7 +285,7 @@ pub(crate) fn verify_timed(
     }
     let outputs = Outputs::after(backend, problem, variant, run)?;
     let checked = check(&outputs, group, problem, variant, numbers, times);
-    let agreed = agree(group, checked.map(|error| (outputs.digests(variant), error)))?;
+    let agreed = agree(group, checked.map(|error| (outputs.digests(variant, group.world_size()), error)))?;
     Ok(agreed.map(|error| (error, outputs)))
 }
 
@@ -312,28 +354,17 @@ pub(crate) fn spread(
     check: impl Fn(StepBy<Range<u64>>) -> Result<f64, String> + Sync,
 ) -> Result<f64, String> {
     let (rank, world_size) = (u64::from(group.rank()), u64::from(group.world_size()));
-    let processors = thread::available_parallelism().map_or(1, |count| count.get() as u64);
     let count = tokens.end.saturating_sub(tokens.start);
-    let threads = (processors / world_size).clamp(1, count.div_ceil(world_size).max(1));
-    thread::scope(|scope| {
-        let checks: Vec<_> = (0..threads)
-            .map(|thread| {
-                // The first of this rank's tokens.
-                let skipped = (rank + world_size - tokens.start % world_size) % world_size;
-                let first = (tokens.start + skipped + thread * world_size).min(tokens.end);
-                let own = (first..tokens.end).step_by((world_size * threads) as usize);
-                let (check, spare) = (&check, own.clone());
-                let started = thread::Builder::new().spawn_scoped(scope, move || check(own));
-                // Without a thread, and the memory that it takes, this one does its work.
-                started.map_err(|_| check(spare))
-            })
-            .collect();
-        let mut errors = checks.into_iter().map(|check| match check {
-            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
-            Err(done) => done,
-        });
-        errors.try_fold(0.0f64, |largest, error| error.map(|error| largest.max(error)))
-    })
+    let threads =
+        (parallel::processors(group.world_size()) as u64).clamp(1, count.div_ceil(world_size).max(1));
+    // The first of this rank's tokens.
+    let skipped = (rank + world_size - tokens.start % world_size) % world_size;
+    let own = (0..threads).map(|thread| {
+        let first = (tokens.start + skipped + thread * world_size).min(tokens.end);
+        (first..tokens.end).step_by((world_size * threads) as usize)
+    });
+    let errors = parallel::map(group.world_size(), own.collect(), check);
+    errors.into_iter().try_fold(0.0f64, |largest, error| error.map(|error| largest.max(error)))
 }
 
 /// The check of tokens: against the specification, bit for bit, where a variant has its bits, and against the reference. It

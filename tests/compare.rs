@@ -75,6 +75,31 @@ fn with_tolerance(percent: f64) -> String {
 }
 
 #[test]
+fn outputs_in_place_are_measured_said_everywhere_and_not_compared_with_outputs_beside() {
+    let folder = tempfile::tempdir().unwrap();
+    let (json, markdown) = (folder.path().join("report.json"), folder.path().join("report.md"));
+    let options = "--num-tokens 3 --hidden-dim 64 --dtypes float16 --residual sharded --trials 2 --in-place";
+    let outcome = run(bench(options).arg("--json").arg(&json).arg("--output-file").arg(&markdown));
+    outcome.assert_success();
+    let report = Report::read(&json);
+    assert!(report.settings.in_place);
+    assert!(outcome.stdout.lines().next().unwrap().ends_with(" to warm up, in place"), "{outcome}");
+    assert!(fs::read_to_string(markdown).unwrap().contains("**Outputs:** in place, of fused variants"));
+    for configuration in &report.configurations {
+        let mut notes = configuration.notes.iter();
+        assert!(notes.any(|note| note.starts_with("in place: ")), "{:?}", configuration.notes);
+        let fused = configuration.rows.iter().filter(|row| row.variant.starts_with("fused_"));
+        assert_eq!(fused.count(), 3);
+    }
+    let outcome = run(bench(&options.replace(" --in-place", "")).arg("--compare").arg(&json));
+    outcome.assert_failure(
+        2,
+        "--compare: the earlier report is of another configuration (outputs in place; this run: outputs beside inputs): \
+         use one measured the same way",
+    );
+}
+
+#[test]
 fn every_row_is_shown_with_both_times_and_their_ratio() {
     let compared = Compared::run(&with_tolerance(FAR), &earlier());
     compared.outcome.assert_success();

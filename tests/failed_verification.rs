@@ -19,7 +19,7 @@ use fused_collective_cli::{
         cpu::Engine,
         error::Error,
         problem::{Problem, Tensor},
-        steps::Step,
+        steps::{Fused, Step},
     },
     commands::bench::{
         report::{
@@ -68,6 +68,11 @@ struct Faulty {
     ran: Vec<Vec<Step>>,
 }
 
+/// True for the fused one-shot operation, in place or not.
+fn is_one_shot(steps: &[Step]) -> bool {
+    matches!(steps, [Step::Fused(Fused { mode: Mode::OneShot, .. })])
+}
+
 impl Collective for Faulty {
     fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
         self.engine.prepare(problem)
@@ -84,7 +89,7 @@ impl Collective for Faulty {
     fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
         self.engine.run(steps)?;
         self.ran.push(steps.to_vec());
-        if steps == [Step::Fused(Mode::OneShot)] && self.here {
+        if is_one_shot(steps) && self.here {
             self.runs += 1;
             if self.fault.late.is_none() && (!self.fault.once || self.runs == 1) {
                 self.engine.write(self.fault.tensor, self.fault.offset, self.fault.bytes)?;
@@ -94,7 +99,7 @@ impl Collective for Faulty {
     }
 
     fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
-        let harmed = steps == [Step::Fused(Mode::OneShot)];
+        let harmed = is_one_shot(steps);
         assert!(!harmed || self.fault.late.is_some(), "a variant that is wrong was timed");
         // An all-reduce by itself is no variant. It is timed to choose one for the separate operations.
         let is_variant = !matches!(steps, [Step::AllReduce(_)]);
@@ -180,7 +185,12 @@ fn report(settings: &Settings, fault: Fault) -> Report {
 /// Only the one-shot variant fails, with a reason that contains `reason`.
 #[track_caller]
 fn check(quant_mode: QuantMode, fault: Fault, reason: &str) -> Report {
-    let report = report(&settings(quant_mode), fault);
+    check_with(&settings(quant_mode), fault, reason)
+}
+
+#[track_caller]
+fn check_with(settings: &Settings, fault: Fault, reason: &str) -> Report {
+    let report = report(settings, fault);
     let failures: Vec<_> = report.failures().collect();
     let [(_, row, why)] = failures[..] else { panic!("not one failure: {failures:?}") };
     assert!(row.variant.starts_with("fused_") && row.variant.ends_with("_oneshot"), "{}", row.variant);
@@ -258,6 +268,21 @@ fn a_result_that_is_wrong_only_after_the_timed_trials_is_found() {
     // A trial that writes nothing leaves no older result in the outputs.
     let nothing = late(None, Tensor::NormOut, 0, &[]);
     check(QuantMode::None, nothing, "after 2 trials: rank 0: residual_out[0, 0]");
+}
+
+/// In place, the outputs after a trial are those of all its operations, each on the outputs of the one before.
+#[test]
+fn a_trial_in_place_that_is_wrong_or_has_not_run_is_found() {
+    let in_place = |quant_mode| Settings { in_place: true, ..settings(quant_mode) };
+    let late = |tensor, bytes| Fault { late: Some(3), ..fault(tensor, ELEMENT, bytes) };
+    for quant_mode in [QuantMode::None, QuantMode::Fp8] {
+        check_with(&in_place(quant_mode), late(Tensor::Residual, ONE), "residual_out[2, 5]");
+        let nothing = late(Tensor::Residual, &[]);
+        check_with(&in_place(quant_mode), nothing, "after 2 trials: rank 0: residual_out[0, 0]");
+    }
+    check_with(&in_place(QuantMode::None), late(Tensor::Input, ONE), "norm_out[2, 5]");
+    // Found ahead of all trials, too.
+    check_with(&in_place(QuantMode::None), fault(Tensor::Input, ELEMENT, ONE), "norm_out[2, 5]");
 }
 
 /// The backend panics if the wrong variant is timed, or any variant before its verification.

@@ -37,14 +37,14 @@ fn soak(options: &str) -> Command {
     command
 }
 
-/// The last line's numbers: operations, problems, repetitions, seconds, results.
+/// The last line's numbers: operations, problems, turns in place, calls of some rows, repetitions, seconds, results.
 fn numbers(stdout: &str) -> Vec<u64> {
     numbers_of(stdout.lines().last().unwrap_or_default())
 }
 
 fn numbers_of(line: &str) -> Vec<u64> {
     assert!(line.ends_with(" results compared, 0 FAILED"), "{line}");
-    line.split_whitespace().filter_map(|word| word.parse().ok()).take(5).collect()
+    line.split_whitespace().filter_map(|word| word.parse().ok()).take(7).collect()
 }
 
 /// For 20 s each where `FUSED_COLLECTIVE_LONG_TESTS` is set: a minute, on no more than two processors in CI.
@@ -58,18 +58,20 @@ fn random_operations_of_two_three_and_four_ranks_are_right() {
         outcome.assert_success();
         let heading = format!("cpu backend, {ranks} ranks, seed {seed}");
         assert_eq!(outcome.stdout.lines().next(), Some(heading.as_str()));
-        let [done, problems, repetitions, took, results] = numbers(&outcome.stdout)[..] else {
+        let [done, problems, in_place, chunks, repetitions, took, results] = numbers(&outcome.stdout)[..]
+        else {
             panic!("{outcome}")
         };
         assert!(done >= operations && took >= seconds, "{outcome}");
         assert!(problems >= 6 && repetitions > 4 && results > 40, "{outcome}");
+        assert!(in_place > 4 && chunks > 8, "{outcome}");
     }
 }
 
 /// Like [`numbers_of`], without the time.
 fn counts(line: &str) -> Vec<u64> {
     let mut numbers = numbers_of(line);
-    numbers.remove(3);
+    numbers.remove(5);
     numbers
 }
 
@@ -116,7 +118,7 @@ fn a_rank_that_is_killed_in_one_group_ends_the_soak_of_all() {
 fn a_soak_of_a_time_ends_with_it() {
     let outcome = run(&mut soak("--minutes 0.02"));
     outcome.assert_success();
-    assert!(numbers(&outcome.stdout)[3] >= 1, "{outcome}");
+    assert!(numbers(&outcome.stdout)[5] >= 1, "{outcome}");
 }
 
 #[test]

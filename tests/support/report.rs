@@ -68,6 +68,9 @@ pub struct Settings {
     pub all_reduces: Vec<String>,
     pub nproc_per_node: Option<u32>,
     pub cold: bool,
+    /// Present only if fused variants write over their inputs.
+    #[serde(default)]
+    pub in_place: bool,
     pub peers: Vec<String>,
     pub peer_deadline_seconds: f64,
     /// Present only if ranks may share a GPU.

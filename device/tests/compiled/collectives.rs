@@ -7,7 +7,7 @@ use fused_collective_device::simt::host::Launch;
 
 use fused_collective_device_tests::{
     Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, check_all, every_version, geometry,
-    missing_rank, run_case, run_rank,
+    missing_rank, run_case, run_cut, run_rank,
 };
 
 use crate::{Compiled, KERNELS, ROWS, gpus_of, has_clusters};
@@ -76,6 +76,31 @@ fn blocks_of_a_cluster_share_a_row() {
         }
         world.assert_clean();
     }
+}
+
+/// The bits of a row do not depend on the rows beside it: every kernel for Hopper, of two ranks and of three.
+#[test]
+fn rows_cut_into_calls_have_the_bits_of_one_call() {
+    fn cut<E: Element>(dtype: &str, seed: u64) {
+        let mut random = Random(seed);
+        for (ranks, most) in [(2, 2), (3, 4)] {
+            let compiled = Arc::new(Compiled::read("sm_90", &format!("{dtype}_w{most}"), seed));
+            let world = world(ranks, &compiled);
+            for (index, what) in EVERYTHING.into_iter().enumerate() {
+                let case = Case::<E>::new(&mut random, ranks, 13, 208, true, what);
+                let rows = ROWS[index % ROWS.len()];
+                run_cut(&mut random, &world, &case, Kernel::OneShot, rows);
+                run_cut(&mut random, &world, &case, Kernel::TwoShot, rows);
+                if what != What::Sum {
+                    run_cut(&mut random, &world, &case.sharded(), Kernel::Sharded, rows);
+                }
+            }
+            world.assert_clean();
+        }
+    }
+    cut::<f32>("f32", 11);
+    cut::<f16>("f16", 12);
+    cut::<bf16>("bf16", 13);
 }
 
 /// Many tokens for few teams, whose number is each rank's own: rows are pushed ahead, and got a turn late.

@@ -102,6 +102,21 @@ impl<E: Element> Case<E> {
         }
     }
 
+    /// Some of the tokens as a case of their own. With a sharded residual the first is a multiple of the number of ranks.
+    pub fn rows(&self, tokens: Range<u64>) -> Self {
+        let hidden = self.operation.hidden;
+        let elements = (tokens.start * hidden) as usize..(tokens.end * hidden) as usize;
+        Case {
+            operation: Operation { tokens: tokens.end - tokens.start, ..self.operation },
+            inputs: self.inputs.iter().map(|input| input[elements.clone()].to_vec()).collect(),
+            residual: self.residual.as_ref().map(|residual| residual[elements].to_vec()),
+            bias: self.bias.clone(),
+            gamma: self.gamma.clone(),
+            gamma_f32: self.gamma_f32.clone(),
+            scale: self.scale,
+        }
+    }
+
     /// The same with a sharded residual; it must have one, and a norm.
     pub fn sharded(mut self) -> Self {
         self.operation.residual = Residual::Sharded;

@@ -315,6 +315,35 @@ pub fn run_case<E: Element>(
     tensors[0].outputs()
 }
 
+/// Runs a case in one call, then cut into calls of random sizes, each in a grid of its own on each rank: the same bits.
+pub fn run_cut<E: Element>(random: &mut Random, world: &World, case: &Case<E>, kernel: Kernel, rows: Rows) {
+    let operation = &case.operation;
+    let whole = run_case(random, world, case, kernel, rows, |_| geometry(operation, rows, 1, 2));
+    let scales = |tokens| operation.quantization.scales(tokens, operation.hidden);
+    let unit = if kernel == Kernel::Sharded { u64::from(world.size) } else { 1 };
+    let mut joined: [Vec<u8>; 3] = Default::default();
+    let mut first = 0;
+    while first < operation.tokens {
+        let left = operation.tokens - first;
+        let count = (1 + random.below(left.min(5))).next_multiple_of(unit).min(left);
+        let (part, teams) = (case.rows(first..first + count), 1 + random.below(3) as u32);
+        let [residual_out, norm_out, values, found] = run_case(random, world, &part, kernel, rows, |rank| {
+            geometry(&part.operation, rows, 1, teams + rank)
+        });
+        for (joined, own) in joined.iter_mut().zip([residual_out, norm_out, values]) {
+            joined.extend(own);
+        }
+        if let (Some(own), Some(all)) = (scales(count), scales(operation.tokens)) {
+            for (row, col) in (0..count).flat_map(|row| (0..all.cols).map(move |col| (row, col))) {
+                let (own, all) = (own.get(&found, row, col), all.get(&whole[3], first + row, col));
+                assert!(own.is_some() && own == all, "scale [{row}, {col}] of {count} rows from {first}");
+            }
+        }
+        first += count;
+    }
+    assert!(joined == whole[..3], "calls of some rows differ from one of all ({operation:?})");
+}
+
 /// Holds all ranks' outputs to the specification and to each other.
 pub fn check_all<E: Element>(case: &Case<E>, tensors: &[Tensors]) {
     for own in tensors {

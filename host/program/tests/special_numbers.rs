@@ -127,7 +127,7 @@ const MODES: [Mode; 2] = [Mode::OneShot, Mode::TwoShot];
 
 fn fused_is_separate<E: Element + Pod>() {
     for_every_problem(E::DTYPE, |problem| {
-        let fused = MODES.map(|mode| vec![Step::Fused(mode)]);
+        let fused = MODES.map(|mode| vec![Step::fused(mode)]);
         let separate = MODES.map(|mode| {
             let quantize = (problem.quantization != Quantization::None).then_some(Step::Quantize);
             [Step::AllReduce(mode), Step::AddRmsNorm].into_iter().chain(quantize).collect()
@@ -190,7 +190,7 @@ fn special_numbers_come_through_as_in_separate_operations() {
 
 fn other_rows_are_the_same<E: Element + Pod>() {
     for_every_problem(E::DTYPE, |problem| {
-        let sequences = MODES.map(|mode| vec![Step::Fused(mode)]);
+        let sequences = MODES.map(|mode| vec![Step::fused(mode)]);
         let [special, ordinary] =
             [true, false].map(|special| run::<E>(problem, special, &sequences).swap_remove(0));
         for (special, ordinary) in special.iter().zip(&ordinary) {

@@ -159,6 +159,12 @@ pub trait Collective {
         (TRIAL_US / microseconds).clamp(1.0, f64::from(MAX_OPERATIONS)) as u32
     }
 
+    /// The times that [`time`](Self::time) runs its steps on the tensors that [`read`](Self::read) reads, for as many
+    /// `operations`: not once for each if copies take turns, or if a part of the trial is not timed.
+    fn runs_on_each(&self, operations: u32) -> u32 {
+        operations
+    }
+
     /// Sets the cache state of trials from the next [`prepare`](Self::prepare) on. If `cold`, operations find their tensors
     /// in main memory and in no cache: they take turns on enough copies of the tensors, and the cache is flushed before each
     /// trial. The default is warm.

@@ -18,7 +18,7 @@ pub struct Problem {
     /// True if a residual is added.
     pub residual: bool,
     /// True if there is a sharded residual as well, with the same rows, for
-    /// [`Step::FusedSharded`](super::steps::Step::FusedSharded).
+    /// [sharded](super::steps::Fused::sharded) steps.
     pub sharded: bool,
     /// RMSNorm's parameters.
     pub norm: Norm,
@@ -115,7 +115,7 @@ impl Problem {
 }
 
 /// The role of a tensor. Activations are `[tokens, hidden]`, row-major.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tensor {
     /// This rank's addend.
     Input,

@@ -1,16 +1,15 @@
 //! The steps of variants, the same on every backend.
 
-use fused_collective_core::fusion::Mode;
+use fused_collective_core::fusion::{Mode, Operation};
+
+use super::problem::{Problem, Tensor};
 
 /// One operation that a framework would launch. *Sum* is `Reduced`, or `ResidualOut` if there is no residual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     /// The whole operation: `Input`, `Residual` and `Gamma` to `ResidualOut` and `NormOut`, or to `ResidualOut`, `QuantOut` and
     /// `ScaleOut`.
-    Fused(Mode),
-    /// The whole operation with a sharded residual: `ResidualShard` and `ResidualShardOut` in place of `Residual` and
-    /// `ResidualOut`.
-    FusedSharded,
+    Fused(Fused),
     /// `Input` to sum, by this project's own all-reduce.
     AllReduce(Mode),
     /// `Input` to sum, by NCCL's.
@@ -25,6 +24,74 @@ pub enum Step {
     Quantize,
     /// A primitive elementwise operation.
     Eager(Eager),
+}
+
+impl Step {
+    /// The fused operation, all rows at once, with outputs of their own.
+    pub const fn fused(mode: Mode) -> Step {
+        Step::Fused(Fused { mode, sharded: false, in_place: false, rows: None })
+    }
+
+    /// The same with a sharded residual.
+    pub const fn fused_sharded() -> Step {
+        Step::Fused(Fused { mode: Mode::TwoShot, sharded: true, in_place: false, rows: None })
+    }
+}
+
+/// One call of the fused operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fused {
+    /// The mode; two-shot with a sharded residual.
+    pub mode: Mode,
+    /// True with a sharded residual: `ResidualShard` and `ResidualShardOut` in place of `Residual` and `ResidualOut`.
+    pub sharded: bool,
+    /// True if the norm replaces `Input` and the sum replaces the residual. Codes and scales have a size of their own, and
+    /// stay beside; so does a sum without a residual.
+    pub in_place: bool,
+    /// The rows of the call, if not all. Their scales lie at the start of `ScaleOut`, as those of a tensor of their own. With a
+    /// sharded residual the first is a multiple of the number of ranks.
+    pub rows: Option<Rows>,
+}
+
+/// Consecutive rows of a problem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// Rows before these.
+    pub first: u64,
+    /// The number of rows.
+    pub count: u64,
+}
+
+impl Fused {
+    /// The rows of the call.
+    pub fn rows_of(&self, problem: &Problem) -> Rows {
+        self.rows.unwrap_or(Rows { first: 0, count: problem.tokens })
+    }
+
+    /// The operation that the call runs.
+    pub fn operation(&self, problem: &Problem) -> Operation {
+        let whole = if self.sharded { problem.sharded_operation() } else { problem.operation(self.mode) };
+        Operation { tokens: self.rows_of(problem).count, ..whole }
+    }
+
+    /// The residual that it reads, if the problem has one.
+    pub fn residual(&self) -> Tensor {
+        if self.sharded { Tensor::ResidualShard } else { Tensor::Residual }
+    }
+
+    /// The tensor that gets the sum.
+    pub fn sum(&self, problem: &Problem) -> Tensor {
+        match self.sharded {
+            _ if self.in_place && problem.residual => self.residual(),
+            true => Tensor::ResidualShardOut,
+            false => Tensor::ResidualOut,
+        }
+    }
+
+    /// The tensor that gets the norm, if the operation writes it.
+    pub fn norm(&self) -> Tensor {
+        if self.in_place { Tensor::Input } else { Tensor::NormOut }
+    }
 }
 
 /// The primitive operations that an eager framework launches, each a pass through memory.

@@ -10,8 +10,8 @@ use fused_collective_core::fusion::{Mode, Rounding};
 
 use crate::{
     backend::{
-        problem::Tensor,
-        steps::{Step, eager_fp8, eager_rms_norm},
+        problem::{Problem, Tensor},
+        steps::{Fused, Step, eager_fp8, eager_rms_norm},
     },
     measurement::Kind,
     quant_mode::QuantMode,
@@ -33,9 +33,38 @@ pub struct Variant {
 }
 
 impl Variant {
+    /// This variant with its outputs in place of its inputs, if it is fused.
+    pub fn in_place(mut self) -> Self {
+        for step in &mut self.steps {
+            if let Step::Fused(call) = step {
+                call.in_place = true;
+            }
+        }
+        self
+    }
+
+    /// The fused operation, if it is the variant's last step.
+    pub fn fused(&self) -> Option<Fused> {
+        match self.steps.last() {
+            Some(&Step::Fused(call)) => Some(call),
+            _ => None,
+        }
+    }
+
     /// The tensor that gets the sum.
-    pub fn sum(&self) -> Tensor {
-        if self.sharded { Tensor::ResidualShardOut } else { Tensor::ResidualOut }
+    pub fn sum(&self, problem: &Problem) -> Tensor {
+        self.fused().map_or(Tensor::ResidualOut, |call| call.sum(problem))
+    }
+
+    /// The tensor that gets the norm, if the variant [writes](Self::writes_norm) it.
+    pub fn norm(&self) -> Tensor {
+        self.fused().map_or(Tensor::NormOut, |call| call.norm())
+    }
+
+    /// The inputs that it overwrites.
+    pub fn overwritten(&self, problem: &Problem) -> Vec<Tensor> {
+        let outputs = [Some(self.sum(problem)), self.writes_norm.then(|| self.norm())];
+        outputs.into_iter().flatten().filter(|tensor| !Tensor::OUTPUTS.contains(tensor)).collect()
     }
 
     /// The rounding of its sum.
@@ -53,7 +82,6 @@ impl Variant {
             Step::NcclAllReduce | Step::NcclSymmetricAllReduce => world_size == 2,
             Step::Eager(_) => false,
             Step::Fused(_)
-            | Step::FusedSharded
             | Step::AllReduce(_)
             | Step::AddRmsNorm
             | Step::AddRmsNormQuantize
@@ -89,13 +117,13 @@ pub fn variants(
     };
     let modes = [(Mode::OneShot, "oneshot"), (Mode::TwoShot, "twoshot")];
     let modes = modes.into_iter().filter(|&(mode, _)| oneshot || mode != Mode::OneShot);
-    let modes = modes.map(|(mode, suffix)| (Step::Fused(mode), suffix));
-    let with_shards = sharded.then_some((Step::FusedSharded, "twoshot_sharded"));
+    let modes = modes.map(|(mode, suffix)| (Step::fused(mode), suffix));
+    let with_shards = sharded.then_some((Step::fused_sharded(), "twoshot_sharded"));
     all.extend(modes.chain(with_shards).map(|(step, suffix)| Variant {
         name: format!("fused_allreduce_rmsnorm{quantization}_{suffix}"),
         kind: Kind::Fused,
         steps: vec![step],
-        sharded: step == Step::FusedSharded,
+        sharded: step == Step::fused_sharded(),
         writes_norm: quant_mode == QuantMode::None,
     }));
     all
@@ -211,7 +239,6 @@ mod tests {
                                 | Step::NcclAllReduce
                                 | Step::NcclSymmetricAllReduce
                                 | Step::Fused(_)
-                                | Step::FusedSharded
                         )
                     };
                     assert_eq!(variant.steps.iter().filter(collective).count(), 1, "{}", variant.name);

@@ -9,8 +9,6 @@ use std::{
     hash::{DefaultHasher, Hasher},
     iter::StepBy,
     ops::Range,
-    panic::resume_unwind,
-    thread,
 };
 
 use fused_collective::{cpu::Plain, group::rendezvous::Group};
@@ -18,7 +16,7 @@ use fused_collective_core::{
     dtype::{DType, bf16, f16},
     fusion::{Mode, Operation},
     norm::Gamma,
-    plan::{owned_index, owner},
+    plan::{owned_index, owned_token, owned_tokens},
     quant::Quantization,
     reference::check_token,
     specification::{Observed, Row, Token},
@@ -27,6 +25,7 @@ use zerocopy::IntoBytes as _;
 
 use super::{
     inputs::{Numbers, Source},
+    parallel,
     variants::Variant,
 };
 use crate::{
@@ -41,6 +40,10 @@ use crate::{
 pub(crate) const POISON: u8 = 0xff;
 /// Bytes of a tensor that are poisoned at a time.
 const POISONED_AT_ONCE: u64 = 1 << 20;
+/// Bytes of rows that are made, then written at a time.
+const WRITTEN_AT_ONCE: u64 = 64 << 20;
+/// Bytes of a tensor that are digested at a time by one processor.
+const DIGESTED_AT_ONCE: usize = 1 << 20;
 
 /// Fills `tensor` with [`POISON`].
 pub(crate) fn poison(backend: &mut dyn Collective, problem: &Problem, tensor: Tensor) -> Result<(), Error> {
@@ -77,22 +80,24 @@ fn write_typed_inputs<E: Plain>(
 ) -> Result<(), Error> {
     // Poison shows a read of rows that this rank does not have.
     poison(backend, problem, Tensor::ResidualShard)?;
-    let mut row = vec![E::default(); problem.hidden as usize];
-    let mut write = |tensor, source, token: u64, place: u64| {
-        numbers.fill_row(source, token, &mut row);
-        let bytes: &[u8] = row.as_bytes();
-        backend.write(tensor, place * bytes.len() as u64, bytes)
+    let (rank, ranks) = (group.rank(), group.world_size());
+    let mut write = |tensor, source, rows, token_of: &(dyn Fn(u64) -> u64 + Sync)| {
+        write_rows::<E>(backend, problem.hidden, ranks, tensor, rows, |place, row| {
+            numbers.fill_row(source, token_of(place), row);
+        })
     };
-    write(Tensor::Gamma, Source::Gamma, 0, 0)?;
-    for token in 0..problem.tokens {
-        write(Tensor::Input, Source::Input(group.rank()), token, token)?;
-        if problem.residual {
-            write(Tensor::Residual, Source::Residual, token, token)?;
-        }
-        if problem.sharded && owner(token, group.world_size()) == group.rank() {
-            let place = owned_index(token, group.world_size());
-            write(Tensor::ResidualShard, Source::Residual, token, place)?;
-        }
+    write(Tensor::Gamma, Source::Gamma, 1, &|_| 0)?;
+    write(Tensor::Input, Source::Input(rank), problem.tokens, &|token| token)?;
+    if problem.residual {
+        write(Tensor::Residual, Source::Residual, problem.tokens, &|token| token)?;
+    }
+    if problem.sharded {
+        write(
+            Tensor::ResidualShard,
+            Source::Residual,
+            owned_tokens(problem.tokens, rank, ranks),
+            &|place| owned_token(place, rank, ranks),
+        )?;
     }
     if !problem.residual {
         poison(backend, problem, Tensor::Residual)?;
@@ -100,8 +105,54 @@ fn write_typed_inputs<E: Plain>(
     Ok(())
 }
 
+/// Writes the first `rows` rows of `tensor`, each made by `fill` from its place, on the processors of one of `ranks` ranks.
+fn write_rows<E: Plain>(
+    backend: &mut dyn Collective,
+    hidden: u64,
+    ranks: u32,
+    tensor: Tensor,
+    rows: u64,
+    fill: impl Fn(u64, &mut [E]) + Sync,
+) -> Result<(), Error> {
+    let row_bytes = hidden * size_of::<E>() as u64;
+    let at_once = (WRITTEN_AT_ONCE / row_bytes).clamp(1, rows.max(1));
+    let mut batch = vec![E::default(); (at_once * hidden) as usize];
+    for first in (0..rows).step_by(at_once as usize) {
+        let batch = &mut batch[..((rows - first).min(at_once) * hidden) as usize];
+        let items = (first..).zip(batch.chunks_mut(hidden as usize)).collect();
+        parallel::map(ranks, items, |(place, row)| fill(place, row));
+        backend.write(tensor, first * row_bytes, batch.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Copies of tensors, which are put back after an operation has overwritten them.
+pub(crate) struct Saved(Vec<(Tensor, Vec<u8>)>);
+
+impl Saved {
+    pub(crate) fn of(backend: &mut dyn Collective, tensors: &[Tensor]) -> Result<Self, Error> {
+        let saved = tensors.iter().map(|&tensor| Ok((tensor, backend.read(tensor)?)));
+        saved.collect::<Result<_, Error>>().map(Saved)
+    }
+
+    /// The first of the tensors that is no longer the same.
+    pub(crate) fn first_changed(&self, backend: &mut dyn Collective) -> Result<Option<Tensor>, Error> {
+        for (tensor, bytes) in &self.0 {
+            if backend.read(*tensor)? != *bytes {
+                return Ok(Some(*tensor));
+            }
+        }
+        Ok(None)
+    }
+
+    pub(crate) fn restore(&self, backend: &mut dyn Collective) -> Result<(), Error> {
+        let mut held = self.0.iter().filter(|(_, bytes)| !bytes.is_empty());
+        held.try_for_each(|(tensor, bytes)| Ok(backend.write(*tensor, 0, bytes)?))
+    }
+}
+
 /// The outputs of one run, as bytes. A tensor that the variant does not write is empty.
-#[derive(Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Outputs {
     pub(crate) residual_out: Vec<u8>,
     pub(crate) norm_out: Vec<u8>,
@@ -119,38 +170,71 @@ impl Outputs {
         Self::after(backend, problem, variant, |backend| Ok(backend.run(&variant.steps)?))
     }
 
-    /// Poisons the outputs, calls `run`, which runs the variant, and reads them.
-    fn after(
+    /// Poisons the outputs, calls `run`, which runs the variant, and reads them. Inputs that were overwritten are put back.
+    pub(crate) fn after(
         backend: &mut dyn Collective,
         problem: &Problem,
         variant: &Variant,
         run: impl FnOnce(&mut dyn Collective) -> Result<(), Error>,
     ) -> Result<Self, Error> {
+        let saved = Saved::of(backend, &variant.overwritten(problem))?;
         for tensor in Tensor::OUTPUTS {
             poison(backend, problem, tensor)?;
         }
         run(backend)?;
+        let norm = variant.writes_norm.then(|| variant.norm());
+        let outputs = Outputs::read(backend, variant.sum(problem), norm)?;
+        saved.restore(backend)?;
+        Ok(outputs)
+    }
+
+    /// Reads the outputs of an operation whose sum is in `sum` and whose norm is in `norm`, if it writes one.
+    pub(crate) fn read(
+        backend: &mut dyn Collective,
+        sum: Tensor,
+        norm: Option<Tensor>,
+    ) -> Result<Self, Error> {
         Ok(Outputs {
-            residual_out: backend.read(variant.sum())?,
-            norm_out: if variant.writes_norm { backend.read(Tensor::NormOut)? } else { Vec::new() },
+            residual_out: backend.read(sum)?,
+            norm_out: norm.map_or(Ok(Vec::new()), |norm| backend.read(norm))?,
             quant_out: backend.read(Tensor::QuantOut)?,
             scale_out: backend.read(Tensor::ScaleOut)?,
         })
     }
 
+    /// Describes the first byte that is not that of `expected`.
+    pub(crate) fn first_difference(&self, expected: &Outputs) -> Option<String> {
+        let tensors = [
+            (Tensor::ResidualOut, &self.residual_out, &expected.residual_out),
+            (Tensor::NormOut, &self.norm_out, &expected.norm_out),
+            (Tensor::QuantOut, &self.quant_out, &expected.quant_out),
+            (Tensor::ScaleOut, &self.scale_out, &expected.scale_out),
+        ];
+        let mut wrong = tensors.into_iter().filter(|(_, found, expected)| found != expected);
+        wrong.find_map(|(tensor, found, expected)| {
+            let at = found.iter().zip(expected).position(|(found, expected)| found != expected)?;
+            let (found, expected) = (found[at], expected[at]);
+            Some(format!("byte {at} of {tensor:?} is {found:#04x}, not the verified {expected:#04x}"))
+        })
+    }
+
     /// Digests of the outputs that are the same on all ranks: `residual_out` unless it is sharded, `norm_out`, `quant_out`
     /// and `scale_out`.
-    pub(crate) fn digests(&self, variant: &Variant) -> [u64; 4] {
+    pub(crate) fn digests(&self, variant: &Variant, ranks: u32) -> [u64; 4] {
         let residual_out = if variant.sharded { &[][..] } else { &self.residual_out };
-        [residual_out, &self.norm_out, &self.quant_out, &self.scale_out].map(digest)
+        [residual_out, &self.norm_out, &self.quant_out, &self.scale_out].map(|bytes| digest(bytes, ranks))
     }
 }
 
-/// A digest of bytes, for comparison between ranks of this build of the program.
-fn digest(bytes: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(bytes);
-    hasher.finish()
+/// A digest of bytes, for comparison between ranks of this build of the program. One of `ranks` ranks computes it.
+fn digest(bytes: &[u8], ranks: u32) -> u64 {
+    let of_part = |bytes: &[u8]| {
+        let mut hasher = DefaultHasher::new();
+        hasher.write(bytes);
+        hasher.finish()
+    };
+    let parts = parallel::map(ranks, bytes.chunks(DIGESTED_AT_ONCE).collect(), of_part);
+    of_part(parts.as_bytes())
 }
 
 /// Verifies `variant` on the problem whose inputs [`write_inputs`] wrote. Every rank returns the same: the largest error in
@@ -163,12 +247,13 @@ pub(crate) fn verify(
     numbers: Numbers,
 ) -> Result<Result<f64, String>, Error> {
     let outputs = Outputs::of(backend, problem, variant)?;
-    let (digests, sum) = (outputs.digests(variant), digest(&outputs.residual_out));
-    let checked = check(&outputs, group, problem, variant, numbers);
+    let ranks = group.world_size();
+    let (digests, sum) = (outputs.digests(variant, ranks), digest(&outputs.residual_out, ranks));
+    let checked = check(&outputs, group, problem, variant, numbers, 1);
     drop(outputs);
     let again = Outputs::of(backend, problem, variant)?;
     let checked = checked.and_then(|error| {
-        if (again.digests(variant), digest(&again.residual_out)) == (digests, sum) {
+        if (again.digests(variant, ranks), digest(&again.residual_out, ranks)) == (digests, sum) {
             Ok((digests, error))
         } else {
             Err("a repeated run gave other bits".to_owned())
@@ -178,7 +263,10 @@ pub(crate) fn verify(
 }
 
 /// Verifies `variant` by the outputs of one more trial of `operations` operations, like those that were timed. Returns the
-/// same as [`verify`].
+/// same as [`verify`], and the outputs.
+///
+/// In place, each operation reads what the one before it wrote, and the outputs are those of all of them in turn. Numbers
+/// that are no longer finite at the end are a failure.
 pub(crate) fn verify_timed(
     backend: &mut dyn Collective,
     group: &Group,
@@ -186,13 +274,19 @@ pub(crate) fn verify_timed(
     variant: &Variant,
     operations: u32,
     numbers: Numbers,
-) -> Result<Result<f64, String>, Error> {
-    let outputs = Outputs::after(backend, problem, variant, |backend| {
-        // This time counts for nothing.
-        backend.time(&variant.steps, operations).map(drop).map_err(Error::from)
-    })?;
-    let checked = check(&outputs, group, problem, variant, numbers);
-    agree(group, checked.map(|error| (outputs.digests(variant), error)))
+) -> Result<Result<(f64, Outputs), String>, Error> {
+    // This time counts for nothing.
+    let run = |backend: &mut dyn Collective| Ok(backend.time(&variant.steps, operations).map(drop)?);
+    let mut times = 1;
+    if !variant.overwritten(problem).is_empty() {
+        // The first trial may run the steps once more, to capture them.
+        Outputs::after(backend, problem, variant, run)?;
+        times = backend.runs_on_each(operations);
+    }
+    let outputs = Outputs::after(backend, problem, variant, run)?;
+    let checked = check(&outputs, group, problem, variant, numbers, times);
+    let agreed = agree(group, checked.map(|error| (outputs.digests(variant, group.world_size()), error)))?;
+    Ok(agreed.map(|error| (error, outputs)))
 }
 
 /// The largest error of all ranks, or the reason why the variant is wrong, from the digests and the error that each has
@@ -206,18 +300,19 @@ fn agree(group: &Group, checked: Result<([u64; 4], f64), String>) -> Result<Resu
     }))
 }
 
-/// Checks this rank's share of the tokens.
+/// Checks this rank's share of the tokens, after the variant ran so many `times` on the same tensors.
 fn check(
     outputs: &Outputs,
     group: &Group,
     problem: &Problem,
     variant: &Variant,
     numbers: Numbers,
+    times: u32,
 ) -> Result<f64, String> {
     match problem.dtype {
-        DType::F32 => check_typed::<f32>(outputs, group, problem, variant, numbers),
-        DType::F16 => check_typed::<f16>(outputs, group, problem, variant, numbers),
-        DType::Bf16 => check_typed::<bf16>(outputs, group, problem, variant, numbers),
+        DType::F32 => check_typed::<f32>(outputs, group, problem, variant, numbers, times),
+        DType::F16 => check_typed::<f16>(outputs, group, problem, variant, numbers, times),
+        DType::Bf16 => check_typed::<bf16>(outputs, group, problem, variant, numbers, times),
     }
 }
 
@@ -227,9 +322,11 @@ fn check_typed<E: Plain>(
     problem: &Problem,
     variant: &Variant,
     numbers: Numbers,
+    times: u32,
 ) -> Result<f64, String> {
     let largest = spread(group, 0..problem.tokens, |tokens| {
         let mut judge = Judge::<E>::new(problem, variant, numbers, group.world_size());
+        judge.times = times;
         largest_error(tokens, |token| judge.check(outputs, token))
     })?;
     check_padding(problem, &outputs.scale_out)?;
@@ -257,28 +354,17 @@ pub(crate) fn spread(
     check: impl Fn(StepBy<Range<u64>>) -> Result<f64, String> + Sync,
 ) -> Result<f64, String> {
     let (rank, world_size) = (u64::from(group.rank()), u64::from(group.world_size()));
-    let processors = thread::available_parallelism().map_or(1, |count| count.get() as u64);
     let count = tokens.end.saturating_sub(tokens.start);
-    let threads = (processors / world_size).clamp(1, count.div_ceil(world_size).max(1));
-    thread::scope(|scope| {
-        let checks: Vec<_> = (0..threads)
-            .map(|thread| {
-                // The first of this rank's tokens.
-                let skipped = (rank + world_size - tokens.start % world_size) % world_size;
-                let first = (tokens.start + skipped + thread * world_size).min(tokens.end);
-                let own = (first..tokens.end).step_by((world_size * threads) as usize);
-                let (check, spare) = (&check, own.clone());
-                let started = thread::Builder::new().spawn_scoped(scope, move || check(own));
-                // Without a thread, and the memory that it takes, this one does its work.
-                started.map_err(|_| check(spare))
-            })
-            .collect();
-        let mut errors = checks.into_iter().map(|check| match check {
-            Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
-            Err(done) => done,
-        });
-        errors.try_fold(0.0f64, |largest, error| error.map(|error| largest.max(error)))
-    })
+    let threads =
+        (parallel::processors(group.world_size()) as u64).clamp(1, count.div_ceil(world_size).max(1));
+    // The first of this rank's tokens.
+    let skipped = (rank + world_size - tokens.start % world_size) % world_size;
+    let own = (0..threads).map(|thread| {
+        let first = (tokens.start + skipped + thread * world_size).min(tokens.end);
+        (first..tokens.end).step_by((world_size * threads) as usize)
+    });
+    let errors = parallel::map(group.world_size(), own.collect(), check);
+    errors.into_iter().try_fold(0.0f64, |largest, error| error.map(|error| largest.max(error)))
 }
 
 /// The check of tokens: against the specification, bit for bit, where a variant has its bits, and against the reference. It
@@ -291,6 +377,8 @@ pub(crate) struct Judge<'a, E> {
     inputs: Vec<Vec<E>>,
     residual: Vec<E>,
     gamma: Vec<E>,
+    /// The times that the variant ran on the same tensors. In place, each time reads the outputs of the one before.
+    times: u32,
     /// The outputs of a token, as specified.
     specified: Specified<E>,
 }
@@ -301,6 +389,13 @@ struct Specified<E> {
     norm: Vec<E>,
     values: Vec<u8>,
     scales: Vec<u8>,
+}
+
+impl<E> Specified<E> {
+    fn row(&mut self) -> Row<'_, E> {
+        let Specified { residual_out, norm, values, scales } = self;
+        Row { residual_out, norm, values, scales }
+    }
 }
 
 impl<'a, E: Plain> Judge<'a, E> {
@@ -327,7 +422,38 @@ impl<'a, E: Plain> Judge<'a, E> {
             inputs: vec![row.clone(); world_size as usize],
             residual: row,
             gamma,
+            times: 1,
         }
+    }
+
+    /// Makes inputs of this variant's outputs in place, as all runs but the last leave them.
+    fn advance(&mut self, index: u64) -> Result<(), String> {
+        let Judge { operation, problem, inputs, residual, specified, .. } = self;
+        for _ in 1..self.times {
+            let rows: Vec<&[E]> = inputs.iter().map(Vec::as_slice).collect();
+            let token = Token {
+                inputs: &rows,
+                residual: problem.residual.then_some(&residual[..]),
+                bias: None,
+                gamma: Gamma::Element(&self.gamma),
+                scale: problem.scale,
+                index,
+            };
+            specified.row().compute(operation, &token).map_err(|error| error.to_string())?;
+            if problem.residual {
+                residual.copy_from_slice(&specified.residual_out);
+            }
+            if self.variant.writes_norm {
+                inputs.iter_mut().for_each(|input| input.copy_from_slice(&specified.norm));
+            }
+        }
+        if self.times > 1 && !inputs.iter().flatten().chain(&*residual).all(|x| x.to_f32().is_finite()) {
+            return Err(format!(
+                "after {} operations in place token {index} is not finite: use a wider element type",
+                self.times
+            ));
+        }
+        Ok(())
     }
 
     /// The largest error of any output of token `index` in units in the last place, or a description of a wrong output.
@@ -337,6 +463,7 @@ impl<'a, E: Plain> Judge<'a, E> {
             numbers.fill_row(Source::Input(rank), index, input);
         }
         numbers.fill_row(Source::Residual, index, &mut self.residual);
+        self.advance(index)?;
         let rows: Vec<&[E]> = self.inputs.iter().map(Vec::as_slice).collect();
         let token = Token {
             inputs: &rows,
@@ -357,8 +484,7 @@ impl<'a, E: Plain> Judge<'a, E> {
             scales: &outputs.scale_out,
         };
         if self.variant.is_specified(self.inputs.len() as u32) {
-            let Specified { residual_out, norm, values, scales } = &mut self.specified;
-            let mut row = Row { residual_out, norm, values, scales };
+            let mut row = self.specified.row();
             row.compute(&self.operation, &token).map_err(|error| error.to_string())?;
             row.compare(&self.operation, index, &observed).map_err(|wrong| wrong.to_string())?;
         }

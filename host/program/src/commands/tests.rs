@@ -44,7 +44,7 @@ fn every_option_reaches_its_setting() {
     let settings = bench(
         "--num-tokens 1 2 --hidden-dim 65536 --dtypes float16 --quant-modes fp4 --no-residual --no-oneshot \
          --warmup 0 --trials 1 --seed 7 --backend cpu --allreduce custom --nproc-per-node 16 --oversubscribe --deadline 0.5 --output-file a.md \
-         --cold --peers torch,flashinfer torch --python a/python --peer-deadline 2.5 \
+         --cold --in-place --peers torch,flashinfer torch --python a/python --peer-deadline 2.5 \
          --json a.json --plot a.svg --plot-all --compare b.json --tolerance 2.5",
     );
     let expected = Settings {
@@ -67,6 +67,7 @@ fn every_option_reaches_its_setting() {
         },
         all_reduces: vec![AllReduceChoice::Custom],
         cold: true,
+        in_place: true,
         peers: vec![PeerChoice::Torch, PeerChoice::FlashInfer],
         peer_deadline_seconds: 2.5,
         python: "a/python".into(),

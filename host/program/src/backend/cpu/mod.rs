@@ -19,7 +19,7 @@ use fused_collective::{
 };
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
-    fusion::{Mode, Operation, Residual},
+    fusion::Mode,
     norm::{self, Gamma},
     plan::Limits,
     quant::{Quantization, e4m3, scale},
@@ -32,7 +32,7 @@ use crate::backend::{
     guards::{GUARD, GUARD_BYTES, stray_write},
     links::Links,
     problem::{Problem, Tensor},
-    steps::{Eager, Step},
+    steps::{Eager, Fused, Rows, Step},
 };
 
 use cache::cache_bytes;
@@ -183,11 +183,10 @@ impl Engine {
 
     fn typed_step<E: Plain>(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
         match step {
-            Step::Fused(mode) => self.fused::<E>(problem, problem.operation(mode)),
-            Step::FusedSharded if !problem.sharded => {
+            Step::Fused(Fused { sharded: true, .. }) if !problem.sharded => {
                 Err(Error::Step { step, why: "the problem has no sharded residual" })
             }
-            Step::FusedSharded => self.fused::<E>(problem, problem.sharded_operation()),
+            Step::Fused(call) => self.fused::<E>(problem, call),
             Step::AllReduce(mode) => self.all_reduce::<E>(problem, mode),
             Step::NcclAllReduce | Step::NcclSymmetricAllReduce => {
                 Err(Error::Step { step, why: "NCCL needs the cuda backend" })
@@ -208,29 +207,40 @@ impl Engine {
         }
     }
 
-    fn fused<E: Plain>(&mut self, problem: &Problem, operation: Operation) -> Result<(), Error> {
+    fn fused<E: Plain>(&mut self, problem: &Problem, call: Fused) -> Result<(), Error> {
         let (rank, world_size) = (self.communicator.rank(), self.communicator.world_size());
-        let rows = operation.residual_rows(rank, world_size) * operation.hidden;
+        let operation = call.operation(problem);
+        let Rows { first, count } = call.rows_of(problem);
+        let part = |first: u64, rows: u64, row: u64| (first * row) as usize..((first + rows) * row) as usize;
+        let rows = part(first, count, problem.hidden);
+        // With a sharded residual these are this rank's own rows.
+        let first_own = if call.sharded { first / u64::from(world_size) } else { first };
+        let own_rows = part(first_own, operation.residual_rows(rank, world_size), problem.hidden);
+        let codes = part(first, count, problem.quantization.value_bytes_per_row(problem.hidden));
+        let scales = problem.quantization.scale_bytes(count, problem.hidden).unwrap_or(0) as usize;
         let tensors = &mut self.sets[self.set];
-        let (residual, residual_out) = match operation.residual {
-            Residual::Sharded => (&tensors.residual_shard, &mut tensors.residual_shard_out),
-            Residual::None | Residual::Replicated => (&tensors.residual, &mut tensors.residual_out),
+        let (residual, residual_out) = match call.sharded {
+            true => (&mut tensors.residual_shard, &mut tensors.residual_shard_out),
+            false => (&mut tensors.residual, &mut tensors.residual_out),
         };
-        let inputs = Inputs {
-            input: Operand::Apart(tensors.input.elements()),
-            residual: operation
-                .residual
-                .is_some()
-                .then(|| Operand::Apart(&residual.elements()[..rows as usize])),
-            bias: None,
-            gamma: Gamma::Element(tensors.gamma.elements::<E>()),
-            scale: problem.scale,
+        let (residual, residual_out) = match (problem.residual, call.in_place) {
+            (false, _) => (None, residual_out),
+            (true, true) => (Some(Operand::InPlace), residual),
+            (true, false) => {
+                (Some(Operand::Apart(&residual.elements::<E>()[own_rows.clone()])), residual_out)
+            }
         };
+        let (input, norm_out) = match call.in_place && operation.writes_norm() {
+            true => (Operand::InPlace, &mut tensors.input),
+            false => (Operand::Apart(&tensors.input.elements::<E>()[rows.clone()]), &mut tensors.norm_out),
+        };
+        let gamma = Gamma::Element(tensors.gamma.elements::<E>());
+        let inputs = Inputs { input, residual, bias: None, gamma, scale: problem.scale };
         let outputs = Outputs {
-            residual_out: &mut residual_out.elements_mut()[..rows as usize],
-            norm_out: tensors.norm_out.elements_mut(),
-            quant_out: tensors.quant_out.bytes_mut(),
-            scale_out: tensors.scale_out.bytes_mut(),
+            residual_out: &mut residual_out.elements_mut()[own_rows],
+            norm_out: &mut norm_out.elements_mut()[rows],
+            quant_out: &mut tensors.quant_out.bytes_mut()[codes],
+            scale_out: &mut tensors.scale_out.bytes_mut()[..scales],
         };
         Ok(self.communicator.all_reduce(&operation, inputs, outputs)?)
     }
@@ -486,6 +496,10 @@ impl Collective for Engine {
         let time = began.elapsed().as_secs_f64() * 1e6 / f64::from(operations);
         self.set = 0;
         Ok(time)
+    }
+
+    fn runs_on_each(&self, operations: u32) -> u32 {
+        operations.div_ceil(self.sets.len() as u32)
     }
 
     fn set_cold(&mut self, cold: bool) {

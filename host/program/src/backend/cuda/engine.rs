@@ -551,6 +551,11 @@ impl Collective for Engine<'_> {
         OPERATIONS_PER_TRIAL
     }
 
+    fn runs_on_each(&self, operations: u32) -> u32 {
+        // The graph is launched twice.
+        2 * operations.div_ceil(self.sets.len() as u32)
+    }
+
     fn notes(&self) -> &[String] {
         &self.notes
     }

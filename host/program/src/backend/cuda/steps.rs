@@ -2,7 +2,7 @@
 
 use fused_collective_bench::{launch::EagerStep, table::EagerKernel};
 use fused_collective_core::{
-    fusion::{Mode, Norm, Operation, Residual, Rounding},
+    fusion::{Mode, Norm, Operation, Rounding},
     kernels::{Epilogue, Family, Kernel, Module, Set},
     launch::{Activations, Address, Shape},
     quant::Quantization,
@@ -13,7 +13,7 @@ use fused_collective::cuda::{DeviceTensor, TOO_MANY_TOKENS, epilogue::epilogue, 
 use crate::backend::{
     error::Error,
     problem::{Problem, Tensor},
-    steps::{Eager, Step},
+    steps::{Eager, Fused, Rows, Step},
 };
 
 use super::{
@@ -34,11 +34,10 @@ impl Engine<'_> {
     fn enqueue(&mut self, step: Step) -> Result<(), Error> {
         let problem = self.problem(step)?;
         match step {
-            Step::Fused(mode) => self.fused(&problem, problem.operation(mode)),
-            Step::FusedSharded if !problem.sharded => {
+            Step::Fused(Fused { sharded: true, .. }) if !problem.sharded => {
                 Err(Error::Step { step, why: "the problem has no sharded residual" })
             }
-            Step::FusedSharded => self.fused(&problem, problem.sharded_operation()),
+            Step::Fused(call) => self.fused(&problem, call),
             Step::AllReduce(mode) => self.all_reduce(&problem, mode),
             Step::NcclSymmetricAllReduce if self.window.is_none() => {
                 Err(Error::Step { step, why: "the problem has no symmetric window" })
@@ -51,18 +50,30 @@ impl Engine<'_> {
         }
     }
 
-    fn fused(&mut self, problem: &Problem, operation: Operation) -> Result<(), Error> {
-        let (residual, residual_out) = match operation.residual {
-            Residual::Sharded => (Tensor::ResidualShard, Tensor::ResidualShardOut),
-            Residual::None | Residual::Replicated => (Tensor::Residual, Tensor::ResidualOut),
-        };
-        let mut tensors = self.operands(problem, true, problem.quantization, residual_out);
-        tensors.residual = operation.residual.is_some().then(|| self.tensor(residual, problem.dtype));
-        // The tensors have room for every rank's rows.
+    fn fused(&mut self, problem: &Problem, call: Fused) -> Result<(), Error> {
+        let operation = call.operation(problem);
+        let Rows { first, count } = call.rows_of(problem);
         let (rank, world_size) = (self.communicator.rank(), self.communicator.world_size());
-        let length = operation.residual_rows(rank, world_size) * operation.hidden;
-        tensors.residual_out.length = length;
-        tensors.residual = tensors.residual.map(|residual| DeviceTensor { length, ..residual });
+        // With a sharded residual these are this rank's own rows. The tensors have room for every rank's.
+        let first_own = if call.sharded { first / u64::from(world_size) } else { first };
+        let own = operation.residual_rows(rank, world_size);
+        let row_bytes = problem.row_bytes();
+        let part = |tensor: DeviceTensor, first: u64, rows: u64, row_bytes: u64, row: u64| DeviceTensor {
+            address: tensor.address + first * row_bytes,
+            length: rows * row,
+            ..tensor
+        };
+        let rows = |tensor| part(tensor, first, count, row_bytes, problem.hidden);
+        let own_rows = |tensor| part(tensor, first_own, own, row_bytes, problem.hidden);
+        let row_codes = problem.quantization.value_bytes_per_row(problem.hidden);
+        let mut tensors = self.operands(problem, true, problem.quantization, call.sum(problem));
+        tensors.input = rows(tensors.input);
+        tensors.residual = problem.residual.then(|| own_rows(self.tensor(call.residual(), problem.dtype)));
+        tensors.residual_out = own_rows(tensors.residual_out);
+        tensors.norm_out = tensors.norm_out.map(|_| rows(self.tensor(call.norm(), problem.dtype)));
+        tensors.quant_out = tensors.quant_out.map(|codes| part(codes, first, count, row_codes, row_codes));
+        let scale_bytes = problem.quantization.scale_bytes(count, problem.hidden).unwrap_or(0);
+        tensors.scale_out = tensors.scale_out.map(|scales| DeviceTensor { length: scale_bytes, ..scales });
         let stream = self.handle();
         // SAFETY: the tensors are this engine's and outlive what it enqueues: `settle` comes before they are freed.
         Ok(unsafe { self.communicator.enqueue(&operation, &tensors, stream) }?)

@@ -107,6 +107,10 @@ pub(crate) struct BenchArgs {
     #[argh(switch)]
     cold: bool,
 
+    /// write over the inputs in fused variants: norm_out over input, residual_out over residual
+    #[argh(switch)]
+    in_place: bool,
+
     /// other packages to measure, if Python has them: flashinfer, torch (default: none)
     #[argh(option, arg_name = "name")]
     peers: Vec<String>,
@@ -203,6 +207,7 @@ impl BenchArgs {
                 default.all_reduces,
             )?,
             cold: self.cold,
+            in_place: self.in_place,
             peers: list("--peers", &self.peers, |text| name("--peers", text), default.peers)?,
             peer_deadline_seconds: one(
                 self.peer_deadline,

@@ -11,7 +11,10 @@ use fused_collective::group::rendezvous::Group;
 
 use super::arguments::arguments;
 use crate::{
-    backend::{collective::Collective, problem::Tensor},
+    backend::{
+        collective::Collective,
+        problem::{Problem, Tensor},
+    },
     bounded::one_line,
     exit::{self, Failure, Stream, complain},
     job::{
@@ -72,7 +75,7 @@ impl Bench {
             problems: settings.cases().map(|case| run::problem(&settings, case)).collect(),
             cold: settings.cold,
             // A copy of the outputs while they are verified.
-            held: |problem| problem.bytes_of(&Tensor::OUTPUTS),
+            held: if settings.in_place { held_in_place } else { held },
             timed: true,
             ..Request::new(settings.job.clone())
         })?;
@@ -174,6 +177,17 @@ impl Bench {
         written.map(drop).and(shown)?;
         Ok(if failed { exit::FAILURE } else { exit::SUCCESS })
     }
+}
+
+/// Bytes of a copy of the outputs while they are verified.
+fn held(problem: &Problem) -> Option<u64> {
+    problem.bytes_of(&Tensor::OUTPUTS)
+}
+
+/// Bytes of copies of the outputs and, twice, of the inputs that are overwritten.
+fn held_in_place(problem: &Problem) -> Option<u64> {
+    let inputs = problem.bytes_of(&[Tensor::Input, Tensor::Residual, Tensor::ResidualShard])?;
+    inputs.checked_mul(2)?.checked_add(held(problem)?)
 }
 
 /// The file of an earlier report. A rank waits for no pipe longer than for another rank.

@@ -3,23 +3,26 @@
 //! Every rank calls [`run`], and all ranks go through the same steps. A trial runs a variant several times back to back
 //! after a barrier. The time of a trial is that of the slowest rank.
 
+use std::collections::BTreeSet;
+
 use fused_collective::group::rendezvous::Group;
 use fused_collective_core::{
     fusion::{Mode, Norm},
     plan::{Algorithm, Plan},
+    quant::Quantization,
 };
 
 use super::settings::{Case, Settings};
 use crate::{
     backend::{
         collective::Collective,
-        problem::Problem,
-        steps::{AllReduce, Step},
+        problem::{Problem, Tensor},
+        steps::{AllReduce, Fused, Step},
     },
     check::{
         inputs::Numbers,
         variants::{self, Variant, variants},
-        verify,
+        verify::{self, Saved},
     },
     commands::links::run::put_bandwidth,
     job::ranks::{Error, slowest},
@@ -88,21 +91,29 @@ pub fn run(
             all_reduces.push((all_reduce.name, step));
             notes.extend(note);
         }
+        let mut all =
+            variants(case.quant_mode, problem.residual, problem.sharded, settings.oneshot, &all_reduces);
+        if settings.in_place {
+            all = all.into_iter().map(Variant::in_place).collect();
+            notes.push(in_place(&problem));
+        }
+        let overwritten: BTreeSet<Tensor> =
+            all.iter().flat_map(|variant| variant.overwritten(&problem)).collect();
+        let saved = Saved::of(backend, &overwritten.into_iter().collect::<Vec<_>>())?;
         let mut entrants = Vec::new();
-        for variant in
-            variants(case.quant_mode, problem.residual, problem.sharded, settings.oneshot, &all_reduces)
-        {
+        for variant in all {
             progress.doing(format!("{} tokens, {}: {}", case.num_tokens, case.quant_mode, variant.name));
             let verdict = verify::verify(backend, group, &problem, &variant, Numbers::random(settings.seed))?;
             let trials = match verdict {
-                Ok(max_error_ulp) => Ok(first_trial(group, backend, &variant, max_error_ulp)?),
+                Ok(max_error_ulp) => Ok(first_trial(group, backend, &variant, &saved, max_error_ulp)?),
                 Err(why) => Err(why),
             };
             entrants.push((variant, trials));
             progress.step();
         }
         progress.doing(format!("{} tokens, {}: trials", case.num_tokens, case.quant_mode));
-        race(settings, group, backend, &mut entrants, progress)?;
+        race(settings, group, backend, &mut entrants, &saved, progress)?;
+        drop(saved);
         verify_timed(settings, group, backend, &problem, &mut entrants, progress)?;
         let plan = Plan::new(&problem.operation(Mode::Auto), backend.limits());
         notes.extend(plan.ok().and_then(|plan| automatic(plan.algorithm, &entrants)));
@@ -249,7 +260,8 @@ fn fastest(entrants: &[(Variant, Result<Trials, String>)], kind: Kind) -> Option
 /// Names the mode that [`Mode::Auto`] takes, and compares it with the other one if both have times.
 fn automatic(algorithm: Algorithm, entrants: &[(Variant, Result<Trials, String>)]) -> Option<String> {
     let median = |mode| {
-        let mut of_mode = entrants.iter().filter(|(variant, _)| variant.steps == [Step::Fused(mode)]);
+        let is_of_mode = |call: Fused| call.mode == mode && !call.sharded;
+        let mut of_mode = entrants.iter().filter(|(variant, _)| variant.fused().is_some_and(is_of_mode));
         of_mode.next()?.1.as_ref().ok()?.median_us()
     };
     let (one_shot, two_shot) = (median(Mode::OneShot)?, median(Mode::TwoShot)?);
@@ -281,14 +293,43 @@ fn first_trial(
     group: &Group,
     backend: &mut dyn Collective,
     variant: &Variant,
+    saved: &Saved,
     max_error_ulp: f64,
 ) -> Result<Trials, Error> {
-    let time = slowest(group, &[backend.time(&variant.steps, 1)?])?[0];
+    let time = slowest(group, &[trial(backend, variant, saved, 1)?])?[0];
     Ok(Trials {
         max_error_ulp,
         operations_per_trial: backend.operations_per_trial(time),
         times_us: Vec::new(),
     })
+}
+
+/// Times a trial of `operations` operations. Inputs that they overwrite are put back afterwards, so every trial starts with
+/// the same numbers, and in place goes on with its own.
+fn trial(
+    backend: &mut dyn Collective,
+    variant: &Variant,
+    saved: &Saved,
+    operations: u32,
+) -> Result<f64, Error> {
+    let time = backend.time(&variant.steps, operations)?;
+    if variant.fused().is_some_and(|call| call.in_place) {
+        saved.restore(backend)?;
+    }
+    Ok(time)
+}
+
+/// Says which outputs of fused variants are in place.
+fn in_place(problem: &Problem) -> String {
+    let sum = match problem.residual {
+        true => "the sum over the residual",
+        false => "the sum beside, as there is no residual",
+    };
+    let norm = match problem.quantization {
+        Quantization::None => "the norm over the input",
+        _ => "codes and scales beside, as they have sizes of their own",
+    };
+    format!("in place: fused variants write {sum}, and {norm}; separate operations and peers write beside")
 }
 
 /// Times the verified variants: warm-up trials, then those that count. The variants take turns, so a change of the clock
@@ -298,13 +339,14 @@ fn race(
     group: &Group,
     backend: &mut dyn Collective,
     entrants: &mut [(Variant, Result<Trials, String>)],
+    saved: &Saved,
     progress: &Progress,
 ) -> Result<(), Error> {
-    for trial in 0..settings.warmup + settings.trials {
+    for number in 0..settings.warmup + settings.trials {
         for (variant, trials) in entrants.iter_mut() {
             let Ok(trials) = trials else { continue };
-            let time = backend.time(&variant.steps, trials.operations_per_trial)?;
-            if trial >= settings.warmup {
+            let time = trial(backend, variant, saved, trials.operations_per_trial)?;
+            if number >= settings.warmup {
                 trials.times_us.push(time);
             }
         }
@@ -335,7 +377,7 @@ fn verify_timed(
         if let Ok(trials) = result {
             let operations = trials.operations_per_trial;
             match verify::verify_timed(backend, group, problem, variant, operations, numbers)? {
-                Ok(error) => trials.max_error_ulp = trials.max_error_ulp.max(error),
+                Ok((error, _)) => trials.max_error_ulp = trials.max_error_ulp.max(error),
                 Err(why) => {
                     *result = Err(format!("after {} trials: {why}", settings.warmup + settings.trials))
                 }
@@ -405,8 +447,8 @@ mod tests {
     #[test]
     fn the_mode_that_auto_takes_is_compared_with_the_other() {
         let mut entrants = entrants(11.0, 8.8);
-        entrants[0].0.steps = vec![Step::Fused(Mode::TwoShot)];
-        entrants[1].0.steps = vec![Step::Fused(Mode::OneShot)];
+        entrants[0].0.steps = vec![Step::fused(Mode::TwoShot)];
+        entrants[1].0.steps = vec![Step::fused(Mode::OneShot)];
         let note = |algorithm| automatic(algorithm, &entrants).unwrap();
         assert_eq!(
             note(Algorithm::OneShot),

@@ -66,6 +66,9 @@ pub struct Settings {
     /// True if operations find their tensors in main memory, and in no cache.
     #[serde(default)]
     pub cold: bool,
+    /// True if fused variants write over their inputs.
+    #[serde(default, skip_serializing_if = "Not::not")]
+    pub in_place: bool,
     /// Other packages to measure.
     #[serde(default)]
     pub peers: Vec<PeerChoice>,
@@ -99,6 +102,7 @@ impl Default for Settings {
             job: JobOptions::default(),
             all_reduces: AllReduceChoice::ALL.to_vec(),
             cold: false,
+            in_place: false,
             peers: Vec::new(),
             peer_deadline_seconds: default_peer_deadline(),
             python: default_python(),

@@ -52,7 +52,7 @@ pub fn problem() -> Problem {
 }
 
 /// The steps of all ranks.
-const STEPS: [Step; 2] = [Step::Fused(Mode::OneShot), Step::Fused(Mode::TwoShot)];
+const STEPS: [Step; 2] = [Step::fused(Mode::OneShot), Step::fused(Mode::TwoShot)];
 
 /// The problem and the steps of the rank that is out of step.
 fn mismatch(fault: Fault) -> (Problem, [Step; 2]) {

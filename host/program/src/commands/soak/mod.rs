@@ -10,7 +10,10 @@ use std::{fmt::Write as _, time::Instant};
 use fused_collective::group::rendezvous::Group;
 
 use crate::{
-    backend::{collective::Collective, problem::Tensor},
+    backend::{
+        collective::Collective,
+        problem::{Problem, Tensor},
+    },
     exit::{self, Failure, print},
     job::{Job, Request, ranks::Error, screen::Screen},
     report::progress::Progress,
@@ -30,7 +33,7 @@ impl Soak {
     pub(crate) fn new(settings: Settings) -> Result<Self, Failure> {
         let job = Job::new(Request {
             problems: run::largest_problems(),
-            held: |problem| problem.bytes_of(&Tensor::OUTPUTS)?.checked_mul(2),
+            held,
             ..Request::new(settings.job.clone())
         })?;
         job.check_memory()?;
@@ -96,9 +99,15 @@ impl Soak {
     }
 }
 
+/// Bytes of a copy of the inputs, of the outputs of each kind of call, and of one more while they are verified.
+fn held(problem: &Problem) -> Option<u64> {
+    let inputs = problem.bytes_of(&[Tensor::Input, Tensor::Residual, Tensor::ResidualShard])?;
+    problem.bytes_of(&Tensor::OUTPUTS)?.checked_mul(4)?.checked_add(inputs)
+}
+
 fn closing(tally: &Tally, seconds: f64) -> String {
-    let Tally { operations, results, problems, repetitions, failed } = tally;
+    let Tally { operations, results, problems, in_place, chunks, repetitions, failed } = tally;
     format!(
-        "{operations} operations on {problems} problems and {repetitions} repetitions in {seconds:.0} s: {results} results compared, {failed} FAILED"
+        "{operations} operations on {problems} problems, {in_place} turns in place, {chunks} calls of some rows and {repetitions} repetitions in {seconds:.0} s: {results} results compared, {failed} FAILED"
     )
 }

@@ -1,8 +1,9 @@
 //! Random operations for a given time, every result checked. They find errors that a matrix of cases cannot.
 //!
 //! A soak holds several problems, of random element types, shapes and quantizations, and solves them in random turns. A
-//! turn is one operation, several in changing modes, or repetitions of a captured sequence. Before a turn each rank pauses
-//! for a random time of its own, so that ranks arrive in every order. From time to time another problem replaces one.
+//! turn is one operation, several in changing modes, one that is cut into calls of some rows each, or repetitions of a captured
+//! sequence. Any of them may end in place. Before a turn each rank pauses for a random time of its own, so that ranks arrive
+//! in every order. From time to time another problem replaces one.
 //!
 //! The first results of a problem are checked against the [reference](fused_collective_core::reference). Every later
 //! result must have the same bits, in outputs that were poisoned before, with no byte written beside them. Problems have
@@ -32,12 +33,13 @@ use crate::{
     backend::{
         collective::Collective,
         problem::{Problem, Tensor},
-        steps::Step,
+        steps::{Fused, Rows, Step},
     },
     check::{
+        chunks,
         inputs::Numbers,
-        variants::{Variant, variants},
-        verify::{poison, verify, write_inputs},
+        variants::variants,
+        verify::{Outputs, Saved, poison, verify, verify_timed, write_inputs},
     },
     job::ranks::{Error, gather_verdicts},
     quant_mode::QuantMode,
@@ -80,6 +82,10 @@ pub struct Tally {
     pub results: u64,
     /// Problems, each checked against the reference in every mode.
     pub problems: u64,
+    /// Turns whose outputs replaced their inputs.
+    pub in_place: u64,
+    /// Calls of some of a problem's rows.
+    pub chunks: u64,
     /// Repetitions of a sequence; on GPUs, launches of captured graphs.
     pub repetitions: u64,
     /// Wrong results.
@@ -92,6 +98,8 @@ impl Sum for Tally {
             operations: total.operations + tally.operations,
             results: total.results + tally.results,
             problems: total.problems + tally.problems,
+            in_place: total.in_place + tally.in_place,
+            chunks: total.chunks + tally.chunks,
             repetitions: total.repetitions + tally.repetitions,
             failed: total.failed + tally.failed,
         })
@@ -115,19 +123,30 @@ impl fmt::Display for Sequence {
     }
 }
 
-/// The outputs of an operation.
-type Results = Vec<(Tensor, Vec<u8>)>;
-
 /// A problem of the soak, with its right results.
 struct Workload {
     problem: Problem,
     seed: u64,
     /// The verified outputs.
-    expected: Results,
-    /// The verified outputs with a sharded residual; empty if the problem has none.
-    sharded: Results,
+    expected: Option<Outputs>,
+    /// The verified outputs with a sharded residual, if the problem has one.
+    sharded: Option<Outputs>,
+    /// The inputs, to be put back after they were overwritten.
+    inputs: Saved,
     /// The sequence that is repeated, and the times. It stays the same, so that on GPUs one graph is launched each time.
     repeated: (Vec<Step>, u32),
+    /// The verified outputs of the repetitions, if each reads what the one before it wrote.
+    repeated_in_place: Option<Outputs>,
+}
+
+impl Workload {
+    /// The steps of a turn, of which the last makes the outputs.
+    fn steps<'a>(&'a self, turn: &'a Turn) -> &'a [Step] {
+        match turn {
+            Turn::Run(steps) | Turn::Chunks(steps) => steps,
+            Turn::Repeat => &self.repeated.0,
+        }
+    }
 }
 
 /// One turn.
@@ -135,6 +154,8 @@ struct Workload {
 enum Turn {
     /// Runs the steps once.
     Run(Vec<Step>),
+    /// Runs the steps once, each a call of some rows.
+    Chunks(Vec<Step>),
     /// Repeats the sequence of this problem.
     Repeat,
 }
@@ -168,6 +189,7 @@ pub(crate) fn run_sequence(
         random: Rng::with_seed(sequence.seed),
         // Different on each rank, and from the generator above.
         pauses: Rng::with_seed(sequence.seed.wrapping_add(1 + u64::from(group.rank()))),
+        world_size: group.world_size(),
         workloads: Vec::new(),
         tally: Tally::default(),
     };
@@ -233,6 +255,7 @@ struct Soak {
     /// The same on every rank.
     random: Rng,
     pauses: Rng,
+    world_size: u32,
     workloads: Vec<Workload>,
     tally: Tally,
 }
@@ -245,30 +268,43 @@ impl Soak {
             if first.is_empty() { vec![self.random.usize(..PROBLEMS)] } else { first.collect() };
         for index in indices {
             let (problem, seed) = (self.problem(), self.random.u64(..));
-            let repeated = (self.steps(problem.sharded), self.random.u32(1..=8));
+            let mut repeated = (self.steps(problem.sharded), self.random.u32(1..=8));
+            let in_place = self.random.u8(..4) == 0;
             backend.select(index)?;
             backend.prepare(&problem)?;
             write_inputs(backend, &problem, Numbers::random(seed), group)?;
             let quant_mode = quant_mode(problem.quantization);
-            let (mut expected, mut sharded): (Option<Results>, Results) = (None, Vec::new());
+            let inputs = [Tensor::Input, Tensor::Residual, Tensor::ResidualShard];
+            let inputs = Saved::of(backend, &inputs)?;
+            let [mut expected, mut sharded, mut repeated_in_place] = [const { None::<Outputs> }; 3];
             for variant in variants(quant_mode, problem.residual, problem.sharded, true, &[]) {
                 if let Err(why) = verify(backend, group, &problem, &variant, Numbers::random(seed))? {
                     return Ok(Err(format!("{}: {}: {why}", describe_problem(&problem), variant.name)));
                 }
                 self.tally.operations += 2;
-                let found = outputs(backend, &variant)?;
-                if variant.sharded {
-                    // Signs of zeros may differ from those of the other modes.
-                    sharded = found;
-                    continue;
+                let Some(call) = variant.fused() else { continue };
+                let found = outputs(backend, &problem, call)?;
+                if in_place && repeated.0.last() == Some(&Step::Fused(call)) {
+                    let variant = variant.clone().in_place();
+                    repeated.0.clone_from(&variant.steps);
+                    let (numbers, times) = (Numbers::random(seed), repeated.1);
+                    match verify_timed(backend, group, &problem, &variant, times, numbers)? {
+                        Ok((_, outputs)) => repeated_in_place = Some(outputs),
+                        Err(why) => {
+                            let problem = describe_problem(&problem);
+                            return Ok(Err(format!("{problem}: {} in place: {why}", variant.name)));
+                        }
+                    }
+                    self.tally.operations += 2 * u64::from(times);
                 }
-                if expected.get_or_insert_with(|| found.clone()) != &found {
+                if variant.sharded {
+                    sharded = Some(found);
+                } else if expected.get_or_insert(found.clone()) != &found {
                     return Ok(Err(format!("{}: modes differ", describe_problem(&problem))));
                 }
             }
             self.tally.problems += 1;
-            let expected = expected.unwrap_or_default();
-            let workload = Workload { problem, seed, expected, sharded, repeated };
+            let workload = Workload { problem, seed, expected, sharded, inputs, repeated, repeated_in_place };
             if index < self.workloads.len() {
                 self.workloads[index] = workload;
             } else {
@@ -304,8 +340,8 @@ impl Soak {
     fn steps(&mut self, sharded: bool) -> Vec<Step> {
         let random = &mut self.random;
         let mut fused = || {
-            let modes = [Mode::Auto, Mode::OneShot, Mode::TwoShot].map(Step::Fused);
-            let all = [modes[0], modes[1], modes[2], Step::FusedSharded];
+            let modes = [Mode::Auto, Mode::OneShot, Mode::TwoShot].map(Step::fused);
+            let all = [modes[0], modes[1], modes[2], Step::fused_sharded()];
             all[random.usize(..if sharded { 4 } else { 3 })]
         };
         let last = fused();
@@ -313,7 +349,9 @@ impl Soak {
         let mut steps: Vec<Step> = Vec::new();
         for &step in &before[..random.usize(..5)] {
             steps.push(match step {
-                Step::Fused(mode) if random.u8(..4) == 0 => Step::AllReduce(mode),
+                Step::Fused(Fused { mode, sharded: false, .. }) if random.u8(..4) == 0 => {
+                    Step::AllReduce(mode)
+                }
                 step => step,
             });
         }
@@ -323,9 +361,21 @@ impl Soak {
 
     fn choose(&mut self) -> (usize, Turn) {
         let index = self.random.usize(..self.workloads.len());
-        let sharded = self.workloads[index].problem.sharded;
-        let turn = if self.random.u8(..4) == 0 { Turn::Repeat } else { Turn::Run(self.steps(sharded)) };
-        (index, turn)
+        let problem = self.workloads[index].problem;
+        let repeat = self.random.u8(..4) == 0;
+        if repeat {
+            return (index, Turn::Repeat);
+        }
+        let mut steps = self.steps(problem.sharded);
+        let [in_place, chunks] = [(); 2].map(|()| self.random.u8(..4) == 0);
+        // Steps that follow would read what one in place has written.
+        let Some(Step::Fused(call)) = steps.last_mut() else { return (index, Turn::Run(steps)) };
+        call.in_place = in_place;
+        if chunks {
+            let steps = chunks::cut(&problem, *call, self.world_size, &mut self.random);
+            return (index, Turn::Chunks(steps));
+        }
+        (index, Turn::Run(steps))
     }
 
     /// Takes a turn, and compares the outputs with the verified ones.
@@ -346,6 +396,11 @@ impl Soak {
                 backend.run(steps)?;
                 self.tally.operations += steps.len() as u64;
             }
+            Turn::Chunks(steps) => {
+                chunks::run(backend, &workload.problem, steps)?;
+                self.tally.operations += steps.len() as u64;
+                self.tally.chunks += steps.len() as u64;
+            }
             Turn::Repeat => {
                 let (steps, times) = &workload.repeated;
                 backend.time(steps, *times)?;
@@ -354,21 +409,19 @@ impl Soak {
             }
         }
         self.tally.results += 1;
-        let steps = match turn {
-            Turn::Run(steps) => steps,
-            Turn::Repeat => &workload.repeated.0,
+        let Some(&Step::Fused(call)) = workload.steps(turn).last() else { return Ok(Ok(())) };
+        let expected = match turn {
+            Turn::Repeat if call.in_place => &workload.repeated_in_place,
+            _ if call.sharded => &workload.sharded,
+            _ => &workload.expected,
         };
-        let is_sharded = steps.last() == Some(&Step::FusedSharded);
-        for (tensor, expected) in if is_sharded { &workload.sharded } else { &workload.expected } {
-            let found = backend.read(*tensor)?;
-            if let Some(at) = found.iter().zip(expected).position(|(found, expected)| found != expected) {
-                return Ok(Err(format!(
-                    "byte {at} of {tensor:?} is {:#04x}, not the verified {:#04x} (inputs of seed {})",
-                    found[at], expected[at], workload.seed
-                )));
-            }
+        let found = outputs(backend, &workload.problem, call)?;
+        if call.in_place {
+            self.tally.in_place += 1;
+            workload.inputs.restore(backend)?;
         }
-        Ok(Ok(()))
+        let wrong = expected.as_ref().and_then(|expected| found.first_difference(expected));
+        Ok(wrong.map_or(Ok(()), |wrong| Err(format!("{wrong} (inputs of seed {})", workload.seed))))
     }
 
     /// Pauses this rank for a random time, often none.
@@ -383,14 +436,12 @@ impl Soak {
 
     fn describe(&self, index: usize, turn: &Turn) -> String {
         let workload = &self.workloads[index];
-        let (steps, times) = match turn {
-            Turn::Run(steps) => (steps, 1),
-            Turn::Repeat => (&workload.repeated.0, workload.repeated.1),
-        };
+        let steps = workload.steps(turn);
+        let times = if matches!(turn, Turn::Repeat) { workload.repeated.1 } else { 1 };
         let mut text = describe_problem(&workload.problem);
         for step in steps {
             let _ = match step {
-                Step::Fused(mode) => write!(text, ", {mode:?}"),
+                Step::Fused(call) => describe_call(&mut text, call),
                 step => write!(text, ", {step:?}"),
             };
         }
@@ -399,6 +450,14 @@ impl Soak {
         }
         text
     }
+}
+
+fn describe_call(text: &mut String, call: &Fused) -> fmt::Result {
+    let Fused { mode, sharded, in_place, rows } = call;
+    let (sharded, in_place) =
+        (if *sharded { " sharded" } else { "" }, if *in_place { " in place" } else { "" });
+    write!(text, ", {mode:?}{sharded}{in_place}")?;
+    rows.map_or(Ok(()), |Rows { first, count }| write!(text, " of {count} rows from {first}"))
 }
 
 fn describe_problem(problem: &Problem) -> String {
@@ -416,12 +475,8 @@ fn quant_mode(quantization: Quantization) -> QuantMode {
     QuantMode::ALL.into_iter().find(|mode| mode.quantization() == quantization).unwrap_or(QuantMode::None)
 }
 
-/// The outputs that `variant` writes.
-fn outputs(backend: &mut dyn Collective, variant: &Variant) -> Result<Vec<(Tensor, Vec<u8>)>, Error> {
-    let written = |tensor: &Tensor| match tensor {
-        Tensor::NormOut => variant.writes_norm,
-        Tensor::ResidualOut | Tensor::ResidualShardOut => *tensor == variant.sum(),
-        _ => true,
-    };
-    Tensor::OUTPUTS.into_iter().filter(written).map(|tensor| Ok((tensor, backend.read(tensor)?))).collect()
+/// The outputs that `call` has written.
+fn outputs(backend: &mut dyn Collective, problem: &Problem, call: Fused) -> Result<Outputs, Error> {
+    let norm = call.operation(problem).writes_norm().then(|| call.norm());
+    Outputs::read(backend, call.sum(problem), norm)
 }

@@ -2,7 +2,7 @@
 //!
 //! `core`'s tests compare its conversions with another implementation, for every `f32`.
 
-use std::{num::NonZero, ops::Range, panic::resume_unwind, thread};
+use std::ops::Range;
 
 use fused_collective_core::quant::{e2m1, e4m3};
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     backend::steps::Conversion,
+    check::parallel,
     job::ranks::{Error, gather_verdicts},
     report::progress::Progress,
 };
@@ -95,30 +96,15 @@ pub fn run_conversions(
 
 /// Compares the codes of consecutive bit patterns with `core`'s, on this rank's share of the processors.
 fn compare(to: Conversion, first: u32, codes: &[u8], ranks: u32) -> Compared {
-    let processors = thread::available_parallelism().map_or(1, NonZero::get);
-    let threads = (processors / ranks as usize).max(1);
-    let share = codes.len().div_ceil(threads).max(1);
+    let share = codes.len().div_ceil(parallel::processors(ranks)).max(1);
     let per_byte = to.codes_per_byte();
-    thread::scope(|scope| {
-        let parts: Vec<_> = codes
-            .chunks(share)
-            .enumerate()
-            .map(|(part, codes)| {
-                let first = first.wrapping_add((part * share) as u32 * per_byte);
-                let compare = move || compare_part(to, first, codes);
-                // Without a thread, and the memory that it takes, this one does its work.
-                thread::Builder::new().spawn_scoped(scope, compare).map_err(|_| compare())
-            })
-            .collect();
-        let mut all = Compared::default();
-        for part in parts {
-            all.add(match part {
-                Ok(thread) => thread.join().unwrap_or_else(|panic| resume_unwind(panic)),
-                Err(done) => done,
-            });
-        }
-        all
-    })
+    let parts = codes.chunks(share).enumerate().collect();
+    let parts = parallel::map(ranks, parts, |(part, codes): (usize, &[u8])| {
+        compare_part(to, first.wrapping_add((part * share) as u32 * per_byte), codes)
+    });
+    let mut all = Compared::default();
+    parts.into_iter().for_each(|part| all.add(part));
+    all
 }
 
 fn compare_part(to: Conversion, first: u32, codes: &[u8]) -> Compared {

@@ -176,7 +176,7 @@ impl Late<'_> {
     fn awaited(&self) -> (u32, What) {
         let owner = owner(0, self.group.world_size());
         // A rank that does not own the token waits for its sum, which the owner cannot complete.
-        let for_sum = self.variant.steps == [Step::Fused(Mode::TwoShot)] && self.group.rank() != owner;
+        let for_sum = self.variant.steps == [Step::fused(Mode::TwoShot)] && self.group.rank() != owner;
         if for_sum { (owner, What::Sum(0)) } else { (self.late, What::Input(0)) }
     }
 }

@@ -4,6 +4,7 @@
 //! - the [reference](fused_collective_core::reference) allows every element, whatever the outputs held before;
 //! - the outputs of all ranks are the same bits, and so are those of a repeated run;
 //! - `residual_out` is the same bits in one-shot and in two-shot, and for every quantization;
+//! - the operation gives these bits, too, when its rows are cut into calls of random sizes whose outputs replace their inputs;
 //! - the operation has not written its inputs, unrelated tensors, the guards of tensors or idle slots of the workspace. It
 //!   has not read unrelated tensors and guards, which are full of NaN.
 //!
@@ -16,6 +17,7 @@
 
 use std::{borrow::Cow, ops::Range};
 
+use fastrand::Rng;
 use fused_collective::{cpu::Plain, group::rendezvous::Group};
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
@@ -34,10 +36,11 @@ use crate::{
         problem::{Problem, Tensor},
     },
     check::{
+        chunks,
         variants::{Variant, variants},
         verify::{
-            Judge, Outputs, POISON, check_padding, largest_error, poison, row, row_of_sum, spread, values,
-            write_inputs,
+            Judge, Outputs, POISON, Saved, check_padding, largest_error, poison, row, row_of_sum, spread,
+            values, write_inputs,
         },
     },
     job::ranks::{Error, gather_verdicts},
@@ -63,13 +66,12 @@ pub fn run(
     for section in settings.sections() {
         let mut tallies = [Tally::default(); QuantMode::ALL.len()];
         for shape in section.shapes(settings) {
-            // The outputs of one-shot without a quantization, once they are verified.
-            let mut base = None;
+            let mut known = Known::default();
             for (quant_mode, tally) in section.quant_modes().zip(&mut tallies) {
                 let title = shape.title(quant_mode);
                 progress.doing(title.clone());
                 // The backend's errors do not name the case. The group's errors are about ranks.
-                let verdicts = verify_modes(settings, shape, quant_mode, place, &mut base, progress)
+                let verdicts = verify_modes(settings, shape, quant_mode, place, &mut known, progress)
                     .map_err(|error| match error {
                         Error::Collective(error) => Error::Failed(format!("{title}: {error}")),
                         error => error,
@@ -105,6 +107,15 @@ fn audit(place: &mut Place<'_>) -> Result<Verdicts, Error> {
     Ok(vec![("no tensor's memory".to_owned(), verdict)])
 }
 
+/// The tensors that the problems of a shape have in common.
+#[derive(Default)]
+struct Known {
+    /// The [inputs](INPUTS).
+    inputs: Option<Saved>,
+    /// The outputs of one-shot without a quantization, once they are verified.
+    base: Option<Base>,
+}
+
 /// Outputs that the reference has allowed.
 struct Base {
     outputs: Outputs,
@@ -121,15 +132,19 @@ impl Base {
         [index, sum]: [u64; 2],
         scratch: &mut Scratch,
     ) -> bool {
-        let hidden = problem.hidden as usize;
-        let rows_of = |bytes: &[u8]| row::<E>(bytes, index, hidden);
-        if rows_of(&self.outputs.residual_out) != row::<E>(&outputs.residual_out, sum, hidden) {
+        fn row_of(bytes: &[u8], index: u64, row_bytes: u64) -> &[u8] {
+            let start = (index * row_bytes) as usize;
+            bytes.get(start..start + row_bytes as usize).unwrap_or_default()
+        }
+        let row_bytes = problem.row_bytes();
+        let known = &self.outputs;
+        if row_of(&known.residual_out, index, row_bytes) != row_of(&outputs.residual_out, sum, row_bytes) {
             return false;
         }
-        let norm = rows_of(&self.outputs.norm_out);
         if problem.quantization == Quantization::None {
-            return norm == rows_of(&outputs.norm_out);
+            return row_of(&known.norm_out, index, row_bytes) == row_of(&outputs.norm_out, index, row_bytes);
         }
+        let norm = row::<E>(&known.norm_out, index, problem.hidden as usize);
         scratch.quantize(problem, &norm).is_some_and(|(codes, scales)| {
             let (own, all) = (problem.quantization.scales(1, problem.hidden), problem.scales());
             let same_scales = own.zip(all).is_none_or(|(own, all)| {
@@ -164,12 +179,13 @@ fn verify_modes(
     shape: Shape,
     quant_mode: QuantMode,
     place: &mut Place<'_>,
-    base: &mut Option<Base>,
+    known: &mut Known,
     progress: &Progress,
 ) -> Result<Verdicts, Error> {
+    let Known { inputs, base } = known;
     let problem = shape.problem(quant_mode);
     let mut case = match &mut place.own {
-        Some((group, backend)) => Some(Case::prepare(settings, problem, group, &mut **backend)?),
+        Some((group, backend)) => Some(Case::prepare(settings, problem, group, &mut **backend, inputs)?),
         None => None,
     };
     // The set-up of a rank must not count against the deadline of another rank's operation.
@@ -204,9 +220,16 @@ struct Case<'a> {
     problem: Problem,
     group: &'a Group,
     backend: &'a mut dyn Collective,
-    /// The tensors that no operation may change. They include a residual that the problem does not have.
-    inputs: [(&'static str, Tensor, Vec<u8>); 4],
+    inputs: &'a Saved,
 }
+
+/// The tensors that no operation may change. They include a residual that the problem does not have.
+const INPUTS: [(Tensor, &str); 4] = [
+    (Tensor::Input, "the input"),
+    (Tensor::Residual, "the residual"),
+    (Tensor::ResidualShard, "the sharded residual"),
+    (Tensor::Gamma, "gamma"),
+];
 
 /// The tensors that only separate operations use.
 const SCRATCH: [Tensor; 4] = [Tensor::Reduced, Tensor::WideA, Tensor::WideB, Tensor::PerToken];
@@ -217,19 +240,22 @@ impl<'a> Case<'a> {
         problem: Problem,
         group: &'a Group,
         backend: &'a mut dyn Collective,
+        inputs: &'a mut Option<Saved>,
     ) -> Result<Self, Error> {
         backend.prepare(&problem)?;
-        write_inputs(backend, &problem, settings.numbers(), group)?;
+        let inputs = match inputs {
+            Some(inputs) => {
+                inputs.restore(backend)?;
+                &*inputs
+            }
+            none => {
+                write_inputs(backend, &problem, settings.numbers(), group)?;
+                none.insert(Saved::of(backend, &INPUTS.map(|(tensor, _)| tensor))?)
+            }
+        };
         for tensor in SCRATCH {
             poison(backend, &problem, tensor)?;
         }
-        let mut read = |name, tensor| backend.read(tensor).map(|bytes| (name, tensor, bytes));
-        let inputs = [
-            read("the input", Tensor::Input)?,
-            read("the residual", Tensor::Residual)?,
-            read("the sharded residual", Tensor::ResidualShard)?,
-            read("gamma", Tensor::Gamma)?,
-        ];
         Ok(Case { settings, problem, group, backend, inputs })
     }
 
@@ -241,15 +267,39 @@ impl<'a> Case<'a> {
             if again == outputs { Ok(0.0) } else { Err("a repeated run gave other bits".to_owned()) };
         drop(again);
         let untouched = self.check_untouched(&variant)?;
-        Ok(Run { variant, outputs, verdict: Ok(0.0), after: repeats.and(untouched) })
+        let in_chunks = self.check_chunks(&variant, &outputs)?;
+        Ok(Run { variant, outputs, verdict: Ok(0.0), after: repeats.and(untouched).and(in_chunks) })
+    }
+
+    /// Checks on this rank that several calls in place, each of some rows, give the same `outputs`.
+    fn check_chunks(&mut self, variant: &Variant, outputs: &Outputs) -> Result<Verdict, Error> {
+        let in_place = variant.clone().in_place();
+        let Some(call) = in_place.fused() else { return Ok(Ok(0.0)) };
+        // The same on every rank, and others for other shapes.
+        let seed = self.settings.seed ^ self.problem.tokens << 32 ^ self.problem.hidden;
+        let mut random = Rng::with_seed(seed);
+        let steps = chunks::cut(&self.problem, call, self.group.world_size(), &mut random);
+        let problem = self.problem;
+        // No rank's calls may write while another one searches for stray writes of the calls before.
+        self.group.barrier()?;
+        let found = Outputs::after(self.backend, &problem, &in_place, |backend| {
+            chunks::run(backend, &problem, &steps)
+        })?;
+        let wrong = found.first_difference(outputs);
+        let stray = self.backend.find_stray_write(false)?;
+        Ok(match (wrong, stray) {
+            (Some(wrong), _) => Err(format!("in place, in {} calls: {wrong}", steps.len())),
+            (None, Some(stray)) => Err(format!("in place, in {} calls: {stray} was written", steps.len())),
+            (None, None) => Ok(0.0),
+        })
     }
 
     /// Checks on this rank that a run of `variant` wrote nothing but its outputs. All ranks are idle meanwhile.
     fn check_untouched(&mut self, variant: &Variant) -> Result<Verdict, Error> {
-        for (name, tensor, before) in &self.inputs {
-            if self.backend.read(*tensor)? != *before {
-                return Ok(Err(format!("{name} was changed")));
-            }
+        if let Some(changed) = self.inputs.first_changed(self.backend)? {
+            let name =
+                INPUTS.iter().find(|(tensor, _)| *tensor == changed).map_or("an input", |(_, name)| name);
+            return Ok(Err(format!("{name} was changed")));
         }
         let norm = (!variant.writes_norm).then_some(Tensor::NormOut);
         let other_sum = if variant.sharded { Tensor::ResidualOut } else { Tensor::ResidualShardOut };
@@ -326,7 +376,7 @@ impl Run {
         let own = verdict.and_then(|error| {
             padding?;
             after?;
-            Ok((error, outputs.digests(&variant)))
+            Ok((error, outputs.digests(&variant, case.group.world_size())))
         });
         let verdict = gather_verdicts(case.group, own)?.and_then(|all| {
             if let Some(rank) = all.iter().position(|(_, digests)| *digests != all[0].1) {

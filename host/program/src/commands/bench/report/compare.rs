@@ -52,6 +52,7 @@ pub fn check(
     world_size: u32,
 ) -> Result<(), UsageError> {
     let residual = |with| if with { "with residual" } else { "no residual" };
+    let place = |in_place| if in_place { "outputs in place" } else { "outputs beside inputs" };
     let caches = |cold| if cold { "cold caches" } else { "warm caches" };
     let gpus = |shared| if shared { "ranks that may share a GPU" } else { "a GPU for each rank" };
     let facts = [
@@ -62,6 +63,7 @@ pub fn check(
             format!("hidden size {}", settings.hidden_dim),
         ),
         (residual(earlier.settings.use_residual).to_owned(), residual(settings.use_residual).to_owned()),
+        (place(earlier.settings.in_place).to_owned(), place(settings.in_place).to_owned()),
         (caches(earlier.settings.cold).to_owned(), caches(settings.cold).to_owned()),
         (gpus(earlier.settings.job.oversubscribe).to_owned(), gpus(settings.job.oversubscribe).to_owned()),
     ];
@@ -262,6 +264,9 @@ SLOWER: standard_allreduce_native_rms_norm (num_tokens=128, dtype=bfloat16, with
         assert_eq!(check(&earlier, &wide, "cpu", 2), refused("hidden size 8192", "hidden size 4096"));
         let bare = Settings { use_residual: false, ..settings.clone() };
         assert_eq!(check(&earlier, &bare, "cpu", 2), refused("with residual", "no residual"));
+        let in_place = Settings { in_place: true, ..settings.clone() };
+        let why = refused("outputs beside inputs", "outputs in place");
+        assert_eq!(check(&earlier, &in_place, "cpu", 2), why);
         let cold = Settings { cold: true, ..settings.clone() };
         assert_eq!(check(&earlier, &cold, "cpu", 2), refused("warm caches", "cold caches"));
     }

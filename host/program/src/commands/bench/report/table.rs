@@ -12,9 +12,10 @@ use crate::report::grid::{grid, table};
 pub fn heading(report: &Report) -> String {
     let Report { backend, world_size, settings, .. } = report;
     let (warmup, trials, hidden) = (settings.warmup, settings.trials, settings.hidden_dim);
+    let place = if settings.in_place { ", in place" } else { "" };
     let caches = if settings.cold { ", cold caches" } else { "" };
     format!(
-        "{backend} backend, {world_size} ranks, hidden size {hidden}, {trials} trials after {warmup} to warm up{caches}\n{}\n",
+        "{backend} backend, {world_size} ranks, hidden size {hidden}, {trials} trials after {warmup} to warm up{place}{caches}\n{}\n",
         report.machine.summary()
     )
 }
@@ -99,5 +100,7 @@ note: More ranks than cores: times include waiting for a core.
         let mut cold = fixture::report();
         cold.settings.cold = true;
         assert!(heading(&cold).contains("5 to warm up, cold caches\n"));
+        cold.settings.in_place = true;
+        assert!(heading(&cold).contains("5 to warm up, in place, cold caches\n"));
     }
 }

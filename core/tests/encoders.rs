@@ -7,7 +7,7 @@ use std::{
     thread,
 };
 
-use fused_collective_core::quant::{e2m1, e4m3, ue4m3, ue8m0};
+use fused_collective_core::quant::{e2m1, e4m3, scale, ue4m3, ue8m0};
 use sha2::{Digest, Sha256};
 
 const DIGESTS: &str = include_str!("digests/encoders.txt");
@@ -84,6 +84,23 @@ fn ue8m0_encodes_every_f32_as_ml_dtypes_does() {
 #[test]
 fn ue8m0_encodes_every_f32_upwards_as_numpy_does() {
     encodes_every_f32("ue8m0_up", ue8m0::encode_up);
+}
+
+/// Every magnitude: products of a `f32` and a power of two with 448 or 6 are exact in `f64`.
+#[test]
+fn block_scales_are_the_least_powers_of_two_under_which_no_element_saturates() {
+    let formats: [(fn(f32) -> u8, f64); 2] = [(scale::fp8_block, 448.0), (scale::mxfp4_block, 6.0)];
+    for (block, largest) in formats {
+        let step = |code: u8| f64::from(ue8m0::decode(code)) * largest;
+        let steps: Vec<f64> = (0..=254).map(step).collect();
+        for bits in 0..=f32::MAX.to_bits() {
+            let amax = f64::from(f32::from_bits(bits));
+            let code = usize::from(block(f32::from_bits(bits)));
+            let is_least = code == 0 || steps[code - 1] < amax;
+            assert!(steps[code] >= amax && is_least, "{amax:e} has the scale {code}, {largest}");
+        }
+        assert_eq!([f32::INFINITY, f32::NEG_INFINITY, f32::NAN].map(block), [254, 254, 255]);
+    }
 }
 
 /// A code's value by the definition of a format with `mantissa` stored bits and bias `bias`, sign aside.

@@ -4,6 +4,10 @@
 //! [`Kernel`] is a [`Family`] with an [`Epilogue`], in every [`Version`] an entry point: `two_shot_fp4_p2`. There is
 //! a folder of modules for each [`Processor`].
 //!
+//! What is the same for a whole launch and off the critical path is no kernel of its own but a parameter: the norm beside its
+//! codes, gamma's type, weight bias and epsilon, the bias and the roundings of the sum, the layout of scales, their type and
+//! the size of blocks. So an epilogue is a norm or none, times five quantizers.
+//!
 //! Tests hold the table against the compiled kernels, both ways. Kernels that are not the library's own are not in it:
 //! their names are those crates' affair, and their [`bounds`] those of the set that they resemble.
 
@@ -359,6 +363,8 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
     };
     let threads = match set {
         Set::Group8 if processor == "sm_80" => 256,
+        // Two packs of eight ranks, widened.
+        Set::Group8 if processor == "sm_120a" && dtype == DType::F32 && version == Some(Version::P2) => 256,
         Set::Group2 | Set::Group4 if takes_more => 512,
         _ if is_large || matches!(version, Some(Version::P2 | Version::Streamed)) => 512,
         _ => 1024,
@@ -444,6 +450,8 @@ mod tests {
             ("sm_80", Bf16, Local, "local_norm_p1", (1024, 1)),
             ("sm_80", Bf16, Group8, "one_shot_norm_p1", (256, 1)),
             ("sm_90", Bf16, Group8, "one_shot_norm_p1", (512, 1)),
+            ("sm_120a", F32, Group8, "one_shot_norm_p2", (256, 1)),
+            ("sm_120a", Bf16, Group8, "one_shot_norm_p2", (512, 1)),
             ("sm_120a", Bf16, Group4, "one_shot_norm_p1", (512, 1)),
             // FP4 beside packs of four ranks.
             ("sm_90", Bf16, Group4, "one_shot_fp4_p1", (1024, 1)),

@@ -106,6 +106,10 @@ impl DeviceMemory {
         let code = unsafe {
             (self.driver().cuMemcpyHtoD_v2)(self.address + offset, bytes.as_ptr().cast(), bytes.len())
         };
+        check("copy to the GPU", code)?;
+        // A copy of few bytes returns once they are staged. Neither other streams nor other processes wait for the rest.
+        // SAFETY: the default stream of the context that was entered.
+        let code = unsafe { (self.driver().cuStreamSynchronize)(null_mut()) };
         check("copy to the GPU", code)
     }
 

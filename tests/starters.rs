@@ -178,7 +178,7 @@ fn a_world_size_that_disagrees_with_nproc_per_node_is_refused_once() {
 
 #[test]
 fn a_rank_without_a_world_size_or_the_other_way_round_is_refused() {
-    let hint = "set both, or neither to let this program start its ranks";
+    let hint = "set both, or neither to start without a launcher";
     for (set, missing) in [("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")] {
         let variables = vec![(set, "1".to_owned()), ("MASTER_PORT", "29500".to_owned())];
         refused("", variables, &format!("{set} is set without {missing}: {hint}"));

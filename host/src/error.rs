@@ -11,6 +11,7 @@ use fused_collective_core::{
 use crate::group::{
     BootstrapError,
     failure::{Cause, Failure},
+    rendezvous,
 };
 
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
@@ -239,6 +240,10 @@ impl Error {
     pub fn peer(&self) -> Option<u32> {
         match self {
             Error::Pair { peer, .. } | Error::Header { peer, .. } => Some(*peer),
+            Error::Bootstrap(source) => match source.downcast_ref() {
+                Some(rendezvous::Error::Lost(lost)) => Some(lost.rank),
+                _ => None,
+            },
             error => error.failure().and_then(Failure::peer),
         }
     }
@@ -352,6 +357,13 @@ mod tests {
             "the workspace takes 3221225472 bytes of GPU memory (3.0 GiB), and 536870912 are free (0.5 GiB)"
         );
         assert_eq!((error.kind(), error.rank(), error.peer()), (ErrorKind::OutOfMemory, None, None));
+    }
+
+    #[test]
+    fn a_rank_that_does_not_join_is_the_error_s_peer() {
+        let lost = Lost { rank: 3, how: How::Late, detail: "join the group".to_owned() };
+        let error = Error::bootstrap(rendezvous::Error::Lost(lost).into());
+        assert_eq!((error.kind(), error.rank(), error.peer()), (ErrorKind::Bootstrap, None, Some(3)));
     }
 
     #[test]

@@ -83,6 +83,8 @@ mod error;
 mod fuzz;
 pub mod group;
 mod query;
+#[cfg(all(feature = "cpu", feature = "cuda"))]
+pub mod raw;
 
 pub use error::{Error, ErrorKind, TensorProblem};
 pub use fused_collective_core as core;

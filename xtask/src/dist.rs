@@ -1,6 +1,6 @@
 //! `cargo xtask dist`: a folder, and an archive of it, that runs on a machine with nothing but a driver (or, on the CPU
-//! backend, with nothing): the stripped program, with the kernels for every processor in it, and the licences of all that
-//! it is built from.
+//! backend, with nothing): the stripped program and the C library, with the kernels for every processor in them, and the
+//! licences of all that they are built from.
 //!
 //! The one thing that it does need is a C library that is recent enough: the program's own list of symbol versions says
 //! how recent.
@@ -29,6 +29,12 @@ use crate::{
 const PACKAGE: &str = "fused-collective-cli";
 /// Its program.
 const PROGRAM: &str = "fused-collective";
+/// The package of the C ABI.
+const CAPI: &str = "fused-collective-capi";
+/// Its libraries.
+const LIBRARIES: [&str; 2] = ["libfused_collective_capi.so", "libfused_collective_capi.a"];
+/// Its header, in the workspace.
+const HEADER: &str = "host/capi/include/fused_collective.h";
 /// The profile in the workspace's `Cargo.toml`, and the folder that cargo gives it.
 const PROFILE: &str = "dist";
 /// Files from the workspace's root that go along as they are.
@@ -48,20 +54,27 @@ pub(crate) fn make(output: Option<PathBuf>, processors: &[Processor], target: Op
     };
     eprintln!("building the kernels (minutes the first time)");
     let kernels = kernels::embed(processors)?;
-    let program = program(tools.as_ref())?;
+    let program = build(tools.as_ref(), &["--package", PACKAGE, "--bin", PROGRAM])?.join(PROGRAM);
+    let folder = build(tools.as_ref(), &["--package", CAPI, "--lib"])?;
+    let libraries = LIBRARIES.map(|library| folder.join(library));
     for archive in kernels {
-        ensure!(
-            contains(&program, &archive)?,
-            "{} does not carry the kernels in {}: build again",
-            program.display(),
-            archive.display()
-        );
+        // The kernels that only measure are the program's.
+        let carriers = if archive.starts_with(cmd::root().join("device")) { &libraries[..] } else { &[] };
+        for carrier in carriers.iter().chain([&program]) {
+            ensure!(
+                contains(carrier, &archive)?,
+                "{} does not carry the kernels in {}: build again",
+                carrier.display(),
+                archive.display()
+            );
+        }
     }
     let contents = Contents {
         version: version()?,
         arch: target.map_or(env::consts::ARCH, Target::arch),
-        glibc: glibc_needed(&program)?,
+        glibc: glibc_needed(&program)?.max(glibc_needed(&libraries[0])?),
         program,
+        libraries,
         processors: processors.to_vec(),
         third_party: third_party(&target.map_or_else(host, |target| Ok(target.triple().to_owned()))?)?,
     };
@@ -80,8 +93,8 @@ fn contains(whole: &Path, part: &Path) -> Result<bool> {
     Ok(whole.windows(part.len()).any(|bytes| bytes == part))
 }
 
-/// The program, built with [`PROFILE`]. Paths of this machine are left out of it.
-fn program(tools: Option<&Tools>) -> Result<PathBuf> {
+/// Builds `what` with [`PROFILE`], and returns the folder that it is in. Paths of this machine are left out of it.
+fn build(tools: Option<&Tools>, what: &[&str]) -> Result<PathBuf> {
     let mut flags = vec![format!("--remap-path-prefix={}=.", cmd::root().display())];
     let home = env::var_os("CARGO_HOME").map(PathBuf::from);
     if let Some(cargo) = home.or_else(|| env::home_dir().map(|home| home.join(".cargo"))) {
@@ -91,10 +104,10 @@ fn program(tools: Option<&Tools>) -> Result<PathBuf> {
         None => (cmd::cargo("build"), cmd::target_directory()?),
         Some(tools) => (tools.cargo("build")?, tools.folder()?),
     };
-    cargo.args(["--profile", PROFILE, "--package", PACKAGE, "--bin", PROGRAM]);
+    cargo.args(["--profile", PROFILE]).args(what);
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     cmd::run(&mut cargo)?;
-    Ok(folder.join(PROFILE).join(PROGRAM))
+    Ok(folder.join(PROFILE))
 }
 
 fn version() -> Result<String> {
@@ -147,6 +160,8 @@ struct Contents {
     /// The architecture that it is for.
     arch: &'static str,
     program: PathBuf,
+    /// Those of the C ABI.
+    libraries: [PathBuf; 2],
     /// Those that it has kernels for.
     processors: Vec<Processor>,
     glibc: Option<Glibc>,
@@ -191,6 +206,10 @@ impl Contents {
     fn fill(&self, folder: &Path) -> Result<()> {
         let put = |name: &str, text: &str| write_file(&folder.join(name), text.as_bytes(), 0o644);
         copy(&self.program, &folder.join(PROGRAM), 0o755)?;
+        for (library, name) in self.libraries.iter().zip(LIBRARIES) {
+            copy(library, &folder.join("lib").join(name), 0o644)?;
+        }
+        copy(&cmd::root().join(HEADER), &folder.join("include/fused_collective.h"), 0o644)?;
         for license in LICENSES {
             copy(&cmd::root().join(license), &folder.join(license), 0o644)?;
         }
@@ -204,8 +223,8 @@ impl Contents {
             "\
 # fused-collective {version}
 
-Fused all-reduce + residual add + RMSNorm + FP8/FP4 quantization: the program that verifies and benchmarks it, with its
-kernels for GPUs ({processors}, and what runs their PTX).
+Fused all-reduce + residual add + RMSNorm + FP8/FP4 quantization: the program that verifies and benchmarks it, and its
+C library, with kernels for GPUs ({processors}, and what runs their PTX).
 
 It needs {needs}.
 
@@ -220,7 +239,14 @@ other; no CUDA toolkit and no Rust. NCCL is compared with where it is found, and
 ./{PROGRAM} bench --help
 ```
 
-The program carries its kernels. Others, in a folder that `FUSED_COLLECTIVE_PTX` names, take their place.
+For programs in C and C++, `include` has the header and `lib` the library, shared and static, of the same operations:
+
+```sh
+cc program.c -Iinclude -Llib -lfused_collective_capi -Wl,-rpath,$PWD/lib
+cc program.c -Iinclude lib/libfused_collective_capi.a -lpthread -ldl -lm -lgcc_s
+```
+
+Program and library carry their kernels. Others, in a folder that `FUSED_COLLECTIVE_PTX` names, take their place.
 
 Licensed under MIT or Apache 2.0, at your choice: `LICENSE-MIT`, `LICENSE-APACHE`. What it is built from has the licences
 in `THIRD-PARTY.txt`.
@@ -348,10 +374,13 @@ mod tests {
     fn contents(folder: &Path) -> Contents {
         let program = folder.join("built");
         write_file(&program, b"#!/bin/sh\necho \"$@\" from \"$PWD\"\n", 0o755).unwrap();
+        let libraries = LIBRARIES.map(|name| folder.join(name));
+        libraries.iter().for_each(|library| write_file(library, b"a library", 0o644).unwrap());
         Contents {
             version: "1.2.3".to_owned(),
             arch: "aarch64",
             program,
+            libraries,
             processors: vec![Processor::Sm90],
             glibc: Some(Glibc(2, 34)),
             third_party: "everyone\n".to_owned(),
@@ -364,7 +393,9 @@ mod tests {
         let contents = contents(temporary.path());
         let output = temporary.path().join("a/b");
         let (folder, archive) = contents.write(&output).unwrap();
-        for name in LICENSES.iter().chain(&["README.md", "THIRD-PARTY.txt"]) {
+        let libraries = LIBRARIES.map(|name| format!("lib/{name}"));
+        let others = ["README.md", "THIRD-PARTY.txt", "include/fused_collective.h"];
+        for name in LICENSES.iter().chain(&others).copied().chain(libraries.iter().map(String::as_str)) {
             assert!(folder.join(name).is_file(), "{name}");
         }
         let readme = fs::read_to_string(folder.join("README.md")).unwrap();

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{GammaType, Norm, Operation, Rounding},
+    fusion::{GammaType, Operation, Rounding},
     launch::{Activations, Address},
     quant::Quantization,
 };
@@ -80,22 +80,42 @@ impl Tensors {
     /// One that is missing, superfluous, misaligned, or of another length or type than the operation needs; an
     /// operation that there are no kernels for.
     pub(crate) fn check(&self, operation: &Operation, rank: u32, world_size: u32) -> Result<(), Error> {
-        let quantization = operation.quantization;
-        let scales = supported(operation)?;
+        self.fit(operation, rank, world_size, ALIGNMENT)
+    }
+
+    /// Checks every tensor, whatever the backend, at addresses that are multiples of `alignment` and of an element.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub(crate) fn fit(
+        &self,
+        operation: &Operation,
+        rank: u32,
+        world_size: u32,
+        alignment: u64,
+    ) -> Result<(), Error> {
+        let Operation { quantization, tokens, hidden, .. } = *operation;
         let element = TensorType::Element(operation.dtype);
-        let activation = operation.tokens * operation.hidden;
-        let rows = operation.residual_rows(rank, world_size) * operation.hidden;
-        let values = operation.tokens * quantization.value_bytes_per_row(operation.hidden);
+        let activation = tokens * hidden;
+        let rows = operation.residual_rows(rank, world_size) * hidden;
+        let values = tokens * quantization.value_bytes_per_row(hidden);
         let quantized = quantization != Quantization::None;
-        let hidden = operation.hidden;
+        let scales = supported(operation)?;
+        let gamma = operation.norm.map(|norm| match norm.gamma {
+            GammaType::Element => (hidden, element),
+            GammaType::F32 => (hidden, TensorType::Element(DType::F32)),
+        });
+        let check = |tensor, given, needed: Option<(u64, TensorType)>| {
+            let of_element = match needed {
+                Some((_, TensorType::Element(dtype))) => dtype.bytes(),
+                _ => 1,
+            };
+            check_aligned(tensor, given, needed, alignment.max(of_element))
+        };
         check("input", Some(self.input), Some((activation, element)))?;
         check("residual", self.residual, operation.residual.is_some().then_some((rows, element)))?;
         check("bias", self.bias, operation.bias.then_some((hidden, element)))?;
-        let gamma = |norm: Norm| match norm.gamma {
-            GammaType::Element => element,
-            GammaType::F32 => TensorType::Element(DType::F32),
-        };
-        check("gamma", self.gamma, operation.norm.map(|norm| (hidden, gamma(norm))))?;
+        check("gamma", self.gamma, gamma)?;
         let scale = quantization.reads_scale().then_some((1, TensorType::Element(DType::F32)));
         check_aligned("scale", self.scale, scale, SCALE_ALIGNMENT)?;
         check("residual_out", Some(self.residual_out), Some((rows, element)))?;
@@ -218,7 +238,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use fused_collective_core::{
-        fusion::{Mode, Residual},
+        fusion::{Mode, Norm, Residual},
         quant::ScaleLayout,
     };
 

@@ -3,10 +3,10 @@
 pub mod launch;
 pub mod options;
 mod placement;
-pub mod rank_env;
 pub mod ranks;
 pub(crate) mod screen;
-mod starting_process;
+
+pub use fused_collective::group::rank_env;
 
 use std::{
     cell::Cell,

@@ -2,7 +2,7 @@
 //!
 //! | started by | rank, size | rank on this host, ranks on this host | key |
 //! | --- | --- | --- | --- |
-//! | this program, `torchrun` | `RANK`, `WORLD_SIZE` | `LOCAL_RANK`, `LOCAL_WORLD_SIZE` | `MASTER_ADDR`, `MASTER_PORT`, `TORCHELASTIC_RUN_ID`, `TORCHELASTIC_RESTART_COUNT` |
+//! | `torchrun`, the program `fused-collective` | `RANK`, `WORLD_SIZE` | `LOCAL_RANK`, `LOCAL_WORLD_SIZE` | `MASTER_ADDR`, `MASTER_PORT`, `TORCHELASTIC_RUN_ID`, `TORCHELASTIC_RESTART_COUNT` |
 //! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE` | `OMPI_COMM_WORLD_LOCAL_RANK`, `_LOCAL_SIZE` | `PMIX_NAMESPACE`, else `OMPI_MCA_ess_base_jobid` |
 //! | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` | the process that started the ranks |
 //! | others with PMI | `PMI_RANK`, `PMI_SIZE` | hosts: `SLURM_STEP_NUM_NODES` | `PMI_JOBID`, else the process that started the ranks |
@@ -12,7 +12,7 @@
 //! same rank and size twice; there Slurm's own line counts. The key is the same for all ranks of a job, and differs from every
 //! other job's on the host; [`KEY`] overrides it.
 //!
-//! A process that is the only rank of its job is no rank: it starts ranks of its own.
+//! A process that is the only rank of its job is no rank: it may start ranks of its own.
 //!
 //! Slurm sets its variables for every process of a job, even if it is no rank: a batch script, or a shell of `srun --pty` or
 //! `salloc`. Only the tasks of a job step with several tasks are ranks.
@@ -31,7 +31,7 @@ const SLURM_SPECIAL_STEPS: u64 = 0xffff_fff0;
 /// The program that started this process as a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Starter {
-    /// `torchrun`, this program itself, or another program that sets the same variables.
+    /// `torchrun`, or another program that sets the same variables.
     Torchrun,
     /// Open MPI's `mpirun`.
     OpenMpi,
@@ -99,10 +99,7 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Missing { set, missing } => {
-                write!(
-                    f,
-                    "{set} is set without {missing}: set both, or neither to let this program start its ranks"
-                )
+                write!(f, "{set} is set without {missing}: set both, or neither to start without a launcher")
             }
             Error::Invalid { variable, value, valid } => {
                 write!(f, "{variable}={value:?} is not valid: use {valid}")

@@ -86,7 +86,7 @@ fn specified() -> String {
     let residual: Vec<f32> = elements().map(|at| (at % 5) as f32 / 3.0).collect();
     let gamma: Vec<f32> = (0..HIDDEN).map(|at| 1.0 + at as f32 / 64.0).collect();
     let [mut sums, mut norms] = [(); 2].map(|()| vec![0.0; TOKENS * HIDDEN]);
-    let mut codes = vec![0; TOKENS * HIDDEN];
+    let mut codes = [0; TOKENS * HIDDEN];
     for token in 0..TOKENS {
         let row = token * HIDDEN..(token + 1) * HIDDEN;
         let given = Token {

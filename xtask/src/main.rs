@@ -14,6 +14,7 @@ mod packages;
 mod select;
 mod structure;
 mod test;
+mod wheel;
 
 use std::{
     env,
@@ -45,6 +46,7 @@ enum Task {
     Kernels(Kernels),
     Ptx(Ptx),
     Test(Test),
+    Wheel(Wheel),
 }
 
 /// Benchmark fused against separate operations; takes the options of `fused-collective bench`, --help included.
@@ -113,6 +115,19 @@ struct Test {
     embedded: bool,
 }
 
+/// Build the Python package as a wheel that carries the kernels.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "wheel")]
+struct Wheel {
+    /// where to put it (default: target/wheels)
+    #[argh(option, arg_name = "folder")]
+    output: Option<PathBuf>,
+
+    /// a processor to have kernels for: sm_80, sm_90, sm_100a or sm_120a; may be repeated (default: all)
+    #[argh(option, long = "cpu", arg_name = "cpu")]
+    processors: Vec<Processor>,
+}
+
 fn main() -> ExitCode {
     let text = |argument: OsString| {
         argument.into_string().map_err(|bytes| EarlyExit::from(format!("{bytes:?} is not valid UTF-8")))
@@ -159,6 +174,7 @@ fn run(task: Task) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
+        Task::Wheel(Wheel { output, processors }) => done(wheel::make(output, &chosen(processors))),
         Task::Test(Test { quick, target, embedded }) => match (quick, target, embedded) {
             (false, None, false) => Ok(test::run(Scope::All)),
             (true, None, false) => Ok(test::run(Scope::Quick)),
@@ -202,7 +218,7 @@ mod tests {
     fn help_names_every_task_and_an_unknown_one_is_an_error() {
         let Err(help) = parse_words(&["--help"]) else { panic!("--help is taken for a task") };
         assert!(help.status.is_ok());
-        for task in ["bench", "dist", "doctor", "kernels", "ptx", "test"] {
+        for task in ["bench", "dist", "doctor", "kernels", "ptx", "test", "wheel"] {
             assert!(help.output.contains(task), "{}", help.output);
         }
         let Err(error) = parse_words(&["tset"]) else { panic!("tset is taken for a task") };

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// The crates of the workspace that each crate may depend on, for its tests as well. Every crate has a row.
-const MAY_DEPEND_ON: [(&str, &[&str]); 14] = [
+const MAY_DEPEND_ON: [(&str, &[&str]); 15] = [
     ("fused-collective-core", &[]),
     ("fused-collective-digest", &["fused-collective-core", "fused-collective-emulator"]),
     // On itself with its feature `simulation`, for its tests.
@@ -40,6 +40,7 @@ const MAY_DEPEND_ON: [(&str, &[&str]); 14] = [
         "fused-collective-cli",
         &["fused-collective", "fused-collective-bench", "fused-collective-core", "fused-collective-nccl-sys"],
     ),
+    ("fused-collective-python", &["fused-collective"]),
     ("fused-collective-tests", &["fused-collective", "fused-collective-cli", "fused-collective-core"]),
     (
         "xtask",

@@ -24,7 +24,7 @@ use crate::{
     gnu_ld::Program,
     kernels, library, packages,
     select::{EMULATED, QUICK},
-    structure,
+    structure, wheel,
 };
 
 /// What `core` has to build for besides GPUs, which the kernels show: microcontrollers with and without a floating-point
@@ -116,6 +116,9 @@ fn native(tally: &mut Tally) {
             // Fuzzing and soaking go on for a minute.
             .env("FUSED_COLLECTIVE_LONG_TESTS", "1");
         tally.tests("tests", &mut tests);
+    }
+    if let Some(mut tests) = tally.check("the Python package", wheel::tests) {
+        tally.tests("tests of the Python package", &mut tests);
     }
     let kernels = kernels.join().unwrap_or_else(|panic| resume_unwind(panic));
     if let Some(folder) = tally.check("kernels", || kernels) {
@@ -268,7 +271,7 @@ impl Tally {
     }
 }
 
-/// How many tests the programs that `cargo test` ran have reported.
+/// How many tests the programs that `cargo test` ran, or pytest, have reported.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Counts {
     passed: usize,
@@ -286,14 +289,20 @@ impl Counts {
     fn add(&mut self, line: &str) {
         // With one test at a time, the test's name stands before it.
         self.skipped += usize::from(line.starts_with(SKIPPED) || line.contains(&format!(" ... {SKIPPED}")));
-        let Some((_, counts)) = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". "))
-        else {
-            return;
+        let of_cargo = line.strip_prefix("test result: ").and_then(|rest| rest.split_once(". "));
+        let counts: Vec<&str> = match of_cargo {
+            Some((_, counts)) => counts.split("; ").collect(),
+            // Pytest's last line: "1 failed, 20 passed, 2 skipped in 26.85s".
+            None => match line.rsplit_once(" in ") {
+                Some((counts, seconds)) if seconds.ends_with('s') => counts.split(", ").collect(),
+                _ => return,
+            },
         };
-        for count in counts.split("; ") {
+        for count in counts {
             match count.split_once(' ').map(|(number, what)| (number.parse::<usize>(), what)) {
                 Some((Ok(number), "passed")) => self.passed += number,
-                Some((Ok(number), "failed")) => self.failed += number,
+                Some((Ok(number), "failed" | "error" | "errors")) => self.failed += number,
+                Some((Ok(number), "skipped")) => self.skipped += number,
                 _ => {}
             }
         }
@@ -315,10 +324,11 @@ mod tests {
             "test starters::mpirun ... skipped: there is no mpirun here",
             "test result: FAILED. 2 passed; 3 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1.50s",
             "all doctests ran in 0.30s; merged doctests compilation took 0.29s",
+            "1 failed, 20 passed, 2 skipped, 1 error in 26.85s",
         ] {
             counts.add(line);
         }
-        assert_eq!(counts, Counts { passed: 14, failed: 3, skipped: 2 });
+        assert_eq!(counts, Counts { passed: 34, failed: 5, skipped: 4 });
     }
 
     #[test]

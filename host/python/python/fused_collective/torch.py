@@ -86,14 +86,14 @@ def _outputs(
     """Makes the outputs of an operation; those that it does not write are empty."""
     hidden, leading = x.shape[-1], x.shape[:-1]
     tokens = x.numel() // hidden
-    none = x.new_empty(0)
     residual_out = torch.empty_like(x)
     if sharded:
         communicator = _communicator(group)
         rank, world_size = communicator.rank, communicator.world_size
         residual_out = x.new_empty((tokens + world_size - 1 - rank) // world_size, hidden)
-    norm_out = torch.empty_like(x) if norm and (keep_norm or quant == "none") else none
-    quant_out = scale_out = none
+    norm_out = torch.empty_like(x) if norm and (keep_norm or quant == "none") else x.new_empty(0)
+    # An operator's outputs are tensors of their own, the empty ones too.
+    quant_out, scale_out = x.new_empty(0), x.new_empty(0)
     if quant in ("nvfp4", "mxfp4"):
         quant_out = x.new_empty((*leading, hidden // 2), dtype=torch.uint8)
     elif quant != "none":

@@ -558,9 +558,9 @@ typedef struct fc_operation {
    */
   uint32_t mode;
   /**
-   * 0.
+   * 1 adds a bias to the sum of all ranks, before it is rounded and the residual is added.
    */
-  uint32_t reserved;
+  uint32_t bias;
 } fc_operation;
 
 /**
@@ -636,6 +636,10 @@ typedef struct fc_tensors {
    * `[rows, hidden]`, if the operation has a residual.
    */
   struct fc_tensor residual;
+  /**
+   * `[hidden]`, if the operation has a bias.
+   */
+  struct fc_tensor bias;
   /**
    * `[hidden]`, if the operation has a norm.
    */

@@ -244,7 +244,7 @@ impl Communicator {
 
     /// Enqueues an operation on tensors at addresses, which the caller vouches for.
     #[pyo3(signature = (
-        operation, input, residual, gamma, scale, residual_out, norm_out, quant_out, scale_out, stream, /
+        operation, input, residual, bias, gamma, scale, residual_out, norm_out, quant_out, scale_out, stream, /
     ))]
     #[expect(clippy::too_many_arguments, reason = "one for each tensor")]
     fn enqueue(
@@ -253,6 +253,7 @@ impl Communicator {
         operation: &Operation,
         input: Given,
         residual: Option<Given>,
+        bias: Option<Given>,
         gamma: Option<Given>,
         scale: Option<Given>,
         residual_out: Given,
@@ -265,6 +266,7 @@ impl Communicator {
         let tensors = Tensors {
             input: tensor(py, input)?,
             residual: optional(residual)?,
+            bias: optional(bias)?,
             gamma: optional(gamma)?,
             scale: optional(scale)?,
             residual_out: tensor(py, residual_out)?,

@@ -56,7 +56,7 @@ pub(crate) struct Operation {
 impl Operation {
     #[new]
     #[pyo3(signature = (
-        dtype, tokens, hidden, *, residual = "none", norm = false, epsilon = 1e-6, weight_bias = 0.0, gamma = None,
+        dtype, tokens, hidden, *, residual = "none", bias = false, norm = false, epsilon = 1e-6, weight_bias = 0.0, gamma = None,
         quantization = "none", layout = "linear", group = 128, group_scale = "ue8m0", keep_norm = false,
         rounding = "once", mode = "auto"
     ))]
@@ -67,6 +67,7 @@ impl Operation {
         tokens: u64,
         hidden: u64,
         residual: &str,
+        bias: bool,
         norm: bool,
         epsilon: f32,
         weight_bias: f32,
@@ -97,6 +98,7 @@ impl Operation {
             tokens,
             hidden,
             residual: value(py, "residual", residual, RESIDUALS)?,
+            bias,
             norm: norm.then_some(Norm { epsilon, weight_bias, gamma }),
             quantization: make(group, scales, value(py, "layout", layout, LAYOUTS)?),
             keep_norm,

@@ -120,6 +120,18 @@ def test_codes_and_scales_stand_for_the_norm(quant, within):
         assert numpy.abs(decoded(quant, codes, scales)).max() > 1
 
 
+def bias_rank(rank, world_size, key):
+    with join(rank, world_size, key) as communicator:
+        bias = weight_of() * numpy.float32(3)
+        biased = communicator.all_reduce(inputs(rank), bias=bias).residual_out
+        plain = communicator.all_reduce(inputs(rank)).residual_out
+        return bool((biased == plain + bias).all())
+
+
+def test_a_bias_is_added_once():
+    assert run(bias_rank) == [True, True]
+
+
 def in_place_rank(rank, world_size, key):
     with join(rank, world_size, key) as communicator:
         x, residual, weight = inputs(rank), residual_of(), weight_of()

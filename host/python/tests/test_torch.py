@@ -84,6 +84,8 @@ def operators_rank(rank, world_size, key, backend):
     )
     want = operators.all_reduce(x, group=group, residual=residual, weight=weight)
     assert same(out, want[:2])
+    biased = operators.all_reduce(x, group=group, bias=weight)
+    assert same(biased[:1], communicator.all_reduce(x, bias=weight)[:1])
     own = residual[rank::world_size].contiguous()
     sharded = operators.all_reduce(x, group=group, residual=own, sharded=True, weight=weight)
     assert same((sharded.norm_out, sharded.residual_out), (want.norm_out, want.residual_out[rank::world_size].contiguous()))

@@ -23,7 +23,7 @@ DEADLINE = 30.0
 class Norm:
     """RMSNorm: ``x * rsqrt(mean(x^2) + epsilon) * (weight_bias + weight)``.
 
-    ``weight`` is ``[hidden]``, of the activations' type or, on CPUs, float32. ``weight_bias`` is 1 in Gemma's form.
+    ``weight`` is ``[hidden]``, of the activations' type or float32. ``weight_bias`` is 1 in Gemma's form.
     """
 
     weight: Any
@@ -181,6 +181,7 @@ class Communicator:
         *,
         residual: Any = None,
         sharded: bool = False,
+        bias: Any = None,
         norm: Norm | Any = None,
         quant: Quant | str | None = None,
         keep_norm: bool = False,
@@ -193,7 +194,7 @@ class Communicator:
         """Adds up ``x`` of all ranks and ``residual``, normalizes the sum, and quantizes the norm.
 
         ``x`` is ``[..., H]``: all but its last dimension are tokens. ``residual`` is of the same shape and the same on all
-        ranks; or, if it is ``sharded``, this rank's rows. ``norm`` is a :class:`Norm`, or its weight. ``quant`` is a
+        ranks; or, if it is ``sharded``, this rank's rows. ``bias``, ``[H]``, is added to the sum of all ranks once. ``norm`` is a :class:`Norm`, or its weight. ``quant`` is a
         :class:`Quant`, or the name of a format. ``keep_norm`` writes the norm beside its codes.
 
         Outputs that ``out`` has not are made. ``out.norm_out`` may be ``x``, and ``out.residual_out`` the residual.
@@ -225,6 +226,8 @@ class Communicator:
             fields |= {"group": quant.group, "group_scale": quant.group_scale, "keep_norm": keep_norm}
         if residual is not None:
             fields["residual"] = "sharded" if sharded else "replicated"
+        if bias is not None:
+            fields["bias"] = True
         plan = operation(element, tokens, hidden, rounding=rounding, mode=mode, **fields)
         made = self._outputs(x, input, plan, quant, out or Outputs(), sharded and residual is not None)
         outputs = [None if it is None else self._describe(it, name, True) for name, it in zip(Outputs._fields, made)]
@@ -233,6 +236,7 @@ class Communicator:
             plan,
             _elements(input, element),
             None if residual is None else _elements(self._describe(residual, "residual"), element),
+            None if bias is None else _elements(self._describe(bias, "bias"), element),
             None if weight is None else _elements(weight, fields["gamma"]),
             None if scale is None else given(describe(scale, "scale"), "float32"),
             _elements(outputs[0], element),

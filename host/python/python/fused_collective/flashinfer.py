@@ -242,7 +242,7 @@ def allreduce_fusion(
         output = torch.empty_like(input) if output is None else output
         outputs = (output, None, None, None)
         enqueue(
-            communicator, input, None, None, None, outputs, 0.0, 0.0, "none", "linear", 128, "ue8m0", False, False, "once", mode
+            communicator, input, None, None, None, None, outputs, 0.0, 0.0, "none", "linear", 128, "ue8m0", False, False, "once", mode
         )
         return output
     _need(pattern, residual_in=residual_in, rms_gamma=rms_gamma)
@@ -274,7 +274,7 @@ def allreduce_fusion(
         scale_out if quant not in ("none", "fp8") else None,
     )
     enqueue(
-        communicator, input, residual_in, rms_gamma, scale, outputs, rms_eps, weight_bias, quant, layout, block,
+        communicator, input, residual_in, None, rms_gamma, scale, outputs, rms_eps, weight_bias, quant, layout, block,
         "ue8m0", steps.norm_out and quant != "none", False, "once", mode, roomy_scales=True,
     )  # fmt: skip
     return outputs[1] if steps.norm_out else outputs[2]

@@ -56,11 +56,11 @@ def _communicator(group: int) -> Communicator:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    dtype: str, tokens: int, hidden: int, residual: str, norm: bool, gamma: str | None, epsilon: float, weight_bias: float,
+    dtype: str, tokens: int, hidden: int, residual: str, bias: bool, norm: bool, gamma: str | None, epsilon: float, weight_bias: float,
     quant: str, layout: str, block: int, block_scale: str, keep_norm: bool, rounding: str, mode: str,
 ) -> _native.Operation:
     return _native.Operation(
-        dtype, tokens, hidden, residual=residual, norm=norm, gamma=gamma, epsilon=epsilon, weight_bias=weight_bias,
+        dtype, tokens, hidden, residual=residual, bias=bias, norm=norm, gamma=gamma, epsilon=epsilon, weight_bias=weight_bias,
         quantization=quant, layout=layout, group=block, group_scale=block_scale, keep_norm=keep_norm,
         rounding=rounding, mode=mode,
     )
@@ -146,6 +146,7 @@ def enqueue(
     communicator: Communicator,
     x: torch.Tensor,
     residual: torch.Tensor | None,
+    bias: torch.Tensor | None,
     weight: torch.Tensor | None,
     scale: torch.Tensor | None,
     outputs: tuple[torch.Tensor | None, ...],
@@ -175,6 +176,7 @@ def enqueue(
         x.numel() // hidden if hidden else 0,
         hidden,
         "none" if residual is None else "sharded" if sharded else "replicated",
+        bias is not None,
         weight is not None,
         None if weight is None else str(weight.dtype)[6:],
         epsilon,
@@ -194,6 +196,7 @@ def enqueue(
         plan,
         _elements(x, "x", device),
         None if residual is None else _elements(residual, "residual", device),
+        None if bias is None else _elements(bias, "bias", device),
         None if weight is None else _elements(weight, "weight", device),
         None if scale is None else _elements(scale, "scale", device),
         _elements(residual_out, "residual_out", device),
@@ -210,10 +213,10 @@ _OPTIONS = (
 )
 _LIBRARY = torch.library.Library("fused_collective", "DEF")
 _LIBRARY.define(
-    f"all_reduce(Tensor x, Tensor? residual, Tensor? weight, Tensor? scale, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"all_reduce(Tensor x, Tensor? residual, Tensor? bias, Tensor? weight, Tensor? scale, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "all_reduce_out(Tensor x, Tensor? residual, Tensor? weight, Tensor? scale, Tensor(a!) residual_out, "
+    "all_reduce_out(Tensor x, Tensor? residual, Tensor? bias, Tensor? weight, Tensor? scale, Tensor(a!) residual_out, "
     f"Tensor(b!)? norm_out, Tensor(c!)? quant_out, Tensor(d!)? scale_out, {_OPTIONS}) -> ()"
 )
 _LIBRARY.define(
@@ -230,27 +233,27 @@ def _written(outputs, norm, quant, keep_norm):
 
 
 def _run(
-    x, residual, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded,
+    x, residual, bias, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded,
     rounding, mode,
 ):  # fmt: skip
     outputs = _outputs(x, group, weight is not None, quant, layout, block, block_scale, keep_norm, sharded)
     enqueue(
-        _communicator(group), x, residual, weight, scale,
+        _communicator(group), x, residual, bias, weight, scale,
         (outputs[0], *_written(outputs, weight is not None, quant, keep_norm)),
         epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded, rounding, mode,
     )  # fmt: skip
     return outputs
 
 
-def _run_out(x, residual, weight, scale, residual_out, norm_out, quant_out, scale_out, group, *options):
+def _run_out(x, residual, bias, weight, scale, residual_out, norm_out, quant_out, scale_out, group, *options):
     outputs = (residual_out, norm_out, quant_out, scale_out)
-    enqueue(_communicator(group), x, residual, weight, scale, outputs, *options)
+    enqueue(_communicator(group), x, residual, bias, weight, scale, outputs, *options)
 
 
 def _run_norm_(x, residual, weight, group, epsilon, weight_bias, rounding, mode):
     outputs = (residual, x, None, None)
     enqueue(
-        _communicator(group), x, residual, weight, None, outputs,
+        _communicator(group), x, residual, None, weight, None, outputs,
         epsilon, weight_bias, "none", "linear", 128, "ue8m0", False, False, rounding, mode,
     )  # fmt: skip
 
@@ -263,7 +266,7 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("fused_collective::all_reduce", lib=_LIBRARY)
 def _fake(
-    x, residual, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded,
+    x, residual, bias, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded,
     rounding, mode,
 ):  # fmt: skip
     return _outputs(x, group, weight is not None, quant, layout, block, block_scale, keep_norm, sharded)
@@ -285,6 +288,7 @@ def all_reduce(
     group: int,
     residual: torch.Tensor | None = None,
     sharded: bool = False,
+    bias: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     epsilon: float = 1e-6,
     weight_bias: float = 0.0,
@@ -304,7 +308,7 @@ def all_reduce(
     the elements of a group of ``fp8_per_group``.
     """
     made = torch.ops.fused_collective.all_reduce(
-        x, residual, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm,
+        x, residual, bias, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm,
         sharded and residual is not None, rounding, mode,
     )  # fmt: skip
     return Outputs(made[0], *_written(made, weight is not None, quant, keep_norm))
@@ -320,6 +324,7 @@ def all_reduce_out(
     scale_out: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     sharded: bool = False,
+    bias: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
     epsilon: float = 1e-6,
     weight_bias: float = 0.0,
@@ -333,7 +338,7 @@ def all_reduce_out(
 ) -> None:
     """As :func:`all_reduce`, into tensors of the caller's. ``norm_out`` beside a quantization keeps the norm."""
     torch.ops.fused_collective.all_reduce_out(
-        x, residual, weight, scale, residual_out, norm_out, quant_out, scale_out, group, epsilon, weight_bias, quant,
+        x, residual, bias, weight, scale, residual_out, norm_out, quant_out, scale_out, group, epsilon, weight_bias, quant,
         layout, block, block_scale, norm_out is not None and quant != "none", sharded and residual is not None, rounding,
         mode,
     )  # fmt: skip

@@ -207,9 +207,10 @@ def enqueue(
     )
 
 
+# An argument of a mutating operator cannot be called mode: functionalization has one of its own.
 _OPTIONS = (
     "int group, float epsilon, float weight_bias, str quant, str layout, int block, str block_scale, bool keep_norm, "
-    "bool sharded, str rounding, str mode"
+    "bool sharded, str rounding, str algorithm"
 )
 _LIBRARY = torch.library.Library("fused_collective", "DEF")
 _LIBRARY.define(
@@ -221,7 +222,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "all_reduce_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, int group, float epsilon, float weight_bias, "
-    "str rounding, str mode) -> ()"
+    "str rounding, str algorithm) -> ()"
 )
 
 

@@ -268,6 +268,28 @@ fn a_rank_without_memory_is_named_once_and_all_fail_with_status_1() {
     assert_eq!(codes, [Some(1), Some(1)], "{said}");
 }
 
+/// Rust's allocator aborts where it has no memory, and a launcher then says that the rank crashed.
+#[test]
+fn a_rank_whose_allocator_fails_says_so_and_ends_with_status_1() {
+    let job = job_number();
+    let options = "--num-tokens 4096 --hidden-dim 4096 --quant-modes none --trials 1 --warmup 0";
+    let ranks = (0..2).map(|rank| {
+        let bench = bench(options);
+        let mut limited = Command::new("sh");
+        // In KiB: enough for the tensors, about 300 MiB, and too little to read them. Arenas would take address space, as
+        // many as there are processors.
+        limited.args(["-c", "[ $RANK = 0 ] || ulimit -v 335000; exec \"$@\"", "sh"]).arg(bench.get_program());
+        limited.args(bench.get_args()).env("MALLOC_ARENA_MAX", "1");
+        start(&mut limited, torchrun(job, rank, 2))
+    });
+    let (codes, said) = ends(ranks.collect());
+    assert_eq!(codes, [Some(1), Some(1)], "{said}");
+    let own: Vec<&str> = said.lines().filter(|line| line.contains("rank 1: ")).collect();
+    let [line] = own[..] else { panic!("{said}") };
+    assert!(line.starts_with("fused-collective: rank 1: out of memory: no "), "{said}");
+    assert!(line.contains("The likely cause is a limit (ulimit -v, "), "{said}");
+}
+
 /// The ranks' exit statuses, and their standard error.
 fn ends(ranks: Vec<Running>) -> (Vec<Option<i32>>, String) {
     let outcomes: Vec<Outcome> = ranks.into_iter().map(|rank| rank.wait(LIMIT)).collect();

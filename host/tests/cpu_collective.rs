@@ -1,6 +1,6 @@
 //! The CPU backend against the reference, ranks as threads that share memory as processes would.
 
-use std::{thread, time::Duration};
+use std::{cell::UnsafeCell, thread, time::Duration};
 
 use fused_collective::{
     Error, ErrorKind,
@@ -549,5 +549,20 @@ fn outputs_in_place_are_those_apart() {
             error.to_string(),
             "input is to be in the memory of norm_out, which the operation does not write"
         );
+    });
+}
+
+/// Two ranks write one plain number. `cargo xtask test` runs this under ThreadSanitizer, which must find it.
+#[test]
+#[ignore = "it is a data race: to show that ThreadSanitizer finds one"]
+fn a_planted_race() {
+    struct Shared(UnsafeCell<u64>);
+    // SAFETY: it is not, and that is to be found.
+    unsafe impl Sync for Shared {}
+    let shared = &Shared(UnsafeCell::new(0));
+    group(2, 64, PATIENT, |mut communicator| {
+        communicator.barrier().unwrap();
+        // SAFETY: none; only a sanitizer runs this.
+        unsafe { *shared.0.get() += u64::from(communicator.rank()) };
     });
 }

@@ -11,6 +11,7 @@ mod kernels;
 mod library;
 mod modules;
 mod packages;
+mod races;
 mod select;
 mod structure;
 mod test;

@@ -22,7 +22,7 @@ use crate::{
     cross::{Target, Tools},
     embedded,
     gnu_ld::Program,
-    kernels, library, packages,
+    kernels, library, packages, races,
     select::{EMULATED, QUICK},
     structure, wheel,
 };
@@ -128,6 +128,10 @@ fn native(tally: &mut Tally) {
             .args(COMPILED_KERNELS)
             .env("FUSED_COLLECTIVE_PTX", folder);
         tally.tests("kernels, compiled", &mut tests);
+    }
+    if let Some(mut tests) = tally.check("ThreadSanitizer's command", races::tests) {
+        tally.tests("the CPU backend under ThreadSanitizer", &mut tests);
+        tally.check("a planted race is found", races::find_planted);
     }
 }
 

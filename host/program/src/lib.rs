@@ -6,11 +6,13 @@
 //! | [`commands`] | the command line, and each command in a folder |
 //! | [`job`] | the ranks that run a command |
 //! | [`multicast`] | NVLink multicast, switched off for all libraries or for none |
+//! | [`mod@allocator`] | the end of a process without memory |
 //! | [`backend`] | the operations of the program on CPUs and GPUs |
 //! | [`check`] | inputs, variants, and the check of their results |
 //! | [`peers`] | other packages that the benchmark measures |
 //! | [`mod@report`] | the parts of reports that commands share |
 
+pub mod allocator;
 pub mod backend;
 mod bounded;
 pub mod check;

@@ -2,7 +2,10 @@
 
 use std::process::ExitCode;
 
-use fused_collective_cli::{commands, multicast};
+use fused_collective_cli::{allocator::Allocator, commands, multicast};
+
+#[global_allocator]
+static ALLOCATOR: Allocator = Allocator;
 
 fn main() -> ExitCode {
     // SAFETY: the process begins here, with one thread.

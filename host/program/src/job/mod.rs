@@ -27,6 +27,7 @@ use serde::Serialize;
 
 use crate::backend::all_reduce_choice::AllReduceChoice;
 use crate::{
+    allocator,
     backend::{self, collective::Collective, cpu::cores::Cores, problem::Problem},
     exit::{self, Failure, complain},
     report::memory::{available_memory, killed_since, oom_kills},
@@ -89,6 +90,9 @@ impl Job {
             let is_reported = error.is_reported_by_rank_0();
             Failure::Usage(if is_reported { String::new() } else { error.to_string() })
         })?;
+        if let Some(environment) = &environment {
+            allocator::set_rank(environment.rank);
+        }
         let launched =
             environment.as_ref().map(|environment| (environment.size_variable, environment.world_size));
         let options = &request.options;

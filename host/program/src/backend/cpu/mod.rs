@@ -26,6 +26,7 @@ use fused_collective_core::{
 };
 use pulp::{Simd, WithSimd};
 
+use crate::allocator::fallibly;
 use crate::backend::{
     collective::{Collective, MAX_OPERATIONS, copies},
     error::Error,
@@ -57,7 +58,7 @@ impl Buffer {
         let words_needed = (length.div_ceil(8)).checked_add((2 * GUARD_BYTES + Self::LINE) / 8);
         let words_needed = words_needed.ok_or_else(too_large)?;
         let mut words = Vec::new();
-        words.try_reserve_exact(words_needed).map_err(|_| too_large())?;
+        fallibly(|| words.try_reserve_exact(words_needed)).map_err(|_| too_large())?;
         words.resize(words_needed, 0u64);
         let start = words.as_ptr().addr().wrapping_neg() % Self::LINE + GUARD_BYTES;
         let all: &mut [u8] = bytemuck::cast_slice_mut(&mut words);

@@ -268,7 +268,7 @@ impl<'a> Case<'a> {
         drop(again);
         let untouched = self.check_untouched(&variant)?;
         let in_chunks = self.check_chunks(&variant, &outputs)?;
-        Ok(Run { variant, outputs, verdict: Ok(0.0), after: repeats.and(untouched).and(in_chunks) })
+        Ok(Run { variant, outputs, verdict: Ok(0.0), after: repeats.and(untouched), in_chunks })
     }
 
     /// Checks on this rank that several calls in place, each of some rows, give the same `outputs`.
@@ -336,6 +336,8 @@ struct Run {
     verdict: Verdict,
     /// The verdict on everything else, which counts if the tokens are right.
     after: Verdict,
+    /// The verdict on calls of some rows, which counts if all ranks' outputs are right.
+    in_chunks: Verdict,
 }
 
 impl Run {
@@ -371,7 +373,7 @@ impl Run {
 
     /// The variant's name, and the verdict of all ranks of the group.
     fn conclude(self, case: &Case<'_>, base: &mut Option<Base>) -> Result<(String, Verdict), Error> {
-        let Run { variant, outputs, verdict, after } = self;
+        let Run { variant, outputs, verdict, after, in_chunks } = self;
         let padding = check_padding(&case.problem, &outputs.scale_out);
         let own = verdict.and_then(|error| {
             padding?;
@@ -389,6 +391,8 @@ impl Run {
             }
             Ok(all.iter().fold(0.0f64, |largest, (error, _)| largest.max(*error)))
         });
+        let in_chunks = gather_verdicts(case.group, in_chunks)?;
+        let verdict = verdict.and_then(|error| in_chunks.map(|_| error));
         if let (None, Ok(max_error_ulp)) = (&base, &verdict)
             && case.problem.quantization == Quantization::None
         {

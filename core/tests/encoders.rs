@@ -89,8 +89,8 @@ fn ue8m0_encodes_every_f32_upwards_as_numpy_does() {
 /// Every magnitude: products of a `f32` and a power of two with 448 or 6 are exact in `f64`.
 #[test]
 fn block_scales_are_the_least_powers_of_two_under_which_no_element_saturates() {
-    let formats: [(fn(f32) -> u8, f64); 2] = [(scale::fp8_block, 448.0), (scale::mxfp4_block, 6.0)];
-    for (block, largest) in formats {
+    type BlockScale = fn(f32) -> u8;
+    for (block, largest) in [(scale::fp8_block as BlockScale, 448.0), (scale::mxfp4_block, 6.0)] {
         let step = |code: u8| f64::from(ue8m0::decode(code)) * largest;
         let steps: Vec<f64> = (0..=254).map(step).collect();
         for bits in 0..=f32::MAX.to_bits() {

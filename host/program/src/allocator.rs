@@ -11,7 +11,7 @@ use std::{
 
 use crate::{exit::FAILURE, usage::PROGRAM};
 
-/// The system's allocator, which ends the process where there is no memory, except [`fallibly`].
+/// The system's allocator, which ends the process where there is no memory, except within `fallibly`.
 #[derive(Debug)]
 pub struct Allocator;
 

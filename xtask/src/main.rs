@@ -120,6 +120,10 @@ struct Test {
 #[derive(FromArgs)]
 #[argh(subcommand, name = "wheel")]
 struct Wheel {
+    /// only build it for tests, and test it on CPUs
+    #[argh(switch)]
+    test: bool,
+
     /// where to put it (default: target/wheels)
     #[argh(option, arg_name = "folder")]
     output: Option<PathBuf>,
@@ -175,7 +179,10 @@ fn run(task: Task) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Task::Wheel(Wheel { output, processors }) => done(wheel::make(output, &chosen(processors))),
+        Task::Wheel(Wheel { test: true, .. }) => {
+            done(wheel::tests().and_then(|mut tests| cmd::run(&mut tests)))
+        }
+        Task::Wheel(Wheel { output, processors, .. }) => done(wheel::make(output, &chosen(processors))),
         Task::Test(Test { quick, target, embedded }) => match (quick, target, embedded) {
             (false, None, false) => Ok(test::run(Scope::All)),
             (true, None, false) => Ok(test::run(Scope::Quick)),

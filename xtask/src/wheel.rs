@@ -48,7 +48,7 @@ pub(crate) fn tests() -> Result<Command> {
     cmd::run_within(install.args(["--force-reinstall", "--no-deps"]).arg(wheel), PIP_LIMIT)?;
     let mut tests = Command::new(environment.join("bin/python"));
     // Nothing is written into the source tree.
-    tests.args(["-B", "-m", "pytest", "--quiet", "-p", "no:cacheprovider"]);
+    tests.args(["-B", "-m", "pytest", "--quiet", "-rs", "-p", "no:cacheprovider"]);
     tests.arg(cmd::root().join(PACKAGE).join("tests"));
     Ok(tests)
 }

@@ -15,6 +15,7 @@ logits to compare with.
 """
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -318,7 +319,7 @@ def main():
                         if (note := f"{name} ({kind}): {end}") not in notes:
                             notes.append(note)
                         continue
-                    logits, seconds = measure(lambda: forward(layers, head, x, caches, end), options.steps, bool(batch))
+                    logits, seconds = measure(functools.partial(forward, layers, head, x, caches, end), options.steps, bool(batch))
                     if name == "fused":
                         workspaces["fused"].communicator.synchronize()
                     reference, base = logits if reference is None else reference, base or seconds

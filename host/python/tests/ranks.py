@@ -1,6 +1,5 @@
 """Ranks of a test: processes that each run a function of the test's module."""
 
-import importlib
 import os
 import pickle
 import subprocess

@@ -216,6 +216,38 @@ def test_flashinfer_s_patterns_give_this_library_s_bits():
     assert run(flashinfer_rank) == [12, 12]
 
 
+def comm_backend_rank(rank, world_size, key):
+    from fused_collective.flashinfer import allreduce_fusion, create_allreduce_fusion_workspace
+
+    meet(rank, world_size, key).leave()
+
+    class Backend:
+        """FlashInfer's interface of a communication backend, as far as a workspace needs it."""
+
+        def Get_rank(self):
+            return rank
+
+        def Get_size(self):
+            return world_size
+
+        def allgather(self, data):
+            told = [None] * world_size
+            torch.distributed.all_gather_object(told, data)
+            return tuple(told)
+
+    options = dict(max_token_num=8, hidden_dim=HIDDEN, dtype=torch.float32, comm_backend=Backend(), device="cpu")
+    with pytest.raises(InvalidError, match="world_size is 5"):
+        create_allreduce_fusion_workspace(world_size=5, rank=rank, **options)
+    workspace = create_allreduce_fusion_workspace(world_size=world_size, rank=rank, **options)
+    result = allreduce_fusion(torch.full((1, HIDDEN), 1.0 + rank), workspace, 0)
+    workspace.destroy()
+    return result[0, 0].item()
+
+
+def test_a_workspace_meets_over_a_communication_backend():
+    assert run(comm_backend_rank) == [3.0, 3.0]
+
+
 def other_thread_rank(rank, world_size, key):
     communicator = meet(rank, world_size, key)
     x = torch.ones(1, HIDDEN)

@@ -218,7 +218,7 @@ class Communicator:
             quant = Quant(quant)
         weight = None if norm is None else self._describe(norm.weight, "the norm's weight")
         fields: dict[str, Any] = {}
-        if weight is not None:
+        if norm is not None and weight is not None:
             fields |= {"norm": True, "epsilon": norm.epsilon, "weight_bias": norm.weight_bias}
             fields["gamma"] = _element(weight, dtype if weight.dtype == input.dtype else None)
         if quant is not None:
@@ -230,7 +230,9 @@ class Communicator:
             fields["bias"] = True
         plan = operation(element, tokens, hidden, rounding=rounding, mode=mode, **fields)
         made = self._outputs(x, input, plan, quant, out or Outputs(), sharded and residual is not None)
-        outputs = [None if it is None else self._describe(it, name, True) for name, it in zip(Outputs._fields, made)]
+        outputs = [
+            None if it is None else self._describe(it, name, True) for name, it in list(zip(Outputs._fields, made))[1:]
+        ]
         scale = self._scale(x, quant, plan)
         self._native.enqueue(
             plan,
@@ -239,10 +241,10 @@ class Communicator:
             None if bias is None else _elements(self._describe(bias, "bias"), element),
             None if weight is None else _elements(weight, fields["gamma"]),
             None if scale is None else given(describe(scale, "scale"), "float32"),
-            _elements(outputs[0], element),
-            None if outputs[1] is None else _elements(outputs[1], element),
+            _elements(self._describe(made.residual_out, "residual_out", True), element),
+            None if outputs[0] is None else _elements(outputs[0], element),
+            given(outputs[1], "codes"),
             given(outputs[2], "codes"),
-            given(outputs[3], "codes"),
             self._stream(x, stream),
         )
         return made
@@ -346,7 +348,14 @@ class Communicator:
         self._native.abort()
 
     def leave(self) -> None:
-        """Leaves the group together with all others, when their operations have ended. Every later call fails."""
+        """Leaves the group together with all others. Every later call fails.
+
+        PyTorch's streams are waited for; without PyTorch, call it when the operations have ended.
+        """
+        torch = sys.modules.get("torch")
+        if self._cuda and torch is not None:
+            # Peers write into this rank's memory for as long as an operation runs.
+            torch.cuda.synchronize(self.device)
         self._native.leave()
 
     def __enter__(self) -> Communicator:

@@ -240,22 +240,25 @@ def allreduce_fusion(
     tokens, hidden = input.shape
     if not steps.norm:
         output = torch.empty_like(input) if output is None else output
-        outputs = (output, None, None, None)
+        alone = (output, None, None, None)
         enqueue(
-            communicator, input, None, None, None, None, outputs, 0.0, 0.0, "none", "linear", 128, "ue8m0", False, False, "once", mode
+            communicator, input, None, None, None, None, alone, 0.0, 0.0, "none", "linear", 128, "ue8m0", False, False, "once", mode
         )
         return output
     _need(pattern, residual_in=residual_in, rms_gamma=rms_gamma)
+    assert residual_in is not None
     quant = steps.quant
     scale = None
     if quant in ("fp8", "nvfp4"):
         _need(pattern, scale_factor=scale_factor)
+        assert scale_factor is not None
         scale = scale_factor if isinstance(scale_factor, torch.Tensor) else _constant(communicator, input, scale_factor)
     layout, block = _LAYOUTS.get(QuantizationSFLayout.SWIZZLED_128x4 if layout_code is None else layout_code), 128
     if layout is None:
         raise InvalidError(f"layout_code {layout_code} is not valid: use a constant of QuantizationSFLayout")
     if quant == "fp8_per_group":
         _need(pattern, block_quant_group_size=block_quant_group_size, scale_out=scale_out)
+        assert block_quant_group_size is not None and scale_out is not None
         layout, block = "deep_gemm", block_quant_group_size
         _check_packed(scale_out, tokens, hidden, block)
     residual_out = torch.empty_like(residual_in) if residual_out is None else residual_out
@@ -277,7 +280,9 @@ def allreduce_fusion(
         communicator, input, residual_in, None, rms_gamma, scale, outputs, rms_eps, weight_bias, quant, layout, block,
         "ue8m0", steps.norm_out and quant != "none", False, "once", mode, roomy_scales=True,
     )  # fmt: skip
-    return outputs[1] if steps.norm_out else outputs[2]
+    result = norm_out if steps.norm_out else quant_out
+    assert result is not None
+    return result
 
 
 def _constant(communicator: Communicator, input: torch.Tensor, value: float) -> torch.Tensor:

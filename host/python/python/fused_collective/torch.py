@@ -112,26 +112,26 @@ def _outputs(
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
-def _stream(device: torch.device) -> int:
-    if device.type != "cuda":
+def _stream(gpu: int) -> int:
+    if gpu < 0:
         return 0
     if _raw_stream is not None:
-        return _raw_stream(device.index)
-    return torch.cuda.current_stream(device).cuda_stream
+        return _raw_stream(gpu)
+    return torch.cuda.current_stream(gpu).cuda_stream
 
 
-def _elements(tensor: torch.Tensor, role: str, device: torch.device) -> tuple[int, int, int]:
+def _elements(tensor: torch.Tensor, role: str, gpu: int) -> tuple[int, int, int]:
     if not tensor.is_contiguous():
         raise InvalidError(f"{role} is not contiguous: use {role}.contiguous()")
-    if tensor.device != device:
-        raise InvalidError(f"{role} is on {tensor.device}, and x on {device}")
+    if tensor.get_device() != gpu:
+        raise InvalidError(f"{role} is on {tensor.device}, and x is not")
     known = _DTYPES.get(tensor.dtype)
     return tensor.data_ptr(), tensor.numel(), known[1] if known else 0
 
 
-def _codes(tensor: torch.Tensor, device: torch.device, needed: int | None = None) -> tuple[int, int, int]:
-    if tensor.device != device:
-        raise InvalidError(f"an output is on {tensor.device}, and x on {device}")
+def _codes(tensor: torch.Tensor, gpu: int, needed: int | None = None) -> tuple[int, int, int]:
+    if tensor.get_device() != gpu:
+        raise InvalidError(f"an output is on {tensor.device}, and x is not")
     length = tensor.numel() * tensor.element_size()
     if needed is None:
         if not tensor.is_contiguous():
@@ -163,10 +163,10 @@ def enqueue(
     roomy_scales: bool = False,
 ) -> None:
     """Enqueues an operation on the current stream, with outputs that are there. It is what the operators run."""
-    device = x.device
-    native = communicator._native
-    if (device.index if device.type == "cuda" else None) != native.device:
-        raise InvalidError(f"x is on {device}, and the group is {communicator!r}")
+    # Of a tensor on the CPU it is -1.
+    gpu, native = x.get_device(), communicator._native
+    if gpu != (-1 if native.device is None else native.device):
+        raise InvalidError(f"x is on {x.device}, and the group is {communicator!r}")
     known = _DTYPES.get(x.dtype)
     if known is None:
         raise InvalidError(f"dtype {x.dtype} is not valid: use torch.float32, torch.float16 or torch.bfloat16")
@@ -178,7 +178,7 @@ def enqueue(
         "none" if residual is None else "sharded" if sharded else "replicated",
         bias is not None,
         weight is not None,
-        None if weight is None else str(weight.dtype)[6:],
+        None if weight is None else _DTYPES.get(weight.dtype, ("codes", 0))[0],
         epsilon,
         weight_bias,
         quant,
@@ -194,16 +194,16 @@ def enqueue(
         raise InvalidError("residual_out is missing: every operation writes it")
     native.enqueue(
         plan,
-        _elements(x, "x", device),
-        None if residual is None else _elements(residual, "residual", device),
-        None if bias is None else _elements(bias, "bias", device),
-        None if weight is None else _elements(weight, "weight", device),
-        None if scale is None else _elements(scale, "scale", device),
-        _elements(residual_out, "residual_out", device),
-        None if norm_out is None else _elements(norm_out, "norm_out", device),
-        None if quant_out is None else _codes(quant_out, device),
-        None if scale_out is None else _codes(scale_out, device, plan.scale_bytes if roomy_scales else None),
-        _stream(device),
+        _elements(x, "x", gpu),
+        None if residual is None else _elements(residual, "residual", gpu),
+        None if bias is None else _elements(bias, "bias", gpu),
+        None if weight is None else _elements(weight, "weight", gpu),
+        None if scale is None else _elements(scale, "scale", gpu),
+        _elements(residual_out, "residual_out", gpu),
+        None if norm_out is None else _elements(norm_out, "norm_out", gpu),
+        None if quant_out is None else _codes(quant_out, gpu),
+        None if scale_out is None else _codes(scale_out, gpu, plan.scale_bytes if roomy_scales else None),
+        _stream(gpu),
     )
 
 

@@ -52,8 +52,9 @@ class AllReduceFusionPattern:
     kARResidualRMSNormOutPerTokenGroupFP8PackedQuant = 9
     kARResidualRMSNormDynamicFP8Quant = 10
     kARResidualRMSNormOutDynamicFP8Quant = 11
-    kARResidualRMSNormMXFP8Quant = 12
-    kARResidualRMSNormOutMXFP8Quant = 13
+    kMoEFinalizeARResidualRMSNormFP8Quant = 12
+    kARResidualRMSNormMXFP8Quant = 13
+    kARResidualRMSNormOutMXFP8Quant = 14
 
 
 class QuantizationSFLayout:
@@ -90,6 +91,7 @@ _STEPS = {
 _MISSING = {
     _P.kMoEReductionARResidualRMSNorm: "the weighted sum of experts",
     _P.kMoEFinalizeARResidualRMSNorm: "the gathering of experts' rows",
+    _P.kMoEFinalizeARResidualRMSNormFP8Quant: "the gathering of experts' rows",
 }
 _LAYOUTS = {
     QuantizationSFLayout.SWIZZLED_128x4: "swizzled_128x4",

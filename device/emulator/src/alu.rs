@@ -173,6 +173,7 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "setp.ne.b32": compare!(u32, !=),
         "setp.ne.u32": compare!(u32, !=),
         "setp.lt.u32": compare!(u32, <),
+        "setp.le.u32": compare!(u32, <=),
         "setp.gt.u32": compare!(u32, >),
         "setp.ge.u32": compare!(u32, >=),
         "setp.lt.s32": compare!(i32, <),

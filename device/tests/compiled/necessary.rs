@@ -31,9 +31,9 @@ fn run(
     change: Option<&dyn Fn(&str) -> String>,
 ) -> Outcome {
     let name = match kernel {
-        Kernel::OneShot => "one_shot_nvfp4_p1",
-        Kernel::TwoShot => "two_shot_nvfp4_p1",
-        Kernel::Sharded => "sharded_nvfp4_p1",
+        Kernel::OneShot => "one_shot_fp4_p1",
+        Kernel::TwoShot => "two_shot_fp4_p1",
+        Kernel::Sharded => "sharded_fp4_p1",
     };
     let changed = |ptx: String| {
         let Some(change) = change else { return ptx };

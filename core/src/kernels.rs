@@ -4,7 +4,7 @@
 //! [`Kernel`] is a [`Family`] with an [`Epilogue`], in every [`Version`] an entry point: `two_shot_fp4_p2`. There is
 //! a folder of modules for each [`Processor`].
 //!
-//! What is the same for a whole launch and off the critical path is no kernel of its own but a parameter: the norm beside its
+//! Properties of a whole launch that are off the critical path are parameters, not kernels of their own: the norm beside its
 //! codes, gamma's type, weight bias and epsilon, the bias and the roundings of the sum, the layout of scales, their type and
 //! the size of blocks. So an epilogue is a norm or none, times five quantizers.
 //!

@@ -322,7 +322,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     Prepared<'a, E, X, N, P, RESIDENT>
 {
     const HOLDS_WEIGHTS: bool = RESIDENT && P == 1;
-    /// Whether there are registers for more than what a row itself needs: kernels for two ranks hold fewer packs. A maximum
+    /// True if there are registers for more than what a row itself needs: kernels for two ranks hold fewer packs. A maximum
     /// over the row takes them.
     const SPARE: bool = RESIDENT && P == 1 && N == 2 && !X::ROW_MAX;
 

@@ -275,7 +275,7 @@ impl Tally {
     }
 }
 
-/// How many tests the programs that `cargo test` ran, or pytest, have reported.
+/// Counts of the tests that the programs that `cargo test` ran, or pytest, have reported.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Counts {
     passed: usize,

@@ -15,7 +15,7 @@ use crate::{cmd, kernels};
 
 /// The package's folder, in the workspace.
 const PACKAGE: &str = "host/python";
-/// What builds the wheel, and what its tests take.
+/// The packages that build the wheel and run its tests.
 const REQUIREMENTS: [&str; 4] = ["maturin==1.16.0", "numpy>=1.24,<3", "ml-dtypes>=0.4,<1", "pytest>=8,<10"];
 /// The longest time that pip takes to fetch these.
 const PIP_LIMIT: Duration = Duration::from_secs(300);

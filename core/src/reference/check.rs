@@ -164,7 +164,7 @@ impl<E: Element> Checker<'_, E> {
         self.addends().map(|row| f64::from(row[index].to_f32())).sum()
     }
 
-    /// What is summed before the residual.
+    /// The addends of the sum, without the residual.
     fn addends(&self) -> impl Iterator<Item = &[E]> {
         self.token.inputs.iter().copied().chain(self.token.bias)
     }

@@ -15,7 +15,7 @@ use crate::{
 
 impl<E: Element> Quantizer<E> for Fp8Static {
     const WORDS: u32 = code_words::<E>();
-    /// What values are multiplied by.
+    /// The multiplier of values.
     type Constants = f32;
 
     #[inline(always)]

@@ -64,7 +64,7 @@ impl PackIndex {
     }
 }
 
-/// What all packs of a row are told.
+/// Values of a row that all its packs need.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RowValues {
     /// [`Epilogue::row_value`]; 0 without [`Epilogue::ROW_SUM`].
@@ -93,11 +93,11 @@ pub struct RowValues {
 pub trait Epilogue<E: Element>: Copy {
     /// Whether `finish` needs a sum over the row. Without, `addend` and `row_value` are never called.
     const ROW_SUM: bool = false;
-    /// Whether `finish` needs the largest magnitude of the row. Without, `magnitude` is never called.
+    /// True if `finish` needs the largest magnitude of the row. Without, `magnitude` is never called.
     const ROW_MAX: bool = false;
     /// Words that a pack becomes: 1, 2 or 4; 0 where results are not sent.
     const WORDS: u32 = 0;
-    /// Whether scales are sent beside the words.
+    /// True if scales are sent beside the words.
     const SCALES: bool = false;
 
     /// What is read once for the whole operation.

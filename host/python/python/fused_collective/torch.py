@@ -19,6 +19,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import library
 
 from . import _native
 from ._communicator import Communicator, Outputs
@@ -212,7 +213,7 @@ _OPTIONS = (
     "int group, float epsilon, float weight_bias, str quant, str layout, int block, str block_scale, bool keep_norm, "
     "bool sharded, str rounding, str algorithm"
 )
-_LIBRARY = torch.library.Library("fused_collective", "DEF")
+_LIBRARY = library.Library("fused_collective", "DEF")
 _LIBRARY.define(
     f"all_reduce(Tensor x, Tensor? residual, Tensor? bias, Tensor? weight, Tensor? scale, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -265,7 +266,7 @@ for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("all_reduce_norm_", _run_norm_, _key)
 
 
-@torch.library.register_fake("fused_collective::all_reduce", lib=_LIBRARY)
+@library.register_fake("fused_collective::all_reduce", lib=_LIBRARY)
 def _fake(
     x, residual, bias, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded,
     rounding, mode,
@@ -273,12 +274,12 @@ def _fake(
     return _outputs(x, group, weight is not None, quant, layout, block, block_scale, keep_norm, sharded)
 
 
-@torch.library.register_fake("fused_collective::all_reduce_out", lib=_LIBRARY)
+@library.register_fake("fused_collective::all_reduce_out", lib=_LIBRARY)
 def _fake_out(*_):
     return None
 
 
-@torch.library.register_fake("fused_collective::all_reduce_norm_", lib=_LIBRARY)
+@library.register_fake("fused_collective::all_reduce_norm_", lib=_LIBRARY)
 def _fake_norm_(*_):
     return None
 

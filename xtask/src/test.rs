@@ -275,7 +275,7 @@ impl Tally {
     }
 }
 
-/// Counts of the tests that the programs that `cargo test` ran, or pytest, have reported.
+/// Counts of tests, as the programs that `cargo test` ran, or pytest, report them.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Counts {
     passed: usize,

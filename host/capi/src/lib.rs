@@ -1,6 +1,6 @@
 //! The C ABI of `fused-collective`. `include/fused_collective.h` is made from these sources, and a test compares it.
 //!
-//! What must hold:
+//! Rules that hold throughout:
 //! - no panic crosses: it becomes [`FC_STATUS_PANIC`](types::fc_status::Panic);
 //! - a null pointer, a struct of no known size and a number that names no value are errors, and nothing was sent;
 //! - a struct grows at its end only, a new field means by 0 that it is not there, and no number of an enum changes.

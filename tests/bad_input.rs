@@ -34,7 +34,10 @@ fn an_unknown_element_type() {
 
 #[test]
 fn an_unknown_quantization_mode() {
-    refused_options("--quant-modes none,fp6", &["--quant-modes", "'fp6'", "use none, fp8 or fp4"]);
+    refused_options(
+        "--quant-modes none,fp6",
+        &["--quant-modes", "'fp6'", "use one of none, fp8, fp4, fp8_per_token, "],
+    );
 }
 
 #[test]

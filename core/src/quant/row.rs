@@ -140,20 +140,14 @@ pub(super) fn write_row<E: Element>(
             encode_e4m3(row, scale::fp8_multiplier(token_scale), values);
             scales.set(0, token_scale.to_bits());
         }
-        (Quantization::Fp8PerGroup { group, scales: GroupScale::F32, .. }, Some(scales)) => match group {
-            32 => quantize_blocks::<E, _, 32>(Fp8Group, row, values, scales),
-            64 => quantize_blocks::<E, _, 64>(Fp8Group, row, values, scales),
-            // The check accepts no other group than 128.
-            _ => quantize_blocks::<E, _, 128>(Fp8Group, row, values, scales),
-        },
-        (Quantization::Fp8PerGroup { group: 64, .. }, Some(scales)) => {
-            quantize_blocks::<E, _, 64>(Fp8Block, row, values, scales);
+        (Quantization::Fp8PerGroup { group, scales: GroupScale::F32, .. }, Some(scales)) => {
+            quantize_fp8_blocks::<E, true>(group, row, values, scales);
         }
-        (Quantization::Fp8PerGroup { group: 128, .. }, Some(scales)) => {
-            quantize_blocks::<E, _, 128>(Fp8Block, row, values, scales);
+        (Quantization::Fp8PerGroup { group, .. }, Some(scales)) => {
+            quantize_fp8_blocks::<E, false>(group, row, values, scales);
         }
-        (Quantization::Fp8PerGroup { .. } | Quantization::MxFp8 { .. }, Some(scales)) => {
-            quantize_blocks::<E, _, 32>(Fp8Block, row, values, scales);
+        (Quantization::MxFp8 { .. }, Some(scales)) => {
+            quantize_blocks::<E, _, 32>(Fp8Block::<false>, row, values, scales);
         }
         (Quantization::NvFp4 { .. }, Some(scales)) => {
             let format = NvFp4Block { global_scale: scale::nvfp4_global(scale) };
@@ -280,10 +274,10 @@ trait BlockFormat {
     fn encode<E: Element>(values: &[f32], codes: &mut [u8]);
 }
 
-/// E4M3 with UE8M0 scales.
-struct Fp8Block;
+/// E4M3 with `f32` scales, or with UE8M0 scales.
+struct Fp8Block<const F32: bool>;
 
-impl BlockFormat for Fp8Block {
+impl<const F32: bool> BlockFormat for Fp8Block<F32> {
     const ELEMENTS_PER_BYTE: usize = 1;
 
     #[inline(always)]
@@ -293,6 +287,10 @@ impl BlockFormat for Fp8Block {
 
     #[inline(always)]
     fn scale(&self, amax: f32) -> (u32, f32) {
+        if F32 {
+            let scale = scale::fp8_group(amax);
+            return (scale.to_bits(), scale::fp8_multiplier(scale));
+        }
         let code = scale::fp8_block(amax);
         (code.into(), ue8m0::decode_reciprocal(code))
     }
@@ -302,29 +300,6 @@ impl BlockFormat for Fp8Block {
         for (code, &value) in codes.iter_mut().zip(values) {
             *code = e4m3::encode(value);
         }
-    }
-}
-
-/// E4M3 with `f32` scales.
-struct Fp8Group;
-
-impl BlockFormat for Fp8Group {
-    const ELEMENTS_PER_BYTE: usize = 1;
-
-    #[inline(always)]
-    fn largest<E: Element>(block: &[E]) -> f32 {
-        amax(block)
-    }
-
-    #[inline(always)]
-    fn scale(&self, amax: f32) -> (u32, f32) {
-        let scale = scale::fp8_group(amax);
-        (scale.to_bits(), scale::fp8_multiplier(scale))
-    }
-
-    #[inline(always)]
-    fn encode<E: Element>(values: &[f32], codes: &mut [u8]) {
-        Fp8Block::encode::<E>(values, codes);
     }
 }
 
@@ -399,6 +374,23 @@ fn encode_e2m1<E: Element>(values: &[f32], bytes: &mut [u8]) {
         for pack in bytes.as_chunks_mut().0 {
             *pack = (e2m1::canonical(u16::from_le_bytes(*pack).into(), 4) as u16).to_le_bytes();
         }
+    }
+}
+
+/// Quantizes a row to E4M3 in blocks of `block` elements: 32, 64 or 128.
+#[inline(always)]
+fn quantize_fp8_blocks<E: Element, const F32: bool>(
+    block: u32,
+    row: &[E],
+    codes: &mut [u8],
+    scales: RowScales<'_>,
+) {
+    let format = Fp8Block::<F32>;
+    match block {
+        32 => quantize_blocks::<E, _, 32>(format, row, codes, scales),
+        64 => quantize_blocks::<E, _, 64>(format, row, codes, scales),
+        // The check accepts no other.
+        _ => quantize_blocks::<E, _, 128>(format, row, codes, scales),
     }
 }
 

@@ -117,6 +117,12 @@ impl<E: Element> Case<E> {
         }
     }
 
+    /// The same without a bias.
+    pub fn unbiased(mut self) -> Self {
+        (self.operation.bias, self.bias) = (false, None);
+        self
+    }
+
     /// The same with a sharded residual; it must have one, and a norm.
     pub fn sharded(mut self) -> Self {
         self.operation.residual = Residual::Sharded;

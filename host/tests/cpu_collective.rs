@@ -1,6 +1,11 @@
 //! The CPU backend against the reference, ranks as threads that share memory as processes would.
 
-use std::{cell::UnsafeCell, thread, time::Duration};
+use std::{
+    cell::UnsafeCell,
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::Duration,
+};
 
 use fused_collective::{
     Error, ErrorKind,
@@ -560,8 +565,14 @@ fn a_planted_race() {
     // SAFETY: it is not, and that is to be found.
     unsafe impl Sync for Shared {}
     let shared = &Shared(UnsafeCell::new(0));
+    let arrived = AtomicU32::new(0);
     group(2, 64, PATIENT, |mut communicator| {
         communicator.barrier().unwrap();
+        // Both are past the barrier, and relaxed accesses put nothing in order: so the ranks race in every run.
+        arrived.fetch_add(1, Ordering::Relaxed);
+        while arrived.load(Ordering::Relaxed) < 2 {
+            thread::yield_now();
+        }
         // SAFETY: none; only a sanitizer runs this.
         unsafe { *shared.0.get() += u64::from(communicator.rank()) };
     });

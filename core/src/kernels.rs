@@ -56,19 +56,22 @@ impl Processor {
 /// A set of kernels: a module's, for one element type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Set {
-    /// The collectives for groups of 2 ranks.
+    /// The collectives for groups of 2 ranks, of rows in registers.
     Group2,
-    /// The collectives for groups of at most 4 ranks.
+    /// The collectives for groups of at most 4 ranks, of rows in registers.
     Group4,
-    /// The collectives for groups of at most 8 ranks.
+    /// The collectives for groups of at most 8 ranks, of rows in registers.
     Group8,
-    /// The kernels that need no group.
+    /// The kernels that need no group, of rows in registers.
     Local,
+    /// Every kernel that streams its rows, for groups of any size: clusters of eight blocks hold 65,536 elements of 16 bits in
+    /// registers, so only GPUs without clusters, and the longest rows of `f32`, use these.
+    Streamed,
 }
 
 impl Set {
     /// Every set.
-    pub const ALL: [Set; 4] = [Set::Group2, Set::Group4, Set::Group8, Set::Local];
+    pub const ALL: [Set; 5] = [Set::Group2, Set::Group4, Set::Group8, Set::Local, Set::Streamed];
 
     /// The smallest set with collectives for `world_size` ranks; `None` for more than [`MAX_RANKS`].
     pub const fn for_group(world_size: u32) -> Option<Set> {
@@ -88,12 +91,22 @@ impl Set {
             Set::Group4 => "w4",
             Set::Group8 => "w8",
             Set::Local => "local",
+            Set::Streamed => "streamed",
         }
     }
 
-    /// The kernels of the set.
-    pub fn kernels(self) -> impl Iterator<Item = &'static Kernel> {
-        KERNELS.iter().filter(move |kernel| (kernel.family == Family::Local) == (self == Set::Local))
+    /// The names of the set's entry points.
+    pub fn entries(self) -> impl Iterator<Item = &'static str> {
+        let has = move |kernel: &Kernel, version| match self {
+            Set::Streamed => version == Version::Streamed,
+            _ => version != Version::Streamed && (kernel.family == Family::Local) == (self == Set::Local),
+        };
+        KERNELS.iter().flat_map(move |kernel| {
+            Version::ALL
+                .into_iter()
+                .filter(move |version| has(kernel, *version))
+                .map(|version| kernel.name(version))
+        })
     }
 }
 
@@ -121,6 +134,7 @@ impl Module {
                     Set::Group4 => concat!($element, "_w4"),
                     Set::Group8 => concat!($element, "_w8"),
                     Set::Local => concat!($element, "_local"),
+                    Set::Streamed => concat!($element, "_streamed"),
                 }
             };
         }
@@ -129,11 +143,6 @@ impl Module {
             DType::F16 => of_type!("f16"),
             DType::Bf16 => of_type!("bf16"),
         }
-    }
-
-    /// A kernel's entry point in the module, which has it if the kernel is one of [its set's](Set::kernels).
-    pub const fn entry(self, kernel: &Kernel, version: Version) -> Entry {
-        Entry { module: self.name(), name: kernel.name(version) }
     }
 
     /// The module called `name`, if it is one of the table's.
@@ -352,7 +361,7 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
     let takes_more = matches!(processor, "sm_80" | "sm_120a");
     // Kernels for more than 4 ranks hold a pack of each; those for 4 quantize to FP4 beside as many.
     let is_large = match set {
-        Set::Group8 => true,
+        Set::Group8 | Set::Streamed => true,
         Set::Group4 => {
             let quantizes = |kernel: &Kernel| {
                 kernel.epilogue.quantizer == Quantizer::Fp4 && kernel.family != Family::Sharded
@@ -362,7 +371,7 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
         Set::Group2 | Set::Local => false,
     };
     let threads = match set {
-        Set::Group8 if processor == "sm_80" => 256,
+        Set::Group8 | Set::Streamed if processor == "sm_80" => 256,
         // Two packs of eight ranks, widened.
         Set::Group8 if processor == "sm_120a" && dtype == DType::F32 && version == Some(Version::P2) => 256,
         Set::Group2 | Set::Group4 if takes_more => 512,
@@ -406,7 +415,7 @@ mod tests {
     #[test]
     fn names_follow_from_their_parts_and_lead_back_to_them() {
         let names: HashSet<_> = Module::all().map(Module::name).collect();
-        assert_eq!(names.len(), 12);
+        assert_eq!(names.len(), 15);
         for module in Module::all() {
             let element = ["f32", "f16", "bf16"][module.dtype as usize];
             assert_eq!(module.name(), format!("{element}_{}", module.set.name()));
@@ -429,10 +438,12 @@ mod tests {
     }
 
     #[test]
-    fn every_kernel_is_in_one_set_or_in_all_of_the_groups() {
-        let [two, four, eight, local] = Set::ALL.map(|set| set.kernels().collect::<Vec<_>>());
+    fn every_entry_point_is_in_one_set_or_in_all_of_the_groups() {
+        let [two, four, eight, local, streamed] = Set::ALL.map(|set| set.entries().collect::<Vec<_>>());
         assert_eq!((&two, &two), (&four, &eight));
-        assert_eq!((two.len(), local.len()), (17, 10));
+        assert_eq!((two.len(), local.len(), streamed.len()), (2 * 17, 2 * 10, 27));
+        let all: HashSet<_> = [two, local, streamed].concat().into_iter().collect();
+        assert_eq!(all.len(), 3 * KERNELS.len());
     }
 
     #[test]
@@ -442,11 +453,12 @@ mod tests {
             (threads, blocks)
         };
         use DType::{Bf16, F32};
-        use Set::{Group2, Group4, Group8, Local};
+        use Set::{Group2, Group4, Group8, Local, Streamed};
         for (processor, dtype, set, entry, expected) in [
             ("sm_90", Bf16, Group4, "one_shot_norm_p1", (1024, 1)),
             ("sm_90", Bf16, Group4, "one_shot_norm_p2", (512, 1)),
-            ("sm_90", Bf16, Local, "local_norm_streamed", (512, 1)),
+            ("sm_90", Bf16, Streamed, "local_norm_streamed", (512, 1)),
+            ("sm_80", Bf16, Streamed, "local_norm_streamed", (256, 1)),
             ("sm_80", Bf16, Local, "local_norm_p1", (1024, 1)),
             ("sm_80", Bf16, Group8, "one_shot_norm_p1", (256, 1)),
             ("sm_90", Bf16, Group8, "one_shot_norm_p1", (512, 1)),

@@ -1,11 +1,12 @@
 //! The table of kernel entry points.
 
-/// Defines the entry points of one module: the collectives of one element type for groups of at most `N` ranks, or
-/// the kernels of one element type that need no group.
+/// Defines the entry points of one module, all of one element type: the collectives for groups of at most `N` ranks, the
+/// kernels that need no group, or all of those that stream their rows.
 ///
 /// ```ignore
 /// fused_collective_device::entries!(collectives, bf16, 4); // N is 2, 4 or 8
 /// fused_collective_device::entries!(local, bf16);
+/// fused_collective_device::entries!(streamed, bf16);
 /// ```
 /// A module for each keeps what a program has to load small. [`fused_collective_core::kernels`] has the same table by
 /// name; tests hold the two together.
@@ -20,39 +21,53 @@
 #[macro_export]
 macro_rules! entries {
     (collectives, $element:ident, $ranks:literal) => {
-        $crate::entries!(@epilogue one_shot, "one_shot_none", $element, $ranks, Plain<Unquantized>);
-        $crate::entries!(@epilogue two_shot, "two_shot_none", $element, $ranks, Plain<Unquantized>);
-        $crate::entries!(@collective one_shot, "one_shot", $element, $ranks);
-        $crate::entries!(@collective two_shot, "two_shot", $element, $ranks);
-        $crate::entries!(@collective sharded, "sharded", $element, $ranks);
+        $crate::entries!(@collectives resident, $element, $ranks);
     };
     (local, $element:ident) => {
-        $crate::entries!(@local "none", $element, Plain<Unquantized>);
-        $crate::entries!(@local "fp8", $element, Plain<Fp8Static>);
-        $crate::entries!(@local "fp8_token", $element, Plain<Fp8PerToken>);
-        $crate::entries!(@local "fp8_block", $element, Plain<Fp8Block>);
-        $crate::entries!(@local "fp4", $element, Plain<Fp4>);
-        $crate::entries!(@local "norm", $element, RmsNorm<Unquantized>);
-        $crate::entries!(@local "norm_fp8", $element, RmsNorm<Fp8Static>);
-        $crate::entries!(@local "norm_fp8_token", $element, RmsNorm<Fp8PerToken>);
-        $crate::entries!(@local "norm_fp8_block", $element, RmsNorm<Fp8Block>);
-        $crate::entries!(@local "norm_fp4", $element, RmsNorm<Fp4>);
+        $crate::entries!(@locals resident, $element);
     };
-    (@collective $algorithm:ident, $name:literal, $element:ident, $ranks:literal) => {
-        $crate::entries!(@epilogue $algorithm, concat!($name, "_norm"), $element, $ranks, RmsNorm<Unquantized>);
-        $crate::entries!(@epilogue $algorithm, concat!($name, "_fp8"), $element, $ranks, RmsNorm<Fp8Static>);
-        $crate::entries!(@epilogue $algorithm, concat!($name, "_fp8_token"), $element, $ranks, RmsNorm<Fp8PerToken>);
-        $crate::entries!(@epilogue $algorithm, concat!($name, "_fp8_block"), $element, $ranks, RmsNorm<Fp8Block>);
-        $crate::entries!(@epilogue $algorithm, concat!($name, "_fp4"), $element, $ranks, RmsNorm<Fp4>);
+    (streamed, $element:ident) => {
+        $crate::entries!(@collectives streamed, $element, 8);
+        $crate::entries!(@locals streamed, $element);
     };
-    (@epilogue $algorithm:ident, $name:expr, $element:ident, $ranks:literal, $epilogue:ty) => {
+    (@collectives $rows:ident, $element:ident, $ranks:literal) => {
+        $crate::entries!(@epilogue $rows, one_shot, "one_shot_none", $element, $ranks, Plain<Unquantized>);
+        $crate::entries!(@epilogue $rows, two_shot, "two_shot_none", $element, $ranks, Plain<Unquantized>);
+        $crate::entries!(@collective $rows, one_shot, "one_shot", $element, $ranks);
+        $crate::entries!(@collective $rows, two_shot, "two_shot", $element, $ranks);
+        $crate::entries!(@collective $rows, sharded, "sharded", $element, $ranks);
+    };
+    (@collective $rows:ident, $algorithm:ident, $name:literal, $element:ident, $ranks:literal) => {
+        $crate::entries!(@epilogue $rows, $algorithm, concat!($name, "_norm"), $element, $ranks, RmsNorm<Unquantized>);
+        $crate::entries!(@epilogue $rows, $algorithm, concat!($name, "_fp8"), $element, $ranks, RmsNorm<Fp8Static>);
+        $crate::entries!(@epilogue $rows, $algorithm, concat!($name, "_fp8_token"), $element, $ranks, RmsNorm<Fp8PerToken>);
+        $crate::entries!(@epilogue $rows, $algorithm, concat!($name, "_fp8_block"), $element, $ranks, RmsNorm<Fp8Block>);
+        $crate::entries!(@epilogue $rows, $algorithm, concat!($name, "_fp4"), $element, $ranks, RmsNorm<Fp4>);
+    };
+    (@locals $rows:ident, $element:ident) => {
+        $crate::entries!(@local $rows, "none", $element, Plain<Unquantized>);
+        $crate::entries!(@local $rows, "fp8", $element, Plain<Fp8Static>);
+        $crate::entries!(@local $rows, "fp8_token", $element, Plain<Fp8PerToken>);
+        $crate::entries!(@local $rows, "fp8_block", $element, Plain<Fp8Block>);
+        $crate::entries!(@local $rows, "fp4", $element, Plain<Fp4>);
+        $crate::entries!(@local $rows, "norm", $element, RmsNorm<Unquantized>);
+        $crate::entries!(@local $rows, "norm_fp8", $element, RmsNorm<Fp8Static>);
+        $crate::entries!(@local $rows, "norm_fp8_token", $element, RmsNorm<Fp8PerToken>);
+        $crate::entries!(@local $rows, "norm_fp8_block", $element, RmsNorm<Fp8Block>);
+        $crate::entries!(@local $rows, "norm_fp4", $element, RmsNorm<Fp4>);
+    };
+    (@epilogue resident, $algorithm:ident, $name:expr, $element:ident, $ranks:literal, $epilogue:ty) => {
         $crate::entries!(@entry concat!($name, "_p1"), Fused<$epilogue>, collective::$algorithm::<$element, $epilogue, $ranks, 1, true>);
         $crate::entries!(@entry concat!($name, "_p2"), Fused<$epilogue>, collective::$algorithm::<$element, $epilogue, $ranks, 2, true>);
+    };
+    (@epilogue streamed, $algorithm:ident, $name:expr, $element:ident, $ranks:literal, $epilogue:ty) => {
         $crate::entries!(@entry concat!($name, "_streamed"), Fused<$epilogue>, collective::$algorithm::<$element, $epilogue, $ranks, 1, false>);
     };
-    (@local $name:literal, $element:ident, $epilogue:ty) => {
+    (@local resident, $name:literal, $element:ident, $epilogue:ty) => {
         $crate::entries!(@entry concat!("local_", $name, "_p1"), Local<$epilogue>, local::<$element, $epilogue, 1, true>);
         $crate::entries!(@entry concat!("local_", $name, "_p2"), Local<$epilogue>, local::<$element, $epilogue, 2, true>);
+    };
+    (@local streamed, $name:literal, $element:ident, $epilogue:ty) => {
         $crate::entries!(@entry concat!("local_", $name, "_streamed"), Local<$epilogue>, local::<$element, $epilogue, 1, false>);
     };
     (@entry $name:expr, $parameters:ty, $($kernel:tt)+) => {

@@ -177,10 +177,16 @@ pub(crate) fn archive(modules: &[Module], level: i32) -> Result<(Vec<u8>, String
             frame.push(Member { processor, module: name, kind, bytes });
             Ok(())
         };
-        // Processors that rustc compiles for as one have the same PTX, but for its first lines.
-        add(Kind::Ptx, "PTX", module.processor.compiled_for(), &module.path)?;
         if let Some(path) = &module.machine_code {
             add(Kind::MachineCode, "machine code", module.processor, path)?;
+        }
+        // PTX serves GPUs and drivers that have no use for the machine code. Where it runs on one kind of GPU alone, the PTX
+        // of an older processor does that too.
+        let stands_in = |it: &Module| runs_on_later(it.processor) && it.processor < module.processor;
+        if module.machine_code.is_none() || runs_on_later(module.processor) || !modules.iter().any(stands_in)
+        {
+            // Processors that rustc compiles for as one have the same PTX, but for its first lines.
+            add(Kind::Ptx, "PTX", module.processor.compiled_for(), &module.path)?;
         }
     }
     for members in frames.values_mut() {
@@ -209,13 +215,18 @@ pub(crate) fn archive(modules: &[Module], level: i32) -> Result<(Vec<u8>, String
     Ok((archive, sizes))
 }
 
+/// True if code for the processor runs on later ones too.
+fn runs_on_later(processor: Processor) -> bool {
+    !processor.name().ends_with('a')
+}
+
 /// Reads every member from the archive, as programs do.
 fn compare<'a>(archive: &[u8], members: impl IntoIterator<Item = &'a Member>) -> Result<()> {
     let archive = Archive::open(archive)?;
     for Member { processor, module, kind, bytes } in members {
         let read = archive.module(processor, module).context("a module is missing in the archive")?;
         let code = match kind {
-            Kind::Ptx => Some(read.ptx()?),
+            Kind::Ptx => read.ptx()?,
             Kind::MachineCode => {
                 let known = kernels::Processor::ALL.into_iter().find(|known| known.name == *processor);
                 read.machine_code(known.context("core has no such processor")?.capability)?

@@ -97,24 +97,25 @@ impl<'a> Archive<'a> {
             let is = |it: &&File<'_>| it.kind == kind && it.processor == processor && it.module == name;
             self.files.iter().find(is)
         };
-        Some(Module { ptx: find(Kind::Ptx)?, machine_code: find(Kind::MachineCode) })
+        let module = Module { ptx: find(Kind::Ptx), machine_code: find(Kind::MachineCode) };
+        (module.ptx.is_some() || module.machine_code.is_some()).then_some(module)
     }
 }
 
-/// A module of kernels in an archive.
+/// A module of kernels in an archive: PTX, machine code or both.
 #[derive(Clone, Copy, Debug)]
 pub struct Module<'a> {
-    ptx: &'a File<'a>,
+    ptx: Option<&'a File<'a>>,
     machine_code: Option<&'a File<'a>>,
 }
 
 impl Module<'_> {
-    /// The PTX, which the driver compiles when it loads it. The call decompresses it: nothing is kept.
+    /// The PTX, which the driver compiles when it loads it, if there is some. The call decompresses it: nothing is kept.
     ///
     /// # Errors
     /// [`Error::Damaged`].
-    pub fn ptx(&self) -> Result<Vec<u8>, Error> {
-        self.ptx.read()
+    pub fn ptx(&self) -> Result<Option<Vec<u8>>, Error> {
+        self.ptx.map(File::read).transpose()
     }
 
     /// Machine code that runs on GPUs of compute capability `capability` (90 is 9.0), if there is some. The driver loads it
@@ -232,7 +233,7 @@ mod tests {
         Member { processor, module, kind, bytes: text.repeat(100).into_bytes() }
     }
 
-    /// Two frames: the second one has no machine code, and a module that is empty.
+    /// Three frames: the second one has no machine code, and a module that is empty; the third one has no PTX.
     fn packed(layout: u32) -> Vec<u8> {
         let frames = [
             vec![
@@ -241,6 +242,7 @@ mod tests {
                 member("sm_90", "bf16_w2", Kind::MachineCode, "\u{7f}ELF"),
             ],
             vec![member("sm_100a", "bf16_w2", Kind::Ptx, "b"), member("sm_100a", "f32_w2", Kind::Ptx, "")],
+            vec![member("sm_120a", "bf16_w2", Kind::MachineCode, "m")],
         ];
         pack(layout, &frames, |content| compress_to_vec(content, CompressionLevel::Fastest))
     }
@@ -249,16 +251,18 @@ mod tests {
     fn every_file_of_an_archive_is_read_as_it_was_packed() {
         let bytes = packed(LAYOUT);
         let archive = Archive::open(&bytes).unwrap();
-        assert_eq!(archive.processors().collect::<Vec<_>>(), ["sm_90", "sm_100a"]);
+        assert_eq!(archive.processors().collect::<Vec<_>>(), ["sm_90", "sm_100a", "sm_120a"]);
         let module = archive.module("sm_90", "bf16_w2").unwrap();
-        assert_eq!(module.ptx().unwrap(), ".version 8.6\n".repeat(100).into_bytes());
+        assert_eq!(module.ptx().unwrap().unwrap(), ".version 8.6\n".repeat(100).into_bytes());
         assert_eq!(module.machine_code(90).unwrap().unwrap(), "\u{7f}ELF".repeat(100).into_bytes());
         assert_eq!(module.machine_code(100), Ok(None));
         let module = archive.module("sm_90", "f32_w2").unwrap();
-        assert_eq!(module.ptx().unwrap(), ".version 8.6 f32\n".repeat(100).into_bytes());
+        assert_eq!(module.ptx().unwrap().unwrap(), ".version 8.6 f32\n".repeat(100).into_bytes());
         assert_eq!(module.machine_code(90), Ok(None));
-        assert_eq!(archive.module("sm_100a", "bf16_w2").unwrap().ptx().unwrap(), [b'b'; 100]);
-        assert_eq!(archive.module("sm_100a", "f32_w2").unwrap().ptx().unwrap(), [0; 0]);
+        assert_eq!(archive.module("sm_100a", "bf16_w2").unwrap().ptx(), Ok(Some(vec![b'b'; 100])));
+        assert_eq!(archive.module("sm_100a", "f32_w2").unwrap().ptx(), Ok(Some(Vec::new())));
+        let module = archive.module("sm_120a", "bf16_w2").unwrap();
+        assert_eq!((module.ptx(), module.machine_code(120)), (Ok(None), Ok(Some(vec![b'm'; 100]))));
         assert!(archive.module("sm_80", "bf16_w2").is_none() && archive.module("sm_90", "f16_w2").is_none());
     }
 
@@ -277,9 +281,13 @@ mod tests {
             let archive = Archive::open(bytes)?;
             for processor in archive.processors() {
                 for name in ["bf16_w2", "f32_w2"] {
-                    let module = archive.module(processor, name).ok_or(Error::Damaged("a name"))?;
+                    let Some(module) = archive.module(processor, name) else {
+                        assert_eq!([processor, name], ["sm_120a", "f32_w2"]);
+                        continue;
+                    };
                     module.ptx()?;
                     module.machine_code(90)?;
+                    module.machine_code(120)?;
                 }
             }
             Ok(())

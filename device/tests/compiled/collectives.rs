@@ -37,7 +37,7 @@ fn every_collective_is_right_once<E: Element>(seed: u64, dtype: &str) {
         for gpu in gpus_of(&module) {
             let compiled = Arc::new(Compiled::read(gpu, &module, seed));
             every_version::<E>(&mut Random(seed), &world(ranks, &compiled), 2);
-            compiled.assert_all_ran(|_| false);
+            compiled.assert_all_ran(|name| name.starts_with("local_"));
         }
     }
 }

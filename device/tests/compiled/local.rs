@@ -79,7 +79,7 @@ fn every_kernel_is_right<E: Element>(seed: u64, dtype: &str) {
         let mut random = Random(seed);
         let compiled = Compiled::read(gpu, &module, seed);
         passes_are_right::<E>(&mut random, &compiled);
-        compiled.assert_all_ran(|_| false);
+        compiled.assert_all_ran(|name| !name.starts_with("local_"));
     }
 }
 

@@ -70,6 +70,12 @@ fn gpus_of(module: &str) -> Vec<&'static str> {
     different.into_iter().map(|(gpu, _)| gpu).collect()
 }
 
+/// The name of the module of the same element type that streams rows.
+fn streamed_beside(module: &str) -> String {
+    let (dtype, _) = module.split_once('_').unwrap_or((module, ""));
+    format!("{dtype}_streamed")
+}
+
 fn read(file: &Path) -> String {
     fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
 }
@@ -78,6 +84,8 @@ fn read(file: &Path) -> String {
 struct Compiled {
     file: PathBuf,
     module: Module,
+    /// The kernels of the same type that stream their rows, where the folder has them.
+    streamed: Option<Module>,
     /// The entry points that have been run.
     ran: Mutex<BTreeMap<String, Arc<Entry>>>,
     /// How many grids each rank has run, which decides in which order the threads of the next take turns.
@@ -99,14 +107,17 @@ impl Compiled {
         gpu: &str,
         name: &str,
         seed: u64,
-        change: impl FnOnce(String) -> String,
+        change: impl Fn(String) -> String,
     ) -> Compiled {
-        let file = folder.join(gpu).join(format!("{name}.ptx"));
-        let module = Module::parse(&change(read(&file)));
-        let module = module.unwrap_or_else(|error| panic!("{}: {error}", file.display()));
+        let parse = |file: &Path, change: &dyn Fn(String) -> String| {
+            Module::parse(&change(read(file))).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
+        };
+        let [file, streamed] =
+            [name, &streamed_beside(name)].map(|name| folder.join(gpu).join(format!("{name}.ptx")));
         Compiled {
+            module: parse(&file, &change),
+            streamed: streamed.exists().then(|| parse(&streamed, &|ptx| ptx)),
             file,
-            module,
             ran: Mutex::default(),
             grids: array::from_fn(|_| AtomicU64::new(0)),
             seed,
@@ -128,7 +139,9 @@ impl Compiled {
     ) {
         let file = self.file.display();
         let decode = || {
-            let entry = self.module.entry(name).unwrap_or_else(|| panic!("{file} has no {name}"));
+            let streamed = || self.streamed.as_ref()?.entry(name);
+            let entry = self.module.entry(name).or_else(streamed);
+            let entry = entry.unwrap_or_else(|| panic!("neither {file} nor what is streamed has {name}"));
             Arc::new(entry.unwrap_or_else(|error| panic!("{file}, {error}")))
         };
         let entry = Arc::clone(self.ran.lock().unwrap().entry(name.to_owned()).or_insert_with(decode));
@@ -155,8 +168,8 @@ impl Compiled {
     /// Every entry point has been run, but for those whose names `is_left_out`.
     fn assert_all_ran(&self, is_left_out: impl Fn(&str) -> bool) {
         let ran = self.ran.lock().unwrap();
-        let left: Vec<&str> =
-            self.module.names().filter(|name| !ran.contains_key(*name) && !is_left_out(name)).collect();
+        let names = self.module.names().chain(self.streamed.iter().flat_map(Module::names));
+        let left: Vec<&str> = names.filter(|name| !ran.contains_key(*name) && !is_left_out(name)).collect();
         assert!(left.is_empty(), "{}: {left:?} did not run", self.file.display());
     }
 }

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fs};
 
 use fused_collective_bench::{launch as bench, table};
 use fused_collective_core::{
-    kernels::{Bounds, Module, Processor, Version, bounds},
+    kernels::{Bounds, Module, Processor, bounds},
     launch,
 };
 
@@ -30,9 +30,8 @@ fn entries(ptx: &str) -> BTreeMap<&str, Bounds> {
 /// Every module of a processor by name, with the entry points that the tables list for it.
 fn listed(processor: Processor) -> BTreeMap<&'static str, BTreeMap<&'static str, Bounds>> {
     let library = Module::all().map(|module| {
-        let names = module.set.kernels().flat_map(|kernel| Version::ALL.map(|version| kernel.name(version)));
         let bounded = |name| (name, bounds(processor.name, module.dtype, module.set, name));
-        (module.name(), names.map(bounded).collect())
+        (module.name(), module.set.entries().map(bounded).collect())
     });
     let bench = table::modules()
         .map(|module| (module, table::entries(module).map(|name| (name, table::BOUNDS)).collect()));

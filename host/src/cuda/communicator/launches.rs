@@ -22,6 +22,14 @@ pub(super) fn kernel(operation: &Operation, algorithm: Algorithm) -> Result<&'st
     Kernel::of(Family::from(algorithm), epilogue).ok_or(Error::Unsupported("this quantization"))
 }
 
+/// The packs of a row.
+///
+/// # Errors
+/// Rows of a plan that has none.
+pub(super) fn row_packs(plan: &Plan) -> Result<u32, Error> {
+    Ok(Shape::of_rows(0, plan.row_bytes).ok_or(TOO_MANY_TOKENS)?.row_packs)
+}
+
 /// Adds to `launches` how each round of `plan` is launched with one of `versions`.
 ///
 /// # Errors

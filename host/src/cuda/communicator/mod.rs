@@ -240,7 +240,9 @@ impl Communicator {
     /// # Errors
     /// They are missing or unusable.
     pub fn prepare(&mut self, operation: &Operation) -> Result<(), Error> {
-        self.kernels.load(self.module(operation.dtype).name()).map(drop)
+        let plan = Plan::new(operation, &self.limits)?;
+        let (module, kernel) = (self.module(operation.dtype), launches::kernel(operation, plan.algorithm)?);
+        self.kernels.versions(module, kernel, launches::row_packs(&plan)?).map(drop)
     }
 
     /// Enqueues `operation` on `stream`, a `CUstream` of this rank's context. It may be captured into a graph, and

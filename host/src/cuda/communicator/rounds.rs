@@ -16,7 +16,7 @@ use super::{
         kernels::Parameters,
     },
     Captured, Communicator,
-    launches::{TOO_MANY_TOKENS, choose, kernel},
+    launches::{TOO_MANY_TOKENS, choose, kernel, row_packs},
 };
 use crate::error::Error;
 
@@ -28,7 +28,7 @@ impl Communicator {
     pub(super) fn choose_launches(&mut self, operation: &Operation, plan: &Plan) -> Result<(), Error> {
         let kernel = kernel(operation, plan.algorithm)?;
         let (module, limits) = (self.module(operation.dtype), self.kernels.limits());
-        let versions = self.kernels.versions(module, kernel)?;
+        let versions = self.kernels.versions(module, kernel, row_packs(plan)?)?;
         choose(plan, limits, versions, &mut self.launches)
     }
 

@@ -18,11 +18,11 @@ mod versions;
 use std::{collections::HashMap, iter};
 
 use fused_collective_core::{
-    kernels::{self, Entry, Family, Kernel, Processor, Version},
+    kernels::{self, Entry, Family, Kernel, Processor, Set, Version},
     launch::{self, MAX_BLOCKS},
 };
 
-use versions::choose_places;
+use versions::{choose_places, choose_version};
 
 use super::{
     device::{Context, Gpu},
@@ -73,6 +73,11 @@ impl Versions {
         self.functions[version as usize].as_ref().map(Function::max_threads)
     }
 
+    /// True if a version that is there takes rows of `row_packs` packs, in clusters of at most `cluster` blocks.
+    fn holds(&self, row_packs: u32, cluster: u32) -> bool {
+        choose_version(row_packs, iter::once(cluster), |version| self.max_threads(version)).is_some()
+    }
+
     fn function(&mut self, version: Version) -> Result<&mut Function, Error> {
         self.functions[version as usize].as_mut().ok_or(Error::Unsupported("rows of this length"))
     }
@@ -114,8 +119,7 @@ impl LaunchLimits {
             iter::successors(Some(cluster), |&cluster| (cluster * 2 <= most).then_some(cluster * 2));
         // One-shot pushes a row ahead, and does not wait.
         let waits = family != Family::OneShot;
-        let max_threads =
-            [Version::P1, Version::P2, Version::Streamed].map(|version| versions.max_threads(version));
+        let max_threads = Version::ALL.map(|version| versions.max_threads(version));
         let places = |version, cluster: u32, threads| {
             let blocks = versions.function(version)?.blocks_per_unit(threads)? * units;
             Ok(u64::from((blocks / cluster).min(most_clusters(family, cluster))))
@@ -242,7 +246,7 @@ impl Kernels {
         self.modules.get(module).ok_or(Error::Unsupported("this module"))
     }
 
-    /// The versions of a kernel of the table's.
+    /// The versions of a kernel of the table's, with the one that streams if rows of `row_packs` packs need it.
     ///
     /// # Errors
     /// As [`load`](Self::load); the module lacks the kernel.
@@ -250,16 +254,23 @@ impl Kernels {
         &mut self,
         module: kernels::Module,
         kernel: &'static Kernel,
+        row_packs: u32,
     ) -> Result<&mut Versions, Error> {
-        if !self.kernels.contains_key(&(module, kernel)) {
-            let loaded = self.load(module.name())?;
-            let mut functions = [None, None, None];
-            for version in Version::ALL {
-                functions[version as usize] = Some(loaded.function(kernel.name(version))?);
+        let key = (module, kernel);
+        let cluster = self.limits.agreed_cluster;
+        if !self.kernels.get(&key).is_some_and(|versions| versions.holds(row_packs, cluster)) {
+            let mut function = |set, version| {
+                let module = kernels::Module { set, ..module };
+                self.load(module.name())?.function(kernel.name(version)).map(Some)
+            };
+            let functions = [function(module.set, Version::P1)?, function(module.set, Version::P2)?, None];
+            let mut versions = Versions { family: kernel.family, functions };
+            if !versions.holds(row_packs, cluster) {
+                versions.functions[Version::Streamed as usize] = function(Set::Streamed, Version::Streamed)?;
             }
-            self.kernels.insert((module, kernel), Versions { family: kernel.family, functions });
+            self.kernels.insert(key, versions);
         }
-        self.kernels.get_mut(&(module, kernel)).ok_or(Error::Unsupported("this kernel"))
+        self.kernels.get_mut(&key).ok_or(Error::Unsupported("this kernel"))
     }
 
     /// An entry point without versions.

@@ -108,8 +108,9 @@ impl KernelSource {
         }
     }
 
-    /// The images of a module for a GPU of compute capability `capability`, each by itself enough, the fastest to load
-    /// first.
+    /// The images of a module for a GPU of compute capability `capability`, each by itself enough, the best first:
+    /// `processor`'s, and from an archive those of older processors that are launched alike, as a driver may be too old for
+    /// the machine code.
     ///
     /// # Errors
     /// It is missing or cannot be read.
@@ -124,13 +125,19 @@ impl KernelSource {
                 let unusable =
                     |why: &dyn fmt::Display| Error::Kernels(format!("the archive of kernels: {why}"));
                 let archive = self.archive().map_err(|error| unusable(&error))?;
-                let name = module;
-                let module = archive
-                    .module(processor.name, name)
-                    .ok_or_else(|| unusable(&format_args!("there is no {name} for {}", processor.name)))?;
-                let machine_code = module.machine_code(capability).map_err(|error| unusable(&error))?;
-                let ptx = module.ptx().map_err(|error| unusable(&error))?;
-                Ok(machine_code.into_iter().chain([ptx]).collect())
+                let alike = |it: &Processor| {
+                    it.capability <= processor.capability && it.has_clusters() == processor.has_clusters()
+                };
+                let mut images = Vec::new();
+                for processor in Processor::for_capability(capability).filter(alike) {
+                    let Some(module) = archive.module(processor.name, module) else { continue };
+                    images.extend(module.machine_code(capability).map_err(|error| unusable(&error))?);
+                    images.extend(module.ptx().map_err(|error| unusable(&error))?);
+                }
+                if images.is_empty() {
+                    return Err(unusable(&format_args!("there is no {module} for {}", processor.name)));
+                }
+                Ok(images)
             }
             KernelSource::Folder(folder) => {
                 let file = folder.join(processor.name).join(module).with_extension("ptx");

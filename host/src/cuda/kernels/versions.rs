@@ -12,7 +12,7 @@ const WARP: u32 = 32;
 ///
 /// A version holds a share of a row in registers or, as the last resort, streams it. `clusters` are the numbers of blocks
 /// that may share a row, the best first; `max_threads` tells what each version allows, `None` of one that is not there.
-fn choose_version(
+pub(super) fn choose_version(
     row_packs: u32,
     clusters: impl Iterator<Item = u32>,
     max_threads: impl Fn(Version) -> Option<u32>,

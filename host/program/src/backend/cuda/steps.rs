@@ -119,7 +119,8 @@ impl Engine<'_> {
         let shape = shape(problem)?;
         let kernel = Kernel::of(Family::Local, Epilogue::of(norm.is_some(), quantization))
             .ok_or(fused_collective::Error::Unsupported("this quantization"))?;
-        let versions = kernels.versions(Module { dtype: problem.dtype, set: Set::Local }, kernel)?;
+        let module = Module { dtype: problem.dtype, set: Set::Local };
+        let versions = kernels.versions(module, kernel, shape.row_packs)?;
         let launch = limits.for_rows(versions, 1, shape.row_packs, problem.tokens)?;
         let mut parameters = Parameters::default();
         // SAFETY: the launch structs have no padding, which `core` asserts.

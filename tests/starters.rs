@@ -272,10 +272,10 @@ fn a_rank_without_memory_is_named_once_and_all_fail_with_status_1() {
 /// ranks end in time with status 1, and under some of them it is the allocator that fails.
 #[test]
 fn a_rank_whose_allocator_fails_says_so_and_ends_with_status_1() {
-    let options = "--num-tokens 4096 --hidden-dim 4096 --quant-modes none --trials 1 --warmup 0 --deadline 5";
+    let options = "--num-tokens 512 --hidden-dim 4096 --quant-modes none --trials 1 --warmup 0 --deadline 5";
     let mut named = 0;
-    // In KiB: enough for the tensors, about 300 MiB, and from there on in steps until it is enough for all.
-    for limit in (300_000..600_000).step_by(10_000) {
+    // In KiB: less than the tensors take, and from there on in steps, each of less than a tensor, until it is enough for all.
+    for limit in (40_000..600_000).step_by(3_000) {
         let job = job_number();
         let ranks = (0..2).map(|rank| {
             let bench = bench(options);

@@ -6,7 +6,7 @@ fn main() {
     println!("cargo::rustc-check-cfg=cfg(embedded)");
     // The folder is always there: for a path that is missing, cargo would build again and again.
     println!("cargo::rerun-if-changed=archive");
-    if Path::new("archive/kernels.zst").exists() {
+    if Path::new("archive/kernels.archive").exists() {
         println!("cargo::rustc-cfg=embedded");
     }
 }

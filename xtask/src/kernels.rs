@@ -4,6 +4,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::{self, Write as _},
     path::{Path, PathBuf},
 };
 
@@ -15,7 +16,8 @@ use fused_collective_core::{
     kernels::{self, Set},
     launch::LAYOUT,
 };
-use fused_collective_kernels::{Archive, Kind, Member, pack};
+use fused_collective_kernels::{Archive, DICTIONARY, Kind, Member, pack};
+use lzma_rust2::{Lzma2Options, Lzma2Writer};
 
 use crate::cmd;
 
@@ -24,11 +26,11 @@ const MODULES: &str = "device/ptx";
 /// The folder of packages that show how to write kernels of one's own.
 const EXAMPLES: &str = "device/examples";
 /// The archive that `fused-collective-kernels` embeds: the library's kernels.
-const ARCHIVE: &str = "device/kernels/archive/kernels.zst";
+const ARCHIVE: &str = "device/kernels/archive/kernels.archive";
 /// The archive that the program embeds: the benchmark's kernels.
-const BENCH_ARCHIVE: &str = "host/program/archive/kernels.zst";
-/// Zstandard's highest level. It takes a minute for all processors, and is done once for each release.
-const LEVEL: i32 = 22;
+const BENCH_ARCHIVE: &str = "host/program/archive/kernels.archive";
+/// LZMA's highest preset: the work is done once for each release.
+const PRESET: u32 = 9;
 
 /// The processor to build for, to run on a GPU of compute capability `capability` (90 is 9.0).
 pub(crate) fn processor_for(capability: u32) -> Option<Processor> {
@@ -151,7 +153,7 @@ pub(crate) fn embed(processors: &[Processor]) -> Result<[PathBuf; 2]> {
 
 /// Writes an archive of `modules`. The one that is there stays until the new one is whole.
 fn write(file: &Path, modules: &[Module]) -> Result<()> {
-    let (archive, sizes) = archive(modules, LEVEL)?;
+    let (archive, sizes) = archive(modules, PRESET)?;
     let folder = file.parent().context("the archive is in a folder")?;
     let scratch = tempfile::NamedTempFile::new_in(folder)
         .with_context(|| format!("cannot write to {}", folder.display()))?;
@@ -166,7 +168,7 @@ fn write(file: &Path, modules: &[Module]) -> Result<()> {
 ///
 /// # Errors
 /// A file of a module cannot be read, or is not read from the archive as it was put there.
-pub(crate) fn archive(modules: &[Module], level: i32) -> Result<(Vec<u8>, String)> {
+pub(crate) fn archive(modules: &[Module], preset: u32) -> Result<(Vec<u8>, String)> {
     let mut frames: BTreeMap<_, Vec<Member>> = BTreeMap::new();
     for module in modules {
         let set = module.name.split_once('_').map_or(&*module.name, |(_, set)| set);
@@ -197,8 +199,7 @@ pub(crate) fn archive(modules: &[Module], level: i32) -> Result<(Vec<u8>, String
     let mut sizes = String::new();
     let mut failed = None;
     let archive = pack(LAYOUT, &frames, |content| {
-        let frame = zstd::bulk::compress(content, level);
-        let frame = frame.unwrap_or_else(|error| {
+        let frame = compress(content, preset).unwrap_or_else(|error| {
             failed = Some(error);
             Vec::new()
         });
@@ -213,6 +214,15 @@ pub(crate) fn archive(modules: &[Module], level: i32) -> Result<(Vec<u8>, String
     }
     compare(&archive, frames.iter().flatten())?;
     Ok((archive, sizes))
+}
+
+/// The content as LZMA2.
+fn compress(content: &[u8], preset: u32) -> io::Result<Vec<u8>> {
+    let mut options = Lzma2Options::with_preset(preset);
+    options.lzma_options.dict_size = DICTIONARY;
+    let mut writer = Lzma2Writer::new(Vec::new(), options);
+    writer.write_all(content)?;
+    writer.finish()
 }
 
 /// True if code for the processor runs on later ones too.

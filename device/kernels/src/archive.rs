@@ -10,16 +10,16 @@ use std::{
 };
 
 use fused_collective_core::launch::LAYOUT;
-use ruzstd::decoding::StreamingDecoder;
+use lzma_rust2::Lzma2Reader;
 
 use crate::{
     Kind,
-    pack::{HEADING, MAGIC, checksum},
+    pack::{DICTIONARY, HEADING, MAGIC, checksum},
 };
 
 /// The archive of this library; empty in a build without it.
 #[cfg(embedded)]
-static EMBEDDED: &[u8] = include_bytes!("../archive/kernels.zst");
+static EMBEDDED: &[u8] = include_bytes!("../archive/kernels.archive");
 #[cfg(not(embedded))]
 static EMBEDDED: &[u8] = &[];
 
@@ -145,7 +145,7 @@ impl File<'_> {
         if checksum(self.frame.bytes) != self.frame.checksum {
             return Err(damaged);
         }
-        let Ok(mut content) = StreamingDecoder::new(self.frame.bytes) else { return Err(damaged) };
+        let mut content = Lzma2Reader::new(self.frame.bytes, DICTIONARY, None);
         let Range { start, end } = self.place;
         let mut bytes = Vec::new();
         let skipped = io::copy(&mut content.by_ref().take(start as u64), &mut io::sink());
@@ -223,7 +223,9 @@ impl std::error::Error for Error {}
 
 #[cfg(test)]
 mod tests {
-    use ruzstd::encoding::{CompressionLevel, compress_to_vec};
+    use std::io::Write as _;
+
+    use lzma_rust2::{Lzma2Options, Lzma2Writer};
 
     use super::*;
     use crate::{Member, pack};
@@ -244,7 +246,13 @@ mod tests {
             vec![member("sm_100a", "bf16_w2", Kind::Ptx, "b"), member("sm_100a", "f32_w2", Kind::Ptx, "")],
             vec![member("sm_120a", "bf16_w2", Kind::MachineCode, "m")],
         ];
-        pack(layout, &frames, |content| compress_to_vec(content, CompressionLevel::Fastest))
+        pack(layout, &frames, |content| {
+            let mut options = Lzma2Options::with_preset(0);
+            options.lzma_options.dict_size = DICTIONARY;
+            let mut writer = Lzma2Writer::new(Vec::new(), options);
+            writer.write_all(content).unwrap();
+            writer.finish().unwrap()
+        })
     }
 
     #[test]

@@ -10,4 +10,4 @@ mod archive;
 mod pack;
 
 pub use archive::{Archive, Error, Module};
-pub use pack::{Kind, Member, pack};
+pub use pack::{DICTIONARY, Kind, Member, pack};

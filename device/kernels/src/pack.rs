@@ -1,9 +1,9 @@
 //! Writing an archive: the one place that knows its form.
 //!
-//! An archive is a sequence of Zstandard frames (RFC 8878), so `zstd -dc` shows its content. The first is a skippable one
-//! with the index, as text:
+//! An archive is [`MAGIC`], the length of the index in 4 bytes, the index, and frames. A frame is a stream of LZMA2: machine
+//! code and PTX take a seventh less than with Zstandard. The index is text:
 //! ```text
-//! fused-collective-kernels 1 CHECKSUM     of the index's other lines
+//! fused-collective-kernels 2 CHECKSUM     of the index's other lines
 //! layout LAYOUT                           fingerprint of the kernels' launch structs
 //! frame LENGTH CHECKSUM                   of the next frame, compressed
 //! sm_90 bf16_w2 ptx OFFSET LENGTH         a file in the frame named last: its place in the content
@@ -17,10 +17,12 @@ use std::fmt::Write;
 
 use fused_collective_core::fingerprint::Fingerprint;
 
-/// The magic number of a skippable frame. The frame's length follows it.
-pub(crate) const MAGIC: [u8; 4] = 0x184d_2a50_u32.to_le_bytes();
+/// The first bytes of an archive.
+pub(crate) const MAGIC: [u8; 4] = *b"fck\x02";
+/// The dictionary of a frame's LZMA2, in bytes: more than most frames have.
+pub const DICTIONARY: u32 = 16 << 20;
 /// The beginning of an index: the form's name and version.
-pub(crate) const HEADING: &str = "fused-collective-kernels 1 ";
+pub(crate) const HEADING: &str = "fused-collective-kernels 2 ";
 
 /// The two forms of a module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +59,8 @@ pub struct Member {
 }
 
 /// Packs `frames` into an archive, for kernels of this launch `layout`. Files that are alike belong into one frame; to read one
-/// of them, the frame is decompressed whole. `compress` makes a Zstandard frame of its argument.
+/// of them, the frame is decompressed up to its end. `compress` makes a frame of its argument, of LZMA2 with a dictionary of
+/// [`DICTIONARY`].
 pub fn pack(layout: u32, frames: &[Vec<Member>], mut compress: impl FnMut(&[u8]) -> Vec<u8>) -> Vec<u8> {
     let mut index = format!("layout {layout}\n");
     let mut packed = Vec::new();

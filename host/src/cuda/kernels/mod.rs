@@ -227,20 +227,11 @@ impl Kernels {
     /// It is missing, or the driver cannot use it.
     pub fn load(&mut self, module: &'static str) -> Result<&Module, Error> {
         if !self.modules.contains_key(module) {
-            let mut last = Error::Kernels(format!("there is no module {module}"));
-            let mut loaded = None;
-            for image in self.source.images(self.processor, self.capability, module)? {
-                match Module::load(&self.context, image) {
-                    Ok(module) => loaded = Some(module),
-                    Err(error) => last = error,
-                }
-                if loaded.is_some() {
-                    break;
-                }
-            }
-            let Some(loaded) = loaded else {
-                return Err(Error::Kernels(format!("the module {module} cannot be used: {last}")));
+            let load = |image| {
+                Module::load(&self.context, image)
+                    .map_err(|error| Error::Kernels(format!("the module {module} cannot be used: {error}")))
             };
+            let loaded = self.source.load(self.processor, self.capability, module, load)?;
             self.modules.insert(module, loaded);
         }
         self.modules.get(module).ok_or(Error::Unsupported("this module"))

@@ -108,18 +108,19 @@ impl KernelSource {
         }
     }
 
-    /// The images of a module for a GPU of compute capability `capability`, each by itself enough, the best first:
-    /// `processor`'s, and from an archive those of older processors that are launched alike, as a driver may be too old for
-    /// the machine code.
+    /// Loads a module for a GPU of compute capability `capability`: `load` gets one image of it after another, the best first,
+    /// until it takes one. They are `processor`'s, and from an archive those of older processors that are launched alike, as a
+    /// driver may be too old for the machine code.
     ///
     /// # Errors
-    /// It is missing or cannot be read.
-    pub(super) fn images(
+    /// The module is missing or cannot be read; the last of `load`'s.
+    pub(super) fn load<T>(
         &self,
         processor: Processor,
         capability: u32,
         module: &str,
-    ) -> Result<Vec<Vec<u8>>, Error> {
+        mut load: impl FnMut(Vec<u8>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         match self {
             KernelSource::Embedded | KernelSource::Archive(_) => {
                 let unusable =
@@ -128,26 +129,31 @@ impl KernelSource {
                 let alike = |it: &Processor| {
                     it.capability <= processor.capability && it.has_clusters() == processor.has_clusters()
                 };
-                let mut images = Vec::new();
+                let mut last = unusable(&format_args!("there is no {module} for {}", processor.name));
                 for processor in Processor::for_capability(capability).filter(alike) {
                     let Some(module) = archive.module(processor.name, module) else { continue };
-                    images.extend(module.machine_code(capability).map_err(|error| unusable(&error))?);
-                    images.extend(module.ptx().map_err(|error| unusable(&error))?);
+                    for image in
+                        [&|| module.machine_code(capability), &|| module.ptx()] as [&dyn Fn() -> _; 2]
+                    {
+                        let Some(image) = image().map_err(|error| unusable(&error))? else { continue };
+                        match load(image) {
+                            Ok(loaded) => return Ok(loaded),
+                            Err(error) => last = error,
+                        }
+                    }
                 }
-                if images.is_empty() {
-                    return Err(unusable(&format_args!("there is no {module} for {}", processor.name)));
-                }
-                Ok(images)
+                Err(last)
             }
             KernelSource::Folder(folder) => {
                 let file = folder.join(processor.name).join(module).with_extension("ptx");
                 let unusable =
                     |error: io::Error| Error::Kernels(format!("the kernels in {}: {error}", file.display()));
-                read(&file).map(|image| vec![image]).map_err(unusable)
+                load(read(&file).map_err(unusable)?)
             }
-            KernelSource::Bytes(bytes) => bytes(processor.name, module)
-                .map(|image| vec![image])
-                .ok_or_else(|| Error::Kernels(format!("the caller gave no module {module}"))),
+            KernelSource::Bytes(bytes) => {
+                let none = || Error::Kernels(format!("the caller gave no module {module}"));
+                load(bytes(processor.name, module).ok_or_else(none)?)
+            }
         }
     }
 }
@@ -166,6 +172,9 @@ fn read(file: &Path) -> io::Result<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+
+    use fused_collective_core::launch::LAYOUT;
+    use fused_collective_kernels::{Kind, Member, pack};
 
     use super::*;
 
@@ -194,8 +203,51 @@ mod tests {
         let source = KernelSource::Bytes(Arc::new(give));
         let processor = source.processor(100, "f16_w2").unwrap();
         assert_eq!(processor.name, "sm_90");
-        assert_eq!(source.images(processor, 100, "f16_w2").unwrap(), [b"f16_w2"]);
+        assert_eq!(source.load(processor, 100, "f16_w2", Ok).unwrap(), b"f16_w2");
         assert!(source.processor(80, "f16_w2").is_err());
+    }
+
+    /// LZMA2 that stores its content, of less than 64 KB, as it is.
+    fn stored(content: &[u8]) -> Vec<u8> {
+        let last = u16::try_from(content.len() - 1).unwrap().to_be_bytes();
+        [&[1], &last[..], content, &[0]].concat()
+    }
+
+    #[test]
+    fn a_driver_is_given_one_image_after_another_until_it_takes_one() {
+        let member = |processor: &str, kind| Member {
+            processor: processor.to_owned(),
+            module: "bf16_w2".to_owned(),
+            kind,
+            bytes: format!("{kind:?} for {processor}").into_bytes(),
+        };
+        let all = [
+            ("sm_80", Kind::Ptx),
+            ("sm_90", Kind::Ptx),
+            ("sm_90", Kind::MachineCode),
+            ("sm_100a", Kind::MachineCode),
+        ];
+        let frames = [all.map(|(processor, kind)| member(processor, kind)).to_vec()];
+        let source = KernelSource::Archive(pack(LAYOUT, &frames, stored).leak());
+        let offered = |capability| {
+            let processor = source.processor(capability, "bf16_w2").unwrap();
+            let mut offered = Vec::new();
+            let taken: Result<(), Error> = source.load(processor, capability, "bf16_w2", |image| {
+                offered.push(String::from_utf8(image).unwrap());
+                Err(Error::Unsupported("this image"))
+            });
+            assert!(matches!(taken, Err(Error::Unsupported("this image"))));
+            offered
+        };
+        // An `sm_80` kernel would be launched otherwise than the ones before it.
+        assert_eq!(offered(100), ["MachineCode for sm_100a", "Ptx for sm_90"]);
+        assert_eq!(offered(90), ["MachineCode for sm_90", "Ptx for sm_90"]);
+        assert_eq!(offered(103), ["Ptx for sm_90"]);
+        assert_eq!(offered(89), ["Ptx for sm_80"]);
+        let processor = source.processor(90, "bf16_w2").unwrap();
+        assert_eq!(source.load(processor, 90, "bf16_w2", Ok).unwrap(), b"MachineCode for sm_90");
+        let missing = source.load(processor, 90, "bf16_w4", Ok).unwrap_err().to_string();
+        assert!(missing.ends_with("there is no bf16_w4 for sm_90"), "{missing}");
     }
 
     #[test]
@@ -204,15 +256,11 @@ mod tests {
         fs::create_dir(root.path().join("sm_90")).unwrap();
         std::os::unix::fs::symlink("/dev/zero", root.path().join("sm_90/bf16_w4.ptx")).unwrap();
         let source = KernelSource::Folder(root.path().to_owned());
-        let error = source
-            .images(Processor::for_capability(90).next().unwrap(), 90, "bf16_w4")
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("bf16_w4.ptx") && error.contains("more than 67108864 bytes"), "{error}");
-        let error = source
-            .images(Processor::for_capability(90).next().unwrap(), 90, "bf16_w2")
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("bf16_w2.ptx"), "{error}");
+        let hopper = Processor::for_capability(90).next().unwrap();
+        let error = |module| source.load(hopper, 90, module, Ok).unwrap_err().to_string();
+        let endless = error("bf16_w4");
+        assert!(endless.contains("bf16_w4.ptx") && endless.contains("more than 67108864 bytes"), "{endless}");
+        let missing = error("bf16_w2");
+        assert!(missing.contains("bf16_w2.ptx"), "{missing}");
     }
 }

@@ -57,7 +57,7 @@ pub(super) const EAGER_THREADS: u32 = 512;
 
 /// The archive of the benchmark's kernels; empty in a build without it.
 #[cfg(embedded)]
-static EMBEDDED: &[u8] = include_bytes!("../../../archive/kernels.zst");
+static EMBEDDED: &[u8] = include_bytes!("../../../archive/kernels.archive");
 #[cfg(not(embedded))]
 static EMBEDDED: &[u8] = &[];
 

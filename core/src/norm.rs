@@ -30,21 +30,21 @@
 
 use crate::dtype::Element;
 
-/// The weight of RMSNorm, `[hidden]`, in a type that [`GammaType`](crate::fusion::GammaType) names.
+/// Weights in a type that [`WeightType`](crate::fusion::WeightType) names: RMSNorm's, `[hidden]`, or the scales of experts.
 #[derive(Clone, Copy, Debug)]
-pub enum Gamma<'a, E> {
+pub enum Weights<'a, E> {
     /// Weights of the element type.
     Element(&'a [E]),
     /// Weights in `f32`.
     F32(&'a [f32]),
 }
 
-impl<E: Element> Gamma<'_, E> {
+impl<E: Element> Weights<'_, E> {
     /// Number of weights.
     pub const fn len(&self) -> usize {
         match self {
-            Gamma::Element(gamma) => gamma.len(),
-            Gamma::F32(gamma) => gamma.len(),
+            Weights::Element(gamma) => gamma.len(),
+            Weights::F32(gamma) => gamma.len(),
         }
     }
 
@@ -60,8 +60,8 @@ impl<E: Element> Gamma<'_, E> {
     #[inline(always)]
     pub fn get(&self, index: usize) -> f32 {
         match self {
-            Gamma::Element(gamma) => gamma[index].to_f32(),
-            Gamma::F32(gamma) => gamma[index],
+            Weights::Element(gamma) => gamma[index].to_f32(),
+            Weights::F32(gamma) => gamma[index],
         }
     }
 }

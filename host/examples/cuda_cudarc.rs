@@ -49,6 +49,8 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::Auto,
     };
     let options = Options {

@@ -14,8 +14,8 @@ use fused_collective::{
 };
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
-    fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
-    norm::Gamma,
+    fusion::{Mode, Norm, Operation, Residual, Rounding, WeightType},
+    norm::Weights,
     plan::{Limits, Plan, owner},
     quant::{GroupScale, Quantization, ScaleLayout},
     specification::{Observed, Row, Token},
@@ -85,10 +85,10 @@ impl<E: Plain> Case<E> {
         Case { operation, inputs, residual, bias, gamma, gamma_f32, scale: 0.37 }
     }
 
-    fn gamma(&self) -> Gamma<'_, E> {
+    fn gamma(&self) -> Weights<'_, E> {
         match self.operation.norm {
-            Some(Norm { gamma: GammaType::F32, .. }) => Gamma::F32(&self.gamma_f32),
-            _ => Gamma::Element(&self.gamma),
+            Some(Norm { gamma: WeightType::F32, .. }) => Weights::F32(&self.gamma_f32),
+            _ => Weights::Element(&self.gamma),
         }
     }
 
@@ -149,6 +149,8 @@ impl<E: Plain> Case<E> {
                 inputs: &rows,
                 residual: self.operation.residual.is_some().then_some(&self.residual[row.clone()]),
                 bias: self.operation.bias.then_some(&self.bias[..]),
+                post_gamma: None,
+                experts: None,
                 gamma: self.gamma(),
                 scale: self.scale,
                 index,
@@ -235,6 +237,8 @@ fn operation<E: Plain>(tokens: u64, hidden: u64) -> Operation {
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::Auto,
     }
 }
@@ -257,7 +261,7 @@ fn quantizations() -> impl Strategy<Value = Quantization> {
 fn operations() -> impl Strategy<Value = Operation> {
     let norm = (any::<bool>(), any::<bool>()).prop_map(|(gemma, wide)| Norm {
         weight_bias: if gemma { 1.0 } else { 0.0 },
-        gamma: if wide { GammaType::F32 } else { GammaType::Element },
+        gamma: if wide { WeightType::F32 } else { WeightType::Element },
         ..Norm::default()
     });
     let shape = (0u64..12, 1u64..20, any::<bool>(), any::<bool>());
@@ -415,7 +419,7 @@ fn operations_follow_each_other_in_any_order() {
 
 #[test]
 fn a_gamma_of_another_type_is_refused_before_anything_is_sent() {
-    let norm = Norm { gamma: GammaType::F32, ..Norm::default() };
+    let norm = Norm { gamma: WeightType::F32, ..Norm::default() };
     let case = Case::<bf16>::new(Operation { norm: Some(norm), ..operation::<bf16>(4, 64) }, 2, 6);
     let wrong = Case::<bf16>::new(operation::<bf16>(4, 64), 2, 6);
     group(2, 128, PATIENT, |mut communicator| {

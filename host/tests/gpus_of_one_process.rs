@@ -48,6 +48,8 @@ fn operation(tokens: u64, hidden: u64) -> Operation {
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::Auto,
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use fused_collective::{
     core::{
         dtype::DType,
-        fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
+        fusion::{Mode, Norm, Operation, Residual, Rounding, WeightType},
         plan::Algorithm,
         quant::{GroupScale, Quantization, ScaleLayout},
     },
@@ -93,9 +93,9 @@ fn value<T: Copy>(field: &str, number: u32, table: Table<T>) -> Result<T, Failur
 pub(crate) fn operation(given: &fc_operation) -> Result<Operation, Failure> {
     let dtype = value("dtype", given.dtype, DTYPES)?;
     let gamma = match value("gamma", given.gamma, GAMMAS)? {
-        None => GammaType::Element,
-        Some(gamma) if gamma == dtype => GammaType::Element,
-        Some(DType::F32) => GammaType::F32,
+        None => WeightType::Element,
+        Some(gamma) if gamma == dtype => WeightType::Element,
+        Some(DType::F32) => WeightType::F32,
         Some(gamma) => {
             return Err(Failure::Argument(format!(
                 "gamma is {gamma}, which is not valid: use {dtype} or float32"
@@ -112,6 +112,8 @@ pub(crate) fn operation(given: &fc_operation) -> Result<Operation, Failure> {
         hidden: given.hidden,
         residual: value("residual", given.residual, RESIDUALS)?,
         bias: value("bias", given.bias, SWITCHES)?,
+        post_norm: None,
+        experts: None,
         norm: value("norm", given.norm, NORMS)?.then_some(norm),
         quantization: quantization(given.group, scales, layout),
         keep_norm: value("keep_norm", given.keep_norm, SWITCHES)?,

@@ -2,7 +2,7 @@
 
 use fused_collective::core::{
     dtype::DType,
-    fusion::{self, GammaType, Mode, Norm, Residual, Rounding},
+    fusion::{self, Mode, Norm, Residual, Rounding, WeightType},
     quant::{GroupScale, Quantization, ScaleLayout},
 };
 use pyo3::prelude::*;
@@ -87,9 +87,9 @@ impl Operation {
                     let text = format!("a weight of {gamma} is not valid here: use {dtype} or float32");
                     return Err(invalid(py, &text));
                 }
-                GammaType::F32
+                WeightType::F32
             }
-            _ => GammaType::Element,
+            _ => WeightType::Element,
         };
         let make = value(py, "quantization", quantization, QUANTIZATIONS)?;
         let scales = value(py, "scales of groups", group_scale, GROUP_SCALES)?;
@@ -99,6 +99,8 @@ impl Operation {
             hidden,
             residual: value(py, "residual", residual, RESIDUALS)?,
             bias,
+            post_norm: None,
+            experts: None,
             norm: norm.then_some(Norm { epsilon, weight_bias, gamma }),
             quantization: make(group, scales, value(py, "layout", layout, LAYOUTS)?),
             keep_norm,

@@ -5,7 +5,7 @@
 use fused_collective_core::{
     MAX_HIDDEN,
     fusion::Norm,
-    norm::{self, Gamma},
+    norm::{self, Weights},
     pack::Pack,
     quant::{self, Quantization},
 };
@@ -133,7 +133,7 @@ pub struct Finish<'a, E> {
     /// RMSNorm's parameters.
     pub norm: Norm,
     /// RMSNorm's weight, `[hidden]`.
-    pub gamma: Gamma<'a, E>,
+    pub gamma: Weights<'a, E>,
     /// The quantization of the norm.
     pub quantization: Quantization,
     /// The per-tensor or global scale, where the quantization reads one.
@@ -184,8 +184,8 @@ impl<E: Plain> WithSimd for FinishRow<'_, E> {
         let normed = if outputs.norm.is_empty() { scratch } else { outputs.norm };
         let bias = finish.norm.weight_bias;
         match finish.gamma {
-            Gamma::Element(gamma) => normalize_row(simd, row, gamma, inverse_rms, bias, normed),
-            Gamma::F32(gamma) => norm::normalize_row(row, gamma, inverse_rms, bias, normed),
+            Weights::Element(gamma) => normalize_row(simd, row, gamma, inverse_rms, bias, normed),
+            Weights::F32(gamma) => norm::normalize_row(row, gamma, inverse_rms, bias, normed),
         }
         finish.quantize(normed, token, outputs.values, outputs.scales);
     }
@@ -232,7 +232,7 @@ mod tests {
             let norm = Norm { weight_bias: 1.0, ..Norm::default() };
             let finish = Finish {
                 norm,
-                gamma: Gamma::Element(&gamma),
+                gamma: Weights::Element(&gamma),
                 quantization: Quantization::None,
                 scale: 1.0,
                 tokens: 1,

@@ -21,8 +21,8 @@ use std::{os::fd::AsFd as _, sync::Arc, time::Duration};
 
 use fused_collective_core::{
     agreement::Call,
-    fusion::{GammaType, Operation, Residual},
-    norm::Gamma,
+    fusion::{Operation, Residual, WeightType},
+    norm::Weights,
     plan::{Limits, Plan},
     quant::Quantization,
     workspace::{Header, Layout, LayoutError},
@@ -59,7 +59,7 @@ pub struct Inputs<'a, E> {
     /// `[hidden]`: the bias of the sum, if the operation has one.
     pub bias: Option<&'a [E]>,
     /// `[hidden]`, if the operation has a norm; else not read.
-    pub gamma: Gamma<'a, E>,
+    pub gamma: Weights<'a, E>,
     /// The per-tensor scale of static FP8 or the global scale of NVFP4; else not read.
     pub scale: f32,
 }
@@ -364,13 +364,13 @@ fn check<'a, E: Plain>(
     }
     if let Some(norm) = operation.norm {
         let given = match inputs.gamma {
-            Gamma::Element(_) => GammaType::Element,
-            Gamma::F32(_) => GammaType::F32,
+            Weights::Element(_) => WeightType::Element,
+            Weights::F32(_) => WeightType::F32,
         };
         if norm.gamma != given {
             let name = |gamma| match gamma {
-                GammaType::Element => operation.dtype.name(),
-                GammaType::F32 => "float32 beside the element type",
+                WeightType::Element => operation.dtype.name(),
+                WeightType::F32 => "float32 beside the element type",
             };
             return wrong("gamma", TensorProblem::Type { given: name(given), needed: name(norm.gamma) });
         }

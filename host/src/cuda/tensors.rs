@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{GammaType, Operation, Rounding},
+    fusion::{Operation, Rounding, WeightType},
     launch::{Activations, Address},
     quant::Quantization,
 };
@@ -102,8 +102,8 @@ impl Tensors {
         let quantized = quantization != Quantization::None;
         let scales = supported(operation)?;
         let gamma = operation.norm.map(|norm| match norm.gamma {
-            GammaType::Element => (hidden, element),
-            GammaType::F32 => (hidden, TensorType::Element(DType::F32)),
+            WeightType::Element => (hidden, element),
+            WeightType::F32 => (hidden, TensorType::Element(DType::F32)),
         });
         let check = |tensor, given, needed: Option<(u64, TensorType)>| {
             let of_element = match needed {
@@ -254,6 +254,8 @@ mod tests {
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::Auto,
     };
 
@@ -336,13 +338,13 @@ mod tests {
             let gamma = Some(of(64, TensorType::Element(dtype)));
             Tensors { gamma, norm_out: Some(activation()), ..tensors() }
         };
-        assert!(tensors(DType::F32).check(&of_type(GammaType::F32), 0, 2).is_ok());
+        assert!(tensors(DType::F32).check(&of_type(WeightType::F32), 0, 2).is_ok());
         assert_eq!(
-            why(&tensors(DType::F32), &of_type(GammaType::Element)),
+            why(&tensors(DType::F32), &of_type(WeightType::Element)),
             "gamma holds float32, the operation needs bfloat16"
         );
         assert_eq!(
-            why(&tensors(DType::Bf16), &of_type(GammaType::F32)),
+            why(&tensors(DType::Bf16), &of_type(WeightType::F32)),
             "gamma holds bfloat16, the operation needs float32"
         );
     }

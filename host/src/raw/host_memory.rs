@@ -4,8 +4,8 @@ use std::{ptr::NonNull, slice};
 
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
-    fusion::{GammaType, Operation},
-    norm::Gamma,
+    fusion::{Operation, WeightType},
+    norm::Weights,
 };
 
 use crate::{
@@ -58,8 +58,8 @@ unsafe fn run<E: Plain>(
                 .map(|residual| operand(is(Some(tensors.residual_out), residual), residual)),
             bias: tensors.bias.map(|bias| read(Some(bias))),
             gamma: match operation.norm.map(|norm| norm.gamma) {
-                Some(GammaType::F32) => Gamma::F32(read(tensors.gamma)),
-                _ => Gamma::Element(read(tensors.gamma)),
+                Some(WeightType::F32) => Weights::F32(read(tensors.gamma)),
+                _ => Weights::Element(read(tensors.gamma)),
             },
             scale: read(tensors.scale).first().copied().unwrap_or(1.0),
         };

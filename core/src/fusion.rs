@@ -33,6 +33,16 @@ pub enum WeightType {
     F32,
 }
 
+impl WeightType {
+    /// The type of weights in an operation on elements of type `element`.
+    pub const fn dtype(self, element: DType) -> DType {
+        match self {
+            WeightType::Element => element,
+            WeightType::F32 => DType::F32,
+        }
+    }
+}
+
 /// The parameters of RMSNorm: `x * rsqrt(mean(x^2) + epsilon) * (weight_bias + gamma)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Norm {

@@ -28,7 +28,9 @@
 //! assert_eq!(out, [0.2, 1.4, -1.0, 2.0]);
 //! ```
 
-use crate::dtype::Element;
+use core::ops::Range;
+
+use crate::{dtype::Element, fusion::WeightType};
 
 /// Weights in a type that [`WeightType`](crate::fusion::WeightType) names: RMSNorm's, `[hidden]`, or the scales of experts.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +42,14 @@ pub enum Weights<'a, E> {
 }
 
 impl<E: Element> Weights<'_, E> {
+    /// Their type.
+    pub const fn weight_type(&self) -> WeightType {
+        match self {
+            Weights::Element(_) => WeightType::Element,
+            Weights::F32(_) => WeightType::F32,
+        }
+    }
+
     /// Number of weights.
     pub const fn len(&self) -> usize {
         match self {
@@ -51,6 +61,18 @@ impl<E: Element> Weights<'_, E> {
     /// True if there are no weights.
     pub const fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The weights in `range`.
+    ///
+    /// # Panics
+    /// If `range` does not lie in the weights.
+    #[must_use]
+    pub fn range(self, range: Range<usize>) -> Self {
+        match self {
+            Weights::Element(weights) => Weights::Element(&weights[range]),
+            Weights::F32(weights) => Weights::F32(&weights[range]),
+        }
     }
 
     /// Weight `index`, widened.

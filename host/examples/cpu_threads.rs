@@ -58,6 +58,8 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Error> {
             input: Operand::Apart(&input[..]),
             residual: Some(Operand::Apart(&residual[..])),
             bias: None,
+            post_gamma: None,
+            experts: None,
             gamma: Weights::Element(&gamma),
             scale: SCALE,
         },

@@ -51,6 +51,8 @@
 //!                 input: Operand::Apart(&input[..]),
 //!                 residual: Some(Operand::Apart(&residual[..])),
 //!                 bias: None,
+//!                 post_gamma: None,
+//!                 experts: None,
 //!                 gamma: Weights::Element(&gamma),
 //!                 scale: 0.125,
 //!             };

@@ -81,6 +81,8 @@ fn run_typed<E: Plain>(
         input: Operand::Apart(&ones[..elements]),
         residual: operation.residual.is_some().then_some(Operand::Apart(&ones[..elements])),
         bias: operation.bias.then_some(&ones[..hidden as usize]),
+        post_gamma: None,
+        experts: None,
         gamma: match operation.norm {
             Some(Norm { gamma: WeightType::F32, .. }) => Weights::F32(&wide),
             _ => Weights::Element(&ones[..hidden as usize]),

@@ -236,7 +236,15 @@ impl Engine {
             false => (Operand::Apart(&tensors.input.elements::<E>()[rows.clone()]), &mut tensors.norm_out),
         };
         let gamma = Weights::Element(tensors.gamma.elements::<E>());
-        let inputs = Inputs { input, residual, bias: None, gamma, scale: problem.scale };
+        let inputs = Inputs {
+            input,
+            residual,
+            bias: None,
+            post_gamma: None,
+            experts: None,
+            gamma,
+            scale: problem.scale,
+        };
         let outputs = Outputs {
             residual_out: &mut residual_out.elements_mut()[own_rows],
             norm_out: &mut norm_out.elements_mut()[rows],
@@ -253,6 +261,8 @@ impl Engine {
             input: Operand::Apart(tensors.input.elements()),
             residual: None,
             bias: None,
+            post_gamma: None,
+            experts: None,
             gamma: Weights::Element(tensors.gamma.elements::<E>()),
             scale: problem.scale,
         };

@@ -11,7 +11,7 @@ use core::fmt;
 
 use crate::{
     dtype::DType,
-    fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
+    fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
     plan::Algorithm,
     quant::{GroupScale, Quantization, ScaleLayout},
 };
@@ -52,6 +52,7 @@ const QUANTIZATION_SHIFT: u32 = 16;
 const GROUP_SHIFT: u32 = 24;
 const LAYOUT_SHIFT: u32 = 36;
 const FLAGS_SHIFT: u32 = 40;
+const TOP_K_SHIFT: u32 = 56;
 
 /// The flags of an operation.
 const RESIDUAL: u64 = 1;
@@ -64,7 +65,11 @@ const SHARDED: u64 = 64;
 const ROUNDS_SUM: u64 = 128;
 const F32_SCALES: u64 = 256;
 const BIAS: u64 = 512;
-const ALL_FLAGS: u64 = 1023;
+const POST_NORM: u64 = 1024;
+const F32_POST_GAMMA: u64 = 2048;
+const F32_EXPERT_SCALES: u64 = 4096;
+const SHARED_EXPERT: u64 = 8192;
+const ALL_FLAGS: u64 = 16383;
 
 impl Call {
     /// The call of `operation` with a plan of `algorithm`. `scale` is dropped if the quantization does not read it, and
@@ -105,6 +110,8 @@ impl Call {
                     keep_norm,
                     rounding,
                     bias,
+                    post_norm,
+                    experts,
                     mode,
                 } = *operation;
                 let (kind, group) = quantization_code(quantization);
@@ -115,7 +122,14 @@ impl Call {
                     | flag(residual == Residual::Sharded, SHARDED)
                     | flag(norm.is_some(), NORM)
                     | flag(keep_norm, KEEP_NORM)
-                    | flag(norm.is_some_and(|norm| norm.gamma == GammaType::F32), F32_GAMMA)
+                    | flag(norm.is_some_and(|norm| norm.gamma == WeightType::F32), F32_GAMMA)
+                    | flag(post_norm.is_some(), POST_NORM)
+                    | flag(post_norm.is_some_and(|norm| norm.gamma == WeightType::F32), F32_POST_GAMMA)
+                    | flag(
+                        experts.is_some_and(|experts| experts.scales == WeightType::F32),
+                        F32_EXPERT_SCALES,
+                    )
+                    | flag(experts.is_some_and(|experts| experts.shared), SHARED_EXPERT)
                     | flag(has_f32_scales, F32_SCALES)
                     | flag(scale.is_some(), SCALE)
                     | flag(mode == Mode::TwoShot, TWO_SHOT)
@@ -126,10 +140,10 @@ impl Call {
                     | kind << QUANTIZATION_SHIFT
                     | u64::from(group & 0xfff) << GROUP_SHIFT
                     | u64::from(layout) << LAYOUT_SHIFT
-                    | flags << FLAGS_SHIFT;
-                let (epsilon, weight_bias) = norm.map_or((0.0, 0.0), |norm| (norm.epsilon, norm.weight_bias));
-                let numbers = u64::from(epsilon.to_bits()) | u64::from(weight_bias.to_bits()) << 32;
-                [head, tokens, hidden, numbers, u64::from(scale.map_or(0, f32::to_bits)), *kernel, 0]
+                    | flags << FLAGS_SHIFT
+                    | u64::from(experts.map_or(0, |experts| experts.top_k)) << TOP_K_SHIFT;
+                let scale = u64::from(scale.map_or(0, f32::to_bits));
+                [head, tokens, hidden, norm_numbers(norm), scale, *kernel, norm_numbers(post_norm)]
             }
             Call::Barrier => [BARRIER, 0, 0, 0, 0, 0, 0],
             Call::Replay { captured, calls } => [REPLAY, *captured, *calls, 0, 0, 0, 0],
@@ -138,19 +152,23 @@ impl Call {
 
     /// Decodes a call; `None` if the words, which may come from another process, are not those of a call.
     pub fn from_words(words: &[u64; CALL_WORDS]) -> Option<Call> {
-        let &[head, tokens, hidden, numbers, scale, kernel, _] = words;
+        let &[head, tokens, hidden, numbers, scale, kernel, post_numbers] = words;
         let call = match head & 0xff {
             OPERATION => {
                 let field = |shift: u32, bits: u32| head >> shift & ((1 << bits) - 1);
-                let flags = field(FLAGS_SHIFT, 24);
+                let flags = field(FLAGS_SHIFT, TOP_K_SHIFT - FLAGS_SHIFT);
                 let is = |flag| flags & flag != 0;
                 let layout = *ScaleLayout::ALL.get(field(LAYOUT_SHIFT, 4) as usize)?;
                 let scales = if is(F32_SCALES) { GroupScale::F32 } else { GroupScale::Ue8m0 };
-                let norm = Norm {
+                let weights = |flag| if is(flag) { WeightType::F32 } else { WeightType::Element };
+                let norm = |numbers: u64, gamma| Norm {
                     epsilon: f32::from_bits(numbers as u32),
                     weight_bias: f32::from_bits((numbers >> 32) as u32),
-                    gamma: if is(F32_GAMMA) { GammaType::F32 } else { GammaType::Element },
+                    gamma: weights(gamma),
                 };
+                let top_k = (head >> TOP_K_SHIFT) as u32;
+                let experts =
+                    Experts { top_k, scales: weights(F32_EXPERT_SCALES), shared: is(SHARED_EXPERT) };
                 let operation = Operation {
                     dtype: *DType::ALL.iter().find(|dtype| dtype_code(**dtype) == field(DTYPE_SHIFT, 8))?,
                     tokens,
@@ -160,7 +178,7 @@ impl Call {
                     } else {
                         Residual::replicated(is(RESIDUAL))
                     },
-                    norm: is(NORM).then_some(norm),
+                    norm: is(NORM).then(|| norm(numbers, F32_GAMMA)),
                     quantization: quantization(
                         field(QUANTIZATION_SHIFT, 8),
                         field(GROUP_SHIFT, 12) as u32,
@@ -170,6 +188,8 @@ impl Call {
                     keep_norm: is(KEEP_NORM),
                     rounding: if is(ROUNDS_SUM) { Rounding::AfterAllReduce } else { Rounding::Once },
                     bias: is(BIAS),
+                    post_norm: is(POST_NORM).then(|| norm(post_numbers, F32_POST_GAMMA)),
+                    experts: (top_k > 0).then_some(experts),
                     mode: if is(TWO_SHOT) { Mode::TwoShot } else { Mode::OneShot },
                 };
                 if flags & !ALL_FLAGS != 0 {
@@ -188,6 +208,12 @@ impl Call {
         // Words with bits that no field explains are not a call.
         (call.to_words() == *words).then_some(call)
     }
+}
+
+/// The numbers of a norm as a word; 0 without one.
+fn norm_numbers(norm: Option<Norm>) -> u64 {
+    let (epsilon, weight_bias) = norm.map_or((0.0, 0.0), |norm| (norm.epsilon, norm.weight_bias));
+    u64::from(epsilon.to_bits()) | u64::from(weight_bias.to_bits()) << 32
 }
 
 fn flag(is: bool, flag: u64) -> u64 {
@@ -243,6 +269,8 @@ impl fmt::Display for Call {
                     keep_norm,
                     rounding,
                     bias,
+                    post_norm,
+                    experts,
                     mode,
                 } = operation;
                 let mode = if *mode == Mode::TwoShot { "two-shot" } else { "one-shot" };
@@ -250,8 +278,16 @@ impl fmt::Display for Call {
                 if *kernel != 0 {
                     write!(f, ", kernel {kernel:016x}")?;
                 }
+                if let Some(Experts { top_k, scales, shared }) = experts {
+                    write!(f, ", top {top_k} experts")?;
+                    f.write_str(if *scales == WeightType::F32 { " with float32 scales" } else { "" })?;
+                    f.write_str(if *shared { " and a shared one" } else { "" })?;
+                }
                 if *bias {
                     f.write_str(", bias")?;
+                }
+                if let Some(norm) = post_norm {
+                    write_norm(f, "post-norm", norm)?;
                 }
                 match residual {
                     Residual::None => {}
@@ -261,12 +297,8 @@ impl fmt::Display for Call {
                 if *rounding == Rounding::AfterAllReduce {
                     f.write_str(", sum rounded")?;
                 }
-                if let Some(Norm { epsilon, weight_bias, gamma }) = norm {
-                    write!(f, ", norm (epsilon {epsilon:e}")?;
-                    if *weight_bias != 0.0 {
-                        write!(f, ", weight bias {weight_bias}")?;
-                    }
-                    f.write_str(if *gamma == GammaType::F32 { ", float32 gamma)" } else { ")" })?;
+                if let Some(norm) = norm {
+                    write_norm(f, "norm", norm)?;
                 }
                 match quantization {
                     Quantization::None => Ok(()),
@@ -295,6 +327,15 @@ impl fmt::Display for Call {
             }
         }
     }
+}
+
+fn write_norm(f: &mut fmt::Formatter<'_>, name: &str, norm: &Norm) -> fmt::Result {
+    let Norm { epsilon, weight_bias, gamma } = norm;
+    write!(f, ", {name} (epsilon {epsilon:e}")?;
+    if *weight_bias != 0.0 {
+        write!(f, ", weight bias {weight_bias}")?;
+    }
+    f.write_str(if *gamma == WeightType::F32 { ", float32 gamma)" } else { ")" })
 }
 
 /// A digest of a sequence of calls.

@@ -1,7 +1,7 @@
 //! The description of one fused operation: shape, types, fused steps, outputs.
 //!
 //! An operation adds up the inputs of all ranks and adds a residual. It may normalize the sum (RMSNorm) and quantize
-//! the norm. An [`Operation`] names these parts and no memory, backend or group. [`Operation::validate`] holds all
+//! the norm. An input may be made of rows of experts, and the sum may have a norm of its own before the residual is added. An [`Operation`] names these parts and no memory, backend or group. [`Operation::validate`] holds all
 //! rules that need no group; a [`Plan`](crate::plan::Plan) applies the limits of one.
 
 use core::fmt;
@@ -24,13 +24,23 @@ pub enum Mode {
     TwoShot,
 }
 
-/// The type of the weight of RMSNorm.
+/// The type of weights: RMSNorm's, or the scales of experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum GammaType {
+pub enum WeightType {
     /// The operation's element type.
     Element,
     /// `f32`, for every element type.
     F32,
+}
+
+impl WeightType {
+    /// The type of weights in an operation on elements of type `element`.
+    pub const fn dtype(self, element: DType) -> DType {
+        match self {
+            WeightType::Element => element,
+            WeightType::F32 => DType::F32,
+        }
+    }
 }
 
 /// The parameters of RMSNorm: `x * rsqrt(mean(x^2) + epsilon) * (weight_bias + gamma)`.
@@ -41,12 +51,30 @@ pub struct Norm {
     /// Addend of gamma, finite: 0 in the usual form, 1 in Gemma's.
     pub weight_bias: f32,
     /// The type of gamma in memory.
-    pub gamma: GammaType,
+    pub gamma: WeightType,
+}
+
+/// The largest [`Experts::top_k`].
+pub const MAX_TOP_K: u32 = 64;
+
+/// The last step of a mixture of experts: each rank combines rows of its own experts to its addend.
+///
+/// The addend of a token is `round(0 + scale_0 * row_0 + ... + shared)`, in `f32`, each product with its addition as one
+/// fused multiply-add, in the order of the token's experts. `row_k` is the row of `expert_rows` that `expert_index` names.
+/// An index less than 0 names none: that expert is on another rank. `shared` is the row of `input`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Experts {
+    /// Experts of a token: 1 to [`MAX_TOP_K`].
+    pub top_k: u32,
+    /// The type of the scales in memory.
+    pub scales: WeightType,
+    /// True to add the row of `input`, the output of a shared expert.
+    pub shared: bool,
 }
 
 impl Default for Norm {
     fn default() -> Self {
-        Norm { epsilon: 1e-6, weight_bias: 0.0, gamma: GammaType::Element }
+        Norm { epsilon: 1e-6, weight_bias: 0.0, gamma: WeightType::Element }
     }
 }
 
@@ -93,6 +121,8 @@ pub enum Rounding {
     Once,
     /// Twice, after the all-reduce and after the residual was added: the bits of separate operations. Without a residual,
     /// this is `Once`.
+    ///
+    /// A sum with a norm of its own is rounded in any case. Then this rounds that norm before the residual is added.
     AfterAllReduce,
 }
 
@@ -100,10 +130,14 @@ pub enum Rounding {
 ///
 /// | tensor | shape | present |
 /// | --- | --- | --- |
-/// | `input` | `[tokens, hidden]` elements | always: the addend of this rank |
+/// | `input` | `[tokens, hidden]` elements | the addend of this rank; with `experts` the shared expert's, if `shared` |
+/// | `expert_rows` | `[expert rows, hidden]` elements | if `experts`: any number of rows |
+/// | `expert_index` | `[tokens, top_k]` `i32` | if `experts`: a row of `expert_rows`, or less than 0 |
+/// | `expert_scales` | `[tokens, top_k]` elements or `f32` | if `experts` |
 /// | `residual` | `[rows, hidden]` elements | if `residual` |
 /// | `bias` | `[hidden]` elements | if `bias` |
-/// | `gamma` | `[hidden]` | if `norm` |
+/// | `post_gamma` | `[hidden]` elements or `f32` | if `post_norm` |
+/// | `gamma` | `[hidden]` elements or `f32` | if `norm` |
 /// | `residual_out` | `[rows, hidden]` elements | always: the sum, plus the bias and the residual |
 /// | `norm_out` | `[tokens, hidden]` elements | if `norm`, and `keep_norm` or no quantization |
 /// | `quant_out`, `scale_out` | see [`Quantization`] | if `quantization` |
@@ -128,6 +162,8 @@ pub enum Rounding {
 ///     keep_norm: false,
 ///     rounding: Rounding::Once,
 ///     bias: false,
+///     post_norm: None,
+///     experts: None,
 ///     mode: Mode::Auto,
 /// };
 /// assert_eq!(operation.validate(), Ok(()));
@@ -156,6 +192,10 @@ pub struct Operation {
     /// True to add a bias to the sum of all ranks, before it is rounded and the residual is added: a linear layer's, which
     /// every rank has whole.
     pub bias: bool,
+    /// RMSNorm of the sum, before the residual is added, as in Gemma 2 and 3. It needs `norm`.
+    pub post_norm: Option<Norm>,
+    /// The last step of a mixture of experts, which makes this rank's addend.
+    pub experts: Option<Experts>,
     /// The collective.
     pub mode: Mode,
 }
@@ -182,6 +222,10 @@ pub enum OperationError {
     WeightBias(f32),
     /// A quantization without a norm to quantize.
     QuantizationWithoutNorm,
+    /// A norm of the sum without a norm after it.
+    PostNormWithoutNorm,
+    /// A token has no experts, or more than [`MAX_TOP_K`].
+    TopK(u32),
     /// The residual is sharded, which this operation does not allow; the text completes "a sharded residual ...".
     Sharded(&'static str),
     /// The tensors of the operation may be more bytes than 64 bits count.
@@ -221,6 +265,12 @@ impl fmt::Display for OperationError {
             OperationError::QuantizationWithoutNorm => f.write_str(
                 "a quantization needs a norm to quantize: add a norm or leave out the quantization",
             ),
+            OperationError::PostNormWithoutNorm => f.write_str(
+                "a post-norm needs a norm after it: add a norm, or without a residual give the post-norm as the norm",
+            ),
+            OperationError::TopK(top_k) => {
+                write!(f, "{top_k} experts for each token are not supported: use 1 to {MAX_TOP_K}")
+            }
             OperationError::Sharded(why) => write!(f, "a sharded residual {why}"),
             OperationError::TooLarge { tokens, hidden } => {
                 write!(
@@ -244,15 +294,23 @@ impl Operation {
         if hidden == 0 || !hidden.is_multiple_of(HIDDEN_MULTIPLE) || hidden > MAX_HIDDEN {
             return Err(OperationError::Hidden(hidden));
         }
-        if let Some(norm) = self.norm {
+        for norm in [self.norm, self.post_norm].into_iter().flatten() {
             if !(norm.epsilon.is_finite() && norm.epsilon >= 0.0) {
                 return Err(OperationError::Epsilon(norm.epsilon));
             }
             if !norm.weight_bias.is_finite() {
                 return Err(OperationError::WeightBias(norm.weight_bias));
             }
-        } else if self.quantization != Quantization::None {
+        }
+        if self.norm.is_none() && self.quantization != Quantization::None {
             return Err(OperationError::QuantizationWithoutNorm);
+        }
+        if self.norm.is_none() && self.post_norm.is_some() {
+            return Err(OperationError::PostNormWithoutNorm);
+        }
+        let top_k = self.experts.map(|experts| experts.top_k);
+        if let Some(top_k) = top_k.filter(|top_k| !(1..=MAX_TOP_K).contains(top_k)) {
+            return Err(OperationError::TopK(top_k));
         }
         if let Quantization::Fp8PerGroup { group, layout, .. } = self.quantization {
             if !self.quantization.has_group() {
@@ -272,7 +330,8 @@ impl Operation {
         }
         // Eight bytes an element leave room for every sum of sizes that a plan or a workspace computes for a rank.
         let too_large = OperationError::TooLarge { tokens: self.tokens, hidden };
-        self.tokens.checked_mul(hidden * 8).ok_or(too_large)?;
+        let row_bytes = hidden.max(u64::from(top_k.unwrap_or(0))) * 8;
+        self.tokens.checked_mul(row_bytes).ok_or(too_large)?;
         Ok(())
     }
 
@@ -287,6 +346,11 @@ impl Operation {
             return Err("leaves the norm or its quantization on all ranks, not both: do not keep the norm");
         }
         Ok(())
+    }
+
+    /// True if `input` is read.
+    pub fn reads_input(&self) -> bool {
+        self.experts.is_none_or(|experts| experts.shared)
     }
 
     /// Number of rows of the residual and of `residual_out` on rank `rank` of `world_size`.

@@ -10,7 +10,7 @@
 //!   have 1, 2, 4 or 8 blocks (1 before `sm_90`).
 //! - A kernel of `P` packs per thread needs `cluster * threads * P >= row_packs` and `threads * P <=`
 //!   [`MAX_BLOCK_THREADS`]; a streamed one takes any row, and any number of threads.
-//! - Gamma and the quantization scales are constant while kernels run: they may be read before the dependent-launch
+//! - Gammas and the quantization scales are constant while kernels run: they may be read before the dependent-launch
 //!   wait.
 //! - Launches that share a [`RankState`] follow each other in one stream (programmatic dependent launch included)
 //!   or are ordered by events: two of them never run at once.
@@ -217,14 +217,64 @@ impl Shape {
     }
 }
 
+/// The RMSNorm of the sum of all ranks, before the residual is added. Kernels without a collective have no sum.
+///
+/// The sum plus the bias is rounded to the element type, whatever [`Activations::rounds_sum`] is, and this norm is computed
+/// from that. With `rounds_sum` the norm is rounded to the element type before the residual is added.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PostNorm {
+    /// `[hidden]` elements, or `f32`, 16-byte aligned; null: there is no such norm. Constant.
+    pub gamma: Address,
+    /// `1 / hidden`, as a sum is not made by its epilogue.
+    pub inverse_hidden: f32,
+    /// Added to the mean square.
+    pub epsilon: f32,
+    /// Added to gamma.
+    pub weight_bias: f32,
+    /// 1: gamma is `f32`, and elements are not; else 0.
+    pub gamma_f32: u32,
+}
+
+impl PostNorm {
+    /// No norm of the sum.
+    pub const NONE: PostNorm =
+        PostNorm { gamma: Address::NULL, inverse_hidden: 0.0, epsilon: 0.0, weight_bias: 0.0, gamma_f32: 0 };
+}
+
+/// The experts' rows that this rank's addend is made of: [`fusion::Experts`](crate::fusion::Experts) states the order.
+/// Kernels without a collective have none.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Experts {
+    /// `[any, hidden]` elements, 16-byte aligned; null: the addend is [`Activations::input`]. Not null with experts, even if
+    /// there are no rows.
+    pub rows: Address,
+    /// `[total_tokens, top_k]` `i32`, 4-byte aligned: a row, or less than 0 for none. Kernels do not check them against the
+    /// number of rows.
+    pub index: Address,
+    /// `[total_tokens, top_k]` elements, or `f32`, aligned to one of them.
+    pub scales: Address,
+    /// Experts of a token, from 1 to [`MAX_TOP_K`](crate::fusion::MAX_TOP_K); 0 if the addend is the input.
+    pub top_k: u32,
+    /// 1: scales are `f32`, and elements are not; else 0.
+    pub scales_f32: u32,
+}
+
+impl Experts {
+    /// No experts.
+    pub const NONE: Experts =
+        Experts { rows: Address::NULL, index: Address::NULL, scales: Address::NULL, top_k: 0, scales_f32: 0 };
+}
+
 /// The activations, `[total_tokens, hidden]` elements each, 16-byte aligned.
 ///
 /// With a sharded residual, `residual` and `residual_out` have a row for each token of the round that this rank owns,
 /// and start with the first of them; neither is null.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Activations {
-    /// This rank's addend.
+    /// This rank's addend; with [`experts`](Self::experts) the rows of the shared expert, or null: then none is added.
     pub input: Address,
     /// The residual, or null: then none is read.
     pub residual: Address,
@@ -238,10 +288,14 @@ pub struct Activations {
     pub rounds_sum: u32,
     /// Keeps the struct free of padding.
     pub reserved: u32,
+    /// The norm of the sum.
+    pub post_norm: PostNorm,
+    /// The experts that the addend is made of.
+    pub experts: Experts,
 }
 
 impl Activations {
-    /// The activations at these addresses, of an operation with this rounding and without a bias.
+    /// The activations at these addresses, of an operation with this rounding, and without bias, post-norm and experts.
     pub const fn new(
         input: Address,
         residual: Address,
@@ -249,7 +303,16 @@ impl Activations {
         rounding: Rounding,
     ) -> Activations {
         let rounds_sum = matches!(rounding, Rounding::AfterAllReduce) as u32;
-        Activations { input, residual, bias: Address::NULL, residual_out, rounds_sum, reserved: 0 }
+        Activations {
+            input,
+            residual,
+            bias: Address::NULL,
+            residual_out,
+            rounds_sum,
+            reserved: 0,
+            post_norm: PostNorm::NONE,
+            experts: Experts::NONE,
+        }
     }
 
     /// An operation's activations as the kernel of one of its rounds takes them.
@@ -401,7 +464,9 @@ pub const LAYOUT: u32 = crate::fingerprint! {
     Status { abort, failed, missing_rank, hop, operation, token, call }
     Group { regions, state, status, slot_bytes, timeout_ns, world_size, rank }
     Shape { first_token, total_tokens, tokens, row_packs, call }
-    Activations { input, residual, bias, residual_out, rounds_sum, reserved }
+    PostNorm { gamma, inverse_hidden, epsilon, weight_bias, gamma_f32 }
+    Experts { rows, index, scales, top_k, scales_f32 }
+    Activations { input, residual, bias, residual_out, rounds_sum, reserved, post_norm, experts }
     AnyFused { group, shape, activations, epilogue }
     AnyLocal { shape, activations, epilogue }
     AnyPlain { quantizer }
@@ -425,12 +490,13 @@ pub fn layout_of(ptx: &str) -> Option<u32> {
 // Host and device are compiled by different compilers: neither may pad what the other does not.
 const _: () = {
     assert!(size_of::<RankState>() == 64 + 16 * MAX_BLOCKS as usize && size_of::<Status>() == 64);
-    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 40);
+    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 96);
+    assert!(size_of::<PostNorm>() == 24 && size_of::<Experts>() == 32);
     assert!(size_of::<Unquantized>() == 0 && size_of::<Fp8Static>() == 16 && size_of::<Fp8PerToken>() == 16);
     assert!(size_of::<BlockScales>() == 40 && size_of::<Fp8Block>() == 56 && size_of::<Fp4>() == 56);
     assert!(size_of::<Plain<Fp4>>() == 56 && size_of::<RmsNorm<Unquantized>>() == 32);
-    assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 40 + 88);
-    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 40 + 48);
+    assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 96 + 88);
+    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 96 + 48);
 };
 
 #[cfg(test)]
@@ -450,6 +516,6 @@ mod tests {
             assert!(lists("") || lists("Any"), "{name} is not in `LAYOUT`");
             count += 1;
         }
-        assert_eq!(count, 16);
+        assert_eq!(count, 18);
     }
 }

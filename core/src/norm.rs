@@ -28,29 +28,51 @@
 //! assert_eq!(out, [0.2, 1.4, -1.0, 2.0]);
 //! ```
 
-use crate::dtype::Element;
+use core::ops::Range;
 
-/// The weight of RMSNorm, `[hidden]`, in a type that [`GammaType`](crate::fusion::GammaType) names.
+use crate::{dtype::Element, fusion::WeightType};
+
+/// Weights in a type that [`WeightType`](crate::fusion::WeightType) names: RMSNorm's, `[hidden]`, or the scales of experts.
 #[derive(Clone, Copy, Debug)]
-pub enum Gamma<'a, E> {
+pub enum Weights<'a, E> {
     /// Weights of the element type.
     Element(&'a [E]),
     /// Weights in `f32`.
     F32(&'a [f32]),
 }
 
-impl<E: Element> Gamma<'_, E> {
+impl<E: Element> Weights<'_, E> {
+    /// Their type.
+    pub const fn weight_type(&self) -> WeightType {
+        match self {
+            Weights::Element(_) => WeightType::Element,
+            Weights::F32(_) => WeightType::F32,
+        }
+    }
+
     /// Number of weights.
     pub const fn len(&self) -> usize {
         match self {
-            Gamma::Element(gamma) => gamma.len(),
-            Gamma::F32(gamma) => gamma.len(),
+            Weights::Element(gamma) => gamma.len(),
+            Weights::F32(gamma) => gamma.len(),
         }
     }
 
     /// True if there are no weights.
     pub const fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The weights in `range`.
+    ///
+    /// # Panics
+    /// If `range` does not lie in the weights.
+    #[must_use]
+    pub fn range(self, range: Range<usize>) -> Self {
+        match self {
+            Weights::Element(weights) => Weights::Element(&weights[range]),
+            Weights::F32(weights) => Weights::F32(&weights[range]),
+        }
     }
 
     /// Weight `index`, widened.
@@ -60,8 +82,8 @@ impl<E: Element> Gamma<'_, E> {
     #[inline(always)]
     pub fn get(&self, index: usize) -> f32 {
         match self {
-            Gamma::Element(gamma) => gamma[index].to_f32(),
-            Gamma::F32(gamma) => gamma[index],
+            Weights::Element(gamma) => gamma[index].to_f32(),
+            Weights::F32(gamma) => gamma[index],
         }
     }
 }

@@ -24,6 +24,8 @@
 //!     keep_norm: false,
 //!     rounding: Rounding::Once,
 //!     bias: false,
+//!     post_norm: None,
+//!     experts: None,
 //!     mode: Mode::Auto,
 //! };
 //! let limits = Limits {

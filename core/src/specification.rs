@@ -3,7 +3,9 @@
 //!
 //! All arithmetic is in `f32`, each operation rounded to nearest even, subnormal numbers included:
 //! 1. `sum = x_0 + x_1 + ...`, in rank order; plus the bias, if there is one; with [`Rounding::AfterAllReduce`] rounded to the
-//!    element type.
+//!    element type. With [`Experts`] `x_r` is the addend that rank `r` makes of its experts' rows.
+//!    With a [`post_norm`](Operation::post_norm) this sum is rounded in any case, and replaced by its norm; with
+//!    [`Rounding::AfterAllReduce`] the norm is rounded too.
 //! 2. `residual_out = round(sum + residual)`; without a residual `round(sum)`.
 //! 3. `norm` of the rounded `residual_out`, by the operations of [`norm`](crate::norm#order-of-operations), rounded.
 //! 4. Codes and scales of the rounded `norm`, by [`quant::scale`].
@@ -17,7 +19,7 @@
 //! use fused_collective_core::{
 //!     dtype::DType,
 //!     fusion::{Mode, Norm, Operation, Residual, Rounding},
-//!     norm::Gamma,
+//!     norm::Weights,
 //!     quant::Quantization,
 //!     specification::{Observed, Output, Row, Token},
 //! };
@@ -32,6 +34,8 @@
 //!     keep_norm: false,
 //!     rounding: Rounding::Once,
 //!     bias: false,
+//!     post_norm: None,
+//!     experts: None,
 //!     mode: Mode::OneShot,
 //! };
 //! let (rank_0, rank_1, ones) = ([1.0f32; 16], [3.0; 16], [1.0; 16]);
@@ -39,7 +43,9 @@
 //!     inputs: &[&rank_0, &rank_1],
 //!     residual: None,
 //!     bias: None,
-//!     gamma: Gamma::Element(&ones),
+//!     post_gamma: None,
+//!     experts: None,
+//!     gamma: Weights::Element(&ones),
 //!     scale: 1.0,
 //!     index: 0,
 //! };
@@ -60,26 +66,76 @@ use core::fmt;
 
 use crate::{
     dtype::Element,
-    fusion::{Operation, Rounding},
-    norm::{self, Gamma},
+    fusion::{Experts, Norm, Operation, Rounding},
+    norm::{self, Weights},
     quant::{self, Quantization, RowError, ScaleLayout, e2m1, e4m3, ue4m3, ue8m0},
 };
 
 /// The inputs of one token of an operation.
 #[derive(Clone, Copy, Debug)]
 pub struct Token<'a, E> {
-    /// Row of the token in the input of each rank, in rank order, `[hidden]` each.
+    /// Row of the token in the input of each rank, in rank order, `[hidden]` each; not read with experts of which none is
+    /// shared.
     pub inputs: &'a [&'a [E]],
+    /// The experts of the token on each rank, in rank order; `None` without experts.
+    pub experts: Option<&'a [TokenExperts<'a, E>]>,
     /// Row of the token in the residual, `[hidden]`; `None` without a residual.
     pub residual: Option<&'a [E]>,
     /// The bias of the sum, `[hidden]`; `None` without one.
     pub bias: Option<&'a [E]>,
+    /// The weight of the norm of the sum, `[hidden]`; `None` without one.
+    pub post_gamma: Option<Weights<'a, E>>,
     /// The weight of RMSNorm, `[hidden]`; not read without a norm.
-    pub gamma: Gamma<'a, E>,
+    pub gamma: Weights<'a, E>,
     /// The per-tensor or global scale; not read by the other quantizations.
     pub scale: f32,
     /// Index of the token, which is its row in the tensor of scales.
     pub index: u64,
+}
+
+/// The experts of one token on one rank.
+#[derive(Clone, Copy, Debug)]
+pub struct TokenExperts<'a, E> {
+    /// The rank's rows, `[any, hidden]`.
+    pub rows: &'a [E],
+    /// The row of each of the token's experts, `[top_k]`; less than 0 for one that is on another rank.
+    pub index: &'a [i32],
+    /// The scale of each, `[top_k]`.
+    pub scales: Weights<'a, E>,
+}
+
+impl<'a, E: Element> TokenExperts<'a, E> {
+    /// The scale and the row, `[hidden]`, of each expert that this rank has, in the token's order.
+    ///
+    /// # Panics
+    /// If an index is past the last row, or there are fewer scales than indices.
+    pub fn chosen(&self, hidden: usize) -> impl Iterator<Item = (f32, &'a [E])> + Clone + use<'a, E> {
+        let Self { rows, index, scales } = *self;
+        let of_expert = move |(k, &row): (usize, &i32)| {
+            let row = usize::try_from(row).ok()?;
+            Some((scales.get(k), &rows[row * hidden..][..hidden]))
+        };
+        index.iter().enumerate().filter_map(of_expert)
+    }
+
+    /// The addend that this rank makes of its experts' rows and the row of the shared expert: the operations of
+    /// [`Experts`].
+    ///
+    /// # Panics
+    /// As [`chosen`](Self::chosen); if a row is shorter than `out`.
+    pub fn addend(&self, shared: Option<&[E]>, out: &mut [E]) {
+        let hidden = out.len();
+        for (index, out) in out.iter_mut().enumerate() {
+            *out = E::from_f32(self.element(hidden, shared, index));
+        }
+    }
+
+    /// Element `index` of the addend, before it is rounded.
+    fn element(&self, hidden: usize, shared: Option<&[E]>, index: usize) -> f32 {
+        let routed =
+            self.chosen(hidden).fold(0.0, |sum, (scale, row)| libm::fmaf(scale, row[index].to_f32(), sum));
+        shared.map_or(routed, |shared| routed + shared[index].to_f32())
+    }
 }
 
 /// The outputs of an implementation for one token.
@@ -171,34 +227,38 @@ impl<E: Element> Row<'_, E> {
     /// Those of [`quant::quantize_row`], for slices of a wrong length.
     ///
     /// # Panics
-    /// If a row of `token` is shorter than `residual_out`, `norm` has another length, or there is no input.
+    /// If a row of `token` is shorter than `residual_out`, `norm` has another length, there is no rank, or a tensor of the
+    /// operation is missing; as [`TokenExperts::chosen`].
     pub fn compute(&mut self, operation: &Operation, token: &Token<'_, E>) -> Result<(), RowError> {
-        let (first, others) = token.inputs.split_first().expect("a group has at least one rank");
-        for (index, out) in self.residual_out.iter_mut().enumerate() {
-            let mut sum = first[index].to_f32();
-            for row in others {
-                sum += row[index].to_f32();
-            }
-            if let Some(bias) = token.bias {
-                sum += bias[index].to_f32();
-            }
+        let add_residual = |mut sum: f32, index: usize| {
             if let Some(residual) = token.residual {
                 if operation.rounding == Rounding::AfterAllReduce {
                     sum = E::from_f32(sum).to_f32();
                 }
                 sum += residual[index].to_f32();
             }
-            *out = E::from_f32(sum);
+            E::from_f32(sum)
+        };
+        let hidden = self.residual_out.len();
+        for (index, out) in self.residual_out.iter_mut().enumerate() {
+            let sum = token.sum(operation, hidden, index);
+            *out = match operation.post_norm {
+                Some(_) => E::from_f32(sum),
+                None => add_residual(sum, index),
+            };
+        }
+        if let Some(post) = operation.post_norm {
+            let gamma = token.post_gamma.expect("a norm of the sum has a weight");
+            let inverse_rms = inverse_rms(self.residual_out, &post);
+            for (index, out) in self.residual_out.iter_mut().enumerate() {
+                let norm = out.to_f32() * inverse_rms * (post.weight_bias + gamma.get(index));
+                *out = add_residual(norm, index);
+            }
         }
         let Some(parameters) = operation.norm else { return Ok(()) };
         let row = &*self.residual_out;
         assert_eq!(self.norm.len(), row.len(), "a norm has as many elements as its row");
-        let inverse_rms = norm::inverse_rms(
-            norm::sum_of_squares(row),
-            1.0 / row.len() as f32,
-            parameters.epsilon,
-            libm::fmaf,
-        );
+        let inverse_rms = inverse_rms(row, &parameters);
         for (index, (out, value)) in self.norm.iter_mut().zip(row).enumerate() {
             let weight = parameters.weight_bias + token.gamma.get(index);
             *out = norm::normalize(value.to_f32(), inverse_rms, weight);
@@ -298,6 +358,34 @@ impl<E: Element> Row<'_, E> {
         }
         Ok(())
     }
+}
+
+impl<'a, E: Element> Token<'a, E> {
+    /// The experts of each rank, if `operation` has some, and whether there is a shared one.
+    pub(crate) fn experts_of(&self, operation: &Operation) -> Option<(&'a [TokenExperts<'a, E>], bool)> {
+        let Experts { shared, .. } = operation.experts?;
+        Some((self.experts.expect("an operation with experts has their rows"), shared))
+    }
+
+    /// Element `index` of the sum of all ranks, of `hidden` elements, and the bias.
+    fn sum(&self, operation: &Operation, hidden: usize, index: usize) -> f32 {
+        let experts = self.experts_of(operation);
+        let addend = |rank: usize| match experts {
+            Some((experts, shared)) => {
+                let shared = shared.then(|| self.inputs[rank]);
+                E::from_f32(experts[rank].element(hidden, shared, index)).to_f32()
+            }
+            None => self.inputs[rank][index].to_f32(),
+        };
+        let ranks = experts.map_or(self.inputs.len(), |(experts, _)| experts.len());
+        let sum = (0..ranks).map(addend).reduce(|sum, addend| sum + addend);
+        let sum = sum.expect("a group has at least one rank");
+        self.bias.map_or(sum, |bias| sum + bias[index].to_f32())
+    }
+}
+
+fn inverse_rms<E: Element>(row: &[E], norm: &Norm) -> f32 {
+    norm::inverse_rms(norm::sum_of_squares(row), 1.0 / row.len() as f32, norm.epsilon, libm::fmaf)
 }
 
 /// The quantization with its scales in the linear layout.

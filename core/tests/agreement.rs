@@ -5,11 +5,11 @@ use std::collections::HashMap;
 use fused_collective_core::{
     agreement::{CALL_WORDS, Call, Chain},
     dtype::DType,
-    fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
+    fusion::{Experts, MAX_TOP_K, Mode, Norm, Operation, Residual, Rounding, WeightType},
     plan::Algorithm,
     quant::{GroupScale, Quantization, ScaleLayout},
 };
-use proptest::prelude::*;
+use proptest::{option, prelude::*};
 
 fn quantizations() -> impl Strategy<Value = Quantization> {
     let layout = prop::sample::select(&ScaleLayout::ALL[..]);
@@ -28,20 +28,30 @@ fn quantizations() -> impl Strategy<Value = Quantization> {
     })
 }
 
+fn weights(wide: bool) -> WeightType {
+    if wide { WeightType::F32 } else { WeightType::Element }
+}
+
 fn calls() -> impl Strategy<Value = Call> {
     let norm = (0.0f32..1.0, -1.0f32..1.0, any::<bool>()).prop_map(|(epsilon, weight_bias, wide)| Norm {
         epsilon,
         weight_bias,
-        gamma: if wide { GammaType::F32 } else { GammaType::Element },
+        gamma: weights(wide),
     });
     let shape = (any::<u64>(), any::<u64>(), 0usize..3);
     let residual = prop_oneof![Just(Residual::None), Just(Residual::Replicated), Just(Residual::Sharded)];
     let flags = (residual, any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
-    let operation = (shape, flags, proptest::option::of(norm), quantizations(), 0.0f32..9.0).prop_map(
+    let experts = (1..=MAX_TOP_K, any::<bool>(), any::<bool>()).prop_map(|(top_k, wide, shared)| Experts {
+        top_k,
+        scales: weights(wide),
+        shared,
+    });
+    let norms = (option::of(norm.clone()), option::of(norm), option::of(experts));
+    let operation = (shape, flags, norms, quantizations(), 0.0f32..9.0).prop_map(
         |(
             (tokens, hidden, dtype),
             (residual, keep_norm, rounds_sum, two_shot, bias),
-            norm,
+            (norm, post_norm, experts),
             quantization,
             scale,
         )| {
@@ -55,6 +65,8 @@ fn calls() -> impl Strategy<Value = Call> {
                 keep_norm,
                 rounding: if rounds_sum { Rounding::AfterAllReduce } else { Rounding::Once },
                 bias,
+                post_norm,
+                experts,
                 mode: Mode::Auto,
             };
             let algorithm = match residual {
@@ -125,6 +137,8 @@ fn chains_of_like_calls_do_not_meet() {
             keep_norm: false,
             rounding: Rounding::Once,
             bias: false,
+            post_norm: None,
+            experts: None,
             mode: Mode::Auto,
         };
         let mut chain = Chain::default();
@@ -147,6 +161,8 @@ fn a_call_names_what_ranks_can_differ_in() {
         keep_norm: true,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::Auto,
     };
     let named = |operation, scale| Call::operation(&operation, Algorithm::TwoShot, scale).to_string();
@@ -160,6 +176,17 @@ fn a_call_names_what_ranks_can_differ_in() {
         named(sharded, None).starts_with("two-shot, 17 tokens of 4096 bfloat16, sharded residual, norm"),
         "{}",
         named(sharded, None)
+    );
+    let experts = Experts { top_k: 8, scales: WeightType::F32, shared: true };
+    let post_norm = Some(Norm { gamma: WeightType::F32, ..Norm::default() });
+    let combined = Operation { experts: Some(experts), post_norm, bias: true, ..operation };
+    assert!(
+        named(combined, None).contains(
+            " bfloat16, top 8 experts with float32 scales and a shared one, bias, post-norm (epsilon 1e-6, float32 gamma), \
+             residual, norm"
+        ),
+        "{}",
+        named(combined, None)
     );
     let rounded = Operation { rounding: Rounding::AfterAllReduce, ..operation };
     assert!(

@@ -6,7 +6,7 @@ use std::collections::HashSet;
 use fused_collective_core::{
     MAX_HIDDEN, MAX_WORLD_SIZE,
     dtype::{DType, bf16},
-    fusion::{Mode, Norm, Operation, OperationError, Residual, Rounding},
+    fusion::{Experts, Mode, Norm, Operation, OperationError, Residual, Rounding, WeightType},
     lamport,
     launch::{Activations, Address, Shape},
     pack::Pack,
@@ -29,6 +29,8 @@ fn operation(tokens: u64, hidden: u64, dtype: DType, mode: Mode) -> Operation {
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode,
     }
 }
@@ -409,7 +411,24 @@ fn invalid_operations_are_refused_by_name() {
     let group =
         |group| Quantization::Fp8PerGroup { group, scales: GroupScale::F32, layout: ScaleLayout::Linear };
     let epsilon = |epsilon| Operation { norm: Some(Norm { epsilon, ..Norm::default() }), ..valid };
+    let post_norm = |epsilon, weight_bias| Operation {
+        post_norm: Some(Norm { epsilon, weight_bias, ..Norm::default() }),
+        ..valid
+    };
+    let experts = |top_k| Operation {
+        experts: Some(Experts { top_k, scales: WeightType::Element, shared: false }),
+        ..valid
+    };
     let cases = [
+        (Operation { norm: None, ..post_norm(0.0, 0.0) }, OperationError::PostNormWithoutNorm),
+        (post_norm(-1.0, 0.0), OperationError::Epsilon(-1.0)),
+        (post_norm(0.0, f32::INFINITY), OperationError::WeightBias(f32::INFINITY)),
+        (experts(0), OperationError::TopK(0)),
+        (experts(65), OperationError::TopK(65)),
+        (
+            Operation { tokens: u64::MAX / 128, hidden: 16, ..experts(64) },
+            OperationError::TooLarge { tokens: u64::MAX / 128, hidden: 16 },
+        ),
         (Operation { hidden: 0, ..valid }, OperationError::Hidden(0)),
         (Operation { hidden: 40, ..valid }, OperationError::Hidden(40)),
         (Operation { hidden: MAX_HIDDEN + 16, ..valid }, OperationError::Hidden(MAX_HIDDEN + 16)),
@@ -454,6 +473,8 @@ fn invalid_operations_are_refused_by_name() {
     assert!(matches!(epsilon(f32::NAN).validate(), Err(OperationError::Epsilon(_))));
     assert_eq!(Operation { hidden: MAX_HIDDEN, ..valid }.validate(), Ok(()));
     assert_eq!(Operation { tokens: 0, ..valid }.validate(), Ok(()));
+    assert_eq!(post_norm(0.0, 1.0).validate(), Ok(()));
+    assert_eq!(experts(64).validate(), Ok(()));
 }
 
 #[test]

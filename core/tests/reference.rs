@@ -3,7 +3,7 @@
 use fused_collective_core::{
     dtype::{Element, bf16},
     fusion::{Mode, Norm, Operation, Residual, Rounding},
-    norm::Gamma,
+    norm::Weights,
     quant::{GroupScale, Quantization, ScaleLayout, e4m3},
     reference::check_token,
     specification::{Mismatch, Observed, Output, Row, Token},
@@ -45,6 +45,8 @@ impl<E: Element> Fixture<E> {
             keep_norm: false,
             rounding: Rounding::Once,
             bias: true,
+            post_norm: None,
+            experts: None,
             mode: Mode::Auto,
         };
         Fixture { operation, inputs: [row(1), row(2)], residual: row(3), gamma: row(4) }
@@ -56,7 +58,9 @@ impl<E: Element> Fixture<E> {
             inputs: &rows,
             residual: Some(&self.residual),
             bias: self.operation.bias.then_some(&self.gamma[..]),
-            gamma: Gamma::Element(&self.gamma),
+            post_gamma: None,
+            experts: None,
+            gamma: Weights::Element(&self.gamma),
             scale: 0.01,
             index: 0,
         })
@@ -141,7 +145,9 @@ fn the_specification_is_the_arithmetic_of_the_definition() {
         inputs: &inputs,
         residual: None,
         bias: None,
-        gamma: Gamma::F32(&gamma),
+        post_gamma: None,
+        experts: None,
+        gamma: Weights::F32(&gamma),
         scale: 1.0,
         index: 0,
     };

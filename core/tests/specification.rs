@@ -4,7 +4,7 @@
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     fusion::{Mode, Norm, Operation, Residual, Rounding},
-    norm::{self, Gamma},
+    norm::{self, Weights},
     quant::{Quantization, ScaleLayout, ScaleTensor, e4m3},
     reference::check_token,
     specification::{Observed, Output, Row, Token},
@@ -123,6 +123,8 @@ fn operation<E: Element>(hidden: usize) -> Operation {
         keep_norm: true,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::Auto,
     }
 }
@@ -137,7 +139,9 @@ fn error_of<E: Element>(row: &[E], quantization: Quantization) -> f64 {
         inputs: &[row, &other],
         residual: Some(row),
         bias: None,
-        gamma: Gamma::Element(&gamma),
+        post_gamma: None,
+        experts: None,
+        gamma: Weights::Element(&gamma),
         scale: 0.25,
         index: 0,
     };
@@ -199,7 +203,9 @@ fn any_other_bit_is_found_and_a_nan_is_a_nan() {
             inputs: &[input],
             residual: None,
             bias: None,
-            gamma: Gamma::F32(&gamma),
+            post_gamma: None,
+            experts: None,
+            gamma: Weights::F32(&gamma),
             scale: 100.0,
             index: 2,
         };

@@ -11,7 +11,7 @@ use fused_collective::{
     core::{
         dtype::{DType, bf16},
         fusion::{Mode, Norm, Operation, Residual, Rounding},
-        norm::Gamma,
+        norm::Weights,
         quant::{Quantization, dequantize},
     },
     cpu::{Communicator, Inputs, Operand, Options, Outputs},
@@ -35,6 +35,8 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Error> {
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::Auto,
     };
     // Once for each group, for rows of up to so many bytes.
@@ -56,7 +58,9 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Error> {
             input: Operand::Apart(&input[..]),
             residual: Some(Operand::Apart(&residual[..])),
             bias: None,
-            gamma: Gamma::Element(&gamma),
+            post_gamma: None,
+            experts: None,
+            gamma: Weights::Element(&gamma),
             scale: SCALE,
         },
         Outputs {

@@ -49,6 +49,8 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::Auto,
     };
     let options = Options {
@@ -76,9 +78,13 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
         let (residual_out, _residual_out) = residual_out.device_ptr_mut(&stream);
         let (codes, _codes) = codes.device_ptr_mut(&stream);
         let tensors = Tensors {
-            input: tensor(input, elements, ELEMENT),
+            input: Some(tensor(input, elements, ELEMENT)),
             residual: Some(tensor(residual, elements, ELEMENT)),
             bias: None,
+            post_gamma: None,
+            expert_rows: None,
+            expert_index: None,
+            expert_scales: None,
             gamma: Some(tensor(gamma, HIDDEN, ELEMENT)),
             scale: Some(tensor(scale, 1, TensorType::Element(DType::F32))),
             residual_out: tensor(residual_out, elements, ELEMENT),

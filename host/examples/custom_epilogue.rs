@@ -48,6 +48,8 @@ fn rank(bootstrap: &Thread, image: &[u8]) -> Result<f32, Box<dyn Error + Send + 
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::TwoShot,
     };
     let options = Options {

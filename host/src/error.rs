@@ -118,6 +118,22 @@ pub enum TensorProblem {
         /// The operation's.
         needed: u64,
     },
+    /// It is not whole rows of the hidden size.
+    Rows {
+        /// The given length.
+        given: u64,
+        /// The hidden size.
+        hidden: u64,
+    },
+    /// The row of a token's expert is not in the tensor of rows.
+    Index {
+        /// The token.
+        token: u64,
+        /// The row.
+        index: i32,
+        /// Rows of the tensor.
+        rows: u64,
+    },
     /// Its address is null or not a multiple of the alignment, in bytes.
     Misaligned {
         /// The address.
@@ -294,6 +310,16 @@ impl fmt::Display for TensorProblem {
             }
             TensorProblem::Length { given, needed } => {
                 write!(f, "has length {given}, the operation needs {needed}")
+            }
+            TensorProblem::Rows { given, hidden } => {
+                write!(f, "has length {given}, which is not a multiple of the hidden size {hidden}")
+            }
+            TensorProblem::Index { token, index, rows } => {
+                write!(f, "has row {index} for token {token}: use ")?;
+                match rows {
+                    0 => f.write_str("-1, as there are no rows"),
+                    _ => write!(f, "0 to {}, or -1 for an expert on another rank", rows - 1),
+                }
             }
             TensorProblem::Misaligned { address, alignment } => {
                 write!(f, "is at {address:#x}, which is not a multiple of {alignment} above 0")

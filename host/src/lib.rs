@@ -13,7 +13,7 @@
 //!     core::{
 //!         dtype::{DType, bf16},
 //!         fusion::{Mode, Norm, Operation, Residual, Rounding},
-//!         norm::Gamma,
+//!         norm::Weights,
 //!         quant::Quantization,
 //!     },
 //!     cpu::{Communicator, Inputs, Operand, Options, Outputs},
@@ -30,6 +30,8 @@
 //!     keep_norm: false,
 //!     rounding: Rounding::Once,
 //!     bias: false,
+//!     post_norm: None,
+//!     experts: None,
 //!     mode: Mode::Auto,
 //! };
 //! let deadline = Duration::from_secs(10);
@@ -49,7 +51,9 @@
 //!                 input: Operand::Apart(&input[..]),
 //!                 residual: Some(Operand::Apart(&residual[..])),
 //!                 bias: None,
-//!                 gamma: Gamma::Element(&gamma),
+//!                 post_gamma: None,
+//!                 experts: None,
+//!                 gamma: Weights::Element(&gamma),
 //!                 scale: 0.125,
 //!             };
 //!             let outputs = Outputs {

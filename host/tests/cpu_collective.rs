@@ -9,18 +9,18 @@ use std::{
 
 use fused_collective::{
     Error, ErrorKind,
-    cpu::{self, Communicator, Inputs, Operand, Outputs, Plain},
+    cpu::{self, Communicator, ExpertRows, Inputs, Operand, Outputs, Plain},
     group::{Thread, threads},
 };
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
-    fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
-    norm::Gamma,
+    fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
+    norm::Weights,
     plan::{Limits, Plan, owner},
     quant::{GroupScale, Quantization, ScaleLayout},
     specification::{Observed, Row, Token},
 };
-use proptest::prelude::*;
+use proptest::{option, prelude::*};
 use zerocopy::IntoBytes as _;
 
 /// Runs `rank` on a thread for each rank of a group and returns what they return, in rank order.
@@ -60,8 +60,17 @@ struct Case<E> {
     bias: Vec<E>,
     gamma: Vec<E>,
     gamma_f32: Vec<f32>,
+    /// The rows of each rank's experts.
+    expert_rows: Vec<Vec<E>>,
+    /// Their indices for all tokens and the most experts.
+    expert_index: Vec<Vec<i32>>,
+    expert_scales: Vec<E>,
+    expert_scales_f32: Vec<f32>,
     scale: f32,
 }
+
+/// Rows of each rank's experts, and the most experts of a token.
+const EXPERTS: usize = 5;
 
 impl<E: Plain> Case<E> {
     fn new(operation: Operation, world_size: u32, seed: u64) -> Self {
@@ -82,13 +91,68 @@ impl<E: Plain> Case<E> {
         let residual = tensor(elements);
         let [bias, gamma] = [(); 2].map(|()| tensor(operation.hidden as usize));
         let gamma_f32 = gamma.iter().map(|weight| weight.to_f32()).collect();
-        Case { operation, inputs, residual, bias, gamma, gamma_f32, scale: 0.37 }
+        let expert_rows = (0..world_size).map(|_| tensor(EXPERTS * operation.hidden as usize)).collect();
+        let chosen = operation.tokens as usize * EXPERTS;
+        let expert_scales = tensor(chosen);
+        // Of these, one in six is on another rank.
+        let index = |seed: usize| (seed * seed % 37 % (EXPERTS + 1)) as i32 - 1;
+        let indices = |rank: usize| (0..chosen).map(|place| index(place * 7 + rank)).collect();
+        Case {
+            operation,
+            inputs,
+            residual,
+            bias,
+            gamma,
+            gamma_f32,
+            expert_rows,
+            expert_index: (0..world_size as usize).map(indices).collect(),
+            expert_scales_f32: expert_scales.iter().map(|scale| scale.to_f32() / 3.0).collect(),
+            expert_scales,
+            scale: 0.37,
+        }
     }
 
-    fn gamma(&self) -> Gamma<'_, E> {
-        match self.operation.norm {
-            Some(Norm { gamma: GammaType::F32, .. }) => Gamma::F32(&self.gamma_f32),
-            _ => Gamma::Element(&self.gamma),
+    fn weights(&self, of: WeightType) -> Weights<'_, E> {
+        match of {
+            WeightType::F32 => Weights::F32(&self.gamma_f32),
+            WeightType::Element => Weights::Element(&self.gamma),
+        }
+    }
+
+    fn gamma(&self) -> Weights<'_, E> {
+        self.weights(self.operation.norm.map_or(WeightType::Element, |norm| norm.gamma))
+    }
+
+    /// The weight of the post-norm: that of the norm, maybe in another type.
+    fn post_gamma(&self) -> Option<Weights<'_, E>> {
+        self.operation.post_norm.map(|norm| self.weights(norm.gamma))
+    }
+
+    fn experts(&self, rank: usize) -> Option<ExpertRows<'_, E>> {
+        let Experts { top_k, scales, .. } = self.operation.experts?;
+        let chosen = 0..self.operation.tokens as usize * top_k as usize;
+        let scales = match scales {
+            WeightType::Element => Weights::Element(&self.expert_scales[..]),
+            WeightType::F32 => Weights::F32(&self.expert_scales_f32[..]),
+        };
+        Some(ExpertRows {
+            rows: &self.expert_rows[rank],
+            index: &self.expert_index[rank][chosen.clone()],
+            scales: scales.range(chosen),
+        })
+    }
+
+    /// What rank `rank` reads, with this residual.
+    fn tensors<'a>(&'a self, rank: u32, residual: Option<Operand<&'a [E]>>) -> Inputs<'a, E> {
+        let input = &self.inputs[rank as usize][..];
+        Inputs {
+            input: Operand::Apart(if self.operation.reads_input() { input } else { &[] }),
+            residual,
+            bias: self.operation.bias.then_some(&self.bias[..]),
+            post_gamma: self.post_gamma(),
+            experts: self.experts(rank as usize),
+            gamma: self.gamma(),
+            scale: self.scale,
         }
     }
 
@@ -122,13 +186,8 @@ impl<E: Plain> Case<E> {
             quant_out: vec![0xaa; (tokens * quantization.value_bytes_per_row(hidden)) as usize],
             scale_out: vec![0xaa; quantization.scale_bytes(tokens, hidden).unwrap() as usize],
         };
-        let inputs = Inputs {
-            input: Operand::Apart(&self.inputs[communicator.rank() as usize][..]),
-            residual: operation.residual.is_some().then_some(Operand::Apart(&residual[..])),
-            bias: operation.bias.then_some(&self.bias[..]),
-            gamma: self.gamma(),
-            scale: self.scale,
-        };
+        let residual = operation.residual.is_some().then_some(Operand::Apart(&residual[..]));
+        let inputs = self.tensors(communicator.rank(), residual);
         let outputs = Outputs {
             residual_out: &mut results.residual_out,
             norm_out: &mut results.norm_out,
@@ -145,10 +204,16 @@ impl<E: Plain> Case<E> {
         for index in 0..self.operation.tokens {
             let row = index as usize * hidden..(index as usize + 1) * hidden;
             let rows: Vec<&[E]> = self.inputs.iter().map(|input| &input[row.clone()]).collect();
+            let experts = self.operation.experts.map(|experts| {
+                let of_rank = |rank| self.experts(rank).unwrap().of_token(index as usize, &experts);
+                (0..self.inputs.len()).map(of_rank).collect::<Vec<_>>()
+            });
             let token = Token {
                 inputs: &rows,
                 residual: self.operation.residual.is_some().then_some(&self.residual[row.clone()]),
                 bias: self.operation.bias.then_some(&self.bias[..]),
+                post_gamma: self.post_gamma(),
+                experts: experts.as_deref(),
                 gamma: self.gamma(),
                 scale: self.scale,
                 index,
@@ -235,6 +300,8 @@ fn operation<E: Plain>(tokens: u64, hidden: u64) -> Operation {
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::Auto,
     }
 }
@@ -254,19 +321,49 @@ fn quantizations() -> impl Strategy<Value = Quantization> {
     })
 }
 
-fn operations() -> impl Strategy<Value = Operation> {
-    let norm = (any::<bool>(), any::<bool>()).prop_map(|(gemma, wide)| Norm {
+fn weight_types() -> impl Strategy<Value = WeightType> {
+    prop_oneof![Just(WeightType::Element), Just(WeightType::F32)]
+}
+
+fn norms() -> impl Strategy<Value = Norm> {
+    (any::<bool>(), weight_types()).prop_map(|(gemma, gamma)| Norm {
         weight_bias: if gemma { 1.0 } else { 0.0 },
-        gamma: if wide { GammaType::F32 } else { GammaType::Element },
+        gamma,
         ..Norm::default()
-    });
+    })
+}
+
+/// What may come before the residual: rounding, post-norm and experts.
+fn before_residual() -> impl Strategy<Value = (Rounding, Option<Norm>, Option<Experts>)> {
+    let rounding = prop_oneof![Just(Rounding::Once), Just(Rounding::AfterAllReduce)];
+    let experts = (1..=EXPERTS as u32, weight_types(), any::<bool>());
+    let experts = experts.prop_map(|(top_k, scales, shared)| Experts { top_k, scales, shared });
+    (rounding, option::weighted(0.3, norms()), option::weighted(0.3, experts))
+}
+
+fn operations() -> impl Strategy<Value = Operation> {
     let shape = (0u64..12, 1u64..20, any::<bool>(), any::<bool>());
-    (shape, proptest::option::weighted(0.9, norm), quantizations(), any::<bool>()).prop_map(
-        |((tokens, blocks, residual, bias), norm, quantization, keep_norm)| {
+    let norm = option::weighted(0.9, norms());
+    (shape, norm, before_residual(), quantizations(), any::<bool>()).prop_map(
+        |(
+            (tokens, blocks, residual, bias),
+            norm,
+            (rounding, post_norm, experts),
+            quantization,
+            keep_norm,
+        )| {
             let quantization = if norm.is_some() { quantization } else { Quantization::None };
-            let hidden = blocks * quantization.block().unwrap_or(16);
-            let residual = Residual::replicated(residual);
-            Operation { residual, bias, norm, quantization, keep_norm, ..operation::<f32>(tokens, hidden) }
+            Operation {
+                residual: Residual::replicated(residual),
+                bias,
+                norm,
+                post_norm: post_norm.filter(|_| norm.is_some()),
+                experts,
+                rounding,
+                quantization,
+                keep_norm,
+                ..operation::<f32>(tokens, blocks * quantization.block().unwrap_or(16))
+            }
         },
     )
 }
@@ -296,13 +393,21 @@ proptest! {
     fn any_operation_with_a_sharded_residual_gives_what_the_replicated_one_does(
         tokens in 0u64..12,
         blocks in 1u64..20,
+        (rounding, post_norm, experts) in before_residual(),
         quantization in quantizations(),
         dtype in 0..3,
         world_size in 1u32..=6,
         seed: u64,
     ) {
         let hidden = blocks * quantization.block().unwrap_or(16);
-        let operation = |dtype| Operation { dtype, quantization, ..operation::<f32>(tokens, hidden) };
+        let operation = |dtype| Operation {
+            dtype,
+            quantization,
+            rounding,
+            post_norm,
+            experts,
+            ..operation::<f32>(tokens, hidden)
+        };
         match dtype {
             0 => check_sharded::<f32>(operation(f32::DTYPE), world_size, seed),
             1 => check_sharded::<f16>(operation(f16::DTYPE), world_size, seed),
@@ -346,13 +451,7 @@ fn a_whole_residual_is_refused_where_a_share_is_due() {
     let case = Case::<bf16>::new(operation::<bf16>(5, 64), 2, 6);
     let sharded = Operation { residual: Residual::Sharded, ..case.operation };
     group(2, 128, PATIENT, |mut communicator| {
-        let inputs = Inputs {
-            input: Operand::Apart(&case.inputs[0][..]),
-            residual: Some(Operand::Apart(&case.residual[..])),
-            bias: case.operation.bias.then_some(&case.bias[..]),
-            gamma: case.gamma(),
-            scale: 1.0,
-        };
+        let inputs = case.tensors(0, Some(Operand::Apart(&case.residual[..])));
         let (mut out, mut norm_out) = (vec![bf16::ZERO; 3 * 64], vec![bf16::ZERO; 5 * 64]);
         let outputs = Outputs {
             residual_out: &mut out,
@@ -415,17 +514,12 @@ fn operations_follow_each_other_in_any_order() {
 
 #[test]
 fn a_gamma_of_another_type_is_refused_before_anything_is_sent() {
-    let norm = Norm { gamma: GammaType::F32, ..Norm::default() };
+    let norm = Norm { gamma: WeightType::F32, ..Norm::default() };
     let case = Case::<bf16>::new(Operation { norm: Some(norm), ..operation::<bf16>(4, 64) }, 2, 6);
     let wrong = Case::<bf16>::new(operation::<bf16>(4, 64), 2, 6);
     group(2, 128, PATIENT, |mut communicator| {
-        let inputs = Inputs {
-            input: Operand::Apart(&case.inputs[0][..]),
-            residual: Some(Operand::Apart(&case.residual[..])),
-            bias: case.operation.bias.then_some(&case.bias[..]),
-            gamma: wrong.gamma(),
-            scale: 1.0,
-        };
+        let inputs =
+            Inputs { gamma: wrong.gamma(), ..case.tensors(0, Some(Operand::Apart(&case.residual[..]))) };
         let (mut out, mut norm_out) = (vec![bf16::ZERO; 4 * 64], vec![bf16::ZERO; 4 * 64]);
         let outputs = Outputs {
             residual_out: &mut out,
@@ -449,13 +543,7 @@ fn tensors_that_do_not_fit_the_operation_are_refused_before_anything_is_sent() {
     group(2, 128, PATIENT, |mut communicator| {
         let mut out = vec![bf16::ZERO; 4 * 64];
         let mut short = vec![bf16::ZERO; 4 * 64 - 16];
-        let inputs = Inputs {
-            input: Operand::Apart(&case.inputs[0][..]),
-            residual: Some(Operand::Apart(&case.residual[..])),
-            bias: case.operation.bias.then_some(&case.bias[..]),
-            gamma: case.gamma(),
-            scale: 1.0,
-        };
+        let inputs = case.tensors(0, Some(Operand::Apart(&case.residual[..])));
         let (mut nothing, mut none) = ([], []);
         let outputs = Outputs {
             residual_out: &mut out,
@@ -467,6 +555,80 @@ fn tensors_that_do_not_fit_the_operation_are_refused_before_anything_is_sent() {
         assert_eq!(error.to_string(), "norm_out has length 240, the operation needs 256");
         // Nothing was sent: the next operation is right.
         case.check(&case.run(&mut communicator, Mode::OneShot).unwrap());
+    });
+}
+
+#[test]
+fn a_row_that_no_expert_has_is_refused_by_name_before_anything_is_sent() {
+    let experts = Experts { top_k: 3, scales: WeightType::Element, shared: false };
+    let case = Case::<bf16>::new(Operation { experts: Some(experts), ..operation::<bf16>(4, 64) }, 2, 5);
+    let index = |place: usize, row: i32| {
+        let mut index = case.expert_index[0][..12].to_vec();
+        index[place] = row;
+        index
+    };
+    let (past, first) = (index(7, 5), index(0, 0));
+    group(2, 128, PATIENT, |mut communicator| {
+        let mut refused = |inputs: Inputs<'_, bf16>| {
+            let (mut out, mut norm_out) = (vec![bf16::ZERO; 4 * 64], vec![bf16::ZERO; 4 * 64]);
+            let outputs = Outputs {
+                residual_out: &mut out,
+                norm_out: &mut norm_out,
+                quant_out: &mut [],
+                scale_out: &mut [],
+            };
+            communicator.all_reduce(&case.operation, inputs, outputs).unwrap_err().to_string()
+        };
+        let whole = case.tensors(0, Some(Operand::Apart(&case.residual[..])));
+        let rows = whole.experts.unwrap();
+        let with = |experts| Inputs { experts: Some(experts), ..whole };
+        assert_eq!(
+            refused(with(ExpertRows { index: &past, ..rows })),
+            "expert_index has row 5 for token 2: use 0 to 4, or -1 for an expert on another rank"
+        );
+        assert_eq!(
+            refused(with(ExpertRows { rows: &[], index: &first, ..rows })),
+            "expert_index has row 0 for token 0: use -1, as there are no rows"
+        );
+        assert_eq!(
+            refused(with(ExpertRows { rows: &rows.rows[1..], ..rows })),
+            "expert_rows has length 319, which is not a multiple of the hidden size 64"
+        );
+        assert_eq!(
+            refused(with(ExpertRows { index: &rows.index[1..], ..rows })),
+            "expert_index has length 11, the operation needs 12"
+        );
+        assert_eq!(
+            refused(with(ExpertRows { scales: Weights::F32(&case.expert_scales_f32[..12]), ..rows })),
+            "expert_scales holds float32 beside the element type, the operation needs bfloat16"
+        );
+        let input = Operand::Apart(&case.inputs[0][..]);
+        assert_eq!(refused(Inputs { input, ..whole }), "input has length 256, the operation needs 0");
+        assert_eq!(
+            refused(Inputs { input: Operand::InPlace, ..whole }),
+            "input is given, and the operation has none"
+        );
+        assert_eq!(
+            refused(Inputs { experts: None, ..whole }),
+            "expert_rows is missing: the operation has one"
+        );
+        // Nothing was sent: the next operation is right.
+        case.check(&case.run(&mut communicator, Mode::OneShot).unwrap());
+    });
+}
+
+/// Tokens of which no rank has an expert, and tensors without rows.
+#[test]
+fn tokens_without_experts_are_zero() {
+    let experts = Some(Experts { top_k: 3, scales: WeightType::Element, shared: false });
+    let operation = Operation { experts, residual: Residual::None, ..operation::<bf16>(4, 64) };
+    let mut case = Case::<bf16>::new(operation, 2, 5);
+    case.expert_index.iter_mut().for_each(|index| index.fill(-1));
+    case.expert_rows.iter_mut().for_each(Vec::clear);
+    group(2, 128, PATIENT, |mut communicator| {
+        let results = case.run(&mut communicator, Mode::TwoShot).unwrap();
+        assert!(results.residual_out.iter().all(|value| value.to_bits() == 0));
+        case.check(&results);
     });
 }
 
@@ -513,13 +675,7 @@ fn outputs_in_place_are_those_apart() {
                     case.residual_rows(&operation, rank, &case.residual),
                     case.inputs[rank as usize].clone(),
                 );
-                let inputs = Inputs {
-                    input: Operand::InPlace,
-                    residual: Some(Operand::InPlace),
-                    bias: case.operation.bias.then_some(&case.bias[..]),
-                    gamma: case.gamma(),
-                    scale: case.scale,
-                };
+                let inputs = Inputs { input: Operand::InPlace, ..case.tensors(rank, Some(Operand::InPlace)) };
                 let outputs = Outputs {
                     residual_out: &mut residual,
                     norm_out: &mut input,
@@ -534,6 +690,11 @@ fn outputs_in_place_are_those_apart() {
     }
     check::<bf16>(operation::<bf16>(3, 80), 2);
     check::<f32>(operation::<f32>(200, 4096), 3);
+    let post_norm = Some(Norm { weight_bias: 1.0, ..Norm::default() });
+    check::<bf16>(Operation { post_norm, ..operation::<bf16>(300, 2880) }, 3);
+    // The norm takes the place of the shared expert's rows.
+    let experts = Some(Experts { top_k: 4, scales: WeightType::F32, shared: true });
+    check::<bf16>(Operation { experts, ..operation::<bf16>(300, 2880) }, 3);
 
     // Without a norm in the elements there is no place for it.
     let operation = Operation { quantization: Quantization::Fp8Static, ..operation::<bf16>(3, 64) };
@@ -541,10 +702,7 @@ fn outputs_in_place_are_those_apart() {
     group(2, 128, PATIENT, |mut communicator| {
         let inputs = Inputs {
             input: Operand::InPlace,
-            residual: Some(Operand::Apart(&case.residual[..])),
-            bias: case.operation.bias.then_some(&case.bias[..]),
-            gamma: case.gamma(),
-            scale: case.scale,
+            ..case.tensors(communicator.rank(), Some(Operand::Apart(&case.residual[..])))
         };
         let (mut sum, mut codes) = (case.residual.clone(), vec![0; 3 * 64]);
         let outputs =

@@ -14,8 +14,8 @@ use fused_collective::{
 };
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
-    fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
-    norm::Gamma,
+    fusion::{Mode, Norm, Operation, Residual, Rounding, WeightType},
+    norm::Weights,
     quant::{Quantization, ScaleLayout},
 };
 
@@ -49,6 +49,8 @@ fn operation() -> Operation {
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::OneShot,
     }
 }
@@ -79,9 +81,11 @@ fn run_typed<E: Plain>(
         input: Operand::Apart(&ones[..elements]),
         residual: operation.residual.is_some().then_some(Operand::Apart(&ones[..elements])),
         bias: operation.bias.then_some(&ones[..hidden as usize]),
+        post_gamma: None,
+        experts: None,
         gamma: match operation.norm {
-            Some(Norm { gamma: GammaType::F32, .. }) => Gamma::F32(&wide),
-            _ => Gamma::Element(&ones[..hidden as usize]),
+            Some(Norm { gamma: WeightType::F32, .. }) => Weights::F32(&wide),
+            _ => Weights::Element(&ones[..hidden as usize]),
         },
         scale,
     };
@@ -230,7 +234,7 @@ fn other_operations() -> Vec<Other> {
         ("no norm", Operation { norm: None, quantization: Quantization::None, ..usual }, 0.5),
         ("another epsilon", with_norm(Norm { epsilon: 1e-5, ..norm }), 0.5),
         ("another weight bias", with_norm(Norm { weight_bias: 1.0, ..norm }), 0.5),
-        ("another type of gamma", with_norm(Norm { gamma: GammaType::F32, ..norm }), 0.5),
+        ("another type of gamma", with_norm(Norm { gamma: WeightType::F32, ..norm }), 0.5),
         ("no quantization", Operation { quantization: Quantization::None, ..usual }, 0.5),
         ("another quantization", nvfp4(ScaleLayout::Linear), 0.5),
         ("another scale", usual, 0.25),

@@ -48,6 +48,8 @@ fn operation(tokens: u64, hidden: u64) -> Operation {
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::Auto,
     }
 }
@@ -95,9 +97,13 @@ fn reduce(
         let (sum, _sum) = sum.device_ptr_mut(stream);
         let (norm, _norm) = norm.device_ptr_mut(stream);
         let tensors = Tensors {
-            input: tensor(input, elements),
+            input: Some(tensor(input, elements)),
             residual: None,
             bias: None,
+            post_gamma: None,
+            expert_rows: None,
+            expert_index: None,
+            expert_scales: None,
             gamma: Some(tensor(gamma, operation.hidden as usize)),
             scale: None,
             residual_out: tensor(sum, elements),

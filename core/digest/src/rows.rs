@@ -2,10 +2,10 @@
 
 use fused_collective_core::{
     dtype::Element,
-    fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
-    norm::Gamma,
+    fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
+    norm::Weights,
     quant::{Quantization, dequantize, quantize},
-    specification::{Row, Token},
+    specification::{Row, Token, TokenExperts},
 };
 
 use crate::{
@@ -17,6 +17,10 @@ use crate::{
 const LONGEST: usize = 1024;
 /// Rows that are added.
 const RANKS: usize = 3;
+/// The most experts of a token.
+const MOST_EXPERTS: usize = 4;
+/// The rows of a token's experts on each rank.
+const EXPERTS: [[i32; MOST_EXPERTS]; RANKS] = [[2, -1, 0, 1], [-1, 1, 1, 0], [-1; MOST_EXPERTS]];
 /// Bytes of the most scales: blocks of 16, in whole tiles.
 const SCALES: usize = 128 * LONGEST / 16;
 
@@ -70,7 +74,8 @@ impl Random {
 
 /// The tensors of a row. They are kept between rows, so that the stack has them once.
 struct Tensors<E> {
-    inputs: [[E; LONGEST]; RANKS],
+    /// One row after the other: also the rows of experts.
+    inputs: [E; RANKS * LONGEST],
     residual: [E; LONGEST],
     gamma: [E; LONGEST],
     gamma_f32: [f32; LONGEST],
@@ -85,7 +90,7 @@ struct Tensors<E> {
 #[inline(always)]
 pub(crate) fn fold_rows<E: Element>(fold: &mut Fold) {
     let mut tensors = Tensors {
-        inputs: [[E::default(); LONGEST]; RANKS],
+        inputs: [E::default(); RANKS * LONGEST],
         residual: [E::default(); LONGEST],
         gamma: [E::default(); LONGEST],
         gamma_f32: [0.0; LONGEST],
@@ -114,7 +119,7 @@ impl<E: Element> Tensors<E> {
         let twice = rounding == Rounding::AfterAllReduce;
         let mut random = Random(hidden as u64 ^ u64::from(number) << 32 ^ u64::from(twice) << 48);
         let kind = (random.next() >> 32) as u32 % 5;
-        self.inputs.iter_mut().for_each(|row| random.fill(kind, &mut row[..hidden]));
+        random.fill(kind, &mut self.inputs[..RANKS * hidden]);
         random.fill(kind, &mut self.residual[..hidden]);
         random.fill(0, &mut self.gamma[..hidden]);
         random.fill(0, &mut self.gamma_f32[..hidden]);
@@ -124,7 +129,12 @@ impl<E: Element> Tensors<E> {
         let norm = Norm {
             epsilon: if number.is_multiple_of(3) { 0.0 } else { 1e-6 },
             weight_bias: if number.is_multiple_of(4) { 1.0 } else { 0.0 },
-            gamma: if number.is_multiple_of(2) { GammaType::Element } else { GammaType::F32 },
+            gamma: if number.is_multiple_of(2) { WeightType::Element } else { WeightType::F32 },
+        };
+        let experts = Experts {
+            top_k: 1 + number % MOST_EXPERTS as u32,
+            scales: norm.gamma,
+            shared: number.is_multiple_of(5),
         };
         let operation = Operation {
             dtype: E::DTYPE,
@@ -136,19 +146,31 @@ impl<E: Element> Tensors<E> {
             keep_norm: true,
             rounding,
             bias: number.is_multiple_of(7),
+            post_norm: (number / 3).is_multiple_of(4).then_some(norm),
+            experts: (number / 4).is_multiple_of(3).then_some(experts),
             mode: Mode::Auto,
         };
-        let [first, second, third] = &self.inputs;
-        let inputs = [&first[..hidden], &second[..hidden], &third[..hidden]];
+        let rows = &self.inputs[..RANKS * hidden];
+        let inputs: [_; RANKS] = core::array::from_fn(|rank| &rows[rank * hidden..][..hidden]);
+        let weights = |count: usize| match norm.gamma {
+            WeightType::Element => Weights::Element(&self.gamma[..count]),
+            WeightType::F32 => Weights::F32(&self.gamma_f32[..count]),
+        };
+        let top_k = experts.top_k as usize;
+        let experts = EXPERTS.each_ref().map(|index| TokenExperts {
+            rows,
+            index: &index[..top_k],
+            scales: weights(top_k),
+        });
+        let ranks = 1 + number as usize % RANKS;
         let token = Token {
-            inputs: &inputs[..1 + number as usize % RANKS],
+            inputs: &inputs[..ranks],
             residual: operation.residual.is_some().then_some(&self.residual[..hidden]),
             // Any row will do.
             bias: operation.bias.then_some(&self.gamma[..hidden]),
-            gamma: match norm.gamma {
-                GammaType::Element => Gamma::Element(&self.gamma[..hidden]),
-                GammaType::F32 => Gamma::F32(&self.gamma_f32[..hidden]),
-            },
+            post_gamma: Some(weights(hidden)),
+            experts: Some(&experts[..ranks]),
+            gamma: weights(hidden),
             scale,
             index: 0,
         };

@@ -5,12 +5,15 @@
 use crate::{
     dtype::{DType, Element},
     fusion::{Norm, Operation, Rounding},
+    norm::Weights,
     quant::{GroupScale, Quantization, e2m1, e4m3, scale, ue4m3, ue8m0},
     specification::{Mismatch, Observed, Output, Token},
 };
 
 /// Half the spacing of `f32` at 1.
 const U: f64 = 1.0 / (1u64 << 24) as f64;
+/// The smallest positive `f32`, twice the error of a product that is subnormal.
+const SMALLEST: f64 = f32::from_bits(1) as f64;
 
 /// The result of exact arithmetic, and the least and the greatest allowed result of `f32` arithmetic.
 #[derive(Clone, Copy)]
@@ -31,6 +34,38 @@ impl Allowed {
     fn rounded<E: Element>(self) -> [f64; 2] {
         [self.low, self.high].map(|bound| f64::from(E::from_f64(bound).to_f32()))
     }
+
+    /// All three rounded to `E`.
+    fn stored<E: Element>(self) -> Allowed {
+        let [low, high] = self.rounded::<E>();
+        Allowed { low, exact: f64::from(E::from_f64(self.exact).to_f32()), high }
+    }
+
+    /// This plus `addend`, whose sum `f32` arithmetic may miss by `slack`.
+    fn plus(self, addend: f64, slack: f64) -> Allowed {
+        let Allowed { low, exact, high } = self;
+        let slack = if exact.is_finite() { slack } else { 0.0 };
+        Allowed { low: low + addend - slack, exact: exact + addend, high: high + addend + slack }
+    }
+
+    /// The least and the greatest magnitude.
+    fn magnitudes(self) -> [f64; 2] {
+        let (low, high) = (self.low.abs(), self.high.abs());
+        let least = if self.low < 0.0 && self.high > 0.0 { 0.0 } else { low.min(high) };
+        [least, low.max(high)]
+    }
+}
+
+/// The sum of all ranks' addends and the bias, and the sum of their magnitudes.
+struct Reduced {
+    sum: Allowed,
+    magnitude: f64,
+    /// True if a partial sum in `f32` may overflow although the whole sum does not.
+    may_overflow: bool,
+}
+
+fn overflows(magnitude: f64) -> bool {
+    magnitude > f64::from(f32::MAX) && magnitude.is_finite()
 }
 
 /// True if `got` is between `low` and `high`, which may be in either order. NaN allows only NaN.
@@ -74,8 +109,15 @@ pub fn check_token<E: Element>(
     token: &Token<'_, E>,
     observed: &Observed<'_, E>,
 ) -> Result<f64, Mismatch> {
-    let checker = Checker { operation, token, observed };
-    let residual_error = checker.residual_out()?;
+    let mut checker = Checker { operation, token, observed, post: None };
+    let residual_error = match operation.post_norm.map(|parameters| checker.post_norm(parameters)) {
+        // The sum of squares may overflow too, and every element depends on it.
+        Some(None) => 0.0,
+        post => {
+            checker.post = post.flatten();
+            checker.residual_out()?
+        }
+    };
     let Some(norm) = operation.norm else { return Ok(residual_error) };
     let norm = checker.norm(norm);
     let norm_error = checker.norm_out(&norm)?;
@@ -87,11 +129,14 @@ struct Checker<'a, E> {
     operation: &'a Operation,
     token: &'a Token<'a, E>,
     observed: &'a Observed<'a, E>,
+    /// The norm of the sum, if the operation has one.
+    post: Option<TokenNorm<'a, E>>,
 }
 
 /// The norm of a token: parameters, and reciprocal root mean square.
-struct TokenNorm {
+struct TokenNorm<'a, E> {
     parameters: Norm,
+    gamma: Weights<'a, E>,
     inverse_rms: Allowed,
     /// Allowed relative error of `f32` arithmetic.
     slack: f64,
@@ -136,7 +181,47 @@ impl Format {
     }
 }
 
-impl<E: Element> Checker<'_, E> {
+impl<'a, E: Element> TokenNorm<'a, E> {
+    /// The norm of a row of `hidden` elements whose sum of squares is, at least, exactly and at most, `squares`.
+    fn new(parameters: Norm, gamma: Weights<'a, E>, hidden: usize, squares: [f64; 3]) -> Self {
+        let slack = (8.0 + libm::sqrt(hidden as f64)) * U;
+        let [high, exact, low] = squares.map(|squares| inverse_rms(squares, hidden, parameters.epsilon));
+        let mut inverse_rms = Allowed { low, exact, high };
+        // In `f32` a sum of squares past the largest number is infinite, and the reciprocal root 0.
+        let largest = f64::from(f32::MAX);
+        if squares[2] >= largest * (1.0 - slack) {
+            inverse_rms.low = 0.0;
+        }
+        if squares[0] > largest * (1.0 + slack) {
+            inverse_rms = Allowed { low: 0.0, exact: 0.0, high: 0.0 };
+        }
+        TokenNorm { parameters, gamma, inverse_rms, slack }
+    }
+
+    /// Element `index` of the norm, before it is rounded, of what is `value` in the row.
+    fn of(&self, value: Allowed, index: usize) -> Allowed {
+        let weight = f64::from(self.parameters.weight_bias) + f64::from(self.gamma.get(index));
+        // A product below the smallest normal `f32` is rounded to a multiple of 2^-149, or flushed to 0.
+        let tiny = f64::from(f32::MIN_POSITIVE) * (1.0 + weight.abs());
+        let inverse_rms = self.inverse_rms;
+        let exact = value.exact * inverse_rms.exact * weight;
+        let mut norm = Allowed { low: exact, exact, high: exact };
+        if exact.is_nan() {
+            return norm;
+        }
+        for value in [value.low, value.high] {
+            for inverse_rms in [inverse_rms.low, inverse_rms.high] {
+                let product = value * inverse_rms * weight;
+                let slack = product.abs() * self.slack + if product.abs() < tiny * 2.0 { tiny } else { 0.0 };
+                norm.low = norm.low.min(product - slack);
+                norm.high = norm.high.max(product + slack);
+            }
+        }
+        norm
+    }
+}
+
+impl<'a, E: Element> Checker<'a, E> {
     fn mismatch(&self, output: Output, index: usize, got: f64, [low, high]: [f64; 2]) -> Mismatch {
         Mismatch { output, token: self.token.index, index: index as u64, got, low, high }
     }
@@ -144,15 +229,15 @@ impl<E: Element> Checker<'_, E> {
     fn residual_out(&self) -> Result<f64, Mismatch> {
         let mut largest = 0.0f64;
         for (index, &got) in self.observed.residual_out.iter().enumerate() {
-            let allowed = self.sum(index);
+            let (allowed, magnitude, may_overflow) = self.sum(index);
             let bounds = allowed.rounded::<E>();
             let value = f64::from(got.to_f32());
-            if !allows(bounds, value) && !self.may_overflow(index) {
+            if !allows(bounds, value) && !may_overflow {
                 return Err(self.mismatch(Output::Residual, index, value, bounds));
             }
             // If addends cancel, the last place of the sum is too fine a unit: `f32` rounds at the last place of
             // addends.
-            let unit_of_addends = spacing(self.magnitude(index), 24, -126);
+            let unit_of_addends = spacing(magnitude, 24, -126);
             let unit = spacing(allowed.exact, E::DTYPE.digits(), E::DTYPE.min_exponent());
             let error = element_error(got, allowed.exact) * (unit / unit.max(unit_of_addends));
             largest = largest.max(error);
@@ -160,86 +245,100 @@ impl<E: Element> Checker<'_, E> {
         Ok(largest)
     }
 
-    fn exact_sum(&self, index: usize) -> f64 {
-        self.addends().map(|row| f64::from(row[index].to_f32())).sum()
-    }
-
-    /// The addends of the sum, without the residual.
-    fn addends(&self) -> impl Iterator<Item = &[E]> {
-        self.token.inputs.iter().copied().chain(self.token.bias)
-    }
-
-    fn residual(&self, index: usize) -> f64 {
-        self.token.residual.map_or(0.0, |row| f64::from(row[index].to_f32()))
-    }
-
-    /// The sum of all inputs and the residual.
-    fn sum(&self, index: usize) -> Allowed {
-        let (sum, residual) = (self.exact_sum(index), self.residual(index));
-        let magnitude: f64 = self.addends().map(|row| f64::from(row[index].to_f32()).abs()).sum();
-        let slack = self.addends().count() as f64 * U * magnitude;
-        match self.operation.rounding {
-            _ if self.token.residual.is_none() => Allowed::around(sum, slack),
-            Rounding::Once => Allowed::around(sum + residual, slack + U * (magnitude + residual.abs())),
-            Rounding::AfterAllReduce => {
-                let reduced = Allowed::around(sum, slack);
-                let [low, high] = reduced.rounded::<E>();
-                let exact = f64::from(E::from_f64(sum).to_f32()) + residual;
-                let once_more = U * exact.abs();
-                Allowed { low: low + residual - once_more, exact, high: high + residual + once_more }
+    /// Element `index` of the sum of all ranks and the bias.
+    fn reduced(&self, index: usize) -> Reduced {
+        let element = |row: &[E]| f64::from(row[index].to_f32());
+        let exactly = |value: f64| Allowed { low: value, exact: value, high: value };
+        let hidden = self.observed.residual_out.len();
+        let zero = Reduced { sum: exactly(0.0), magnitude: 0.0, may_overflow: false };
+        let (mut reduced, mut count) = (zero, 0);
+        let mut add = |addend: Allowed| {
+            let Allowed { low, exact, high } = reduced.sum;
+            reduced.sum =
+                Allowed { low: low + addend.low, exact: exact + addend.exact, high: high + addend.high };
+            reduced.magnitude += addend.magnitudes()[1];
+            count += 1;
+        };
+        let mut may_overflow = false;
+        match self.token.experts_of(self.operation) {
+            None => self.token.inputs.iter().for_each(|row| add(exactly(element(row)))),
+            Some((experts, shared)) => {
+                for (rank, experts) in experts.iter().enumerate() {
+                    let products = experts.chosen(hidden).map(|(scale, row)| f64::from(scale) * element(row));
+                    let terms = products.chain(shared.then(|| element(self.token.inputs[rank])));
+                    let (sum, magnitude, count) = terms
+                        .fold((0.0, 0.0, 0.0), |(sum, magnitude, count), term| {
+                            (sum + term, magnitude + term.abs(), count + 1.0)
+                        });
+                    may_overflow |= overflows(magnitude);
+                    add(Allowed::around(sum, count * (U * magnitude + SMALLEST)).stored::<E>());
+                }
             }
         }
+        if let Some(bias) = self.token.bias {
+            add(exactly(element(bias)));
+        }
+        let slack = f64::from(count) * U * reduced.magnitude;
+        let may_overflow = may_overflow || overflows(reduced.magnitude);
+        Reduced { sum: reduced.sum.plus(0.0, slack), may_overflow, ..reduced }
     }
 
-    /// The sum of the magnitudes of all addends.
-    fn magnitude(&self, index: usize) -> f64 {
-        let addends: f64 = self.addends().map(|row| f64::from(row[index].to_f32()).abs()).sum();
-        addends + self.residual(index).abs()
+    /// Element `index` of the sum, plus the residual, before it is rounded; the magnitude of its addends; true if a partial
+    /// sum may overflow.
+    fn sum(&self, index: usize) -> (Allowed, f64, bool) {
+        let Reduced { mut sum, mut magnitude, may_overflow } = self.reduced(index);
+        if let Some(norm) = &self.post {
+            sum = norm.of(sum.stored::<E>(), index);
+            magnitude = sum.magnitudes()[1];
+        }
+        let Some(residual) = self.token.residual else { return (sum, magnitude, may_overflow) };
+        let residual = f64::from(residual[index].to_f32());
+        if self.operation.rounding == Rounding::AfterAllReduce {
+            sum = sum.stored::<E>();
+            magnitude = sum.magnitudes()[1];
+        }
+        magnitude += residual.abs();
+        (sum.plus(residual, U * magnitude), magnitude, may_overflow || overflows(magnitude))
     }
 
-    /// True if a partial sum in `f32` may overflow although the whole sum does not.
-    fn may_overflow(&self, index: usize) -> bool {
-        let magnitude = self.magnitude(index);
-        magnitude > f64::from(f32::MAX) && magnitude.is_finite()
+    /// The norm of the sum; `None` if a partial sum may overflow.
+    fn post_norm(&self, parameters: Norm) -> Option<TokenNorm<'a, E>> {
+        let hidden = self.observed.residual_out.len();
+        let gamma = self.token.post_gamma.expect("a norm of the sum has a weight");
+        let mut squares = [0.0; 3];
+        for index in 0..hidden {
+            let Reduced { sum, may_overflow, .. } = self.reduced(index);
+            if may_overflow {
+                return None;
+            }
+            let sum = sum.stored::<E>();
+            let [least, greatest] = sum.magnitudes();
+            for (squares, value) in squares.iter_mut().zip([least, sum.exact, greatest]) {
+                *squares += value * value;
+            }
+        }
+        Some(TokenNorm::new(parameters, gamma, hidden, squares))
     }
 
-    fn norm(&self, parameters: Norm) -> TokenNorm {
+    fn norm(&self, parameters: Norm) -> TokenNorm<'a, E> {
         let row = self.observed.residual_out;
-        let slack = (8.0 + libm::sqrt(row.len() as f64)) * U;
-        let exact = inverse_rms(row, parameters.epsilon);
-        let squares = sum_of_squares(row);
-        let mut inverse_rms = Allowed::around(exact, 0.0);
-        // In `f32` a sum of squares past the largest number is infinite, and the reciprocal root 0.
-        let largest = f64::from(f32::MAX);
-        if squares >= largest * (1.0 - slack) {
-            inverse_rms.low = 0.0;
-        }
-        if squares > largest * (1.0 + slack) {
-            inverse_rms = Allowed::around(0.0, 0.0);
-        }
-        TokenNorm { parameters, inverse_rms, slack }
+        TokenNorm::new(parameters, self.token.gamma, row.len(), [sum_of_squares(row); 3])
     }
 
-    fn exact_norm(&self, norm: &TokenNorm, index: usize) -> Allowed {
+    fn exact_norm(&self, norm: &TokenNorm<'_, E>, index: usize) -> Allowed {
         let value = f64::from(self.observed.residual_out[index].to_f32());
-        let weight = f64::from(norm.parameters.weight_bias) + f64::from(self.token.gamma.get(index));
-        // A product below the smallest normal `f32` is rounded to a multiple of 2^-149, or flushed to 0.
-        let tiny = f64::from(f32::MIN_POSITIVE) * (1.0 + weight.abs());
-        let [low, exact, high] = [norm.inverse_rms.low, norm.inverse_rms.exact, norm.inverse_rms.high]
-            .map(|inverse_rms| value * inverse_rms * weight);
-        let slack = exact.abs() * norm.slack + if exact.abs() < tiny * 2.0 { tiny } else { 0.0 };
-        Allowed { low: low.min(high) - slack, exact, high: low.max(high) + slack }
+        norm.of(Allowed { low: value, exact: value, high: value }, index)
     }
 
     /// The least and the greatest norm that the quantization may have read: both as observed, if the norm was written.
-    fn norm_bounds(&self, norm: &TokenNorm, index: usize) -> [f32; 2] {
+    fn norm_bounds(&self, norm: &TokenNorm<'_, E>, index: usize) -> [f32; 2] {
         match self.observed.norm_out.get(index) {
             Some(observed) => [observed.to_f32(); 2],
             None => self.exact_norm(norm, index).rounded::<E>().map(|bound| bound as f32),
         }
     }
 
-    fn norm_out(&self, norm: &TokenNorm) -> Result<f64, Mismatch> {
+    fn norm_out(&self, norm: &TokenNorm<'_, E>) -> Result<f64, Mismatch> {
         let mut largest = 0.0f64;
         for (index, &got) in self.observed.norm_out.iter().enumerate() {
             let allowed = self.exact_norm(norm, index);
@@ -253,7 +352,7 @@ impl<E: Element> Checker<'_, E> {
         Ok(largest)
     }
 
-    fn quantized(&self, norm: &TokenNorm) -> Result<f64, Mismatch> {
+    fn quantized(&self, norm: &TokenNorm<'_, E>) -> Result<f64, Mismatch> {
         let hidden = self.observed.residual_out.len();
         let elements = self.operation.quantization.block().map_or(hidden, |block| block as usize);
         let format = match self.operation.quantization {
@@ -271,7 +370,7 @@ impl<E: Element> Checker<'_, E> {
     }
 
     /// Checks the scale of one block (or of the whole token) and returns the multiplier of its elements.
-    fn multiplier(&self, norm: &TokenNorm, first: usize, elements: usize) -> Result<f32, Mismatch> {
+    fn multiplier(&self, norm: &TokenNorm<'_, E>, first: usize, elements: usize) -> Result<f32, Mismatch> {
         let (quantization, global) = (self.operation.quantization, self.token.scale);
         let nvfp4_global = scale::nvfp4_global(global);
         let block = first / elements;
@@ -317,7 +416,7 @@ impl<E: Element> Checker<'_, E> {
     /// The least and the greatest largest magnitude of a block.
     fn largest(
         &self,
-        norm: &TokenNorm,
+        norm: &TokenNorm<'_, E>,
         first: usize,
         elements: usize,
         largest: fn(f32, f32) -> f32,
@@ -330,7 +429,7 @@ impl<E: Element> Checker<'_, E> {
         })
     }
 
-    fn values(&self, norm: &TokenNorm, block: &Block) -> Result<f64, Mismatch> {
+    fn values(&self, norm: &TokenNorm<'_, E>, block: &Block) -> Result<f64, Mismatch> {
         let Block { first, elements, multiplier, format } = *block;
         let mut largest = 0.0f64;
         for index in first..first + elements {
@@ -349,10 +448,10 @@ impl<E: Element> Checker<'_, E> {
     }
 }
 
-/// `1 / sqrt(mean(row^2) + epsilon)`. As in the [specification](crate::norm::rsqrt), the mean and epsilon count as 2^-126 at
-/// least.
-fn inverse_rms<E: Element>(row: &[E], epsilon: f32) -> f64 {
-    let mean = sum_of_squares(row) / row.len() as f64 + f64::from(epsilon);
+/// `1 / sqrt(mean + epsilon)` of the mean of `squares`. As in the [specification](crate::norm::rsqrt), the mean and epsilon
+/// count as 2^-126 at least.
+fn inverse_rms(squares: f64, hidden: usize, epsilon: f32) -> f64 {
+    let mean = squares / hidden as f64 + f64::from(epsilon);
     1.0 / libm::sqrt(if mean < f64::from(f32::MIN_POSITIVE) { f64::from(f32::MIN_POSITIVE) } else { mean })
 }
 

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use fused_collective_core::{
     dtype::{DType, Element},
-    fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
+    fusion::{Mode, Norm, Operation, Residual, Rounding, WeightType},
     kernels::Epilogue,
-    norm::Gamma,
+    norm::Weights,
     pack::Pack,
     plan::{owned_index, owner},
     quant::{GroupScale, Quantization, ScaleLayout, ScaleTensor},
@@ -78,13 +78,15 @@ impl<E: Element> Case<E> {
             residual: Residual::replicated(residual),
             norm: (what != What::Sum).then(|| Norm {
                 weight_bias: random.below(2) as f32,
-                gamma: if random.below(3) == 0 { GammaType::F32 } else { GammaType::Element },
+                gamma: if random.below(3) == 0 { WeightType::F32 } else { WeightType::Element },
                 ..Norm::default()
             }),
             quantization: what.quantization(),
             keep_norm: random.below(2) == 1,
             rounding: if random.below(4) == 0 { Rounding::AfterAllReduce } else { Rounding::Once },
             bias: world > 1 && random.below(3) == 0,
+            post_norm: None,
+            experts: None,
             mode: Mode::Auto,
         };
         operation.validate().unwrap();
@@ -132,10 +134,10 @@ impl<E: Element> Case<E> {
     }
 
     /// Gamma of the operation's type.
-    pub fn norm_gamma(&self) -> Gamma<'_, E> {
+    pub fn norm_gamma(&self) -> Weights<'_, E> {
         match self.operation.norm.map(|norm| norm.gamma) {
-            Some(GammaType::F32) => Gamma::F32(&self.gamma_f32),
-            _ => Gamma::Element(&self.gamma),
+            Some(WeightType::F32) => Weights::F32(&self.gamma_f32),
+            _ => Weights::Element(&self.gamma),
         }
     }
 
@@ -268,8 +270,8 @@ impl Tensors {
             residual: case.residual.as_ref().map(|residual| Buffer::of(&case.held(rank, residual))),
             bias: case.bias.as_ref().map(|bias| Buffer::of(bias)),
             gamma: match case.norm_gamma() {
-                Gamma::Element(gamma) => Buffer::of(gamma),
-                Gamma::F32(gamma) => Buffer::of(gamma),
+                Weights::Element(gamma) => Buffer::of(gamma),
+                Weights::F32(gamma) => Buffer::of(gamma),
             },
             scale: Buffer::of(&[case.scale]),
             residual_out: Buffer::new(held as usize, POISON),
@@ -346,7 +348,7 @@ impl Tensors {
             inverse_hidden: 1.0 / case.operation.hidden as f32,
             epsilon: norm.epsilon,
             weight_bias: norm.weight_bias,
-            gamma_f32: u32::from(norm.gamma == GammaType::F32 && E::DTYPE != DType::F32),
+            gamma_f32: u32::from(norm.gamma == WeightType::F32 && E::DTYPE != DType::F32),
             quantizer,
         }
     }
@@ -448,6 +450,8 @@ impl Tensors {
                 inputs: &inputs,
                 residual: case.residual.as_ref().map(|residual| &residual[elements.clone()]),
                 bias: case.bias.as_deref(),
+                post_gamma: None,
+                experts: None,
                 gamma: case.norm_gamma(),
                 scale: case.scale,
                 index: index as u64,

@@ -11,7 +11,7 @@ use std::{
 use fused_collective_bench::{launch::EagerStep, table::EagerKernel};
 use fused_collective_core::{
     dtype::Element,
-    fusion::{GammaType, Mode, Norm, Operation},
+    fusion::{Mode, Norm, Operation, WeightType},
     plan::{Algorithm, Plan, Round},
     reference::check_token,
 };
@@ -176,7 +176,7 @@ pub fn eager_steps<E: Element>(random: &mut Random, run: impl Fn(EagerKernel, &E
     let mut case = Case::<E>::new(random, 1, 3, 96, true, What::Fp8);
     case.operation.keep_norm = true;
     // The steps know no gamma of another type.
-    case.operation.norm = case.operation.norm.map(|norm| Norm { gamma: GammaType::Element, ..norm });
+    case.operation.norm = case.operation.norm.map(|norm| Norm { gamma: WeightType::Element, ..norm });
     let tensors = Tensors::new(&case, 0);
     let (tokens, hidden) = (case.operation.tokens as u32, case.operation.hidden as u32);
     let norm = case.operation.norm.unwrap();

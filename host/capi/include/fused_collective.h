@@ -130,6 +130,10 @@ enum fc_type
    * Bytes: codes of a quantization, or its scales. Scales of 4 bytes are bytes as well.
    */
   FC_TYPE_BYTES = 4,
+  /**
+   * `int32_t`: indices of rows.
+   */
+  FC_TYPE_I32 = 5,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -561,6 +565,38 @@ typedef struct fc_operation {
    * 1 adds a bias to the sum of all ranks, before it is rounded and the residual is added.
    */
   uint32_t bias;
+  /**
+   * An `fc_norm`: that of the sum of all ranks, before the residual is added. It needs `norm`.
+   */
+  uint32_t post_norm;
+  /**
+   * An `fc_type`, that of `post_gamma`: as `gamma`.
+   */
+  uint32_t post_gamma;
+  /**
+   * Addend of the mean square of the sum.
+   */
+  float post_epsilon;
+  /**
+   * Addend of `post_gamma`.
+   */
+  float post_weight_bias;
+  /**
+   * Experts of a token, at most 64: this rank's addend is made of rows of its experts. 0: it is the input.
+   */
+  uint32_t top_k;
+  /**
+   * An `fc_type`, that of `expert_scales`: as `gamma`.
+   */
+  uint32_t expert_scales;
+  /**
+   * 1 adds the input, the rows of a shared expert, to those of experts.
+   */
+  uint32_t shared_expert;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
 } fc_operation;
 
 /**
@@ -598,7 +634,8 @@ typedef struct fc_plan {
 } fc_plan;
 
 /**
- * A contiguous tensor: on GPUs at a multiple of 16 bytes, on CPUs at a multiple of its elements' size.
+ * A contiguous tensor: on GPUs at a multiple of 16 bytes, on CPUs at a multiple of its elements' size. `expert_index` and
+ * `expert_scales` are at a multiple of their elements' size everywhere.
  */
 typedef struct fc_tensor {
   /**
@@ -629,7 +666,7 @@ typedef struct fc_tensors {
    */
   uint64_t size;
   /**
-   * `[tokens, hidden]`: this rank's addend.
+   * `[tokens, hidden]`: this rank's addend; with experts the rows of the shared one, if there is one.
    */
   struct fc_tensor input;
   /**
@@ -664,6 +701,23 @@ typedef struct fc_tensors {
    * `scale_bytes` of `fc_plan`: their scales, if the quantization writes any.
    */
   struct fc_tensor scale_out;
+  /**
+   * `[hidden]`, if the operation has a norm of the sum of all ranks.
+   */
+  struct fc_tensor post_gamma;
+  /**
+   * `[any, hidden]`, if the operation has experts: the rows of this rank's.
+   */
+  struct fc_tensor expert_rows;
+  /**
+   * `[tokens, top_k]` of `FC_TYPE_I32`, if the operation has experts: the row of each, or less than 0 for an expert on
+   * another rank. On GPUs nothing checks that there is such a row.
+   */
+  struct fc_tensor expert_index;
+  /**
+   * `[tokens, top_k]`, if the operation has experts: the scale of each.
+   */
+  struct fc_tensor expert_scales;
 } fc_tensors;
 
 #ifdef __cplusplus

@@ -60,6 +60,8 @@ pub enum fc_type {
     Bf16 = 3,
     /// Bytes: codes of a quantization, or its scales. Scales of 4 bytes are bytes as well.
     Bytes = 4,
+    /// `int32_t`: indices of rows.
+    I32 = 5,
 }
 
 /// Presence and distribution of the residual.
@@ -270,9 +272,26 @@ pub struct fc_operation {
     pub mode: u32,
     /// 1 adds a bias to the sum of all ranks, before it is rounded and the residual is added.
     pub bias: u32,
+    /// An `fc_norm`: that of the sum of all ranks, before the residual is added. It needs `norm`.
+    pub post_norm: u32,
+    /// An `fc_type`, that of `post_gamma`: as `gamma`.
+    pub post_gamma: u32,
+    /// Addend of the mean square of the sum.
+    pub post_epsilon: f32,
+    /// Addend of `post_gamma`.
+    pub post_weight_bias: f32,
+    /// Experts of a token, at most 64: this rank's addend is made of rows of its experts. 0: it is the input.
+    pub top_k: u32,
+    /// An `fc_type`, that of `expert_scales`: as `gamma`.
+    pub expert_scales: u32,
+    /// 1 adds the input, the rows of a shared expert, to those of experts.
+    pub shared_expert: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
-/// A contiguous tensor: on GPUs at a multiple of 16 bytes, on CPUs at a multiple of its elements' size.
+/// A contiguous tensor: on GPUs at a multiple of 16 bytes, on CPUs at a multiple of its elements' size. `expert_index` and
+/// `expert_scales` are at a multiple of their elements' size everywhere.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct fc_tensor {
@@ -293,7 +312,7 @@ pub struct fc_tensor {
 pub struct fc_tensors {
     /// `sizeof(fc_tensors)`.
     pub size: u64,
-    /// `[tokens, hidden]`: this rank's addend.
+    /// `[tokens, hidden]`: this rank's addend; with experts the rows of the shared one, if there is one.
     pub input: fc_tensor,
     /// `[rows, hidden]`, if the operation has a residual.
     pub residual: fc_tensor,
@@ -311,6 +330,15 @@ pub struct fc_tensors {
     pub quant_out: fc_tensor,
     /// `scale_bytes` of `fc_plan`: their scales, if the quantization writes any.
     pub scale_out: fc_tensor,
+    /// `[hidden]`, if the operation has a norm of the sum of all ranks.
+    pub post_gamma: fc_tensor,
+    /// `[any, hidden]`, if the operation has experts: the rows of this rank's.
+    pub expert_rows: fc_tensor,
+    /// `[tokens, top_k]` of `FC_TYPE_I32`, if the operation has experts: the row of each, or less than 0 for an expert on
+    /// another rank. On GPUs nothing checks that there is such a row.
+    pub expert_index: fc_tensor,
+    /// `[tokens, top_k]`, if the operation has experts: the scale of each.
+    pub expert_scales: fc_tensor,
 }
 
 /// The plan of an operation on one rank.

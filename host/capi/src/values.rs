@@ -5,7 +5,7 @@ use std::time::Duration;
 use fused_collective::{
     core::{
         dtype::DType,
-        fusion::{GammaType, Mode, Norm, Operation, Residual, Rounding},
+        fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
         plan::Algorithm,
         quant::{GroupScale, Quantization, ScaleLayout},
     },
@@ -41,8 +41,9 @@ const TENSORS: Table<Option<TensorType>> = table!(fc_type {
     F16 => Some(TensorType::Element(DType::F16)),
     Bf16 => Some(TensorType::Element(DType::Bf16)),
     Bytes => Some(TensorType::Code),
+    I32 => Some(TensorType::Index),
 });
-const GAMMAS: Table<Option<DType>> = table!(fc_type {
+const WEIGHTS: Table<Option<DType>> = table!(fc_type {
     None => None,
     F32 => Some(DType::F32),
     F16 => Some(DType::F16),
@@ -92,17 +93,32 @@ fn value<T: Copy>(field: &str, number: u32, table: Table<T>) -> Result<T, Failur
 /// The operation that C describes. Its sizes are not checked yet.
 pub(crate) fn operation(given: &fc_operation) -> Result<Operation, Failure> {
     let dtype = value("dtype", given.dtype, DTYPES)?;
-    let gamma = match value("gamma", given.gamma, GAMMAS)? {
-        None => GammaType::Element,
-        Some(gamma) if gamma == dtype => GammaType::Element,
-        Some(DType::F32) => GammaType::F32,
-        Some(gamma) => {
-            return Err(Failure::Argument(format!(
-                "gamma is {gamma}, which is not valid: use {dtype} or float32"
-            )));
-        }
+    let weights = |field: &str, given: u32| match value(field, given, WEIGHTS)? {
+        None => Ok(WeightType::Element),
+        Some(weights) if weights == dtype => Ok(WeightType::Element),
+        Some(DType::F32) => Ok(WeightType::F32),
+        Some(weights) => Err(Failure::Argument(format!(
+            "{field} is {weights}, which is not valid: use {dtype} or float32"
+        ))),
     };
-    let norm = Norm { epsilon: given.epsilon, weight_bias: given.weight_bias, gamma };
+    let norm = Norm {
+        epsilon: given.epsilon,
+        weight_bias: given.weight_bias,
+        gamma: weights("gamma", given.gamma)?,
+    };
+    let post_norm = Norm {
+        epsilon: given.post_epsilon,
+        weight_bias: given.post_weight_bias,
+        gamma: weights("post_gamma", given.post_gamma)?,
+    };
+    let experts = Experts {
+        top_k: given.top_k,
+        scales: weights("expert_scales", given.expert_scales)?,
+        shared: value("shared_expert", given.shared_expert, SWITCHES)?,
+    };
+    if given.reserved != 0 {
+        return Err(Failure::Argument(format!("reserved of fc_operation is {}: use 0", given.reserved)));
+    }
     let scales = value("group_scale", given.group_scale, GROUP_SCALES)?;
     let layout = value("scale_layout", given.scale_layout, LAYOUTS)?;
     let quantization = value("quantization", given.quantization, QUANTIZATIONS)?;
@@ -112,6 +128,8 @@ pub(crate) fn operation(given: &fc_operation) -> Result<Operation, Failure> {
         hidden: given.hidden,
         residual: value("residual", given.residual, RESIDUALS)?,
         bias: value("bias", given.bias, SWITCHES)?,
+        post_norm: value("post_norm", given.post_norm, NORMS)?.then_some(post_norm),
+        experts: (given.top_k > 0).then_some(experts),
         norm: value("norm", given.norm, NORMS)?.then_some(norm),
         quantization: quantization(given.group, scales, layout),
         keep_norm: value("keep_norm", given.keep_norm, SWITCHES)?,
@@ -135,9 +153,13 @@ pub(crate) fn tensors(given: &fc_tensors) -> Result<Tensors, Failure> {
         tensor(name, given)?.ok_or_else(missing)
     };
     Ok(Tensors {
-        input: needed("input", &given.input)?,
+        input: tensor("input", &given.input)?,
         residual: tensor("residual", &given.residual)?,
         bias: tensor("bias", &given.bias)?,
+        post_gamma: tensor("post_gamma", &given.post_gamma)?,
+        expert_rows: tensor("expert_rows", &given.expert_rows)?,
+        expert_index: tensor("expert_index", &given.expert_index)?,
+        expert_scales: tensor("expert_scales", &given.expert_scales)?,
         gamma: tensor("gamma", &given.gamma)?,
         scale: tensor("scale", &given.scale)?,
         residual_out: needed("residual_out", &given.residual_out)?,

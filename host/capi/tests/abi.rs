@@ -30,6 +30,14 @@ const OPERATION: fc_operation = fc_operation {
     rounding: 0,
     mode: 0,
     bias: 0,
+    post_norm: 0,
+    post_gamma: 0,
+    post_epsilon: 0.0,
+    post_weight_bias: 0.0,
+    top_k: 0,
+    expert_scales: 0,
+    shared_expert: 0,
+    reserved: 0,
 };
 
 fn options(deadline: Duration) -> fc_options {
@@ -107,6 +115,10 @@ fn tensors(input: fc_tensor, residual_out: fc_tensor) -> fc_tensors {
         norm_out: TENSOR,
         quant_out: TENSOR,
         scale_out: TENSOR,
+        post_gamma: TENSOR,
+        expert_rows: TENSOR,
+        expert_index: TENSOR,
+        expert_scales: TENSOR,
     }
 }
 
@@ -171,6 +183,16 @@ fn an_operation_that_cannot_be_is_refused_on_one_rank_and_the_group_goes_on() {
                 (fc_operation { hidden: 60, ..OPERATION }, "hidden size 60"),
                 (fc_operation { quantization: 1, ..OPERATION }, "a quantization needs a norm"),
                 (fc_operation { bias: 2, ..OPERATION }, "bias is 2, which is not valid: use 0 (no), 1 (yes)"),
+                (fc_operation { post_norm: 1, ..OPERATION }, "a post-norm needs a norm after it"),
+                (
+                    fc_operation { top_k: 65, ..OPERATION },
+                    "65 experts for each token are not supported: use 1",
+                ),
+                (
+                    fc_operation { top_k: 1, expert_scales: fc_type::F16 as u32, ..OPERATION },
+                    "expert_scales is float16, which is not valid: use float32",
+                ),
+                (fc_operation { reserved: 1, ..OPERATION }, "reserved of fc_operation is 1: use 0"),
                 (fc_operation { tokens: 2, hidden: 32, ..OPERATION }, ""),
             ] {
                 let expected_status = if expected.is_empty() { Ok(()) } else { Err(fc_status::Invalid) };
@@ -199,7 +221,7 @@ fn an_operation_that_cannot_be_is_refused_on_one_rank_and_the_group_goes_on() {
                 unsafe { fc_enqueue(communicator.0, &OPERATION, &tensors(TENSOR, TENSOR), ptr::null_mut()) };
             assert_eq!(
                 (status, text().as_str()),
-                (fc_status::Invalid, "input is missing: every operation has one")
+                (fc_status::Invalid, "residual_out is missing: every operation has one")
             );
         }
         let sum = communicator.all_reduce(&OPERATION);
@@ -234,12 +256,67 @@ fn structs_of_other_versions_are_read_as_far_as_they_go() {
                 )
             };
             assert_eq!(status, fc_status::Invalid);
-            assert!(text().contains("fc_operation has something at byte 80 of its 88"), "{}", text());
+            assert!(text().contains("fc_operation has something at byte 112 of its 120"), "{}", text());
         }
         communicator.leave();
         accepted
     });
     assert_eq!(results, [Ok(2.0); 2]);
+}
+
+#[test]
+fn experts_and_a_post_norm_are_what_their_fields_say() {
+    let results = ranks(|rank| {
+        let communicator = Handle::join(rank, "experts", Duration::from_secs(20));
+        let of = |data: *mut c_void, length: usize, r#type: fc_type| fc_tensor {
+            data,
+            length: length as u64,
+            r#type: r#type as u32,
+            reserved: 0,
+        };
+        let floats = |data: &mut [f32]| of(data.as_mut_ptr().cast(), data.len(), fc_type::F32);
+        let (mut rows, mut shared) = ([2.0f32; 2 * HIDDEN], [1.0f32; HIDDEN]);
+        rows[HIDDEN..].fill(5.0);
+        let (mut index, mut scales) = ([1i32, -1], [3.0f32, 100.0]);
+        let (mut residual, mut sum, mut norm) = ([10.0f32; HIDDEN], [0.0f32; HIDDEN], [0.0f32; HIDDEN]);
+        let (mut gamma, mut post_gamma) = ([1.0f32; HIDDEN], [2.0f32; HIDDEN]);
+        let tensors = fc_tensors {
+            residual: floats(&mut residual),
+            gamma: floats(&mut gamma),
+            norm_out: floats(&mut norm),
+            post_gamma: floats(&mut post_gamma),
+            expert_rows: floats(&mut rows),
+            expert_index: of(index.as_mut_ptr().cast(), 2, fc_type::I32),
+            expert_scales: floats(&mut scales),
+            ..tensors(floats(&mut shared), floats(&mut sum))
+        };
+        let experts = fc_operation {
+            residual: fc_residual::Replicated as u32,
+            norm: fc_norm::Rms as u32,
+            top_k: 2,
+            shared_expert: 1,
+            ..OPERATION
+        };
+        let post_norm = fc_operation { post_norm: fc_norm::Rms as u32, post_weight_bias: 1.0, ..experts };
+        let mut sums = [0.0; 2];
+        for (operation, result) in [experts, post_norm].into_iter().zip(&mut sums) {
+            let tensors = match operation.post_norm {
+                0 => fc_tensors { post_gamma: TENSOR, ..tensors },
+                _ => tensors,
+            };
+            // SAFETY: the tensors are there.
+            let status = unsafe { fc_enqueue(communicator.0, &operation, &tensors, ptr::null_mut()) };
+            assert_eq!(status, fc_status::Ok, "{}", text());
+            // SAFETY: the operation has ended, and nothing else uses the sum.
+            *result = unsafe { tensors.residual_out.data.cast::<f32>().read() };
+        }
+        communicator.leave();
+        sums
+    });
+    // Each rank adds 3 * 5 + 1; a row of 32 is normalized to ones, and weighs 1 + 2.
+    assert_eq!(results[0], results[1]);
+    assert_eq!(results[0][0], 42.0);
+    assert!((results[0][1] - 13.0).abs() < 1e-5, "{}", results[0][1]);
 }
 
 /// An all-gather between two threads.

@@ -10,7 +10,7 @@ use std::{
 use fused_collective::core::{
     dtype::DType,
     fusion::{Mode, Norm, Operation, Residual, Rounding},
-    norm::Gamma,
+    norm::Weights,
     quant::Quantization,
     specification::{Row, Token},
 };
@@ -73,6 +73,8 @@ fn specified() -> String {
         hidden: HIDDEN as u64,
         residual: Residual::Replicated,
         bias: false,
+        post_norm: None,
+        experts: None,
         norm: Some(Norm::default()),
         quantization: Quantization::Fp8Static,
         keep_norm: true,
@@ -93,7 +95,9 @@ fn specified() -> String {
             inputs: &[&inputs[0][row.clone()], &inputs[1][row.clone()]],
             residual: Some(&residual[row.clone()]),
             bias: None,
-            gamma: Gamma::Element(&gamma),
+            post_gamma: None,
+            experts: None,
+            gamma: Weights::Element(&gamma),
             scale: 1.0 / 64.0,
             index: token as u64,
         };

@@ -17,7 +17,7 @@ use fused_collective_cli::backend::{
 use fused_collective_core::{
     dtype::{DType, Element, bf16, f16},
     fusion::{Mode, Norm},
-    norm::Gamma,
+    norm::Weights,
     quant::{Quantization, ScaleLayout},
     reference::Special,
     specification::{Observed, Row, Token},
@@ -157,7 +157,9 @@ fn check<E: Element + Pod>(problem: &Problem, [residual_out, values, scales, nor
             inputs: &inputs,
             residual: problem.residual.then_some(&residual),
             bias: None,
-            gamma: Gamma::Element(&gamma),
+            post_gamma: None,
+            experts: None,
+            gamma: Weights::Element(&gamma),
             scale: problem.scale,
             index: token,
         };

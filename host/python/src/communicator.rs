@@ -32,11 +32,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 type Given = (u64, u64, u8);
 
 fn element(py: Python<'_>, number: u8) -> PyResult<TensorType> {
-    const ELEMENTS: [TensorType; 4] = [
+    const ELEMENTS: [TensorType; 5] = [
         TensorType::Code,
         TensorType::Element(DType::F32),
         TensorType::Element(DType::F16),
         TensorType::Element(DType::Bf16),
+        TensorType::Index,
     ];
     ELEMENTS.get(usize::from(number)).copied().ok_or_else(|| invalid(py, "a tensor's type is not known"))
 }
@@ -242,16 +243,17 @@ impl Communicator {
         Ok((algorithm, query.rounds))
     }
 
-    /// Enqueues an operation on tensors at addresses, which the caller vouches for.
+    /// Enqueues an operation on tensors at addresses, which the caller vouches for. `experts` are rows, index and scales.
     #[pyo3(signature = (
-        operation, input, residual, bias, gamma, scale, residual_out, norm_out, quant_out, scale_out, stream, /
+        operation, input, residual, bias, gamma, scale, residual_out, norm_out, quant_out, scale_out, stream, /,
+        post_gamma = None, experts = None
     ))]
     #[expect(clippy::too_many_arguments, reason = "one for each tensor")]
     fn enqueue(
         &self,
         py: Python<'_>,
         operation: &Operation,
-        input: Given,
+        input: Option<Given>,
         residual: Option<Given>,
         bias: Option<Given>,
         gamma: Option<Given>,
@@ -261,12 +263,19 @@ impl Communicator {
         quant_out: Option<Given>,
         scale_out: Option<Given>,
         stream: u64,
+        post_gamma: Option<Given>,
+        experts: Option<[Given; 3]>,
     ) -> PyResult<()> {
         let optional = |given: Option<Given>| given.map(|given| tensor(py, given)).transpose();
+        let [rows, index, scales] = experts.map_or([None; 3], |experts| experts.map(Some));
         let tensors = Tensors {
-            input: tensor(py, input)?,
+            input: optional(input)?,
             residual: optional(residual)?,
             bias: optional(bias)?,
+            post_gamma: optional(post_gamma)?,
+            expert_rows: optional(rows)?,
+            expert_index: optional(index)?,
+            expert_scales: optional(scales)?,
             gamma: optional(gamma)?,
             scale: optional(scale)?,
             residual_out: tensor(py, residual_out)?,

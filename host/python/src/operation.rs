@@ -2,7 +2,7 @@
 
 use fused_collective::core::{
     dtype::DType,
-    fusion::{self, GammaType, Mode, Norm, Residual, Rounding},
+    fusion::{self, Experts, Mode, Norm, Residual, Rounding, WeightType},
     quant::{GroupScale, Quantization, ScaleLayout},
 };
 use pyo3::prelude::*;
@@ -57,6 +57,8 @@ impl Operation {
     #[new]
     #[pyo3(signature = (
         dtype, tokens, hidden, *, residual = "none", bias = false, norm = false, epsilon = 1e-6, weight_bias = 0.0, gamma = None,
+        post_norm = false, post_epsilon = 1e-6, post_weight_bias = 0.0, post_gamma = None,
+        top_k = 0, expert_scales = None, shared_expert = false,
         quantization = "none", layout = "linear", group = 128, group_scale = "ue8m0", keep_norm = false,
         rounding = "once", mode = "auto"
     ))]
@@ -72,6 +74,13 @@ impl Operation {
         epsilon: f32,
         weight_bias: f32,
         gamma: Option<&str>,
+        post_norm: bool,
+        post_epsilon: f32,
+        post_weight_bias: f32,
+        post_gamma: Option<&str>,
+        top_k: u32,
+        expert_scales: Option<&str>,
+        shared_expert: bool,
         quantization: &str,
         layout: &str,
         group: u32,
@@ -81,16 +90,23 @@ impl Operation {
         mode: &str,
     ) -> PyResult<Operation> {
         let dtype = value(py, "dtype", dtype, DTYPES)?;
-        let gamma = match gamma {
-            Some(gamma) if value(py, "the weight's dtype", gamma, DTYPES)? != dtype => {
-                if gamma != "float32" {
-                    let text = format!("a weight of {gamma} is not valid here: use {dtype} or float32");
+        let weights = |given: Option<&str>| match given {
+            Some(name) if value(py, "the weight's dtype", name, DTYPES)? != dtype => {
+                if name != "float32" {
+                    let text = format!("a weight of {name} is not valid here: use {dtype} or float32");
                     return Err(invalid(py, &text));
                 }
-                GammaType::F32
+                Ok(WeightType::F32)
             }
-            _ => GammaType::Element,
+            _ => Ok(WeightType::Element),
         };
+        let post_gamma = weights(post_gamma)?;
+        let post_norm = post_norm.then_some(Norm {
+            epsilon: post_epsilon,
+            weight_bias: post_weight_bias,
+            gamma: post_gamma,
+        });
+        let experts = Experts { top_k, scales: weights(expert_scales)?, shared: shared_expert };
         let make = value(py, "quantization", quantization, QUANTIZATIONS)?;
         let scales = value(py, "scales of groups", group_scale, GROUP_SCALES)?;
         let operation = fusion::Operation {
@@ -99,7 +115,9 @@ impl Operation {
             hidden,
             residual: value(py, "residual", residual, RESIDUALS)?,
             bias,
-            norm: norm.then_some(Norm { epsilon, weight_bias, gamma }),
+            post_norm,
+            experts: expert_scales.is_some().then_some(experts),
+            norm: norm.then_some(Norm { epsilon, weight_bias, gamma: weights(gamma)? }),
             quantization: make(group, scales, value(py, "layout", layout, LAYOUTS)?),
             keep_norm,
             rounding: value(py, "rounding", rounding, ROUNDINGS)?,

@@ -4,8 +4,8 @@
 
 use fused_collective_core::{
     MAX_HIDDEN,
-    fusion::Norm,
-    norm::{self, Gamma},
+    fusion::{Norm, Rounding},
+    norm::{self, Weights},
     pack::Pack,
     quant::{self, Quantization},
 };
@@ -16,6 +16,7 @@ use super::{
     lanes::{self, vectors},
     line::{self, Line},
     rows::{Plain, lines, lines_mut, padded},
+    sum::add,
 };
 
 /// Bytes of a [line](norm::LINE_PACKS) of the sum over a row.
@@ -75,7 +76,7 @@ fn line_squares<E: Plain, S: Simd>(simd: S, bytes: &[u8; SUM_BYTES]) -> f32 {
     norm::sum_by_halves(packs)
 }
 
-/// As [`norm::normalize_row`].
+/// As [`norm::normalize_row`]; with `add` the norm is added to what `out` holds, after that rounding of the norm.
 #[inline(always)]
 fn normalize_row<E: Plain, S: Simd>(
     simd: S,
@@ -83,17 +84,18 @@ fn normalize_row<E: Plain, S: Simd>(
     gamma: &[E],
     inverse_rms: f32,
     bias: f32,
+    add: Option<Rounding>,
     out: &mut [E],
 ) {
     let (inverse_rms, bias) = (simd.splat_f32s(inverse_rms), simd.splat_f32s(bias));
     let ((row, row_rest), (gamma, gamma_rest), (out, out_rest)) = (lines(row), lines(gamma), lines_mut(out));
     for ((out, row), gamma) in out.iter_mut().zip(row).zip(gamma) {
-        normalize_line::<E, S>(simd, row, gamma, inverse_rms, bias, out);
+        normalize_line::<E, S>(simd, row, gamma, (inverse_rms, bias, add), out);
     }
     if !out_rest.is_empty() {
-        let mut norm = padded(&[]);
+        let mut norm = padded(out_rest);
         let (row, gamma) = (padded(row_rest), padded(gamma_rest));
-        normalize_line::<E, S>(simd, &row, &gamma, inverse_rms, bias, &mut norm);
+        normalize_line::<E, S>(simd, &row, &gamma, (inverse_rms, bias, add), &mut norm);
         out_rest.copy_from_slice(&norm[..out_rest.len()]);
     }
 }
@@ -103,8 +105,7 @@ fn normalize_line<E: Plain, S: Simd>(
     simd: S,
     row: &Line,
     gamma: &Line,
-    inverse_rms: S::f32s,
-    bias: S::f32s,
+    (inverse_rms, bias, add_to): (S::f32s, S::f32s, Option<Rounding>),
     out: &mut Line,
 ) {
     let (mut values, gamma) = (lanes::widen::<E, S>(simd, row), lanes::widen::<E, S>(simd, gamma));
@@ -112,6 +113,14 @@ fn normalize_line<E: Plain, S: Simd>(
         for (value, gamma) in values[..E::PER_WORD].iter_mut().zip(gamma) {
             *value = simd.mul_f32s(simd.mul_f32s(*value, inverse_rms), simd.add_f32s(bias, gamma));
         }
+    }
+    if let Some(rounding) = add_to {
+        if rounding == Rounding::AfterAllReduce {
+            let mut rounded = padded(&[]);
+            lanes::round::<E, S>(simd, &values, &mut rounded);
+            values = lanes::widen::<E, S>(simd, &rounded);
+        }
+        add::<E, S>(simd, &mut values, &lanes::widen::<E, S>(simd, out));
     }
     lanes::round::<E, S>(simd, &values, out);
 }
@@ -133,7 +142,7 @@ pub struct Finish<'a, E> {
     /// RMSNorm's parameters.
     pub norm: Norm,
     /// RMSNorm's weight, `[hidden]`.
-    pub gamma: Gamma<'a, E>,
+    pub gamma: Weights<'a, E>,
     /// The quantization of the norm.
     pub quantization: Quantization,
     /// The per-tensor or global scale, where the quantization reads one.
@@ -184,10 +193,51 @@ impl<E: Plain> WithSimd for FinishRow<'_, E> {
         let normed = if outputs.norm.is_empty() { scratch } else { outputs.norm };
         let bias = finish.norm.weight_bias;
         match finish.gamma {
-            Gamma::Element(gamma) => normalize_row(simd, row, gamma, inverse_rms, bias, normed),
-            Gamma::F32(gamma) => norm::normalize_row(row, gamma, inverse_rms, bias, normed),
+            Weights::Element(gamma) => normalize_row(simd, row, gamma, inverse_rms, bias, None, normed),
+            Weights::F32(gamma) => norm::normalize_row(row, gamma, inverse_rms, bias, normed),
         }
         finish.quantize(normed, token, outputs.values, outputs.scales);
+    }
+}
+
+/// `out = round(norm of row + out)`, or the norm alone.
+pub struct PostNormRow<'a, E> {
+    /// RMSNorm's parameters.
+    pub norm: Norm,
+    /// RMSNorm's weight, `[hidden]`.
+    pub gamma: Weights<'a, E>,
+    /// `[hidden]`: the rounded sum of all ranks.
+    pub row: &'a [E],
+    /// `None` for the norm alone; else the rounding of the norm before the residual is added.
+    pub add: Option<Rounding>,
+    /// `[hidden]`: the residual, and then the sum.
+    pub out: &'a mut [E],
+}
+
+impl<E: Plain> WithSimd for PostNormRow<'_, E> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let PostNormRow { norm, gamma, row, add, out } = self;
+        let squares = sum_of_squares(simd, row);
+        let inverse_rms = norm::inverse_rms(squares, 1.0 / row.len() as f32, norm.epsilon, f32::mul_add);
+        let bias = norm.weight_bias;
+        match gamma {
+            Weights::Element(gamma) => normalize_row(simd, row, gamma, inverse_rms, bias, add, out),
+            Weights::F32(gamma) => {
+                for ((out, value), gamma) in out.iter_mut().zip(row).zip(gamma) {
+                    let mut norm = value.to_f32() * inverse_rms * (bias + gamma);
+                    if let Some(rounding) = add {
+                        if rounding == Rounding::AfterAllReduce {
+                            norm = E::from_f32(norm).to_f32();
+                        }
+                        norm += out.to_f32();
+                    }
+                    *out = E::from_f32(norm);
+                }
+            }
+        }
     }
 }
 
@@ -232,7 +282,7 @@ mod tests {
             let norm = Norm { weight_bias: 1.0, ..Norm::default() };
             let finish = Finish {
                 norm,
-                gamma: Gamma::Element(&gamma),
+                gamma: Weights::Element(&gamma),
                 quantization: Quantization::None,
                 scale: 1.0,
                 tokens: 1,

@@ -7,8 +7,9 @@
 use std::array;
 
 use fused_collective_core::{
-    fusion::Rounding,
+    fusion::{Experts, Norm, Rounding},
     lamport,
+    norm::Weights,
     plan::{Algorithm, Plan, Round, owned_index, owned_token, owned_tokens, owner},
     quant::{Quantization, ScaleLayout},
     workspace::SlotRows,
@@ -18,7 +19,8 @@ use zerocopy::IntoBytes as _;
 
 use super::{
     exchange::{Exchange, Incoming, Medium},
-    finish::{Finish, FinishRow, RowOutputs},
+    experts::{CombineRow, ExpertRows},
+    finish::{Finish, FinishRow, PostNormRow, RowOutputs},
     rows::{Plain, elements, elements_mut},
     sum::{Operand, SumIncoming},
 };
@@ -26,12 +28,40 @@ use crate::group::failure::{Failure, What};
 
 const MAX_WORLD: usize = fused_collective_core::MAX_WORLD_SIZE as usize;
 
+/// This rank's addend: the input, or what its experts' rows and the input are combined to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Addend<'a, E> {
+    pub(crate) input: Operand<&'a [E]>,
+    pub(crate) experts: Option<(ExpertRows<'a, E>, Experts)>,
+}
+
+impl<'a, E: Plain> Addend<'a, E> {
+    /// The row of `token`, until the norm takes the place of the input. `scratch` holds a row.
+    fn row<'s>(&self, token: u64, norm_out: &'s [E], scratch: &'s mut [E], arch: Arch) -> &'s [E]
+    where
+        'a: 's,
+    {
+        let (token, hidden) = (token as usize, scratch.len());
+        let range = token * hidden..(token + 1) * hidden;
+        let input = || match self.input {
+            Operand::Apart(input) => &input[range],
+            Operand::InPlace => &norm_out[range],
+        };
+        let Some((rows, experts)) = self.experts else { return input() };
+        let shared = experts.shared.then(input);
+        arch.dispatch(CombineRow { experts: rows.of_token(token, &experts), shared, out: scratch });
+        scratch
+    }
+}
+
 /// The tensors of one operation on one rank, sizes checked: see `Operation` for their shapes.
 #[derive(Debug)]
 pub(crate) struct Job<'a, E> {
-    pub(crate) input: Operand<&'a [E]>,
+    pub(crate) addend: Addend<'a, E>,
     pub(crate) residual: Option<Operand<&'a [E]>>,
     pub(crate) bias: Option<&'a [E]>,
+    /// The norm of the sum, and its weight.
+    pub(crate) post_norm: Option<(Norm, Weights<'a, E>)>,
     pub(crate) rounding: Rounding,
     pub(crate) residual_out: &'a mut [E],
     /// Empty unless written.
@@ -59,32 +89,33 @@ impl<E: Plain> Job<'_, E> {
         self.range(owned_index(token, self.dealt_to))
     }
 
-    /// The row of `token` of this rank's addend, until the norm takes its place.
-    fn input_row(&self, token: u64) -> &[E] {
-        match self.input {
-            Operand::Apart(input) => &input[self.range(token)],
-            Operand::InPlace => &self.norm_out[self.range(token)],
-        }
-    }
-
-    /// Sums one row from every rank into `residual_out`: the others' are still coming.
+    /// Sums one row from every rank into `residual_out`, and normalizes the sum if there is a post-norm: the others' are
+    /// still coming.
     fn sum<M: Medium>(
         &mut self,
         token: u64,
         exchange: &Exchange<M>,
         sources: &[Option<Incoming<'_, M>>],
+        scratch: &mut Scratch,
         arch: Arch,
     ) -> Result<(), Box<Failure>> {
         let range = self.residual_range(token);
         let residual = self.residual.map(|residual| residual.map(|residual| &residual[range.clone()]));
-        // Not `input_row`, which would borrow what is written.
-        let own = match self.input {
-            Operand::Apart(input) => &input[self.range(token)],
-            Operand::InPlace => &self.norm_out[token as usize * self.hidden..][..self.hidden],
-        };
+        let own = self.addend.row(token, self.norm_out, row(&mut scratch.addend, self.hidden), arch);
         let out = &mut self.residual_out[range];
         let (bias, rounding) = (self.bias, self.rounding);
-        arch.dispatch(SumIncoming { exchange, sources, own, residual, bias, rounding, out })
+        let Some((norm, gamma)) = self.post_norm else {
+            return arch.dispatch(SumIncoming { exchange, sources, own, residual, bias, rounding, out });
+        };
+        let sum = row(&mut scratch.row, self.hidden);
+        arch.dispatch(SumIncoming { exchange, sources, own, residual: None, bias, rounding, out: sum })?;
+        if let Some(Operand::Apart(residual)) = residual {
+            out.copy_from_slice(residual);
+        }
+        let add = residual.is_some().then_some(rounding);
+        arch.dispatch(PostNormRow { norm, gamma, row: sum, add, out });
+        map_words(out.as_mut_bytes(), lamport::strip);
+        Ok(())
     }
 
     /// Normalizes and quantizes the row of `residual_out` that is complete.
@@ -192,23 +223,26 @@ fn map_words(bytes: &mut [u8], map: impl Fn(u32) -> u32) {
     }
 }
 
-/// Room for a row that is normalized and goes nowhere but to the quantizer, and for what a row becomes that is sent.
+/// Room for rows that are in no tensor, and for what a row becomes that is sent.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    words: Vec<u64>,
+    /// This rank's addend.
+    addend: Vec<u64>,
+    /// A sum that is normalized, or a norm that is quantized.
+    row: Vec<u64>,
     result: Vec<u64>,
 }
 
-impl Scratch {
-    /// A row of `hidden` elements, whole words.
-    fn row<E: Plain>(&mut self, hidden: usize) -> &mut [E] {
-        let words = (hidden * size_of::<E>()).div_ceil(8);
-        if self.words.len() < words {
-            self.words.resize(words, 0);
-        }
-        &mut elements_mut(self.words.as_mut_bytes())[..hidden]
+/// A row of `hidden` elements in `room`, whole words.
+fn row<E: Plain>(room: &mut Vec<u64>, hidden: usize) -> &mut [E] {
+    let words = (hidden * size_of::<E>()).div_ceil(8);
+    if room.len() < words {
+        room.resize(words, 0);
     }
+    &mut elements_mut(room.as_mut_bytes())[..hidden]
+}
 
+impl Scratch {
     /// The room for a row's result, `bytes` bytes, whole words.
     fn result(&mut self, bytes: usize) -> &mut [u8] {
         if self.result.len() * 8 < bytes {
@@ -219,10 +253,8 @@ impl Scratch {
 
     /// Both.
     fn result_and_row<E: Plain>(&mut self, bytes: usize, hidden: usize) -> (&mut [u8], &mut [E]) {
-        self.row::<E>(hidden);
         self.result(bytes);
-        let result = &mut self.result.as_mut_bytes()[..bytes];
-        (result, &mut elements_mut(self.words.as_mut_bytes())[..hidden])
+        (&mut self.result.as_mut_bytes()[..bytes], row(&mut self.row, hidden))
     }
 }
 
@@ -279,9 +311,10 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
         &mut self.job.residual_out[range]
     }
 
-    /// This rank's addend for token `token` of the operation.
-    fn input(&self, token: u64) -> &[u8] {
-        self.job.input_row(token).as_bytes()
+    /// The bytes of this rank's addend for token `token` of the operation.
+    fn addend(&mut self, token: u64) -> &[u8] {
+        let scratch = row(&mut self.scratch.addend, self.job.hidden);
+        self.job.addend.row(token, self.job.norm_out, scratch, self.arch).as_bytes()
     }
 
     /// Adds up `token`, every other rank's row for it being where `offset` says.
@@ -297,25 +330,21 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
             if rank < rows.world_size { incoming(rank) } else { None }
         });
         let sources = &sources[..rows.world_size as usize];
-        self.job.sum(self.round.first_token + token, exchange, sources, self.arch)
+        self.job.sum(self.round.first_token + token, exchange, sources, self.scratch, self.arch)
     }
 
     fn finish(&mut self, token: u64) {
-        let scratch = self.scratch.row(self.job.hidden);
+        let scratch = row(&mut self.scratch.row, self.job.hidden);
         self.job.finish(self.round.first_token + token, scratch, self.arch);
     }
 
     fn one_shot(&mut self) -> Result<(), Box<Failure>> {
         let rows = self.rows();
         for token in 0..rows.tokens {
-            let (operation, offset) = (self.exchange.operation(), rows.one_shot(self.rank, token));
-            for peer in self.peers() {
-                self.exchange.send_stripped(
-                    operation,
-                    peer,
-                    offset,
-                    self.input(self.round.first_token + token),
-                );
+            let (exchange, offset) = (self.exchange, rows.one_shot(self.rank, token));
+            let (peers, row) = (self.peers(), self.addend(self.round.first_token + token));
+            for peer in peers {
+                exchange.send_stripped(exchange.operation(), peer, offset, row);
             }
         }
         for token in 0..rows.tokens {
@@ -329,8 +358,8 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
     fn first_hop(&mut self, operation: u64, round: &Round) {
         for (token, owner) in self.owned_by_others(&round.rows) {
             let offset = round.rows.first_hop(self.rank, owned_index(token, round.rows.world_size));
-            let row = self.input(round.first_token + token);
-            self.exchange.send_stripped(operation, owner, offset, row);
+            let exchange = self.exchange;
+            exchange.send_stripped(operation, owner, offset, self.addend(round.first_token + token));
         }
     }
 

@@ -6,6 +6,7 @@
 //! made in the same processes.
 
 mod exchange;
+pub mod experts;
 pub mod finish;
 mod fused;
 mod lanes;
@@ -21,8 +22,8 @@ use std::{os::fd::AsFd as _, sync::Arc, time::Duration};
 
 use fused_collective_core::{
     agreement::Call,
-    fusion::{GammaType, Operation, Residual},
-    norm::Gamma,
+    fusion::{Operation, Residual, WeightType},
+    norm::Weights,
     plan::{Limits, Plan},
     quant::Quantization,
     workspace::{Header, Layout, LayoutError},
@@ -41,8 +42,9 @@ use crate::{
 };
 pub use exchange::EMPTY;
 use exchange::Exchange;
+pub use experts::ExpertRows;
 use finish::Finish;
-use fused::{Job, Scratch};
+use fused::{Addend, Job, Scratch};
 use region::Regions;
 pub use rows::Plain;
 pub use sum::Operand;
@@ -51,15 +53,19 @@ use wait::WaitGuard;
 /// The tensors that an operation reads on one rank.
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a, E> {
-    /// `[tokens, hidden]`: this rank's addend.
+    /// `[tokens, hidden]`: this rank's addend, or with experts the shared expert's rows; empty if there is none.
     pub input: Operand<&'a [E]>,
     /// `[tokens, hidden]`, if the operation has a residual, the same on every rank; or this rank's rows of a
     /// [sharded](Residual::Sharded) one.
     pub residual: Option<Operand<&'a [E]>>,
     /// `[hidden]`: the bias of the sum, if the operation has one.
     pub bias: Option<&'a [E]>,
+    /// `[hidden]`: the weight of the norm of the sum, if the operation has one.
+    pub post_gamma: Option<Weights<'a, E>>,
+    /// The rows that this rank's addend is made of, if the operation has experts.
+    pub experts: Option<ExpertRows<'a, E>>,
     /// `[hidden]`, if the operation has a norm; else not read.
-    pub gamma: Gamma<'a, E>,
+    pub gamma: Weights<'a, E>,
     /// The per-tensor scale of static FP8 or the global scale of NVFP4; else not read.
     pub scale: f32,
 }
@@ -325,20 +331,22 @@ fn check<'a, E: Plain>(
     inputs: Inputs<'a, E>,
     outputs: Outputs<'a, E>,
 ) -> Result<Job<'a, E>, Error> {
-    let wrong = |tensor, problem| Err(Error::Tensor { tensor, problem });
+    let wrong = |tensor, problem| Error::Tensor { tensor, problem };
     if operation.dtype != E::DTYPE {
         let (given, needed) = (E::DTYPE.name(), operation.dtype.name());
-        return wrong("input", TensorProblem::Type { given, needed });
+        return Err(wrong("input", TensorProblem::Type { given, needed }));
     }
-    match (operation.residual.is_some(), inputs.residual) {
-        (true, None) => return wrong("residual", TensorProblem::Missing),
-        (false, Some(_)) => return wrong("residual", TensorProblem::Superfluous),
-        _ => {}
-    }
-    match (operation.bias, inputs.bias) {
-        (true, None) => return wrong("bias", TensorProblem::Missing),
-        (false, Some(_)) => return wrong("bias", TensorProblem::Superfluous),
-        _ => {}
+    for (tensor, needed, given) in [
+        ("residual", operation.residual.is_some(), inputs.residual.is_some()),
+        ("bias", operation.bias, inputs.bias.is_some()),
+        ("post_gamma", operation.post_norm.is_some(), inputs.post_gamma.is_some()),
+        ("expert_rows", operation.experts.is_some(), inputs.experts.is_some()),
+    ] {
+        match (needed, given) {
+            (true, false) => return Err(wrong(tensor, TensorProblem::Missing)),
+            (false, true) => return Err(wrong(tensor, TensorProblem::Superfluous)),
+            _ => {}
+        }
     }
     let quantization = operation.quantization;
     let elements = operation.tokens * operation.hidden;
@@ -350,9 +358,13 @@ fn check<'a, E: Plain>(
     };
     let scale_bytes = quantization.scale_bytes(operation.tokens, operation.hidden).unwrap_or(u64::MAX);
     match inputs.input {
+        Operand::Apart(input) if !operation.reads_input() => length("input", input.len(), 0)?,
         Operand::Apart(input) => length("input", input.len(), elements)?,
+        Operand::InPlace if !operation.reads_input() => {
+            return Err(wrong("input", TensorProblem::Superfluous));
+        }
         Operand::InPlace if !operation.writes_norm() => {
-            return wrong("input", TensorProblem::NoPlace { output: "norm_out" });
+            return Err(wrong("input", TensorProblem::NoPlace { output: "norm_out" }));
         }
         Operand::InPlace => {}
     }
@@ -362,19 +374,34 @@ fn check<'a, E: Plain>(
     if let Some(bias) = inputs.bias {
         length("bias", bias.len(), operation.hidden)?;
     }
-    if let Some(norm) = operation.norm {
-        let given = match inputs.gamma {
-            Gamma::Element(_) => GammaType::Element,
-            Gamma::F32(_) => GammaType::F32,
-        };
-        if norm.gamma != given {
-            let name = |gamma| match gamma {
-                GammaType::Element => operation.dtype.name(),
-                GammaType::F32 => "float32 beside the element type",
+    let weights = |tensor, given: Weights<'_, E>, needed: WeightType, count: u64| {
+        if needed != given.weight_type() {
+            let name = |weights| match weights {
+                WeightType::Element => operation.dtype.name(),
+                WeightType::F32 => "float32 beside the element type",
             };
-            return wrong("gamma", TensorProblem::Type { given: name(given), needed: name(norm.gamma) });
+            let (given, needed) = (name(given.weight_type()), name(needed));
+            return Err(wrong(tensor, TensorProblem::Type { given, needed }));
         }
-        length("gamma", inputs.gamma.len(), operation.hidden)?;
+        length(tensor, given.len(), count)
+    };
+    if let Some(norm) = operation.norm {
+        weights("gamma", inputs.gamma, norm.gamma, operation.hidden)?;
+    }
+    let post_norm = operation.post_norm.zip(inputs.post_gamma);
+    if let Some((norm, gamma)) = post_norm {
+        weights("post_gamma", gamma, norm.gamma, operation.hidden)?;
+    }
+    let experts = inputs.experts.zip(operation.experts);
+    if let Some((tensors, experts)) = &experts {
+        let (given, hidden) = (tensors.rows.len() as u64, operation.hidden);
+        if !given.is_multiple_of(hidden) {
+            return Err(wrong("expert_rows", TensorProblem::Rows { given, hidden }));
+        }
+        let chosen = operation.tokens * u64::from(experts.top_k);
+        length("expert_index", tensors.index.len(), chosen)?;
+        weights("expert_scales", tensors.scales, experts.scales, chosen)?;
+        tensors.check(experts.top_k, hidden).map_err(|problem| wrong("expert_index", problem))?;
     }
     quantization.check_scale(inputs.scale).map_err(Error::Scale)?;
     length("residual_out", outputs.residual_out.len(), residual_elements)?;
@@ -399,9 +426,10 @@ fn check<'a, E: Plain>(
         tokens: operation.tokens,
     });
     Ok(Job {
-        input: inputs.input,
+        addend: Addend { input: inputs.input, experts },
         residual: inputs.residual,
         bias: inputs.bias,
+        post_norm,
         rounding: operation.rounding,
         residual_out: outputs.residual_out,
         norm_out,

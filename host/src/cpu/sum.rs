@@ -13,7 +13,7 @@ use crate::group::failure::Failure;
 
 /// `sum += addend`.
 #[inline(always)]
-fn add<E: Plain, S: Simd>(simd: S, sum: &mut WideLine<S>, addend: &WideLine<S>) {
+pub(super) fn add<E: Plain, S: Simd>(simd: S, sum: &mut WideLine<S>, addend: &WideLine<S>) {
     for (sum, addend) in sum.iter_mut().zip(addend).take(vectors::<S>()) {
         for (sum, addend) in sum[..E::PER_WORD].iter_mut().zip(addend) {
             *sum = simd.add_f32s(*sum, *addend);

@@ -2,8 +2,8 @@
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{GammaType, Operation, Rounding},
-    launch::{Activations, Address},
+    fusion::{self, Norm, Operation, WeightType},
+    launch::{Activations, Address, Experts, PostNorm},
     quant::Quantization,
 };
 
@@ -21,12 +21,15 @@ pub enum TensorType {
     Element(DType),
     /// Codes of a quantization, or its scales: bytes.
     Code,
+    /// `i32`: indices of rows.
+    Index,
 }
 
 /// A contiguous tensor in the memory of this rank's GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceTensor {
-    /// Its address: a multiple of 16; of [`Tensors::scale`] a multiple of 4.
+    /// Its address: a multiple of 16; of [`Tensors::scale`], [`Tensors::expert_index`] and [`Tensors::expert_scales`] of an
+    /// element.
     pub address: u64,
     /// Its elements, or its bytes if they are codes.
     pub length: u64,
@@ -40,6 +43,7 @@ impl DeviceTensor {
         match self.element {
             TensorType::Element(dtype) => self.length.saturating_mul(dtype.bytes()),
             TensorType::Code => self.length,
+            TensorType::Index => self.length.saturating_mul(4),
         }
     }
 }
@@ -50,12 +54,22 @@ impl DeviceTensor {
 /// is written with another tensor is an error.
 #[derive(Clone, Copy, Debug)]
 pub struct Tensors {
-    /// This rank's addend.
-    pub input: DeviceTensor,
+    /// This rank's addend, or with experts the shared expert's rows, if there is one.
+    pub input: Option<DeviceTensor>,
     /// The residual, if the operation has one: the same on every rank, or this rank's rows.
     pub residual: Option<DeviceTensor>,
     /// The bias of the sum, if the operation has one. It must not change while operations run.
     pub bias: Option<DeviceTensor>,
+    /// The weight of the norm of the sum, if the operation has one. It must not change while operations run.
+    pub post_gamma: Option<DeviceTensor>,
+    /// Any number of rows of this rank's experts, if the operation has experts.
+    pub expert_rows: Option<DeviceTensor>,
+    /// The row of each expert of each token; less than 0 for an expert on another rank.
+    ///
+    /// On GPUs nothing checks it: an index past the last row reads memory that is no row.
+    pub expert_index: Option<DeviceTensor>,
+    /// The scale of each.
+    pub expert_scales: Option<DeviceTensor>,
     /// RMSNorm's weight, if the operation has a norm. It must not change while operations run.
     pub gamma: Option<DeviceTensor>,
     /// One `f32`: the scale of static FP8 or the global scale of NVFP4. It must not change while operations run.
@@ -101,10 +115,7 @@ impl Tensors {
         let values = tokens * quantization.value_bytes_per_row(hidden);
         let quantized = quantization != Quantization::None;
         let scales = supported(operation)?;
-        let gamma = operation.norm.map(|norm| match norm.gamma {
-            GammaType::Element => (hidden, element),
-            GammaType::F32 => (hidden, TensorType::Element(DType::F32)),
-        });
+        let gamma = |norm: Norm| (hidden, TensorType::Element(norm.gamma.dtype(operation.dtype)));
         let check = |tensor, given, needed: Option<(u64, TensorType)>| {
             let of_element = match needed {
                 Some((_, TensorType::Element(dtype))) => dtype.bytes(),
@@ -112,10 +123,12 @@ impl Tensors {
             };
             check_aligned(tensor, given, needed, alignment.max(of_element))
         };
-        check("input", Some(self.input), Some((activation, element)))?;
+        check("input", self.input, operation.reads_input().then_some((activation, element)))?;
+        self.check_experts(operation, alignment)?;
         check("residual", self.residual, operation.residual.is_some().then_some((rows, element)))?;
         check("bias", self.bias, operation.bias.then_some((hidden, element)))?;
-        check("gamma", self.gamma, gamma)?;
+        check("post_gamma", self.post_gamma, operation.post_norm.map(gamma))?;
+        check("gamma", self.gamma, operation.norm.map(gamma))?;
         let scale = quantization.reads_scale().then_some((1, TensorType::Element(DType::F32)));
         check_aligned("scale", self.scale, scale, SCALE_ALIGNMENT)?;
         check("residual_out", Some(self.residual_out), Some((rows, element)))?;
@@ -125,12 +138,36 @@ impl Tensors {
         self.check_overlaps()
     }
 
+    /// Checks the experts' tensors.
+    fn check_experts(&self, operation: &Operation, alignment: u64) -> Result<(), Error> {
+        let Operation { dtype, tokens, hidden, experts, .. } = *operation;
+        let element = TensorType::Element(dtype);
+        // Any number of rows: whole ones.
+        let given = self.expert_rows.map_or(0, |rows| rows.length);
+        let rows = experts.map(|_| (given, element));
+        check_aligned("expert_rows", self.expert_rows, rows, alignment.max(dtype.bytes()))?;
+        if !given.is_multiple_of(hidden) {
+            let problem = TensorProblem::Rows { given, hidden };
+            return Err(Error::Tensor { tensor: "expert_rows", problem });
+        }
+        let chosen = |experts: fusion::Experts| tokens * u64::from(experts.top_k);
+        let index = experts.map(|experts| (chosen(experts), TensorType::Index));
+        check_aligned("expert_index", self.expert_index, index, 4)?;
+        let dtype = experts.map_or(dtype, |experts| experts.scales.dtype(dtype));
+        let scales = experts.map(|experts| (chosen(experts), TensorType::Element(dtype)));
+        check_aligned("expert_scales", self.expert_scales, scales, dtype.bytes())
+    }
+
     /// Checks that what is written is no other tensor's memory, or is in place.
     fn check_overlaps(&self) -> Result<(), Error> {
         let read = [
-            ("input", Some(self.input)),
+            ("input", self.input),
+            ("expert_rows", self.expert_rows),
+            ("expert_index", self.expert_index),
+            ("expert_scales", self.expert_scales),
             ("residual", self.residual),
             ("bias", self.bias),
+            ("post_gamma", self.post_gamma),
             ("gamma", self.gamma),
             ("scale", self.scale),
         ];
@@ -161,11 +198,29 @@ impl Tensors {
         Ok(())
     }
 
-    /// The activations' addresses.
-    pub(crate) fn activations(&self, rounding: Rounding) -> Activations {
-        let [input, residual_out] = [self.input, self.residual_out].map(|tensor| Address(tensor.address));
-        let bias = address(self.bias);
-        Activations { bias, ..Activations::new(input, address(self.residual), residual_out, rounding) }
+    /// The activations of a valid operation.
+    pub(crate) fn activations(&self, operation: &Operation) -> Activations {
+        let is_wide = |weights| u32::from(weights == WeightType::F32 && operation.dtype != DType::F32);
+        let post_norm = operation.post_norm.map_or(PostNorm::NONE, |norm| PostNorm {
+            gamma: address(self.post_gamma),
+            inverse_hidden: 1.0 / operation.hidden as f32,
+            epsilon: norm.epsilon,
+            weight_bias: norm.weight_bias,
+            gamma_f32: is_wide(norm.gamma),
+        });
+        let index = address(self.expert_index);
+        let experts = operation.experts.map_or(Experts::NONE, |experts| Experts {
+            // Not null, even if there are no rows, of which none is read.
+            rows: self.expert_rows.filter(|rows| rows.length > 0).map_or(index, |rows| Address(rows.address)),
+            index,
+            scales: address(self.expert_scales),
+            top_k: experts.top_k,
+            scales_f32: is_wide(experts.scales),
+        });
+        let (input, residual) = (address(self.input), address(self.residual));
+        let activations =
+            Activations::new(input, residual, Address(self.residual_out.address), operation.rounding);
+        Activations { bias: address(self.bias), post_norm, experts, ..activations }
     }
 }
 
@@ -230,6 +285,7 @@ fn name(element: TensorType) -> &'static str {
     match element {
         TensorType::Element(dtype) => dtype.name(),
         TensorType::Code => "codes",
+        TensorType::Index => "int32",
     }
 }
 
@@ -238,7 +294,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use fused_collective_core::{
-        fusion::{Mode, Norm, Residual},
+        fusion::{Experts, Mode, Residual, Rounding},
         quant::ScaleLayout,
     };
 
@@ -254,6 +310,8 @@ mod tests {
         keep_norm: false,
         rounding: Rounding::Once,
         bias: false,
+        post_norm: None,
+        experts: None,
         mode: Mode::Auto,
     };
 
@@ -269,9 +327,13 @@ mod tests {
 
     fn tensors() -> Tensors {
         Tensors {
-            input: activation(),
+            input: Some(activation()),
             residual: None,
             bias: None,
+            post_gamma: None,
+            expert_rows: None,
+            expert_index: None,
+            expert_scales: None,
             gamma: None,
             scale: None,
             residual_out: activation(),
@@ -319,11 +381,11 @@ mod tests {
 
     #[test]
     fn each_mistake_is_named_before_anything_is_launched() {
-        let short = Tensors { input: of(127, TensorType::Element(DType::Bf16)), ..tensors() };
+        let short = Tensors { input: Some(of(127, TensorType::Element(DType::Bf16))), ..tensors() };
         assert_eq!(why(&short, &OPERATION), "input has length 127, the operation needs 128");
         let half = Tensors { residual_out: of(128, TensorType::Element(DType::F16)), ..tensors() };
         assert_eq!(why(&half, &OPERATION), "residual_out holds float16, the operation needs bfloat16");
-        let odd = Tensors { input: DeviceTensor { address: 8, ..activation() }, ..tensors() };
+        let odd = Tensors { input: Some(DeviceTensor { address: 8, ..activation() }), ..tensors() };
         assert_eq!(why(&odd, &OPERATION), "input is at 0x8, which is not a multiple of 16 above 0");
         let extra = Tensors { residual: Some(activation()), ..tensors() };
         assert_eq!(why(&extra, &OPERATION), "residual is given, and the operation has none");
@@ -336,54 +398,129 @@ mod tests {
             let gamma = Some(of(64, TensorType::Element(dtype)));
             Tensors { gamma, norm_out: Some(activation()), ..tensors() }
         };
-        assert!(tensors(DType::F32).check(&of_type(GammaType::F32), 0, 2).is_ok());
+        assert!(tensors(DType::F32).check(&of_type(WeightType::F32), 0, 2).is_ok());
         assert_eq!(
-            why(&tensors(DType::F32), &of_type(GammaType::Element)),
+            why(&tensors(DType::F32), &of_type(WeightType::Element)),
             "gamma holds float32, the operation needs bfloat16"
         );
         assert_eq!(
-            why(&tensors(DType::Bf16), &of_type(GammaType::F32)),
+            why(&tensors(DType::Bf16), &of_type(WeightType::F32)),
             "gamma holds bfloat16, the operation needs float32"
         );
+    }
+
+    #[test]
+    fn experts_and_a_post_norm_need_their_tensors_and_kernels_are_told_of_them() {
+        let experts = Experts { top_k: 3, scales: WeightType::F32, shared: false };
+        let operation = Operation {
+            norm: Some(Norm::default()),
+            post_norm: Some(Norm { epsilon: 0.5, weight_bias: 1.0, gamma: WeightType::F32 }),
+            experts: Some(experts),
+            ..OPERATION
+        };
+        let [element, wide] = [DType::Bf16, DType::F32].map(TensorType::Element);
+        let tensors = Tensors {
+            input: None,
+            post_gamma: Some(of(64, wide)),
+            expert_rows: Some(of(5 * 64, element)),
+            expert_index: Some(of(6, TensorType::Index)),
+            expert_scales: Some(of(6, wide)),
+            gamma: Some(of(64, element)),
+            norm_out: Some(activation()),
+            ..tensors()
+        };
+        assert!(tensors.check(&operation, 0, 2).is_ok());
+        let activations = tensors.activations(&operation);
+        let address = |tensor: Option<DeviceTensor>| tensor.unwrap().address;
+        let rows = address(tensors.expert_rows);
+        assert_eq!((activations.input, activations.experts.rows.0), (Address::NULL, rows));
+        assert_eq!((activations.experts.top_k, activations.experts.scales_f32), (3, 1));
+        assert_eq!(activations.post_norm.gamma.0, address(tensors.post_gamma));
+        assert_eq!((activations.post_norm.inverse_hidden, activations.post_norm.gamma_f32), (1.0 / 64.0, 1));
+        // No rows, perhaps at no address: experts all the same.
+        let none = Some(DeviceTensor { address: 0, length: 0, element });
+        let empty = Tensors { expert_rows: none, ..tensors };
+        assert!(
+            empty.check(&operation, 0, 2).is_ok() && !empty.activations(&operation).experts.rows.is_null()
+        );
+
+        let index_at = |address| Some(DeviceTensor { address, ..tensors.expert_index.unwrap() });
+        let shared = Operation { experts: Some(Experts { shared: true, ..experts }), ..operation };
+        let cases = [
+            (Tensors { input: Some(activation()), ..tensors }, "input is given, and the operation has none"),
+            (Tensors { post_gamma: None, ..tensors }, "post_gamma is missing: the operation has one"),
+            (Tensors { expert_rows: None, ..tensors }, "expert_rows is missing: the operation has one"),
+            (
+                Tensors { expert_rows: Some(of(100, element)), ..tensors },
+                "expert_rows has length 100, which is not a multiple of the hidden size 64",
+            ),
+            (
+                Tensors { expert_index: Some(of(6, wide)), ..tensors },
+                "expert_index holds float32, the operation needs int32",
+            ),
+            (
+                Tensors { expert_index: index_at(4098), ..tensors },
+                "expert_index is at 0x1002, which is not a multiple of 4 above 0",
+            ),
+            (
+                Tensors { expert_scales: Some(of(5, wide)), ..tensors },
+                "expert_scales has length 5, the operation needs 6",
+            ),
+        ];
+        for (tensors, error) in cases {
+            assert_eq!(why(&tensors, &operation), error);
+        }
+        assert_eq!(why(&tensors, &shared), "input is missing: the operation has one");
+        assert_eq!(
+            why(&tensors, &Operation { experts: None, ..shared }),
+            "input is missing: the operation has one"
+        );
+        // The norm may take the place of the shared expert's rows, and of no expert's.
+        let own = |rows| Tensors { input: Some(activation()), expert_rows: rows, ..tensors };
+        let in_place = own(tensors.expert_rows);
+        assert!(Tensors { norm_out: in_place.input, ..in_place }.check(&shared, 0, 2).is_ok());
+        let rows = Some(activation());
+        assert!(why(&Tensors { norm_out: rows, ..own(rows) }, &shared).contains("overlaps expert_rows"));
     }
 
     #[test]
     fn outputs_are_in_place_address_for_address_or_overlap_nothing() {
         let operation =
             Operation { residual: Residual::Replicated, norm: Some(Norm::default()), ..OPERATION };
+        let input = activation();
         let apart = Tensors {
+            input: Some(input),
             residual: Some(activation()),
             gamma: Some(of(64, TensorType::Element(DType::Bf16))),
             norm_out: Some(activation()),
             ..tensors()
         };
-        let in_place =
-            Tensors { norm_out: Some(apart.input), residual_out: apart.residual.unwrap(), ..apart };
+        let in_place = Tensors { norm_out: apart.input, residual_out: apart.residual.unwrap(), ..apart };
         assert!(apart.check(&operation, 0, 2).is_ok() && in_place.check(&operation, 0, 2).is_ok());
         // A bfloat16 activation has 256 bytes.
         let at =
             |tensor: DeviceTensor, bytes: u64| DeviceTensor { address: tensor.address + bytes, ..tensor };
-        let beside = Tensors { norm_out: Some(at(apart.input, 256)), ..apart };
+        let beside = Tensors { norm_out: Some(at(input, 256)), ..apart };
         assert!(beside.check(&operation, 0, 2).is_ok());
         let wrong = [
-            Tensors { norm_out: Some(at(apart.input, 240)), ..apart },
+            Tensors { norm_out: Some(at(input, 240)), ..apart },
             Tensors { residual_out: at(apart.residual.unwrap(), 16), ..apart },
             Tensors { norm_out: apart.residual, ..apart },
-            Tensors { residual_out: apart.input, ..apart },
+            Tensors { residual_out: input, ..apart },
             Tensors {
                 residual_out: apart.gamma.map(|gamma| DeviceTensor { length: 128, ..gamma }).unwrap(),
                 ..apart
             },
             Tensors { norm_out: Some(apart.residual_out), ..apart },
             // Two are the input's memory, and one of them is read later.
-            Tensors { norm_out: Some(apart.input), residual: Some(apart.input), ..apart },
+            Tensors { norm_out: apart.input, residual: apart.input, ..apart },
         ];
         for tensors in wrong {
             let error = tensors.check(&operation, 0, 2).unwrap_err();
             assert!(matches!(error, Error::Tensor { problem: TensorProblem::Overlap { .. }, .. }), "{error}");
         }
-        let shifted = Tensors { norm_out: Some(at(apart.input, 16)), ..apart };
-        let (input, norm_out) = (apart.input.address, apart.input.address + 16);
+        let shifted = Tensors { norm_out: Some(at(input, 16)), ..apart };
+        let (input, norm_out) = (input.address, input.address + 16);
         assert_eq!(
             why(&shifted, &operation),
             format!(

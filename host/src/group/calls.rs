@@ -327,6 +327,8 @@ mod tests {
             keep_norm: false,
             rounding: Rounding::Once,
             bias: false,
+            post_norm: None,
+            experts: None,
             mode: Mode::Auto,
         };
         Call::operation(&operation, Algorithm::OneShot, None)

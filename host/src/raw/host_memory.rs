@@ -4,12 +4,12 @@ use std::{ptr::NonNull, slice};
 
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
-    fusion::{GammaType, Operation},
-    norm::Gamma,
+    fusion::{Operation, WeightType},
+    norm::Weights,
 };
 
 use crate::{
-    cpu::{Communicator, Inputs, Operand, Outputs, Plain},
+    cpu::{Communicator, ExpertRows, Inputs, Operand, Outputs, Plain},
     cuda::{DeviceTensor, Tensors},
     error::Error,
 };
@@ -52,15 +52,21 @@ unsafe fn run<E: Plain>(
     // for. What is written overlaps nothing but what is in place, of which no slice is made.
     unsafe {
         let inputs = Inputs {
-            input: operand(is(tensors.norm_out, tensors.input), tensors.input),
+            input: match tensors.input {
+                Some(input) => operand(is(tensors.norm_out, input), input),
+                None => Operand::Apart(&[]),
+            },
             residual: tensors
                 .residual
                 .map(|residual| operand(is(Some(tensors.residual_out), residual), residual)),
             bias: tensors.bias.map(|bias| read(Some(bias))),
-            gamma: match operation.norm.map(|norm| norm.gamma) {
-                Some(GammaType::F32) => Gamma::F32(read(tensors.gamma)),
-                _ => Gamma::Element(read(tensors.gamma)),
-            },
+            post_gamma: operation.post_norm.map(|norm| weights(norm.gamma, tensors.post_gamma)),
+            experts: operation.experts.map(|experts| ExpertRows {
+                rows: read(tensors.expert_rows),
+                index: read(tensors.expert_index),
+                scales: weights(experts.scales, tensors.expert_scales),
+            }),
+            gamma: weights(operation.norm.map_or(WeightType::Element, |norm| norm.gamma), tensors.gamma),
             scale: read(tensors.scale).first().copied().unwrap_or(1.0),
         };
         let outputs = Outputs {
@@ -83,6 +89,20 @@ unsafe fn operand<'a, E: Plain>(in_place: bool, tensor: DeviceTensor) -> Operand
     }
     // SAFETY: passed on.
     Operand::Apart(unsafe { read(Some(tensor)) })
+}
+
+/// The weights of a tensor, or none.
+///
+/// # Safety
+/// As [`read`], for elements of this type of weights.
+unsafe fn weights<'a, E: Plain>(weights: WeightType, tensor: Option<DeviceTensor>) -> Weights<'a, E> {
+    // SAFETY: passed on.
+    unsafe {
+        match weights {
+            WeightType::Element => Weights::Element(read(tensor)),
+            WeightType::F32 => Weights::F32(read(tensor)),
+        }
+    }
 }
 
 /// The elements of a tensor, or none.

@@ -91,6 +91,8 @@ impl Options {
             hidden: self.max_row_bytes.div_ceil(dtype.bytes()),
             residual: Residual::Sharded,
             bias: false,
+            post_norm: None,
+            experts: None,
             norm: None,
             quantization: Quantization::None,
             keep_norm: false,

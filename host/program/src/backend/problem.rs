@@ -41,6 +41,8 @@ impl Problem {
             keep_norm: false,
             rounding: Rounding::Once,
             bias: false,
+            post_norm: None,
+            experts: None,
             mode,
         }
     }

@@ -15,7 +15,7 @@ use fused_collective::{cpu::Plain, group::rendezvous::Group};
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
     fusion::{Mode, Operation},
-    norm::Gamma,
+    norm::Weights,
     plan::{owned_index, owned_token, owned_tokens},
     quant::Quantization,
     reference::check_token,
@@ -435,7 +435,9 @@ impl<'a, E: Plain> Judge<'a, E> {
                 inputs: &rows,
                 residual: problem.residual.then_some(&residual[..]),
                 bias: None,
-                gamma: Gamma::Element(&self.gamma),
+                post_gamma: None,
+                experts: None,
+                gamma: Weights::Element(&self.gamma),
                 scale: problem.scale,
                 index,
             };
@@ -469,7 +471,9 @@ impl<'a, E: Plain> Judge<'a, E> {
             inputs: &rows,
             residual: problem.residual.then_some(&self.residual[..]),
             bias: None,
-            gamma: Gamma::Element(&self.gamma),
+            post_gamma: None,
+            experts: None,
+            gamma: Weights::Element(&self.gamma),
             scale: problem.scale,
             index,
         };

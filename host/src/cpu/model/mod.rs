@@ -35,7 +35,7 @@ use pulp::Arch;
 
 use super::{
     exchange::{EMPTY, Exchange, Medium, Word},
-    fused::{self, Job, Scratch},
+    fused::{self, Addend, Job, Scratch},
     sum::Operand,
     wait::{Wait, WaitGuard},
 };
@@ -248,8 +248,9 @@ fn run_fused<C: Checker>(exchange: &mut Exchange<End<C>>, ranks: u32, rank: u32,
         let job = Job {
             rounding: Rounding::Once,
             bias: None,
+            post_norm: None,
             dealt_to: 1,
-            input: Operand::Apart(&input[..]),
+            addend: Addend { input: Operand::Apart(&input[..]), experts: None },
             residual: None,
             residual_out: &mut residual_out,
             norm_out: &mut [],

@@ -112,6 +112,8 @@ impl Communicator {
             keep_norm: false,
             rounding: Rounding::Once,
             bias: false,
+            post_norm: None,
+            experts: None,
             mode: if family == Family::OneShot { Mode::OneShot } else { Mode::TwoShot },
         };
         let plan = Plan::new(&shape, &self.limits)?;

@@ -279,7 +279,7 @@ impl Communicator {
         let call = Call::operation(operation, plan.algorithm, None);
         // SAFETY: the kernels were chosen for the operation, whose epilogue this is, and the tensors were checked, whose
         // addresses this function's caller vouches for, as for the stream.
-        unsafe { self.launch_rounds(&plan, call, tensors.activations(operation.rounding), &epilogue, stream) }
+        unsafe { self.launch_rounds(&plan, call, tensors.activations(operation), &epilogue, stream) }
     }
 
     /// Reads the scale of `operation`, and checks it. A scale that is written in a capture is not there yet.

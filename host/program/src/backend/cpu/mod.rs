@@ -20,7 +20,7 @@ use fused_collective::{
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
     fusion::Mode,
-    norm::{self, Gamma},
+    norm::{self, Weights},
     plan::Limits,
     quant::{Quantization, e4m3, scale},
 };
@@ -235,8 +235,16 @@ impl Engine {
             true => (Operand::InPlace, &mut tensors.input),
             false => (Operand::Apart(&tensors.input.elements::<E>()[rows.clone()]), &mut tensors.norm_out),
         };
-        let gamma = Gamma::Element(tensors.gamma.elements::<E>());
-        let inputs = Inputs { input, residual, bias: None, gamma, scale: problem.scale };
+        let gamma = Weights::Element(tensors.gamma.elements::<E>());
+        let inputs = Inputs {
+            input,
+            residual,
+            bias: None,
+            post_gamma: None,
+            experts: None,
+            gamma,
+            scale: problem.scale,
+        };
         let outputs = Outputs {
             residual_out: &mut residual_out.elements_mut()[own_rows],
             norm_out: &mut norm_out.elements_mut()[rows],
@@ -253,7 +261,9 @@ impl Engine {
             input: Operand::Apart(tensors.input.elements()),
             residual: None,
             bias: None,
-            gamma: Gamma::Element(tensors.gamma.elements::<E>()),
+            post_gamma: None,
+            experts: None,
+            gamma: Weights::Element(tensors.gamma.elements::<E>()),
             scale: problem.scale,
         };
         let outputs = Outputs {
@@ -273,7 +283,7 @@ impl Engine {
     ) -> Finish<'a, E> {
         Finish {
             norm: problem.norm,
-            gamma: Gamma::Element(gamma.elements()),
+            gamma: Weights::Element(gamma.elements()),
             quantization,
             scale: problem.scale,
             tokens: problem.tokens,

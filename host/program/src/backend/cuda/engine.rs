@@ -248,9 +248,13 @@ impl<'a> Engine<'a> {
         let quantized = quantization != Quantization::None;
         let scale = self.scale.as_ref().map_or(Address::NULL, GuardedMemory::address);
         Tensors {
-            input: tensor(Tensor::Input),
+            input: Some(tensor(Tensor::Input)),
             residual: None,
             bias: None,
+            post_gamma: None,
+            expert_rows: None,
+            expert_index: None,
+            expert_scales: None,
             gamma: norm.then(|| tensor(Tensor::Gamma)),
             scale: quantization.reads_scale().then_some(DeviceTensor {
                 address: scale.0,

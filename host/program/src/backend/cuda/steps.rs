@@ -67,7 +67,7 @@ impl Engine<'_> {
         let own_rows = |tensor| part(tensor, first_own, own, row_bytes, problem.hidden);
         let row_codes = problem.quantization.value_bytes_per_row(problem.hidden);
         let mut tensors = self.operands(problem, true, problem.quantization, call.sum(problem));
-        tensors.input = rows(tensors.input);
+        tensors.input = tensors.input.map(rows);
         tensors.residual = problem.residual.then(|| own_rows(self.tensor(call.residual(), problem.dtype)));
         tensors.residual_out = own_rows(tensors.residual_out);
         tensors.norm_out = tensors.norm_out.map(|_| rows(self.tensor(call.norm(), problem.dtype)));

@@ -145,6 +145,8 @@ impl Settings {
             keep_norm: false,
             rounding: Rounding::Once,
             bias: false,
+            post_norm: None,
+            experts: None,
             mode,
         }
     }

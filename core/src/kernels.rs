@@ -56,7 +56,8 @@ impl Processor {
 /// A set of kernels: a module's, for one element type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Set {
-    /// The collectives for groups of 2 ranks, of rows in registers.
+    /// The collectives for groups of 2 ranks, of rows in registers. One-shot sends no more bytes between two than two-shot, in
+    /// one hop: whoever asks for two-shot gets a larger group's.
     Group2,
     /// The collectives for groups of at most 4 ranks, of rows in registers.
     Group4,
@@ -73,13 +74,13 @@ impl Set {
     /// Every set.
     pub const ALL: [Set; 5] = [Set::Group2, Set::Group4, Set::Group8, Set::Local, Set::Streamed];
 
-    /// The smallest set with collectives for `world_size` ranks; `None` for more than [`MAX_RANKS`].
-    pub const fn for_group(world_size: u32) -> Option<Set> {
+    /// The smallest set with the collective for `world_size` ranks; `None` for more than [`MAX_RANKS`].
+    pub const fn for_group(world_size: u32, algorithm: Algorithm) -> Option<Set> {
         const { assert!(MAX_RANKS == 8) };
-        match world_size {
-            ..=2 => Some(Set::Group2),
-            3..=4 => Some(Set::Group4),
-            5..=8 => Some(Set::Group8),
+        match (world_size, algorithm) {
+            (..=2, Algorithm::OneShot | Algorithm::ShardedTwoShot) => Some(Set::Group2),
+            (..=4, _) => Some(Set::Group4),
+            (5..=8, _) => Some(Set::Group8),
             _ => None,
         }
     }
@@ -97,9 +98,11 @@ impl Set {
 
     /// The names of the set's entry points.
     pub fn entries(self) -> impl Iterator<Item = &'static str> {
-        let has = move |kernel: &Kernel, version| match self {
-            Set::Streamed => version == Version::Streamed,
-            _ => version != Version::Streamed && (kernel.family == Family::Local) == (self == Set::Local),
+        let has = move |kernel: &Kernel, version| match (self, kernel.family) {
+            (Set::Streamed, _) => version == Version::Streamed,
+            (_, Family::Local) => version != Version::Streamed && self == Set::Local,
+            (_, Family::TwoShot) => version != Version::Streamed && matches!(self, Set::Group4 | Set::Group8),
+            (_, Family::OneShot | Family::Sharded) => version != Version::Streamed && self != Set::Local,
         };
         KERNELS.iter().flat_map(move |kernel| {
             Version::ALL
@@ -407,9 +410,11 @@ mod tests {
 
     #[test]
     fn a_group_uses_the_smallest_kernels_that_serve_it() {
-        let sets = [1, 2, 3, 4, 5, 8, 9].map(Set::for_group);
+        let sets = |algorithm| [1, 2, 3, 4, 5, 8, 9].map(|world_size| Set::for_group(world_size, algorithm));
         let [two, four, eight] = [Set::Group2, Set::Group4, Set::Group8].map(Some);
-        assert_eq!(sets, [two, two, four, four, eight, eight, None]);
+        assert_eq!(sets(Algorithm::OneShot), [two, two, four, four, eight, eight, None]);
+        assert_eq!(sets(Algorithm::ShardedTwoShot), [two, two, four, four, eight, eight, None]);
+        assert_eq!(sets(Algorithm::TwoShot), [four, four, four, four, eight, eight, None]);
     }
 
     #[test]
@@ -438,11 +443,12 @@ mod tests {
     }
 
     #[test]
-    fn every_entry_point_is_in_one_set_or_in_all_of_the_groups() {
+    fn every_entry_point_is_in_one_set_or_in_the_groups() {
         let [two, four, eight, local, streamed] = Set::ALL.map(|set| set.entries().collect::<Vec<_>>());
-        assert_eq!((&two, &two), (&four, &eight));
-        assert_eq!((two.len(), local.len(), streamed.len()), (2 * 17, 2 * 10, 27));
-        let all: HashSet<_> = [two, local, streamed].concat().into_iter().collect();
+        assert_eq!(four, eight);
+        assert_eq!((two.len(), four.len(), local.len(), streamed.len()), (2 * 11, 2 * 17, 2 * 10, 27));
+        assert!(two.iter().all(|entry| four.contains(entry) && !entry.starts_with("two_shot")));
+        let all: HashSet<_> = [four, local, streamed].concat().into_iter().collect();
         assert_eq!(all.len(), 3 * KERNELS.len());
     }
 
@@ -471,10 +477,9 @@ mod tests {
             ("sm_100a", Bf16, Group4, "two_shot_fp4_p1", (512, 1)),
             ("sm_100a", Bf16, Group4, "sharded_fp4_p1", (1024, 1)),
             // Two packs in 64 registers.
-            ("sm_90", Bf16, Group2, "two_shot_norm_p2", (512, 2)),
             ("sm_90", Bf16, Group2, "sharded_norm_p2", (512, 2)),
             ("sm_90", Bf16, Group2, "one_shot_norm_p2", (512, 1)),
-            ("sm_120a", Bf16, Group2, "two_shot_norm_p2", (512, 1)),
+            ("sm_120a", Bf16, Group2, "sharded_norm_p2", (512, 1)),
             // None of the table's.
             ("sm_90", Bf16, Group4, "all_reduce_gelu", (1024, 1)),
             ("sm_80", Bf16, Group4, "all_reduce_gelu", (512, 1)),

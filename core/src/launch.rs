@@ -242,19 +242,21 @@ impl PostNorm {
         PostNorm { gamma: Address::NULL, inverse_hidden: 0.0, epsilon: 0.0, weight_bias: 0.0, gamma_f32: 0 };
 }
 
-/// The experts' rows that this rank's addend is made of: [`fusion::Experts`](crate::fusion::Experts) states the order.
-/// Kernels without a collective have none.
+/// The experts' rows that this rank's addend is made of: [`fusion::Experts`](crate::fusion::Experts) states the order. The
+/// kernel leaves the addend in [`Activations::input`]. Kernels without a collective have no experts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Experts {
-    /// `[any, hidden]` elements, 16-byte aligned; null: the addend is [`Activations::input`]. Not null with experts, even if
-    /// there are no rows.
+    /// `[any, hidden]` elements, 16-byte aligned; null: the addend lies in [`Activations::input`]. Not null with experts, even
+    /// if there are no rows.
     pub rows: Address,
     /// `[total_tokens, top_k]` `i32`, 4-byte aligned: a row, or less than 0 for none. Kernels do not check them against the
     /// number of rows.
     pub index: Address,
     /// `[total_tokens, top_k]` elements, or `f32`, aligned to one of them.
     pub scales: Address,
+    /// `[total_tokens, hidden]` elements, 16-byte aligned, the shared expert's rows; null: there is no shared expert.
+    pub shared: Address,
     /// Experts of a token, from 1 to [`MAX_TOP_K`](crate::fusion::MAX_TOP_K); 0 if the addend is the input.
     pub top_k: u32,
     /// 1: scales are `f32`, and elements are not; else 0.
@@ -263,8 +265,14 @@ pub struct Experts {
 
 impl Experts {
     /// No experts.
-    pub const NONE: Experts =
-        Experts { rows: Address::NULL, index: Address::NULL, scales: Address::NULL, top_k: 0, scales_f32: 0 };
+    pub const NONE: Experts = Experts {
+        rows: Address::NULL,
+        index: Address::NULL,
+        scales: Address::NULL,
+        shared: Address::NULL,
+        top_k: 0,
+        scales_f32: 0,
+    };
 }
 
 /// The activations, `[total_tokens, hidden]` elements each, 16-byte aligned.
@@ -274,7 +282,8 @@ impl Experts {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Activations {
-    /// This rank's addend; with [`experts`](Self::experts) the rows of the shared expert, or null: then none is added.
+    /// This rank's addend. Where a kernel makes it, as from [`experts`](Self::experts), the kernel writes it here: into memory
+    /// of the launch's own, of which only the round's rows are used.
     pub input: Address,
     /// The residual, or null: then none is read.
     pub residual: Address,
@@ -315,18 +324,21 @@ impl Activations {
         }
     }
 
-    /// An operation's activations as the kernel of one of its rounds takes them.
+    /// An operation's activations as the kernel of one of its rounds takes them. Where the kernel makes the addend, `input` has
+    /// room for one round's rows.
     pub const fn of_round(self, plan: &Plan, round: &Round) -> Activations {
-        if !matches!(plan.algorithm, Algorithm::ShardedTwoShot) {
-            return self;
+        let mut activations = self;
+        if !self.experts.rows.is_null() {
+            let before = round.first_token * plan.row_bytes;
+            activations.input = self.input.offset(before.wrapping_neg());
         }
-        // Rounds start with a token of rank 0's, so that as many of every rank's come before.
-        let before = owned_index(round.first_token, plan.world_size) * plan.row_bytes;
-        Activations {
-            residual: self.residual.offset(before),
-            residual_out: self.residual_out.offset(before),
-            ..self
+        if matches!(plan.algorithm, Algorithm::ShardedTwoShot) {
+            // Rounds start with a token of rank 0's, so that as many of every rank's come before.
+            let before = owned_index(round.first_token, plan.world_size) * plan.row_bytes;
+            activations.residual = self.residual.offset(before);
+            activations.residual_out = self.residual_out.offset(before);
         }
+        activations
     }
 }
 
@@ -465,7 +477,7 @@ pub const LAYOUT: u32 = crate::fingerprint! {
     Group { regions, state, status, slot_bytes, timeout_ns, world_size, rank }
     Shape { first_token, total_tokens, tokens, row_packs, call }
     PostNorm { gamma, inverse_hidden, epsilon, weight_bias, gamma_f32 }
-    Experts { rows, index, scales, top_k, scales_f32 }
+    Experts { rows, index, scales, shared, top_k, scales_f32 }
     Activations { input, residual, bias, residual_out, rounds_sum, reserved, post_norm, experts }
     AnyFused { group, shape, activations, epilogue }
     AnyLocal { shape, activations, epilogue }
@@ -490,13 +502,13 @@ pub fn layout_of(ptx: &str) -> Option<u32> {
 // Host and device are compiled by different compilers: neither may pad what the other does not.
 const _: () = {
     assert!(size_of::<RankState>() == 64 + 16 * MAX_BLOCKS as usize && size_of::<Status>() == 64);
-    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 96);
-    assert!(size_of::<PostNorm>() == 24 && size_of::<Experts>() == 32);
+    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 104);
+    assert!(size_of::<PostNorm>() == 24 && size_of::<Experts>() == 40);
     assert!(size_of::<Unquantized>() == 0 && size_of::<Fp8Static>() == 16 && size_of::<Fp8PerToken>() == 16);
     assert!(size_of::<BlockScales>() == 40 && size_of::<Fp8Block>() == 56 && size_of::<Fp4>() == 56);
     assert!(size_of::<Plain<Fp4>>() == 56 && size_of::<RmsNorm<Unquantized>>() == 32);
-    assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 96 + 88);
-    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 96 + 48);
+    assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 104 + 88);
+    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 104 + 48);
 };
 
 #[cfg(test)]

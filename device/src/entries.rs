@@ -4,7 +4,7 @@
 /// kernels that need no group, or all of those that stream their rows.
 ///
 /// ```ignore
-/// fused_collective_device::entries!(collectives, bf16, 4); // N is 2, 4 or 8
+/// fused_collective_device::entries!(collectives, bf16, 4); // N is 2, 4 or 8; two-shot is among them from 4 on
 /// fused_collective_device::entries!(local, bf16);
 /// fused_collective_device::entries!(streamed, bf16);
 /// ```
@@ -20,22 +20,29 @@
 /// [`bounds`](fused_collective_core::kernels::bounds) gives.
 #[macro_export]
 macro_rules! entries {
+    (collectives, $element:ident, 2) => {
+        $crate::entries!(@for_any resident, $element, 2);
+    };
     (collectives, $element:ident, $ranks:literal) => {
-        $crate::entries!(@collectives resident, $element, $ranks);
+        $crate::entries!(@for_any resident, $element, $ranks);
+        $crate::entries!(@from_three resident, $element, $ranks);
     };
     (local, $element:ident) => {
         $crate::entries!(@locals resident, $element);
     };
     (streamed, $element:ident) => {
-        $crate::entries!(@collectives streamed, $element, 8);
+        $crate::entries!(@for_any streamed, $element, 8);
+        $crate::entries!(@from_three streamed, $element, 8);
         $crate::entries!(@locals streamed, $element);
     };
-    (@collectives $rows:ident, $element:ident, $ranks:literal) => {
+    (@for_any $rows:ident, $element:ident, $ranks:literal) => {
         $crate::entries!(@epilogue $rows, one_shot, "one_shot_none", $element, $ranks, Plain<Unquantized>);
-        $crate::entries!(@epilogue $rows, two_shot, "two_shot_none", $element, $ranks, Plain<Unquantized>);
         $crate::entries!(@collective $rows, one_shot, "one_shot", $element, $ranks);
-        $crate::entries!(@collective $rows, two_shot, "two_shot", $element, $ranks);
         $crate::entries!(@collective $rows, sharded, "sharded", $element, $ranks);
+    };
+    (@from_three $rows:ident, $element:ident, $ranks:literal) => {
+        $crate::entries!(@epilogue $rows, two_shot, "two_shot_none", $element, $ranks, Plain<Unquantized>);
+        $crate::entries!(@collective $rows, two_shot, "two_shot", $element, $ranks);
     };
     (@collective $rows:ident, $algorithm:ident, $name:literal, $element:ident, $ranks:literal) => {
         $crate::entries!(@epilogue $rows, $algorithm, concat!($name, "_norm"), $element, $ranks, RmsNorm<Unquantized>);
@@ -57,20 +64,20 @@ macro_rules! entries {
         $crate::entries!(@local $rows, "norm_fp4", $element, RmsNorm<Fp4>);
     };
     (@epilogue resident, $algorithm:ident, $name:expr, $element:ident, $ranks:literal, $epilogue:ty) => {
-        $crate::entries!(@entry concat!($name, "_p1"), Fused<$epilogue>, collective::$algorithm::<$element, $epilogue, $ranks, 1, true>);
-        $crate::entries!(@entry concat!($name, "_p2"), Fused<$epilogue>, collective::$algorithm::<$element, $epilogue, $ranks, 2, true>);
+        $crate::entries!(@entry concat!($name, "_p1"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 1, true>(&params, &params.activations.experts));
+        $crate::entries!(@entry concat!($name, "_p2"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 2, true>(&params, &params.activations.experts));
     };
     (@epilogue streamed, $algorithm:ident, $name:expr, $element:ident, $ranks:literal, $epilogue:ty) => {
-        $crate::entries!(@entry concat!($name, "_streamed"), Fused<$epilogue>, collective::$algorithm::<$element, $epilogue, $ranks, 1, false>);
+        $crate::entries!(@entry concat!($name, "_streamed"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 1, false>(&params, &params.activations.experts));
     };
     (@local resident, $name:literal, $element:ident, $epilogue:ty) => {
-        $crate::entries!(@entry concat!("local_", $name, "_p1"), Local<$epilogue>, local::<$element, $epilogue, 1, true>);
-        $crate::entries!(@entry concat!("local_", $name, "_p2"), Local<$epilogue>, local::<$element, $epilogue, 2, true>);
+        $crate::entries!(@entry concat!("local_", $name, "_p1"), Local<$epilogue>, |params| local::<$element, $epilogue, 1, true>(&params));
+        $crate::entries!(@entry concat!("local_", $name, "_p2"), Local<$epilogue>, |params| local::<$element, $epilogue, 2, true>(&params));
     };
     (@local streamed, $name:literal, $element:ident, $epilogue:ty) => {
-        $crate::entries!(@entry concat!("local_", $name, "_streamed"), Local<$epilogue>, local::<$element, $epilogue, 1, false>);
+        $crate::entries!(@entry concat!("local_", $name, "_streamed"), Local<$epilogue>, |params| local::<$element, $epilogue, 1, false>(&params));
     };
-    (@entry $name:expr, $parameters:ty, $($kernel:tt)+) => {
+    (@entry $name:expr, $parameters:ty, |$params:ident| $kernel:expr) => {
         const _: () = {
             #[allow(unused_imports, reason = "each entry uses some of these")]
             use $crate::{collective, dtype::{bf16, f16}, launch::*, local};
@@ -78,9 +85,9 @@ macro_rules! entries {
             /// # Safety
             /// Launched by the rules in `fused_collective_device::launch`.
             #[unsafe(export_name = $name)]
-            unsafe extern "ptx-kernel" fn entry(params: $parameters) {
+            unsafe extern "ptx-kernel" fn entry($params: $parameters) {
                 // SAFETY: the rules are what the kernel asks for.
-                unsafe { $($kernel)+(&params) }
+                unsafe { $kernel }
             }
         };
     };

@@ -12,6 +12,7 @@
 //! | [`collective`] | one-shot and two-shot, with a sharded residual too, bounded waits, memory order |
 //! | [`local()`] | an epilogue without a collective |
 //! | [`epilogue`] | the epilogue trait, norm, quantizers to FP8 and FP4 |
+//! | [`prologue`] | the prologue trait, MoE's experts |
 //! | [`entries!`] | the table of kernel entry points, and their names |
 //! | [`convert`] | conversions by instruction |
 //!
@@ -21,14 +22,15 @@
 //! ```ignore
 //! #![no_std]
 //! #![feature(abi_ptx)]
-//! use fused_collective_device::{collective, dtype::bf16, launch::Fused};
+//! use fused_collective_device::{collective, dtype::bf16, launch::Fused, prologue::Given};
 //!
 //! #[unsafe(no_mangle)]
 //! pub unsafe extern "ptx-kernel" fn my_kernel(params: Fused<MyEpilogue>) {
 //!     // At most 4 ranks, one resident pack per thread.
-//!     unsafe { collective::one_shot::<bf16, MyEpilogue, 4, 1, true>(&params) }
+//!     unsafe { collective::one_shot::<bf16, MyEpilogue, Given, 4, 1, true>(&params, &Given) }
 //! }
 //! ```
+//! A [`prologue::Prologue`] in place of `Given` makes the rank's addend.
 //! `device/examples/custom-epilogue` is such a crate, complete. `fused-collective-build` compiles it to PTX in a build script.
 //! Launch it by the rules in [`launch`].
 //!
@@ -65,6 +67,7 @@ pub mod convert;
 mod entries;
 pub mod epilogue;
 mod local;
+pub mod prologue;
 pub mod row;
 pub mod simt;
 

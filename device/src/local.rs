@@ -43,7 +43,7 @@ where
     while token < shape.tokens {
         // SAFETY: see above.
         unsafe {
-            prepared.complete(&mut team, shape, activations, token, |chunk, indices, row| {
+            prepared.complete::<false>(&mut team, shape, activations, token, |chunk, indices, row| {
                 let mut residuals = [Pack::default(); P];
                 slice.for_each(chunk, |p, _| {
                     row[p] = simt::load(indices[p].of(activations.input));

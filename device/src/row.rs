@@ -18,8 +18,9 @@ use fused_collective_core::{
 };
 
 use crate::{
-    epilogue::{Epilogue, PackIndex, RowValues},
-    launch::{Activations, Address, MAX_BLOCK_THREADS, MAX_CLUSTER, Shape},
+    convert,
+    epilogue::{Epilogue, PackIndex, RowValues, weights},
+    launch::{Activations, Address, MAX_BLOCK_THREADS, MAX_CLUSTER, PostNorm, Shape},
     simt::{self, SHARED_FLOATS, Shared, WARP},
 };
 
@@ -269,6 +270,16 @@ impl<const P: usize, const RESIDENT: bool> ThreadSlice<P, RESIDENT> {
         (pack < self.row_packs).then_some(pack)
     }
 
+    /// Calls `each` for all packs of a row that are this thread's.
+    #[inline(always)]
+    pub fn for_packs(&self, mut each: impl FnMut(u32)) {
+        let mut pack = self.thread;
+        while pack < self.row_packs {
+            each(pack);
+            pack += self.threads;
+        }
+    }
+
     /// The indices of this thread's packs of chunk `chunk` of token `token`; those past the row's end are not to be used.
     #[inline(always)]
     pub fn indices(&self, token: u64, chunk: u32) -> [PackIndex; P] {
@@ -353,12 +364,13 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     }
 
     /// Completes token `token` of the round: `sum` puts this thread's packs of one chunk of `residual_out` into the
-    /// array it is given; they are stored, and the epilogue gets the row. Every thread of the team calls this.
+    /// array it is given, or with `POST_NORM` of the sum that there may be a norm of; `residual_out` is stored, and the epilogue
+    /// gets the row. Every thread of the team calls this.
     ///
     /// # Safety
     /// The addresses are as their documentation says, `token` is one of the round, and no other team completes it.
     #[inline(always)]
-    pub unsafe fn complete(
+    pub unsafe fn complete<const POST_NORM: bool>(
         &self,
         team: &mut Team,
         shape: &Shape,
@@ -372,28 +384,38 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
             indices = indices.map(PackIndex::kept);
         }
         let mut row = [Pack::default(); P];
-        self.slice.for_chunks(|chunk| {
-            let mut addends = [0.0; P];
-            if !RESIDENT {
-                indices = self.slice.indices(token, chunk);
-            }
-            sum(chunk, &indices, &mut row);
-            self.slice.for_each(chunk, |p, _| {
-                if !activations.residual_out.is_null() {
-                    // SAFETY: inside the tensor; the pack is this thread's alone.
-                    unsafe { simt::store(indices[p].of(activations.residual_out), row[p]) };
+        let mut row_sum = 0.0;
+        if POST_NORM && RESIDENT && X::ROW_SUM {
+            sum(0, &indices, &mut row);
+            // SAFETY: as this function's.
+            row_sum = unsafe { self.settle(team, activations, &mut row, |p, _| indices[p]) };
+        } else {
+            self.slice.for_chunks(|chunk| {
+                let mut addends = [0.0; P];
+                if !RESIDENT {
+                    indices = self.slice.indices(token, chunk);
                 }
+                sum(chunk, &indices, &mut row);
+                self.slice.for_each(chunk, |p, _| {
+                    if !activations.residual_out.is_null() {
+                        // SAFETY: inside the tensor; the pack is this thread's alone.
+                        unsafe { simt::store(indices[p].of(activations.residual_out), row[p]) };
+                    }
+                    if X::ROW_SUM {
+                        addends[p] = self.epilogue.addend(row[p]);
+                    } else if !X::ROW_MAX {
+                        // SAFETY: as this function's.
+                        unsafe { self.finish(indices[p], row[p], RowValues::default()) };
+                    }
+                });
                 if X::ROW_SUM {
-                    addends[p] = self.epilogue.addend(row[p]);
-                } else if !X::ROW_MAX {
-                    // SAFETY: as this function's.
-                    unsafe { self.finish(indices[p], row[p], RowValues::default()) };
+                    team.add::<P, RESIDENT>(chunk, addends);
                 }
             });
             if X::ROW_SUM {
-                team.add::<P, RESIDENT>(chunk, addends);
+                row_sum = team.sum::<P, RESIDENT>();
             }
-        });
+        }
         if !X::ROW_SUM && !X::ROW_MAX {
             return;
         }
@@ -402,7 +424,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
             unsafe { simt::load(index.of(row_in_memory(activations))) }
         };
         // SAFETY: as this function's.
-        let of_row = unsafe { self.row_values(team, token, &row, read) };
+        let of_row = unsafe { self.row_values(team, row_sum, token, &row, read) };
         self.slice.for_chunks(|chunk| {
             if !Self::SPARE {
                 // `black_box`, or they would be kept.
@@ -418,8 +440,50 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         });
     }
 
-    /// The sum and the maximum over a row that the epilogue needs, of which the lines' sums were left. `row` are this
-    /// thread's packs, or where they are not resident `read` has them, of row `token` of its tensor.
+    /// Makes `residual_out` of the sum of all ranks in `row`, which it is already unless there is a norm of the sum. Stores it,
+    /// and returns the sum over it. `index` gives a pack's index in the residual.
+    ///
+    /// The norm of the sum and the sum over `residual_out` are turns of one loop: so the code of a sum over a row is in a
+    /// kernel once.
+    ///
+    /// # Safety
+    /// As [`complete`](Self::complete).
+    #[inline(always)]
+    unsafe fn settle(
+        &self,
+        team: &mut Team,
+        activations: &Activations,
+        row: &mut [Pack; P],
+        index: impl Fn(usize, u32) -> PackIndex,
+    ) -> f32 {
+        let post_norm = &activations.post_norm;
+        let mut left = u32::from(!post_norm.gamma.is_null());
+        loop {
+            let mut addends = [0.0; P];
+            self.slice.for_each(0, |p, pack| {
+                if left == 0 {
+                    // SAFETY: inside the tensor; the pack is this thread's alone.
+                    unsafe { simt::store(index(p, pack).of(activations.residual_out), row[p]) };
+                }
+                addends[p] = self.epilogue.addend(row[p]);
+            });
+            team.add::<P, RESIDENT>(0, addends);
+            let sum = team.sum::<P, RESIDENT>();
+            if left == 0 {
+                return sum;
+            }
+            // `black_box`, or a compiler knows that the next turn is the last, and has the loop twice.
+            left = simt::black_box_u32(left - 1);
+            let inverse_rms = norm::inverse_rms(sum, post_norm.inverse_hidden, post_norm.epsilon, simt::fma);
+            self.slice.for_each(0, |p, pack| {
+                // SAFETY: as this function's.
+                row[p] = unsafe { post_norm_out::<E>(activations, index(p, pack), row[p], inverse_rms) };
+            });
+        }
+    }
+
+    /// The values of a row that the epilogue needs, of which `row_sum` is the sum. `row` are this thread's packs, or where they
+    /// are not resident `read` has them, of row `token` of its tensor.
     ///
     /// # Safety
     /// As [`complete`](Self::complete).
@@ -427,11 +491,12 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     unsafe fn row_values(
         &self,
         team: &mut Team,
+        row_sum: f32,
         token: u64,
         row: &[Pack; P],
         read: impl Fn(PackIndex) -> Pack,
     ) -> RowValues {
-        let value = if X::ROW_SUM { self.epilogue.row_value(team.sum::<P, RESIDENT>()) } else { 0.0 };
+        let value = if X::ROW_SUM { self.epilogue.row_value(row_sum) } else { 0.0 };
         let mut max = 0.0;
         if X::ROW_MAX {
             self.slice.for_chunks(|chunk| {
@@ -468,24 +533,34 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     ) {
         let index = |pack| PackIndex::new(owned as u64, pack, shape.row_packs);
         let mut row = [Pack::default(); P];
-        self.slice.for_chunks(|chunk| {
-            let mut addends = [0.0; P];
-            sum(context, chunk, &mut row);
-            self.slice.for_each(chunk, |p, pack| {
-                // SAFETY: inside the tensor; the pack is this thread's alone.
-                unsafe { simt::store(index(pack).of(activations.residual_out), row[p]) };
+        let mut row_sum = 0.0;
+        if RESIDENT && X::ROW_SUM {
+            sum(context, 0, &mut row);
+            // SAFETY: as this function's.
+            row_sum = unsafe { self.settle(team, activations, &mut row, |_, pack| index(pack)) };
+        } else {
+            self.slice.for_chunks(|chunk| {
+                let mut addends = [0.0; P];
+                sum(context, chunk, &mut row);
+                self.slice.for_each(chunk, |p, pack| {
+                    // SAFETY: inside the tensor; the pack is this thread's alone.
+                    unsafe { simt::store(index(pack).of(activations.residual_out), row[p]) };
+                    if X::ROW_SUM {
+                        addends[p] = self.epilogue.addend(row[p]);
+                    }
+                });
                 if X::ROW_SUM {
-                    addends[p] = self.epilogue.addend(row[p]);
+                    team.add::<P, RESIDENT>(chunk, addends);
                 }
             });
             if X::ROW_SUM {
-                team.add::<P, RESIDENT>(chunk, addends);
+                row_sum = team.sum::<P, RESIDENT>();
             }
-        });
+        }
         // SAFETY: this thread wrote the packs above.
         let read = |index: PackIndex| unsafe { simt::load(index.of(activations.residual_out)) };
         // SAFETY: as this function's.
-        let of_row = unsafe { self.row_values(team, owned as u64, &row, read) };
+        let of_row = unsafe { self.row_values(team, row_sum, owned as u64, &row, read) };
         self.slice.for_chunks(|chunk| {
             self.slice.for_lanes(chunk, |p, pack| {
                 let inside = pack < shape.row_packs;
@@ -538,6 +613,37 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
             self.epilogue.finish(index, row, of_row, weights, self.constants);
         }
     }
+}
+
+/// A pack of `residual_out`, of a pack of the sum of all ranks: the norm of the sum, plus the residual's pack `index`.
+///
+/// # Safety
+/// The addresses are as their documentation says, and `index` is inside the residual.
+#[inline(always)]
+unsafe fn post_norm_out<E: Element>(
+    activations: &Activations,
+    index: PackIndex,
+    sum: Pack,
+    inverse_rms: f32,
+) -> Pack {
+    let PostNorm { gamma, weight_bias, gamma_f32, .. } = activations.post_norm;
+    // SAFETY: gamma has a row's packs and is constant.
+    let weights = unsafe { weights::<E>(gamma, gamma_f32 != 0, index.pack) };
+    let mut norm = convert::widen::<E>(sum);
+    for (value, weight) in norm.as_mut().iter_mut().zip(weights.as_ref()) {
+        *value = *value * inverse_rms * (weight_bias + weight);
+    }
+    if activations.rounds_sum != 0 {
+        norm = convert::widen::<E>(convert::narrow::<E>(norm));
+    }
+    if !activations.residual.is_null() {
+        // SAFETY: as this function's.
+        let residual = convert::widen::<E>(unsafe { simt::load(index.of(activations.residual)) });
+        for (value, residual) in norm.as_mut().iter_mut().zip(residual.as_ref()) {
+            *value += residual;
+        }
+    }
+    convert::narrow::<E>(norm)
 }
 
 /// Where a finished row can be read again. Without `residual_out` there is no residual, and the row is the input.

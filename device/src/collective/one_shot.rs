@@ -25,12 +25,13 @@ use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 use super::{
     begun::{Begun, prepare, serves},
     ranks::{first_slot, for_peers, peer},
-    sum::{bias_of, load_row, residual_out},
+    sum::{bias_of, load_row, make_addend, residual_of_sum, residual_out},
     wait::Awaited,
 };
 use crate::{
     epilogue::Epilogue,
     launch::{Address, Fused},
+    prologue::Prologue,
     row::{Team, ThreadSlice},
     simt,
 };
@@ -42,10 +43,13 @@ use crate::{
 /// Called once by every thread of a grid launched by the rules in [`launch`](crate::launch), with parameters as
 /// their documentation says.
 #[inline(always)]
-pub unsafe fn one_shot<E, X, const N: usize, const P: usize, const RESIDENT: bool>(params: &Fused<X>)
-where
+pub unsafe fn one_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: bool>(
+    params: &Fused<X>,
+    prologue: &I,
+) where
     E: Element,
     X: Epilogue<E>,
+    I: Prologue<E>,
 {
     if !serves::<N>(&params.group) {
         return;
@@ -56,7 +60,8 @@ where
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     // SAFETY of all accesses below: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the
     // tensors and the slots, and by the launch rules this thread's alone.
-    let has_residual = !activations.residual.is_null();
+    let residual_of_sum = residual_of_sum(activations);
+    let has_residual = !residual_of_sum.is_null();
     let rounds_sum = activations.rounds_sum != 0;
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
@@ -80,6 +85,14 @@ where
     let epoch = Begun::epoch(group);
 
     simt::wait_for_prerequisites();
+    // SAFETY: see above.
+    unsafe {
+        let mut token = team_index;
+        while prologue.is_present() && token < shape.tokens {
+            make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
+            token += simt::clusters();
+        }
+    }
     let mut own = [Pack::default(); P];
     if mine {
         // SAFETY: see above.
@@ -130,14 +143,14 @@ where
         let mut next_own = [Pack::default(); P];
         // SAFETY: see above.
         unsafe {
-            prepared.complete(&mut team, shape, activations, token, |chunk, indices, row| {
+            prepared.complete::<true>(&mut team, shape, activations, token, |chunk, indices, row| {
                 // Both are read while the peers' packs are on their way.
                 let own = if keeps {
                     own
                 } else {
                     load_row(activations.input, slice, chunk, indices).map(Pack::strip)
                 };
-                let residual = load_row(activations.residual, slice, chunk, indices);
+                let residual = load_row(residual_of_sum, slice, chunk, indices);
                 let slot = begun.slot_of::<N>(group.rank).offset(before_round.wrapping_neg());
                 let packs = begun.waiter.all::<N, P, RESIDENT>(
                     slice,

@@ -29,13 +29,14 @@ use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::Slot
 use super::{
     begun::{Begun, prepare, serves},
     ranks::{first_slot, pack_of, peer},
-    sum::{bias_of, load_row, residual_out},
+    sum::{bias_of, load_row, make_addend, residual_of_sum, residual_out},
     turns::{Token, Tokens},
     wait::{Awaited, Waiter},
 };
 use crate::{
     epilogue::{Epilogue, PackIndex},
     launch::{Address, Fused, Group},
+    prologue::Prologue,
     row::{Team, ThreadSlice},
     simt,
 };
@@ -57,10 +58,13 @@ const fn turns_ahead(ranks: usize, packs: usize, resident: bool) -> u32 {
 /// Called once by every thread of a grid launched by the rules in [`launch`](crate::launch), with parameters as
 /// their documentation says for a sharded residual.
 #[inline(always)]
-pub unsafe fn sharded<E, X, const N: usize, const P: usize, const RESIDENT: bool>(params: &Fused<X>)
-where
+pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: bool>(
+    params: &Fused<X>,
+    prologue: &I,
+) where
     E: Element,
     X: Epilogue<E>,
+    I: Prologue<E>,
 {
     const { assert!(X::WORDS > 0, "this epilogue's results are not sent") }
     if !serves::<N>(&params.group) {
@@ -72,6 +76,8 @@ where
     let tokens = Tokens::<N>::new(group, shape);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     let rounds_sum = activations.rounds_sum != 0;
+    let residual_of_sum = residual_of_sum(activations);
+    let has_residual = !residual_of_sum.is_null();
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     let (row_bytes, stride) = (rows.row_bytes, rows.first_hop(1, 0));
@@ -84,6 +90,20 @@ where
 
     // Prologue.
     simt::wait_for_prerequisites();
+    // SAFETY: see above.
+    unsafe {
+        let (mut index, mut other) = (team_index, tokens.first_other(team_index, teams));
+        while prologue.is_present()
+            && let Some(Token { token, owner, .. }) = tokens.own(index).or_else(|| tokens.other(other))
+        {
+            make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
+            if owner == group.rank {
+                index += teams;
+            } else {
+                other += teams as i32;
+            }
+        }
+    }
     // SAFETY: see above.
     let mut begun = unsafe { Begun::read(group, Begun::epoch(group)) };
     simt::launch_dependents();
@@ -144,8 +164,7 @@ where
             // SAFETY: see above. The residual's rows are this rank's tokens of the round.
             let sum = |waiter: &mut Waiter<'_>, chunk: u32, row: &mut [Pack; P]| unsafe {
                 let own = own(token, chunk);
-                let residual =
-                    load_row(activations.residual, slice, chunk, &slice.indices(index as u64, chunk));
+                let residual = load_row(residual_of_sum, slice, chunk, &slice.indices(index as u64, chunk));
                 let row_at = slot_of(waiter, group.rank).offset(index as u64 * row_bytes);
                 let packs = waiter.all::<N, P, RESIDENT>(
                     slice,
@@ -164,7 +183,7 @@ where
                         &packs[p],
                         own[p].strip(),
                         bias_of(activations, pack),
-                        Some(residual[p]),
+                        has_residual.then_some(residual[p]),
                         rounds_sum,
                     );
                 });

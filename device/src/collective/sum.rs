@@ -5,7 +5,8 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 use crate::{
     convert,
     epilogue::PackIndex,
-    launch::{Activations, Address, Group},
+    launch::{Activations, Address, Group, Shape},
+    prologue::Prologue,
     row::ThreadSlice,
     simt,
 };
@@ -16,6 +17,34 @@ pub(super) fn bias_of(activations: &Activations, pack: u32) -> Address {
     // `black_box` for the same reason as in `load_row`.
     let bias = Address(simt::black_box_u64(activations.bias.0));
     if bias.is_null() { bias } else { bias.offset(simt::black_box_u32(pack) as u64 * Pack::BYTES) }
+}
+
+/// The residual that is added to the sum of all ranks: null if there is none, or if it is added to the norm of the sum.
+#[inline(always)]
+pub(super) fn residual_of_sum(activations: &Activations) -> Address {
+    if activations.post_norm.gamma.is_null() { activations.residual } else { Address::NULL }
+}
+
+/// Makes this thread's packs of the addend of token `token` of the round. The team that reads a token's addend makes it.
+///
+/// # Safety
+/// After the dependent-launch wait; the addresses are as their documentation says.
+#[inline(always)]
+pub(super) unsafe fn make_addend<E, I, const P: usize, const RESIDENT: bool>(
+    prologue: &I,
+    activations: &Activations,
+    shape: &Shape,
+    slice: ThreadSlice<P, RESIDENT>,
+    token: u32,
+) where
+    E: Element,
+    I: Prologue<E>,
+{
+    slice.for_packs(|pack| {
+        let index = PackIndex::new(shape.operation_token(token), pack, shape.row_packs);
+        // SAFETY: as this function's; the pack is inside the tensors, and this thread's alone.
+        unsafe { simt::store(index.of(activations.input), prologue.addend(index)) };
+    });
 }
 
 /// This thread's packs of a chunk of a row, from a tensor that may be absent: then zero.

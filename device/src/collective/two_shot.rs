@@ -29,12 +29,13 @@ use fused_collective_core::{
 use super::{
     begun::{Begun, prepare, serves},
     ranks::{deal, pack_of, peer},
-    sum::{bias_of, load_row, residual_out},
+    sum::{bias_of, load_row, make_addend, residual_of_sum, residual_out},
     wait::Awaited,
 };
 use crate::{
     epilogue::Epilogue,
     launch::Fused,
+    prologue::Prologue,
     row::{Team, ThreadSlice},
     simt,
 };
@@ -46,10 +47,13 @@ use crate::{
 /// Called once by every thread of a grid launched by the rules in [`launch`](crate::launch), with parameters as
 /// their documentation says.
 #[inline(always)]
-pub unsafe fn two_shot<E, X, const N: usize, const P: usize, const RESIDENT: bool>(params: &Fused<X>)
-where
+pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: bool>(
+    params: &Fused<X>,
+    prologue: &I,
+) where
     E: Element,
     X: Epilogue<E>,
+    I: Prologue<E>,
 {
     if !serves::<N>(&params.group) {
         return;
@@ -58,7 +62,8 @@ where
     let mut team = Team::join(X::ROW_SUM || X::ROW_MAX);
     let (team_index, teams) = (team.index, team.teams);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
-    let has_residual = !activations.residual.is_null();
+    let residual_of_sum = residual_of_sum(activations);
+    let has_residual = !residual_of_sum.is_null();
     let rounds_sum = activations.rounds_sum != 0;
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
@@ -72,6 +77,14 @@ where
 
     // Prologue.
     simt::wait_for_prerequisites();
+    // SAFETY: see above.
+    unsafe {
+        if prologue.is_present() {
+            deal(team_index, teams, shape.tokens, |token| {
+                make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
+            });
+        }
+    }
     // Read together with the state, and kept, where there are registers for it. Every team has a token.
     let keeps = const { RESIDENT && P == 1 && N == 2 };
     let first = if keeps { input(team.index, 0) } else { [Pack::default(); P] };
@@ -109,14 +122,14 @@ where
         // SAFETY: see above.
         unsafe {
             let slot = begun.slot_of::<N>(group.rank);
-            prepared.complete(&mut team, shape, activations, token, |chunk, indices, row| {
+            prepared.complete::<true>(&mut team, shape, activations, token, |chunk, indices, row| {
                 if owner != group.rank {
                     let awaited = Awaited { shape, token, hop: 2 };
                     *row = begun.waiter.row(slot.offset(result(token)), slice, chunk, owner, awaited);
                     return;
                 }
                 let own = own(token, chunk);
-                let residual = load_row(activations.residual, slice, chunk, indices);
+                let residual = load_row(residual_of_sum, slice, chunk, indices);
                 let row_at = slot.offset(index as u64 * row_bytes);
                 let packs = begun.waiter.all::<N, P, RESIDENT>(
                     slice,

@@ -354,20 +354,14 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
 
     #[inline(always)]
     unsafe fn ready(&self, pack: u32, gamma: Pack) -> E::Wide {
-        let mut weights;
-        if has_f32_gamma::<E, Q>(self) {
+        let mut weights = if has_f32_gamma::<E, Q>(self) {
             // Not kept where there are few registers, but read for each row, from a cache.
-            weights = E::WIDE_ZERO;
-            let first = self.gamma.offset(simt::black_box_u32(pack) as u64 * (E::LANES as u64 * 4));
-            for (index, four) in weights.as_mut().as_chunks_mut::<4>().0.iter_mut().enumerate() {
-                // SAFETY: gamma has as many `f32` as a row has elements, and is constant.
-                let Pack(words) = unsafe { simt::load_constant(first.offset(index as u64 * Pack::BYTES)) };
-                *four = words.map(f32::from_bits);
-            }
+            // SAFETY: gamma has as many `f32` as a row has elements, and is constant.
+            unsafe { f32_weights::<E>(self.gamma, pack) }
         } else {
             // `black_box`, so that nothing of this is computed ahead of the loop over rows where it is called in that.
-            weights = convert::widen::<E>(simt::black_box(gamma));
-        }
+            convert::widen::<E>(simt::black_box(gamma))
+        };
         for weight in weights.as_mut() {
             *weight += self.weight_bias;
         }
@@ -442,6 +436,38 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
         // SAFETY: as this function's.
         unsafe { self.quantizer.store_scales(index, scales) }
     }
+}
+
+/// The weights of pack `pack` of a row: `f32` beside elements of 16 bits if they are `wide`, else elements.
+///
+/// # Safety
+/// `gamma` has a row's weights, and is constant.
+#[inline(always)]
+pub(crate) unsafe fn weights<E: Element>(gamma: Address, wide: bool, pack: u32) -> E::Wide {
+    // SAFETY: as this function's.
+    unsafe {
+        if E::LANES == 8 && wide {
+            f32_weights::<E>(gamma, pack)
+        } else {
+            convert::widen::<E>(simt::load_constant(gamma.offset(pack as u64 * Pack::BYTES)))
+        }
+    }
+}
+
+/// The weights of pack `pack` of a row, which are `f32`.
+///
+/// # Safety
+/// As [`weights`].
+#[inline(always)]
+unsafe fn f32_weights<E: Element>(gamma: Address, pack: u32) -> E::Wide {
+    let mut weights = E::WIDE_ZERO;
+    let first = gamma.offset(simt::black_box_u32(pack) as u64 * (E::LANES as u64 * 4));
+    for (index, four) in weights.as_mut().as_chunks_mut::<4>().0.iter_mut().enumerate() {
+        // SAFETY: as this function's.
+        let Pack(words) = unsafe { simt::load_constant(first.offset(index as u64 * Pack::BYTES)) };
+        *four = words.map(f32::from_bits);
+    }
+    weights
 }
 
 /// True if gamma is `f32` beside elements of 16 bits.

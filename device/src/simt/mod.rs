@@ -253,6 +253,16 @@ pub unsafe fn prefetch(address: Address) {
     unsafe { imp::prefetch(address) }
 }
 
+/// Prefetches 16 bytes into L1. As [`prefetch`], but once nobody writes them any more.
+///
+/// # Safety
+/// `address` is valid for a read.
+#[inline(always)]
+pub unsafe fn prefetch_l1(address: Address) {
+    // SAFETY: as this function's.
+    unsafe { imp::prefetch_l1(address) }
+}
+
 /// Reads memory that nobody writes while the kernel runs, so that caches may keep it.
 ///
 /// # Safety

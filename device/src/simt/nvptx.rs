@@ -369,6 +369,14 @@ pub(super) unsafe fn prefetch(address: Address) {
     unsafe { asm!("prefetch.global.L2 [{0}];", in(reg64) address.0) }
 }
 
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
+pub(super) unsafe fn prefetch_l1(address: Address) {
+    // SAFETY: as this function's.
+    unsafe { asm!("prefetch.global.L1 [{0}];", in(reg64) address.0) }
+}
+
 macro_rules! load_pack {
     ($name:ident, $instruction:literal) => {
         /// # Safety

@@ -7,12 +7,13 @@ use std::{array, env, sync::atomic::Ordering, thread, time::Duration};
 
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
-    fusion::{Norm, Operation},
-    quant::{GroupScale, Quantization, ScaleLayout},
+    fusion::Norm,
+    quant::{GroupScale, ScaleLayout},
     reference::Special,
 };
 use fused_collective_device::{
     launch::{ABORTED, Epoch, RankState, Status, TIMED_OUT},
+    prologue::Given,
     simt::host::{Launch, Stream, launch},
 };
 use fused_collective_device_tests::{
@@ -55,7 +56,7 @@ fn blocks_of_a_cluster_share_a_row() {
             (Kernel::OneShot, Rows::Streamed),
             (Kernel::Sharded, Rows::P1),
         ] {
-            let case = Case::<bf16>::new(&mut random, 2, 4, 1440, true, EVERYTHING[4]);
+            let case = Case::<bf16>::new(&mut random, 2, 4, 1440, true, EVERYTHING[4]).of_rows(rows);
             let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
             let launch = |rank: u32| geometry(&case.operation, rows, clusters[rank as usize], 2);
             run_case(&mut random, &world, &case, kernel, rows, launch);
@@ -71,11 +72,11 @@ fn rows_longer_than_the_registers_are_streamed() {
     // Three warps, or several chunks, each.
     for rows in [Rows::P2, Rows::Streamed] {
         for kernel in KERNELS {
-            let case = Case::<f32>::new(&mut random, 2, 3, 720, true, What::Fp8);
+            let case = Case::<f32>::new(&mut random, 2, 3, 720, true, What::Fp8).of_rows(rows);
             let launch = geometry(&case.operation, rows, 1, 2);
             run_case(&mut random, &world, &case, kernel, rows, |_| launch);
         }
-        let case = Case::<bf16>::new(&mut random, 2, 3, 1456, true, EVERYTHING[4]).sharded();
+        let case = Case::<bf16>::new(&mut random, 2, 3, 1456, true, EVERYTHING[4]).of_rows(rows).sharded();
         let launch = geometry(&case.operation, rows, 1, 2);
         run_case(&mut random, &world, &case, Kernel::Sharded, rows, |_| launch);
     }
@@ -139,7 +140,7 @@ fn results_that_are_the_sentinel_arrive() {
         (What::Fp8PerToken, &nan),
     ];
     for (what, value) in rows {
-        let mut case = Case::<bf16>::new(&mut random, 3, 4, 96, true, what).sharded().unbiased();
+        let mut case = Case::<bf16>::new(&mut random, 3, 4, 96, true, what).sharded().plain();
         for tensor in case.inputs.iter_mut().chain(&mut case.residual) {
             tensor.iter_mut().enumerate().for_each(|(index, element)| *element = value(index));
         }
@@ -298,6 +299,8 @@ fn special_case<E: Element>(random: &mut Random, what: What, special: bool) -> C
             kind.fill(rank, token, row);
         }
     }
+    // Of the inputs alone, by steps that can be taken apart.
+    (case.operation.experts, case.operation.post_norm) = (None, None);
     case
 }
 
@@ -324,19 +327,8 @@ fn special_numbers<E: Element>(seed: u64) {
         let [one_shot, two_shot] = KERNELS.map(|kernel| run(&mut random, &case, kernel));
         assert!(one_shot == two_shot, "{what:?}");
 
-        let all_reduce =
-            Operation { norm: None, quantization: Quantization::None, keep_norm: false, ..case.operation };
         // The bias, if there is one, is the collective's.
-        let reduced = Case {
-            operation: all_reduce,
-            inputs: case.inputs.clone(),
-            residual: None,
-            bias: case.bias.clone(),
-            gamma: case.gamma.clone(),
-            gamma_f32: case.gamma_f32.clone(),
-            scale: case.scale,
-        };
-        let [sum, ..] = run(&mut random, &reduced, Kernel::OneShot);
+        let [sum, ..] = run(&mut random, &case.reduced(), Kernel::OneShot);
         let mut tensors = Tensors::new(&case, 0);
         tensors.input = Buffer::of(&sum);
         run_local(&case, &tensors);
@@ -369,7 +361,7 @@ fn a_sum_with_the_bits_of_the_sentinel_arrives() {
     let mut random = Random(17);
     let mut world = World::new(2, 1 << 14);
     world.timeout = Duration::from_secs(5);
-    let mut case = Case::<bf16>::new(&mut random, 2, 2, 64, false, What::Sum).unbiased();
+    let mut case = Case::<bf16>::new(&mut random, 2, 2, 64, false, What::Sum).plain();
     for input in &mut case.inputs {
         input[..96].fill(bf16::from_bits(0xffff));
         input[96..].fill(bf16::from_f32(-0.0));
@@ -450,8 +442,8 @@ fn a_kernel_for_too_few_ranks_ends_at_once() {
     };
     // SAFETY: the parameters are as their documentation says.
     launch(geometry(&case.operation, Rows::P1, 1, 1), || unsafe {
-        collective::one_shot::<f32, _, 2, 1, true>(&params);
-        collective::two_shot::<f32, _, 2, 1, true>(&params);
+        collective::one_shot::<f32, _, _, 2, 1, true>(&params, &Given);
+        collective::two_shot::<f32, _, _, 2, 1, true>(&params, &Given);
     });
     world.assert_clean();
     assert_eq!(world.states[0].get::<RankState>()[0].epochs[0], Epoch::default());

@@ -73,7 +73,7 @@ fn streamed_rows_and_absent_residuals_are_right_in_several_rounds() {
     for kernel in KERNELS {
         for rows in [Rows::P2, Rows::Streamed] {
             let residual = kernel == Kernel::Sharded;
-            let case = Case::<bf16>::new(&mut random, 2, 7, 400, residual, What::Norm);
+            let case = Case::<bf16>::new(&mut random, 2, 7, 400, residual, What::Norm).of_rows(rows);
             run_in_rounds(&mut random, &world, case, kernel, rows, 2);
         }
     }

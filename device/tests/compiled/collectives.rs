@@ -68,7 +68,7 @@ fn blocks_of_a_cluster_share_a_row() {
             for (kernel, what) in
                 KERNELS.into_iter().flat_map(|kernel| [(kernel, EVERYTHING[4]), (kernel, What::Fp8PerToken)])
             {
-                let case = Case::<bf16>::new(&mut random, 2, 3, 4112, true, what);
+                let case = Case::<bf16>::new(&mut random, 2, 3, 4112, true, what).of_rows(rows);
                 let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
                 let launch = geometry(&case.operation, rows, cluster, 2);
                 run_case(&mut random, &world, &case, kernel, rows, |_| launch);
@@ -87,8 +87,8 @@ fn rows_cut_into_calls_have_the_bits_of_one_call() {
             let compiled = Arc::new(Compiled::read("sm_90", &format!("{dtype}_w{most}"), seed));
             let world = world(ranks, &compiled);
             for (index, what) in EVERYTHING.into_iter().enumerate() {
-                let case = Case::<E>::new(&mut random, ranks, 13, 208, true, what);
                 let rows = ROWS[index % ROWS.len()];
+                let case = Case::<E>::new(&mut random, ranks, 13, 208, true, what).of_rows(rows);
                 run_cut(&mut random, &world, &case, Kernel::OneShot, rows);
                 run_cut(&mut random, &world, &case, Kernel::TwoShot, rows);
                 if what != What::Sum {
@@ -115,6 +115,7 @@ fn ranks_may_use_different_grids() {
             for (tokens, rows) in [(23, Rows::P2), (12, Rows::P1), (13, Rows::Streamed)] {
                 for kernel in KERNELS {
                     let case = Case::<bf16>::new(&mut random, ranks, tokens, 304, true, EVERYTHING[3]);
+                    let case = case.of_rows(rows);
                     let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
                     run_case(&mut random, &world, &case, kernel, rows, |rank| {
                         geometry(&case.operation, rows, 1, 1 + rank * 2)

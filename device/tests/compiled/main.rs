@@ -70,12 +70,6 @@ fn gpus_of(module: &str) -> Vec<&'static str> {
     different.into_iter().map(|(gpu, _)| gpu).collect()
 }
 
-/// The name of the module of the same element type that streams rows.
-fn streamed_beside(module: &str) -> String {
-    let (dtype, _) = module.split_once('_').unwrap_or((module, ""));
-    format!("{dtype}_streamed")
-}
-
 fn read(file: &Path) -> String {
     fs::read_to_string(file).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
 }
@@ -86,6 +80,8 @@ struct Compiled {
     module: Module,
     /// The kernels of the same type that stream their rows, where the folder has them.
     streamed: Option<Module>,
+    /// The kernels of the next larger group, where it has those: two ranks use them in two-shot.
+    larger: Option<Module>,
     /// The entry points that have been run.
     ran: Mutex<BTreeMap<String, Arc<Entry>>>,
     /// How many grids each rank has run, which decides in which order the threads of the next take turns.
@@ -112,12 +108,17 @@ impl Compiled {
         let parse = |file: &Path, change: &dyn Fn(String) -> String| {
             Module::parse(&change(read(file))).unwrap_or_else(|error| panic!("{}: {error}", file.display()))
         };
-        let [file, streamed] =
-            [name, &streamed_beside(name)].map(|name| folder.join(gpu).join(format!("{name}.ptx")));
+        let file = |name: &str| folder.join(gpu).join(format!("{name}.ptx"));
+        let (dtype, set) = name.split_once('_').unwrap_or((name, ""));
+        let beside = |set: &str| {
+            let file = file(&format!("{dtype}_{set}"));
+            file.exists().then(|| parse(&file, &|ptx| ptx))
+        };
         Compiled {
-            module: parse(&file, &change),
-            streamed: streamed.exists().then(|| parse(&streamed, &|ptx| ptx)),
-            file,
+            module: parse(&file(name), &change),
+            streamed: beside("streamed"),
+            larger: beside("w4").filter(|_| set == "w2"),
+            file: file(name),
             ran: Mutex::default(),
             grids: array::from_fn(|_| AtomicU64::new(0)),
             seed,
@@ -139,9 +140,9 @@ impl Compiled {
     ) {
         let file = self.file.display();
         let decode = || {
-            let streamed = || self.streamed.as_ref()?.entry(name);
-            let entry = self.module.entry(name).or_else(streamed);
-            let entry = entry.unwrap_or_else(|| panic!("neither {file} nor what is streamed has {name}"));
+            let modules = [Some(&self.module), self.streamed.as_ref(), self.larger.as_ref()];
+            let entry = modules.into_iter().flatten().find_map(|module| module.entry(name));
+            let entry = entry.unwrap_or_else(|| panic!("neither {file} nor what is beside it has {name}"));
             Arc::new(entry.unwrap_or_else(|error| panic!("{file}, {error}")))
         };
         let entry = Arc::clone(self.ran.lock().unwrap().entry(name.to_owned()).or_insert_with(decode));

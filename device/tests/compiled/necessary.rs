@@ -12,7 +12,10 @@ use fused_collective_device_tests::{Case, EVERYTHING, Kernel, Random, Rows, geom
 
 use crate::{Compiled, KERNELS, collectives, folder, gpus_of, has_clusters};
 
-const MODULE: &str = "bf16_w2";
+/// The module that two ranks' kernel is in.
+fn module(kernel: Kernel) -> &'static str {
+    if kernel == Kernel::TwoShot { "bf16_w4" } else { "bf16_w2" }
+}
 
 /// How a run ended.
 struct Outcome {
@@ -41,7 +44,7 @@ fn run(
         let end = start + ptx[start..].find("\n}").expect("its end");
         format!("{}{}{}", &ptx[..start], change(&ptx[start..end]), &ptx[end..])
     };
-    let compiled = Arc::new(Compiled::read_from(&folder(), gpu, MODULE, seed, changed));
+    let compiled = Arc::new(Compiled::read_from(&folder(), gpu, module(kernel), seed, changed));
     let mut world = collectives::world(2, &compiled);
     if change.is_some() {
         // A rank at fault leaves the other one alone.
@@ -65,8 +68,8 @@ fn without(text: &str, part: &str, index: usize) -> Option<String> {
 
 #[test]
 fn barriers_between_warps_are_necessary() {
-    for gpu in gpus_of(MODULE) {
-        for kernel in KERNELS {
+    for kernel in KERNELS {
+        for gpu in gpus_of(module(kernel)) {
             assert!(run(gpu, kernel, 1, 1, None).is_right, "{gpu}: {kernel:?}");
             // The row's sum has a barrier in each of them.
             let change = |text: &str| {
@@ -85,8 +88,8 @@ fn barriers_between_warps_are_necessary() {
 #[test]
 fn the_barrier_before_the_next_epoch_is_necessary() {
     let change = |text: &str| without(text, "barrier.red.or.pred any, 0, any;", 0).expect("a barrier");
-    for gpu in gpus_of(MODULE) {
-        for kernel in KERNELS {
+    for kernel in KERNELS {
+        for gpu in gpus_of(module(kernel)) {
             let is_found = |seed| !run(gpu, kernel, 1, seed, Some(&change)).is_right;
             assert!((1..20).any(is_found), "{gpu}: {kernel:?}");
         }
@@ -103,8 +106,8 @@ fn waiting_for_the_cluster_s_sums_is_necessary() {
             format!("{text}setp.eq.b32 done, 0, 0;{rest}")
         })
     };
-    for gpu in gpus_of(MODULE).into_iter().filter(|gpu| has_clusters(gpu)) {
-        for kernel in KERNELS {
+    for kernel in KERNELS {
+        for gpu in gpus_of(module(kernel)).into_iter().filter(|gpu| has_clusters(gpu)) {
             assert!(run(gpu, kernel, 3, 1, None).is_right, "{gpu}: {kernel:?}");
             let Outcome { faults, .. } = run(gpu, kernel, 3, 1, Some(&change));
             let is_of_memory = |fault: &String| fault.contains("of shared memory");

@@ -4,19 +4,19 @@ use std::ops::Range;
 
 use fused_collective_core::{
     dtype::{DType, Element},
-    fusion::{Mode, Norm, Operation, Residual, Rounding, WeightType},
+    fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
     kernels::Epilogue,
     norm::Weights,
     pack::Pack,
     plan::{owned_index, owner},
     quant::{GroupScale, Quantization, ScaleLayout, ScaleTensor},
-    specification::{Mismatch, Observed, Row, Token},
+    specification::{Mismatch, Observed, Row, Token, TokenExperts},
 };
 use fused_collective_device::launch::{
-    Activations, Address, BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, RmsNorm,
+    self, Activations, Address, BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, PostNorm, RmsNorm,
 };
 
-use super::memory::Buffer;
+use super::{Rows, memory::Buffer};
 
 /// xorshift64*.
 pub struct Random(pub u64);
@@ -47,6 +47,49 @@ impl Random {
     }
 }
 
+/// One rank's experts.
+#[derive(Clone)]
+struct RankExperts<E> {
+    rows: Vec<E>,
+    /// Of each expert of each token, some less than 0.
+    index: Vec<i32>,
+    scales: Vec<E>,
+    /// The same, where the operation's scales are `f32`.
+    scales_f32: Vec<f32>,
+}
+
+impl<E: Element> RankExperts<E> {
+    fn new(random: &mut Random, tokens: u64, hidden: u64, top_k: u32) -> Self {
+        let (rows, chosen) = (1 + random.below(5), (tokens * u64::from(top_k)) as usize);
+        let mut index = || if random.below(3) == 0 { -1 } else { random.below(rows) as i32 };
+        RankExperts {
+            index: (0..chosen).map(|_| index()).collect(),
+            rows: random.elements((rows * hidden) as usize),
+            scales: random.elements(chosen),
+            scales_f32: random.elements(chosen),
+        }
+    }
+
+    /// Those of some tokens.
+    fn of(&self, tokens: Range<u64>, top_k: u32) -> Self {
+        let chosen = (tokens.start * u64::from(top_k)) as usize..(tokens.end * u64::from(top_k)) as usize;
+        RankExperts {
+            rows: self.rows.clone(),
+            index: self.index[chosen.clone()].to_vec(),
+            scales: self.scales[chosen.clone()].to_vec(),
+            scales_f32: self.scales_f32[chosen].to_vec(),
+        }
+    }
+
+    /// The scales of the operation's type.
+    fn scales(&self, experts: Experts) -> Weights<'_, E> {
+        match experts.scales {
+            WeightType::Element => Weights::Element(&self.scales),
+            WeightType::F32 => Weights::F32(&self.scales_f32),
+        }
+    }
+}
+
 /// One operation of a group, with every rank's tensors.
 pub struct Case<E: Element> {
     pub operation: Operation,
@@ -56,6 +99,10 @@ pub struct Case<E: Element> {
     pub gamma: Vec<E>,
     /// The same, where the operation's gamma is `f32`: with bits that `E` has none for.
     pub gamma_f32: Vec<f32>,
+    /// Both for the norm of the sum.
+    post_gamma: (Vec<E>, Vec<f32>),
+    /// Each rank's; none for an operation without.
+    experts: Vec<RankExperts<E>>,
     pub scale: f32,
 }
 
@@ -71,6 +118,8 @@ impl<E: Element> Case<E> {
     ) -> Self {
         let hidden = what.hidden(hidden);
         let count = (tokens * hidden) as usize;
+        let mut weight_type = || if random.below(3) == 0 { WeightType::F32 } else { WeightType::Element };
+        let [gamma, post_gamma, scales] = [(); 3].map(|()| weight_type());
         let operation = Operation {
             dtype: E::DTYPE,
             tokens,
@@ -78,15 +127,23 @@ impl<E: Element> Case<E> {
             residual: Residual::replicated(residual),
             norm: (what != What::Sum).then(|| Norm {
                 weight_bias: random.below(2) as f32,
-                gamma: if random.below(3) == 0 { WeightType::F32 } else { WeightType::Element },
+                gamma,
                 ..Norm::default()
             }),
             quantization: what.quantization(),
             keep_norm: random.below(2) == 1,
             rounding: if random.below(4) == 0 { Rounding::AfterAllReduce } else { Rounding::Once },
             bias: world > 1 && random.below(3) == 0,
-            post_norm: None,
-            experts: None,
+            post_norm: (what != What::Sum && world > 1 && random.below(3) == 0).then(|| Norm {
+                epsilon: 1e-3,
+                weight_bias: random.below(2) as f32,
+                gamma: post_gamma,
+            }),
+            experts: (world > 1 && random.below(3) == 0).then(|| Experts {
+                top_k: 1 + random.below(9) as u32,
+                scales,
+                shared: random.below(2) == 1,
+            }),
             mode: Mode::Auto,
         };
         operation.validate().unwrap();
@@ -97,6 +154,10 @@ impl<E: Element> Case<E> {
             bias: operation.bias.then(|| random.elements(hidden as usize)),
             gamma: random.elements(hidden as usize),
             gamma_f32: random.elements(hidden as usize),
+            post_gamma: (random.elements(hidden as usize), random.elements(hidden as usize)),
+            experts: operation.experts.map_or_else(Vec::new, |experts| {
+                (0..world).map(|_| RankExperts::new(random, tokens, hidden, experts.top_k)).collect()
+            }),
             scale: match what {
                 What::NvFp4(_) => 300.0,
                 _ => 0.037,
@@ -108,6 +169,7 @@ impl<E: Element> Case<E> {
     pub fn rows(&self, tokens: Range<u64>) -> Self {
         let hidden = self.operation.hidden;
         let elements = (tokens.start * hidden) as usize..(tokens.end * hidden) as usize;
+        let top_k = self.operation.experts.map_or(0, |experts| experts.top_k);
         Case {
             operation: Operation { tokens: tokens.end - tokens.start, ..self.operation },
             inputs: self.inputs.iter().map(|input| input[elements.clone()].to_vec()).collect(),
@@ -115,13 +177,36 @@ impl<E: Element> Case<E> {
             bias: self.bias.clone(),
             gamma: self.gamma.clone(),
             gamma_f32: self.gamma_f32.clone(),
+            post_gamma: self.post_gamma.clone(),
+            experts: self.experts.iter().map(|experts| experts.of(tokens.clone(), top_k)).collect(),
             scale: self.scale,
         }
     }
 
-    /// The same without a bias.
-    pub fn unbiased(mut self) -> Self {
+    /// The same with nothing but the inputs in its sum: no bias, no norm of it, no experts.
+    pub fn plain(mut self) -> Self {
         (self.operation.bias, self.bias) = (false, None);
+        (self.operation.experts, self.experts) = (None, Vec::new());
+        self.operation.post_norm = None;
+        self
+    }
+
+    /// Its all-reduce alone.
+    pub fn reduced(&self) -> Self {
+        let operation = Operation {
+            residual: Residual::None,
+            norm: None,
+            quantization: Quantization::None,
+            keep_norm: false,
+            post_norm: None,
+            ..self.operation
+        };
+        Case { operation, residual: None, ..self.rows(0..operation.tokens) }
+    }
+
+    /// The same for kernels that keep rows so: those that stream them have no norm of the sum.
+    pub fn of_rows(mut self, rows: Rows) -> Self {
+        self.operation.post_norm = self.operation.post_norm.filter(|_| rows != Rows::Streamed);
         self
     }
 
@@ -139,6 +224,15 @@ impl<E: Element> Case<E> {
             Some(WeightType::F32) => Weights::F32(&self.gamma_f32),
             _ => Weights::Element(&self.gamma),
         }
+    }
+
+    /// The weight of the norm of the sum.
+    fn norm_post_gamma(&self) -> Option<Weights<'_, E>> {
+        let (element, wide) = &self.post_gamma;
+        self.operation.post_norm.map(|norm| match norm.gamma {
+            WeightType::Element => Weights::Element(element),
+            WeightType::F32 => Weights::F32(wide),
+        })
     }
 
     /// Whether rank `rank` holds the residual of token `token`.
@@ -227,12 +321,32 @@ pub struct Tensors {
     pub input: Buffer,
     pub residual: Option<Buffer>,
     bias: Option<Buffer>,
+    post_norm: Option<(Norm, Buffer)>,
+    experts: Option<(Experts, ExpertBuffers)>,
+    hidden: u64,
+    dtype: DType,
     pub gamma: Buffer,
     pub scale: Buffer,
     residual_out: Buffer,
     norm_out: Buffer,
     pub values: Buffer,
     pub scales: Buffer,
+}
+
+/// The memory of a rank's experts, and of the addends that are made of them.
+struct ExpertBuffers {
+    rows: Buffer,
+    index: Buffer,
+    scales: Buffer,
+    addends: Buffer,
+}
+
+/// A buffer of weights.
+fn buffer_of<E: Element>(weights: Weights<'_, E>) -> Buffer {
+    match weights {
+        Weights::Element(weights) => Buffer::of(weights),
+        Weights::F32(weights) => Buffer::of(weights),
+    }
 }
 
 /// Bytes of each tensor before the rows that are there.
@@ -269,10 +383,20 @@ impl Tensors {
             input: Buffer::of(&case.inputs[rank as usize]),
             residual: case.residual.as_ref().map(|residual| Buffer::of(&case.held(rank, residual))),
             bias: case.bias.as_ref().map(|bias| Buffer::of(bias)),
-            gamma: match case.norm_gamma() {
-                Weights::Element(gamma) => Buffer::of(gamma),
-                Weights::F32(gamma) => Buffer::of(gamma),
-            },
+            post_norm: operation.post_norm.zip(case.norm_post_gamma().map(buffer_of)),
+            experts: operation.experts.zip(case.experts.get(rank as usize)).map(|(experts, of_rank)| {
+                let buffers = ExpertBuffers {
+                    rows: Buffer::of(&of_rank.rows),
+                    index: Buffer::of(&of_rank.index),
+                    scales: buffer_of(of_rank.scales(experts)),
+                    // A round's at most.
+                    addends: Buffer::new(bytes, POISON),
+                };
+                (experts, buffers)
+            }),
+            hidden: operation.hidden,
+            dtype: operation.dtype,
+            gamma: buffer_of(case.norm_gamma()),
             scale: Buffer::of(&[case.scale]),
             residual_out: Buffer::new(held as usize, POISON),
             norm_out: Buffer::new(if operation.writes_norm() { bytes } else { 0 }, POISON),
@@ -324,11 +448,43 @@ impl Tensors {
     pub fn ranges(&self) -> Vec<Range<u64>> {
         let inputs =
             [&self.input, &self.gamma, &self.scale].into_iter().chain(&self.residual).chain(&self.bias);
+        let inputs = inputs.chain(self.post_norm.iter().map(|(_, gamma)| gamma)).chain(self.of_experts());
         let outputs = [&self.residual_out, &self.norm_out, &self.values, &self.scales];
         inputs.chain(outputs).map(Buffer::range).collect()
     }
 
+    /// The memory of the experts.
+    fn of_experts(&self) -> impl Iterator<Item = &Buffer> {
+        self.experts.iter().flat_map(|(_, it)| [&it.rows, &it.index, &it.scales, &it.addends])
+    }
+
     pub fn activations(&self) -> Activations {
+        let is_wide = |weights| u32::from(weights == WeightType::F32 && self.dtype != DType::F32);
+        let post_norm = self.post_norm.as_ref().map_or(PostNorm::NONE, |(norm, gamma)| PostNorm {
+            gamma: gamma.address(),
+            inverse_hidden: 1.0 / self.hidden as f32,
+            epsilon: norm.epsilon,
+            weight_bias: norm.weight_bias,
+            gamma_f32: is_wide(norm.gamma),
+        });
+        let mut activations = Activations { post_norm, ..self.given_activations() };
+        if let Some((experts, buffers)) = &self.experts {
+            let chosen = self.before.tokens * u64::from(experts.top_k);
+            activations.experts = launch::Experts {
+                rows: buffers.rows.address(),
+                index: address_before(&buffers.index, chosen * 4),
+                scales: address_before(&buffers.scales, chosen * experts.scales.dtype(self.dtype).bytes()),
+                shared: if experts.shared { activations.input } else { Address::NULL },
+                top_k: experts.top_k,
+                scales_f32: is_wide(experts.scales),
+            };
+            activations.input = buffers.addends.address();
+        }
+        activations
+    }
+
+    /// Without a norm of the sum and experts.
+    fn given_activations(&self) -> Activations {
         let held = |buffer: &Buffer| address_before(buffer, self.before.held);
         let input = address_before(&self.input, self.before.elements);
         let residual = self.residual.as_ref().map_or(Address::NULL, held);
@@ -446,12 +602,23 @@ impl Tensors {
                 if sharded { owned_index(index as u64, case.inputs.len() as u32) as usize } else { index };
             let elements = index * hidden..(index + 1) * hidden;
             let inputs: Vec<&[E]> = case.inputs.iter().map(|input| &input[elements.clone()]).collect();
+            let experts: Option<Vec<TokenExperts<'_, E>>> = operation.experts.map(|experts| {
+                let top_k = experts.top_k as usize;
+                let chosen = index * top_k..(index + 1) * top_k;
+                let ranks = case.experts.iter();
+                let of_ranks = ranks.map(|rank| TokenExperts {
+                    rows: &rank.rows,
+                    index: &rank.index[chosen.clone()],
+                    scales: rank.scales(experts).range(chosen.clone()),
+                });
+                of_ranks.collect()
+            });
             let token = Token {
                 inputs: &inputs,
                 residual: case.residual.as_ref().map(|residual| &residual[elements.clone()]),
                 bias: case.bias.as_deref(),
-                post_gamma: None,
-                experts: None,
+                post_gamma: case.norm_post_gamma(),
+                experts: experts.as_deref(),
                 gamma: case.norm_gamma(),
                 scale: case.scale,
                 index: index as u64,
@@ -473,7 +640,7 @@ impl Tensors {
         }
         let buffers =
             [&self.input, &self.gamma, &self.residual_out, &self.norm_out, &self.values, &self.scales];
-        for buffer in buffers.into_iter().chain(&self.residual) {
+        for buffer in buffers.into_iter().chain(&self.residual).chain(self.of_experts()) {
             buffer.assert_guards();
         }
     }

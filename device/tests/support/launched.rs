@@ -2,6 +2,8 @@
 
 use std::{mem::MaybeUninit, slice};
 
+use fused_collective_core::launch::{Experts, Fused};
+
 /// A kernel with its parameters: as source, and as what it is launched by where it is compiled.
 pub struct Launched {
     run: Box<dyn Fn() + Send + Sync>,
@@ -18,10 +20,15 @@ pub fn bytes_of<P>(params: &P) -> Box<[MaybeUninit<u8>]> {
 }
 
 impl Launched {
-    pub(super) fn new<P: Send + Sync + 'static>(entry: String, kernel: unsafe fn(&P), params: P) -> Launched {
+    pub(super) fn new<X: Send + Sync + 'static>(
+        entry: String,
+        kernel: unsafe fn(&Fused<X>, &Experts),
+        params: Fused<X>,
+    ) -> Launched {
         let parameter = bytes_of(&params);
         // SAFETY: the parameters are as their documentation says, and geometries cover a row.
-        Launched { run: Box::new(move || unsafe { kernel(&params) }), entry, parameter }
+        let run = move || unsafe { kernel(&params, &params.activations.experts) };
+        Launched { run: Box::new(run), entry, parameter }
     }
 
     /// Runs the source, as one thread of a grid.

@@ -18,7 +18,7 @@ use fused_collective_core::{
 use fused_collective_device::{
     collective,
     epilogue::Epilogue,
-    launch::{Activations, Fused, Group, Local, Plain, Shape, Status, TIMED_OUT, Unquantized},
+    launch::{Activations, Experts, Fused, Group, Local, Plain, Shape, Status, TIMED_OUT, Unquantized},
     local,
     simt::host::{Launch, launch},
 };
@@ -220,16 +220,16 @@ struct Run {
 macro_rules! version {
     ($run:ident, $collective:ident, $element:ident, $epilogue:ident) => {
         match $run.group.world_size {
-            2 => version!($run, $collective, $element, $epilogue, 2),
-            3 | 4 => version!($run, $collective, $element, $epilogue, 4),
+            2 if $run.kernel != Kernel::TwoShot => version!($run, $collective, $element, $epilogue, 2),
+            2..=4 => version!($run, $collective, $element, $epilogue, 4),
             _ => version!($run, $collective, $element, $epilogue, 8),
         }
     };
     ($run:ident, $collective:ident, $element:ident, $epilogue:ident, $ranks:literal) => {
         match $run.rows {
-            Rows::P1 => collective::$collective::<$element, $epilogue, $ranks, 1, true>,
-            Rows::P2 => collective::$collective::<$element, $epilogue, $ranks, 2, true>,
-            Rows::Streamed => collective::$collective::<$element, $epilogue, $ranks, 1, false>,
+            Rows::P1 => collective::$collective::<$element, $epilogue, Experts, $ranks, 1, true>,
+            Rows::P2 => collective::$collective::<$element, $epilogue, Experts, $ranks, 2, true>,
+            Rows::Streamed => collective::$collective::<$element, $epilogue, Experts, $ranks, 1, false>,
         }
     };
 }
@@ -263,7 +263,7 @@ impl Run {
     fn launched<X: Send + Sync + 'static>(
         &self,
         name: &str,
-        kernel: unsafe fn(&Fused<X>),
+        kernel: unsafe fn(&Fused<X>, &Experts),
         fusion: &str,
         epilogue: X,
     ) -> Launched {
@@ -380,7 +380,7 @@ pub fn every_version<E: Element>(random: &mut Random, world: &World, warps: u64)
                 let tokens = 1 + random.below(4);
                 let hidden = (packs(random, rows, warps) * E::LANES as u64).next_multiple_of(16);
                 let residual = kernel == Kernel::Sharded || random.below(2) == 1;
-                let case = Case::<E>::new(random, world.size, tokens, hidden, residual, what);
+                let case = Case::<E>::new(random, world.size, tokens, hidden, residual, what).of_rows(rows);
                 let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
                 let launch = geometry(&case.operation, rows, 1, 1 + random.below(tokens.min(warps)) as u32);
                 let streaming = if rows == Rows::Streamed { 1 + random.below(warps) as u32 } else { 1 };

@@ -53,6 +53,7 @@ impl<E: Element> Typed<E> {
         let kernel = kernels[random.below(if has_shards { 3 } else { 2 }) as usize];
         let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
         let rows = [Rows::P1, Rows::P2, Rows::Streamed][random.below(3) as usize];
+        let case = case.of_rows(rows);
         let tensors = (0..ranks).map(|rank| Tensors::new(&case, rank)).collect();
         let teams = |random: &mut Random| 1 + random.below(tokens.min(2)) as u32;
         let geometries = (0..ranks).map(|_| geometry(&case.operation, rows, 1, teams(random))).collect();

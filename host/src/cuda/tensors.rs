@@ -198,8 +198,8 @@ impl Tensors {
         Ok(())
     }
 
-    /// The activations of a valid operation.
-    pub(crate) fn activations(&self, operation: &Operation) -> Activations {
+    /// The activations of a valid operation. A kernel that makes the addend leaves a round's rows of it at `addend`.
+    pub(crate) fn activations(&self, operation: &Operation, addend: Address) -> Activations {
         let is_wide = |weights| u32::from(weights == WeightType::F32 && operation.dtype != DType::F32);
         let post_norm = operation.post_norm.map_or(PostNorm::NONE, |norm| PostNorm {
             gamma: address(self.post_gamma),
@@ -214,10 +214,12 @@ impl Tensors {
             rows: self.expert_rows.filter(|rows| rows.length > 0).map_or(index, |rows| Address(rows.address)),
             index,
             scales: address(self.expert_scales),
+            shared: address(self.input),
             top_k: experts.top_k,
             scales_f32: is_wide(experts.scales),
         });
-        let (input, residual) = (address(self.input), address(self.residual));
+        let input = if operation.experts.is_some() { addend } else { address(self.input) };
+        let residual = address(self.residual);
         let activations =
             Activations::new(input, residual, Address(self.residual_out.address), operation.rounding);
         Activations { bias: address(self.bias), post_norm, experts, ..activations }
@@ -430,7 +432,7 @@ mod tests {
             ..tensors()
         };
         assert!(tensors.check(&operation, 0, 2).is_ok());
-        let activations = tensors.activations(&operation);
+        let activations = tensors.activations(&operation, Address(4096));
         let address = |tensor: Option<DeviceTensor>| tensor.unwrap().address;
         let rows = address(tensors.expert_rows);
         assert_eq!((activations.input, activations.experts.rows.0), (Address::NULL, rows));
@@ -441,7 +443,8 @@ mod tests {
         let none = Some(DeviceTensor { address: 0, length: 0, element });
         let empty = Tensors { expert_rows: none, ..tensors };
         assert!(
-            empty.check(&operation, 0, 2).is_ok() && !empty.activations(&operation).experts.rows.is_null()
+            empty.check(&operation, 0, 2).is_ok()
+                && !empty.activations(&operation, Address::NULL).experts.rows.is_null()
         );
 
         let index_at = |address| Some(DeviceTensor { address, ..tensors.expert_index.unwrap() });

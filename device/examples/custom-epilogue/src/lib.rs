@@ -31,6 +31,7 @@ use fused_collective_device::{
     dtype::{Element, bf16},
     epilogue::{Epilogue, PackIndex, RowValues},
     pack::Pack,
+    prologue::Given,
     launch::{Address, Fused},
     simt,
 };
@@ -77,7 +78,7 @@ fn gelu(x: f32) -> f32 {
 #[unsafe(no_mangle)]
 pub unsafe extern "ptx-kernel" fn all_reduce_gelu(params: Fused<Gelu>) {
     // SAFETY: as this function's.
-    unsafe { collective::two_shot::<bf16, Gelu, 4, 1, true>(&params) }
+    unsafe { collective::two_shot::<bf16, Gelu, Given, 4, 1, true>(&params, &Given) }
 }
 
 /// No kernel has a path that panics, so this is in no PTX; rustc asks for it nevertheless.

@@ -36,6 +36,10 @@ pub(in crate::simt) unsafe fn prefetch(_address: Address) {}
 
 /// # Safety
 /// As the public function of this name.
+pub(in crate::simt) unsafe fn prefetch_l1(_address: Address) {}
+
+/// # Safety
+/// As the public function of this name.
 pub(in crate::simt) unsafe fn load_constant(address: Address) -> Pack {
     // SAFETY: as this function's.
     unsafe { load(address) }

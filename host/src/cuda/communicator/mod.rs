@@ -26,7 +26,7 @@ use fused_collective_core::{
     fusion::Operation,
     kernels::{Module, Set},
     launch::{self, ABORTED, Address, Shape, Status},
-    plan::{self, Limits, Plan},
+    plan::{self, Algorithm, Limits, Plan},
     workspace::{Header, Layout},
 };
 
@@ -35,7 +35,7 @@ use super::{
     driver::{Handle, check},
     epilogue::epilogue,
     kernels::{KernelSource, Kernels, Launch, MAX_RANKS},
-    memory::MappedStatus,
+    memory::{DeviceMemory, MappedStatus},
     tensors::{Tensors, supported},
     workspace::Workspace,
 };
@@ -107,7 +107,8 @@ pub struct Communicator {
     progress: Progress,
     workspace: Workspace,
     kernels: Kernels,
-    set: Set,
+    /// Room for the addends of a round of an operation with experts, once there was one.
+    addends: Option<DeviceMemory>,
     layout: Layout,
     gpu: Gpu,
 }
@@ -126,7 +127,7 @@ impl Communicator {
         let &Options { slot_bytes, deadline, oversubscribe, check_scales, ref kernels } = options;
         check_deadline(deadline)?;
         let (rank, world_size) = (bootstrap.rank(), bootstrap.world_size());
-        let set = Set::for_group(world_size).ok_or_else(|| {
+        let set = Set::for_group(world_size, Algorithm::OneShot).ok_or_else(|| {
             Error::Options(format!(
                 "{world_size} ranks are more than GPU kernels serve: use 2 to {MAX_RANKS}"
             ))
@@ -177,7 +178,7 @@ impl Communicator {
             progress: Progress::new(context, workspace.state())?,
             workspace,
             kernels,
-            set,
+            addends: None,
             layout,
             gpu,
         })
@@ -241,8 +242,8 @@ impl Communicator {
     /// They are missing or unusable.
     pub fn prepare(&mut self, operation: &Operation) -> Result<(), Error> {
         let plan = Plan::new(operation, &self.limits)?;
-        let (module, kernel) = (self.module(operation.dtype), launches::kernel(operation, plan.algorithm)?);
-        self.kernels.versions(module, kernel, launches::row_packs(&plan)?).map(drop)
+        self.make_room(operation)?;
+        self.choose_launches(operation, &plan)
     }
 
     /// Enqueues `operation` on `stream`, a `CUstream` of this rank's context. It may be captured into a graph, and
@@ -274,12 +275,32 @@ impl Communicator {
             // SAFETY: the context is current, and the caller vouches for the scale and the stream.
             unsafe { self.check_scale(operation, tensors, stream)? };
         }
+        // SAFETY: a stream of the current context, as this function's caller says.
+        if operation.experts.is_some() && self.addends.is_none() && unsafe { self.is_capturing(stream)? } {
+            return Err(Error::Unsupported(
+                "memory for the first operation with experts in a capture: prepare the operation before",
+            ));
+        }
+        self.make_room(operation)?;
         self.choose_launches(operation, &plan)?;
         let epilogue = epilogue(operation, tensors);
         let call = Call::operation(operation, plan.algorithm, None);
         // SAFETY: the kernels were chosen for the operation, whose epilogue this is, and the tensors were checked, whose
         // addresses this function's caller vouches for, as for the stream.
-        unsafe { self.launch_rounds(&plan, call, tensors.activations(operation), &epilogue, stream) }
+        let addend = self.addends.as_ref().map_or(Address::NULL, DeviceMemory::address);
+        unsafe { self.launch_rounds(&plan, call, tensors.activations(operation, addend), &epilogue, stream) }
+    }
+
+    /// Allocates the memory of addends, if `operation` makes its addend and there is none yet.
+    ///
+    /// # Errors
+    /// The GPU has not so much memory.
+    fn make_room(&mut self, operation: &Operation) -> Result<(), Error> {
+        if operation.experts.is_some() && self.addends.is_none() {
+            // Every algorithm has at least two rows in a slot for each token of a round.
+            self.addends = Some(DeviceMemory::new(self.gpu.context(), self.layout.slot_bytes() / 2)?);
+        }
+        Ok(())
     }
 
     /// Reads the scale of `operation`, and checks it. A scale that is written in a capture is not there yet.
@@ -485,8 +506,13 @@ impl Communicator {
         self.launch_group(self.workspace.regions())
     }
 
-    fn module(&self, dtype: DType) -> Module {
-        Module { dtype, set: self.set }
+    /// The module of the kernels for an algorithm.
+    ///
+    /// # Errors
+    /// There is none, which [`join`](Self::join) has ruled out.
+    fn module(&self, dtype: DType, algorithm: Algorithm) -> Result<Module, Error> {
+        let set = Set::for_group(self.limits.world_size, algorithm);
+        Ok(Module { dtype, set: set.ok_or(Error::Unsupported("a group of this size"))? })
     }
 
     /// This rank's place in the group, for kernels of one's own that reach other `regions` than the workspace's.

@@ -27,8 +27,12 @@ impl Communicator {
     /// There are no kernels for it, or they are missing or unusable.
     pub(super) fn choose_launches(&mut self, operation: &Operation, plan: &Plan) -> Result<(), Error> {
         let kernel = kernel(operation, plan.algorithm)?;
-        let (module, limits) = (self.module(operation.dtype), self.kernels.limits());
-        let versions = self.kernels.versions(module, kernel, row_packs(plan)?)?;
+        let (module, limits) = (self.module(operation.dtype, plan.algorithm)?, self.kernels.limits());
+        let row_packs = row_packs(plan)?;
+        let versions = self.kernels.versions(module, kernel, row_packs)?;
+        if operation.post_norm.is_some() && !limits.keeps(versions, row_packs) {
+            return Err(Error::Unsupported("a norm of the sum of rows that do not fit into registers"));
+        }
         choose(plan, limits, versions, &mut self.launches)
     }
 

@@ -74,8 +74,14 @@ impl Versions {
     }
 
     /// True if a version that is there takes rows of `row_packs` packs, in clusters of at most `cluster` blocks.
-    fn holds(&self, row_packs: u32, cluster: u32) -> bool {
-        choose_version(row_packs, iter::once(cluster), |version| self.max_threads(version)).is_some()
+    fn takes(&self, row_packs: u32, cluster: u32) -> bool {
+        self.functions[Version::Streamed as usize].is_some() || self.keeps(row_packs, cluster)
+    }
+
+    /// As [`takes`](Self::takes), in registers.
+    fn keeps(&self, row_packs: u32, cluster: u32) -> bool {
+        let resident = |version| self.max_threads(version).filter(|_| version != Version::Streamed);
+        choose_version(row_packs, iter::once(cluster), resident).is_some()
     }
 
     fn function(&mut self, version: Version) -> Result<&mut Function, Error> {
@@ -100,6 +106,11 @@ impl LaunchLimits {
     pub fn of_processor(self, has_clusters: bool) -> LaunchLimits {
         let launcher = self.launcher.filter(|_| has_clusters);
         LaunchLimits { launcher, agreed_cluster: if has_clusters { self.agreed_cluster } else { 1 }, ..self }
+    }
+
+    /// True if a version holds rows of `row_packs` packs in registers.
+    pub fn keeps(self, versions: &Versions, row_packs: u32) -> bool {
+        versions.keeps(row_packs, self.agreed_cluster)
     }
 
     /// Chooses the launch of a kernel that has versions on `tokens` rows of `row_packs` packs, with `cluster` blocks for each
@@ -249,14 +260,14 @@ impl Kernels {
     ) -> Result<&mut Versions, Error> {
         let key = (module, kernel);
         let cluster = self.limits.agreed_cluster;
-        if !self.kernels.get(&key).is_some_and(|versions| versions.holds(row_packs, cluster)) {
+        if !self.kernels.get(&key).is_some_and(|versions| versions.takes(row_packs, cluster)) {
             let mut function = |set, version| {
                 let module = kernels::Module { set, ..module };
                 self.load(module.name())?.function(kernel.name(version)).map(Some)
             };
             let functions = [function(module.set, Version::P1)?, function(module.set, Version::P2)?, None];
             let mut versions = Versions { family: kernel.family, functions };
-            if !versions.holds(row_packs, cluster) {
+            if !versions.takes(row_packs, cluster) {
                 versions.functions[Version::Streamed as usize] = function(Set::Streamed, Version::Streamed)?;
             }
             self.kernels.insert(key, versions);

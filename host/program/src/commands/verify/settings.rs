@@ -113,13 +113,9 @@ impl Section {
         });
         // Not for every number of tokens: they differ in what comes before the residual alone.
         let few = settings.num_tokens.iter().copied().filter(|&tokens| tokens <= PATTERN_TOKENS).max();
-        let others = few.into_iter().flat_map(|tokens| {
-            [
-                (tokens, true, Pattern::PostNorm),
-                (tokens, false, Pattern::PostNorm),
-                (tokens, true, Pattern::Moe),
-            ]
-        });
+        let others = few
+            .into_iter()
+            .flat_map(|tokens| [Pattern::PostNorm, Pattern::Moe].map(|pattern| (tokens, true, pattern)));
         plain.chain(others).map(shape)
     }
 

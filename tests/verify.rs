@@ -66,14 +66,14 @@ fn verified(options: &str, ranks: u32, cases: u64) -> Vec<String> {
 
 #[test]
 fn the_matrix_is_told_of_by_element_type_quantization_and_hidden_size() {
-    let lines = verified("--num-tokens 0 1 5 --hidden-dim 48,64 --nproc-per-node 2", 2, 495);
+    let lines = verified("--num-tokens 0 1 5 --hidden-dim 48,64 --nproc-per-node 2", 2, 693);
     let mut expected = Vec::new();
     for dtype in ["float32", "float16", "bfloat16"] {
         for hidden in [48, 64] {
             let of_blocks: &[&str] = if hidden == 64 { &["fp8_group64", "mxfp8", "mxfp4"] } else { &[] };
             for quant_mode in QUANT_MODES.iter().chain(of_blocks) {
                 expected.push(format!(
-                    "{dtype:<8}  {quant_mode:<4}  hidden {hidden:>5}   15 cases, largest error "
+                    "{dtype:<8}  {quant_mode:<4}  hidden {hidden:>5}   21 cases, largest error "
                 ));
             }
         }
@@ -82,14 +82,14 @@ fn the_matrix_is_told_of_by_element_type_quantization_and_hidden_size() {
     for (line, expected) in lines.iter().zip(expected) {
         let error = line.strip_prefix(&expected).and_then(|rest| rest.strip_suffix(" ulp"));
         let error: f64 = error.and_then(|error| error.parse().ok()).unwrap_or_else(|| panic!("{line}"));
-        // Random inputs round; in 16-bit types once, where cancellation cannot magnify it.
-        assert!(error > 0.0 && (error < 1.0 || line.starts_with("float32")), "{line}");
+        // Random inputs round; in 16-bit types once, where cancellation cannot magnify it, or at a tie of what is summed.
+        assert!(error > 0.0 && (error <= 1.5 || line.starts_with("float32")), "{line}");
     }
 }
 
 #[test]
 fn lists_replace_those_of_quick_and_three_ranks_are_right() {
-    let lines = verified("--quick --num-tokens 2 7 --hidden-dim 80 --nproc-per-node 3", 3, 120);
+    let lines = verified("--quick --num-tokens 2 7 --hidden-dim 80 --nproc-per-node 3", 3, 192);
     assert_eq!(lines.len(), 12);
 }
 
@@ -99,17 +99,17 @@ fn group_sizes_are_verified_one_after_the_other() {
     outcome.assert_success();
     let lines: Vec<&str> = outcome.stdout.lines().collect();
     let of_size = |size: usize| {
-        let mut expected = vec![format!("cpu backend, {size} ranks, 60 cases, seed 0")];
+        let mut expected = vec![format!("cpu backend, {size} ranks, 132 cases, seed 0")];
         for dtype in ["float32", "float16", "bfloat16"] {
             expected
-                .extend(QUANT_MODES.map(|mode| format!("{dtype:<8}  {mode:<4}  hidden    48    5 cases")));
+                .extend(QUANT_MODES.map(|mode| format!("{dtype:<8}  {mode:<4}  hidden    48   11 cases")));
         }
         // Once, where no rank is left over.
         expected.extend((size == 3).then(|| CONVERSIONS.to_owned()));
-        expected.extend([format!("{size} ranks: 60 cases verified, 0 FAILED"), String::new()]);
+        expected.extend([format!("{size} ranks: 132 cases verified, 0 FAILED"), String::new()]);
         expected
     };
-    let expected = [of_size(2), of_size(3), vec!["120 cases verified, 0 FAILED".to_owned()]].concat();
+    let expected = [of_size(2), of_size(3), vec!["264 cases verified, 0 FAILED".to_owned()]].concat();
     assert_eq!(lines.len(), expected.len(), "{outcome}");
     for (line, expected) in lines.iter().zip(&expected) {
         assert!(line.starts_with(expected), "{line}");
@@ -121,11 +121,11 @@ fn groups_run_at_the_same_time_and_each_is_verified() {
     let outcome = run(&mut verify("--num-tokens 0 5 --hidden-dim 48 --nproc-per-node 3 2 --groups 2"));
     outcome.assert_success();
     for line in [
-        "cpu backend, 2 groups of 3 ranks, 240 cases, seed 0",
-        "2 groups of 3 ranks: 240 cases verified, 0 FAILED",
-        "cpu backend, 2 groups of 2 ranks, 240 cases, seed 0",
-        "2 groups of 2 ranks: 240 cases verified, 0 FAILED",
-        "480 cases verified, 0 FAILED",
+        "cpu backend, 2 groups of 3 ranks, 384 cases, seed 0",
+        "2 groups of 3 ranks: 384 cases verified, 0 FAILED",
+        "cpu backend, 2 groups of 2 ranks, 384 cases, seed 0",
+        "2 groups of 2 ranks: 384 cases verified, 0 FAILED",
+        "768 cases verified, 0 FAILED",
     ] {
         assert_eq!(outcome.stdout.lines().filter(|other| *other == line).count(), 1, "{line}: {outcome}");
     }
@@ -139,12 +139,12 @@ fn a_rank_that_does_not_come_is_missed_by_all_others_in_time() {
         let line = format!("fused_allreduce_rmsnorm_{mode}, a rank withheld    4 cases, largest error ");
         assert_eq!(outcome.stdout.lines().filter(|other| other.starts_with(&line)).count(), 1, "{outcome}");
     }
-    assert!(outcome.stdout.ends_with("\n128 cases verified, 0 FAILED\n"), "{outcome}");
+    assert!(outcome.stdout.ends_with("\n272 cases verified, 0 FAILED\n"), "{outcome}");
 }
 
 #[test]
 fn special_numbers_come_through_and_stay_in_their_rows() {
-    verified("--quick --special --num-tokens 20 --hidden-dim 48,80 --nproc-per-node 3", 3, 120);
+    verified("--quick --special --num-tokens 20 --hidden-dim 48,80 --nproc-per-node 3", 3, 264);
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn dependents_read_finished_outputs() {
         let line = format!("dependents of {tokens} tokens, hidden 48, 30 times:  12 cases, largest error ");
         assert_eq!(outcome.stdout.lines().filter(|other| other.starts_with(&line)).count(), 1, "{outcome}");
     }
-    assert!(outcome.stdout.ends_with("\n204 cases verified, 0 FAILED\n"), "{outcome}");
+    assert!(outcome.stdout.ends_with("\n276 cases verified, 0 FAILED\n"), "{outcome}");
 }
 
 #[test]
@@ -187,8 +187,8 @@ fn outputs_that_are_not_always_finished_are_found() {
 
 #[test]
 fn an_operation_without_tokens_is_right() {
-    for line in verified("--num-tokens 0 --hidden-dim 16", 2, 60) {
-        assert!(line.ends_with("  5 cases, largest error 0.00 ulp"), "{line}");
+    for line in verified("--num-tokens 0 --hidden-dim 16", 2, 132) {
+        assert!(line.ends_with("  11 cases, largest error 0.00 ulp"), "{line}");
     }
 }
 
@@ -352,7 +352,7 @@ fn on_ranks_with_a_faulty(
     })
 }
 
-/// Asserts that this many of the 60 cases fail, all in two-shot, for this reason.
+/// Asserts that this many of the 132 cases fail, all in two-shot, for this reason.
 #[track_caller]
 fn check(fault: fn(&mut Engine, &Problem) -> Result<(), Error>, failures: u64, reason: &str) {
     check_failures(matrix_with(fault, None), failures, reason);
@@ -360,7 +360,7 @@ fn check(fault: fn(&mut Engine, &Problem) -> Result<(), Error>, failures: u64, r
 
 #[track_caller]
 fn check_failures((tally, failed): (Tally, Vec<String>), failures: u64, reason: &str) {
-    assert_eq!((tally.verified, tally.failed), (60 - failures, failures), "{failed:?}");
+    assert_eq!((tally.verified, tally.failed), (132 - failures, failures), "{failed:?}");
     for line in failed {
         assert!(line.contains(", hidden 48, 3 tokens, ") && line.contains("_twoshot"), "{line}");
         assert!(line.ends_with(reason), "{line}");
@@ -373,11 +373,11 @@ fn a_wrong_element_is_found() {
         engine.write(Tensor::ResidualOut, 0, &vec![0x3f; problem.dtype.bytes() as usize])
     };
     let (tally, failed) = matrix_with(fault, None);
-    assert_eq!((tally.verified, tally.failed), (36, 24));
+    assert_eq!((tally.verified, tally.failed), (84, 48));
     assert!(failed.iter().all(|line| line.contains("rank 0: residual_out[0, 0] is ")), "{failed:?}");
 }
 
-/// Every fault of the 12 cases with a sharded residual is found, with the reason.
+/// Every fault of the 36 cases with a sharded residual is found, with the reason.
 #[test]
 fn a_wrong_share_of_a_sum_is_found() {
     type Fault = fn(&mut Engine, &Problem) -> Result<(), Error>;
@@ -391,7 +391,7 @@ fn a_wrong_share_of_a_sum_is_found() {
                 run_matrix(&settings, place, &Progress::hidden(), tell)
             },
         );
-        assert_eq!((tally.verified, tally.failed), (48, 12), "{failed:?}");
+        assert_eq!((tally.verified, tally.failed), (96, 36), "{failed:?}");
         assert!(failed.iter().all(|line| line.contains("_twoshot_sharded: ")), "{failed:?}");
         failed
     };
@@ -417,7 +417,7 @@ fn a_wrong_share_of_a_sum_is_found() {
 fn a_tensor_of_the_separate_operations_that_was_written_is_found() {
     let fault = |engine: &mut Engine, _: &Problem| engine.write(Tensor::WideB, 7, &[0]);
     // Nothing cleans it for the case that follows, with a sharded residual.
-    check(fault, 36, "rank 0: WideB is no output of the operation, and byte 7 of it was written");
+    check(fault, 84, "rank 0: WideB is no output of the operation, and byte 7 of it was written");
 }
 
 #[test]
@@ -426,7 +426,7 @@ fn a_norm_that_is_written_although_it_is_quantized_is_found() {
         true => Ok(()),
         false => engine.write(Tensor::NormOut, 0, &[0]),
     };
-    check(fault, 18, "rank 0: NormOut is no output of the operation, and byte 0 of it was written");
+    check(fault, 36, "rank 0: NormOut is no output of the operation, and byte 0 of it was written");
 }
 
 #[test]
@@ -449,7 +449,7 @@ fn a_last_bit_that_the_reference_would_allow_is_found() {
         engine.write(Tensor::ResidualOut, 0, &[last_bit])
     };
     let (tally, failed) = matrix_with(fault, None);
-    assert_eq!((tally.verified, tally.failed), (56, 4));
+    assert_eq!((tally.verified, tally.failed), (128, 4));
     assert!(
         failed.iter().all(|line| line.contains("_twoshot: rank 0: residual_out[0, 0] is ")),
         "{failed:?}"
@@ -474,7 +474,7 @@ fn rows_that_differ_when_they_are_cut_into_calls_are_found() {
         let settings = Settings { num_tokens: vec![3], hidden_dims: vec![48], ..Settings::default() };
         run_matrix(&settings, place, &Progress::hidden(), tell)
     });
-    assert_eq!((tally.verified, tally.failed), (48, 12), "{failed:?}");
+    assert_eq!((tally.verified, tally.failed), (96, 36), "{failed:?}");
     for line in failed {
         assert!(line.contains("_twoshot: rank 0: in place, in "), "{line}");
         assert!(line.contains(" calls: byte 0 of ResidualOut is 0x3f, not the verified "), "{line}");
@@ -484,7 +484,7 @@ fn rows_that_differ_when_they_are_cut_into_calls_are_found() {
 #[test]
 fn a_write_outside_of_all_tensors_is_found() {
     let found = matrix_with(|_, _| Ok(()), Some("NormOut: 3 bytes past its end"));
-    check_failures(found, 24, "rank 0: NormOut: 3 bytes past its end is in no tensor, and was written");
+    check_failures(found, 48, "rank 0: NormOut: 3 bytes past its end is in no tensor, and was written");
 }
 
 #[test]
@@ -497,7 +497,7 @@ fn codes_and_norms_that_are_not_those_of_the_case_before_are_held_against_the_re
         }
     };
     let (tally, failed) = matrix_with(fault, None);
-    assert_eq!((tally.verified, tally.failed), (42, 18));
+    assert_eq!((tally.verified, tally.failed), (96, 36));
     assert!(failed.iter().all(|line| line.contains("rank 0: quant_out[0, ")), "{failed:?}");
     // A scale, in its swizzled place: block 2 of token 1.
     let fault = |engine: &mut Engine, problem: &Problem| match problem.scales() {
@@ -509,7 +509,7 @@ fn codes_and_norms_that_are_not_those_of_the_case_before_are_held_against_the_re
         _ => Ok(()),
     };
     let (tally, failed) = matrix_with(fault, None);
-    assert_eq!((tally.verified, tally.failed), (54, 6));
+    assert_eq!((tally.verified, tally.failed), (120, 12));
     assert!(failed.iter().all(|line| line.contains("rank 1: scale_out[1, 2] is ")), "{failed:?}");
 }
 

@@ -77,13 +77,13 @@ pub struct Token<'a, E> {
     /// Row of the token in the input of each rank, in rank order, `[hidden]` each; not read with experts of which none is
     /// shared.
     pub inputs: &'a [&'a [E]],
-    /// The experts of the token on each rank, in rank order; `None` without experts.
+    /// The experts of the token on each rank, in rank order; not read without experts.
     pub experts: Option<&'a [TokenExperts<'a, E>]>,
     /// Row of the token in the residual, `[hidden]`; `None` without a residual.
     pub residual: Option<&'a [E]>,
     /// The bias of the sum, `[hidden]`; `None` without one.
     pub bias: Option<&'a [E]>,
-    /// The weight of the norm of the sum, `[hidden]`; `None` without one.
+    /// The weight of the norm of the sum, `[hidden]`; not read without one.
     pub post_gamma: Option<Weights<'a, E>>,
     /// The weight of RMSNorm, `[hidden]`; not read without a norm.
     pub gamma: Weights<'a, E>,

@@ -35,9 +35,10 @@ impl Allowed {
         [self.low, self.high].map(|bound| f64::from(E::from_f64(bound).to_f32()))
     }
 
-    /// All three rounded to `E`.
-    fn stored<E: Element>(self) -> Allowed {
+    /// All three rounded to `E`. `unit` becomes the distance of the ends, if that is larger.
+    fn stored<E: Element>(self, unit: &mut f64) -> Allowed {
         let [low, high] = self.rounded::<E>();
+        *unit = unit.max(high - low);
         Allowed { low, exact: f64::from(E::from_f64(self.exact).to_f32()), high }
     }
 
@@ -60,6 +61,8 @@ impl Allowed {
 struct Reduced {
     sum: Allowed,
     magnitude: f64,
+    /// The largest last place at which arithmetic may have rounded.
+    unit: f64,
     /// True if a partial sum in `f32` may overflow although the whole sum does not.
     may_overflow: bool,
 }
@@ -198,9 +201,18 @@ impl<'a, E: Element> TokenNorm<'a, E> {
         TokenNorm { parameters, gamma, inverse_rms, slack }
     }
 
+    /// The factor of element `index`, exactly.
+    fn factor(&self, index: usize) -> f64 {
+        self.inverse_rms.exact * self.weight(index)
+    }
+
+    fn weight(&self, index: usize) -> f64 {
+        f64::from(self.parameters.weight_bias) + f64::from(self.gamma.get(index))
+    }
+
     /// Element `index` of the norm, before it is rounded, of what is `value` in the row.
     fn of(&self, value: Allowed, index: usize) -> Allowed {
-        let weight = f64::from(self.parameters.weight_bias) + f64::from(self.gamma.get(index));
+        let weight = self.weight(index);
         // A product below the smallest normal `f32` is rounded to a multiple of 2^-149, or flushed to 0.
         let tiny = f64::from(f32::MIN_POSITIVE) * (1.0 + weight.abs());
         let inverse_rms = self.inverse_rms;
@@ -229,15 +241,14 @@ impl<'a, E: Element> Checker<'a, E> {
     fn residual_out(&self) -> Result<f64, Mismatch> {
         let mut largest = 0.0f64;
         for (index, &got) in self.observed.residual_out.iter().enumerate() {
-            let (allowed, magnitude, may_overflow) = self.sum(index);
+            let (allowed, unit_of_addends, may_overflow) = self.sum(index);
             let bounds = allowed.rounded::<E>();
             let value = f64::from(got.to_f32());
             if !allows(bounds, value) && !may_overflow {
                 return Err(self.mismatch(Output::Residual, index, value, bounds));
             }
             // If addends cancel, the last place of the sum is too fine a unit: `f32` rounds at the last place of
-            // addends.
-            let unit_of_addends = spacing(magnitude, 24, -126);
+            // addends, and stores some sums of them.
             let unit = spacing(allowed.exact, E::DTYPE.digits(), E::DTYPE.min_exponent());
             let error = element_error(got, allowed.exact) * (unit / unit.max(unit_of_addends));
             largest = largest.max(error);
@@ -250,7 +261,7 @@ impl<'a, E: Element> Checker<'a, E> {
         let element = |row: &[E]| f64::from(row[index].to_f32());
         let exactly = |value: f64| Allowed { low: value, exact: value, high: value };
         let hidden = self.observed.residual_out.len();
-        let zero = Reduced { sum: exactly(0.0), magnitude: 0.0, may_overflow: false };
+        let zero = Reduced { sum: exactly(0.0), magnitude: 0.0, unit: 0.0, may_overflow: false };
         let (mut reduced, mut count) = (zero, 0);
         let mut add = |addend: Allowed| {
             let Allowed { low, exact, high } = reduced.sum;
@@ -259,7 +270,7 @@ impl<'a, E: Element> Checker<'a, E> {
             reduced.magnitude += addend.magnitudes()[1];
             count += 1;
         };
-        let mut may_overflow = false;
+        let (mut unit, mut may_overflow) = (0.0f64, false);
         match self.token.experts_of(self.operation) {
             None => self.token.inputs.iter().for_each(|row| add(exactly(element(row)))),
             Some((experts, shared)) => {
@@ -271,7 +282,9 @@ impl<'a, E: Element> Checker<'a, E> {
                             (sum + term, magnitude + term.abs(), count + 1.0)
                         });
                     may_overflow |= overflows(magnitude);
-                    add(Allowed::around(sum, count * (U * magnitude + SMALLEST)).stored::<E>());
+                    unit = unit.max(spacing(magnitude, 24, -126));
+                    let sum = Allowed::around(sum, count * (U * magnitude + SMALLEST));
+                    add(sum.stored::<E>(&mut unit));
                 }
             }
         }
@@ -280,25 +293,28 @@ impl<'a, E: Element> Checker<'a, E> {
         }
         let slack = f64::from(count) * U * reduced.magnitude;
         let may_overflow = may_overflow || overflows(reduced.magnitude);
-        Reduced { sum: reduced.sum.plus(0.0, slack), may_overflow, ..reduced }
+        let unit = unit.max(spacing(reduced.magnitude, 24, -126));
+        Reduced { sum: reduced.sum.plus(0.0, slack), unit, may_overflow, ..reduced }
     }
 
-    /// Element `index` of the sum, plus the residual, before it is rounded; the magnitude of its addends; true if a partial
-    /// sum may overflow.
+    /// Element `index` of the sum, plus the residual, before it is rounded; the largest last place at which arithmetic may have
+    /// rounded; true if a partial sum may overflow.
     fn sum(&self, index: usize) -> (Allowed, f64, bool) {
-        let Reduced { mut sum, mut magnitude, may_overflow } = self.reduced(index);
+        let Reduced { mut sum, mut magnitude, mut unit, may_overflow } = self.reduced(index);
         if let Some(norm) = &self.post {
-            sum = norm.of(sum.stored::<E>(), index);
+            sum = norm.of(sum.stored::<E>(&mut unit), index);
             magnitude = sum.magnitudes()[1];
+            unit = (unit * norm.factor(index).abs()).max(spacing(magnitude, 24, -126));
         }
-        let Some(residual) = self.token.residual else { return (sum, magnitude, may_overflow) };
+        let Some(residual) = self.token.residual else { return (sum, unit, may_overflow) };
         let residual = f64::from(residual[index].to_f32());
         if self.operation.rounding == Rounding::AfterAllReduce {
-            sum = sum.stored::<E>();
+            sum = sum.stored::<E>(&mut unit);
             magnitude = sum.magnitudes()[1];
         }
         magnitude += residual.abs();
-        (sum.plus(residual, U * magnitude), magnitude, may_overflow || overflows(magnitude))
+        let unit = unit.max(spacing(magnitude, 24, -126));
+        (sum.plus(residual, U * magnitude), unit, may_overflow || overflows(magnitude))
     }
 
     /// The norm of the sum; `None` if a partial sum may overflow.
@@ -311,7 +327,7 @@ impl<'a, E: Element> Checker<'a, E> {
             if may_overflow {
                 return None;
             }
-            let sum = sum.stored::<E>();
+            let sum = sum.stored::<E>(&mut 0.0);
             let [least, greatest] = sum.magnitudes();
             for (squares, value) in squares.iter_mut().zip([least, sum.exact, greatest]) {
                 *squares += value * value;

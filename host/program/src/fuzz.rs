@@ -68,6 +68,8 @@ fn values_of(kind: &str) -> &'static [&'static str] {
             "nccl,nccl-symmetric,custom",
             "torch",
             "flashinfer,torch",
+            "moe",
+            "post-norm",
             "tpu",
         ],
         "program" => &["python3", "-", ""],

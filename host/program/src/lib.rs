@@ -23,6 +23,7 @@ mod fuzz;
 pub mod job;
 pub mod measurement;
 pub mod multicast;
+pub mod pattern;
 pub mod peers;
 pub mod quant_mode;
 pub mod report;

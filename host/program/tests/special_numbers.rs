@@ -8,11 +8,14 @@ use fused_collective::{
     cpu::{Communicator, Options},
     group::{Bootstrap as _, Thread, threads},
 };
-use fused_collective_cli::backend::{
-    collective::Collective,
-    cpu::Engine,
-    problem::{Problem, Tensor},
-    steps::Step,
+use fused_collective_cli::{
+    backend::{
+        collective::Collective,
+        cpu::Engine,
+        problem::{Problem, Tensor},
+        steps::Step,
+    },
+    pattern::Pattern,
 };
 use fused_collective_core::{
     dtype::{DType, Element, bf16, f16},
@@ -109,6 +112,7 @@ fn problem(dtype: DType, residual: bool, quantization: Quantization) -> Problem 
         residual,
         sharded: false,
         norm: Norm::default(),
+        pattern: Pattern::AllReduceNorm,
         quantization,
         scale,
     }

@@ -13,7 +13,7 @@ import numpy
 import pytest
 
 import fused_collective
-from fused_collective import Communicator, InvalidError, Norm, Outputs, Quant
+from fused_collective import Communicator, Experts, InvalidError, Norm, Outputs, Quant
 from fused_collective._tensors import describe
 from ranks import run, start
 
@@ -69,6 +69,70 @@ def test_every_rank_gets_the_sum_and_its_norm(dtype, world_size):
         assert (residual_out == total.astype(numpy.float32)).all()
         numpy.testing.assert_allclose(norm_out, expected_norm(total, weight_of(dtype)), rtol=tolerance, atol=tolerance)
         assert (norm_out == results[0][1]).all(), "all ranks have the same bits"
+
+
+def post_norm_rank(rank, world_size, key, dtype):
+    with join(rank, world_size, key) as communicator:
+        post_norm = Norm(weight_of(), epsilon=1e-6, weight_bias=1.0)
+        arguments = dict(residual=residual_of(dtype), norm=weight_of(dtype), rounding="after_all_reduce")
+        out = communicator.all_reduce(inputs(rank, dtype), post_norm=post_norm, **arguments)
+        # The same in three operations.
+        total = communicator.all_reduce(inputs(rank, dtype)).residual_out
+        normed = expected_norm(total, 1 + weight_of()).astype(FLOATS[dtype]).astype(numpy.float32)
+        added = (normed + residual_of(dtype).astype(numpy.float32)).astype(FLOATS[dtype])
+        return [it.astype(numpy.float32) for it in (out.residual_out, added, out.norm_out)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_post_norm_normalizes_the_sum_before_the_residual_is_added(dtype):
+    (residual_out, added, norm_out), (_, _, other) = run(post_norm_rank, dtype)
+    tolerance = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 1.6e-2}[dtype]
+    numpy.testing.assert_allclose(residual_out, added, rtol=tolerance, atol=tolerance)
+    assert (residual_out == added).mean() > (0.99 if dtype != "float32" else 0.3)
+    expected = expected_norm(residual_out, weight_of(dtype))
+    numpy.testing.assert_allclose(norm_out, expected, rtol=tolerance, atol=tolerance)
+    assert (norm_out == other).all(), "all ranks have the same bits"
+
+
+def experts_rank(rank, world_size, key, dtype):
+    float32 = numpy.float32
+    rows = (numpy.arange(7 * HIDDEN).reshape(7, HIDDEN) * 29 + rank * 5) % 67 / 16.0 - 2.0
+    rows = rows.astype(FLOATS[dtype])
+    index = (numpy.arange(TOKENS * 3).reshape(TOKENS, 3) * 5 + rank) % 8 - 1
+    index = index.astype(numpy.int32)
+    scales = ((numpy.arange(TOKENS * 3).reshape(TOKENS, 3) + 1) / 8).astype(float32)
+    experts = Experts(rows, index, scales)
+    addend = numpy.zeros((TOKENS, HIDDEN), float32)
+    for token, expert in numpy.ndindex(index.shape):
+        if index[token, expert] >= 0:
+            addend[token] += scales[token, expert] * rows[index[token, expert]].astype(float32)
+    results = []
+    with join(rank, world_size, key) as communicator:
+        for shared in (None, inputs(rank, dtype)):
+            own = addend if shared is None else addend + shared.astype(float32)
+            got = communicator.all_reduce(shared, experts=experts, norm=weight_of(dtype))
+            want = communicator.all_reduce(own.astype(FLOATS[dtype]), norm=weight_of(dtype))
+            results.append((got.residual_out == want.residual_out).all() and (got.norm_out == want.norm_out).all())
+        # In the shared expert's memory.
+        place = inputs(rank, dtype)
+        communicator.all_reduce(place, experts=experts, norm=weight_of(dtype), out=Outputs(norm_out=place))
+        results.append((place == got.norm_out).all())
+        if rank == 0:
+            for match, change in (
+                ("expert_index has row 7 for token 0: use 0 to 6", dict(index=numpy.full_like(index, 7))),
+                ("expert_scales has length 5", dict(scales=scales[:, 0].copy())),
+                ("expert_index holds codes, the operation needs int32", dict(index=index.astype(numpy.int64))),
+            ):
+                wrong = Experts(**(dict(rows=rows, index=index, scales=scales) | change))
+                with pytest.raises(InvalidError, match=match):
+                    communicator.all_reduce(experts=wrong)
+        return [bool(it) for it in results]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_addend_is_made_of_experts_rows(dtype):
+    # All numbers here have few digits: each sum is exact until it is rounded.
+    assert run(experts_rank, dtype) == [[True] * 3] * 2
 
 
 def quantized_rank(rank, world_size, key, quant):
@@ -219,12 +283,14 @@ def refused_rank(rank, world_size, key):
             read_only.flags.writeable = False
             refuse("residual_out is read-only", x, out=Outputs(residual_out=read_only))
             refuse("a stream is given", x, stream=1)
+            refuse("a post-norm needs a norm after it", x, post_norm=weight_of())
+            refuse("x is missing", None)
         return communicator.all_reduce(x).residual_out.sum(), len(refused)
 
 
 def test_what_cannot_be_is_refused_by_name_and_the_group_goes_on():
     (first, refused), (second, _) = run(refused_rank)
-    assert first == second and refused == 12
+    assert first == second and refused == 14
 
 
 def late_rank(rank, world_size, key):

@@ -259,7 +259,11 @@ def test_flashinfer_s_patterns(workspace, name, use_oneshot):
     x, residual, weight = tensors(12)
     call = dict(input=x, workspace=workspace, pattern=pattern, residual_in=residual, rms_gamma=weight, use_oneshot=use_oneshot)
     call |= dict(residual_out=torch.empty_like(x), launch_with_pdl=True)
-    if "MoE" in name:
+    if "MoEFinalize" in name:
+        index = torch.arange(TOKENS, device=DEVICE).flip(0).int().unsqueeze(1)
+        call |= dict(input=x.flip(0).contiguous() * 2, expanded_idx_to_permuted_idx=index)
+        call |= dict(expert_scale_factor=torch.full((TOKENS, 1), 0.5, device=DEVICE))
+    elif "MoE" in name:
         with pytest.raises(NotImplementedError, match="no kernel with"):
             flashinfer.allreduce_fusion(**call)
         return
@@ -276,7 +280,7 @@ def test_flashinfer_s_patterns(workspace, name, use_oneshot):
         assert torch.equal(result, expected(x, torch.zeros_like(x), weight)[0])
         return
     assert torch.equal(call["residual_out"], total)
-    if "Out" in name or name == "kARResidualRMSNorm":
+    if "Out" in name or name in ("kARResidualRMSNorm", "kMoEFinalizeARResidualRMSNorm"):
         close(result, norm)
     elif name.endswith("NormFP8Quant"):
         torch.testing.assert_close(result.double() / 64, norm, rtol=0.08, atol=0.01)

@@ -159,10 +159,17 @@ def flashinfer_rank(rank, world_size, key):
     for name, pattern in patterns.items():
         arguments = dict(input=x, workspace=workspace, pattern=pattern, residual_in=residual, rms_gamma=weight)
         arguments |= dict(residual_out=torch.empty_like(x), weight_bias=1.0, use_oneshot=pattern % 2 == 0)
-        if "MoE" in name:
+        if name == "kMoEReductionARResidualRMSNorm":
             with pytest.raises(NotImplementedError, match="no kernel with"):
                 allreduce_fusion(**arguments)
             continue
+        if "MoEFinalize" in name:
+            with pytest.raises(InvalidError, match="expanded_idx_to_permuted_idx is needed"):
+                allreduce_fusion(**arguments)
+            # Two experts: one has the row that is the input elsewhere, the other is on no rank.
+            index = torch.stack([torch.arange(TOKENS).flip(0), torch.full((TOKENS,), -1)], 1).int()
+            arguments |= dict(input=x.flip(0).contiguous() * 2, expanded_idx_to_permuted_idx=index)
+            arguments["expert_scale_factor"] = torch.full((TOKENS, 2), 0.5)
         if name == "kAllReduce":
             sums = [torch.empty_like(x) for _ in range(world_size)]
             torch.distributed.all_gather(sums, x)
@@ -184,8 +191,13 @@ def flashinfer_rank(rank, world_size, key):
             arguments["scale_out"] = torch.zeros(TOKENS, HIDDEN // 32, dtype=torch.uint8)
         result = allreduce_fusion(**arguments)
         assert torch.equal(arguments["residual_out"], want.residual_out), name
-        if "Out" in name or name == "kARResidualRMSNorm":
+        if "Out" in name or name in ("kARResidualRMSNorm", "kMoEFinalizeARResidualRMSNorm"):
             assert torch.equal(result, want.norm_out), name
+            if "MoE" in name:
+                arguments["shared_expert_output"] = x
+                more = communicator.all_reduce(x * 2, residual=residual)
+                allreduce_fusion(**arguments)
+                assert torch.equal(arguments["residual_out"], more.residual_out)
         elif "FP4" in name:
             assert result.shape == (TOKENS, HIDDEN // 2)
         else:
@@ -213,7 +225,7 @@ def flashinfer_rank(rank, world_size, key):
 
 
 def test_flashinfer_s_patterns_give_this_library_s_bits():
-    assert run(flashinfer_rank) == [12, 12]
+    assert run(flashinfer_rank) == [14, 14]
 
 
 def comm_backend_rank(rank, world_size, key):

@@ -6,6 +6,8 @@ use fused_collective_core::{
     quant::{Quantization, ScaleTensor},
 };
 
+use crate::pattern::Pattern;
+
 /// One configuration: the operation to compute, by any steps.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Problem {
@@ -22,6 +24,8 @@ pub struct Problem {
     pub sharded: bool,
     /// RMSNorm's parameters.
     pub norm: Norm,
+    /// The steps before the residual is added.
+    pub pattern: Pattern,
     /// The quantization of the norm.
     pub quantization: Quantization,
     /// The per-tensor or global scale, if the quantization reads one.
@@ -41,8 +45,8 @@ impl Problem {
             keep_norm: false,
             rounding: Rounding::Once,
             bias: false,
-            post_norm: None,
-            experts: None,
+            post_norm: self.pattern.post_norm(),
+            experts: self.pattern.experts(),
             mode,
         }
     }
@@ -62,9 +66,21 @@ impl Problem {
         Operation {
             residual: Residual::None,
             norm: None,
+            post_norm: None,
+            experts: None,
             quantization: Quantization::None,
             ..self.operation(mode)
         }
+    }
+
+    /// The tensor that separate operations reduce.
+    pub fn addend(&self) -> Tensor {
+        if self.pattern.experts().is_some() { Tensor::Combined } else { Tensor::Input }
+    }
+
+    /// Experts of all tokens, and as many rows of experts; 0 without experts.
+    pub fn chosen(&self) -> u64 {
+        self.pattern.experts().map_or(0, |experts| self.tokens * u64::from(experts.top_k))
     }
 
     /// The tensor that the all-reduce of separate operations leaves its sum in.
@@ -94,7 +110,13 @@ impl Problem {
             Tensor::ResidualShard | Tensor::ResidualShardOut => Some(0),
             Tensor::Reduced if self.residual => activation,
             Tensor::Reduced => Some(0),
-            Tensor::Gamma => Some(self.hidden * self.dtype.bytes()),
+            Tensor::Combined if self.addend() == Tensor::Combined => activation,
+            Tensor::Combined => Some(0),
+            Tensor::Gamma => Some(self.row_bytes()),
+            Tensor::PostGamma if self.pattern.post_norm().is_some() => Some(self.row_bytes()),
+            Tensor::PostGamma => Some(0),
+            Tensor::ExpertRows => self.chosen().checked_mul(self.row_bytes()),
+            Tensor::ExpertIndex | Tensor::ExpertScales => self.chosen().checked_mul(4),
             Tensor::QuantOut if quantized => {
                 self.tokens.checked_mul(self.quantization.value_bytes_per_row(self.hidden))
             }
@@ -119,7 +141,7 @@ impl Problem {
 /// The role of a tensor. Activations are `[tokens, hidden]`, row-major.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tensor {
-    /// This rank's addend.
+    /// This rank's addend, or the rows of a shared expert.
     Input,
     /// The residual, the same on every rank. In a problem without a residual it is full of NaN, which shows a read.
     Residual,
@@ -127,6 +149,16 @@ pub enum Tensor {
     ResidualShard,
     /// RMSNorm's weight, `[hidden]`.
     Gamma,
+    /// The weight of the norm of the sum, `[hidden]`.
+    PostGamma,
+    /// Rows of this rank's experts, one for each expert of each token.
+    ExpertRows,
+    /// The row of each expert of each token, or -1, in `i32`.
+    ExpertIndex,
+    /// The scale of each, in `f32`.
+    ExpertScales,
+    /// The addend that separate operations make of experts' rows.
+    Combined,
     /// The all-reduced input, to which separate operations still add a residual.
     Reduced,
     /// The sum of inputs and residual.
@@ -149,11 +181,16 @@ pub enum Tensor {
 
 impl Tensor {
     /// Every role.
-    pub const ALL: [Tensor; 13] = [
+    pub const ALL: [Tensor; 18] = [
         Tensor::Input,
         Tensor::Residual,
         Tensor::ResidualShard,
         Tensor::Gamma,
+        Tensor::PostGamma,
+        Tensor::ExpertRows,
+        Tensor::ExpertIndex,
+        Tensor::ExpertScales,
+        Tensor::Combined,
         Tensor::Reduced,
         Tensor::ResidualOut,
         Tensor::ResidualShardOut,

@@ -7,15 +7,21 @@ use super::problem::{Problem, Tensor};
 /// One operation that a framework would launch. *Sum* is `Reduced`, or `ResidualOut` if there is no residual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// The whole operation: `Input`, `Residual` and `Gamma` to `ResidualOut` and `NormOut`, or to `ResidualOut`, `QuantOut` and
+    /// The whole operation: `Input`, `Residual`, `Gamma` and the tensors of its pattern to `ResidualOut` and `NormOut`, or to `ResidualOut`, `QuantOut` and
     /// `ScaleOut`.
     Fused(Fused),
+    /// One pass: experts' rows and `Input` to `Combined`, which an all-reduce then takes in place of `Input`.
+    CombineExperts,
     /// `Input` to sum, by this project's own all-reduce.
     AllReduce(Mode),
     /// `Input` to sum, by NCCL's.
     NcclAllReduce,
     /// `Input` to sum, by NCCL's, both in a symmetric window. The steps after it find the sum there.
     NcclSymmetricAllReduce,
+    /// One pass: sum to its norm, in place.
+    PostNorm,
+    /// One pass: sum, its norm if there is one, and `Residual` to `ResidualOut`, and to `NormOut` or `QuantOut` and `ScaleOut`.
+    AfterAllReduce,
     /// One pass: sum and `Residual` to `ResidualOut` and `NormOut`.
     AddRmsNorm,
     /// One pass: sum and `Residual` to `ResidualOut`, and `QuantOut` and `ScaleOut`.

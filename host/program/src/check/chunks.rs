@@ -66,7 +66,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::quant_mode::QuantMode;
+    use crate::{pattern::Pattern, quant_mode::QuantMode};
 
     fn problem(tokens: u64, quant_mode: QuantMode) -> Problem {
         Problem {
@@ -76,6 +76,7 @@ mod tests {
             residual: true,
             sharded: true,
             norm: Norm::default(),
+            pattern: Pattern::AllReduceNorm,
             quantization: quant_mode.quantization(),
             scale: quant_mode.scale(),
         }

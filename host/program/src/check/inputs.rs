@@ -12,6 +12,12 @@ pub enum Source {
     Residual,
     /// RMSNorm's weight.
     Gamma,
+    /// The weight of the norm of the sum.
+    PostGamma,
+    /// The rows of a rank's experts.
+    ExpertRows(u32),
+    /// The scales of a token's experts on a rank.
+    ExpertScales(u32),
 }
 
 impl Source {
@@ -20,6 +26,9 @@ impl Source {
             Source::Residual => 0,
             Source::Gamma => 1,
             Source::Input(rank) => 2 + u64::from(rank),
+            Source::PostGamma => 1 << 32,
+            Source::ExpertRows(rank) => 2 << 32 | u64::from(rank),
+            Source::ExpertScales(rank) => 3 << 32 | u64::from(rank),
         }
     }
 }
@@ -37,6 +46,15 @@ impl Numbers {
     /// Random numbers, without special rows.
     pub fn random(seed: u64) -> Self {
         Numbers { seed, special: false }
+    }
+
+    /// The row of expert number `place` of all tokens' on rank `rank`, of which there are `chosen` and as many rows; `None` for
+    /// one in 16, which is on another rank. No two have the same row.
+    pub fn expert_row(self, rank: u32, place: u64, chosen: u64) -> Option<u64> {
+        /// A prime above any number of rows: its multiples are all different.
+        const STRIDE: u64 = 1_000_000_007;
+        let bits = mix(self.seed ^ mix(place ^ u64::from(rank) << 48));
+        (bits & 15 != 0).then(|| place.wrapping_mul(STRIDE).wrapping_add(rank.into()) % chosen)
     }
 
     /// Fills `row` with row `token` of a tensor.
@@ -96,6 +114,20 @@ mod tests {
         for sign in [false, true] {
             let zeros = row.iter().filter(|x| **x == 0.0 && x.is_sign_negative() == sign).count();
             assert!((80..180).contains(&zeros), "{zeros} zeros");
+        }
+    }
+
+    #[test]
+    fn experts_have_rows_of_their_own_and_some_are_elsewhere() {
+        for chosen in [8, 24, 1024, 8 * 999] {
+            let rows: Vec<_> =
+                (0..chosen).filter_map(|place| Numbers::random(3).expert_row(1, place, chosen)).collect();
+            let mut own = rows.clone();
+            own.sort_unstable();
+            own.dedup();
+            assert!(own.len() == rows.len() && own.iter().all(|&row| row < chosen));
+            let elsewhere = chosen - rows.len() as u64;
+            assert!(chosen < 100 || (chosen / 32..chosen / 8).contains(&elsewhere), "{elsewhere}");
         }
     }
 

@@ -14,6 +14,7 @@ use crate::{
         steps::{Fused, Step, eager_fp8, eager_rms_norm},
     },
     measurement::Kind,
+    pattern::Pattern,
     quant_mode::QuantMode,
 };
 
@@ -83,6 +84,9 @@ impl Variant {
             Step::Eager(_) => false,
             Step::Fused(_)
             | Step::AllReduce(_)
+            | Step::CombineExperts
+            | Step::PostNorm
+            | Step::AfterAllReduce
             | Step::AddRmsNorm
             | Step::AddRmsNormQuantize
             | Step::Quantize => true,
@@ -90,9 +94,10 @@ impl Variant {
     }
 }
 
-/// Every variant of `quant_mode`: the separate operations for each of `all_reduces`, then the fused ones. `all_reduces` has
+/// Every variant of `pattern` and `quant_mode`: the separate operations for each of `all_reduces`, then the fused ones. `all_reduces` has
 /// pairs of a name and a step. If `sharded`, one fused variant has a sharded residual.
 pub fn variants(
+    pattern: Pattern,
     quant_mode: QuantMode,
     residual: bool,
     sharded: bool,
@@ -102,12 +107,15 @@ pub fn variants(
     let mut all: Vec<Variant> = all_reduces
         .iter()
         .flat_map(|&(name, step)| {
-            after_all_reduce(quant_mode, residual).into_iter().map(move |(rest_name, rest)| Variant {
-                name: format!("standard_{name}_{rest_name}"),
-                kind: Kind::Standard,
-                sharded: false,
-                writes_norm: !rest.contains(&Step::AddRmsNormQuantize),
-                steps: [vec![step], rest].concat(),
+            after_all_reduce(pattern, quant_mode, residual).into_iter().map(move |(rest_name, rest)| {
+                Variant {
+                    name: format!("standard_{name}_{rest_name}"),
+                    kind: Kind::Standard,
+                    sharded: false,
+                    writes_norm: !rest.contains(&Step::AddRmsNormQuantize)
+                        && (quant_mode == QuantMode::None || !rest.contains(&Step::AfterAllReduce)),
+                    steps: [before_all_reduce(pattern), vec![step], rest].concat(),
+                }
             })
         })
         .collect();
@@ -129,8 +137,26 @@ pub fn variants(
     all
 }
 
-/// The steps after the all-reduce in each form, with the form's name.
-fn after_all_reduce(quant_mode: QuantMode, residual: bool) -> Vec<(String, Vec<Step>)> {
+/// The steps before the all-reduce.
+fn before_all_reduce(pattern: Pattern) -> Vec<Step> {
+    pattern.experts().map(|_| Step::CombineExperts).into_iter().collect()
+}
+
+/// The steps after the all-reduce in each form, with the form's name. A norm of the sum has no eager form.
+fn after_all_reduce(pattern: Pattern, quant_mode: QuantMode, residual: bool) -> Vec<(String, Vec<Step>)> {
+    let forms = without_post_norm(quant_mode, residual);
+    if pattern.post_norm().is_none() {
+        return forms;
+    }
+    let with_post_norm = |(name, steps): (String, Vec<Step>)| match name.ends_with("compiled") {
+        true => (name, vec![Step::AfterAllReduce]),
+        false => (name, [vec![Step::PostNorm], steps].concat()),
+    };
+    let forms = forms.into_iter().filter(|(name, _)| !name.starts_with("native_rms_norm"));
+    forms.map(with_post_norm).collect()
+}
+
+fn without_post_norm(quant_mode: QuantMode, residual: bool) -> Vec<(String, Vec<Step>)> {
     let native = || eager_rms_norm(residual);
     let custom = || vec![Step::AddRmsNorm];
     let quantize = || vec![Step::Quantize];
@@ -156,8 +182,17 @@ fn after_all_reduce(quant_mode: QuantMode, residual: bool) -> Vec<(String, Vec<S
 }
 
 /// The number of [`variants`] for `all_reduces` all-reduces.
-pub(crate) fn count(quant_mode: QuantMode, sharded: bool, oneshot: bool, all_reduces: usize) -> usize {
-    after_all_reduce(quant_mode, true).len() * all_reduces + 1 + usize::from(oneshot) + usize::from(sharded)
+pub(crate) fn count(
+    pattern: Pattern,
+    quant_mode: QuantMode,
+    sharded: bool,
+    oneshot: bool,
+    all_reduces: usize,
+) -> usize {
+    after_all_reduce(pattern, quant_mode, true).len() * all_reduces
+        + 1
+        + usize::from(oneshot)
+        + usize::from(sharded)
 }
 
 #[cfg(test)]
@@ -166,7 +201,7 @@ mod tests {
 
     fn names(quant_mode: QuantMode, oneshot: bool) -> Vec<String> {
         let all_reduces = [("allreduce", Step::AllReduce(Mode::TwoShot))];
-        variants(quant_mode, true, false, oneshot, &all_reduces)
+        variants(Pattern::AllReduceNorm, quant_mode, true, false, oneshot, &all_reduces)
             .into_iter()
             .map(|variant| variant.name)
             .collect()
@@ -214,7 +249,8 @@ mod tests {
             ("allreduce", Step::NcclAllReduce),
             ("symm_allreduce", Step::NcclSymmetricAllReduce),
         ];
-        for variant in variants(QuantMode::Fp8, true, true, true, &all_reduces) {
+        let of = |pattern| variants(pattern, QuantMode::Fp8, true, true, true, &all_reduces);
+        for variant in Pattern::ALL.into_iter().flat_map(of) {
             let is_eager = variant.name.contains("native_rms_norm") || variant.name.contains("native_quant");
             let is_ours = variant.name.contains("custom_allreduce") || variant.kind == Kind::Fused;
             assert_eq!(variant.is_specified(2), !is_eager, "{}", variant.name);
@@ -224,12 +260,14 @@ mod tests {
 
     #[test]
     fn every_variant_has_one_collective_and_knows_whether_it_writes_the_norm() {
-        for quant_mode in QuantMode::ALL {
+        for (quant_mode, pattern) in
+            QuantMode::ALL.into_iter().flat_map(|mode| Pattern::ALL.map(|pattern| (mode, pattern)))
+        {
             for (residual, sharded) in [(false, false), (true, false), (true, true)] {
                 let all_reduces =
                     [("allreduce", Step::NcclAllReduce), ("custom", Step::AllReduce(Mode::OneShot))];
-                let all = variants(quant_mode, residual, sharded, true, &all_reduces);
-                assert_eq!(all.len(), count(quant_mode, sharded, true, all_reduces.len()));
+                let all = variants(pattern, quant_mode, residual, sharded, true, &all_reduces);
+                assert_eq!(all.len(), count(pattern, quant_mode, sharded, true, all_reduces.len()));
                 assert_eq!(all.iter().filter(|variant| variant.sharded).count(), usize::from(sharded));
                 for variant in all {
                     let collective = |step: &&Step| {
@@ -242,8 +280,17 @@ mod tests {
                         )
                     };
                     assert_eq!(variant.steps.iter().filter(collective).count(), 1, "{}", variant.name);
+                    let whole = variant.kind == Kind::Fused || variant.steps.contains(&Step::AfterAllReduce);
                     let one_pass = variant.steps.contains(&Step::AddRmsNormQuantize)
-                        || (variant.kind == Kind::Fused && quant_mode != QuantMode::None);
+                        || (whole && quant_mode != QuantMode::None);
+                    let fused = variant.kind == Kind::Fused;
+                    let of_pattern = |step: &Step| match pattern {
+                        Pattern::AllReduceNorm => false,
+                        Pattern::PostNorm => matches!(step, Step::PostNorm | Step::AfterAllReduce),
+                        Pattern::Moe => *step == Step::CombineExperts,
+                    };
+                    let steps = variant.steps.iter().filter(|step| of_pattern(step)).count();
+                    assert_eq!(steps, usize::from(!fused && !pattern.is_default()), "{}", variant.name);
                     assert_eq!(variant.writes_norm, !one_pass, "{}", variant.name);
                 }
             }

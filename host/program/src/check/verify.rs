@@ -19,7 +19,7 @@ use fused_collective_core::{
     plan::{owned_index, owned_token, owned_tokens},
     quant::Quantization,
     reference::check_token,
-    specification::{Observed, Row, Token},
+    specification::{Observed, Row, Token, TokenExperts},
 };
 use zerocopy::IntoBytes as _;
 
@@ -87,6 +87,10 @@ fn write_typed_inputs<E: Plain>(
         })
     };
     write(Tensor::Gamma, Source::Gamma, 1, &|_| 0)?;
+    if problem.pattern.post_norm().is_some() {
+        write(Tensor::PostGamma, Source::PostGamma, 1, &|_| 0)?;
+    }
+    write(Tensor::ExpertRows, Source::ExpertRows(rank), problem.chosen(), &|row| row)?;
     write(Tensor::Input, Source::Input(rank), problem.tokens, &|token| token)?;
     if problem.residual {
         write(Tensor::Residual, Source::Residual, problem.tokens, &|token| token)?;
@@ -101,6 +105,17 @@ fn write_typed_inputs<E: Plain>(
     }
     if !problem.residual {
         poison(backend, problem, Tensor::Residual)?;
+    }
+    if let Some(experts) = problem.pattern.experts() {
+        let chosen = problem.chosen();
+        let row = |place| numbers.expert_row(rank, place, chosen).map_or(-1, |row| row as i32);
+        let index: Vec<i32> = (0..chosen).map(row).collect();
+        backend.write(Tensor::ExpertIndex, 0, index.as_bytes())?;
+        let mut scales = vec![0.0f32; chosen as usize];
+        for (token, scales) in (0..).zip(scales.chunks_mut(experts.top_k as usize)) {
+            numbers.fill_row(Source::ExpertScales(rank), token, scales);
+        }
+        backend.write(Tensor::ExpertScales, 0, scales.as_bytes())?;
     }
     Ok(())
 }
@@ -377,10 +392,45 @@ pub(crate) struct Judge<'a, E> {
     inputs: Vec<Vec<E>>,
     residual: Vec<E>,
     gamma: Vec<E>,
+    post_gamma: Vec<E>,
+    /// The experts of a token on each rank; empty without experts.
+    experts: Vec<Chosen<E>>,
     /// The times that the variant ran on the same tensors. In place, each time reads the outputs of the one before.
     times: u32,
     /// The outputs of a token, as specified.
     specified: Specified<E>,
+}
+
+/// The experts of a token on one rank, whose rows are a tensor of their own.
+#[derive(Clone)]
+struct Chosen<E> {
+    rows: Vec<E>,
+    index: Vec<i32>,
+    scales: Vec<f32>,
+}
+
+impl<E: Plain> Chosen<E> {
+    fn new(top_k: usize, hidden: usize) -> Self {
+        let rows = vec![E::default(); top_k * hidden];
+        Chosen { rows, index: vec![-1; top_k], scales: vec![0.0; top_k] }
+    }
+
+    fn fill(&mut self, problem: &Problem, numbers: Numbers, rank: u32, token: u64) {
+        let (top_k, hidden) = (self.index.len() as u64, problem.hidden as usize);
+        let places = token * top_k..(token + 1) * top_k;
+        for ((place, k), row) in places.zip(0..).zip(self.rows.chunks_mut(hidden)) {
+            let chosen = numbers.expert_row(rank, place, problem.chosen());
+            self.index[k as usize] = if chosen.is_some() { k } else { -1 };
+            if let Some(chosen) = chosen {
+                numbers.fill_row(Source::ExpertRows(rank), chosen, row);
+            }
+        }
+        numbers.fill_row(Source::ExpertScales(rank), token, &mut self.scales);
+    }
+
+    fn experts(&self) -> TokenExperts<'_, E> {
+        TokenExperts { rows: &self.rows, index: &self.index, scales: Weights::F32(&self.scales) }
+    }
 }
 
 /// The memory of a [`Row`].
@@ -403,6 +453,10 @@ impl<'a, E: Plain> Judge<'a, E> {
         let row = vec![E::default(); problem.hidden as usize];
         let mut gamma = row.clone();
         numbers.fill_row(Source::Gamma, 0, &mut gamma);
+        let mut post_gamma = row.clone();
+        numbers.fill_row(Source::PostGamma, 0, &mut post_gamma);
+        let experts = problem.pattern.experts();
+        let experts = experts.map(|experts| Chosen::new(experts.top_k as usize, row.len()));
         let operation = Operation {
             keep_norm: variant.writes_norm,
             rounding: variant.rounding(),
@@ -422,6 +476,8 @@ impl<'a, E: Plain> Judge<'a, E> {
             inputs: vec![row.clone(); world_size as usize],
             residual: row,
             gamma,
+            post_gamma,
+            experts: experts.map_or(Vec::new(), |experts| vec![experts; world_size as usize]),
             times: 1,
         }
     }
@@ -429,14 +485,15 @@ impl<'a, E: Plain> Judge<'a, E> {
     /// Makes inputs of this variant's outputs in place, as all runs but the last leave them.
     fn advance(&mut self, index: u64) -> Result<(), String> {
         let Judge { operation, problem, inputs, residual, specified, .. } = self;
+        let experts: Vec<_> = self.experts.iter().map(Chosen::experts).collect();
         for _ in 1..self.times {
             let rows: Vec<&[E]> = inputs.iter().map(Vec::as_slice).collect();
             let token = Token {
                 inputs: &rows,
                 residual: problem.residual.then_some(&residual[..]),
                 bias: None,
-                post_gamma: None,
-                experts: None,
+                post_gamma: Some(Weights::Element(&self.post_gamma)),
+                experts: Some(&experts),
                 gamma: Weights::Element(&self.gamma),
                 scale: problem.scale,
                 index,
@@ -465,14 +522,18 @@ impl<'a, E: Plain> Judge<'a, E> {
             numbers.fill_row(Source::Input(rank), index, input);
         }
         numbers.fill_row(Source::Residual, index, &mut self.residual);
+        for (rank, experts) in (0..).zip(&mut self.experts) {
+            experts.fill(problem, numbers, rank, index);
+        }
         self.advance(index)?;
+        let experts: Vec<_> = self.experts.iter().map(Chosen::experts).collect();
         let rows: Vec<&[E]> = self.inputs.iter().map(Vec::as_slice).collect();
         let token = Token {
             inputs: &rows,
             residual: problem.residual.then_some(&self.residual[..]),
             bias: None,
-            post_gamma: None,
-            experts: None,
+            post_gamma: Some(Weights::Element(&self.post_gamma)),
+            experts: Some(&experts),
             gamma: Weights::Element(&self.gamma),
             scale: problem.scale,
             index,

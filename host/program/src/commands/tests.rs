@@ -7,6 +7,7 @@ use crate::backend::all_reduce_choice::AllReduceChoice;
 use crate::{
     commands::bench::settings::{Outputs, Settings},
     job::options::{BackendChoice, JobOptions},
+    pattern::Pattern,
     peers::choice::PeerChoice,
     quant_mode::QuantMode,
 };
@@ -52,6 +53,7 @@ fn every_option_reaches_its_setting() {
         hidden_dim: 65_536,
         dtypes: vec![DType::F16],
         quant_modes: vec![QuantMode::Fp4],
+        pattern: Pattern::default(),
         use_residual: false,
         sharded_residual: false,
         oneshot: false,
@@ -94,6 +96,19 @@ fn a_report_of_an_earlier_run_is_shown_without_options_of_a_measurement() {
         let error = run(&format!("bench --from a.json {option}")).unwrap_err().to_string();
         assert!(error.starts_with("--from: it shows a report and measures nothing"), "{option}: {error}");
     }
+}
+
+#[test]
+fn a_pattern_is_named_and_peers_measure_the_default_one() {
+    assert_eq!(bench("--pattern post-norm").pattern, Pattern::PostNorm);
+    assert_eq!(bench("--pattern moe").pattern, Pattern::Moe);
+    assert_eq!(bench("--pattern all-reduce-norm --peers torch"), bench("--peers torch"));
+    let error = |options: &str| run(&format!("bench {options}")).unwrap_err().to_string();
+    assert_eq!(
+        error("--pattern gemma"),
+        "--pattern: 'gemma' is not a pattern: use all-reduce-norm, post-norm or moe"
+    );
+    assert!(error("--pattern moe --peers torch").starts_with("--peers: they are measured with --pattern"));
 }
 
 #[test]

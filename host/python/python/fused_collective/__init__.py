@@ -9,7 +9,7 @@ DLPack, the CUDA array interface or the buffer protocol. Neither a GPU nor PyTor
 
 from __future__ import annotations
 
-from ._communicator import Communicator, Norm, Outputs, Quant
+from ._communicator import Communicator, Experts, Norm, Outputs, Quant
 from ._errors import (
     AbortedError,
     BootstrapError,
@@ -30,6 +30,7 @@ __all__ = [
     "BootstrapError",
     "Communicator",
     "Error",
+    "Experts",
     "InvalidError",
     "LostError",
     "MismatchError",

@@ -58,6 +58,20 @@ class Quant:
     group_scale: str = "ue8m0"
 
 
+@dataclass(frozen=True)
+class Experts:
+    """The last step of a mixture of experts: the addend of a token is the sum of ``scales`` times the rows of its experts.
+
+    ``rows``, ``[any, H]``, are those of this rank's experts. ``index``, ``[..., top_k]`` int32, has the row of each expert of
+    each token; less than 0 is an expert on another rank. ``scales`` has the same shape, of the activations' type or float32.
+    On GPUs nothing checks that ``index`` names rows.
+    """
+
+    rows: Any
+    index: Any
+    scales: Any
+
+
 class Outputs(NamedTuple):
     """The outputs of an operation; None for one that it does not write.
 
@@ -177,11 +191,13 @@ class Communicator:
 
     def all_reduce(
         self,
-        x: Any,
+        x: Any = None,
         *,
         residual: Any = None,
         sharded: bool = False,
         bias: Any = None,
+        post_norm: Norm | Any = None,
+        experts: Experts | None = None,
         norm: Norm | Any = None,
         quant: Quant | str | None = None,
         keep_norm: bool = False,
@@ -197,6 +213,9 @@ class Communicator:
         ranks; or, if it is ``sharded``, this rank's rows. ``bias``, ``[H]``, is added to the sum of all ranks once. ``norm`` is a :class:`Norm`, or its weight. ``quant`` is a
         :class:`Quant`, or the name of a format. ``keep_norm`` writes the norm beside its codes.
 
+        ``post_norm`` normalizes the sum before the residual is added, as in Gemma 2 and 3. With ``experts`` this rank's addend is
+        made of their rows, and ``x`` is the output of a shared expert, or None.
+
         Outputs that ``out`` has not are made. ``out.norm_out`` may be ``x``, and ``out.residual_out`` the residual.
         ``rounding`` is ``once`` or ``after_all_reduce``, ``mode`` is ``auto``, ``one_shot`` or ``two_shot``. ``dtype`` is the
         type of elements that ``x`` cannot name: bfloat16 in arrays of 16-bit integers.
@@ -206,21 +225,41 @@ class Communicator:
 
         Raises :class:`InvalidError` before anything is sent; others of :class:`Error` when the group is over.
         """
-        input = self._describe(x, "x")
+        shared = None if x is None else self._describe(x, "x")
+        rows = index = scales = None
+        if experts is not None:
+            rows = self._describe(experts.rows, "the experts' rows")
+            index = self._describe(experts.index, "the experts' index")
+            scales = self._describe(experts.scales, "the experts' scales")
+        input = shared or rows
+        if input is None:
+            raise InvalidError("x is missing: only with experts it may be")
+        like = experts.rows if x is None else x  # type: ignore[union-attr]
         element = _element(input, dtype)
-        if not input.shape:
+        if not input.shape or (index is not None and not index.shape):
             raise InvalidError("x has no dimension: use [tokens, hidden]")
         hidden = input.shape[-1]
+        if shared is None:
+            assert index is not None
+            input = input._replace(shape=(*index.shape[:-1], hidden))
         tokens = input.elements // hidden if hidden else 0
-        if norm is not None and not isinstance(norm, Norm):
-            norm = Norm(norm)
+        norm, post_norm = (it if it is None or isinstance(it, Norm) else Norm(it) for it in (norm, post_norm))
         if isinstance(quant, str):
             quant = Quant(quant)
         weight = None if norm is None else self._describe(norm.weight, "the norm's weight")
+        post_weight = None if post_norm is None else self._describe(post_norm.weight, "the post-norm's weight")
         fields: dict[str, Any] = {}
+
+        def weights(tensor: Tensor) -> str:
+            return _element(tensor, dtype if tensor.dtype == input.dtype else None)
+
         if norm is not None and weight is not None:
-            fields |= {"norm": True, "epsilon": norm.epsilon, "weight_bias": norm.weight_bias}
-            fields["gamma"] = _element(weight, dtype if weight.dtype == input.dtype else None)
+            fields |= {"norm": True, "epsilon": norm.epsilon, "weight_bias": norm.weight_bias, "gamma": weights(weight)}
+        if post_norm is not None and post_weight is not None:
+            fields |= {"post_norm": True, "post_epsilon": post_norm.epsilon, "post_weight_bias": post_norm.weight_bias}
+            fields["post_gamma"] = weights(post_weight)
+        if index is not None and scales is not None:
+            fields |= {"top_k": index.shape[-1], "expert_scales": weights(scales), "shared_expert": shared is not None}
         if quant is not None:
             fields |= {"quantization": quant.format, "layout": quant.layout}
             fields |= {"group": quant.group, "group_scale": quant.group_scale, "keep_norm": keep_norm}
@@ -229,14 +268,23 @@ class Communicator:
         if bias is not None:
             fields["bias"] = True
         plan = operation(element, tokens, hidden, rounding=rounding, mode=mode, **fields)
-        made = self._outputs(x, input, plan, quant, out or Outputs(), sharded and residual is not None)
+        made = self._outputs(like, input, plan, quant, out or Outputs(), sharded and residual is not None)
         outputs = [
             None if it is None else self._describe(it, name, True) for name, it in list(zip(Outputs._fields, made))[1:]
         ]
-        scale = self._scale(x, quant, plan)
+        scale = self._scale(like, quant, plan)
+        more: dict[str, Any] = {}
+        if post_weight is not None:
+            more["post_gamma"] = _elements(post_weight, fields["post_gamma"])
+        if rows is not None and index is not None and scales is not None:
+            more["experts"] = (
+                _elements(rows, element),
+                given(index, "int32"),
+                _elements(scales, fields["expert_scales"]),
+            )
         self._native.enqueue(
             plan,
-            _elements(input, element),
+            None if shared is None else _elements(shared, element),
             None if residual is None else _elements(self._describe(residual, "residual"), element),
             None if bias is None else _elements(self._describe(bias, "bias"), element),
             None if weight is None else _elements(weight, fields["gamma"]),
@@ -245,7 +293,8 @@ class Communicator:
             None if outputs[0] is None else _elements(outputs[0], element),
             given(outputs[1], "codes"),
             given(outputs[2], "codes"),
-            self._stream(x, stream),
+            self._stream(like, stream),
+            **more,
         )
         return made
 

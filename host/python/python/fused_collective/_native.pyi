@@ -22,6 +22,13 @@ class Operation:
         epsilon: float = ...,
         weight_bias: float = ...,
         gamma: Optional[str] = ...,
+        post_norm: bool = ...,
+        post_epsilon: float = ...,
+        post_weight_bias: float = ...,
+        post_gamma: Optional[str] = ...,
+        top_k: int = ...,
+        expert_scales: Optional[str] = ...,
+        shared_expert: bool = ...,
         quantization: str = ...,
         layout: str = ...,
         group: int = ...,
@@ -64,7 +71,7 @@ class Communicator:
     def enqueue(
         self,
         operation: Operation,
-        input: _Tensor,
+        input: Optional[_Tensor],
         residual: Optional[_Tensor],
         bias: Optional[_Tensor],
         gamma: Optional[_Tensor],
@@ -75,6 +82,8 @@ class Communicator:
         scale_out: Optional[_Tensor],
         stream: int,
         /,
+        post_gamma: Optional[_Tensor] = ...,
+        experts: Optional[Tuple[_Tensor, _Tensor, _Tensor]] = ...,
     ) -> None: ...
     def synchronize(self, stream: int) -> None: ...
     def check(self) -> None: ...

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 from ._errors import InvalidError
 
 #: Numbers of element types, as ``_native`` has them, and their bytes.
-NUMBERS = {"codes": 0, "float32": 1, "float16": 2, "bfloat16": 3}
+NUMBERS = {"codes": 0, "float32": 1, "float16": 2, "bfloat16": 3, "int32": 4}
 BYTES = {"codes": 1, "float32": 4, "float16": 2, "bfloat16": 2}
 
 _BUFFER_FORMATS = {"f": "float32", "e": "float16", "B": "uint8", "b": "int8", "c": "uint8", "H": "uint16", "h": "int16", "i": "int32"}
-_DLPACK_TYPES = {(2, 32): "float32", (2, 16): "float16", (4, 16): "bfloat16"}
+_DLPACK_TYPES = {(0, 32): "int32", (2, 32): "float32", (2, 16): "float16", (4, 16): "bfloat16"}
 _SIZES = {"uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "int32": 4, "float64": 8}
 
 

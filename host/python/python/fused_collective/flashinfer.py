@@ -12,7 +12,8 @@ Arguments have FlashInfer's meanings. These differ:
 - ``launch_with_pdl`` and ``trigger_completion_at_end`` change nothing: kernels overlap where that is safe;
 - an operation larger than the workspace runs in several rounds;
 - scales of FP8 and NVFP4 are needed where FlashInfer reads them;
-- patterns of mixtures of experts raise :class:`fused_collective.UnsupportedError`, with the reason.
+- the reduction of experts (pattern 6) raises :class:`fused_collective.UnsupportedError`, with the reason. Of the patterns that
+  finalize a mixture of experts, each product and its addition are rounded once, and the addend of each rank once more.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ._communicator import DEADLINE, Communicator
+from ._communicator import DEADLINE, Communicator, Experts
 from ._errors import Error, InvalidError, UnsupportedError
 from .torch import enqueue
 
@@ -71,6 +72,7 @@ class _Steps(NamedTuple):
     norm: bool
     quant: str = "none"
     norm_out: bool = False
+    experts: bool = False
 
 
 _P = AllReduceFusionPattern
@@ -81,6 +83,8 @@ _STEPS = {
     _P.kARResidualRMSNormFP4Quant: _Steps(True, "nvfp4"),
     _P.kARResidualRMSNormOutFP8Quant: _Steps(True, "fp8", True),
     _P.kARResidualRMSNormOutFP4Quant: _Steps(True, "nvfp4", True),
+    _P.kMoEFinalizeARResidualRMSNorm: _Steps(True, norm_out=True, experts=True),
+    _P.kMoEFinalizeARResidualRMSNormFP8Quant: _Steps(True, "fp8", experts=True),
     _P.kARResidualRMSNormPerTokenGroupFP8PackedQuant: _Steps(True, "fp8_per_group"),
     _P.kARResidualRMSNormOutPerTokenGroupFP8PackedQuant: _Steps(True, "fp8_per_group", True),
     _P.kARResidualRMSNormDynamicFP8Quant: _Steps(True, "fp8_per_token"),
@@ -90,8 +94,6 @@ _STEPS = {
 }
 _MISSING = {
     _P.kMoEReductionARResidualRMSNorm: "the weighted sum of experts",
-    _P.kMoEFinalizeARResidualRMSNorm: "the gathering of experts' rows",
-    _P.kMoEFinalizeARResidualRMSNormFP8Quant: "the gathering of experts' rows",
 }
 _LAYOUTS = {
     QuantizationSFLayout.SWIZZLED_128x4: "swizzled_128x4",
@@ -225,6 +227,8 @@ def allreduce_fusion(
 ) -> torch.Tensor:
     """Adds up ``input``, ``[token_num, hidden_dim]``, of all ranks, and does what ``pattern`` says.
 
+    Where that finalizes a mixture of experts, ``input`` has the rows of this rank's experts, any number of them.
+
     Outputs that are not given are made, but for the scales of groups, whose strides say the layout. Returns ``output``,
     ``norm_out`` if the pattern writes it, or else ``quant_out``.
     """
@@ -240,6 +244,18 @@ def allreduce_fusion(
         raise InvalidError(f"input has {input.dim()} dimensions: use [token_num, hidden_dim]")
     mode = {None: "auto", True: "one_shot", False: "two_shot"}[use_oneshot]
     tokens, hidden = input.shape
+    addend, experts = input, None
+    if steps.experts:
+        _need(
+            pattern,
+            expanded_idx_to_permuted_idx=expanded_idx_to_permuted_idx,
+            expert_scale_factor=expert_scale_factor,
+            residual_in=residual_in,
+        )
+        assert residual_in is not None
+        experts = Experts(input, expanded_idx_to_permuted_idx, expert_scale_factor)
+        addend, input = shared_expert_output, residual_in
+        tokens = residual_in.shape[0]
     if not steps.norm:
         output = torch.empty_like(input) if output is None else output
         alone = (output, None, None, None)
@@ -279,8 +295,9 @@ def allreduce_fusion(
         scale_out if quant not in ("none", "fp8") else None,
     )
     enqueue(
-        communicator, input, residual_in, None, rms_gamma, scale, outputs, rms_eps, weight_bias, quant, layout, block,
+        communicator, addend, residual_in, None, rms_gamma, scale, outputs, rms_eps, weight_bias, quant, layout, block,
         "ue8m0", steps.norm_out and quant != "none", False, "once", mode, roomy_scales=True,
+        experts=experts,
     )  # fmt: skip
     result = norm_out if steps.norm_out else quant_out
     assert result is not None

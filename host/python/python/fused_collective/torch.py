@@ -22,8 +22,9 @@ import torch
 from torch import library
 
 from . import _native
-from ._communicator import Communicator, Outputs
+from ._communicator import Communicator, Experts, Norm, Outputs
 from ._errors import InvalidError
+from ._tensors import NUMBERS
 
 __all__ = ["all_reduce", "all_reduce_norm_", "all_reduce_out", "register", "unregister"]
 
@@ -59,11 +60,14 @@ def _communicator(group: int) -> Communicator:
 def _plan(
     dtype: str, tokens: int, hidden: int, residual: str, bias: bool, norm: bool, gamma: str | None, epsilon: float, weight_bias: float,
     quant: str, layout: str, block: int, block_scale: str, keep_norm: bool, rounding: str, mode: str,
+    post_gamma: str | None = None, post_epsilon: float = 0.0, post_weight_bias: float = 0.0,
+    top_k: int = 0, expert_scales: str | None = None, shared_expert: bool = False,
 ) -> _native.Operation:
     return _native.Operation(
         dtype, tokens, hidden, residual=residual, bias=bias, norm=norm, gamma=gamma, epsilon=epsilon, weight_bias=weight_bias,
         quantization=quant, layout=layout, group=block, group_scale=block_scale, keep_norm=keep_norm,
-        rounding=rounding, mode=mode,
+        rounding=rounding, mode=mode, post_norm=post_gamma is not None, post_gamma=post_gamma, post_epsilon=post_epsilon,
+        post_weight_bias=post_weight_bias, top_k=top_k, expert_scales=expert_scales, shared_expert=shared_expert,
     )
 
 
@@ -127,6 +131,8 @@ def _elements(tensor: torch.Tensor, role: str, gpu: int) -> tuple[int, int, int]
     if tensor.get_device() != gpu:
         raise InvalidError(f"{role} is on {tensor.device}, and x is not")
     known = _DTYPES.get(tensor.dtype)
+    if tensor.dtype == torch.int32:
+        return tensor.data_ptr(), tensor.numel(), NUMBERS["int32"]
     return tensor.data_ptr(), tensor.numel(), known[1] if known else 0
 
 
@@ -145,7 +151,7 @@ def _codes(tensor: torch.Tensor, gpu: int, needed: int | None = None) -> tuple[i
 
 def enqueue(
     communicator: Communicator,
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     residual: torch.Tensor | None,
     bias: torch.Tensor | None,
     weight: torch.Tensor | None,
@@ -162,19 +168,40 @@ def enqueue(
     rounding: str,
     mode: str,
     roomy_scales: bool = False,
+    post_norm: Norm | None = None,
+    experts: Experts | None = None,
 ) -> None:
     """Enqueues an operation on the current stream, with outputs that are there. It is what the operators run."""
+    like = x if experts is None or x is not None else experts.rows
+    if like is None:
+        raise InvalidError("x is missing: only with experts it may be")
     # Of a tensor on the CPU it is -1.
-    gpu, native = x.get_device(), communicator._native
+    gpu, native = like.get_device(), communicator._native
     if gpu != (-1 if native.device is None else native.device):
-        raise InvalidError(f"x is on {x.device}, and the group is {communicator!r}")
-    known = _DTYPES.get(x.dtype)
+        raise InvalidError(f"x is on {like.device}, and the group is {communicator!r}")
+    known = _DTYPES.get(like.dtype)
     if known is None:
-        raise InvalidError(f"dtype {x.dtype} is not valid: use torch.float32, torch.float16 or torch.bfloat16")
-    hidden = x.shape[-1] if x.dim() else 0
+        raise InvalidError(f"dtype {like.dtype} is not valid: use torch.float32, torch.float16 or torch.bfloat16")
+    hidden = like.shape[-1] if like.dim() else 0
+    elements = like.numel()
+    fields: dict[str, Any] = {}
+    more: dict[str, Any] = {}
+    if post_norm is not None:
+        fields |= {"post_epsilon": post_norm.epsilon, "post_weight_bias": post_norm.weight_bias}
+        fields["post_gamma"] = _DTYPES.get(post_norm.weight.dtype, ("codes", 0))[0]
+        more["post_gamma"] = _elements(post_norm.weight, "the post-norm's weight", gpu)
+    if experts is not None:
+        top_k = experts.index.shape[-1] if experts.index.dim() else 0
+        elements = experts.index.numel() // max(top_k, 1) * hidden
+        fields |= {"top_k": top_k, "shared_expert": x is not None}
+        fields["expert_scales"] = _DTYPES.get(experts.scales.dtype, ("codes", 0))[0]
+        more["experts"] = tuple(
+            _elements(it, f"the experts' {name}", gpu)
+            for name, it in (("rows", experts.rows), ("index", experts.index), ("scales", experts.scales))
+        )
     plan = _plan(
         known[0],
-        x.numel() // hidden if hidden else 0,
+        elements // hidden if hidden else 0,
         hidden,
         "none" if residual is None else "sharded" if sharded else "replicated",
         bias is not None,
@@ -189,13 +216,14 @@ def enqueue(
         keep_norm,
         rounding,
         mode,
+        **fields,
     )
     residual_out, norm_out, quant_out, scale_out = outputs
     if residual_out is None:
         raise InvalidError("residual_out is missing: every operation writes it")
     native.enqueue(
         plan,
-        _elements(x, "x", gpu),
+        None if x is None else _elements(x, "x", gpu),
         None if residual is None else _elements(residual, "residual", gpu),
         None if bias is None else _elements(bias, "bias", gpu),
         None if weight is None else _elements(weight, "weight", gpu),
@@ -205,6 +233,7 @@ def enqueue(
         None if quant_out is None else _codes(quant_out, gpu),
         None if scale_out is None else _codes(scale_out, gpu, plan.scale_bytes if roomy_scales else None),
         _stream(gpu),
+        **more,
     )
 
 

@@ -10,8 +10,9 @@ use std::{collections::HashMap, marker::PhantomData, mem::replace, time::Instant
 
 use fused_collective::{
     cpu::{
-        Communicator, Inputs, Operand, Outputs, Plain,
-        finish::{Finish, FinishRow, QuantizeRow, RowOutputs},
+        Communicator, ExpertRows, Inputs, Operand, Outputs, Plain,
+        experts::CombineRow,
+        finish::{Finish, FinishRow, PostNormRow, QuantizeRow, RowOutputs},
         rows::{elements, elements_mut},
         sum::AddRow,
     },
@@ -19,7 +20,7 @@ use fused_collective::{
 };
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
-    fusion::Mode,
+    fusion::{Experts, Mode, Rounding},
     norm::{self, Weights},
     plan::Limits,
     quant::{Quantization, e4m3, scale},
@@ -97,6 +98,11 @@ struct Tensors {
     residual: Buffer,
     residual_shard: Buffer,
     gamma: Buffer,
+    post_gamma: Buffer,
+    expert_rows: Buffer,
+    expert_index: Buffer,
+    expert_scales: Buffer,
+    combined: Buffer,
     reduced: Buffer,
     residual_out: Buffer,
     residual_shard_out: Buffer,
@@ -115,6 +121,11 @@ impl Tensors {
             Tensor::Residual => &mut self.residual,
             Tensor::ResidualShard => &mut self.residual_shard,
             Tensor::Gamma => &mut self.gamma,
+            Tensor::PostGamma => &mut self.post_gamma,
+            Tensor::ExpertRows => &mut self.expert_rows,
+            Tensor::ExpertIndex => &mut self.expert_index,
+            Tensor::ExpertScales => &mut self.expert_scales,
+            Tensor::Combined => &mut self.combined,
             Tensor::Reduced => &mut self.reduced,
             Tensor::ResidualOut => &mut self.residual_out,
             Tensor::ResidualShardOut => &mut self.residual_shard_out,
@@ -125,6 +136,21 @@ impl Tensors {
             Tensor::WideB => &mut self.wide_b,
             Tensor::PerToken => &mut self.per_token,
         }
+    }
+}
+
+/// The experts of rows.
+fn experts_of<'a, E: Plain>(
+    [rows, index, scales]: [&'a Buffer; 3],
+    of: Rows,
+    experts: &Experts,
+) -> ExpertRows<'a, E> {
+    let top_k = u64::from(experts.top_k);
+    let chosen = (of.first * top_k) as usize..((of.first + of.count) * top_k) as usize;
+    ExpertRows {
+        rows: rows.elements(),
+        index: &bytemuck::cast_slice(index.bytes())[chosen.clone()],
+        scales: Weights::F32(&scales.elements()[chosen]),
     }
 }
 
@@ -192,8 +218,11 @@ impl Engine {
             Step::NcclAllReduce | Step::NcclSymmetricAllReduce => {
                 Err(Error::Step { step, why: "NCCL needs the cuda backend" })
             }
-            Step::AddRmsNorm => self.add_rms_norm::<E>(problem, Quantization::None),
-            Step::AddRmsNormQuantize => self.add_rms_norm::<E>(problem, problem.quantization),
+            Step::CombineExperts => self.combine_experts::<E>(problem, step),
+            Step::PostNorm => self.post_norm::<E>(problem),
+            Step::AfterAllReduce => self.add_rms_norm::<E>(problem, problem.quantization, true),
+            Step::AddRmsNorm => self.add_rms_norm::<E>(problem, Quantization::None, false),
+            Step::AddRmsNormQuantize => self.add_rms_norm::<E>(problem, problem.quantization, false),
             Step::Quantize => self.quantize::<E>(problem),
             Step::Eager(eager) => {
                 let pass = EagerPass {
@@ -236,15 +265,10 @@ impl Engine {
             false => (Operand::Apart(&tensors.input.elements::<E>()[rows.clone()]), &mut tensors.norm_out),
         };
         let gamma = Weights::Element(tensors.gamma.elements::<E>());
-        let inputs = Inputs {
-            input,
-            residual,
-            bias: None,
-            post_gamma: None,
-            experts: None,
-            gamma,
-            scale: problem.scale,
-        };
+        let post_gamma = operation.post_norm.map(|_| Weights::Element(tensors.post_gamma.elements()));
+        let experts = [&tensors.expert_rows, &tensors.expert_index, &tensors.expert_scales];
+        let experts = operation.experts.map(|of| experts_of(experts, call.rows_of(problem), &of));
+        let inputs = Inputs { input, residual, bias: None, post_gamma, experts, gamma, scale: problem.scale };
         let outputs = Outputs {
             residual_out: &mut residual_out.elements_mut()[own_rows],
             norm_out: &mut norm_out.elements_mut()[rows],
@@ -258,7 +282,10 @@ impl Engine {
         let tensors = &mut self.sets[self.set];
         let sum = if problem.residual { &mut tensors.reduced } else { &mut tensors.residual_out };
         let inputs = Inputs {
-            input: Operand::Apart(tensors.input.elements()),
+            input: Operand::Apart(match problem.addend() {
+                Tensor::Combined => tensors.combined.elements(),
+                _ => tensors.input.elements(),
+            }),
             residual: None,
             bias: None,
             post_gamma: None,
@@ -290,7 +317,46 @@ impl Engine {
         }
     }
 
-    fn add_rms_norm<E: Plain>(&mut self, problem: &Problem, quantization: Quantization) -> Result<(), Error> {
+    fn combine_experts<E: Plain>(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
+        let Some(experts) = problem.pattern.experts() else {
+            return Err(Error::Step { step, why: "the problem has no experts" });
+        };
+        let (arch, hidden) = (self.communicator.arch(), problem.hidden as usize);
+        let tensors = &mut self.sets[self.set];
+        let all = Rows { first: 0, count: problem.tokens };
+        let rows = [&tensors.expert_rows, &tensors.expert_index, &tensors.expert_scales];
+        let rows = experts_of::<E>(rows, all, &experts);
+        let shared = tensors.input.elements::<E>().chunks_exact(hidden);
+        let addends = tensors.combined.elements_mut::<E>().chunks_exact_mut(hidden);
+        for (token, (out, shared)) in addends.zip(shared).enumerate() {
+            let shared = experts.shared.then_some(shared);
+            arch.dispatch(CombineRow { experts: rows.of_token(token, &experts), shared, out });
+        }
+        Ok(())
+    }
+
+    fn post_norm<E: Plain>(&mut self, problem: &Problem) -> Result<(), Error> {
+        let Some(norm) = problem.pattern.post_norm() else { return Ok(()) };
+        let (arch, hidden) = (self.communicator.arch(), problem.hidden as usize);
+        let tensors = &mut self.sets[self.set];
+        self.scratch.resize(hidden, 0);
+        let row: &mut [E] = &mut elements_mut(bytemuck::cast_slice_mut(&mut self.scratch))[..hidden];
+        let gamma = Weights::Element(tensors.post_gamma.elements());
+        let sum = if problem.residual { &mut tensors.reduced } else { &mut tensors.residual_out };
+        for out in sum.elements_mut().chunks_exact_mut(hidden) {
+            row.copy_from_slice(out);
+            arch.dispatch(PostNormRow { norm, gamma, row, add: None, out });
+        }
+        Ok(())
+    }
+
+    /// With `post_norm` the pass begins with the norm of the sum, if the problem has one.
+    fn add_rms_norm<E: Plain>(
+        &mut self,
+        problem: &Problem,
+        quantization: Quantization,
+        post_norm: bool,
+    ) -> Result<(), Error> {
         let arch = self.communicator.arch();
         let hidden = problem.hidden as usize;
         let tensors = &mut self.sets[self.set];
@@ -301,7 +367,16 @@ impl Engine {
         for token in 0..problem.tokens {
             let first = token as usize * hidden;
             let row = &mut tensors.residual_out.elements_mut::<E>()[first..first + hidden];
-            if problem.residual {
+            if let Some(norm) = problem.pattern.post_norm().filter(|_| post_norm) {
+                scratch.copy_from_slice(row);
+                if problem.residual {
+                    scratch.copy_from_slice(&tensors.reduced.elements()[first..first + hidden]);
+                    row.copy_from_slice(&tensors.residual.elements()[first..first + hidden]);
+                }
+                let gamma = Weights::Element(tensors.post_gamma.elements());
+                let add = problem.residual.then_some(Rounding::AfterAllReduce);
+                arch.dispatch(PostNormRow { norm, gamma, row: scratch, add, out: row });
+            } else if problem.residual {
                 let sum = &tensors.reduced.elements()[first..first + hidden];
                 let residual = &tensors.residual.elements()[first..first + hidden];
                 arch.dispatch(AddRow { row: sum, addend: residual, out: row });

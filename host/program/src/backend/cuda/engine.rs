@@ -230,6 +230,7 @@ impl<'a> Engine<'a> {
     pub(super) fn tensor(&self, tensor: Tensor, dtype: DType) -> DeviceTensor {
         let (element, size) = match tensor {
             Tensor::QuantOut | Tensor::ScaleOut => (TensorType::Code, 1),
+            Tensor::ExpertIndex => (TensorType::Index, 4),
             _ => (TensorType::Element(dtype), dtype.bytes()),
         };
         let bytes = self.tensors().get(&tensor).map_or(0, GuardedMemory::bytes);

@@ -2,6 +2,7 @@
 
 use fused_collective_bench::{launch::EagerStep, table::EagerKernel};
 use fused_collective_core::{
+    dtype::DType,
     fusion::{Mode, Norm, Operation, Rounding},
     kernels::{Epilogue, Family, Kernel, Module, Set},
     launch::{Activations, Address, Shape},
@@ -43,6 +44,9 @@ impl Engine<'_> {
                 Err(Error::Step { step, why: "the problem has no symmetric window" })
             }
             Step::NcclAllReduce | Step::NcclSymmetricAllReduce => self.nccl_all_reduce(&problem, step),
+            Step::CombineExperts | Step::PostNorm | Step::AfterAllReduce => {
+                Err(Error::Step { step, why: "GPUs have no kernel for it" })
+            }
             Step::AddRmsNorm => self.local(&problem, Some(problem.norm), Quantization::None),
             Step::AddRmsNormQuantize => self.local(&problem, Some(problem.norm), problem.quantization),
             Step::Quantize => self.local(&problem, None, problem.quantization),
@@ -67,6 +71,14 @@ impl Engine<'_> {
         let own_rows = |tensor| part(tensor, first_own, own, row_bytes, problem.hidden);
         let row_codes = problem.quantization.value_bytes_per_row(problem.hidden);
         let mut tensors = self.operands(problem, true, problem.quantization, call.sum(problem));
+        tensors.post_gamma = operation.post_norm.map(|_| self.tensor(Tensor::PostGamma, problem.dtype));
+        if let Some(experts) = operation.experts {
+            let of = u64::from(experts.top_k);
+            let chosen = |tensor| part(tensor, first, count, of * 4, of);
+            tensors.expert_rows = Some(self.tensor(Tensor::ExpertRows, problem.dtype));
+            tensors.expert_index = Some(chosen(self.tensor(Tensor::ExpertIndex, problem.dtype)));
+            tensors.expert_scales = Some(chosen(self.tensor(Tensor::ExpertScales, DType::F32)));
+        }
         tensors.input = tensors.input.map(rows);
         tensors.residual = problem.residual.then(|| own_rows(self.tensor(call.residual(), problem.dtype)));
         tensors.residual_out = own_rows(tensors.residual_out);

@@ -58,6 +58,11 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "mode")]
     quant_modes: Vec<String>,
 
+    /// fused steps: all-reduce-norm, post-norm (the sum is normalized before the residual is added, as in Gemma 3) or moe
+    /// (each rank adds what it makes of the rows of 8 experts and a shared one) (default: all-reduce-norm)
+    #[argh(option, arg_name = "name")]
+    pattern: Option<String>,
+
     /// residual: replicated (on every rank), sharded (measures also fused variants with each row on its token's owner
     /// only), or none (default: replicated)
     #[argh(option, arg_name = "how")]
@@ -186,6 +191,7 @@ impl BenchArgs {
                 |text| name("--quant-modes", text),
                 default.quant_modes,
             )?,
+            pattern: one(self.pattern, |text| name("--pattern", text), default.pattern)?,
             use_residual,
             sharded_residual,
             oneshot: !self.no_oneshot,
@@ -233,6 +239,11 @@ impl BenchArgs {
             return Err(UsageError::new(
                 "--from: it shows a report and measures nothing, so options of a measurement have no effect: \
                  use only --output-file, --json, --plot, --plot-all, --compare, --tolerance and --deadline with it",
+            ));
+        }
+        if !settings.pattern.is_default() && !settings.peers.is_empty() {
+            return Err(UsageError::new(
+                "--peers: they are measured with --pattern all-reduce-norm: leave one of the two out",
             ));
         }
         for case in settings.cases() {

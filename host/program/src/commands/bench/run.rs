@@ -43,6 +43,7 @@ pub fn problem(settings: &Settings, case: Case) -> Problem {
         residual: settings.use_residual,
         sharded: settings.sharded_residual,
         norm: Norm::default(),
+        pattern: settings.pattern,
         quantization: case.quant_mode.quantization(),
         scale: case.quant_mode.scale(),
     }
@@ -86,13 +87,26 @@ pub fn run(
         verify::write_inputs(backend, &problem, Numbers::random(settings.seed), group)?;
         let mut notes = backend.notes().to_vec();
         let mut all_reduces = Vec::new();
-        for all_reduce in backend.all_reduces() {
+        let separate = separate(settings, backend);
+        if separate.is_empty() {
+            notes.push(format!(
+                "GPUs have no kernels for the separate operations of {}: only the fused variants are measured",
+                settings.pattern
+            ));
+        }
+        for all_reduce in separate {
             let (step, note) = choose_way(group, backend, &all_reduce)?;
             all_reduces.push((all_reduce.name, step));
             notes.extend(note);
         }
-        let mut all =
-            variants(case.quant_mode, problem.residual, problem.sharded, settings.oneshot, &all_reduces);
+        let mut all = variants(
+            settings.pattern,
+            case.quant_mode,
+            problem.residual,
+            problem.sharded,
+            settings.oneshot,
+            &all_reduces,
+        );
         if settings.in_place {
             all = all.into_iter().map(Variant::in_place).collect();
             notes.push(in_place(&problem));
@@ -182,11 +196,25 @@ fn request(settings: &Settings, case: Case, cache_bytes: u64) -> MeasureRequest 
 pub fn count(settings: &Settings, all_reduces: usize) -> u64 {
     let trials = u64::from(settings.warmup) + u64::from(settings.trials);
     let steps = |case: Case| {
-        let variants =
-            variants::count(case.quant_mode, settings.sharded_residual, settings.oneshot, all_reduces);
+        let variants = variants::count(
+            settings.pattern,
+            case.quant_mode,
+            settings.sharded_residual,
+            settings.oneshot,
+            all_reduces,
+        );
         2 * variants as u64 + trials + settings.peers.len() as u64
     };
     settings.cases().map(steps).sum()
+}
+
+/// The all-reduces of the separate operations; none if the backend has no separate operations of the pattern.
+pub(super) fn separate(settings: &Settings, backend: &dyn Collective) -> Vec<AllReduce> {
+    if settings.pattern.is_default() || backend.gpus().is_empty() {
+        backend.all_reduces()
+    } else {
+        Vec::new()
+    }
 }
 
 /// Measures every way to run an all-reduce, and chooses the fastest for the separate operations.

@@ -13,7 +13,7 @@ use fused_collective_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::backend::all_reduce_choice::AllReduceChoice;
-use crate::{job::options::JobOptions, peers::choice::PeerChoice, quant_mode::QuantMode};
+use crate::{job::options::JobOptions, pattern::Pattern, peers::choice::PeerChoice, quant_mode::QuantMode};
 
 /// The files that a benchmark reads and writes.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -45,6 +45,9 @@ pub struct Settings {
     pub dtypes: Vec<DType>,
     /// Quantization modes to measure.
     pub quant_modes: Vec<QuantMode>,
+    /// The pattern of fused steps.
+    #[serde(default, skip_serializing_if = "Pattern::is_default")]
+    pub pattern: Pattern,
     /// True if a residual is added.
     pub use_residual: bool,
     /// True if fused variants with a sharded residual are measured as well.
@@ -93,6 +96,7 @@ impl Default for Settings {
             hidden_dim: 8192,
             dtypes: vec![DType::Bf16],
             quant_modes: QuantMode::DEFAULT.to_vec(),
+            pattern: Pattern::default(),
             use_residual: true,
             sharded_residual: false,
             oneshot: true,
@@ -145,8 +149,8 @@ impl Settings {
             keep_norm: false,
             rounding: Rounding::Once,
             bias: false,
-            post_norm: None,
-            experts: None,
+            post_norm: self.pattern.post_norm(),
+            experts: self.pattern.experts(),
             mode,
         }
     }

@@ -27,6 +27,7 @@ use crate::{
     },
     exit,
     job::ranks::Error,
+    pattern::Pattern,
     quant_mode::QuantMode,
 };
 
@@ -46,6 +47,7 @@ pub fn problem() -> Problem {
         residual: true,
         sharded: false,
         norm: Norm::default(),
+        pattern: Pattern::AllReduceNorm,
         quantization: QuantMode::Fp8.quantization(),
         scale: QuantMode::Fp8.scale(),
     }
@@ -151,7 +153,7 @@ fn check_again(script: &impl Script, group: &Group) -> Result<(), Error> {
     let (mut backend, problem) = (script.join(group)?, problem());
     backend.prepare(&problem)?;
     write_inputs(&mut *backend, &problem, Numbers::random(1), group)?;
-    for variant in variants(QuantMode::Fp8, problem.residual, problem.sharded, true, &[]) {
+    for variant in variants(problem.pattern, QuantMode::Fp8, problem.residual, problem.sharded, true, &[]) {
         if let Err(why) = verify(&mut *backend, group, &problem, &variant, Numbers::random(1))? {
             return Err(Error::Failed(why));
         }

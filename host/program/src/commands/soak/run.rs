@@ -42,6 +42,7 @@ use crate::{
         verify::{Outputs, Saved, poison, verify, verify_timed, write_inputs},
     },
     job::ranks::{Error, gather_verdicts},
+    pattern::Pattern,
     quant_mode::QuantMode,
 };
 
@@ -67,6 +68,8 @@ pub fn largest_problems() -> Vec<Problem> {
             residual: true,
             sharded: false,
             norm: Norm::default(),
+            // Of all, it has the most tensors.
+            pattern: Pattern::Moe,
             quantization: Quantization::None,
             scale: 1.0,
         })
@@ -277,7 +280,8 @@ impl Soak {
             let inputs = [Tensor::Input, Tensor::Residual, Tensor::ResidualShard];
             let inputs = Saved::of(backend, &inputs)?;
             let [mut expected, mut sharded, mut repeated_in_place] = [const { None::<Outputs> }; 3];
-            for variant in variants(quant_mode, problem.residual, problem.sharded, true, &[]) {
+            for variant in variants(problem.pattern, quant_mode, problem.residual, problem.sharded, true, &[])
+            {
                 if let Err(why) = verify(backend, group, &problem, &variant, Numbers::random(seed))? {
                     return Ok(Err(format!("{}: {}: {why}", describe_problem(&problem), variant.name)));
                 }
@@ -324,6 +328,11 @@ impl Soak {
         let modes: Vec<QuantMode> = QuantMode::ALL.into_iter().filter(supports).collect();
         let quant_mode = modes[random.usize(..modes.len())];
         let residual = random.bool();
+        let pattern = match random.u8(..8) {
+            0 => Pattern::PostNorm,
+            1 => Pattern::Moe,
+            _ => Pattern::AllReduceNorm,
+        };
         Problem {
             dtype: DType::ALL[random.usize(..DType::ALL.len())],
             tokens,
@@ -331,6 +340,7 @@ impl Soak {
             residual,
             sharded: residual && random.bool(),
             norm: Norm::default(),
+            pattern,
             quantization: quant_mode.quantization(),
             scale: quant_mode.scale(),
         }
@@ -463,9 +473,10 @@ fn describe_call(text: &mut String, call: &Fused) -> fmt::Result {
 fn describe_problem(problem: &Problem) -> String {
     let residual = if problem.residual { "with residual" } else { "without residual" };
     format!(
-        "{} {}, hidden {}, {} tokens, {residual}",
+        "{} {}, {}, hidden {}, {} tokens, {residual}",
         problem.dtype,
         quant_mode(problem.quantization),
+        problem.pattern,
         problem.hidden,
         problem.tokens
     )

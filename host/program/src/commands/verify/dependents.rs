@@ -18,6 +18,7 @@ use crate::{
         verify::{verify, write_inputs},
     },
     job::ranks::{Error, gather_verdicts},
+    pattern::Pattern,
     report::progress::Progress,
 };
 
@@ -41,12 +42,14 @@ pub fn run_dependents(
             let mut tally = Tally::default();
             let section = Section { dtype: DType::Bf16, hidden };
             for quant_mode in section.quant_modes() {
-                let shape = Shape { section, tokens, residual: true };
+                let shape = Shape { section, tokens, residual: true, pattern: Pattern::AllReduceNorm };
                 let title = format!("{}, dependents", shape.title(quant_mode));
                 progress.doing(title.clone());
                 let problem = shape.problem(quant_mode);
                 let mut verdicts = Verdicts::new();
-                for variant in variants(quant_mode, problem.residual, problem.sharded, true, &[]) {
+                for variant in
+                    variants(problem.pattern, quant_mode, problem.residual, problem.sharded, true, &[])
+                {
                     let mut verdict = match &mut place.own {
                         Some((group, backend)) => {
                             verified(settings, group, &mut **backend, &problem, &variant)?

@@ -27,6 +27,7 @@ use crate::{
         verify::{verify, write_inputs},
     },
     job::ranks::{Error, gather_verdicts},
+    pattern::Pattern,
     quant_mode::QuantMode,
     report::progress::Progress,
 };
@@ -60,10 +61,11 @@ pub fn run_late_ranks(
         residual: true,
         sharded: false,
         norm: Norm::default(),
+        pattern: Pattern::AllReduceNorm,
         quantization: Quantization::None,
         scale: QuantMode::None.scale(),
     };
-    for variant in variants(QuantMode::None, problem.residual, problem.sharded, true, &[]) {
+    for variant in variants(problem.pattern, QuantMode::None, problem.residual, problem.sharded, true, &[]) {
         let mut tally = Tally::default();
         for late in 0..group.world_size() {
             let title = format!("rank {late} withheld");

@@ -147,7 +147,9 @@ fn closing(tally: &Tally) -> String {
 /// Bytes that a rank holds of a problem: copies of its inputs, and of the outputs of three runs.
 fn held(problem: &Problem) -> Option<u64> {
     let outputs = problem.bytes_of(&Tensor::OUTPUTS)?.checked_mul(3)?;
-    problem.bytes_of(&[Tensor::Input, Tensor::Residual, Tensor::Gamma])?.checked_add(outputs)
+    let inputs = [Tensor::Input, Tensor::Residual, Tensor::Gamma, Tensor::PostGamma];
+    let experts = [Tensor::ExpertRows, Tensor::ExpertIndex, Tensor::ExpertScales];
+    problem.bytes_of(&inputs)?.checked_add(problem.bytes_of(&experts)?)?.checked_add(outputs)
 }
 
 /// The group sizes asked for. By default one size: all ranks of a group. If this program starts the ranks on GPUs, also 2,

@@ -194,7 +194,7 @@ fn verify_modes(
     let slices = elements.div_ceil(SLICE_ELEMENTS).max(1);
     let mut verdicts = Vec::new();
     // Without all-reduces for separate operations there are only the fused variants.
-    for variant in variants(quant_mode, problem.residual, problem.sharded, true, &[]) {
+    for variant in variants(problem.pattern, quant_mode, problem.residual, problem.sharded, true, &[]) {
         let mut run = match &mut case {
             Some(case) => Some(case.run(variant)?),
             None => None,
@@ -224,15 +224,20 @@ struct Case<'a> {
 }
 
 /// The tensors that no operation may change. They include a residual that the problem does not have.
-const INPUTS: [(Tensor, &str); 4] = [
+const INPUTS: [(Tensor, &str); 8] = [
     (Tensor::Input, "the input"),
     (Tensor::Residual, "the residual"),
     (Tensor::ResidualShard, "the sharded residual"),
     (Tensor::Gamma, "gamma"),
+    (Tensor::PostGamma, "the post-norm's gamma"),
+    (Tensor::ExpertRows, "the experts' rows"),
+    (Tensor::ExpertIndex, "the experts' indices"),
+    (Tensor::ExpertScales, "the experts' scales"),
 ];
 
 /// The tensors that only separate operations use.
-const SCRATCH: [Tensor; 4] = [Tensor::Reduced, Tensor::WideA, Tensor::WideB, Tensor::PerToken];
+const SCRATCH: [Tensor; 5] =
+    [Tensor::Combined, Tensor::Reduced, Tensor::WideA, Tensor::WideB, Tensor::PerToken];
 
 impl<'a> Case<'a> {
     fn prepare(

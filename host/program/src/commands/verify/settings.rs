@@ -5,8 +5,12 @@ use serde::Serialize;
 
 use super::verdicts::Tally;
 use crate::{
-    backend::problem::Problem, check::inputs::Numbers, job::options::JobOptions, quant_mode::QuantMode,
+    backend::problem::Problem, check::inputs::Numbers, job::options::JobOptions, pattern::Pattern,
+    quant_mode::QuantMode,
 };
+
+/// The most tokens of patterns with further steps.
+const PATTERN_TOKENS: u64 = 128;
 
 /// Everything that the command line says about a verification. `num_tokens` and `hidden_dims` are not empty, no list has a
 /// value twice, and every operation of the [problems](Settings::problems) is valid.
@@ -103,9 +107,16 @@ impl Section {
     }
 
     pub(super) fn shapes(self, settings: &Settings) -> impl Iterator<Item = Shape> + '_ {
-        [true, false].into_iter().flat_map(move |residual| {
-            settings.num_tokens.iter().map(move |&tokens| Shape { section: self, tokens, residual })
-        })
+        let shape = move |(tokens, residual, pattern)| Shape { section: self, tokens, residual, pattern };
+        let plain = [true, false].into_iter().flat_map(move |residual| {
+            settings.num_tokens.iter().map(move |&tokens| (tokens, residual, Pattern::AllReduceNorm))
+        });
+        // Not for every number of tokens: they differ in what comes before the residual alone.
+        let few = settings.num_tokens.iter().copied().filter(|&tokens| tokens <= PATTERN_TOKENS).max();
+        let others = few
+            .into_iter()
+            .flat_map(|tokens| [Pattern::PostNorm, Pattern::Moe].map(|pattern| (tokens, true, pattern)));
+        plain.chain(others).map(shape)
     }
 
     /// The line that reports its cases of one quantization.
@@ -121,6 +132,7 @@ pub(crate) struct Shape {
     pub(crate) section: Section,
     pub(crate) tokens: u64,
     pub(crate) residual: bool,
+    pub(crate) pattern: Pattern,
 }
 
 impl Shape {
@@ -132,14 +144,16 @@ impl Shape {
             residual: self.residual,
             sharded: self.residual,
             norm: Norm::default(),
+            pattern: self.pattern,
             quantization: quant_mode.quantization(),
             scale: quant_mode.scale(),
         }
     }
 
     pub(crate) fn title(self, quant_mode: QuantMode) -> String {
-        let Shape { section: Section { dtype, hidden }, tokens, residual } = self;
+        let Shape { section: Section { dtype, hidden }, tokens, residual, pattern } = self;
         let residual = if residual { "with residual" } else { "without residual" };
-        format!("{dtype} {quant_mode}, hidden {hidden}, {tokens} tokens, {residual}")
+        let pattern = if pattern.is_default() { String::new() } else { format!(", {pattern}") };
+        format!("{dtype} {quant_mode}, hidden {hidden}, {tokens} tokens, {residual}{pattern}")
     }
 }

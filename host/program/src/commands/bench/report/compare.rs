@@ -62,6 +62,7 @@ pub fn check(
             format!("hidden size {}", earlier.settings.hidden_dim),
             format!("hidden size {}", settings.hidden_dim),
         ),
+        (format!("pattern {}", earlier.settings.pattern), format!("pattern {}", settings.pattern)),
         (residual(earlier.settings.use_residual).to_owned(), residual(settings.use_residual).to_owned()),
         (place(earlier.settings.in_place).to_owned(), place(settings.in_place).to_owned()),
         (caches(earlier.settings.cold).to_owned(), caches(settings.cold).to_owned()),
@@ -170,7 +171,7 @@ mod tests {
         super::fixture::{self, case, measurement, trials},
         *,
     };
-    use crate::{quant_mode::QuantMode, report::grid::WIDTH};
+    use crate::{pattern::Pattern, quant_mode::QuantMode, report::grid::WIDTH};
 
     const STANDARD: &str = "standard_allreduce_native_rms_norm";
     const FUSED: &str = "fused_allreduce_rmsnorm_oneshot";
@@ -262,6 +263,9 @@ SLOWER: standard_allreduce_native_rms_norm (num_tokens=128, dtype=bfloat16, with
         assert_eq!(check(&earlier, &settings, "cpu", 4), refused("2 ranks", "4 ranks"));
         let wide = Settings { hidden_dim: 4096, ..settings.clone() };
         assert_eq!(check(&earlier, &wide, "cpu", 2), refused("hidden size 8192", "hidden size 4096"));
+        let moe = Settings { pattern: Pattern::Moe, ..settings.clone() };
+        let why = refused("pattern all-reduce-norm", "pattern moe");
+        assert_eq!(check(&earlier, &moe, "cpu", 2), why);
         let bare = Settings { use_residual: false, ..settings.clone() };
         assert_eq!(check(&earlier, &bare, "cpu", 2), refused("with residual", "no residual"));
         let in_place = Settings { in_place: true, ..settings.clone() };

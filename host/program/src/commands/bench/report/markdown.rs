@@ -14,6 +14,7 @@ pub fn to_string(report: &Report) -> String {
     let modes: Vec<&str> = settings.quant_modes.iter().map(|mode| mode.name()).collect();
     let mut out = String::from("# Fused Collective Operations Benchmark Results\n\n");
     conclusion(&mut out, report);
+    let pattern = (!settings.pattern.is_default()).then(|| ("Pattern", settings.pattern.to_string()));
     let in_place = settings.in_place.then(|| ("Outputs", "in place, of fused variants".to_owned()));
     let cold = settings.cold.then(|| ("Caches", "cold: tensors come from memory".to_owned()));
     let settings = [
@@ -27,7 +28,7 @@ pub fn to_string(report: &Report) -> String {
         ("Version", report.version.clone()),
         ("Date", report.created.clone()),
     ];
-    for (name, value) in settings.into_iter().chain(in_place).chain(cold) {
+    for (name, value) in settings.into_iter().chain(pattern).chain(in_place).chain(cold) {
         // Two spaces at the end break the line.
         let _ = writeln!(out, "**{name}:** {value}  ");
     }
@@ -92,6 +93,7 @@ fn section(out: &mut String, configuration: &Configuration) {
 #[cfg(test)]
 mod tests {
     use super::{super::fixture, *};
+    use crate::pattern::Pattern;
 
     #[test]
     fn the_form_is_exact() {
@@ -151,6 +153,9 @@ Time is the slowest rank's, per operation: the median of the trials. Every varia
 - More ranks than cores: times include waiting for a core.
 ";
         assert_eq!(to_string(&fixture::report()), expected);
+        let mut moe = fixture::report();
+        moe.settings.pattern = Pattern::Moe;
+        assert!(to_string(&moe).contains("Z  \n**Pattern:** moe  \n"));
         let mut in_place = fixture::report();
         in_place.settings.in_place = true;
         assert!(to_string(&in_place).contains("Z  \n**Outputs:** in place, of fused variants  \n"));

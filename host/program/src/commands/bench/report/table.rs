@@ -12,10 +12,14 @@ use crate::report::grid::{grid, table};
 pub fn heading(report: &Report) -> String {
     let Report { backend, world_size, settings, .. } = report;
     let (warmup, trials, hidden) = (settings.warmup, settings.trials, settings.hidden_dim);
+    let pattern = match settings.pattern.is_default() {
+        true => String::new(),
+        false => format!(", {}", settings.pattern),
+    };
     let place = if settings.in_place { ", in place" } else { "" };
     let caches = if settings.cold { ", cold caches" } else { "" };
     format!(
-        "{backend} backend, {world_size} ranks, hidden size {hidden}, {trials} trials after {warmup} to warm up{place}{caches}\n{}\n",
+        "{backend} backend, {world_size} ranks, hidden size {hidden}{pattern}, {trials} trials after {warmup} to warm up{place}{caches}\n{}\n",
         report.machine.summary()
     )
 }
@@ -53,7 +57,7 @@ pub fn conclusion(conclusion: &Conclusion, width: u16) -> String {
 #[cfg(test)]
 mod tests {
     use super::{super::fixture, *};
-    use crate::report::grid::WIDTH;
+    use crate::{pattern::Pattern, report::grid::WIDTH};
 
     #[test]
     fn the_form_is_exact() {
@@ -100,7 +104,11 @@ note: More ranks than cores: times include waiting for a core.
         let mut cold = fixture::report();
         cold.settings.cold = true;
         assert!(heading(&cold).contains("5 to warm up, cold caches\n"));
+        cold.settings.pattern = Pattern::Moe;
         cold.settings.in_place = true;
-        assert!(heading(&cold).contains("5 to warm up, in place, cold caches\n"));
+        assert!(
+            heading(&cold)
+                .contains("hidden size 8192, moe, 3 trials after 5 to warm up, in place, cold caches\n")
+        );
     }
 }

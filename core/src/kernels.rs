@@ -365,12 +365,13 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
     // Kernels for more than 4 ranks hold a pack of each; those for 4 quantize to FP4 beside as many.
     let is_large = match set {
         Set::Group8 | Set::Streamed => true,
-        Set::Group4 => {
-            let quantizes = |kernel: &Kernel| {
-                kernel.epilogue.quantizer == Quantizer::Fp4 && kernel.family != Family::Sharded
-            };
-            kernel.is_some_and(quantizes) && (dtype == DType::F32 || processor == "sm_100a")
-        }
+        Set::Group4 => kernel.is_some_and(|kernel| {
+            kernel.epilogue.quantizer == Quantizer::Fp4
+                && match kernel.family {
+                    Family::Sharded => dtype != DType::F32 && processor == "sm_90",
+                    _ => dtype == DType::F32 || processor == "sm_100a",
+                }
+        }),
         Set::Group2 | Set::Local => false,
     };
     let threads = match set {
@@ -476,6 +477,8 @@ mod tests {
             ("sm_90", F32, Group4, "one_shot_fp4_p1", (512, 1)),
             ("sm_100a", Bf16, Group4, "two_shot_fp4_p1", (512, 1)),
             ("sm_100a", Bf16, Group4, "sharded_fp4_p1", (1024, 1)),
+            ("sm_90", Bf16, Group4, "sharded_fp4_p1", (512, 1)),
+            ("sm_90", F32, Group4, "sharded_fp4_p1", (1024, 1)),
             // Two packs in 64 registers.
             ("sm_90", Bf16, Group2, "sharded_norm_p2", (512, 2)),
             ("sm_90", Bf16, Group2, "one_shot_norm_p2", (512, 1)),

@@ -457,7 +457,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         index: impl Fn(usize, u32) -> PackIndex,
     ) -> f32 {
         let post_norm = &activations.post_norm;
-        let mut left = u32::from(!post_norm.gamma.is_null());
+        let mut left = u32::from(simt::black_box_u64(post_norm.gamma.0) != 0);
         loop {
             let mut addends = [0.0; P];
             self.slice.for_each(0, |p, pack| {

@@ -75,9 +75,6 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
     let (team_index, teams) = (team.index, team.teams);
     let tokens = Tokens::<N>::new(group, shape);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
-    let rounds_sum = activations.rounds_sum != 0;
-    let residual_of_sum = residual_of_sum(activations);
-    let has_residual = !residual_of_sum.is_null();
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     let (row_bytes, stride) = (rows.row_bytes, rows.first_hop(1, 0));
@@ -164,7 +161,8 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
             // SAFETY: see above. The residual's rows are this rank's tokens of the round.
             let sum = |waiter: &mut Waiter<'_>, chunk: u32, row: &mut [Pack; P]| unsafe {
                 let own = own(token, chunk);
-                let residual = load_row(residual_of_sum, slice, chunk, &slice.indices(index as u64, chunk));
+                let residual =
+                    load_row(residual_of_sum(activations), slice, chunk, &slice.indices(index as u64, chunk));
                 let row_at = slot_of(waiter, group.rank).offset(index as u64 * row_bytes);
                 let packs = waiter.all::<N, P, RESIDENT>(
                     slice,
@@ -183,8 +181,8 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
                         &packs[p],
                         own[p].strip(),
                         bias_of(activations, pack),
-                        has_residual.then_some(residual[p]),
-                        rounds_sum,
+                        (!residual_of_sum(activations).is_null()).then_some(residual[p]),
+                        simt::black_box_u32(activations.rounds_sum) != 0,
                     );
                 });
             };

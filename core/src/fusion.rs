@@ -59,9 +59,9 @@ pub const MAX_TOP_K: u32 = 64;
 
 /// The last step of a mixture of experts: each rank combines rows of its own experts to its addend.
 ///
-/// The addend of a token is `round(0 + scale_0 * row_0 + ... + shared)`, in `f32`, each product with its addition as one
-/// fused multiply-add, in the order of the token's experts. `row_k` is the row of `expert_rows` that `expert_index` names.
-/// An index less than 0 names none: that expert is on another rank. `shared` is the row of `input`.
+/// The addend of a token is `round(0 + scale_0 * row_0 + ... + shared)`, in `f32`, in the order of the token's experts.
+/// Each product and its addition are one fused multiply-add. `row_k` is the row of `expert_rows` that `expert_index` names,
+/// and `shared` the row of `input`. An index less than 0 names no row: that expert is on another rank, and left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Experts {
     /// Experts of a token: 1 to [`MAX_TOP_K`].

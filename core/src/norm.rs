@@ -32,7 +32,7 @@ use core::ops::Range;
 
 use crate::{dtype::Element, fusion::WeightType};
 
-/// Weights in a type that [`WeightType`](crate::fusion::WeightType) names: RMSNorm's, `[hidden]`, or the scales of experts.
+/// Weights in a type that [`WeightType`] names: RMSNorm's, `[hidden]`, or the scales of experts.
 #[derive(Clone, Copy, Debug)]
 pub enum Weights<'a, E> {
     /// Weights of the element type.

@@ -142,7 +142,7 @@ impl<E: Plain> Case<E> {
         })
     }
 
-    /// What rank `rank` reads, with this residual.
+    /// The tensors that rank `rank` reads, with this residual.
     fn tensors<'a>(&'a self, rank: u32, residual: Option<Operand<&'a [E]>>) -> Inputs<'a, E> {
         let input = &self.inputs[rank as usize][..];
         Inputs {
@@ -333,7 +333,7 @@ fn norms() -> impl Strategy<Value = Norm> {
     })
 }
 
-/// What may come before the residual: rounding, post-norm and experts.
+/// Roundings, post-norms and experts.
 fn before_residual() -> impl Strategy<Value = (Rounding, Option<Norm>, Option<Experts>)> {
     let rounding = prop_oneof![Just(Rounding::Once), Just(Rounding::AfterAllReduce)];
     let experts = (1..=EXPERTS as u32, weight_types(), any::<bool>());

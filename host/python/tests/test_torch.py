@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 import numpy  # noqa: E402
 
 import fused_collective  # noqa: E402
-from fused_collective import Communicator, InvalidError, UnsupportedError  # noqa: E402
+from fused_collective import Communicator, Experts, InvalidError, Norm, UnsupportedError  # noqa: E402
 from ranks import run  # noqa: E402
 
 TOKENS, HIDDEN = 6, 128
@@ -89,6 +89,30 @@ def operators_rank(rank, world_size, key, backend):
     own = residual[rank::world_size].contiguous()
     sharded = operators.all_reduce(x, group=group, residual=own, sharded=True, weight=weight)
     assert same((sharded.norm_out, sharded.residual_out), (want.norm_out, want.residual_out[rank::world_size].contiguous()))
+
+    index = torch.stack([torch.arange(TOKENS).flip(0), torch.full((TOKENS,), -1)], 1).int()
+    scales = torch.linspace(0.1, 2.0, 2 * TOKENS).reshape(TOKENS, 2)
+
+    def patterns(x, shared):
+        experts = Experts(x * 1, index, scales)
+        post_norm = Norm(weight, 1e-5, 1.0)
+        return operators.all_reduce(
+            shared, group=group, residual=residual, weight=weight, post_norm=post_norm, experts=experts
+        )
+
+    for shared in (None, x):
+        plain = communicator.all_reduce(
+            shared, residual=residual, norm=weight, post_norm=Norm(weight, 1e-5, 1.0), experts=Experts(x, index, scales)
+        )
+        found = patterns(x, shared)
+        assert same(found, plain) and not same(found[:1], want[:1])
+        operators.all_reduce_out(
+            shared, group=group, residual=residual, weight=weight, residual_out=out[0], norm_out=out[1],
+            post_norm=Norm(weight, 1e-5, 1.0), experts=Experts(x, index, scales),
+        )  # fmt: skip
+        assert same(out, plain[:2])
+        if backend:
+            assert same(torch.compile(patterns, fullgraph=True, backend=backend)(x, shared), plain)
 
     def in_place(x, residual):
         x, residual = x + 0, residual + 0

@@ -242,13 +242,18 @@ _OPTIONS = (
     "int group, float epsilon, float weight_bias, str quant, str layout, int block, str block_scale, bool keep_norm, "
     "bool sharded, str rounding, str algorithm"
 )
+_MORE = (
+    "Tensor? post_weight=None, float post_epsilon=1e-06, float post_weight_bias=0.0, "
+    "Tensor? expert_rows=None, Tensor? expert_index=None, Tensor? expert_scales=None"
+)
 _LIBRARY = library.Library("fused_collective", "DEF")
 _LIBRARY.define(
-    f"all_reduce(Tensor x, Tensor? residual, Tensor? bias, Tensor? weight, Tensor? scale, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    "all_reduce(Tensor? x, Tensor? residual, Tensor? bias, Tensor? weight, Tensor? scale, "
+    f"{_OPTIONS}, {_MORE}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "all_reduce_out(Tensor x, Tensor? residual, Tensor? bias, Tensor? weight, Tensor? scale, Tensor(a!) residual_out, "
-    f"Tensor(b!)? norm_out, Tensor(c!)? quant_out, Tensor(d!)? scale_out, {_OPTIONS}) -> ()"
+    "all_reduce_out(Tensor? x, Tensor? residual, Tensor? bias, Tensor? weight, Tensor? scale, Tensor(a!) residual_out, "
+    f"Tensor(b!)? norm_out, Tensor(c!)? quant_out, Tensor(d!)? scale_out, {_OPTIONS}, {_MORE}) -> ()"
 )
 _LIBRARY.define(
     "all_reduce_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, int group, float epsilon, float weight_bias, "
@@ -263,22 +268,40 @@ def _written(outputs, norm, quant, keep_norm):
     return outputs[1] if norm else None, outputs[2] if quant != "none" else None, outputs[3] if scales else None
 
 
+def _more(post_weight=None, post_epsilon=1e-6, post_weight_bias=0.0, rows=None, index=None, scales=None):
+    """The post-norm and the experts of an operator's last arguments."""
+    return {
+        "post_norm": None if post_weight is None else Norm(post_weight, post_epsilon, post_weight_bias),
+        "experts": None if rows is None else Experts(rows, index, scales),
+    }
+
+
+def _like(x, more):
+    """A tensor of the shape of the sum: the shared expert's rows, unless there is none."""
+    experts = more["experts"]
+    if x is not None or experts is None:
+        return x
+    return experts.rows.new_empty((*experts.index.shape[:-1], experts.rows.shape[-1]))
+
+
 def _run(
     x, residual, bias, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded,
-    rounding, mode,
+    rounding, mode, *last,
 ):  # fmt: skip
-    outputs = _outputs(x, group, weight is not None, quant, layout, block, block_scale, keep_norm, sharded)
+    more = _more(*last)
+    outputs = _outputs(_like(x, more), group, weight is not None, quant, layout, block, block_scale, keep_norm, sharded)
     enqueue(
         _communicator(group), x, residual, bias, weight, scale,
         (outputs[0], *_written(outputs, weight is not None, quant, keep_norm)),
-        epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded, rounding, mode,
+        epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded, rounding, mode, **more,
     )  # fmt: skip
     return outputs
 
 
 def _run_out(x, residual, bias, weight, scale, residual_out, norm_out, quant_out, scale_out, group, *options):
     outputs = (residual_out, norm_out, quant_out, scale_out)
-    enqueue(_communicator(group), x, residual, bias, weight, scale, outputs, *options)
+    options, last = options[:10], options[10:]
+    enqueue(_communicator(group), x, residual, bias, weight, scale, outputs, *options, **_more(*last))
 
 
 def _run_norm_(x, residual, weight, group, epsilon, weight_bias, rounding, mode):
@@ -298,9 +321,9 @@ for _key in ("CPU", "CUDA"):
 @library.register_fake("fused_collective::all_reduce", lib=_LIBRARY)
 def _fake(
     x, residual, bias, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm, sharded,
-    rounding, mode,
+    rounding, mode, *last,
 ):  # fmt: skip
-    return _outputs(x, group, weight is not None, quant, layout, block, block_scale, keep_norm, sharded)
+    return _outputs(_like(x, _more(*last)), group, weight is not None, quant, layout, block, block_scale, keep_norm, sharded)
 
 
 @library.register_fake("fused_collective::all_reduce_out", lib=_LIBRARY)
@@ -313,13 +336,21 @@ def _fake_norm_(*_):
     return None
 
 
+def _last(post_norm: Norm | None, experts: Experts | None) -> tuple[Any, ...]:
+    """An operator's last arguments."""
+    post = (None, 1e-6, 0.0) if post_norm is None else (post_norm.weight, post_norm.epsilon, post_norm.weight_bias)
+    return (*post, *((None,) * 3 if experts is None else (experts.rows, experts.index, experts.scales)))
+
+
 def all_reduce(
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     *,
     group: int,
     residual: torch.Tensor | None = None,
     sharded: bool = False,
     bias: torch.Tensor | None = None,
+    post_norm: Norm | None = None,
+    experts: Experts | None = None,
     weight: torch.Tensor | None = None,
     epsilon: float = 1e-6,
     weight_bias: float = 0.0,
@@ -340,13 +371,13 @@ def all_reduce(
     """
     made = torch.ops.fused_collective.all_reduce(
         x, residual, bias, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm,
-        sharded and residual is not None, rounding, mode,
+        sharded and residual is not None, rounding, mode, *_last(post_norm, experts),
     )  # fmt: skip
     return Outputs(made[0], *_written(made, weight is not None, quant, keep_norm))
 
 
 def all_reduce_out(
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     *,
     group: int,
     residual_out: torch.Tensor,
@@ -356,6 +387,8 @@ def all_reduce_out(
     residual: torch.Tensor | None = None,
     sharded: bool = False,
     bias: torch.Tensor | None = None,
+    post_norm: Norm | None = None,
+    experts: Experts | None = None,
     weight: torch.Tensor | None = None,
     epsilon: float = 1e-6,
     weight_bias: float = 0.0,
@@ -371,7 +404,7 @@ def all_reduce_out(
     torch.ops.fused_collective.all_reduce_out(
         x, residual, bias, weight, scale, residual_out, norm_out, quant_out, scale_out, group, epsilon, weight_bias, quant,
         layout, block, block_scale, norm_out is not None and quant != "none", sharded and residual is not None, rounding,
-        mode,
+        mode, *_last(post_norm, experts),
     )  # fmt: skip
 
 

@@ -368,7 +368,7 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
         Set::Group4 => kernel.is_some_and(|kernel| {
             kernel.epilogue.quantizer == Quantizer::Fp4
                 && match kernel.family {
-                    Family::Sharded => dtype != DType::F32 && processor == "sm_90",
+                    Family::Sharded => processor == "sm_90",
                     _ => dtype == DType::F32 || processor == "sm_100a",
                 }
         }),
@@ -478,7 +478,6 @@ mod tests {
             ("sm_100a", Bf16, Group4, "two_shot_fp4_p1", (512, 1)),
             ("sm_100a", Bf16, Group4, "sharded_fp4_p1", (1024, 1)),
             ("sm_90", Bf16, Group4, "sharded_fp4_p1", (512, 1)),
-            ("sm_90", F32, Group4, "sharded_fp4_p1", (1024, 1)),
             // Two packs in 64 registers.
             ("sm_90", Bf16, Group2, "sharded_norm_p2", (512, 2)),
             ("sm_90", Bf16, Group2, "one_shot_norm_p2", (512, 1)),

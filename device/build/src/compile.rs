@@ -45,6 +45,7 @@ impl Compiler<'_> {
             let assembly = assembly(library, name)?
                 .ok_or_else(|| wrong(format!("rustc left no assembly beside {}", library.display())))?;
             let text = fs::read_to_string(&assembly).map_err(Error::io("read", &assembly))?;
+            let text = without_comments(&text);
             let header = compiled_for.header();
             if !text.contains(&header) {
                 return Err(wrong(format!("{} does not begin with {header:?}", assembly.display())));
@@ -100,6 +101,12 @@ impl Compiler<'_> {
     }
 }
 
+/// PTX without its lines of comments, which stand round every instruction that the source wrote itself.
+fn without_comments(ptx: &str) -> String {
+    let lines = ptx.lines().filter(|line| !line.trim_start().starts_with("//"));
+    lines.flat_map(|line| [line, "\n"]).collect()
+}
+
 /// The assembly that rustc left with the static library `library` of the crate `name`. Both have a hash in their name, and
 /// older ones may lie beside them; `library` is a copy of the current one.
 fn assembly(library: &Path, name: &str) -> Result<Option<PathBuf>, Error> {
@@ -130,6 +137,12 @@ fn assembly(library: &Path, name: &str) -> Result<Option<PathBuf>, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lines_of_comments_are_left_out_of_ptx_and_nothing_else_is() {
+        let ptx = "//\n.version 8.6\n\tret;   // end\n\t// begin inline asm\n\texit;\n";
+        assert_eq!(without_comments(ptx), ".version 8.6\n\tret;   // end\n\texit;\n");
+    }
 
     #[test]
     fn the_assembly_is_that_of_the_library_that_is_current() {

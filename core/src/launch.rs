@@ -217,14 +217,99 @@ impl Shape {
     }
 }
 
-/// The RMSNorm of the sum of all ranks, before the residual is added. Kernels without a collective have no sum.
+/// The activations, `[total_tokens, hidden]` elements each, 16-byte aligned.
 ///
-/// The sum plus the bias is rounded to the element type, whatever [`Activations::rounds_sum`] is, and this norm is computed
-/// from that. With `rounds_sum` the norm is rounded to the element type before the residual is added.
+/// With a sharded residual, `residual` and `residual_out` have a row for each token of the round that this rank owns,
+/// and start with the first of them; neither is null.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Activations {
+    /// This rank's addend. Where a kernel makes it, as from [`Experts`], the kernel writes it here: into memory of the launch's
+    /// own, of which only the round's rows are used.
+    pub input: Address,
+    /// The residual, or null: then none is read.
+    pub residual: Address,
+    /// The sum, plus the residual. Null only without a residual, and only in the kernels without a collective.
+    pub residual_out: Address,
+    /// [`ROUNDS_SUM`](Self::ROUNDS_SUM), and the [`Extras`] that there are. Kernels without a collective have no sum, and so
+    /// none of these.
+    pub flags: u32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}
+
+impl Activations {
+    /// Rounds the sum to the element type before the residual is added: [`Rounding::AfterAllReduce`].
+    pub const ROUNDS_SUM: u32 = 1;
+    /// Adds [`Extras::bias`].
+    pub const BIAS: u32 = 2;
+    /// Normalizes the sum: [`Extras::post_norm`].
+    pub const POST_NORM: u32 = 4;
+    /// Makes the addend of [`Extras::experts`].
+    pub const EXPERTS: u32 = 8;
+
+    /// The activations at these addresses, of an operation with this rounding and without extras.
+    pub const fn new(
+        input: Address,
+        residual: Address,
+        residual_out: Address,
+        rounding: Rounding,
+    ) -> Activations {
+        let flags = if matches!(rounding, Rounding::AfterAllReduce) { Self::ROUNDS_SUM } else { 0 };
+        Activations { input, residual, residual_out, flags, reserved: 0 }
+    }
+
+    /// True if `flag` is among the flags.
+    #[inline(always)]
+    pub const fn has(&self, flag: u32) -> bool {
+        self.flags & flag != 0
+    }
+
+    /// An operation's activations as the kernel of one of its rounds takes them. Where the kernel makes the addend, `input` has
+    /// room for one round's rows.
+    pub const fn of_round(self, plan: &Plan, round: &Round) -> Activations {
+        let mut activations = self;
+        if self.has(Self::EXPERTS) {
+            let before = round.first_token * plan.row_bytes;
+            activations.input = self.input.offset(before.wrapping_neg());
+        }
+        if matches!(plan.algorithm, Algorithm::ShardedTwoShot) {
+            // Rounds start with a token of rank 0's, so that as many of every rank's come before.
+            let before = owned_index(round.first_token, plan.world_size) * plan.row_bytes;
+            activations.residual = self.residual.offset(before);
+            activations.residual_out = self.residual_out.offset(before);
+        }
+        activations
+    }
+}
+
+/// The parts that few operations have: [`Activations::flags`] names those that there are, and kernels read no others. They are
+/// the last parameters, so that what every launch reads lies close together.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Extras {
+    /// `[hidden]` elements, 16-byte aligned, added to the sum of all ranks before it is rounded. Constant.
+    pub bias: Address,
+    /// The norm of the sum.
+    pub post_norm: PostNorm,
+    /// The experts that the addend is made of.
+    pub experts: Experts,
+}
+
+impl Extras {
+    /// No extras.
+    pub const NONE: Extras =
+        Extras { bias: Address::NULL, post_norm: PostNorm::NONE, experts: Experts::NONE };
+}
+
+/// The RMSNorm of the sum of all ranks, before the residual is added.
+///
+/// The sum plus the bias is rounded to the element type, with [`ROUNDS_SUM`](Activations::ROUNDS_SUM) or without, and this norm
+/// is computed from that. With `ROUNDS_SUM` the norm is rounded to the element type before the residual is added.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PostNorm {
-    /// `[hidden]` elements, or `f32`, 16-byte aligned; null: there is no such norm. Constant.
+    /// `[hidden]` elements, or `f32`, 16-byte aligned. Constant.
     pub gamma: Address,
     /// `1 / hidden`, as a sum is not made by its epilogue.
     pub inverse_hidden: f32,
@@ -243,12 +328,11 @@ impl PostNorm {
 }
 
 /// The experts' rows that this rank's addend is made of: [`fusion::Experts`](crate::fusion::Experts) states the order. The
-/// kernel leaves the addend in [`Activations::input`]. Kernels without a collective have no experts.
+/// kernel leaves the addend in [`Activations::input`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Experts {
-    /// `[any, hidden]` elements, 16-byte aligned; null: the addend lies in [`Activations::input`]. Not null with experts, even
-    /// if there are no rows.
+    /// `[any, hidden]` elements, 16-byte aligned.
     pub rows: Address,
     /// `[total_tokens, top_k]` `i32`, 4-byte aligned: a row, or less than 0 for none. Kernels do not check them against the
     /// number of rows.
@@ -257,7 +341,7 @@ pub struct Experts {
     pub scales: Address,
     /// `[total_tokens, hidden]` elements, 16-byte aligned, the shared expert's rows; null: there is no shared expert.
     pub shared: Address,
-    /// Experts of a token, from 1 to [`MAX_TOP_K`](crate::fusion::MAX_TOP_K); 0 if the addend is the input.
+    /// Experts of a token, from 1 to [`MAX_TOP_K`](crate::fusion::MAX_TOP_K).
     pub top_k: u32,
     /// 1: scales are `f32`, and elements are not; else 0.
     pub scales_f32: u32,
@@ -275,73 +359,6 @@ impl Experts {
     };
 }
 
-/// The activations, `[total_tokens, hidden]` elements each, 16-byte aligned.
-///
-/// With a sharded residual, `residual` and `residual_out` have a row for each token of the round that this rank owns,
-/// and start with the first of them; neither is null.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Activations {
-    /// This rank's addend. Where a kernel makes it, as from [`experts`](Self::experts), the kernel writes it here: into memory
-    /// of the launch's own, of which only the round's rows are used.
-    pub input: Address,
-    /// The residual, or null: then none is read.
-    pub residual: Address,
-    /// `[hidden]` elements, added to the sum of all ranks before it is rounded, or null: then none is read. Constant. Kernels
-    /// without a collective have no sum.
-    pub bias: Address,
-    /// The sum, plus the residual. Null only without a residual, and only in the kernels without a collective.
-    pub residual_out: Address,
-    /// 1 to round the sum to the element type before the residual is added:
-    /// [`Rounding::AfterAllReduce`]; else 0. Kernels without a collective have no sum.
-    pub rounds_sum: u32,
-    /// Keeps the struct free of padding.
-    pub reserved: u32,
-    /// The norm of the sum.
-    pub post_norm: PostNorm,
-    /// The experts that the addend is made of.
-    pub experts: Experts,
-}
-
-impl Activations {
-    /// The activations at these addresses, of an operation with this rounding, and without bias, post-norm and experts.
-    pub const fn new(
-        input: Address,
-        residual: Address,
-        residual_out: Address,
-        rounding: Rounding,
-    ) -> Activations {
-        let rounds_sum = matches!(rounding, Rounding::AfterAllReduce) as u32;
-        Activations {
-            input,
-            residual,
-            bias: Address::NULL,
-            residual_out,
-            rounds_sum,
-            reserved: 0,
-            post_norm: PostNorm::NONE,
-            experts: Experts::NONE,
-        }
-    }
-
-    /// An operation's activations as the kernel of one of its rounds takes them. Where the kernel makes the addend, `input` has
-    /// room for one round's rows.
-    pub const fn of_round(self, plan: &Plan, round: &Round) -> Activations {
-        let mut activations = self;
-        if !self.experts.rows.is_null() {
-            let before = round.first_token * plan.row_bytes;
-            activations.input = self.input.offset(before.wrapping_neg());
-        }
-        if matches!(plan.algorithm, Algorithm::ShardedTwoShot) {
-            // Rounds start with a token of rank 0's, so that as many of every rank's come before.
-            let before = owned_index(round.first_token, plan.world_size) * plan.row_bytes;
-            activations.residual = self.residual.offset(before);
-            activations.residual_out = self.residual_out.offset(before);
-        }
-        activations
-    }
-}
-
 /// The parameters of a fused kernel with epilogue `X`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -354,6 +371,8 @@ pub struct Fused<X> {
     pub activations: Activations,
     /// What is made of the sum.
     pub epilogue: X,
+    /// What few operations have.
+    pub extras: Extras,
 }
 
 /// The parameters of a kernel that has an epilogue `X` and no collective.
@@ -461,7 +480,7 @@ pub struct Fp4 {
 /// To be raised when a field, or the memory that it points to, comes to mean something else in the same place.
 const REVISION: u64 = 1;
 
-// What epilogue or quantizer there is does not move what comes before it.
+// What epilogue or quantizer there is does not move what comes before it; extras follow any epilogue.
 type AnyFused = Fused<Unquantized>;
 type AnyLocal = Local<Unquantized>;
 type AnyPlain = Plain<Unquantized>;
@@ -476,10 +495,11 @@ pub const LAYOUT: u32 = crate::fingerprint! {
     Status { abort, failed, missing_rank, hop, operation, token, call }
     Group { regions, state, status, slot_bytes, timeout_ns, world_size, rank }
     Shape { first_token, total_tokens, tokens, row_packs, call }
+    Activations { input, residual, residual_out, flags, reserved }
+    Extras { bias, post_norm, experts }
     PostNorm { gamma, inverse_hidden, epsilon, weight_bias, gamma_f32 }
     Experts { rows, index, scales, shared, top_k, scales_f32 }
-    Activations { input, residual, bias, residual_out, rounds_sum, reserved, post_norm, experts }
-    AnyFused { group, shape, activations, epilogue }
+    AnyFused { group, shape, activations, epilogue, extras }
     AnyLocal { shape, activations, epilogue }
     AnyPlain { quantizer }
     AnyRmsNorm { gamma, norm_out, inverse_hidden, epsilon, weight_bias, gamma_f32, quantizer }
@@ -502,13 +522,13 @@ pub fn layout_of(ptx: &str) -> Option<u32> {
 // Host and device are compiled by different compilers: neither may pad what the other does not.
 const _: () = {
     assert!(size_of::<RankState>() == 64 + 16 * MAX_BLOCKS as usize && size_of::<Status>() == 64);
-    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 104);
-    assert!(size_of::<PostNorm>() == 24 && size_of::<Experts>() == 40);
+    assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 32);
+    assert!(size_of::<Extras>() == 72 && size_of::<PostNorm>() == 24 && size_of::<Experts>() == 40);
     assert!(size_of::<Unquantized>() == 0 && size_of::<Fp8Static>() == 16 && size_of::<Fp8PerToken>() == 16);
     assert!(size_of::<BlockScales>() == 40 && size_of::<Fp8Block>() == 56 && size_of::<Fp4>() == 56);
     assert!(size_of::<Plain<Fp4>>() == 56 && size_of::<RmsNorm<Unquantized>>() == 32);
-    assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 104 + 88);
-    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 104 + 48);
+    assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 32 + 88 + 72);
+    assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 32 + 48);
 };
 
 #[cfg(test)]
@@ -528,6 +548,6 @@ mod tests {
             assert!(lists("") || lists("Any"), "{name} is not in `LAYOUT`");
             count += 1;
         }
-        assert_eq!(count, 18);
+        assert_eq!(count, 19);
     }
 }

@@ -64,11 +64,11 @@ macro_rules! entries {
         $crate::entries!(@local $rows, "norm_fp4", $element, RmsNorm<Fp4>);
     };
     (@epilogue resident, $algorithm:ident, $name:expr, $element:ident, $ranks:literal, $epilogue:ty) => {
-        $crate::entries!(@entry concat!($name, "_p1"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 1, true>(&params, &params.activations.experts));
-        $crate::entries!(@entry concat!($name, "_p2"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 2, true>(&params, &params.activations.experts));
+        $crate::entries!(@entry concat!($name, "_p1"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 1, true>(&params, &params.extras.experts));
+        $crate::entries!(@entry concat!($name, "_p2"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 2, true>(&params, &params.extras.experts));
     };
     (@epilogue streamed, $algorithm:ident, $name:expr, $element:ident, $ranks:literal, $epilogue:ty) => {
-        $crate::entries!(@entry concat!($name, "_streamed"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 1, false>(&params, &params.activations.experts));
+        $crate::entries!(@entry concat!($name, "_streamed"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 1, false>(&params, &params.extras.experts));
     };
     (@local resident, $name:literal, $element:ident, $epilogue:ty) => {
         $crate::entries!(@entry concat!("local_", $name, "_p1"), Local<$epilogue>, |params| local::<$element, $epilogue, 1, true>(&params));

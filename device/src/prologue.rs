@@ -9,7 +9,7 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 use crate::{
     convert,
     epilogue::PackIndex,
-    launch::{Address, Experts},
+    launch::{Activations, Address, Experts},
     simt,
 };
 
@@ -17,7 +17,7 @@ use crate::{
 pub trait Prologue<E: Element>: Copy {
     /// True if the addend is to be made: the same for all threads of a launch. Else it lies in `input`.
     #[inline(always)]
-    fn is_present(&self) -> bool {
+    fn makes_addend(&self, _activations: &Activations) -> bool {
         true
     }
 
@@ -34,7 +34,7 @@ pub struct Given;
 
 impl<E: Element> Prologue<E> for Given {
     #[inline(always)]
-    fn is_present(&self) -> bool {
+    fn makes_addend(&self, _activations: &Activations) -> bool {
         false
     }
 
@@ -95,8 +95,8 @@ unsafe fn scale_of<E: Element>(experts: &Experts, token: u64, expert: u32) -> f3
 
 impl<E: Element> Prologue<E> for Experts {
     #[inline(always)]
-    fn is_present(&self) -> bool {
-        !self.rows.is_null()
+    fn makes_addend(&self, activations: &Activations) -> bool {
+        activations.has(Activations::EXPERTS)
     }
 
     #[inline(always)]

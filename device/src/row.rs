@@ -20,7 +20,7 @@ use fused_collective_core::{
 use crate::{
     convert,
     epilogue::{Epilogue, PackIndex, RowValues, weights},
-    launch::{Activations, Address, MAX_BLOCK_THREADS, MAX_CLUSTER, PostNorm, Shape},
+    launch::{Activations, Address, Extras, MAX_BLOCK_THREADS, MAX_CLUSTER, PostNorm, Shape},
     simt::{self, SHARED_FLOATS, Shared, WARP},
 };
 
@@ -375,6 +375,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         team: &mut Team,
         shape: &Shape,
         activations: &Activations,
+        extras: &Extras,
         token: u32,
         mut sum: impl FnMut(u32, &[PackIndex; P], &mut [Pack; P]),
     ) {
@@ -388,7 +389,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         if POST_NORM && RESIDENT && X::ROW_SUM {
             sum(0, &indices, &mut row);
             // SAFETY: as this function's.
-            row_sum = unsafe { self.settle(team, activations, &mut row, |p, _| indices[p]) };
+            row_sum = unsafe { self.settle(team, (activations, extras), &mut row, |p, _| indices[p]) };
         } else {
             self.slice.for_chunks(|chunk| {
                 let mut addends = [0.0; P];
@@ -452,12 +453,12 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     unsafe fn settle(
         &self,
         team: &mut Team,
-        activations: &Activations,
+        (activations, extras): (&Activations, &Extras),
         row: &mut [Pack; P],
         index: impl Fn(usize, u32) -> PackIndex,
     ) -> f32 {
-        let post_norm = &activations.post_norm;
-        let mut left = u32::from(simt::black_box_u64(post_norm.gamma.0) != 0);
+        let post_norm = &extras.post_norm;
+        let mut left = simt::black_box_u32(activations.flags) & Activations::POST_NORM;
         loop {
             let mut addends = [0.0; P];
             self.slice.for_each(0, |p, pack| {
@@ -473,11 +474,13 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
                 return sum;
             }
             // `black_box`, or a compiler knows that the next turn is the last, and has the loop twice.
-            left = simt::black_box_u32(left - 1);
+            left = simt::black_box_u32(0);
             let inverse_rms = norm::inverse_rms(sum, post_norm.inverse_hidden, post_norm.epsilon, simt::fma);
             self.slice.for_each(0, |p, pack| {
                 // SAFETY: as this function's.
-                row[p] = unsafe { post_norm_out::<E>(activations, index(p, pack), row[p], inverse_rms) };
+                row[p] = unsafe {
+                    post_norm_out::<E>((activations, post_norm), index(p, pack), row[p], inverse_rms)
+                };
             });
         }
     }
@@ -525,7 +528,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         &self,
         team: &mut Team,
         shape: &Shape,
-        activations: &Activations,
+        (activations, extras): (&Activations, &Extras),
         owned: u32,
         context: &mut C,
         sum: impl Fn(&mut C, u32, &mut [Pack; P]),
@@ -537,7 +540,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         if RESIDENT && X::ROW_SUM {
             sum(context, 0, &mut row);
             // SAFETY: as this function's.
-            row_sum = unsafe { self.settle(team, activations, &mut row, |_, pack| index(pack)) };
+            row_sum = unsafe { self.settle(team, (activations, extras), &mut row, |_, pack| index(pack)) };
         } else {
             self.slice.for_chunks(|chunk| {
                 let mut addends = [0.0; P];
@@ -621,19 +624,19 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
 /// The addresses are as their documentation says, and `index` is inside the residual.
 #[inline(always)]
 unsafe fn post_norm_out<E: Element>(
-    activations: &Activations,
+    (activations, post_norm): (&Activations, &PostNorm),
     index: PackIndex,
     sum: Pack,
     inverse_rms: f32,
 ) -> Pack {
-    let PostNorm { gamma, weight_bias, gamma_f32, .. } = activations.post_norm;
+    let PostNorm { gamma, weight_bias, gamma_f32, .. } = *post_norm;
     // SAFETY: gamma has a row's packs and is constant.
     let weights = unsafe { weights::<E>(gamma, gamma_f32 != 0, index.pack) };
     let mut norm = convert::widen::<E>(sum);
     for (value, weight) in norm.as_mut().iter_mut().zip(weights.as_ref()) {
         *value = *value * inverse_rms * (weight_bias + weight);
     }
-    if activations.rounds_sum != 0 {
+    if activations.has(Activations::ROUNDS_SUM) {
         norm = convert::widen::<E>(convert::narrow::<E>(norm));
     }
     if !activations.residual.is_null() {

@@ -6,7 +6,6 @@ use super::{ranks::first_slot, wait::Waiter};
 use crate::{
     epilogue::Epilogue,
     launch::{Address, Group, MAX_BLOCKS, RankState, Shape},
-    row::{Prepared, Team, ThreadSlice},
     simt,
 };
 /// The state of the rank as this operation found it.
@@ -80,34 +79,15 @@ pub(super) fn serves<const N: usize>(group: &Group) -> bool {
     group.world_size as usize <= N && group.world_size.saturating_sub(1) != 0
 }
 
-/// Reads what is constant and writes the outputs' padding. The links have work by then, and not before: where blocks
-/// fill the multiprocessors, the next operation's start when these end.
+/// Writes the outputs' padding. The links have work by then, and not before: where blocks fill the multiprocessors, the next
+/// operation's start when these end.
 ///
 /// # Safety
 /// The addresses in `epilogue` are as its documentation says. Every thread of the grid calls this once, after the
 /// dependent-launch wait.
 #[inline(always)]
-pub(super) unsafe fn prepare<
-    'a,
-    E: Element,
-    X: Epilogue<E>,
-    const N: usize,
-    const P: usize,
-    const RESIDENT: bool,
->(
-    epilogue: &'a X,
-    shape: &Shape,
-    slice: ThreadSlice<P, RESIDENT>,
-    team: &Team,
-) -> Prepared<'a, E, X, N, P, RESIDENT> {
+pub(super) unsafe fn fill_padding<E: Element, X: Epilogue<E>>(epilogue: &X, shape: &Shape) {
+    let (threads, blocks) = (simt::threads(), simt::blocks());
     // SAFETY: the caller's promise.
-    unsafe {
-        let prepared = Prepared::new(epilogue, slice, team);
-        epilogue.fill_padding(
-            shape,
-            simt::block() * simt::threads() + simt::thread(),
-            simt::blocks() * simt::threads(),
-        );
-        prepared
-    }
+    unsafe { epilogue.fill_padding(shape, simt::block() * threads + simt::thread(), blocks * threads) }
 }

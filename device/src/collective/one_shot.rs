@@ -23,16 +23,16 @@
 use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 
 use super::{
-    begun::{Begun, prepare, serves},
+    begun::{Begun, fill_padding, serves},
     ranks::{first_slot, for_peers, peer},
     sum::{bias_of, load_row, make_addend, residual_of_sum, residual_out},
     wait::Awaited,
 };
 use crate::{
     epilogue::Epilogue,
-    launch::{Address, Fused},
+    launch::{Activations, Address, Fused},
     prologue::Prologue,
-    row::{Team, ThreadSlice},
+    row::{Prepared, Team, ThreadSlice},
     simt,
 };
 
@@ -54,7 +54,7 @@ pub unsafe fn one_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
     if !serves::<N>(&params.group) {
         return;
     }
-    let Fused { group, shape, activations, epilogue } = params;
+    let Fused { group, shape, activations, epilogue, extras } = params;
     let mut team = Team::join(X::ROW_SUM || X::ROW_MAX);
     let team_index = team.index;
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
@@ -62,7 +62,7 @@ pub unsafe fn one_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
     // tensors and the slots, and by the launch rules this thread's alone.
     let residual_of_sum = residual_of_sum(activations);
     let has_residual = !residual_of_sum.is_null();
-    let rounds_sum = activations.rounds_sum != 0;
+    let rounds_sum = activations.has(Activations::ROUNDS_SUM);
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     // A pack is as far from a slot's first row as it is from the row of the round's first token in a tensor: with this
@@ -84,11 +84,13 @@ pub unsafe fn one_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
     }
     let epoch = Begun::epoch(group);
 
+    // SAFETY: see above. What is constant may be read now.
+    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, slice, &team) };
     simt::wait_for_prerequisites();
     // SAFETY: see above.
     unsafe {
         let mut token = team_index;
-        while prologue.is_present() && token < shape.tokens {
+        while prologue.makes_addend(activations) && token < shape.tokens {
             make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
             token += simt::clusters();
         }
@@ -133,7 +135,7 @@ pub unsafe fn one_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
     }
     begun.advance();
     // SAFETY: see above.
-    let prepared = unsafe { prepare::<E, X, N, P, RESIDENT>(epilogue, shape, slice, &team) };
+    unsafe { fill_padding::<E, X>(epilogue, shape) };
 
     // Complete.
     let mut token = team_index;
@@ -143,7 +145,7 @@ pub unsafe fn one_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
         let mut next_own = [Pack::default(); P];
         // SAFETY: see above.
         unsafe {
-            prepared.complete::<true>(&mut team, shape, activations, token, |chunk, indices, row| {
+            prepared.complete::<true>(&mut team, shape, activations, extras, token, |chunk, indices, row| {
                 // Both are read while the peers' packs are on their way.
                 let own = if keeps {
                     own
@@ -169,7 +171,7 @@ pub unsafe fn one_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
                         group,
                         &packs[p],
                         own[p],
-                        bias_of(activations, pack),
+                        bias_of(activations, extras, pack),
                         has_residual.then_some(residual[p]),
                         rounds_sum,
                     );

@@ -27,7 +27,7 @@
 use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SlotRows};
 
 use super::{
-    begun::{Begun, prepare, serves},
+    begun::{Begun, fill_padding, serves},
     ranks::{first_slot, pack_of, peer},
     sum::{bias_of, load_row, make_addend, residual_of_sum, residual_out},
     turns::{Token, Tokens},
@@ -35,9 +35,9 @@ use super::{
 };
 use crate::{
     epilogue::{Epilogue, PackIndex},
-    launch::{Address, Fused, Group},
+    launch::{Activations, Address, Fused, Group},
     prologue::Prologue,
-    row::{Team, ThreadSlice},
+    row::{Prepared, Team, ThreadSlice},
     simt,
 };
 
@@ -70,7 +70,7 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
     if !serves::<N>(&params.group) {
         return;
     }
-    let Fused { group, shape, activations, epilogue } = params;
+    let Fused { group, shape, activations, epilogue, extras } = params;
     let mut team = Team::join(X::ROW_SUM || X::ROW_MAX);
     let (team_index, teams) = (team.index, team.teams);
     let tokens = Tokens::<N>::new(group, shape);
@@ -86,11 +86,14 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
     };
 
     // Prologue.
+    // SAFETY: see above. What is constant may be read now, and is where there are registers to keep it.
+    let prepare = || unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, slice, &team) };
+    let prepared = (N == 2).then(prepare);
     simt::wait_for_prerequisites();
     // SAFETY: see above.
     unsafe {
         let (mut index, mut other) = (team_index, tokens.first_other(team_index, teams));
-        while prologue.is_present()
+        while prologue.makes_addend(activations)
             && let Some(Token { token, owner, .. }) = tokens.own(index).or_else(|| tokens.other(other))
         {
             make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
@@ -138,7 +141,8 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
     }
     begun.advance();
     // SAFETY: see above.
-    let prepared = unsafe { prepare::<E, X, N, P, RESIDENT>(epilogue, shape, slice, &team) };
+    unsafe { fill_padding::<E, X>(epilogue, shape) };
+    let prepared = prepared.unwrap_or_else(prepare);
 
     // The second hop's rows follow the first's, as far apart as they would be if they were elements: each starts with
     // the words of its packs, and its scales follow. Computed where they are used, so as to take up no registers before.
@@ -180,9 +184,9 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
                         group,
                         &packs[p],
                         own[p].strip(),
-                        bias_of(activations, pack),
+                        bias_of(activations, extras, pack),
                         (!residual_of_sum(activations).is_null()).then_some(residual[p]),
-                        simt::black_box_u32(activations.rounds_sum) != 0,
+                        simt::black_box_u32(activations.flags) & Activations::ROUNDS_SUM != 0,
                     );
                 });
             };
@@ -206,7 +210,7 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
                 }
             };
             // SAFETY: see above.
-            unsafe { prepared.make(&mut team, shape, activations, index, waiter, sum, send) };
+            unsafe { prepared.make(&mut team, shape, (activations, extras), index, waiter, sum, send) };
         }
         index += simt::clusters();
         for _ in 1..tokens.ranks() {

@@ -5,7 +5,7 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 use crate::{
     convert,
     epilogue::PackIndex,
-    launch::{Activations, Address, Group, Shape},
+    launch::{Activations, Address, Extras, Group, Shape},
     prologue::Prologue,
     row::ThreadSlice,
     simt,
@@ -13,18 +13,20 @@ use crate::{
 
 /// The pack `pack` of the bias; null if there is none.
 #[inline(always)]
-pub(super) fn bias_of(activations: &Activations, pack: u32) -> Address {
+pub(super) fn bias_of(activations: &Activations, extras: &Extras, pack: u32) -> Address {
     // `black_box` for the same reason as in `load_row`.
-    let bias = Address(simt::black_box_u64(activations.bias.0));
-    if bias.is_null() { bias } else { bias.offset(simt::black_box_u32(pack) as u64 * Pack::BYTES) }
+    if simt::black_box_u32(activations.flags) & Activations::BIAS == 0 {
+        return Address::NULL;
+    }
+    Address(simt::black_box_u64(extras.bias.0)).offset(simt::black_box_u32(pack) as u64 * Pack::BYTES)
 }
 
 /// The residual that is added to the sum of all ranks: null if there is none, or if it is added to the norm of the sum.
 #[inline(always)]
 pub(super) fn residual_of_sum(activations: &Activations) -> Address {
     // `black_box`, so that this is asked where it is used, and takes up no registers before.
-    let of_norm = simt::black_box_u64(activations.post_norm.gamma.0);
-    if of_norm == 0 { activations.residual } else { Address::NULL }
+    let flags = simt::black_box_u32(activations.flags);
+    if flags & Activations::POST_NORM == 0 { activations.residual } else { Address::NULL }
 }
 
 /// Makes this thread's packs of the addend of token `token` of the round. The team that reads a token's addend makes it.

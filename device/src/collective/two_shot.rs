@@ -27,16 +27,16 @@ use fused_collective_core::{
 };
 
 use super::{
-    begun::{Begun, prepare, serves},
+    begun::{Begun, fill_padding, serves},
     ranks::{deal, pack_of, peer},
     sum::{bias_of, load_row, make_addend, residual_of_sum, residual_out},
     wait::Awaited,
 };
 use crate::{
     epilogue::Epilogue,
-    launch::Fused,
+    launch::{Activations, Fused},
     prologue::Prologue,
-    row::{Team, ThreadSlice},
+    row::{Prepared, Team, ThreadSlice},
     simt,
 };
 
@@ -58,13 +58,13 @@ pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
     if !serves::<N>(&params.group) {
         return;
     }
-    let Fused { group, shape, activations, epilogue } = params;
+    let Fused { group, shape, activations, epilogue, extras } = params;
     let mut team = Team::join(X::ROW_SUM || X::ROW_MAX);
     let (team_index, teams) = (team.index, team.teams);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
     let residual_of_sum = residual_of_sum(activations);
     let has_residual = !residual_of_sum.is_null();
-    let rounds_sum = activations.rounds_sum != 0;
+    let rounds_sum = activations.has(Activations::ROUNDS_SUM);
     let rows =
         SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
     let (row_bytes, stride) = (shape.row_bytes(), rows.first_hop(1, 0));
@@ -76,10 +76,12 @@ pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
     };
 
     // Prologue.
+    // SAFETY: see above. What is constant may be read now.
+    let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, slice, &team) };
     simt::wait_for_prerequisites();
     // SAFETY: see above.
     unsafe {
-        if prologue.is_present() {
+        if prologue.makes_addend(activations) {
             deal(team_index, teams, shape.tokens, |token| {
                 make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
             });
@@ -112,7 +114,7 @@ pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
     });
     begun.advance();
     // SAFETY: see above.
-    let prepared = unsafe { prepare::<E, X, N, P, RESIDENT>(epilogue, shape, slice, &team) };
+    unsafe { fill_padding::<E, X>(epilogue, shape) };
 
     // Complete. The second hop's rows follow the first's. Computed where it is used, so as to take up no registers before.
     let result =
@@ -122,7 +124,7 @@ pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
         // SAFETY: see above.
         unsafe {
             let slot = begun.slot_of::<N>(group.rank);
-            prepared.complete::<true>(&mut team, shape, activations, token, |chunk, indices, row| {
+            prepared.complete::<true>(&mut team, shape, activations, extras, token, |chunk, indices, row| {
                 if owner != group.rank {
                     let awaited = Awaited { shape, token, hop: 2 };
                     *row = begun.waiter.row(slot.offset(result(token)), slice, chunk, owner, awaited);
@@ -142,7 +144,7 @@ pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
                         group,
                         &packs[p],
                         own[p].strip(),
-                        bias_of(activations, pack),
+                        bias_of(activations, extras, pack),
                         has_residual.then_some(residual[p]),
                         rounds_sum,
                     );

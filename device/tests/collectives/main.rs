@@ -429,7 +429,7 @@ fn the_host_can_end_every_wait() {
 fn a_kernel_for_too_few_ranks_ends_at_once() {
     use fused_collective_device::{
         collective,
-        launch::{Fused, Plain, Unquantized},
+        launch::{Extras, Fused, Plain, Unquantized},
     };
     let world = World::new(3, 1 << 14);
     let case = Case::<f32>::new(&mut Random(16), 3, 1, 64, false, What::Sum);
@@ -439,6 +439,7 @@ fn a_kernel_for_too_few_ranks_ends_at_once() {
         shape: shape(&case.operation),
         activations: tensors.activations(),
         epilogue: Plain { quantizer: Unquantized },
+        extras: Extras::NONE,
     };
     // SAFETY: the parameters are as their documentation says.
     launch(geometry(&case.operation, Rows::P1, 1, 1), || unsafe {

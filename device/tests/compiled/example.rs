@@ -25,7 +25,7 @@ fn the_example_s_kernel_is_right() {
         for ranks in [2, 3, 4] {
             let compiled = Arc::new(Compiled::read_from(&examples(), gpu, "custom_epilogue", 7, |ptx| ptx));
             let world = World::new(ranks, 1 << 17);
-            let case = Case::<bf16>::new(&mut random, ranks, 7, 528, true, What::Sum);
+            let case = Case::<bf16>::new(&mut random, ranks, 7, 528, true, What::Sum).plain();
             let tensors: Vec<Tensors> = (0..ranks).map(|rank| Tensors::new(&case, rank)).collect();
             let outputs: Vec<Buffer> =
                 tensors.iter().map(|own| Buffer::new(own.input.bytes, POISON)).collect();
@@ -38,6 +38,7 @@ fn the_example_s_kernel_is_right() {
                     shape: Shape::of_round(&plan, &plan.rounds().next().unwrap(), CALL).unwrap(),
                     activations: own.activations(),
                     epilogue: Gelu { out: out.address() },
+                    extras: own.extras(),
                 };
                 let ranges = world.ranges(rank).chain(own.ranges()).chain([out.range()]).collect();
                 compiled.run(rank, launch, "all_reduce_gelu", &bytes_of(&params), ranges);

@@ -13,7 +13,7 @@ use fused_collective_core::{
     specification::{Mismatch, Observed, Row, Token, TokenExperts},
 };
 use fused_collective_device::launch::{
-    self, Activations, Address, BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, PostNorm, RmsNorm,
+    self, Activations, Address, BlockScales, Extras, Fp4, Fp8Block, Fp8PerToken, Fp8Static, PostNorm, RmsNorm,
 };
 
 use super::{Rows, memory::Buffer};
@@ -459,6 +459,21 @@ impl Tensors {
     }
 
     pub fn activations(&self) -> Activations {
+        let held = |buffer: &Buffer| address_before(buffer, self.before.held);
+        let input = match &self.experts {
+            Some((_, buffers)) => buffers.addends.address(),
+            None => address_before(&self.input, self.before.elements),
+        };
+        let residual = self.residual.as_ref().map_or(Address::NULL, held);
+        let mut activations = Activations::new(input, residual, held(self.residual_out()), self.rounding);
+        let flag = |is_there, flag| if is_there { flag } else { 0 };
+        activations.flags |= flag(self.bias.is_some(), Activations::BIAS)
+            | flag(self.post_norm.is_some(), Activations::POST_NORM)
+            | flag(self.experts.is_some(), Activations::EXPERTS);
+        activations
+    }
+
+    pub fn extras(&self) -> Extras {
         let is_wide = |weights| u32::from(weights == WeightType::F32 && self.dtype != DType::F32);
         let post_norm = self.post_norm.as_ref().map_or(PostNorm::NONE, |(norm, gamma)| PostNorm {
             gamma: gamma.address(),
@@ -467,29 +482,19 @@ impl Tensors {
             weight_bias: norm.weight_bias,
             gamma_f32: is_wide(norm.gamma),
         });
-        let mut activations = Activations { post_norm, ..self.given_activations() };
-        if let Some((experts, buffers)) = &self.experts {
+        let experts = self.experts.as_ref().map_or(launch::Experts::NONE, |(experts, buffers)| {
             let chosen = self.before.tokens * u64::from(experts.top_k);
-            activations.experts = launch::Experts {
+            let shared = address_before(&self.input, self.before.elements);
+            launch::Experts {
                 rows: buffers.rows.address(),
                 index: address_before(&buffers.index, chosen * 4),
                 scales: address_before(&buffers.scales, chosen * experts.scales.dtype(self.dtype).bytes()),
-                shared: if experts.shared { activations.input } else { Address::NULL },
+                shared: if experts.shared { shared } else { Address::NULL },
                 top_k: experts.top_k,
                 scales_f32: is_wide(experts.scales),
-            };
-            activations.input = buffers.addends.address();
-        }
-        activations
-    }
-
-    /// Without a norm of the sum and experts.
-    fn given_activations(&self) -> Activations {
-        let held = |buffer: &Buffer| address_before(buffer, self.before.held);
-        let input = address_before(&self.input, self.before.elements);
-        let residual = self.residual.as_ref().map_or(Address::NULL, held);
-        let bias = self.bias.as_ref().map_or(Address::NULL, Buffer::address);
-        Activations { bias, ..Activations::new(input, residual, held(self.residual_out()), self.rounding) }
+            }
+        });
+        Extras { bias: self.bias.as_ref().map_or(Address::NULL, Buffer::address), post_norm, experts }
     }
 
     pub fn norm<E: Element, Q>(&self, case: &Case<E>, quantizer: Q) -> RmsNorm<Q> {

@@ -27,7 +27,7 @@ impl Launched {
     ) -> Launched {
         let parameter = bytes_of(&params);
         // SAFETY: the parameters are as their documentation says, and geometries cover a row.
-        let run = move || unsafe { kernel(&params, &params.activations.experts) };
+        let run = move || unsafe { kernel(&params, &params.extras.experts) };
         Launched { run: Box::new(run), entry, parameter }
     }
 

@@ -18,7 +18,9 @@ use fused_collective_core::{
 use fused_collective_device::{
     collective,
     epilogue::Epilogue,
-    launch::{Activations, Experts, Fused, Group, Local, Plain, Shape, Status, TIMED_OUT, Unquantized},
+    launch::{
+        Activations, Experts, Extras, Fused, Group, Local, Plain, Shape, Status, TIMED_OUT, Unquantized,
+    },
     local,
     simt::host::{Launch, launch},
 };
@@ -106,6 +108,7 @@ pub fn kernel_of<E: Element>(
         group: world.group(rank),
         shape: Shape::of_round(plan, round, CALL).unwrap(),
         activations: tensors.activations().of_round(plan, round),
+        extras: tensors.extras(),
         kernel,
         rows,
     };
@@ -212,6 +215,7 @@ struct Run {
     group: Group,
     shape: Shape,
     activations: Activations,
+    extras: Extras,
     kernel: Kernel,
     rows: Rows,
 }
@@ -267,7 +271,8 @@ impl Run {
         fusion: &str,
         epilogue: X,
     ) -> Launched {
-        let params = Fused { group: self.group, shape: self.shape, activations: self.activations, epilogue };
+        let Run { group, shape, activations, extras, .. } = *self;
+        let params = Fused { group, shape, activations, epilogue, extras };
         Launched::new(format!("{name}_{fusion}_{}", self.rows.name()), kernel, params)
     }
 }

@@ -3,7 +3,7 @@
 use fused_collective_core::{
     dtype::DType,
     fusion::{self, Norm, Operation, WeightType},
-    launch::{Activations, Address, Experts, PostNorm},
+    launch::{Activations, Address, Experts, Extras, PostNorm},
     quant::Quantization,
 };
 
@@ -200,6 +200,21 @@ impl Tensors {
 
     /// The activations of a valid operation. A kernel that makes the addend leaves a round's rows of it at `addend`.
     pub(crate) fn activations(&self, operation: &Operation, addend: Address) -> Activations {
+        let input = if operation.experts.is_some() { addend } else { address(self.input) };
+        let (residual, residual_out) = (address(self.residual), Address(self.residual_out.address));
+        let mut activations = Activations::new(input, residual, residual_out, operation.rounding);
+        for (is_there, flag) in [
+            (operation.bias, Activations::BIAS),
+            (operation.post_norm.is_some(), Activations::POST_NORM),
+            (operation.experts.is_some(), Activations::EXPERTS),
+        ] {
+            activations.flags |= if is_there { flag } else { 0 };
+        }
+        activations
+    }
+
+    /// The extras of a valid operation.
+    pub(crate) fn extras(&self, operation: &Operation) -> Extras {
         let is_wide = |weights| u32::from(weights == WeightType::F32 && operation.dtype != DType::F32);
         let post_norm = operation.post_norm.map_or(PostNorm::NONE, |norm| PostNorm {
             gamma: address(self.post_gamma),
@@ -208,21 +223,15 @@ impl Tensors {
             weight_bias: norm.weight_bias,
             gamma_f32: is_wide(norm.gamma),
         });
-        let index = address(self.expert_index);
         let experts = operation.experts.map_or(Experts::NONE, |experts| Experts {
-            // Not null, even if there are no rows, of which none is read.
-            rows: self.expert_rows.filter(|rows| rows.length > 0).map_or(index, |rows| Address(rows.address)),
-            index,
+            rows: address(self.expert_rows),
+            index: address(self.expert_index),
             scales: address(self.expert_scales),
             shared: address(self.input),
             top_k: experts.top_k,
             scales_f32: is_wide(experts.scales),
         });
-        let input = if operation.experts.is_some() { addend } else { address(self.input) };
-        let residual = address(self.residual);
-        let activations =
-            Activations::new(input, residual, Address(self.residual_out.address), operation.rounding);
-        Activations { bias: address(self.bias), post_norm, experts, ..activations }
+        Extras { bias: address(self.bias), post_norm, experts }
     }
 }
 
@@ -432,20 +441,21 @@ mod tests {
             ..tensors()
         };
         assert!(tensors.check(&operation, 0, 2).is_ok());
-        let activations = tensors.activations(&operation, Address(4096));
+        let (activations, extras) =
+            (tensors.activations(&operation, Address(4096)), tensors.extras(&operation));
         let address = |tensor: Option<DeviceTensor>| tensor.unwrap().address;
         let rows = address(tensors.expert_rows);
-        assert_eq!((activations.input, activations.experts.rows.0), (Address::NULL, rows));
-        assert_eq!((activations.experts.top_k, activations.experts.scales_f32), (3, 1));
-        assert_eq!(activations.post_norm.gamma.0, address(tensors.post_gamma));
-        assert_eq!((activations.post_norm.inverse_hidden, activations.post_norm.gamma_f32), (1.0 / 64.0, 1));
+        assert_eq!(activations.flags, Activations::POST_NORM | Activations::EXPERTS);
+        assert_eq!((activations.input, extras.experts.rows.0), (Address(4096), rows));
+        assert_eq!((extras.experts.top_k, extras.experts.scales_f32), (3, 1));
+        assert_eq!((extras.experts.shared, extras.bias), (Address::NULL, Address::NULL));
+        assert_eq!(extras.post_norm.gamma.0, address(tensors.post_gamma));
+        assert_eq!((extras.post_norm.inverse_hidden, extras.post_norm.gamma_f32), (1.0 / 64.0, 1));
         // No rows, perhaps at no address: experts all the same.
         let none = Some(DeviceTensor { address: 0, length: 0, element });
         let empty = Tensors { expert_rows: none, ..tensors };
-        assert!(
-            empty.check(&operation, 0, 2).is_ok()
-                && !empty.activations(&operation, Address::NULL).experts.rows.is_null()
-        );
+        assert!(empty.check(&operation, 0, 2).is_ok());
+        assert!(empty.activations(&operation, Address::NULL).has(Activations::EXPERTS));
 
         let index_at = |address| Some(DeviceTensor { address, ..tensors.expert_index.unwrap() });
         let shared = Operation { experts: Some(Experts { shared: true, ..experts }), ..operation };

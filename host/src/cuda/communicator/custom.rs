@@ -5,7 +5,7 @@ use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Operation, Residual, Rounding},
     kernels::{Family, Version},
-    launch::Activations,
+    launch::{Activations, Extras},
     plan::Plan,
     quant::Quantization,
 };
@@ -132,7 +132,7 @@ impl Communicator {
         let activations = Activations::new(to_sum, address(residual), sum, shape.rounding);
         // SAFETY: the launches were chosen for the kernel, which takes this epilogue, as this function's caller says, who
         // vouches for the addresses and the stream, too.
-        unsafe { self.launch_rounds(&plan, call, activations, &parameters, stream) }
+        unsafe { self.launch_rounds(&plan, call, (activations, Extras::NONE), &parameters, stream) }
     }
 }
 

@@ -288,7 +288,8 @@ impl Communicator {
         // SAFETY: the kernels were chosen for the operation, whose epilogue this is, and the tensors were checked, whose
         // addresses this function's caller vouches for, as for the stream.
         let addend = self.addends.as_ref().map_or(Address::NULL, DeviceMemory::address);
-        unsafe { self.launch_rounds(&plan, call, tensors.activations(operation, addend), &epilogue, stream) }
+        let read = (tensors.activations(operation, addend), tensors.extras(operation));
+        unsafe { self.launch_rounds(&plan, call, read, &epilogue, stream) }
     }
 
     /// Allocates the memory of addends, if `operation` makes its addend and there is none yet.

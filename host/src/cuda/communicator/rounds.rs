@@ -6,7 +6,7 @@
 use fused_collective_core::{
     agreement::Call,
     fusion::Operation,
-    launch::{Activations, Shape},
+    launch::{Activations, Extras, Shape},
     plan::Plan,
 };
 
@@ -49,7 +49,7 @@ impl Communicator {
         &mut self,
         plan: &Plan,
         call: Call,
-        activations: Activations,
+        (activations, extras): (Activations, Extras),
         epilogue: &Parameters,
         stream: Handle,
     ) -> Result<(), Error> {
@@ -69,6 +69,8 @@ impl Communicator {
                 parameters.push(&activations.of_round(plan, &round));
             }
             parameters.append(epilogue);
+            // SAFETY: as above.
+            unsafe { parameters.push(&extras) };
             // SAFETY: these are the kernel's parameters, as this function's caller says.
             unsafe { self.kernels.launch(launch, &parameters, stream) }
         });

@@ -88,7 +88,7 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
     // Prologue.
     // SAFETY: see above. What is constant may be read now, and is where there are registers to keep it.
     let prepare = || unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, slice, &team) };
-    let prepared = (N == 2).then(prepare);
+    let prepared = const { N == 2 && P == 1 }.then(prepare);
     simt::wait_for_prerequisites();
     // SAFETY: see above.
     unsafe {

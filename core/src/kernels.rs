@@ -386,7 +386,10 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
     let is_resident_twice = set == Set::Group2
         && version == Some(Version::P2)
         && !takes_more
-        && kernel.is_some_and(|kernel| kernel.family != Family::OneShot);
+        && kernel.is_some_and(|kernel| {
+            kernel.family != Family::OneShot
+                && (dtype, kernel.epilogue.quantizer) != (DType::F32, Quantizer::Fp4)
+        });
     Bounds { threads, blocks: if is_resident_twice { 2 } else { 1 } }
 }
 
@@ -482,6 +485,7 @@ mod tests {
             ("sm_90", Bf16, Group2, "sharded_norm_p2", (512, 2)),
             ("sm_90", Bf16, Group2, "one_shot_norm_p2", (512, 1)),
             ("sm_120a", Bf16, Group2, "sharded_norm_p2", (512, 1)),
+            ("sm_90", F32, Group2, "sharded_fp4_p2", (512, 1)),
             // None of the table's.
             ("sm_90", Bf16, Group4, "all_reduce_gelu", (1024, 1)),
             ("sm_80", Bf16, Group4, "all_reduce_gelu", (512, 1)),

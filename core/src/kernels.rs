@@ -368,7 +368,7 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
         Set::Group4 => kernel.is_some_and(|kernel| {
             kernel.epilogue.quantizer == Quantizer::Fp4
                 && match kernel.family {
-                    Family::Sharded => processor == "sm_90",
+                    Family::Sharded => dtype == DType::F32 || processor == "sm_90",
                     _ => dtype == DType::F32 || processor == "sm_100a",
                 }
         }),

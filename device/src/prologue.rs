@@ -9,7 +9,7 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 use crate::{
     convert,
     epilogue::PackIndex,
-    launch::{Activations, Address, Experts},
+    launch::{Activations, Experts},
     simt,
 };
 
@@ -44,53 +44,42 @@ impl<E: Element> Prologue<E> for Given {
     }
 }
 
-/// Calls `each` for so many experts, by a loop that stays one.
-#[inline(always)]
-fn for_each(experts: u32, mut each: impl FnMut(u32)) {
-    let mut expert = 0;
-    while expert < experts {
-        each(expert);
-        // `black_box`, or a compiler has the loop's body several times.
-        expert = simt::black_box_u32(expert + 1);
-    }
-}
+/// Experts whose rows are on their way at the same time.
+const AT_ONCE: u32 = 4;
 
-/// The place of an expert of token `token` in a tensor of `top_k` values a token.
-#[inline(always)]
-fn place(experts: &Experts, token: u64, expert: u32) -> u64 {
-    token * experts.top_k as u64 + expert as u64
-}
-
-/// The address of the pack of an expert's row; `None` for one on another rank.
+/// The rows of expert `expert` of a token and of those after it, with their scales: less than 0, and 0, for one that is on
+/// another rank, or past the last. `first` is the place of the token's first expert in tensors of `top_k` values a token.
 ///
 /// # Safety
 /// As [`Prologue::addend`].
 #[inline(always)]
-unsafe fn pack_of(experts: &Experts, index: PackIndex, expert: u32) -> Option<Address> {
-    let at = experts.index.offset(place(experts, index.token, expert) * 4);
-    // SAFETY: inside the tensor, which nobody writes meanwhile.
-    let row = unsafe { simt::load_value::<i32>(at) };
-    (row >= 0).then(|| {
-        let pack = row as u64 * index.row_packs as u64 + index.pack as u64;
-        experts.rows.offset(pack * Pack::BYTES)
-    })
-}
-
-/// The scale of an expert.
-///
-/// # Safety
-/// As [`Prologue::addend`].
-#[inline(always)]
-unsafe fn scale_of<E: Element>(experts: &Experts, token: u64, expert: u32) -> f32 {
-    let place = place(experts, token, expert);
-    // SAFETY: inside the tensor, which nobody writes meanwhile.
-    unsafe {
-        if E::LANES == 4 || experts.scales_f32 != 0 {
-            return f32::from_bits(simt::load_value::<u32>(experts.scales.offset(place * 4)));
-        }
-        let bits = u32::from(simt::load_value::<u16>(experts.scales.offset(place * 2)));
-        convert::widen::<E>(Pack([bits, 0, 0, 0])).as_ref()[0]
-    }
+unsafe fn chosen<E: Element>(experts: &Experts, first: u64, expert: u32) -> [(i32, f32); AT_ONCE as usize] {
+    // Without branches, so that no load waits for another. Written out: an array of registers needs constant indices.
+    let place = |next: u32| first + (expert + next) as u64;
+    let none = -1i32 as u32;
+    let row = |next: u32| {
+        let address = experts.index.offset(place(next) * 4);
+        // SAFETY: inside the tensor, which nobody writes meanwhile; so below.
+        unsafe { simt::load_u32_if(expert + next < experts.top_k, address, none) as i32 }
+    };
+    let rows = [row(0), row(1), row(2), row(3)];
+    let scales = if E::LANES == 4 || experts.scales_f32 != 0 {
+        let scale = |next: u32| {
+            let address = experts.scales.offset(place(next) * 4);
+            // SAFETY: see above.
+            f32::from_bits(unsafe { simt::load_u32_if(rows[next as usize] >= 0, address, 0) })
+        };
+        [scale(0), scale(1), scale(2), scale(3)]
+    } else {
+        let scale = |next: u32| {
+            let address = experts.scales.offset(place(next) * 2);
+            // SAFETY: see above.
+            let bits = unsafe { simt::load_u16_if(rows[next as usize] >= 0, address) };
+            convert::widen::<E>(Pack([bits, 0, 0, 0])).as_ref()[0]
+        };
+        [scale(0), scale(1), scale(2), scale(3)]
+    };
+    [(rows[0], scales[0]), (rows[1], scales[1]), (rows[2], scales[2]), (rows[3], scales[3])]
 }
 
 impl<E: Element> Prologue<E> for Experts {
@@ -101,24 +90,31 @@ impl<E: Element> Prologue<E> for Experts {
 
     #[inline(always)]
     unsafe fn addend(&self, index: PackIndex) -> Pack {
-        // SAFETY: as this function's; so below. All rows are on their way before the first is added.
-        for_each(self.top_k, |expert| unsafe {
-            if let Some(pack) = pack_of(self, index, expert) {
-                simt::prefetch_l1(pack);
-            }
-        });
         let mut sum = E::WIDE_ZERO;
-        // SAFETY: see above.
-        for_each(self.top_k, |expert| unsafe {
-            if let Some(pack) = pack_of(self, index, expert) {
-                let scale = scale_of::<E>(self, index.token, expert);
-                for (sum, value) in
-                    sum.as_mut().iter_mut().zip(convert::widen::<E>(simt::load(pack)).as_ref())
-                {
+        let first = index.token * self.top_k as u64;
+        let mut expert = 0;
+        while expert < self.top_k {
+            // SAFETY: as this function's.
+            let four = unsafe { chosen::<E>(self, first, expert) };
+            let pack = |(row, _): (i32, f32)| {
+                let place = (row.max(0) as u64) * index.row_packs as u64 + index.pack as u64;
+                // SAFETY: the index of an expert names a row.
+                unsafe { simt::load_if(row >= 0, self.rows.offset(place * Pack::BYTES)) }
+            };
+            let packs = [pack(four[0]), pack(four[1]), pack(four[2]), pack(four[3])];
+            // Zero times zero adds nothing to a sum that has begun with zero.
+            let mut add = |(_, scale): (i32, f32), pack: Pack| {
+                for (sum, value) in sum.as_mut().iter_mut().zip(convert::widen::<E>(pack).as_ref()) {
                     *sum = simt::fma(scale, *value, *sum);
                 }
-            }
-        });
+            };
+            add(four[0], packs[0]);
+            add(four[1], packs[1]);
+            add(four[2], packs[2]);
+            add(four[3], packs[3]);
+            // `black_box`, or a compiler has the loop's body several times.
+            expert = simt::black_box_u32(expert + AT_ONCE);
+        }
         if !self.shared.is_null() {
             // SAFETY: inside the tensor.
             let shared = convert::widen::<E>(unsafe { simt::load(index.of(self.shared)) });

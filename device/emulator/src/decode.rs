@@ -414,7 +414,7 @@ impl Decoder {
             },
             ("griddepcontrol.wait", []) => Operation::WaitForGrid,
             // A hint, permission for the next kernel, and an order that stores of one thread have here anyway.
-            ("prefetch.global.L1" | "prefetch.global.L2", [_])
+            ("prefetch.global.L2", [_])
             | ("griddepcontrol.launch_dependents" | "fence.mbarrier_init.release.cluster", []) => {
                 Operation::Nothing
             }

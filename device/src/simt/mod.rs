@@ -253,16 +253,6 @@ pub unsafe fn prefetch(address: Address) {
     unsafe { imp::prefetch(address) }
 }
 
-/// Prefetches 16 bytes into L1. As [`prefetch`], but once nobody writes them any more.
-///
-/// # Safety
-/// `address` is valid for a read.
-#[inline(always)]
-pub unsafe fn prefetch_l1(address: Address) {
-    // SAFETY: as this function's.
-    unsafe { imp::prefetch_l1(address) }
-}
-
 /// Reads memory that nobody writes while the kernel runs, so that caches may keep it.
 ///
 /// # Safety
@@ -291,6 +281,36 @@ pub unsafe fn load_constant_u32(address: Address) -> u32 {
 pub unsafe fn load(address: Address) -> Pack {
     // SAFETY: as this function's.
     unsafe { imp::load(address) }
+}
+
+/// [`load`] on a condition, without a branch; zeros otherwise.
+///
+/// # Safety
+/// As [`load`], where the condition holds.
+#[inline(always)]
+pub unsafe fn load_if(condition: bool, address: Address) -> Pack {
+    // SAFETY: as this function's.
+    unsafe { imp::load_if(condition, address) }
+}
+
+/// As [`load_if`], of four bytes, and `otherwise` in place of zero.
+///
+/// # Safety
+/// As [`load_if`].
+#[inline(always)]
+pub unsafe fn load_u32_if(condition: bool, address: Address, otherwise: u32) -> u32 {
+    // SAFETY: as this function's.
+    unsafe { imp::load_u32_if(condition, address, otherwise) }
+}
+
+/// As [`load_if`], of two bytes.
+///
+/// # Safety
+/// As [`load_if`].
+#[inline(always)]
+pub unsafe fn load_u16_if(condition: bool, address: Address) -> u32 {
+    // SAFETY: as this function's.
+    unsafe { imp::load_u16_if(condition, address) }
 }
 
 /// Weak store: for memory that no other thread touches at the same time.

@@ -372,9 +372,54 @@ pub(super) unsafe fn prefetch(address: Address) {
 /// # Safety
 /// As the public function of this name.
 #[inline(always)]
-pub(super) unsafe fn prefetch_l1(address: Address) {
+pub(super) unsafe fn load_if(condition: bool, address: Address) -> Pack {
+    let (mut a, mut b, mut c, mut d) = (0u32, 0u32, 0u32, 0u32);
     // SAFETY: as this function's.
-    unsafe { asm!("prefetch.global.L1 [{0}];", in(reg64) address.0) }
+    unsafe {
+        asm!(
+            "{{ .reg .pred is; setp.ne.u32 is, {5}, 0; @is ld.global.v4.u32 {{{0}, {1}, {2}, {3}}}, [{4}]; }}",
+            inout(reg32) a, inout(reg32) b, inout(reg32) c, inout(reg32) d,
+            in(reg64) address.0, in(reg32) condition as u32,
+        );
+    }
+    Pack([a, b, c, d])
+}
+
+macro_rules! load_value_if {
+    ($name:ident, $instruction:literal) => {
+        /// # Safety
+        /// As the public function of [`load_if`].
+        #[inline(always)]
+        unsafe fn $name(condition: bool, address: Address, mut value: u32) -> u32 {
+            // SAFETY: as this function's.
+            unsafe {
+                asm!(
+                    concat!("{{ .reg .pred is; setp.ne.u32 is, {2}, 0; @is ", $instruction, " {0}, [{1}]; }}"),
+                    inout(reg32) value, in(reg64) address.0, in(reg32) condition as u32,
+                );
+            }
+            value
+        }
+    };
+}
+
+load_value_if!(load_word_if, "ld.global.u32");
+load_value_if!(load_half_if, "ld.global.u16");
+
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
+pub(super) unsafe fn load_u32_if(condition: bool, address: Address, otherwise: u32) -> u32 {
+    // SAFETY: as this function's.
+    unsafe { load_word_if(condition, address, otherwise) }
+}
+
+/// # Safety
+/// As the public function of this name.
+#[inline(always)]
+pub(super) unsafe fn load_u16_if(condition: bool, address: Address) -> u32 {
+    // SAFETY: as this function's.
+    unsafe { load_half_if(condition, address, 0) }
 }
 
 macro_rules! load_pack {

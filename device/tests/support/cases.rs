@@ -16,7 +16,7 @@ use fused_collective_device::launch::{
     self, Activations, Address, BlockScales, Extras, Fp4, Fp8Block, Fp8PerToken, Fp8Static, PostNorm, RmsNorm,
 };
 
-use super::{Rows, memory::Buffer};
+use super::{memory::Buffer, rows::Rows};
 
 /// xorshift64*.
 pub struct Random(pub u64);

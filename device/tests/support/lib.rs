@@ -29,11 +29,13 @@ mod cases;
 mod launched;
 mod memory;
 pub mod ranks;
+mod rows;
 pub mod sequence;
 
 pub use cases::{Case, EVERYTHING, POISON, Random, Tensors, What};
 pub use launched::{Launched, bytes_of};
 pub use memory::{Buffer, Runner, World};
+pub use rows::Rows;
 
 /// Evaluates an expression with the quantizer of a case, and its name in entry points if there is one.
 #[macro_export]
@@ -63,25 +65,6 @@ pub enum Kernel {
     TwoShot,
     /// Of cases with a sharded residual.
     Sharded,
-}
-
-/// How rows are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rows {
-    P1,
-    P2,
-    Streamed,
-}
-
-impl Rows {
-    /// As entry points are named for it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Rows::P1 => "p1",
-            Rows::P2 => "p2",
-            Rows::Streamed => "streamed",
-        }
-    }
 }
 
 impl Kernel {

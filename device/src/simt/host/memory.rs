@@ -36,7 +36,24 @@ pub(in crate::simt) unsafe fn prefetch(_address: Address) {}
 
 /// # Safety
 /// As the public function of this name.
-pub(in crate::simt) unsafe fn prefetch_l1(_address: Address) {}
+pub(in crate::simt) unsafe fn load_if(condition: bool, address: Address) -> Pack {
+    // SAFETY: as this function's.
+    if condition { unsafe { load(address) } } else { Pack::default() }
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(in crate::simt) unsafe fn load_u32_if(condition: bool, address: Address, otherwise: u32) -> u32 {
+    // SAFETY: as this function's.
+    if condition { unsafe { simt::load_value(address) } } else { otherwise }
+}
+
+/// # Safety
+/// As the public function of this name.
+pub(in crate::simt) unsafe fn load_u16_if(condition: bool, address: Address) -> u32 {
+    // SAFETY: as this function's.
+    if condition { u32::from(unsafe { simt::load_value::<u16>(address) }) } else { 0 }
+}
 
 /// # Safety
 /// As the public function of this name.

@@ -285,10 +285,10 @@ impl Communicator {
         self.choose_launches(operation, &plan)?;
         let epilogue = epilogue(operation, tensors);
         let call = Call::operation(operation, plan.algorithm, None);
-        // SAFETY: the kernels were chosen for the operation, whose epilogue this is, and the tensors were checked, whose
-        // addresses this function's caller vouches for, as for the stream.
         let addend = self.addends.as_ref().map_or(Address::NULL, DeviceMemory::address);
         let read = (tensors.activations(operation, addend), tensors.extras(operation));
+        // SAFETY: the kernels were chosen for the operation, whose epilogue this is, and the tensors were checked, whose
+        // addresses this function's caller vouches for, as for the stream.
         unsafe { self.launch_rounds(&plan, call, read, &epilogue, stream) }
     }
 

@@ -2,7 +2,10 @@
 
 use std::{fmt, str::FromStr};
 
-use fused_collective_core::fusion::{Experts, Norm, WeightType};
+use fused_collective_core::{
+    dtype::DType,
+    fusion::{Experts, Norm, WeightType},
+};
 use serde::{Deserialize, Serialize};
 
 /// A pattern of fused steps.
@@ -39,6 +42,12 @@ impl Pattern {
     /// The experts of a token: as many as in DeepSeek-V3 and Qwen3, and a shared one.
     pub fn experts(self) -> Option<Experts> {
         (self == Pattern::Moe).then_some(Experts { top_k: 8, scales: WeightType::F32, shared: true })
+    }
+
+    /// True if every GPU that there are kernels for takes rows of `hidden` elements: a norm of the sum needs them in registers.
+    pub fn fits(self, dtype: DType, hidden: u64) -> bool {
+        const RESIDENT_BYTES: u64 = 8 << 10;
+        self != Pattern::PostNorm || hidden * dtype.bytes() <= RESIDENT_BYTES
     }
 
     /// True for the pattern without further steps.

@@ -229,6 +229,11 @@ impl Communicator {
         let plan = Plan::new(operation, &self.limits)?;
         supported(operation)?;
         launches::kernel(operation, plan.algorithm)?;
+        if operation.post_norm.is_some() {
+            // Rows that are streamed have none, and their kernels say which those are.
+            let _entered = self.gpu.context().clone().enter()?;
+            self.choose_launches(operation, &plan)?;
+        }
         let mut rounds = plan.rounds();
         if let Some(first) = rounds.next() {
             Shape::of_round(&plan, &first, 0).ok_or(launches::TOO_MANY_TOKENS)?;

@@ -328,13 +328,14 @@ impl Soak {
         let modes: Vec<QuantMode> = QuantMode::ALL.into_iter().filter(supports).collect();
         let quant_mode = modes[random.usize(..modes.len())];
         let residual = random.bool();
+        let dtype = DType::ALL[random.usize(..DType::ALL.len())];
         let pattern = match random.u8(..8) {
-            0 => Pattern::PostNorm,
+            0 if Pattern::PostNorm.fits(dtype, hidden) => Pattern::PostNorm,
             1 => Pattern::Moe,
             _ => Pattern::AllReduceNorm,
         };
         Problem {
-            dtype: DType::ALL[random.usize(..DType::ALL.len())],
+            dtype,
             tokens,
             hidden,
             residual,

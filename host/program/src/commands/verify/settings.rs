@@ -113,9 +113,11 @@ impl Section {
         });
         // Not for every number of tokens: they differ in what comes before the residual alone.
         let few = settings.num_tokens.iter().copied().filter(|&tokens| tokens <= PATTERN_TOKENS).max();
-        let others = few
-            .into_iter()
-            .flat_map(|tokens| [Pattern::PostNorm, Pattern::Moe].map(|pattern| (tokens, true, pattern)));
+        let others = few.into_iter().flat_map(move |tokens| {
+            let fitting =
+                move |pattern: &Pattern| !pattern.is_default() && pattern.fits(self.dtype, self.hidden);
+            Pattern::ALL.into_iter().filter(fitting).map(move |pattern| (tokens, true, pattern))
+        });
         plain.chain(others).map(shape)
     }
 

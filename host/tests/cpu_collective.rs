@@ -302,6 +302,7 @@ fn operation<E: Plain>(tokens: u64, hidden: u64) -> Operation {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode: Mode::Auto,
     }
 }

@@ -66,7 +66,7 @@ pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
     let has_residual = !residual_of_sum.is_null();
     let rounds_sum = activations.rounds_sum != 0;
     let rows =
-        SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
+        SlotRows::of_elements(group.world_size, shape.tokens as u64, shape.row_bytes());
     let (row_bytes, stride) = (shape.row_bytes(), rows.first_hop(1, 0));
 
     // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,

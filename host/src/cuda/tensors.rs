@@ -314,6 +314,7 @@ mod tests {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode: Mode::Auto,
     };
 

@@ -151,6 +151,7 @@ impl Settings {
             bias: false,
             post_norm: self.pattern.post_norm(),
             experts: self.pattern.experts(),
+            wire: None,
             mode,
         }
     }

@@ -285,9 +285,9 @@ impl Communicator {
         self.choose_launches(operation, &plan)?;
         let epilogue = epilogue(operation, tensors);
         let call = Call::operation(operation, plan.algorithm, None);
+        let addend = self.addends.as_ref().map_or(Address::NULL, DeviceMemory::address);
         // SAFETY: the kernels were chosen for the operation, whose epilogue this is, and the tensors were checked, whose
         // addresses this function's caller vouches for, as for the stream.
-        let addend = self.addends.as_ref().map_or(Address::NULL, DeviceMemory::address);
         unsafe { self.launch_rounds(&plan, call, tensors.activations(operation, addend), &epilogue, stream) }
     }
 

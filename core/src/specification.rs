@@ -376,7 +376,18 @@ impl<'a, E: Element> Token<'a, E> {
         Some((self.experts.expect("an operation with experts has their rows"), shared))
     }
 
-    /// The sum of all ranks, of `hidden` elements, and the bias: `count` elements from `first` on, a block of the wire format.
+    /// The sum of all ranks and the bias, before it is rounded.
+    ///
+    /// # Panics
+    /// As [`Row::compute`], of rows shorter than `sum`.
+    pub fn sum(&self, operation: &Operation, sum: &mut [f32]) {
+        let hidden = sum.len();
+        for (block, sum) in sum.chunks_mut(wire::BLOCK).enumerate() {
+            sum.copy_from_slice(&self.sums(operation, hidden, block * wire::BLOCK, sum.len())[..sum.len()]);
+        }
+    }
+
+    /// `count` elements from `first` on, a block of the wire format, of the sum of `hidden` elements.
     fn sums(&self, operation: &Operation, hidden: usize, first: usize, count: usize) -> [f32; wire::BLOCK] {
         let experts = self.experts_of(operation);
         let addend = |rank: usize, index: usize| match experts {

@@ -1,6 +1,6 @@
 //! The settings of a verification, and the matrix of problems that they describe.
 
-use fused_collective_core::{dtype::DType, fusion::Norm};
+use fused_collective_core::{dtype::DType, fusion::Norm, quant::Quantization};
 use serde::Serialize;
 
 use super::verdicts::Tally;
@@ -96,9 +96,11 @@ impl Settings {
     }
 }
 
-/// Those of a backend's formats that `problem` is solved in: all, if it has few tokens.
+/// Those of a backend's formats that `problem` is solved in: all, if it has few tokens and no quantization, which follows
+/// later.
 pub(super) fn wires_of<'a>(problem: &Problem, wires: &'a [Wire]) -> &'a [Wire] {
-    &wires[..if problem.residual && problem.tokens <= PATTERN_TOKENS { wires.len() } else { 1 }]
+    let is_plain = problem.residual && problem.quantization == Quantization::None;
+    if is_plain && problem.tokens <= PATTERN_TOKENS { wires } else { &[Wire::Exact] }
 }
 
 /// Cases that are reported together, in a line for each quantization.

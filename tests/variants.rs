@@ -149,3 +149,31 @@ fn sixteen_ranks_more_than_there_are_cores_are_right() {
     let report = check("--nproc-per-node 16 --num-tokens 5 --hidden-dim 48");
     assert_eq!(report.world_size, 16);
 }
+
+#[test]
+fn formats_of_fewer_bits_are_measured_beside_exact_rows_with_the_error_of_their_sums() {
+    let options =
+        "--num-tokens 3 --hidden-dim 2880 --quant-modes fp8 --residual sharded --wire exact,int8,int4";
+    let report = measure(&format!("{options} --trials 1 --warmup 0"));
+    let fused = report.configurations[0].rows.iter().filter(|row| row.kind == "fused");
+    let mut errors = fused.map(|row| (row.variant.as_str(), row.verified().sum_error.map(|error| error.rms)));
+    for (wire, most) in [("", 0.0), ("_int8_wire", 0.006), ("_int4_wire", 0.1)] {
+        for (mode, hops) in [("oneshot", 1.0f64), ("twoshot", 2.0), ("twoshot_sharded", 1.0)] {
+            let (variant, error) = errors.next().unwrap();
+            assert_eq!(variant, format!("fused_allreduce_rmsnorm_fp8_quant{wire}_{mode}"));
+            match error {
+                None => assert_eq!(wire, ""),
+                Some(error) => {
+                    let most = most * hops.sqrt();
+                    assert!(error > most / 4.0 && error < most, "{variant}: {error}");
+                }
+            }
+        }
+    }
+    assert_eq!(errors.next(), None);
+    assert_eq!(report.settings.wires, ["exact", "int8", "int4"]);
+    let told = |wire: &str| format!("with {wire} between ranks a fused sum misses by");
+    for wire in ["int8", "int4"] {
+        assert!(report.conclusion.sentences.iter().any(|sentence| sentence.contains(&told(wire))));
+    }
+}

@@ -14,6 +14,7 @@ use crate::{
     fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
     plan::Algorithm,
     quant::{GroupScale, Quantization, ScaleLayout},
+    wire::WireFormat,
 };
 
 /// Number of words of a call.
@@ -48,6 +49,7 @@ const REPLAY: u64 = 3;
 
 /// First bits of the fields in the first word of an operation.
 const DTYPE_SHIFT: u32 = 8;
+const WIRE_SHIFT: u32 = 12;
 const QUANTIZATION_SHIFT: u32 = 16;
 const GROUP_SHIFT: u32 = 24;
 const LAYOUT_SHIFT: u32 = 36;
@@ -112,6 +114,7 @@ impl Call {
                     bias,
                     post_norm,
                     experts,
+                    wire,
                     mode,
                 } = *operation;
                 let (kind, group) = quantization_code(quantization);
@@ -137,6 +140,7 @@ impl Call {
                     | flag(rounding == Rounding::AfterAllReduce, ROUNDS_SUM);
                 let head = OPERATION
                     | dtype_code(dtype) << DTYPE_SHIFT
+                    | u64::from(wire.map_or(0, WireFormat::bits)) << WIRE_SHIFT
                     | kind << QUANTIZATION_SHIFT
                     | u64::from(group & 0xfff) << GROUP_SHIFT
                     | u64::from(layout) << LAYOUT_SHIFT
@@ -170,7 +174,7 @@ impl Call {
                 let experts =
                     Experts { top_k, scales: weights(F32_EXPERT_SCALES), shared: is(SHARED_EXPERT) };
                 let operation = Operation {
-                    dtype: *DType::ALL.iter().find(|dtype| dtype_code(**dtype) == field(DTYPE_SHIFT, 8))?,
+                    dtype: *DType::ALL.iter().find(|dtype| dtype_code(**dtype) == field(DTYPE_SHIFT, 4))?,
                     tokens,
                     hidden,
                     residual: if is(SHARDED) {
@@ -190,6 +194,10 @@ impl Call {
                     bias: is(BIAS),
                     post_norm: is(POST_NORM).then(|| norm(post_numbers, F32_POST_GAMMA)),
                     experts: (top_k > 0).then_some(experts),
+                    wire: match field(WIRE_SHIFT, 4) {
+                        0 => None,
+                        bits => Some(*WireFormat::ALL.iter().find(|wire| u64::from(wire.bits()) == bits)?),
+                    },
                     mode: if is(TWO_SHOT) { Mode::TwoShot } else { Mode::OneShot },
                 };
                 if flags & !ALL_FLAGS != 0 {
@@ -271,10 +279,14 @@ impl fmt::Display for Call {
                     bias,
                     post_norm,
                     experts,
+                    wire,
                     mode,
                 } = operation;
                 let mode = if *mode == Mode::TwoShot { "two-shot" } else { "one-shot" };
                 write!(f, "{mode}, {tokens} tokens of {hidden} {dtype}")?;
+                if let Some(wire) = wire {
+                    write!(f, " sent as {wire}")?;
+                }
                 if *kernel != 0 {
                     write!(f, ", kernel {kernel:016x}")?;
                 }

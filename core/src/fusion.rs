@@ -11,6 +11,7 @@ use crate::{
     dtype::DType,
     quant::{Quantization, ScaleLayout},
     tokens::owned_tokens,
+    wire::WireFormat,
 };
 
 /// The collective by which ranks exchange data.
@@ -164,6 +165,7 @@ pub enum Rounding {
 ///     bias: false,
 ///     post_norm: None,
 ///     experts: None,
+///     wire: None,
 ///     mode: Mode::Auto,
 /// };
 /// assert_eq!(operation.validate(), Ok(()));
@@ -196,6 +198,11 @@ pub struct Operation {
     pub post_norm: Option<Norm>,
     /// The last step of a mixture of experts, which makes this rank's addend.
     pub experts: Option<Experts>,
+    /// The format in which addends and sums cross the links; `None` for the element type, which loses nothing. All ranks
+    /// still have the same bits, since a rank's own addend goes through the format too. One-shot and two-shot differ: in
+    /// two-shot, unless the residual is sharded, the sum goes through the format as well. Neither the residual nor a norm
+    /// does.
+    pub wire: Option<WireFormat>,
     /// The collective.
     pub mode: Mode,
 }
@@ -364,6 +371,15 @@ impl Operation {
     /// Bytes of one row of elements.
     pub const fn row_bytes(&self) -> u64 {
         self.hidden * self.dtype.bytes()
+    }
+
+    /// Bytes of a row as it crosses the links, in the first hop and in the second.
+    pub const fn hop_bytes(&self) -> [u64; 2] {
+        let addend = match self.wire {
+            Some(format) => format.row_bytes(self.hidden),
+            None => self.row_bytes(),
+        };
+        [addend, if matches!(self.residual, Residual::Sharded) { self.row_bytes() } else { addend }]
     }
 
     /// Bytes of one activation, `[tokens, hidden]`. The operation must be [valid](Self::validate).

@@ -19,6 +19,7 @@ pub mod quant;
 pub mod reference;
 pub mod specification;
 mod tokens;
+pub mod wire;
 pub mod workspace;
 
 /// The largest number of ranks in a group. Ranks are numbered from 0.

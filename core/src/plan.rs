@@ -26,6 +26,7 @@
 //!     bias: false,
 //!     post_norm: None,
 //!     experts: None,
+//!     wire: None,
 //!     mode: Mode::Auto,
 //! };
 //! let limits = Limits {
@@ -76,7 +77,7 @@ pub struct Limits {
     pub compute_units: u32,
     /// Blocks of the largest cluster, a power of two; 1 where there are no clusters.
     pub max_cluster: u32,
-    /// The largest activation, in bytes, for which [`Mode::Auto`] is one-shot; above it is two-shot.
+    /// The largest activation, in bytes as it crosses the links, for which [`Mode::Auto`] is one-shot; above it is two-shot.
     pub one_shot_bytes: u64,
 }
 
@@ -123,8 +124,10 @@ pub struct Plan {
     pub tokens_per_round: u64,
     /// Ranks in the group.
     pub world_size: u32,
-    /// Bytes of a row.
+    /// Bytes of a row of elements.
     pub row_bytes: u64,
+    /// Bytes of a row in each hop: see [`Operation::hop_bytes`].
+    pub hop_bytes: [u64; 2],
     /// Blocks that share a token; 1 where there are no clusters. Kernels that cannot hold a row in the registers of
     /// this many blocks may use more, up to [`Limits::max_cluster`].
     pub cluster: u32,
@@ -189,16 +192,16 @@ impl Plan {
         if !limits.max_cluster.is_power_of_two() {
             return Err(PlanError::Limits("the largest cluster must be a power of two"));
         }
-        let row_bytes = operation.row_bytes();
+        let (row_bytes, hop_bytes) = (operation.row_bytes(), operation.hop_bytes());
         let plan = |algorithm| {
-            tokens_per_round(algorithm, operation.tokens, row_bytes, limits).map(|tokens| (algorithm, tokens))
+            tokens_per_round(algorithm, operation.tokens, hop_bytes, limits).map(|tokens| (algorithm, tokens))
         };
         let (algorithm, tokens_per_round) = match operation.mode {
             _ if operation.residual == Residual::Sharded => plan(Algorithm::ShardedTwoShot)?,
             Mode::OneShot => plan(Algorithm::OneShot)?,
             Mode::TwoShot => plan(Algorithm::TwoShot)?,
             Mode::Auto => {
-                let (first, second) = if operation.activation_bytes() <= limits.one_shot_bytes {
+                let (first, second) = if operation.tokens * hop_bytes[0] <= limits.one_shot_bytes {
                     (Algorithm::OneShot, Algorithm::TwoShot)
                 } else {
                     (Algorithm::TwoShot, Algorithm::OneShot)
@@ -213,6 +216,7 @@ impl Plan {
             tokens_per_round,
             world_size: limits.world_size,
             row_bytes,
+            hop_bytes,
             cluster: cluster(tokens_per_round, row_bytes, limits),
         })
     }
@@ -224,8 +228,7 @@ impl Plan {
         (0..count).map(move |index| {
             let first_token = index * plan.tokens_per_round;
             let tokens = plan.tokens_per_round.min(plan.tokens - first_token);
-            let rows = SlotRows { world_size: plan.world_size, tokens, row_bytes: plan.row_bytes };
-            Round { first_token, rows }
+            Round { first_token, rows: slot_rows(tokens, plan.hop_bytes, plan.world_size) }
         })
     }
 }
@@ -239,8 +242,12 @@ pub struct Round {
     pub rows: SlotRows,
 }
 
-fn slot_bytes_of(algorithm: Algorithm, tokens: u64, row_bytes: u64, world_size: u32) -> Option<u64> {
-    let rows = SlotRows { world_size, tokens, row_bytes };
+const fn slot_rows(tokens: u64, [row_bytes, sum_bytes]: [u64; 2], world_size: u32) -> SlotRows {
+    SlotRows { world_size, tokens, row_bytes, sum_bytes }
+}
+
+fn slot_bytes_of(algorithm: Algorithm, tokens: u64, hop_bytes: [u64; 2], world_size: u32) -> Option<u64> {
+    let rows = slot_rows(tokens, hop_bytes, world_size);
     match algorithm {
         Algorithm::OneShot => rows.one_shot_bytes(),
         Algorithm::TwoShot | Algorithm::ShardedTwoShot => rows.two_shot_bytes(),
@@ -252,10 +259,10 @@ fn slot_bytes_of(algorithm: Algorithm, tokens: u64, row_bytes: u64, world_size: 
 fn tokens_per_round(
     algorithm: Algorithm,
     tokens: u64,
-    row_bytes: u64,
+    hop_bytes: [u64; 2],
     limits: &Limits,
 ) -> Result<u64, PlanError> {
-    let bytes = |tokens| slot_bytes_of(algorithm, tokens, row_bytes, limits.world_size);
+    let bytes = |tokens| slot_bytes_of(algorithm, tokens, hop_bytes, limits.world_size);
     let fits = |tokens| bytes(tokens).is_some_and(|bytes| bytes <= limits.slot_bytes);
     let unit = if algorithm == Algorithm::ShardedTwoShot { u64::from(limits.world_size) } else { 1 };
     let least = unit.min(tokens.max(1));

@@ -4,6 +4,9 @@
 //! All arithmetic is in `f32`, each operation rounded to nearest even, subnormal numbers included:
 //! 1. `sum = x_0 + x_1 + ...`, in rank order; plus the bias, if there is one; with [`Rounding::AfterAllReduce`] rounded to the
 //!    element type. With [`Experts`] `x_r` is the addend that rank `r` makes of its experts' rows.
+//!    With a [`wire`](Operation::wire) format, `x_r` is what [`wire`](crate::wire) makes of rank `r`'s addend, and the sum
+//!    starts from `+0`. In two-shot, unless the residual is sharded, the sum of all ranks goes through the format as well,
+//!    before the bias is added.
 //!    With a [`post_norm`](Operation::post_norm) this sum is rounded in any case, and replaced by its norm; with
 //!    [`Rounding::AfterAllReduce`] the norm is rounded too.
 //! 2. `residual_out = round(sum + residual)`; without a residual `round(sum)`.
@@ -36,6 +39,7 @@
 //!     bias: false,
 //!     post_norm: None,
 //!     experts: None,
+//!     wire: None,
 //!     mode: Mode::OneShot,
 //! };
 //! let (rank_0, rank_1, ones) = ([1.0f32; 16], [3.0; 16], [1.0; 16]);
@@ -66,9 +70,10 @@ use core::fmt;
 
 use crate::{
     dtype::Element,
-    fusion::{Experts, Norm, Operation, Rounding},
+    fusion::{Experts, Mode, Norm, Operation, Residual, Rounding},
     norm::{self, Weights},
     quant::{self, Quantization, RowError, ScaleLayout, e2m1, e4m3, ue4m3, ue8m0},
+    wire::{self, WireFormat},
 };
 
 /// The inputs of one token of an operation.
@@ -228,7 +233,8 @@ impl<E: Element> Row<'_, E> {
     ///
     /// # Panics
     /// If a row of `token` is shorter than `residual_out`, `norm` has another length, there is no rank, or a tensor of the
-    /// operation is missing; as [`TokenExperts::chosen`].
+    /// operation is missing; as [`TokenExperts::chosen`]. With a [`wire`](Operation::wire) format, if the mode is
+    /// [`Mode::Auto`], which leaves open whether the sum goes through it, and the residual is not sharded.
     pub fn compute(&mut self, operation: &Operation, token: &Token<'_, E>) -> Result<(), RowError> {
         let add_residual = |mut sum: f32, index: usize| {
             if let Some(residual) = token.residual {
@@ -240,12 +246,15 @@ impl<E: Element> Row<'_, E> {
             E::from_f32(sum)
         };
         let hidden = self.residual_out.len();
-        for (index, out) in self.residual_out.iter_mut().enumerate() {
-            let sum = token.sum(operation, hidden, index);
-            *out = match operation.post_norm {
-                Some(_) => E::from_f32(sum),
-                None => add_residual(sum, index),
-            };
+        for (block, out) in self.residual_out.chunks_mut(wire::BLOCK).enumerate() {
+            let first = block * wire::BLOCK;
+            let sums = token.sums(operation, hidden, first, out.len());
+            for ((index, sum), out) in (first..).zip(sums).zip(out) {
+                *out = match operation.post_norm {
+                    Some(_) => E::from_f32(sum),
+                    None => add_residual(sum, index),
+                };
+            }
         }
         if let Some(post) = operation.post_norm {
             let gamma = token.post_gamma.expect("a norm of the sum has a weight");
@@ -367,10 +376,21 @@ impl<'a, E: Element> Token<'a, E> {
         Some((self.experts.expect("an operation with experts has their rows"), shared))
     }
 
-    /// Element `index` of the sum of all ranks, of `hidden` elements, and the bias.
-    fn sum(&self, operation: &Operation, hidden: usize, index: usize) -> f32 {
+    /// The sum of all ranks and the bias, before it is rounded.
+    ///
+    /// # Panics
+    /// As [`Row::compute`], of rows shorter than `sum`.
+    pub fn sum(&self, operation: &Operation, sum: &mut [f32]) {
+        let hidden = sum.len();
+        for (block, sum) in sum.chunks_mut(wire::BLOCK).enumerate() {
+            sum.copy_from_slice(&self.sums(operation, hidden, block * wire::BLOCK, sum.len())[..sum.len()]);
+        }
+    }
+
+    /// `count` elements from `first` on, a block of the wire format, of the sum of `hidden` elements.
+    fn sums(&self, operation: &Operation, hidden: usize, first: usize, count: usize) -> [f32; wire::BLOCK] {
         let experts = self.experts_of(operation);
-        let addend = |rank: usize| match experts {
+        let addend = |rank: usize, index: usize| match experts {
             Some((experts, shared)) => {
                 let shared = shared.then(|| self.inputs[rank]);
                 E::from_f32(experts[rank].element(hidden, shared, index)).to_f32()
@@ -378,10 +398,48 @@ impl<'a, E: Element> Token<'a, E> {
             None => self.inputs[rank][index].to_f32(),
         };
         let ranks = experts.map_or(self.inputs.len(), |(experts, _)| experts.len());
-        let sum = (0..ranks).map(addend).reduce(|sum, addend| sum + addend);
-        let sum = sum.expect("a group has at least one rank");
-        self.bias.map_or(sum, |bias| sum + bias[index].to_f32())
+        assert!(ranks > 0, "a group has at least one rank");
+        // Added to -0, the first addend is itself.
+        let mut block = [if operation.wire.is_some() { 0.0 } else { -0.0 }; wire::BLOCK];
+        let sums = &mut block[..count];
+        for rank in 0..ranks {
+            let mut addends = [0.0; wire::BLOCK];
+            let addends = &mut addends[..count];
+            addends.iter_mut().zip(first..).for_each(|(x, index)| *x = addend(rank, index));
+            match operation.wire {
+                Some(format) => add_sent(format, addends, sums),
+                None => sums.iter_mut().zip(addends).for_each(|(sum, x)| *sum += *x),
+            }
+        }
+        if let Some(format) = operation.wire.filter(|_| sends_sum(operation)) {
+            let sent = block;
+            block = [0.0; wire::BLOCK];
+            add_sent(format, &sent[..count], &mut block[..count]);
+        }
+        if let Some(bias) = self.bias {
+            block[..count].iter_mut().zip(&bias[first..]).for_each(|(sum, bias)| *sum += bias.to_f32());
+        }
+        block
     }
+}
+
+/// True if a second hop carries the sum.
+fn sends_sum(operation: &Operation) -> bool {
+    match operation.mode {
+        _ if operation.residual == Residual::Sharded => false,
+        Mode::OneShot => false,
+        Mode::TwoShot => true,
+        Mode::Auto => panic!("the bits of {:?} depend on the mode of its plan", operation.wire),
+    }
+}
+
+/// Adds a block to `sum` as it is received.
+fn add_sent(format: WireFormat, block: &[f32], sum: &mut [f32]) {
+    /// Bytes of a block of the widest format.
+    const MOST: usize = WireFormat::Int8.row_bytes(wire::BLOCK as u64) as usize;
+    let row = &mut [0; MOST][..format.row_bytes(block.len() as u64) as usize];
+    format.encode(block, row);
+    format.add(row, sum);
 }
 
 fn inverse_rms<E: Element>(row: &[E], norm: &Norm) -> f32 {

@@ -5,7 +5,8 @@
 //! HEADER_BYTES       control: 64-byte lines, one for each flag between ranks (CONTROL_BYTES)
 //! SLOTS_OFFSET       slot 0, slot 1, slot 2, each slot_bytes long, filled with the Lamport sentinel
 //! ```
-//! A slot holds one round of one operation, in one of two forms. `R` is the bytes of a row:
+//! A slot holds one round of one operation, in one of two forms. `R` is the bytes of a row as it crosses the links, in the
+//! element type or in a [format](crate::wire) of fewer bits:
 //! - one-shot: `[source rank][token] -> R`, the tokens as each peer sent them;
 //! - two-shot: `[source rank][owned token] -> R`, the tokens of this rank as each peer sent them. Then
 //!   `[token] -> R`, the sum of every token as its owner sent it. With a sharded residual the norm or its quantization
@@ -222,11 +223,19 @@ pub struct SlotRows {
     pub world_size: u32,
     /// Tokens of the round.
     pub tokens: u64,
-    /// Bytes of a row.
+    /// Bytes of an addend's row, in one-shot and in the first hop.
     pub row_bytes: u64,
+    /// Bytes of a row of the second hop.
+    pub sum_bytes: u64,
 }
 
 impl SlotRows {
+    /// Rows of elements, of `row_bytes` bytes in either hop.
+    #[inline(always)]
+    pub const fn of_elements(world_size: u32, tokens: u64, row_bytes: u64) -> Self {
+        SlotRows { world_size, tokens, row_bytes, sum_bytes: row_bytes }
+    }
+
     /// Bytes of a slot that a one-shot round takes; `None` past 64 bits.
     pub fn one_shot_bytes(&self) -> Option<u64> {
         self.tokens.checked_mul(self.row_bytes)?.checked_mul(u64::from(self.world_size))
@@ -236,7 +245,7 @@ impl SlotRows {
     pub fn two_shot_bytes(&self) -> Option<u64> {
         let gathered =
             self.most_owned().checked_mul(self.row_bytes)?.checked_mul(u64::from(self.world_size))?;
-        gathered.checked_add(self.tokens.checked_mul(self.row_bytes)?)
+        gathered.checked_add(self.tokens.checked_mul(self.sum_bytes)?)
     }
 
     /// The most tokens that one rank owns.
@@ -257,6 +266,6 @@ impl SlotRows {
 
     /// Two-shot, second hop: offset in the slot of the receiver, to which the owner writes the sum of token `token`.
     pub const fn second_hop(&self, token: u64) -> u64 {
-        (self.world_size as u64 * self.most_owned() + token) * self.row_bytes
+        self.first_hop(self.world_size, 0) + token * self.sum_bytes
     }
 }

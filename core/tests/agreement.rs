@@ -8,6 +8,7 @@ use fused_collective_core::{
     fusion::{Experts, MAX_TOP_K, Mode, Norm, Operation, Residual, Rounding, WeightType},
     plan::Algorithm,
     quant::{GroupScale, Quantization, ScaleLayout},
+    wire::WireFormat,
 };
 use proptest::{option, prelude::*};
 
@@ -38,7 +39,8 @@ fn calls() -> impl Strategy<Value = Call> {
         weight_bias,
         gamma: weights(wide),
     });
-    let shape = (any::<u64>(), any::<u64>(), 0usize..3);
+    let shape =
+        (any::<u64>(), any::<u64>(), 0usize..3, option::of(prop::sample::select(&WireFormat::ALL[..])));
     let residual = prop_oneof![Just(Residual::None), Just(Residual::Replicated), Just(Residual::Sharded)];
     let flags = (residual, any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     let experts = (1..=MAX_TOP_K, any::<bool>(), any::<bool>()).prop_map(|(top_k, wide, shared)| Experts {
@@ -49,7 +51,7 @@ fn calls() -> impl Strategy<Value = Call> {
     let norms = (option::of(norm.clone()), option::of(norm), option::of(experts));
     let operation = (shape, flags, norms, quantizations(), 0.0f32..9.0).prop_map(
         |(
-            (tokens, hidden, dtype),
+            (tokens, hidden, dtype, wire),
             (residual, keep_norm, rounds_sum, two_shot, bias),
             (norm, post_norm, experts),
             quantization,
@@ -67,6 +69,7 @@ fn calls() -> impl Strategy<Value = Call> {
                 bias,
                 post_norm,
                 experts,
+                wire,
                 mode: Mode::Auto,
             };
             let algorithm = match residual {
@@ -139,6 +142,7 @@ fn chains_of_like_calls_do_not_meet() {
             bias: false,
             post_norm: None,
             experts: None,
+            wire: None,
             mode: Mode::Auto,
         };
         let mut chain = Chain::default();
@@ -163,6 +167,7 @@ fn a_call_names_what_ranks_can_differ_in() {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode: Mode::Auto,
     };
     let named = |operation, scale| Call::operation(&operation, Algorithm::TwoShot, scale).to_string();
@@ -193,6 +198,12 @@ fn a_call_names_what_ranks_can_differ_in() {
         named(rounded, None).contains(" bfloat16, residual, sum rounded, norm"),
         "{}",
         named(rounded, None)
+    );
+    let narrow = Operation { wire: Some(WireFormat::Int4), ..operation };
+    assert!(
+        named(narrow, None).contains(" of 4096 bfloat16 sent as int4, residual, norm"),
+        "{}",
+        named(narrow, None)
     );
     // A scale that nothing reads is no part of the call, and neither is a rounding.
     let alone =

@@ -29,6 +29,7 @@ fn operation(dtype: DType, experts: Experts) -> Operation {
         bias: false,
         post_norm: None,
         experts: Some(experts),
+        wire: None,
         mode: Mode::Auto,
     }
 }

@@ -1,7 +1,7 @@
 //! Plans, token ownership, launch parameters and the layout of the shared region: for any shape there are no
 //! overlaps, no gaps and no overflows, and every rank comes to the same result.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 
 use fused_collective_core::{
     MAX_HIDDEN, MAX_WORLD_SIZE,
@@ -14,9 +14,10 @@ use fused_collective_core::{
         Algorithm, Limits, Plan, PlanError, one_shot_bytes, owned_index, owned_token, owned_tokens, owner,
     },
     quant::{GroupScale, Quantization, ScaleLayout},
+    wire::WireFormat,
     workspace::{ALIGNMENT, Header, HeaderError, LIBRARY, Layout, LayoutError, MAGIC, SlotRows, VERSION},
 };
-use proptest::prelude::*;
+use proptest::{option, prelude::*};
 
 fn operation(tokens: u64, hidden: u64, dtype: DType, mode: Mode) -> Operation {
     Operation {
@@ -31,6 +32,7 @@ fn operation(tokens: u64, hidden: u64, dtype: DType, mode: Mode) -> Operation {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode,
     }
 }
@@ -45,6 +47,10 @@ fn dtypes() -> impl Strategy<Value = DType> {
 
 fn modes() -> impl Strategy<Value = Mode> {
     prop::sample::select(vec![Mode::Auto, Mode::OneShot, Mode::TwoShot])
+}
+
+fn wires() -> impl Strategy<Value = Option<WireFormat>> {
+    option::of(prop::sample::select(&WireFormat::ALL[..]))
 }
 
 /// Token counts from none to more than any memory holds.
@@ -89,9 +95,11 @@ proptest! {
         blocks in 1u64..=MAX_HIDDEN / 16,
         dtype in dtypes(),
         mode in modes(),
+        wire in wires(),
         limits in any_limits(),
     ) {
-        let operation = operation(tokens, blocks * 16, dtype, mode);
+        let operation = Operation { wire, ..operation(tokens, blocks * 16, dtype, mode) };
+        prop_assert!(operation.hop_bytes().iter().all(|&bytes| bytes <= operation.row_bytes()));
         match Plan::new(&operation, &limits) {
             Err(PlanError::Slot { tokens, needed, slot_bytes }) => {
                 prop_assert_eq!(tokens, 1);
@@ -120,14 +128,18 @@ proptest! {
         tokens in 0u64..100_000,
         blocks in 1u64..=MAX_HIDDEN / 16,
         dtype in dtypes(),
+        wire in wires(),
         limits in any_limits(),
     ) {
         let operation = Operation {
             residual: Residual::Sharded,
+            wire,
             ..operation(tokens, blocks * 16, dtype, Mode::Auto)
         };
         let least = u64::from(limits.world_size).min(tokens.max(1));
-        let smallest = SlotRows { world_size: limits.world_size, tokens: least, row_bytes: operation.row_bytes() };
+        let [row_bytes, sum_bytes] = operation.hop_bytes();
+        prop_assert_eq!(sum_bytes, operation.row_bytes());
+        let smallest = SlotRows { world_size: limits.world_size, tokens: least, row_bytes, sum_bytes };
         match Plan::new(&operation, &limits) {
             Err(error) => {
                 let needed = smallest.two_shot_bytes().unwrap();
@@ -195,24 +207,26 @@ proptest! {
     fn rows_of_a_slot_neither_overlap_nor_leave_the_slot(
         tokens in 1u64..60,
         blocks in 1u64..64,
+        sum_blocks in 1u64..64,
         world_size in 1..=MAX_WORLD_SIZE,
     ) {
-        let rows = SlotRows { world_size, tokens, row_bytes: blocks * 32 };
-        let mut one_shot = HashSet::new();
-        let mut two_shot = HashSet::new();
+        let rows = SlotRows { world_size, tokens, row_bytes: blocks * 32, sum_bytes: sum_blocks * 32 };
+        let mut one_shot = BTreeMap::new();
+        let mut two_shot = BTreeMap::new();
         for token in 0..tokens {
             for source in 0..world_size {
-                prop_assert!(one_shot.insert(rows.one_shot(source, token)));
+                prop_assert!(one_shot.insert(rows.one_shot(source, token), rows.row_bytes).is_none());
                 if owner(token, world_size) == 0 {
-                    prop_assert!(two_shot.insert(rows.first_hop(source, owned_index(token, world_size))));
+                    let offset = rows.first_hop(source, owned_index(token, world_size));
+                    prop_assert!(two_shot.insert(offset, rows.row_bytes).is_none());
                 }
             }
-            prop_assert!(two_shot.insert(rows.second_hop(token)));
+            prop_assert!(two_shot.insert(rows.second_hop(token), rows.sum_bytes).is_none());
         }
         for (offsets, bytes) in [(one_shot, rows.one_shot_bytes()), (two_shot, rows.two_shot_bytes())] {
-            // Different multiples of the row's size cannot overlap.
-            prop_assert!(offsets.iter().all(|offset| offset.is_multiple_of(rows.row_bytes)));
-            prop_assert!(offsets.iter().all(|offset| offset + rows.row_bytes <= bytes.unwrap()));
+            let ends = offsets.iter().map(|(offset, length)| offset + length);
+            let next = offsets.keys().copied().skip(1).chain(bytes);
+            prop_assert!(ends.zip(next).all(|(end, next)| end <= next));
         }
     }
 
@@ -230,7 +244,7 @@ proptest! {
     }
 
     #[test]
-    fn sizes_that_overflow_are_refused_not_wrapped(slot_bytes: u64, tokens: u64, row_bytes in 1u64..=1 << 18) {
+    fn sizes_that_overflow_are_refused_not_wrapped(slot_bytes: u64, tokens: u64, row_bytes in 1u64..=1 << 18, sum_bytes in 1u64..=1 << 18) {
         let exact = |factors: &[u64]| factors.iter().try_fold(1u128, |product, &f| product.checked_mul(f.into()));
         match Layout::new(16, slot_bytes) {
             Ok(layout) => {
@@ -242,11 +256,11 @@ proptest! {
                 prop_assert!((u128::from(slot_bytes) + 4096) * u128::from(lamport::SLOTS) * 16 + 131_072 > u128::from(u64::MAX));
             }
         }
-        let rows = SlotRows { world_size: 16, tokens, row_bytes };
+        let rows = SlotRows { world_size: 16, tokens, row_bytes, sum_bytes };
         let one_shot = exact(&[16, tokens, row_bytes]).and_then(|bytes| u64::try_from(bytes).ok());
         prop_assert_eq!(rows.one_shot_bytes(), one_shot);
         let gathered = exact(&[16, tokens.div_ceil(16), row_bytes]).unwrap();
-        let two_shot = u64::try_from(gathered + exact(&[tokens, row_bytes]).unwrap()).ok();
+        let two_shot = u64::try_from(gathered + exact(&[tokens, sum_bytes]).unwrap()).ok();
         prop_assert_eq!(rows.two_shot_bytes(), two_shot);
     }
 
@@ -292,10 +306,10 @@ fn the_largest_operation_is_planned_without_overflow() {
 #[test]
 fn more_rows_of_a_slot_than_32_bits_count_do_not_wrap() {
     let tokens = (1u64 << 31) - 1;
-    let rows = SlotRows { world_size: 8, tokens, row_bytes: 32 };
+    let rows = SlotRows { world_size: 8, tokens, row_bytes: 32, sum_bytes: 48 };
     let owned = 1u64 << 28;
     assert_eq!(rows.first_hop(7, owned - 1), (8 * owned - 1) * 32);
-    assert_eq!(rows.second_hop(tokens - 1), (8 * owned + tokens - 1) * 32);
+    assert_eq!(rows.second_hop(tokens - 1), 8 * owned * 32 + (tokens - 1) * 48);
     assert_eq!(rows.one_shot(7, tokens - 1), (8 * tokens - 1) * 32);
 }
 

@@ -28,6 +28,7 @@ fn operation(dtype: DType, residual: Residual, rounding: Rounding) -> Operation 
         bias: true,
         post_norm: Some(Norm { epsilon: 1e-3, weight_bias: 1.0, gamma: WeightType::Element }),
         experts: None,
+        wire: None,
         mode: Mode::Auto,
     }
 }

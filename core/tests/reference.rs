@@ -47,6 +47,7 @@ impl<E: Element> Fixture<E> {
             bias: true,
             post_norm: None,
             experts: None,
+            wire: None,
             mode: Mode::Auto,
         };
         Fixture { operation, inputs: [row(1), row(2)], residual: row(3), gamma: row(4) }

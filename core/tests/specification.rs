@@ -125,6 +125,7 @@ fn operation<E: Element>(hidden: usize) -> Operation {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode: Mode::Auto,
     }
 }

@@ -37,6 +37,7 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Error> {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode: Mode::Auto,
     };
     // Once for each group, for rows of up to so many bytes.

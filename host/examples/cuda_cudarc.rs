@@ -51,6 +51,7 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode: Mode::Auto,
     };
     let options = Options {

@@ -50,6 +50,7 @@ fn rank(bootstrap: &Thread, image: &[u8]) -> Result<f32, Box<dyn Error + Send + 
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode: Mode::TwoShot,
     };
     let options = Options {

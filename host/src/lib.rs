@@ -32,6 +32,7 @@
 //!     bias: false,
 //!     post_norm: None,
 //!     experts: None,
+//!     wire: None,
 //!     mode: Mode::Auto,
 //! };
 //! let deadline = Duration::from_secs(10);

@@ -18,7 +18,9 @@ use fused_collective_core::{
     norm::Weights,
     plan::{Limits, Plan, owner},
     quant::{GroupScale, Quantization, ScaleLayout},
+    reference::Special,
     specification::{Observed, Row, Token},
+    wire::WireFormat,
 };
 use proptest::{option, prelude::*};
 use zerocopy::IntoBytes as _;
@@ -198,7 +200,9 @@ impl<E: Plain> Case<E> {
         Ok(results)
     }
 
-    fn check(&self, results: &Results<E>) {
+    /// Holds results of `mode` to the specification.
+    fn check_mode(&self, mode: Mode, results: &Results<E>) {
+        let operation = Operation { mode, ..self.operation };
         let hidden = self.operation.hidden as usize;
         let row_bytes = self.operation.quantization.value_bytes_per_row(self.operation.hidden) as usize;
         for index in 0..self.operation.tokens {
@@ -232,25 +236,37 @@ impl<E: Plain> Case<E> {
                 values: &mut vec![0; row_bytes],
                 scales: &mut vec![0; Row::<E>::scale_bytes(&self.operation) as usize],
             };
-            row.compute(&self.operation, &token).unwrap();
-            row.compare(&self.operation, index, &observed).unwrap();
+            row.compute(&operation, &token).unwrap();
+            row.compare(&operation, index, &observed).unwrap();
         }
+    }
+
+    /// As [`check_mode`](Self::check_mode), where the mode shows in no bit.
+    fn check(&self, results: &Results<E>) {
+        assert_eq!(self.operation.wire, None);
+        self.check_mode(Mode::Auto, results);
     }
 }
 
-/// Both modes on every rank: right, the same bits on all ranks and in both modes.
+/// Both modes on every rank: right, the same bits on all ranks and in both modes, which a wire format tells apart.
 fn check<E: Plain>(operation: Operation, world_size: u32, seed: u64) {
-    let case = Case::<E>::new(operation, world_size, seed);
+    check_case(Case::<E>::new(operation, world_size, seed));
+}
+
+fn check_case<E: Plain>(case: Case<E>) {
+    let (operation, world_size) = (case.operation, case.inputs.len() as u32);
     let results = group(world_size, operation.row_bytes(), PATIENT, |mut communicator| {
         [Mode::OneShot, Mode::TwoShot, Mode::Auto].map(|mode| case.run(&mut communicator, mode).unwrap())
     });
-    case.check(&results[0][0]);
+    let [one_shot, two_shot, automatic] = &results[0];
+    case.check_mode(Mode::OneShot, one_shot);
+    case.check_mode(Mode::TwoShot, two_shot);
+    let same = bytes_equal(one_shot, two_shot);
+    assert!(same || operation.wire.is_some(), "two-shot differs from one-shot");
+    assert!([one_shot, two_shot].iter().any(|result| bytes_equal(result, automatic)));
     for (rank, modes) in results.iter().enumerate() {
-        for (mode, result) in modes.iter().enumerate() {
-            assert!(
-                bytes_equal(result, &results[0][0]),
-                "rank {rank}, mode {mode} differs from rank 0, one-shot"
-            );
+        for (mode, (result, first)) in modes.iter().zip(&results[0]).enumerate() {
+            assert!(bytes_equal(result, first), "rank {rank}, mode {mode} differs from rank 0");
         }
     }
 }
@@ -268,7 +284,8 @@ fn check_sharded_case<E: Plain>(case: Case<E>) {
         let replicated = case.run(&mut communicator, Mode::OneShot).unwrap();
         let sharded = [Mode::Auto, Mode::TwoShot]
             .map(|mode| case.run_operation(&mut communicator, &Operation { mode, ..operation }).unwrap());
-        assert!(bytes_equal(&case.run(&mut communicator, Mode::TwoShot).unwrap(), &replicated));
+        let two_shot = case.run(&mut communicator, Mode::TwoShot).unwrap();
+        assert!(bytes_equal(&two_shot, &replicated) || operation.wire.is_some());
         assert!(bytes_equal(&sharded[0], &sharded[1]), "a repeated run gave other bits");
         (replicated, sharded[0].clone())
     });
@@ -280,7 +297,9 @@ fn check_sharded_case<E: Plain>(case: Case<E>) {
         assert!(bytes_equal(&same_everywhere, &results[0].1), "rank {rank} differs from rank 0");
     }
     // Held to the specification as well, with every token's row of the sum from its owner.
-    case.check(&Results { residual_out: results[0].0.residual_out.clone(), ..results[0].1.clone() });
+    // Its second hop carries results, and no sum, as in one-shot.
+    let whole = Results { residual_out: results[0].0.residual_out.clone(), ..results[0].1.clone() };
+    case.check_mode(Mode::OneShot, &whole);
 }
 
 fn bytes_equal<E: Plain>(a: &Results<E>, b: &Results<E>) -> bool {
@@ -302,6 +321,7 @@ fn operation<E: Plain>(tokens: u64, hidden: u64) -> Operation {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode: Mode::Auto,
     }
 }
@@ -333,12 +353,15 @@ fn norms() -> impl Strategy<Value = Norm> {
     })
 }
 
-/// Roundings, post-norms and experts.
-fn before_residual() -> impl Strategy<Value = (Rounding, Option<Norm>, Option<Experts>)> {
+type BeforeResidual = (Rounding, Option<Norm>, Option<Experts>, Option<WireFormat>);
+
+/// Roundings, post-norms, experts and wire formats.
+fn before_residual() -> impl Strategy<Value = BeforeResidual> {
     let rounding = prop_oneof![Just(Rounding::Once), Just(Rounding::AfterAllReduce)];
     let experts = (1..=EXPERTS as u32, weight_types(), any::<bool>());
     let experts = experts.prop_map(|(top_k, scales, shared)| Experts { top_k, scales, shared });
-    (rounding, option::weighted(0.3, norms()), option::weighted(0.3, experts))
+    let wire = option::of(prop::sample::select(&WireFormat::ALL[..]));
+    (rounding, option::weighted(0.3, norms()), option::weighted(0.3, experts), wire)
 }
 
 fn operations() -> impl Strategy<Value = Operation> {
@@ -348,7 +371,7 @@ fn operations() -> impl Strategy<Value = Operation> {
         |(
             (tokens, blocks, residual, bias),
             norm,
-            (rounding, post_norm, experts),
+            (rounding, post_norm, experts, wire),
             quantization,
             keep_norm,
         )| {
@@ -359,6 +382,7 @@ fn operations() -> impl Strategy<Value = Operation> {
                 norm,
                 post_norm: post_norm.filter(|_| norm.is_some()),
                 experts,
+                wire,
                 rounding,
                 quantization,
                 keep_norm,
@@ -375,7 +399,7 @@ proptest! {
     fn any_operation_is_right_on_every_rank_in_every_mode(
         operation in operations(),
         dtype in 0..3,
-        world_size in 1u32..=6,
+        world_size in 1u32..=8,
         seed: u64,
     ) {
         match dtype {
@@ -393,10 +417,10 @@ proptest! {
     fn any_operation_with_a_sharded_residual_gives_what_the_replicated_one_does(
         tokens in 0u64..12,
         blocks in 1u64..20,
-        (rounding, post_norm, experts) in before_residual(),
+        (rounding, post_norm, experts, wire) in before_residual(),
         quantization in quantizations(),
         dtype in 0..3,
-        world_size in 1u32..=6,
+        world_size in 1u32..=8,
         seed: u64,
     ) {
         let hidden = blocks * quantization.block().unwrap_or(16);
@@ -406,6 +430,7 @@ proptest! {
             rounding,
             post_norm,
             experts,
+            wire,
             ..operation::<f32>(tokens, hidden)
         };
         match dtype {
@@ -464,6 +489,51 @@ fn a_whole_residual_is_refused_where_a_share_is_due() {
         assert_eq!(error.to_string(), format!("residual has length 320, the operation needs {rows}"));
         case.check(&case.run(&mut communicator, Mode::TwoShot).unwrap());
     });
+}
+
+/// Through rounds that are as large as a slot allows, and rows of special numbers, which stay in their rows.
+#[test]
+fn wire_formats_go_through_rounds_and_take_any_number() {
+    fn check<E: Plain>(wire: WireFormat) {
+        let operation = Operation { wire: Some(wire), ..operation::<E>(2 * Special::ALL.len() as u64, 96) };
+        let mut case = Case::<E>::new(operation, 3, 5);
+        let ordinary = case.inputs.clone();
+        for (rank, input) in (0..).zip(&mut case.inputs) {
+            for (token, row) in (0..).zip(input.chunks_mut(96)) {
+                if Special::of_token(token) != Special::Ordinary {
+                    Special::of_token(token).fill(rank, token, row);
+                }
+            }
+        }
+        check_case(Case { inputs: case.inputs.clone(), ..Case::new(operation, 3, 5) });
+        let ordinary = Case { inputs: ordinary, ..Case::new(operation, 3, 5) };
+        group(3, operation.row_bytes(), PATIENT, |mut communicator| {
+            for mode in [Mode::OneShot, Mode::TwoShot] {
+                let [special, ordinary] =
+                    [&case, &ordinary].map(|case| case.run(&mut communicator, mode).unwrap().norm_out);
+                for row in (0..special.len()).step_by(2 * 96) {
+                    assert!(special[row..row + 96] == ordinary[row..row + 96]);
+                }
+            }
+        });
+        check_sharded_case(case);
+    }
+    for wire in WireFormat::ALL {
+        check::<f32>(wire);
+        check::<f16>(wire);
+        check::<bf16>(wire);
+        let limits = Limits {
+            world_size: 3,
+            slot_bytes: cpu::layout(3, 2880 * 2).unwrap().slot_bytes(),
+            compute_units: 1,
+            max_cluster: 1,
+            one_shot_bytes: 0,
+        };
+        let operation = Operation { wire: Some(wire), ..operation::<bf16>(600, 2880) };
+        assert!(Plan::new(&operation, &limits).unwrap().rounds().count() > 2);
+        check_case(Case::<bf16>::new(operation, 3, 3));
+        check_sharded::<bf16>(operation, 3, 3);
+    }
 }
 
 #[test]
@@ -695,6 +765,10 @@ fn outputs_in_place_are_those_apart() {
     // The norm takes the place of the shared expert's rows.
     let experts = Some(Experts { top_k: 4, scales: WeightType::F32, shared: true });
     check::<bf16>(Operation { experts, ..operation::<bf16>(300, 2880) }, 3);
+    for wire in WireFormat::ALL.map(Some) {
+        check::<bf16>(Operation { wire, post_norm, ..operation::<bf16>(3, 80) }, 2);
+        check::<f16>(Operation { wire, ..operation::<f16>(600, 2880) }, 3);
+    }
 
     // Without a norm in the elements there is no place for it.
     let operation = Operation { quantization: Quantization::Fp8Static, ..operation::<bf16>(3, 64) };

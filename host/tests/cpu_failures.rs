@@ -51,6 +51,7 @@ fn operation() -> Operation {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode: Mode::OneShot,
     }
 }

@@ -50,6 +50,7 @@ fn operation(tokens: u64, hidden: u64) -> Operation {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode: Mode::Auto,
     }
 }

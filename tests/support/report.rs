@@ -56,6 +56,9 @@ pub struct Settings {
     pub dtypes: Vec<String>,
     pub quant_modes: Vec<String>,
     pub use_residual: bool,
+    /// Present only if others than exact ones were asked for.
+    #[serde(default)]
+    pub wires: Vec<String>,
     /// Present only if it was asked for.
     #[serde(default)]
     pub sharded_residual: bool,
@@ -151,9 +154,20 @@ pub enum Outcome {
 pub struct Verified {
     pub max_error: f64,
     pub unit: String,
+    #[serde(default)]
+    pub sum_error: Option<SumError>,
     pub operations_per_trial: u32,
     pub times_us: Vec<f64>,
     pub figures: Figures,
+}
+
+/// The error of a sum that is not exact.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(missing_docs, reason = "the program's own types document the fields")]
+pub struct SumError {
+    pub rms: f64,
+    pub largest: f64,
 }
 
 /// The figures derived from the times.

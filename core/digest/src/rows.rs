@@ -6,6 +6,7 @@ use fused_collective_core::{
     norm::Weights,
     quant::{Quantization, dequantize, quantize},
     specification::{Row, Token, TokenExperts},
+    wire::WireFormat,
 };
 
 use crate::{
@@ -148,7 +149,8 @@ impl<E: Element> Tensors<E> {
             bias: number.is_multiple_of(7),
             post_norm: (number / 3).is_multiple_of(4).then_some(norm),
             experts: (number / 4).is_multiple_of(3).then_some(experts),
-            mode: Mode::Auto,
+            wire: WireFormat::ALL.get(number as usize % 5).copied(),
+            mode: if number.is_multiple_of(2) { Mode::TwoShot } else { Mode::OneShot },
         };
         let rows = &self.inputs[..RANKS * hidden];
         let inputs: [_; RANKS] = core::array::from_fn(|rank| &rows[rank * hidden..][..hidden]);

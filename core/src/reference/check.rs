@@ -106,12 +106,14 @@ fn element_error<E: Element>(got: E, exact: f64) -> f64 {
 /// The first output outside the [allowed errors](super).
 ///
 /// # Panics
-/// If a row is shorter than `observed.residual_out`, or codes or scales are not those of `operation`.
+/// If a row is shorter than `observed.residual_out`, or codes or scales are not those of `operation`. If `operation` has a
+/// [`wire`](Operation::wire) format: its sum is not meant to be exact.
 pub fn check_token<E: Element>(
     operation: &Operation,
     token: &Token<'_, E>,
     observed: &Observed<'_, E>,
 ) -> Result<f64, Mismatch> {
+    assert_eq!(operation.wire, None, "exact arithmetic is no measure of this sum");
     let mut checker = Checker { operation, token, observed, post: None };
     let residual_error = match operation.post_norm.map(|parameters| checker.post_norm(parameters)) {
         // The sum of squares may overflow too, and every element depends on it.

@@ -63,8 +63,7 @@ pub unsafe fn one_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
     let residual_of_sum = residual_of_sum(activations);
     let has_residual = !residual_of_sum.is_null();
     let rounds_sum = activations.has(Activations::ROUNDS_SUM);
-    let rows =
-        SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
+    let rows = SlotRows::of_elements(group.world_size, shape.tokens as u64, shape.row_bytes());
     // A pack is as far from a slot's first row as it is from the row of the round's first token in a tensor: with this
     // subtracted, from the tensor's start.
     let before_round = shape.first_token * shape.row_bytes();

@@ -75,8 +75,7 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
     let (team_index, teams) = (team.index, team.teams);
     let tokens = Tokens::<N>::new(group, shape);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
-    let rows =
-        SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
+    let rows = SlotRows::of_elements(group.world_size, shape.tokens as u64, shape.row_bytes());
     let (row_bytes, stride) = (rows.row_bytes, rows.first_hop(1, 0));
     let index_of = |token: u32, pack| PackIndex::new(shape.operation_token(token), pack, shape.row_packs);
     // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,

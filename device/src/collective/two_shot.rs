@@ -65,8 +65,7 @@ pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
     let residual_of_sum = residual_of_sum(activations);
     let has_residual = !residual_of_sum.is_null();
     let rounds_sum = activations.has(Activations::ROUNDS_SUM);
-    let rows =
-        SlotRows { world_size: group.world_size, tokens: shape.tokens as u64, row_bytes: shape.row_bytes() };
+    let rows = SlotRows::of_elements(group.world_size, shape.tokens as u64, shape.row_bytes());
     let (row_bytes, stride) = (shape.row_bytes(), rows.first_hop(1, 0));
 
     // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,

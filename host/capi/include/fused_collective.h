@@ -594,9 +594,9 @@ typedef struct fc_operation {
    */
   uint32_t shared_expert;
   /**
-   * 0.
+   * An `fc_wire`.
    */
-  uint32_t reserved;
+  uint32_t wire;
 } fc_operation;
 
 /**

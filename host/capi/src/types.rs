@@ -142,6 +142,18 @@ pub enum fc_rounding {
     AfterAllReduce = 1,
 }
 
+/// The format in which rows cross the links between ranks.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum fc_wire {
+    /// The element type: nothing is lost.
+    Exact = 0,
+    /// 8.5 bits an element; the sum of normal rows misses by 0.55% in one-shot. On CPUs.
+    Int8 = 1,
+    /// 4.5 bits an element; the sum of normal rows misses by 8.6% in one-shot. On CPUs.
+    Int4 = 2,
+}
+
 /// The collective.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -286,8 +298,8 @@ pub struct fc_operation {
     pub expert_scales: u32,
     /// 1 adds the input, the rows of a shared expert, to those of experts.
     pub shared_expert: u32,
-    /// 0.
-    pub reserved: u32,
+    /// An `fc_wire`.
+    pub wire: u32,
 }
 
 /// A contiguous tensor: on GPUs at a multiple of 16 bytes, on CPUs at a multiple of its elements' size. `expert_index` and

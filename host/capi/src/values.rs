@@ -8,6 +8,7 @@ use fused_collective::{
         fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
         plan::Algorithm,
         quant::{GroupScale, Quantization, ScaleLayout},
+        wire::WireFormat,
     },
     cuda::KernelSource,
     raw::{Device, Options, Tensor, TensorType, Tensors},
@@ -19,7 +20,7 @@ use crate::{
     types::{
         FC_DEVICE_BY_RANK, fc_algorithm, fc_backend, fc_group_scale, fc_mode, fc_norm, fc_operation,
         fc_options, fc_quantization, fc_residual, fc_rounding, fc_scale_layout, fc_tensor, fc_tensors,
-        fc_type,
+        fc_type, fc_wire,
     },
 };
 
@@ -68,6 +69,11 @@ const ROUNDINGS: Table<Rounding> =
     table!(fc_rounding { Once => Rounding::Once, AfterAllReduce => Rounding::AfterAllReduce });
 const MODES: Table<Mode> =
     table!(fc_mode { Auto => Mode::Auto, OneShot => Mode::OneShot, TwoShot => Mode::TwoShot });
+const WIRES: Table<Option<WireFormat>> = table!(fc_wire {
+    Exact => None,
+    Int8 => Some(WireFormat::Int8),
+    Int4 => Some(WireFormat::Int4),
+});
 const SWITCHES: Table<bool> = &[(0, "no", false), (1, "yes", true)];
 
 /// Makes a quantization of its group's size, its groups' scales and its scales' layout.
@@ -116,9 +122,6 @@ pub(crate) fn operation(given: &fc_operation) -> Result<Operation, Failure> {
         scales: weights("expert_scales", given.expert_scales)?,
         shared: value("shared_expert", given.shared_expert, SWITCHES)?,
     };
-    if given.reserved != 0 {
-        return Err(Failure::Argument(format!("reserved of fc_operation is {}: use 0", given.reserved)));
-    }
     let scales = value("group_scale", given.group_scale, GROUP_SCALES)?;
     let layout = value("scale_layout", given.scale_layout, LAYOUTS)?;
     let quantization = value("quantization", given.quantization, QUANTIZATIONS)?;
@@ -130,6 +133,7 @@ pub(crate) fn operation(given: &fc_operation) -> Result<Operation, Failure> {
         bias: value("bias", given.bias, SWITCHES)?,
         post_norm: value("post_norm", given.post_norm, NORMS)?.then_some(post_norm),
         experts: (given.top_k > 0).then_some(experts),
+        wire: value("wire", given.wire, WIRES)?,
         norm: value("norm", given.norm, NORMS)?.then_some(norm),
         quantization: quantization(given.group, scales, layout),
         keep_norm: value("keep_norm", given.keep_norm, SWITCHES)?,

@@ -37,7 +37,7 @@ const OPERATION: fc_operation = fc_operation {
     top_k: 0,
     expert_scales: 0,
     shared_expert: 0,
-    reserved: 0,
+    wire: 0,
 };
 
 fn options(deadline: Duration) -> fc_options {
@@ -192,7 +192,10 @@ fn an_operation_that_cannot_be_is_refused_on_one_rank_and_the_group_goes_on() {
                     fc_operation { top_k: 1, expert_scales: fc_type::F16 as u32, ..OPERATION },
                     "expert_scales is float16, which is not valid: use float32",
                 ),
-                (fc_operation { reserved: 1, ..OPERATION }, "reserved of fc_operation is 1: use 0"),
+                (
+                    fc_operation { wire: 3, ..OPERATION },
+                    "wire is 3, which is not valid: use 0 (Exact), 1 (Int8), 2 (Int4)",
+                ),
                 (fc_operation { tokens: 2, hidden: 32, ..OPERATION }, ""),
             ] {
                 let expected_status = if expected.is_empty() { Ok(()) } else { Err(fc_status::Invalid) };
@@ -317,6 +320,34 @@ fn experts_and_a_post_norm_are_what_their_fields_say() {
     assert_eq!(results[0], results[1]);
     assert_eq!(results[0][0], 42.0);
     assert!((results[0][1] - 13.0).abs() < 1e-5, "{}", results[0][1]);
+}
+
+#[test]
+fn a_wire_format_is_what_its_field_says() {
+    let results = ranks(|rank| {
+        let communicator = Handle::join(rank, "wire", Duration::from_secs(20));
+        let (mut input, mut sum) = ([0.3f32; HIDDEN], [0.0f32; HIDDEN]);
+        // The step of 4 bits is 1 then, and that of 8 bits 1/16.
+        input[0] = 8.0;
+        let of = |data: &mut [f32]| fc_tensor {
+            data: data.as_mut_ptr().cast(),
+            length: HIDDEN as u64,
+            r#type: fc_type::F32 as u32,
+            reserved: 0,
+        };
+        let tensors = tensors(of(&mut input), of(&mut sum));
+        let sums = [fc_wire::Exact, fc_wire::Int8, fc_wire::Int4].map(|wire| {
+            let operation = fc_operation { wire: wire as u32, mode: fc_mode::OneShot as u32, ..OPERATION };
+            // SAFETY: the tensors are there.
+            let status = unsafe { fc_enqueue(communicator.0, &operation, &tensors, ptr::null_mut()) };
+            assert_eq!(status, fc_status::Ok, "{}", text());
+            // SAFETY: the operation has ended, and nothing else uses the sum.
+            unsafe { tensors.residual_out.data.cast::<[f32; 2]>().read() }
+        });
+        communicator.leave();
+        sums
+    });
+    assert_eq!(results, [[[16.0, 0.6], [16.0, 0.625], [16.0, 0.0]]; 2]);
 }
 
 /// An all-gather between two threads.

@@ -75,6 +75,7 @@ fn specified() -> String {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         norm: Some(Norm::default()),
         quantization: Quantization::Fp8Static,
         keep_norm: true,

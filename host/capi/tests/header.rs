@@ -7,7 +7,7 @@ use cbindgen::{Builder, Config, Language, RenameRule};
 const HEADER: &str = "include/fused_collective.h";
 const SOURCES: [&str; 3] = ["src/types.rs", "src/failure.rs", "src/communicator.rs"];
 /// Enums whose values are numbers in fields of structs.
-const ENUMS: [&str; 11] = [
+const ENUMS: [&str; 12] = [
     "fc_backend",
     "fc_type",
     "fc_residual",
@@ -16,6 +16,7 @@ const ENUMS: [&str; 11] = [
     "fc_scale_layout",
     "fc_group_scale",
     "fc_rounding",
+    "fc_wire",
     "fc_mode",
     "fc_algorithm",
     "fc_status",

@@ -70,6 +70,7 @@ fn values_of(kind: &str) -> &'static [&'static str] {
             "flashinfer,torch",
             "moe",
             "post-norm",
+            "exact,int4",
             "tpu",
         ],
         "program" => &["python3", "-", ""],

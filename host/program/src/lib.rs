@@ -29,3 +29,4 @@ pub mod quant_mode;
 pub mod report;
 pub mod usage;
 mod values;
+pub mod wire;

@@ -1,5 +1,7 @@
 //! Measurements of variants, before any report.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// The two sides of the comparison.
@@ -28,10 +30,49 @@ pub struct Measurement {
 pub struct Trials {
     /// The largest error of any output element, in units in the last place of the output's type.
     pub max_error_ulp: f64,
+    /// The error of the sum, if rows have a format of fewer bits between ranks.
+    pub sum_error: Option<SumError>,
     /// Operations that one trial runs, back to back.
     pub operations_per_trial: u32,
     /// Microseconds per operation of the slowest rank, for each trial.
     pub times_us: Vec<f64>,
+}
+
+/// The error of a sum, relative to the root mean square of a row of the exact one.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SumError {
+    /// Root mean square.
+    pub rms: f64,
+    /// The largest of any element.
+    pub largest: f64,
+}
+
+impl SumError {
+    /// The error of a row. It is 0 where the exact row is.
+    pub fn of(sum: &[f32], exact: &[f32]) -> SumError {
+        let wide = |row: &[f32]| row.iter().map(|x| f64::from(*x)).collect::<Vec<_>>();
+        let root = |row: &[f64]| (row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64).sqrt();
+        let (exact, sum) = (wide(exact), wide(sum));
+        let errors: Vec<f64> = sum.iter().zip(&exact).map(|(x, exact)| (x - exact).abs()).collect();
+        let (row, largest) = (root(&exact), errors.iter().copied().fold(0.0, f64::max));
+        let relative = |error: f64| if error == 0.0 { 0.0 } else { error / row };
+        SumError { rms: relative(root(&errors)), largest: relative(largest) }
+    }
+
+    /// The error of several rows; `None` of none.
+    pub fn of_rows(rows: Vec<SumError>) -> Option<SumError> {
+        let squares: f64 = rows.iter().map(|row| row.rms * row.rms).sum();
+        let largest = rows.iter().map(|row| row.largest).reduce(f64::max)?;
+        Some(SumError { rms: (squares / rows.len() as f64).sqrt(), largest })
+    }
+}
+
+impl fmt::Display for SumError {
+    /// `0.55% / 2.7%`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.2}% / {:.1}%", self.rms * 100.0, self.largest * 100.0)
+    }
 }
 
 impl Trials {
@@ -119,6 +160,19 @@ mod tests {
         // Whichever is the more frequent.
         let kinds = TwoKinds { slow: 4, slow_us: 60.0, others_us: 3.5 };
         assert_eq!(two_kinds(&[60.0, 3.0, 60.0, 61.0, 4.0, 50.0]), Some(kinds));
+    }
+
+    #[test]
+    fn the_error_of_a_sum_is_relative_to_its_row() {
+        let row = SumError::of(&[3.0, -4.5, 3.0, 4.0], &[3.0, -4.0, 3.0, 4.0]);
+        let [rms, largest] = [0.25, 0.5].map(|error| error / 12.5f64.sqrt());
+        assert!((row.rms - rms).abs() < 1e-12 && (row.largest - largest).abs() < 1e-12, "{row:?}");
+        assert_eq!(row.to_string(), "7.07% / 14.1%");
+        let none = SumError { rms: 0.0, largest: 0.0 };
+        assert_eq!(SumError::of(&[0.0; 2], &[0.0; 2]), none);
+        let both = SumError::of_rows(vec![row, none]).unwrap();
+        assert!((both.rms - rms / 2f64.sqrt()).abs() < 1e-12 && both.largest == row.largest, "{both:?}");
+        assert_eq!(SumError::of_rows(Vec::new()), None);
     }
 
     #[test]

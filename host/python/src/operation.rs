@@ -4,6 +4,7 @@ use fused_collective::core::{
     dtype::DType,
     fusion::{self, Experts, Mode, Norm, Residual, Rounding, WeightType},
     quant::{GroupScale, Quantization, ScaleLayout},
+    wire::WireFormat,
 };
 use pyo3::prelude::*;
 
@@ -18,6 +19,7 @@ const RESIDUALS: Names<Residual> =
 const ROUNDINGS: Names<Rounding> =
     &[("once", Rounding::Once), ("after_all_reduce", Rounding::AfterAllReduce)];
 const MODES: Names<Mode> = &[("auto", Mode::Auto), ("one_shot", Mode::OneShot), ("two_shot", Mode::TwoShot)];
+const WIRES: Names<WireFormat> = &[("int8", WireFormat::Int8), ("int4", WireFormat::Int4)];
 const LAYOUTS: Names<ScaleLayout> = &[
     ("linear", ScaleLayout::Linear),
     ("column_major", ScaleLayout::ColumnMajor),
@@ -60,7 +62,7 @@ impl Operation {
         post_norm = false, post_epsilon = 1e-6, post_weight_bias = 0.0, post_gamma = None,
         top_k = 0, expert_scales = None, shared_expert = false,
         quantization = "none", layout = "linear", group = 128, group_scale = "ue8m0", keep_norm = false,
-        rounding = "once", mode = "auto"
+        rounding = "once", mode = "auto", wire = None
     ))]
     #[expect(clippy::too_many_arguments, reason = "keywords of Python's, one for each field")]
     fn new(
@@ -88,6 +90,7 @@ impl Operation {
         keep_norm: bool,
         rounding: &str,
         mode: &str,
+        wire: Option<&str>,
     ) -> PyResult<Operation> {
         let dtype = value(py, "dtype", dtype, DTYPES)?;
         let weights = |given: Option<&str>| match given {
@@ -121,6 +124,7 @@ impl Operation {
             quantization: make(group, scales, value(py, "layout", layout, LAYOUTS)?),
             keep_norm,
             rounding: value(py, "rounding", rounding, ROUNDINGS)?,
+            wire: wire.map(|wire| value(py, "wire", wire, WIRES)).transpose()?,
             mode: value(py, "mode", mode, MODES)?,
         };
         operation.validate().map_err(|error| invalid(py, &error.to_string()))?;

@@ -2,7 +2,7 @@
 //!
 //! A row is received, summed, normalized and quantized while it is in the nearest cache; memory sees each
 //! activation once. All ranks' results are the same bits: sums are taken in rank order of rows that went
-//! through the same `strip`, whether they travelled or not.
+//! through the same `strip`, or the same [format](fused_collective_core::wire), whether they travelled or not.
 
 use std::array;
 
@@ -12,6 +12,7 @@ use fused_collective_core::{
     norm::Weights,
     plan::{Algorithm, Plan, Round, owned_index, owned_token, owned_tokens, owner},
     quant::{Quantization, ScaleLayout},
+    wire::WireFormat,
     workspace::SlotRows,
 };
 use pulp::Arch;
@@ -23,6 +24,7 @@ use super::{
     finish::{Finish, FinishRow, PostNormRow, RowOutputs},
     rows::{Plain, elements, elements_mut},
     sum::{Operand, SumIncoming},
+    wire::{AddSent, EncodeRow, EncodeSum, RoundSum},
 };
 use crate::group::failure::{Failure, What};
 
@@ -63,6 +65,7 @@ pub(crate) struct Job<'a, E> {
     /// The norm of the sum, and its weight.
     pub(crate) post_norm: Option<(Norm, Weights<'a, E>)>,
     pub(crate) rounding: Rounding,
+    pub(crate) wire: Option<WireFormat>,
     pub(crate) residual_out: &'a mut [E],
     /// Empty unless written.
     pub(crate) norm_out: &'a mut [E],
@@ -89,8 +92,8 @@ impl<E: Plain> Job<'_, E> {
         self.range(owned_index(token, self.dealt_to))
     }
 
-    /// Sums one row from every rank into `residual_out`, and normalizes the sum if there is a post-norm: the others' are
-    /// still coming.
+    /// Sums one row from every rank into `residual_out`, and normalizes the sum if there is a post-norm. The others' rows are
+    /// still coming; without `sources`, `scratch` has the sum.
     fn sum<M: Medium>(
         &mut self,
         token: u64,
@@ -101,14 +104,20 @@ impl<E: Plain> Job<'_, E> {
     ) -> Result<(), Box<Failure>> {
         let range = self.residual_range(token);
         let residual = self.residual.map(|residual| residual.map(|residual| &residual[range.clone()]));
-        let own = self.addend.row(token, self.norm_out, row(&mut scratch.addend, self.hidden), arch);
         let out = &mut self.residual_out[range];
         let (bias, rounding) = (self.bias, self.rounding);
-        let Some((norm, gamma)) = self.post_norm else {
-            return arch.dispatch(SumIncoming { exchange, sources, own, residual, bias, rounding, out });
+        let Scratch { addend, row: normalized, sum, .. } = scratch;
+        let mut sum_up = |residual, out| {
+            if sources.is_empty() {
+                arch.dispatch(RoundSum { sum: row(sum, self.hidden), bias, residual, rounding, out });
+                return Ok(());
+            }
+            let own = self.addend.row(token, self.norm_out, row(addend, self.hidden), arch);
+            arch.dispatch(SumIncoming { exchange, sources, own, residual, bias, rounding, out })
         };
-        let sum = row(&mut scratch.row, self.hidden);
-        arch.dispatch(SumIncoming { exchange, sources, own, residual: None, bias, rounding, out: sum })?;
+        let Some((norm, gamma)) = self.post_norm else { return sum_up(residual, out) };
+        let sum = row(normalized, self.hidden);
+        sum_up(None, &mut *sum)?;
         if let Some(Operand::Apart(residual)) = residual {
             out.copy_from_slice(residual);
         }
@@ -231,30 +240,34 @@ pub(crate) struct Scratch {
     /// A sum that is normalized, or a norm that is quantized.
     row: Vec<u64>,
     result: Vec<u64>,
+    /// A sum in `f32`, or an addend, that goes through a wire format.
+    sum: Vec<u64>,
+    /// This rank's addend in a wire format.
+    sent: Vec<u64>,
 }
 
-/// A row of `hidden` elements in `room`, whole words.
+/// A row of `hidden` elements in `room`.
 fn row<E: Plain>(room: &mut Vec<u64>, hidden: usize) -> &mut [E] {
-    let words = (hidden * size_of::<E>()).div_ceil(8);
-    if room.len() < words {
-        room.resize(words, 0);
+    elements_mut(words(room, hidden * size_of::<E>()))
+}
+
+/// `bytes` bytes in `room`.
+fn words(room: &mut Vec<u64>, bytes: usize) -> &mut [u8] {
+    if room.len() * 8 < bytes {
+        room.resize(bytes.div_ceil(8), 0);
     }
-    &mut elements_mut(room.as_mut_bytes())[..hidden]
+    &mut room.as_mut_bytes()[..bytes]
 }
 
 impl Scratch {
     /// The room for a row's result, `bytes` bytes, whole words.
     fn result(&mut self, bytes: usize) -> &mut [u8] {
-        if self.result.len() * 8 < bytes {
-            self.result.resize(bytes / 8, 0);
-        }
-        &mut self.result.as_mut_bytes()[..bytes]
+        words(&mut self.result, bytes)
     }
 
     /// Both.
     fn result_and_row<E: Plain>(&mut self, bytes: usize, hidden: usize) -> (&mut [u8], &mut [E]) {
-        self.result(bytes);
-        (&mut self.result.as_mut_bytes()[..bytes], row(&mut self.row, hidden))
+        (words(&mut self.result, bytes), row(&mut self.row, hidden))
     }
 }
 
@@ -311,14 +324,23 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
         &mut self.job.residual_out[range]
     }
 
-    /// The bytes of this rank's addend for token `token` of the operation.
+    /// This rank's addend for token `token` of the operation, as it is sent, but for the sentinel.
     fn addend(&mut self, token: u64) -> &[u8] {
-        let scratch = row(&mut self.scratch.addend, self.job.hidden);
-        self.job.addend.row(token, self.job.norm_out, scratch, self.arch).as_bytes()
+        let hidden = self.job.hidden;
+        let Scratch { addend, sum, sent, .. } = &mut *self.scratch;
+        let row_of_token = self.job.addend.row(token, self.job.norm_out, row(addend, hidden), self.arch);
+        let Some(format) = self.job.wire else { return row_of_token.as_bytes() };
+        let sent = words(sent, self.round.rows.row_bytes as usize);
+        self.arch.dispatch(EncodeRow { format, row: row_of_token, wide: row(sum, hidden), sent });
+        sent
     }
 
     /// Adds up `token`, every other rank's row for it being where `offset` says.
     fn sum(&mut self, token: u64, offset: impl Fn(&SlotRows, u32) -> u64) -> Result<(), Box<Failure>> {
+        if let Some(format) = self.job.wire {
+            self.sum_sent(format, token, offset)?;
+            return self.complete(token);
+        }
         let (exchange, rows) = (self.exchange, self.rows());
         let what = What::Input(self.round.first_token + token);
         let incoming = |source| {
@@ -331,6 +353,36 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
         });
         let sources = &sources[..rows.world_size as usize];
         self.job.sum(self.round.first_token + token, exchange, sources, self.scratch, self.arch)
+    }
+
+    /// Adds up `token` in the scratch, of rows in a wire format, this rank's own too.
+    fn sum_sent(
+        &mut self,
+        format: WireFormat,
+        token: u64,
+        offset: impl Fn(&SlotRows, u32) -> u64,
+    ) -> Result<(), Box<Failure>> {
+        let (rows, of_operation) = (self.rows(), self.round.first_token + token);
+        self.addend(of_operation);
+        let Scratch { sum, sent, result, .. } = &mut *self.scratch;
+        let bytes = rows.row_bytes as usize;
+        let (sum, own) = (row::<f32>(sum, self.job.hidden), words(sent, bytes));
+        sum.fill(0.0);
+        for source in 0..rows.world_size {
+            let mut sent = &*own;
+            if source != self.rank {
+                let incoming = words(result, bytes);
+                self.exchange.receive(source, What::Input(of_operation), offset(&rows, source), incoming)?;
+                sent = incoming;
+            }
+            self.arch.dispatch(AddSent { format, sent, sum });
+        }
+        Ok(())
+    }
+
+    /// Makes a row of `residual_out` of the sum of `token` in the scratch.
+    fn complete(&mut self, token: u64) -> Result<(), Box<Failure>> {
+        self.job.sum(self.round.first_token + token, self.exchange, &[], self.scratch, self.arch)
     }
 
     fn finish(&mut self, token: u64) {
@@ -401,18 +453,50 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
         self.sum(token, |rows, source| rows.first_hop(source, index))
     }
 
+    /// Adds up one of this rank's tokens and sends the sum to all others: with the residual, or in a wire format without it.
+    fn sum_and_send(&mut self, token: u64) -> Result<(), Box<Failure>> {
+        let (exchange, rows, peers) = (self.exchange, self.rows(), self.peers());
+        let send = |sum: &[u8]| {
+            for peer in peers {
+                exchange.send(exchange.operation(), peer, rows.second_hop(token), sum);
+            }
+        };
+        let Some(format) = self.job.wire else {
+            self.sum_owned(token)?;
+            send(self.residual_out(token).as_bytes());
+            return Ok(());
+        };
+        let index = owned_index(token, rows.world_size);
+        self.sum_sent(format, token, |rows, source| rows.first_hop(source, index))?;
+        let Scratch { sum, sent, .. } = &mut *self.scratch;
+        let (sum, sent) = (row(sum, self.job.hidden), words(sent, rows.sum_bytes as usize));
+        self.arch.dispatch(EncodeSum { format, sum, sent: &mut *sent });
+        send(sent);
+        self.complete(token)
+    }
+
+    /// Waits for the sum of another rank's token, and makes a row of `residual_out` of it.
+    fn receive_sum(&mut self, token: u64, owner: u32) -> Result<(), Box<Failure>> {
+        let (exchange, rows) = (self.exchange, self.rows());
+        let (what, offset) = (What::Sum(self.round.first_token + token), rows.second_hop(token));
+        let Some(format) = self.job.wire else {
+            return exchange.receive(owner, what, offset, self.residual_out(token).as_mut_bytes());
+        };
+        let Scratch { sum, sent, .. } = &mut *self.scratch;
+        let (sum, sent) = (row(sum, self.job.hidden), words(sent, rows.sum_bytes as usize));
+        exchange.receive(owner, what, offset, sent)?;
+        sum.fill(0.0);
+        self.arch.dispatch(AddSent { format, sent, sum });
+        self.complete(token)
+    }
+
     /// Returns whether it did the first hop of the `next` round too.
     fn two_shot(&mut self, first_hop_done: bool, next: Option<&Round>) -> Result<bool, Box<Failure>> {
-        let (exchange, rows) = (self.exchange, self.rows());
         self.begin(first_hop_done);
 
         // The owner sums, and sends every sum before it normalizes any: others wait for them.
         for token in self.owned() {
-            self.sum_owned(token)?;
-            for peer in self.peers() {
-                let row = self.residual_out(token).as_bytes();
-                exchange.send(exchange.operation(), peer, rows.second_hop(token), row);
-            }
+            self.sum_and_send(token)?;
         }
         let early = self.begin_next(next);
         for token in self.owned() {
@@ -420,10 +504,8 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
         }
 
         // Second hop: everybody else's sums.
-        for (token, owner) in self.owned_by_others(&rows) {
-            let sum = What::Sum(self.round.first_token + token);
-            let row = self.residual_out(token).as_mut_bytes();
-            exchange.receive(owner, sum, rows.second_hop(token), row)?;
+        for (token, owner) in self.owned_by_others(&self.rows()) {
+            self.receive_sum(token, owner)?;
             self.finish(token);
         }
         Ok(early)

@@ -17,6 +17,7 @@ mod region;
 pub mod rows;
 pub mod sum;
 pub mod wait;
+mod wire;
 
 use std::{os::fd::AsFd as _, sync::Arc, time::Duration};
 
@@ -431,6 +432,7 @@ fn check<'a, E: Plain>(
         bias: inputs.bias,
         post_norm,
         rounding: operation.rounding,
+        wire: operation.wire,
         residual_out: outputs.residual_out,
         norm_out,
         quant_out,

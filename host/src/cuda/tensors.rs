@@ -323,6 +323,7 @@ mod tests {
         bias: false,
         post_norm: None,
         experts: None,
+        wire: None,
         mode: Mode::Auto,
     };
 

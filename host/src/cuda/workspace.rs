@@ -38,7 +38,7 @@ const MAX_SLOT_BYTES: u64 = 512 << 20;
 /// what the smallest round takes.
 pub fn slot_bytes(world_size: u32, operation: &Operation) -> u64 {
     let bytes = |tokens| {
-        let rows = SlotRows { world_size, tokens, row_bytes: operation.row_bytes() };
+        let rows = SlotRows::of_elements(world_size, tokens, operation.row_bytes());
         let (one_shot, two_shot) = (rows.one_shot_bytes(), rows.two_shot_bytes());
         one_shot.unwrap_or(u64::MAX).max(two_shot.unwrap_or(u64::MAX))
     };

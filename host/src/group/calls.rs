@@ -329,6 +329,7 @@ mod tests {
             bias: false,
             post_norm: None,
             experts: None,
+            wire: None,
             mode: Mode::Auto,
         };
         Call::operation(&operation, Algorithm::OneShot, None)

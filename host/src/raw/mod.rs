@@ -93,6 +93,7 @@ impl Options {
             bias: false,
             post_norm: None,
             experts: None,
+            wire: None,
             norm: None,
             quantization: Quantization::None,
             keep_norm: false,

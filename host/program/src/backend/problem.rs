@@ -47,6 +47,7 @@ impl Problem {
             bias: false,
             post_norm: self.pattern.post_norm(),
             experts: self.pattern.experts(),
+            wire: None,
             mode,
         }
     }

@@ -3,6 +3,7 @@
 use fused_collective_core::fusion::{Mode, Operation};
 
 use super::problem::{Problem, Tensor};
+use crate::wire::Wire;
 
 /// One operation that a framework would launch. *Sum* is `Reduced`, or `ResidualOut` if there is no residual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,12 +36,26 @@ pub enum Step {
 impl Step {
     /// The fused operation, all rows at once, with outputs of their own.
     pub const fn fused(mode: Mode) -> Step {
-        Step::Fused(Fused { mode, sharded: false, in_place: false, rows: None })
+        Step::Fused(Fused { mode, sharded: false, in_place: false, wire: Wire::Exact, rows: None })
     }
 
     /// The same with a sharded residual.
     pub const fn fused_sharded() -> Step {
-        Step::Fused(Fused { mode: Mode::TwoShot, sharded: true, in_place: false, rows: None })
+        Step::Fused(Fused {
+            mode: Mode::TwoShot,
+            sharded: true,
+            in_place: false,
+            wire: Wire::Exact,
+            rows: None,
+        })
+    }
+
+    /// This step with rows in the format `wire` between ranks, if it is a fused operation.
+    pub const fn sent_as(self, wire: Wire) -> Step {
+        match self {
+            Step::Fused(call) => Step::Fused(Fused { wire, ..call }),
+            step => step,
+        }
     }
 }
 
@@ -54,6 +69,8 @@ pub struct Fused {
     /// True if the norm replaces `Input` and the sum replaces the residual. Codes and scales have a size of their own, and
     /// stay beside; so does a sum without a residual.
     pub in_place: bool,
+    /// The format of rows between ranks.
+    pub wire: Wire,
     /// The rows of the call, if not all. Their scales lie at the start of `ScaleOut`, as those of a tensor of their own. With a
     /// sharded residual the first is a multiple of the number of ranks.
     pub rows: Option<Rows>,
@@ -77,7 +94,7 @@ impl Fused {
     /// The operation that the call runs.
     pub fn operation(&self, problem: &Problem) -> Operation {
         let whole = if self.sharded { problem.sharded_operation() } else { problem.operation(self.mode) };
-        Operation { tokens: self.rows_of(problem).count, ..whole }
+        Operation { tokens: self.rows_of(problem).count, wire: self.wire.format(), ..whole }
     }
 
     /// The residual that it reads, if the problem has one.

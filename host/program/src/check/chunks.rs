@@ -66,7 +66,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{pattern::Pattern, quant_mode::QuantMode};
+    use crate::{pattern::Pattern, quant_mode::QuantMode, wire::Wire};
 
     fn problem(tokens: u64, quant_mode: QuantMode) -> Problem {
         Problem {
@@ -93,7 +93,8 @@ mod tests {
             (QuantMode::Fp4, true, 6),
         ] {
             for tokens in [0, 1, 2, 17, 300] {
-                let call = Fused { mode: Mode::TwoShot, sharded, in_place: false, rows: None };
+                let call =
+                    Fused { mode: Mode::TwoShot, sharded, in_place: false, wire: Wire::Exact, rows: None };
                 let steps = cut(&problem(tokens, quant_mode), call, 3, &mut random);
                 let mut next = 0;
                 for step in &steps {

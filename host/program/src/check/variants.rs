@@ -16,6 +16,7 @@ use crate::{
     measurement::Kind,
     pattern::Pattern,
     quant_mode::QuantMode,
+    wire::Wire,
 };
 
 /// One way to solve a problem.
@@ -50,6 +51,11 @@ impl Variant {
             Some(&Step::Fused(call)) => Some(call),
             _ => None,
         }
+    }
+
+    /// The format of its rows between ranks.
+    pub fn wire(&self) -> Wire {
+        self.fused().map_or(Wire::Exact, |call| call.wire)
     }
 
     /// The tensor that gets the sum.
@@ -94,14 +100,15 @@ impl Variant {
     }
 }
 
-/// Every variant of `pattern` and `quant_mode`: the separate operations for each of `all_reduces`, then the fused ones. `all_reduces` has
-/// pairs of a name and a step. If `sharded`, one fused variant has a sharded residual.
+/// Every variant of `pattern` and `quant_mode`: the separate operations for each of `all_reduces`, then the fused ones in each of
+/// `wires`. `all_reduces` has pairs of a name and a step. If `sharded`, one fused variant of each format has a sharded residual.
 pub fn variants(
     pattern: Pattern,
     quant_mode: QuantMode,
     residual: bool,
     sharded: bool,
     oneshot: bool,
+    wires: &[Wire],
     all_reduces: &[(&'static str, Step)],
 ) -> Vec<Variant> {
     let mut all: Vec<Variant> = all_reduces
@@ -127,12 +134,16 @@ pub fn variants(
     let modes = modes.into_iter().filter(|&(mode, _)| oneshot || mode != Mode::OneShot);
     let modes = modes.map(|(mode, suffix)| (Step::fused(mode), suffix));
     let with_shards = sharded.then_some((Step::fused_sharded(), "twoshot_sharded"));
-    all.extend(modes.chain(with_shards).map(|(step, suffix)| Variant {
-        name: format!("fused_allreduce_rmsnorm{quantization}_{suffix}"),
-        kind: Kind::Fused,
-        steps: vec![step],
-        sharded: step == Step::fused_sharded(),
-        writes_norm: quant_mode == QuantMode::None,
+    let fused: Vec<_> = modes.chain(with_shards).collect();
+    all.extend(wires.iter().flat_map(|&wire| {
+        let name = format!("fused_allreduce_rmsnorm{quantization}{}", wire.part_of_name());
+        fused.iter().map(move |&(step, suffix)| Variant {
+            name: format!("{name}_{suffix}"),
+            kind: Kind::Fused,
+            steps: vec![step.sent_as(wire)],
+            sharded: step == Step::fused_sharded(),
+            writes_norm: quant_mode == QuantMode::None,
+        })
     }));
     all
 }
@@ -187,12 +198,11 @@ pub(crate) fn count(
     quant_mode: QuantMode,
     sharded: bool,
     oneshot: bool,
+    wires: &[Wire],
     all_reduces: usize,
 ) -> usize {
     after_all_reduce(pattern, quant_mode, true).len() * all_reduces
-        + 1
-        + usize::from(oneshot)
-        + usize::from(sharded)
+        + wires.len() * (1 + usize::from(oneshot) + usize::from(sharded))
 }
 
 #[cfg(test)]
@@ -201,7 +211,7 @@ mod tests {
 
     fn names(quant_mode: QuantMode, oneshot: bool) -> Vec<String> {
         let all_reduces = [("allreduce", Step::AllReduce(Mode::TwoShot))];
-        variants(Pattern::AllReduceNorm, quant_mode, true, false, oneshot, &all_reduces)
+        variants(Pattern::AllReduceNorm, quant_mode, true, false, oneshot, &[Wire::Exact], &all_reduces)
             .into_iter()
             .map(|variant| variant.name)
             .collect()
@@ -249,7 +259,7 @@ mod tests {
             ("allreduce", Step::NcclAllReduce),
             ("symm_allreduce", Step::NcclSymmetricAllReduce),
         ];
-        let of = |pattern| variants(pattern, QuantMode::Fp8, true, true, true, &all_reduces);
+        let of = |pattern| variants(pattern, QuantMode::Fp8, true, true, true, &Wire::ALL, &all_reduces);
         for variant in Pattern::ALL.into_iter().flat_map(of) {
             let is_eager = variant.name.contains("native_rms_norm") || variant.name.contains("native_quant");
             let is_ours = variant.name.contains("custom_allreduce") || variant.kind == Kind::Fused;
@@ -266,9 +276,12 @@ mod tests {
             for (residual, sharded) in [(false, false), (true, false), (true, true)] {
                 let all_reduces =
                     [("allreduce", Step::NcclAllReduce), ("custom", Step::AllReduce(Mode::OneShot))];
-                let all = variants(pattern, quant_mode, residual, sharded, true, &all_reduces);
-                assert_eq!(all.len(), count(pattern, quant_mode, sharded, true, all_reduces.len()));
-                assert_eq!(all.iter().filter(|variant| variant.sharded).count(), usize::from(sharded));
+                let all = variants(pattern, quant_mode, residual, sharded, true, &Wire::ALL, &all_reduces);
+                assert_eq!(
+                    all.len(),
+                    count(pattern, quant_mode, sharded, true, &Wire::ALL, all_reduces.len())
+                );
+                assert_eq!(all.iter().filter(|variant| variant.sharded).count(), 3 * usize::from(sharded));
                 for variant in all {
                     let collective = |step: &&Step| {
                         matches!(

@@ -34,6 +34,7 @@ use crate::{
         problem::{Problem, Tensor},
     },
     job::ranks::{Error, gather_verdicts},
+    measurement::SumError,
 };
 
 /// The byte that fills outputs before a run. It makes NaN in every element type, and is a rare code of random inputs.
@@ -44,6 +45,9 @@ const POISONED_AT_ONCE: u64 = 1 << 20;
 const WRITTEN_AT_ONCE: u64 = 64 << 20;
 /// Bytes of a tensor that are digested at a time by one processor.
 const DIGESTED_AT_ONCE: usize = 1 << 20;
+
+/// Rows whose sums are compared with exact ones.
+const MOST_ROWS: u64 = 256;
 
 /// Fills `tensor` with [`POISON`].
 pub(crate) fn poison(backend: &mut dyn Collective, problem: &Problem, tensor: Tensor) -> Result<(), Error> {
@@ -457,10 +461,12 @@ impl<'a, E: Plain> Judge<'a, E> {
         numbers.fill_row(Source::PostGamma, 0, &mut post_gamma);
         let experts = problem.pattern.experts();
         let experts = experts.map(|experts| Chosen::new(experts.top_k as usize, row.len()));
+        // The mode shows in the bits of a wire format, the layout of the residual in none.
+        let call = variant.fused();
         let operation = Operation {
             keep_norm: variant.writes_norm,
             rounding: variant.rounding(),
-            ..problem.operation(Mode::Auto)
+            ..call.map_or(problem.operation(Mode::Auto), |call| call.operation(problem))
         };
         Judge {
             specified: Specified {
@@ -488,16 +494,7 @@ impl<'a, E: Plain> Judge<'a, E> {
         let experts: Vec<_> = self.experts.iter().map(Chosen::experts).collect();
         for _ in 1..self.times {
             let rows: Vec<&[E]> = inputs.iter().map(Vec::as_slice).collect();
-            let token = Token {
-                inputs: &rows,
-                residual: problem.residual.then_some(&residual[..]),
-                bias: None,
-                post_gamma: Some(Weights::Element(&self.post_gamma)),
-                experts: Some(&experts),
-                gamma: Weights::Element(&self.gamma),
-                scale: problem.scale,
-                index,
-            };
+            let token = token_of(problem, &rows, &experts, [residual, &self.gamma, &self.post_gamma], index);
             specified.row().compute(operation, &token).map_err(|error| error.to_string())?;
             if problem.residual {
                 residual.copy_from_slice(&specified.residual_out);
@@ -515,8 +512,8 @@ impl<'a, E: Plain> Judge<'a, E> {
         Ok(())
     }
 
-    /// The largest error of any output of token `index` in units in the last place, or a description of a wrong output.
-    pub(crate) fn check(&mut self, outputs: &Outputs, index: u64) -> Result<f64, String> {
+    /// Makes the inputs of token `index`.
+    fn fill(&mut self, index: u64) {
         let Judge { problem, numbers, .. } = *self;
         for (rank, input) in (0..).zip(&mut self.inputs) {
             numbers.fill_row(Source::Input(rank), index, input);
@@ -525,19 +522,33 @@ impl<'a, E: Plain> Judge<'a, E> {
         for (rank, experts) in (0..).zip(&mut self.experts) {
             experts.fill(problem, numbers, rank, index);
         }
+    }
+
+    /// The error of the specified sum of token `index` against the one without a wire format.
+    fn sum_error(&mut self, index: u64) -> SumError {
+        self.fill(index);
+        let experts: Vec<_> = self.experts.iter().map(Chosen::experts).collect();
+        let rows: Vec<&[E]> = self.inputs.iter().map(Vec::as_slice).collect();
+        let tensors = [&self.residual[..], &self.gamma, &self.post_gamma];
+        let token = token_of(self.problem, &rows, &experts, tensors, index);
+        let exact = Operation { wire: None, ..self.operation };
+        let [sum, exact] = [&self.operation, &exact].map(|operation| {
+            let mut sum = vec![0.0; self.problem.hidden as usize];
+            token.sum(operation, &mut sum);
+            sum
+        });
+        SumError::of(&sum, &exact)
+    }
+
+    /// The largest error of any output of token `index` in units in the last place, or a description of a wrong output.
+    pub(crate) fn check(&mut self, outputs: &Outputs, index: u64) -> Result<f64, String> {
+        let problem = self.problem;
+        self.fill(index);
         self.advance(index)?;
         let experts: Vec<_> = self.experts.iter().map(Chosen::experts).collect();
         let rows: Vec<&[E]> = self.inputs.iter().map(Vec::as_slice).collect();
-        let token = Token {
-            inputs: &rows,
-            residual: problem.residual.then_some(&self.residual[..]),
-            bias: None,
-            post_gamma: Some(Weights::Element(&self.post_gamma)),
-            experts: Some(&experts),
-            gamma: Weights::Element(&self.gamma),
-            scale: problem.scale,
-            index,
-        };
+        let token =
+            token_of(problem, &rows, &experts, [&self.residual, &self.gamma, &self.post_gamma], index);
         let hidden = problem.hidden as usize;
         let sum = row_of_sum(self.variant, index, self.inputs.len() as u32);
         let (residual_out, norm_out) =
@@ -553,7 +564,58 @@ impl<'a, E: Plain> Judge<'a, E> {
             row.compute(&self.operation, &token).map_err(|error| error.to_string())?;
             row.compare(&self.operation, index, &observed).map_err(|wrong| wrong.to_string())?;
         }
+        if self.operation.wire.is_some() {
+            // It has the bits, and the reference judges exact sums.
+            return Ok(0.0);
+        }
         check_token(&self.operation, &token, &observed).map_err(|wrong| wrong.to_string())
+    }
+}
+
+/// The specified inputs of token `index`, with its residual, gamma and the post-norm's.
+fn token_of<'a, E: Plain>(
+    problem: &Problem,
+    inputs: &'a [&'a [E]],
+    experts: &'a [TokenExperts<'a, E>],
+    [residual, gamma, post_gamma]: [&'a [E]; 3],
+    index: u64,
+) -> Token<'a, E> {
+    Token {
+        inputs,
+        residual: problem.residual.then_some(residual),
+        bias: None,
+        post_gamma: Some(Weights::Element(post_gamma)),
+        experts: Some(experts),
+        gamma: Weights::Element(gamma),
+        scale: problem.scale,
+        index,
+    }
+}
+
+/// The error of the sum of `variant`, whose bits are the specification's, if it has a wire format: that of the first
+/// [`MOST_ROWS`] rows. Every rank computes the same.
+pub(crate) fn sum_error(
+    problem: &Problem,
+    variant: &Variant,
+    numbers: Numbers,
+    world_size: u32,
+) -> Option<SumError> {
+    fn typed<E: Plain>(
+        problem: &Problem,
+        variant: &Variant,
+        numbers: Numbers,
+        world_size: u32,
+    ) -> Option<SumError> {
+        let of_row = |index| Judge::<E>::new(problem, variant, numbers, world_size).sum_error(index);
+        SumError::of_rows(parallel::map(world_size, (0..problem.tokens.min(MOST_ROWS)).collect(), of_row))
+    }
+    if variant.wire().is_exact() {
+        return None;
+    }
+    match problem.dtype {
+        DType::F32 => typed::<f32>(problem, variant, numbers, world_size),
+        DType::F16 => typed::<f16>(problem, variant, numbers, world_size),
+        DType::Bf16 => typed::<bf16>(problem, variant, numbers, world_size),
     }
 }
 

@@ -10,6 +10,7 @@ use crate::{
     pattern::Pattern,
     peers::choice::PeerChoice,
     quant_mode::QuantMode,
+    wire::Wire,
 };
 
 fn run(line: &str) -> Result<Invocation, UsageError> {
@@ -45,7 +46,7 @@ fn every_option_reaches_its_setting() {
     let settings = bench(
         "--num-tokens 1 2 --hidden-dim 65536 --dtypes float16 --quant-modes fp4 --no-residual --no-oneshot \
          --warmup 0 --trials 1 --seed 7 --backend cpu --allreduce custom --nproc-per-node 16 --oversubscribe --deadline 0.5 --output-file a.md \
-         --cold --in-place --peers torch,flashinfer torch --python a/python --peer-deadline 2.5 \
+         --cold --in-place --wire exact,int4 --peers torch,flashinfer torch --python a/python --peer-deadline 2.5 \
          --json a.json --plot a.svg --plot-all --compare b.json --tolerance 2.5",
     );
     let expected = Settings {
@@ -54,6 +55,7 @@ fn every_option_reaches_its_setting() {
         dtypes: vec![DType::F16],
         quant_modes: vec![QuantMode::Fp4],
         pattern: Pattern::default(),
+        wires: vec![Wire::Exact, Wire::Int4],
         use_residual: false,
         sharded_residual: false,
         oneshot: false,
@@ -107,6 +109,10 @@ fn a_pattern_is_named_and_peers_measure_the_default_one() {
     assert_eq!(
         error("--pattern gemma"),
         "--pattern: 'gemma' is not a pattern: use all-reduce-norm, post-norm or moe"
+    );
+    assert_eq!(
+        error("--wire int8 fp8"),
+        "--wire: 'fp8' is not a format between ranks: use exact, int8 or int4"
     );
     assert!(error("--pattern moe --peers torch").starts_with("--peers: they are measured with --pattern"));
 }

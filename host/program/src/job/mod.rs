@@ -31,6 +31,7 @@ use crate::{
     backend::{self, collective::Collective, cpu::cores::Cores, problem::Problem},
     exit::{self, Failure, complain},
     report::memory::{available_memory, killed_since, oom_kills},
+    wire::Wire,
 };
 use launch::Launcher;
 use options::{BackendChoice, JobOptions};
@@ -122,6 +123,11 @@ impl Job {
     pub(crate) fn cuda(&self) -> Option<u32> {
         let environment = self.environment.as_ref()?;
         if self.backend.get() == Backend::Cuda { ordinal(environment.local_rank).ok() } else { None }
+    }
+
+    /// The formats of rows between ranks that the backend has.
+    pub(crate) fn wires(&self) -> &'static [Wire] {
+        if self.backend.get() == Backend::Cuda { &[Wire::Exact] } else { &Wire::ALL }
     }
 
     /// This process's rank; `None` in the process that will start the ranks.

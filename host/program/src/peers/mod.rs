@@ -209,6 +209,7 @@ impl Peer {
             let result = match (times, results.clone().next()) {
                 (Some(times), Some(Ok((_, operations)))) => Ok(Trials {
                     max_error_ulp: largest,
+                    sum_error: None,
                     operations_per_trial: *operations,
                     times_us: slowest(group, &times)?,
                 }),

@@ -204,6 +204,7 @@ class Communicator:
         out: Outputs | None = None,
         rounding: str = "once",
         mode: str = "auto",
+        wire: str | None = None,
         dtype: str | None = None,
         stream: int | None = None,
     ) -> Outputs:
@@ -219,6 +220,9 @@ class Communicator:
         Outputs that ``out`` has not are made. ``out.norm_out`` may be ``x``, and ``out.residual_out`` the residual.
         ``rounding`` is ``once`` or ``after_all_reduce``, ``mode`` is ``auto``, ``one_shot`` or ``two_shot``. ``dtype`` is the
         type of elements that ``x`` cannot name: bfloat16 in arrays of 16-bit integers.
+
+        ``wire`` is ``int8`` or ``int4`` for rows of fewer bits between ranks, on CPUs. Sums of normal rows then miss by 0.55% or
+        8.6% in one-shot, the same on all ranks; the residual and the norm lose nothing.
 
         On GPUs the operation is enqueued on ``stream``, PyTorch's current one if it is None, and may be captured. On CPUs the
         outputs are complete when this returns.
@@ -267,7 +271,7 @@ class Communicator:
             fields["residual"] = "sharded" if sharded else "replicated"
         if bias is not None:
             fields["bias"] = True
-        plan = operation(element, tokens, hidden, rounding=rounding, mode=mode, **fields)
+        plan = operation(element, tokens, hidden, rounding=rounding, mode=mode, wire=wire, **fields)
         made = self._outputs(like, input, plan, quant, out or Outputs(), sharded and residual is not None)
         outputs = [
             None if it is None else self._describe(it, name, True) for name, it in list(zip(Outputs._fields, made))[1:]

@@ -36,6 +36,7 @@ class Operation:
         keep_norm: bool = ...,
         rounding: str = ...,
         mode: str = ...,
+        wire: Optional[str] = ...,
     ) -> Operation: ...
     @property
     def writes_norm(self) -> bool: ...

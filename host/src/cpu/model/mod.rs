@@ -243,10 +243,12 @@ fn run_fused<C: Checker>(exchange: &mut Exchange<End<C>>, ranks: u32, rank: u32,
             tokens_per_round: operation.tokens_per_round,
             world_size: ranks,
             row_bytes: operation.row_words as u64 * 8,
+            hop_bytes: [operation.row_words as u64 * 8; 2],
             cluster: 1,
         };
         let job = Job {
             rounding: Rounding::Once,
+            wire: None,
             bias: None,
             post_norm: None,
             dealt_to: 1,

@@ -114,6 +114,7 @@ impl Communicator {
             bias: false,
             post_norm: None,
             experts: None,
+            wire: None,
             mode: if family == Family::OneShot { Mode::OneShot } else { Mode::TwoShot },
         };
         let plan = Plan::new(&shape, &self.limits)?;

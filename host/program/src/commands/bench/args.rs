@@ -63,6 +63,10 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "name")]
     pattern: Option<String>,
 
+    /// formats of rows between ranks in fused variants: exact, int8, int4 (default: exact). Others than exact on CPUs only
+    #[argh(option, arg_name = "name")]
+    wire: Vec<String>,
+
     /// residual: replicated (on every rank), sharded (measures also fused variants with each row on its token's owner
     /// only), or none (default: replicated)
     #[argh(option, arg_name = "how")]
@@ -192,6 +196,7 @@ impl BenchArgs {
                 default.quant_modes,
             )?,
             pattern: one(self.pattern, |text| name("--pattern", text), default.pattern)?,
+            wires: list("--wire", &self.wire, |text| name("--wire", text), default.wires)?,
             use_residual,
             sharded_residual,
             oneshot: !self.no_oneshot,

@@ -105,6 +105,7 @@ pub fn run(
             problem.residual,
             problem.sharded,
             settings.oneshot,
+            &settings.wires,
             &all_reduces,
         );
         if settings.in_place {
@@ -119,7 +120,12 @@ pub fn run(
             progress.doing(format!("{} tokens, {}: {}", case.num_tokens, case.quant_mode, variant.name));
             let verdict = verify::verify(backend, group, &problem, &variant, Numbers::random(settings.seed))?;
             let trials = match verdict {
-                Ok(max_error_ulp) => Ok(first_trial(group, backend, &variant, &saved, max_error_ulp)?),
+                Ok(max_error_ulp) => {
+                    let numbers = Numbers::random(settings.seed);
+                    let sum_error = verify::sum_error(&problem, &variant, numbers, group.world_size());
+                    let trials = first_trial(group, backend, &variant, &saved, max_error_ulp)?;
+                    Ok(Trials { sum_error, ..trials })
+                }
                 Err(why) => Err(why),
             };
             entrants.push((variant, trials));
@@ -165,6 +171,9 @@ pub fn run(
             notes.extend(notes_of_peers);
             progress.advance(settings.peers.len() as u64);
         }
+        notes.extend(measured.iter().any(|row| row.result.as_ref().is_ok_and(|trials| trials.sum_error.is_some())).then(
+            || "the error of a sum that is not exact is its root mean square / its largest, in percent of the root mean square of a row".to_owned(),
+        ));
         notes.extend(disturbed(&measured));
         let put_gb_s = put_bandwidth.as_ref().and_then(|found| found.as_ref().ok()).copied();
         done(Measured { case, notes, variants: measured, put_gb_s });
@@ -201,6 +210,7 @@ pub fn count(settings: &Settings, all_reduces: usize) -> u64 {
             case.quant_mode,
             settings.sharded_residual,
             settings.oneshot,
+            &settings.wires,
             all_reduces,
         );
         2 * variants as u64 + trials + settings.peers.len() as u64
@@ -278,17 +288,19 @@ fn prediction(
     }))
 }
 
-/// The median of the fastest verified variant of a kind. Variants with a sharded residual do not count: they send and write
-/// fewer bytes.
+/// The median of the fastest verified variant of a kind. Variants with a sharded residual or a format of fewer bits between
+/// ranks do not count: they send or write fewer bytes.
 fn fastest(entrants: &[(Variant, Result<Trials, String>)], kind: Kind) -> Option<f64> {
-    let of_kind = entrants.iter().filter(|(variant, _)| variant.kind == kind && !variant.sharded);
+    let of_kind = entrants
+        .iter()
+        .filter(|(variant, _)| variant.kind == kind && !variant.sharded && variant.wire().is_exact());
     of_kind.filter_map(|(_, trials)| trials.as_ref().ok()?.median_us()).min_by(f64::total_cmp)
 }
 
 /// Names the mode that [`Mode::Auto`] takes, and compares it with the other one if both have times.
 fn automatic(algorithm: Algorithm, entrants: &[(Variant, Result<Trials, String>)]) -> Option<String> {
     let median = |mode| {
-        let is_of_mode = |call: Fused| call.mode == mode && !call.sharded;
+        let is_of_mode = |call: Fused| call.mode == mode && !call.sharded && call.wire.is_exact();
         let mut of_mode = entrants.iter().filter(|(variant, _)| variant.fused().is_some_and(is_of_mode));
         of_mode.next()?.1.as_ref().ok()?.median_us()
     };
@@ -327,6 +339,7 @@ fn first_trial(
     let time = slowest(group, &[trial(backend, variant, saved, 1)?])?[0];
     Ok(Trials {
         max_error_ulp,
+        sum_error: None,
         operations_per_trial: backend.operations_per_trial(time),
         times_us: Vec::new(),
     })
@@ -447,7 +460,15 @@ mod tests {
         let entrant = |kind, time| {
             let (steps, name) = (Vec::new(), String::new());
             let variant = Variant { name, kind, steps, sharded: false, writes_norm: false };
-            (variant, Ok(Trials { max_error_ulp: 0.5, operations_per_trial: 1, times_us: vec![time] }))
+            (
+                variant,
+                Ok(Trials {
+                    max_error_ulp: 0.5,
+                    sum_error: None,
+                    operations_per_trial: 1,
+                    times_us: vec![time],
+                }),
+            )
         };
         vec![entrant(Kind::Standard, standard), entrant(Kind::Fused, fused)]
     }
@@ -499,7 +520,12 @@ mod tests {
         let row = |name: &str, times: &[f64]| Measurement {
             variant: name.to_owned(),
             kind: Kind::Fused,
-            result: Ok(Trials { max_error_ulp: 0.5, operations_per_trial: 1, times_us: times.to_vec() }),
+            result: Ok(Trials {
+                max_error_ulp: 0.5,
+                sum_error: None,
+                operations_per_trial: 1,
+                times_us: times.to_vec(),
+            }),
         };
         let (even, two) = (row("even", &[3.0, 3.1, 3.0, 3.2]), row("two", &[3.0, 60.0, 4.0, 50.0]));
         let (more, wrong) = (

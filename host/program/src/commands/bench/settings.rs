@@ -13,7 +13,9 @@ use fused_collective_core::{
 use serde::{Deserialize, Serialize};
 
 use crate::backend::all_reduce_choice::AllReduceChoice;
-use crate::{job::options::JobOptions, pattern::Pattern, peers::choice::PeerChoice, quant_mode::QuantMode};
+use crate::{
+    job::options::JobOptions, pattern::Pattern, peers::choice::PeerChoice, quant_mode::QuantMode, wire::Wire,
+};
 
 /// The files that a benchmark reads and writes.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -48,6 +50,9 @@ pub struct Settings {
     /// The pattern of fused steps.
     #[serde(default, skip_serializing_if = "Pattern::is_default")]
     pub pattern: Pattern,
+    /// The formats of rows between ranks in fused variants.
+    #[serde(default = "default_wires", skip_serializing_if = "is_default_wires")]
+    pub wires: Vec<Wire>,
     /// True if a residual is added.
     pub use_residual: bool,
     /// True if fused variants with a sharded residual are measured as well.
@@ -97,6 +102,7 @@ impl Default for Settings {
             dtypes: vec![DType::Bf16],
             quant_modes: QuantMode::DEFAULT.to_vec(),
             pattern: Pattern::default(),
+            wires: default_wires(),
             use_residual: true,
             sharded_residual: false,
             oneshot: true,
@@ -151,6 +157,7 @@ impl Settings {
             bias: false,
             post_norm: self.pattern.post_norm(),
             experts: self.pattern.experts(),
+            wire: None,
             mode,
         }
     }
@@ -172,6 +179,14 @@ impl Settings {
     pub fn peer_deadline(&self) -> Duration {
         Duration::from_secs_f64(self.peer_deadline_seconds)
     }
+}
+
+fn default_wires() -> Vec<Wire> {
+    vec![Wire::Exact]
+}
+
+fn is_default_wires(wires: &Vec<Wire>) -> bool {
+    *wires == default_wires()
 }
 
 fn default_python() -> PathBuf {

@@ -29,6 +29,7 @@ use crate::{
     job::ranks::Error,
     pattern::Pattern,
     quant_mode::QuantMode,
+    wire::Wire,
 };
 
 /// The line that a rank writes just before its fault.
@@ -153,7 +154,15 @@ fn check_again(script: &impl Script, group: &Group) -> Result<(), Error> {
     let (mut backend, problem) = (script.join(group)?, problem());
     backend.prepare(&problem)?;
     write_inputs(&mut *backend, &problem, Numbers::random(1), group)?;
-    for variant in variants(problem.pattern, QuantMode::Fp8, problem.residual, problem.sharded, true, &[]) {
+    for variant in variants(
+        problem.pattern,
+        QuantMode::Fp8,
+        problem.residual,
+        problem.sharded,
+        true,
+        &[Wire::Exact],
+        &[],
+    ) {
         if let Err(why) = verify(&mut *backend, group, &problem, &variant, Numbers::random(1))? {
             return Err(Error::Failed(why));
         }

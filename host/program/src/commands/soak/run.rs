@@ -44,6 +44,7 @@ use crate::{
     job::ranks::{Error, gather_verdicts},
     pattern::Pattern,
     quant_mode::QuantMode,
+    wire::Wire,
 };
 
 /// Problems that a soak holds.
@@ -129,9 +130,11 @@ impl fmt::Display for Sequence {
 /// A problem of the soak, with its right results.
 struct Workload {
     problem: Problem,
+    /// The format of rows between ranks.
+    wire: Wire,
     seed: u64,
-    /// The verified outputs.
-    expected: Option<Outputs>,
+    /// The verified outputs; of a sum that went through a format of fewer bits, the second.
+    expected: [Option<Outputs>; 2],
     /// The verified outputs with a sharded residual, if the problem has one.
     sharded: Option<Outputs>,
     /// The inputs, to be put back after they were overwritten.
@@ -193,6 +196,7 @@ pub(crate) fn run_sequence(
         // Different on each rank, and from the generator above.
         pauses: Rng::with_seed(sequence.seed.wrapping_add(1 + u64::from(group.rank()))),
         world_size: group.world_size(),
+        wires: if backend.gpus().is_empty() { &Wire::ALL } else { &[Wire::Exact] },
         workloads: Vec::new(),
         tally: Tally::default(),
     };
@@ -259,6 +263,8 @@ struct Soak {
     random: Rng,
     pauses: Rng,
     world_size: u32,
+    /// The backend's formats of rows between ranks.
+    wires: &'static [Wire],
     workloads: Vec<Workload>,
     tally: Tally,
 }
@@ -271,7 +277,8 @@ impl Soak {
             if first.is_empty() { vec![self.random.usize(..PROBLEMS)] } else { first.collect() };
         for index in indices {
             let (problem, seed) = (self.problem(), self.random.u64(..));
-            let mut repeated = (self.steps(problem.sharded), self.random.u32(1..=8));
+            let wire = self.wires[self.random.usize(..self.wires.len())];
+            let mut repeated = (self.steps(problem.sharded, wire), self.random.u32(1..=8));
             let in_place = self.random.u8(..4) == 0;
             backend.select(index)?;
             backend.prepare(&problem)?;
@@ -279,8 +286,10 @@ impl Soak {
             let quant_mode = quant_mode(problem.quantization);
             let inputs = [Tensor::Input, Tensor::Residual, Tensor::ResidualShard];
             let inputs = Saved::of(backend, &inputs)?;
-            let [mut expected, mut sharded, mut repeated_in_place] = [const { None::<Outputs> }; 3];
-            for variant in variants(problem.pattern, quant_mode, problem.residual, problem.sharded, true, &[])
+            let (mut expected, mut sharded, mut repeated_in_place) =
+                ([const { None::<Outputs> }; 2], None, None);
+            for variant in
+                variants(problem.pattern, quant_mode, problem.residual, problem.sharded, true, &[wire], &[])
             {
                 if let Err(why) = verify(backend, group, &problem, &variant, Numbers::random(seed))? {
                     return Ok(Err(format!("{}: {}: {why}", describe_problem(&problem), variant.name)));
@@ -303,12 +312,13 @@ impl Soak {
                 }
                 if variant.sharded {
                     sharded = Some(found);
-                } else if expected.get_or_insert(found.clone()) != &found {
+                } else if expected[bits_of(call)].get_or_insert(found.clone()) != &found {
                     return Ok(Err(format!("{}: modes differ", describe_problem(&problem))));
                 }
             }
             self.tally.problems += 1;
-            let workload = Workload { problem, seed, expected, sharded, inputs, repeated, repeated_in_place };
+            let workload =
+                Workload { problem, wire, seed, expected, sharded, inputs, repeated, repeated_in_place };
             if index < self.workloads.len() {
                 self.workloads[index] = workload;
             } else {
@@ -348,12 +358,14 @@ impl Soak {
     }
 
     /// One to five collectives, of which the last makes the outputs. If `sharded`, they may use the sharded residual.
-    fn steps(&mut self, sharded: bool) -> Vec<Step> {
+    fn steps(&mut self, sharded: bool, wire: Wire) -> Vec<Step> {
         let random = &mut self.random;
         let mut fused = || {
-            let modes = [Mode::Auto, Mode::OneShot, Mode::TwoShot].map(Step::fused);
+            // The plan's mode shows in the bits of a format of fewer bits.
+            let either = if wire.is_exact() { Mode::Auto } else { Mode::OneShot };
+            let modes = [either, Mode::OneShot, Mode::TwoShot].map(Step::fused);
             let all = [modes[0], modes[1], modes[2], Step::fused_sharded()];
-            all[random.usize(..if sharded { 4 } else { 3 })]
+            all[random.usize(..if sharded { 4 } else { 3 })].sent_as(wire)
         };
         let last = fused();
         let before: [Step; 4] = std::array::from_fn(|_| fused());
@@ -372,12 +384,12 @@ impl Soak {
 
     fn choose(&mut self) -> (usize, Turn) {
         let index = self.random.usize(..self.workloads.len());
-        let problem = self.workloads[index].problem;
+        let Workload { problem, wire, .. } = self.workloads[index];
         let repeat = self.random.u8(..4) == 0;
         if repeat {
             return (index, Turn::Repeat);
         }
-        let mut steps = self.steps(problem.sharded);
+        let mut steps = self.steps(problem.sharded, wire);
         let [in_place, chunks] = [(); 2].map(|()| self.random.u8(..4) == 0);
         // Steps that follow would read what one in place has written.
         let Some(Step::Fused(call)) = steps.last_mut() else { return (index, Turn::Run(steps)) };
@@ -424,7 +436,7 @@ impl Soak {
         let expected = match turn {
             Turn::Repeat if call.in_place => &workload.repeated_in_place,
             _ if call.sharded => &workload.sharded,
-            _ => &workload.expected,
+            _ => &workload.expected[bits_of(call)],
         };
         let found = outputs(backend, &workload.problem, call)?;
         if call.in_place {
@@ -464,10 +476,13 @@ impl Soak {
 }
 
 fn describe_call(text: &mut String, call: &Fused) -> fmt::Result {
-    let Fused { mode, sharded, in_place, rows } = call;
+    let Fused { mode, sharded, in_place, wire, rows } = call;
     let (sharded, in_place) =
         (if *sharded { " sharded" } else { "" }, if *in_place { " in place" } else { "" });
     write!(text, ", {mode:?}{sharded}{in_place}")?;
+    if !wire.is_exact() {
+        write!(text, " sent as {wire}")?;
+    }
     rows.map_or(Ok(()), |Rows { first, count }| write!(text, " of {count} rows from {first}"))
 }
 
@@ -485,6 +500,11 @@ fn describe_problem(problem: &Problem) -> String {
 
 fn quant_mode(quantization: Quantization) -> QuantMode {
     QuantMode::ALL.into_iter().find(|mode| mode.quantization() == quantization).unwrap_or(QuantMode::None)
+}
+
+/// The place of the [expected](Workload::expected) outputs of `call` without a sharded residual.
+fn bits_of(call: Fused) -> usize {
+    usize::from(!call.wire.is_exact() && call.mode == Mode::TwoShot)
 }
 
 /// The outputs that `call` has written.

@@ -20,6 +20,7 @@ use crate::{
     job::ranks::{Error, gather_verdicts},
     pattern::Pattern,
     report::progress::Progress,
+    wire::Wire,
 };
 
 /// Elements of the runs between two barriers.
@@ -47,9 +48,15 @@ pub fn run_dependents(
                 progress.doing(title.clone());
                 let problem = shape.problem(quant_mode);
                 let mut verdicts = Verdicts::new();
-                for variant in
-                    variants(problem.pattern, quant_mode, problem.residual, problem.sharded, true, &[])
-                {
+                for variant in variants(
+                    problem.pattern,
+                    quant_mode,
+                    problem.residual,
+                    problem.sharded,
+                    true,
+                    &[Wire::Exact],
+                    &[],
+                ) {
                     let mut verdict = match &mut place.own {
                         Some((group, backend)) => {
                             verified(settings, group, &mut **backend, &problem, &variant)?

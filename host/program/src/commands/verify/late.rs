@@ -30,6 +30,7 @@ use crate::{
     pattern::Pattern,
     quant_mode::QuantMode,
     report::progress::Progress,
+    wire::Wire,
 };
 
 /// The longest wait of the operations under test.
@@ -65,7 +66,15 @@ pub fn run_late_ranks(
         quantization: Quantization::None,
         scale: QuantMode::None.scale(),
     };
-    for variant in variants(problem.pattern, QuantMode::None, problem.residual, problem.sharded, true, &[]) {
+    for variant in variants(
+        problem.pattern,
+        QuantMode::None,
+        problem.residual,
+        problem.sharded,
+        true,
+        &[Wire::Exact],
+        &[],
+    ) {
         let mut tally = Tally::default();
         for late in 0..group.world_size() {
             let title = format!("rank {late} withheld");

@@ -1,15 +1,15 @@
 //! The settings of a verification, and the matrix of problems that they describe.
 
-use fused_collective_core::{dtype::DType, fusion::Norm};
+use fused_collective_core::{dtype::DType, fusion::Norm, quant::Quantization};
 use serde::Serialize;
 
 use super::verdicts::Tally;
 use crate::{
     backend::problem::Problem, check::inputs::Numbers, job::options::JobOptions, pattern::Pattern,
-    quant_mode::QuantMode,
+    quant_mode::QuantMode, wire::Wire,
 };
 
-/// The most tokens of patterns with further steps.
+/// The most tokens of patterns with further steps, and of rows in formats of fewer bits.
 const PATTERN_TOKENS: u64 = 128;
 
 /// Everything that the command line says about a verification. `num_tokens` and `hidden_dims` are not empty, no list has a
@@ -81,9 +81,12 @@ impl Settings {
         })
     }
 
-    /// Cases of one group. Each problem is solved by one-shot, by two-shot and, if it has one, with a sharded residual.
-    pub fn count(&self) -> u64 {
-        self.problems().map(|problem| 2 + u64::from(problem.sharded)).sum()
+    /// Cases of one group whose backend has the formats `wires`. In each of its formats a problem is solved by one-shot, by
+    /// two-shot and, if it has one, with a sharded residual.
+    pub fn count(&self, wires: &[Wire]) -> u64 {
+        let cases =
+            |problem: Problem| wires_of(&problem, wires).len() as u64 * (2 + u64::from(problem.sharded));
+        self.problems().map(cases).sum()
     }
 
     pub(super) fn sections(&self) -> impl Iterator<Item = Section> + '_ {
@@ -91,6 +94,13 @@ impl Settings {
             .into_iter()
             .flat_map(move |dtype| self.hidden_dims.iter().map(move |&hidden| Section { dtype, hidden }))
     }
+}
+
+/// Those of a backend's formats that `problem` is solved in: all, if it has few tokens and no quantization, which follows
+/// later.
+pub(super) fn wires_of<'a>(problem: &Problem, wires: &'a [Wire]) -> &'a [Wire] {
+    let is_plain = problem.residual && problem.quantization == Quantization::None;
+    if is_plain && problem.tokens <= PATTERN_TOKENS { wires } else { &[Wire::Exact] }
 }
 
 /// Cases that are reported together, in a line for each quantization.

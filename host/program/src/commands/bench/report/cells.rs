@@ -15,12 +15,12 @@ pub(super) struct Cells {
 impl Cells {
     pub(super) fn of(row: &Row) -> Cells {
         match &row.outcome {
-            RowOutcome::Verified { max_error, figures, .. } => Cells {
+            RowOutcome::Verified { max_error, sum_error, figures, .. } => Cells {
                 median: format!("{:.2}", figures.median_us),
                 min: format!("{:.2}", figures.min_us),
                 p99: format!("{:.2}", figures.p99_us),
                 bus_bandwidth: format!("{:.2}", figures.bus_bandwidth_gb_s),
-                max_error: format!("{max_error:.2}"),
+                max_error: sum_error.map_or_else(|| format!("{max_error:.2}"), |error| error.to_string()),
                 speedup: match figures.speedup {
                     _ if figures.is_baseline => "baseline".to_owned(),
                     Some(speedup) => format!("{speedup:.2}x"),

@@ -2,8 +2,8 @@
 //! on.
 //!
 //! Medians that differ by less than 3%, or whose middle halves of trials overlap, are taken for equal. Fused variants
-//! are this project's with a replicated residual, if nothing else is said: peers and the sharded residual have sentences
-//! of their own.
+//! are this project's with a replicated residual and exact sums, if nothing else is said: peers, the sharded residual and
+//! formats of fewer bits between ranks have sentences of their own.
 
 use std::fmt;
 
@@ -14,6 +14,7 @@ use crate::{
     measurement::{Kind, percentile},
     peers::choice::PeerChoice,
     quant_mode::QuantMode,
+    wire::Wire,
 };
 
 /// The ratio of two medians up to which they are equal: figures of one machine repeat within 3%.
@@ -45,7 +46,7 @@ fn conclusion(report: &Report) -> Conclusion {
     if report.settings.job.oversubscribe {
         sentences.push("Ranks may have shared a GPU, which makes times meaningless.".to_owned());
     }
-    let parts = [gain, modes, quantization, peers, sharded, noise];
+    let parts = [gain, modes, quantization, peers, sharded, wires, noise];
     sentences.extend(parts.into_iter().flat_map(|part| part(&cases)));
     let failures = report.failures().count();
     if failures > 0 {
@@ -126,7 +127,11 @@ impl<'a> Times<'a> {
     }
 
     fn fused(&self) -> Option<Time<'a>> {
-        self.fastest(|row| row.is_ours_fused() && !row.is_sharded())
+        self.fused_as(Wire::Exact)
+    }
+
+    fn fused_as(&self, wire: Wire) -> Option<Time<'a>> {
+        self.fastest(|row| row.is_ours_fused() && !row.is_sharded() && row.wire() == wire)
     }
 
     /// True if separate operations are faster.
@@ -203,8 +208,10 @@ fn mode_by_tokens(series: &[Times<'_>]) -> Option<String> {
     // Ascending token counts, each with the mode that is faster by more than what is taken for equal.
     let mut winners: Vec<(u64, Option<&str>)> = Vec::new();
     for case in series {
-        let of_mode =
-            |suffix: &'static str| case.fastest(|row| row.is_ours_fused() && row.variant.ends_with(suffix));
+        let of_mode = |suffix: &'static str| {
+            let is_it = |row: &Row| row.wire().is_exact() && row.variant.ends_with(suffix);
+            case.fastest(|row| row.is_ours_fused() && is_it(row))
+        };
         let (Some(one_shot), Some(two_shot)) = (of_mode("_oneshot"), of_mode("_twoshot")) else { continue };
         let winner = match (one_shot.beats(&two_shot), two_shot.beats(&one_shot)) {
             (true, _) => Some("one-shot"),
@@ -289,7 +296,8 @@ fn peers(cases: &[Times<'_>]) -> Vec<String> {
 fn sharded(cases: &[Times<'_>]) -> Vec<String> {
     let saving = |case| {
         let times: &Times<'_> = case;
-        let sharded = times.fastest(|row| row.is_ours_fused() && row.is_sharded())?;
+        let sharded =
+            times.fastest(|row| row.is_ours_fused() && row.is_sharded() && row.wire().is_exact())?;
         let fused = times.fused()?;
         Some((times, if sharded.beats(&fused) { 1.0 - sharded.median / fused.median } else { 0.0 }))
     };
@@ -299,6 +307,28 @@ fn sharded(cases: &[Times<'_>]) -> Vec<String> {
         _ => format!("A sharded residual saves up to {:.0}% more, at {case}.", saving * 100.0),
     };
     best.map(sentence).into_iter().collect()
+}
+
+/// Formats of fewer bits between ranks, whose sums are others.
+fn wires(cases: &[Times<'_>]) -> Vec<String> {
+    let sentence = |wire: Wire| {
+        let fastest: Vec<_> = cases.iter().filter_map(|case| Some((case, case.fused_as(wire)?))).collect();
+        let errors = fastest.iter().filter_map(|(_, time)| match &time.row.outcome {
+            RowOutcome::Verified { sum_error, .. } => *sum_error,
+            RowOutcome::Failed { .. } => None,
+        });
+        let error = errors.max_by(|a, b| a.rms.total_cmp(&b.rms))?;
+        let gains = fastest.iter().filter_map(|(case, time)| Some(case.fused()?.median / time.median));
+        let gain = Range::of(gains).map(|range| format!(" It is {range} times as fast as with exact sums."));
+        Some(format!(
+            "Not the same result: with {wire} between ranks a fused sum misses by {:.2}% of its row, root mean square, and an \
+             element by up to {:.1}%.{}",
+            error.rms * 100.0,
+            error.largest * 100.0,
+            gain.unwrap_or_default()
+        ))
+    };
+    Wire::ALL.into_iter().filter(|wire| !wire.is_exact()).filter_map(sentence).collect()
 }
 
 /// Warns of measurements that may not repeat.
@@ -357,6 +387,7 @@ mod tests {
         super::fixture::{self, case, measurement, trials},
         *,
     };
+    use crate::measurement::{SumError, Trials};
 
     const SEPARATE: &str = "standard_allreduce_rmsnorm_native_compiled";
     const ONE_SHOT: &str = "fused_allreduce_rmsnorm_oneshot";
@@ -467,6 +498,32 @@ mod tests {
             "A sharded residual saves up to 25% more, at 1 token (fp8).",
         ];
         assert_eq!(sentences(&cases), expected);
+    }
+
+    #[test]
+    fn sums_that_are_not_exact_have_a_sentence_and_count_for_nothing_else() {
+        let wire = |rms, largest, time: f64| {
+            let trials = trials(&[time; 5]).unwrap();
+            Ok(Trials { sum_error: Some(SumError { rms, largest }), ..trials })
+        };
+        let mut report = fixture::empty(&[1], &[QuantMode::None]);
+        let rows = vec![
+            measurement(SEPARATE, trials(&[20.0; 5])),
+            measurement(ONE_SHOT, trials(&[10.0; 5])),
+            measurement("fused_allreduce_rmsnorm_int8_wire_oneshot", wire(0.0055, 0.027, 5.0)),
+            measurement("fused_allreduce_rmsnorm_int8_wire_twoshot", wire(0.0078, 0.04, 6.0)),
+            measurement("fused_allreduce_rmsnorm_int4_wire_twoshot", wire(0.12, 0.5, 2.5)),
+            measurement("fused_allreduce_rmsnorm_int4_wire_twoshot_sharded", wire(0.086, 0.34, 2.0)),
+        ];
+        report.push(case(1, QuantMode::None), Vec::new(), rows);
+        let expected = [
+            "Fusing is 2.00 times as fast as the fastest separate operations.",
+            "Not the same result: with int8 between ranks a fused sum misses by 0.55% of its row, root mean square, and an \
+             element by up to 2.7%. It is 2.00 times as fast as with exact sums.",
+            "Not the same result: with int4 between ranks a fused sum misses by 12.00% of its row, root mean square, and an \
+             element by up to 50.0%. It is 4.00 times as fast as with exact sums.",
+        ];
+        assert_eq!(report.conclusion.sentences, expected);
     }
 
     #[test]

@@ -7,11 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     commands::bench::settings::{Case, Settings, dtype_name},
-    measurement::Kind,
+    measurement::{Kind, SumError},
     peers::choice::PeerChoice,
     quant_mode::QuantMode,
     report::machine::Machine,
     usage::PROGRAM,
+    wire::Wire,
 };
 
 /// Version of the JSON schema. A reader refuses any other.
@@ -134,6 +135,9 @@ pub enum RowOutcome {
         max_error: f64,
         /// Unit of `max_error`.
         unit: ErrorUnit,
+        /// The error of the sum, if rows have a format of fewer bits between ranks.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sum_error: Option<SumError>,
         /// Operations that one trial runs, back to back.
         operations_per_trial: u32,
         /// One time per trial, in the order measured.
@@ -257,6 +261,12 @@ impl Row {
     /// True if it is a fused operation of this project.
     pub fn is_ours_fused(&self) -> bool {
         self.kind == Kind::Fused && self.peer().is_none()
+    }
+
+    /// The format of its rows between ranks.
+    pub fn wire(&self) -> Wire {
+        let is_named = |wire: &Wire| !wire.is_exact() && self.variant.contains(&wire.part_of_name());
+        Wire::ALL.into_iter().find(is_named).unwrap_or_default()
     }
 
     /// True if the residual that it reads and writes is sharded, so that it sends and writes fewer bytes than others.

@@ -63,7 +63,7 @@ fn row(Measurement { variant, kind, result }: Measurement, bytes: f64, world_siz
 }
 
 fn timed(trials: Trials, bytes: f64, world_size: u32) -> RowOutcome {
-    let Trials { max_error_ulp, operations_per_trial, times_us } = trials;
+    let Trials { max_error_ulp, sum_error, operations_per_trial, times_us } = trials;
     if let Some(reason) = invalid_duration(&times_us) {
         return RowOutcome::Failed { reason };
     }
@@ -88,6 +88,7 @@ fn timed(trials: Trials, bytes: f64, world_size: u32) -> RowOutcome {
     RowOutcome::Verified {
         max_error: max_error_ulp,
         unit: ErrorUnit::Ulp,
+        sum_error,
         operations_per_trial,
         times_us,
         figures,
@@ -99,7 +100,12 @@ mod tests {
     use super::*;
 
     fn measured(variant: &str, kind: Kind, times_us: &[f64]) -> Measurement {
-        let trials = Trials { max_error_ulp: 0.5, operations_per_trial: 10, times_us: times_us.to_vec() };
+        let trials = Trials {
+            max_error_ulp: 0.5,
+            sum_error: None,
+            operations_per_trial: 10,
+            times_us: times_us.to_vec(),
+        };
         Measurement { variant: variant.to_owned(), kind, result: Ok(trials) }
     }
 
@@ -179,7 +185,12 @@ mod tests {
 
     #[test]
     fn an_error_without_bound_fails_the_row() {
-        let trials = Trials { max_error_ulp: f64::INFINITY, operations_per_trial: 1, times_us: vec![1.0] };
+        let trials = Trials {
+            max_error_ulp: f64::INFINITY,
+            sum_error: None,
+            operations_per_trial: 1,
+            times_us: vec![1.0],
+        };
         let outcome = timed(trials, 1.0, 2);
         assert_eq!(outcome, RowOutcome::Failed { reason: "the largest error is inf ulp".to_owned() });
     }

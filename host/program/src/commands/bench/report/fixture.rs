@@ -11,7 +11,7 @@ use crate::{
 };
 
 pub(super) fn trials(times_us: &[f64]) -> Result<Trials, String> {
-    Ok(Trials { max_error_ulp: 0.5, operations_per_trial: 10, times_us: times_us.to_vec() })
+    Ok(Trials { max_error_ulp: 0.5, sum_error: None, operations_per_trial: 10, times_us: times_us.to_vec() })
 }
 
 pub(super) fn measurement(variant: &str, result: Result<Trials, String>) -> Measurement {

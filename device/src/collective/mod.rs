@@ -1,11 +1,11 @@
 //! The collectives, each with an epilogue: one-shot, two-shot, and two-shot with a sharded residual.
 //!
 //! Arrival is seen in the data itself, by [`lamport`](fused_collective_core::lamport)'s rules. What a kernel does:
-//! 1. waits for the kernels before it, then reads its block's [`Epoch`] and its first input together, and lets the next
-//!    kernel start;
-//! 2. pushes to its peers, then advances the epochs;
-//! 3. reads what is constant (gamma, scales) while that is on its way;
-//! 4. waits for what the peers push, and completes its rows.
+//! 1. reads what is constant (gamma, scales), which may be had before the kernels ahead have ended;
+//! 2. waits for them, and makes this rank's addend where a [prologue](crate::prologue) does;
+//! 3. reads its block's [`Epoch`] and its first input together, and lets the next kernel start;
+//! 4. pushes to its peers, then advances the epochs;
+//! 5. waits for what the peers push, and completes its rows.
 //!
 //! # Order and scope
 //! - *Pushed data* is written and polled word by word, relaxed, at system scope. Each word says by itself whether it

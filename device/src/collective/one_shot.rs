@@ -2,9 +2,10 @@
 //! ranks send no more bytes this way than in two hops, for any number of tokens between two.
 //!
 //! ```text
-//! prologue    wait for the kernels before; read the epoch; let the next kernel start
+//! prologue    read gamma and scales; wait for the kernels before
+//!             make the addend, where it is not given; read the epoch; let the next kernel start
 //! push        push(the team's first token)
-//!             advance the epochs; read gamma and scales
+//!             advance the epochs
 //! complete    for each token of the team, in order:
 //!                 load its rows of the input and the residual
 //!                 poll the own slot until it has arrived from every peer; refill it with the sentinel

@@ -3,10 +3,11 @@
 //! many bytes or a quarter; who gets them stores them as they are.
 //!
 //! ```text
-//! prologue    wait for the kernels before; read the epoch; let the next kernel start
+//! prologue    read gamma and scales, where there are registers for them; wait for the kernels before
+//!             make the addend, where it is not given; read the epoch; let the next kernel start
 //! push        for each other rank's token of the team, or the first alone:
 //!                 write its row, stripped of the sentinel, to this rank's place in the owner's slot
-//!             advance the epochs; read gamma and scales
+//!             advance the epochs
 //! complete    in each turn, until the team has no more tokens:
 //!                 a token of this rank's:
 //!                     poll the own slot until it has arrived from every peer; refill it with the sentinel

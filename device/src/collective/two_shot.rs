@@ -1,10 +1,11 @@
 //! Two-shot: every token has an owner that sums it and pushes the result to all. Two hops, for many tokens.
 //!
 //! ```text
-//! prologue    wait for the kernels before; read the epoch; let the next kernel start
+//! prologue    read gamma and scales; wait for the kernels before
+//!             make the addend, where it is not given; read the epoch; let the next kernel start
 //! push        for each token of the team that another rank owns:
 //!                 write its row, stripped of the sentinel, to this rank's place in the owner's slot
-//!             advance the epochs; read gamma and scales
+//!             advance the epochs
 //! complete    for each token of the team, in order:
 //!                 if this rank owns it:
 //!                     poll the own slot until it has arrived from every peer; refill it with the sentinel

@@ -1,4 +1,5 @@
-//! A kernel with an epilogue that this project does not have: all-reduce, residual add, and GELU in place of a norm.
+//! Kernels with an epilogue that this project does not have: all-reduce, residual add, and GELU in place of a norm. One of them
+//! has a prologue of its own, too: a rank's rows are multiplied by weights of their tokens first.
 //!
 //! GELU is its usual approximation by a sigmoid, `x * sigmoid(1.702 x)` (Hendrycks and Gimpel, 2016).
 //!
@@ -20,7 +21,8 @@
 //! leaves `target/ptx-examples/sm_90/custom_epilogue.ptx`.
 //!
 //! # Launching
-//! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, by the rules in `fused_collective_device::launch`.
+//! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, and `weighted_all_reduce_gelu` with a `Fused<Weighted>`, by the rules
+//! in `fused_collective_device::launch`.
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch)]
 
@@ -30,9 +32,9 @@ use fused_collective_device::{
     collective, convert,
     dtype::{Element, bf16},
     epilogue::{Epilogue, PackIndex, RowValues},
-    pack::Pack,
-    prologue::Given,
     launch::{Address, Fused},
+    pack::Pack,
+    prologue::{Given, Prologue},
     simt,
 };
 
@@ -69,6 +71,55 @@ fn gelu(x: f32) -> f32 {
         asm!("ex2.approx.f32 {0}, {1};", out(reg32) power, in(reg32) -1.702 * LOG2_E * x, options(pure, nomem));
     }
     x / (1.0 + power)
+}
+
+/// The parameters of an epilogue and a prologue: a kernel's own are one struct.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Weighted {
+    /// The epilogue's.
+    pub gelu: Gelu,
+    /// `[total_tokens, hidden]` elements, 16-byte aligned: this rank's rows. The kernel leaves the addends in `input`.
+    pub rows: Address,
+    /// `[total_tokens]` `f32`.
+    pub weights: Address,
+}
+
+impl<E: Element> Prologue<E> for Weighted {
+    #[inline(always)]
+    unsafe fn addend(&self, index: PackIndex) -> Pack {
+        // SAFETY: as this function's: the token and the pack are inside the tensors, which nobody writes meanwhile.
+        let (row, weight) = unsafe {
+            (simt::load(index.of(self.rows)), simt::load_value::<f32>(self.weights.offset(index.token * 4)))
+        };
+        let mut values = convert::widen::<E>(row);
+        for value in values.as_mut() {
+            *value *= weight;
+        }
+        convert::narrow::<E>(values)
+    }
+}
+
+impl<E: Element> Epilogue<E> for Weighted {
+    type Constants = ();
+    type Weights = ();
+    type Ready = ();
+
+    #[inline(always)]
+    unsafe fn finish(&self, index: PackIndex, row: Pack, of_row: RowValues, _weights: (), _constants: ()) {
+        // SAFETY: as this function's.
+        unsafe { Epilogue::<E>::finish(&self.gelu, index, row, of_row, (), ()) }
+    }
+}
+
+/// As [`all_reduce_gelu`], of rows that are multiplied by weights first.
+///
+/// # Safety
+/// As [`all_reduce_gelu`].
+#[unsafe(no_mangle)]
+pub unsafe extern "ptx-kernel" fn weighted_all_reduce_gelu(params: Fused<Weighted>) {
+    // SAFETY: as this function's.
+    unsafe { collective::two_shot::<bf16, Weighted, Weighted, 4, 1, true>(&params, &params.epilogue) }
 }
 
 /// For groups of at most four ranks, with one pack of a row in each thread.

@@ -144,6 +144,7 @@ impl<E: Element> Case<E> {
                 scales,
                 shared: random.below(2) == 1,
             }),
+            wire: None,
             mode: Mode::Auto,
         };
         operation.validate().unwrap();

@@ -33,7 +33,7 @@
 //! ```
 //! use fused_collective_core::wire::WireFormat;
 //!
-//! let row: [f32; 16] = std::array::from_fn(|index| index as f32 - 8.0);
+//! let row: [f32; 16] = core::array::from_fn(|index| index as f32 - 8.0);
 //! let mut sent = [0; 16];
 //! assert_eq!(WireFormat::Int4.row_bytes(16), 16);
 //! WireFormat::Int4.encode(&row, &mut sent);

@@ -33,7 +33,7 @@
 //! ```
 //! use fused_collective_core::wire::WireFormat;
 //!
-//! let row: [f32; 16] = std::array::from_fn(|index| index as f32 - 8.0);
+//! let row: [f32; 16] = core::array::from_fn(|index| index as f32 - 8.0);
 //! let mut sent = [0; 16];
 //! assert_eq!(WireFormat::Int4.row_bytes(16), 16);
 //! WireFormat::Int4.encode(&row, &mut sent);
@@ -48,6 +48,8 @@ use crate::lamport;
 
 /// Elements that share a scale.
 pub const BLOCK: usize = 32;
+/// Elements of the last block of a row that is not whole blocks.
+const HALF: usize = BLOCK / 2;
 /// Bytes of a scale.
 const SCALE_BYTES: usize = 2;
 /// Divisor of the bytes of a row.
@@ -177,35 +179,60 @@ pub fn decode(code: u32, scale: f32, bits: u32) -> f32 {
 
 #[inline(always)]
 fn encode<const BITS: u32>(values: &[f32], codes: &mut [u8], scales: &mut [u8]) {
-    let (of_blocks, padding) = scales.split_at_mut(values.len().div_ceil(BLOCK) * SCALE_BYTES);
-    padding.fill(0);
-    let code_bytes = BLOCK * BITS as usize / 8;
-    let blocks = values.chunks(BLOCK).zip(codes.chunks_mut(code_bytes)).zip(of_blocks.as_chunks_mut().0);
-    for ((values, codes), scale_code) in blocks {
-        let extreme = values.iter().fold(0, |extreme, value| key(*value).max(extreme));
-        let scale = scale(extreme, BITS);
-        *scale_code = scale.to_le_bytes();
-        let reciprocal = 1.0 / decode_scale(scale);
-        for (values, byte) in values.chunks_exact(8 / BITS as usize).zip(codes.iter_mut()) {
-            *byte = values.iter().rev().fold(0, |byte, value| byte << BITS | code(*value, reciprocal, BITS))
-                as u8;
-        }
-        for word in codes.as_chunks_mut().0 {
-            *word = lamport::strip(u32::from_le_bytes(*word)).to_le_bytes();
-        }
+    let (blocks, half) = values.as_chunks();
+    let (scales, padding) = scales.split_at_mut(values.len().div_ceil(BLOCK) * SCALE_BYTES);
+    let (scales, half_scale) = scales.split_at_mut(blocks.len() * SCALE_BYTES);
+    let (codes, half_codes) = codes.split_at_mut(blocks.len() * BLOCK * BITS as usize / 8);
+    let codes = codes.chunks_exact_mut(BLOCK * BITS as usize / 8);
+    for ((values, codes), scale) in blocks.iter().zip(codes).zip(scales.as_chunks_mut().0) {
+        *scale = encode_block::<BITS, BLOCK>(values, codes);
     }
+    for (values, scale) in half.as_chunks().0.iter().zip(half_scale.as_chunks_mut().0) {
+        *scale = encode_block::<BITS, HALF>(values, half_codes);
+    }
+    padding.fill(0);
+}
+
+/// Encodes a block, and returns its scale.
+#[inline(always)]
+fn encode_block<const BITS: u32, const N: usize>(values: &[f32; N], codes: &mut [u8]) -> [u8; SCALE_BYTES] {
+    let extreme = values.iter().fold(0, |extreme, value| key(*value).max(extreme));
+    let scale = scale(extreme, BITS);
+    let reciprocal = 1.0 / decode_scale(scale);
+    let wide = values.map(|value| code(value, reciprocal, BITS));
+    for (byte, wide) in codes.iter_mut().zip(wide.chunks_exact(8 / BITS as usize)) {
+        *byte = wide.iter().rev().fold(0, |byte, code| byte << BITS | code) as u8;
+    }
+    for word in codes.as_chunks_mut().0 {
+        *word = lamport::strip(u32::from_le_bytes(*word)).to_le_bytes();
+    }
+    scale.to_le_bytes()
 }
 
 #[inline(always)]
 fn add<const BITS: u32>(codes: &[u8], scales: &[u8], sum: &mut [f32]) {
-    let code_bytes = BLOCK * BITS as usize / 8;
-    let blocks = sum.chunks_mut(BLOCK).zip(codes.chunks(code_bytes)).zip(scales.as_chunks().0);
-    for ((sum, codes), scale) in blocks {
-        let scale = decode_scale(u16::from_le_bytes(*scale));
-        for (sum, byte) in sum.chunks_exact_mut(8 / BITS as usize).zip(codes) {
-            for (place, sum) in (0..).zip(sum) {
-                *sum += decode(u32::from(*byte) >> (place * BITS) & ((1 << BITS) - 1), scale, BITS);
-            }
+    let (blocks, half) = sum.as_chunks_mut();
+    let (codes, half_codes) = codes.split_at(blocks.len() * BLOCK * BITS as usize / 8);
+    let codes = codes.chunks_exact(BLOCK * BITS as usize / 8);
+    let (scales, half_scale) = scales.split_at(blocks.len() * SCALE_BYTES);
+    for ((sum, codes), scale) in blocks.iter_mut().zip(codes).zip(scales.as_chunks().0) {
+        add_block::<BITS, BLOCK>(codes, *scale, sum);
+    }
+    for (sum, scale) in half.as_chunks_mut().0.iter_mut().zip(half_scale.as_chunks().0) {
+        add_block::<BITS, HALF>(half_codes, *scale, sum);
+    }
+}
+
+#[inline(always)]
+fn add_block<const BITS: u32, const N: usize>(codes: &[u8], scale: [u8; SCALE_BYTES], sum: &mut [f32; N]) {
+    let scale = decode_scale(u16::from_le_bytes(scale));
+    let mut wide = [0; N];
+    for (wide, byte) in wide.chunks_exact_mut(8 / BITS as usize).zip(codes) {
+        for (place, wide) in (0..).zip(wide) {
+            *wide = u32::from(*byte) >> (place * BITS) & ((1 << BITS) - 1);
         }
+    }
+    for (sum, code) in sum.iter_mut().zip(wide) {
+        *sum += decode(code, scale, BITS);
     }
 }

@@ -11,6 +11,7 @@ use fused_collective::{
         fusion::{Mode, Norm, Operation, Residual, Rounding},
         plan::Algorithm,
         quant::Quantization,
+        wire::WireFormat,
     },
     cuda::{
         Communicator, DeviceTensor, KernelSource, Options, TensorType, Tensors, count, driver, slot_bytes,
@@ -177,8 +178,8 @@ fn a_query_tells_what_an_operation_would_take_and_launches_nothing() {
         assert_eq!((query.algorithm, query.rounds), (Algorithm::OneShot, 1));
         assert_eq!(communicator.query(&operation(640, 4096)).unwrap().rounds, 10);
         assert!(matches!(communicator.query(&operation(1, 20)), Err(Error::Plan(_))));
-        let mx = Operation { quantization: Quantization::Fp8PerToken, ..small };
-        assert!(matches!(communicator.query(&mx), Err(Error::Unsupported(_))));
+        let fewer_bits = Operation { wire: Some(WireFormat::Int8), ..small };
+        assert!(matches!(communicator.query(&fewer_bits), Err(Error::Unsupported(_))));
         bootstrap.barrier().unwrap();
     });
 }

@@ -242,7 +242,7 @@ pub(crate) struct Scratch {
     result: Vec<u64>,
     /// A sum in `f32`, or an addend, that goes through a wire format.
     sum: Vec<u64>,
-    /// This rank's addend in a wire format.
+    /// This rank's addend, or a sum, in a wire format.
     sent: Vec<u64>,
 }
 

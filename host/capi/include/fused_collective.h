@@ -330,6 +330,35 @@ typedef uint32_t fc_rounding;
 #endif // __cplusplus
 
 /**
+ * The format in which rows cross the links between ranks.
+ */
+enum fc_wire
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * The element type: nothing is lost.
+   */
+  FC_WIRE_EXACT = 0,
+  /**
+   * 8.5 bits an element; the sum of normal rows misses by 0.55% in one-shot. On CPUs.
+   */
+  FC_WIRE_INT8 = 1,
+  /**
+   * 4.5 bits an element; the sum of normal rows misses by 8.6% in one-shot. On CPUs.
+   */
+  FC_WIRE_INT4 = 2,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum fc_wire fc_wire;
+#else
+typedef uint32_t fc_wire;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
  * The collective.
  */
 enum fc_mode

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# All that only GPUs can show, on as many as there are, in under ten minutes:
+#
+#     tests/on_gpus.sh PROGRAM OUTPUT [EARLIER]
+#
+# PROGRAM is fused-collective with its kernels inside, as `cargo xtask dist` packs it; nothing else of this repository is needed.
+# EARLIER is one of an earlier version, which takes turns with it. PEERS names the peers that Python has: flashinfer,torch.
+# Reports and logs go to the folder OUTPUT. Each step has a limit of its own; the exit status is that of the worst.
+set -uo pipefail
+program=$(realpath "${1:?PROGRAM}") output=$(mkdir -p "${2:?OUTPUT}" && realpath "$2") earlier=${3:+$(realpath "$3")}
+gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)} peers=(${PEERS:+--peers "$PEERS"}) worst=0
+began=$SECONDS
+
+# Runs a step for at most so many seconds, and prints its last line.
+step() {
+  local name=$1 limit=$2 status=0
+  timeout --kill-after=10 "$limit" "$program" "${@:3}" >"$output/$name.log" 2>&1 || status=$?
+  ((status == 0)) || worst=$status
+  printf '%4d s  %-12s %s%s\n' $((SECONDS - began)) "$name" "$(grep -v '^$' "$output/$name.log" | tail -1)" \
+    "$( ((status == 0)) || echo " [status $status]")"
+}
+# Times fused variants, PROGRAM and EARLIER in turns; `--compare` prints rows that got slower.
+turns() {
+  local name=$1 turn
+  [ -n "$earlier" ] || return 0
+  for turn in 1 2; do
+    timeout 60 "$earlier" bench --backend cuda --allreduce custom --json "$output/$name-$turn-before.json" "${@:2}" \
+      >"$output/$name-$turn-before.log" 2>&1 || worst=$?
+    step "$name-$turn" 60 bench --backend cuda --allreduce custom --tolerance 2 --compare "$output/$name-$turn-before.json" \
+      --json "$output/$name-$turn.json" "${@:2}"
+  done
+}
+
+tokens=1,16,64,128,256,512,1024,2048
+step links 60 links --backend cuda --json "$output/links.json"
+turns turns-8192 --num-tokens $tokens --residual sharded
+turns turns-4096 --num-tokens 1,64,512 --hidden-dim 4096
+step verify 120 verify --quick --backend cuda --nproc-per-node "$gpus"
+sizes=$(seq -s, 3 $((gpus - 1)))
+if ((gpus > 3)); then
+  step sizes 120 verify --quick --num-tokens 17 --backend cuda --nproc-per-node "$sizes"
+  step groups 60 verify --quick --num-tokens 17 --backend cuda --nproc-per-node $((gpus / 2)) --groups 2
+fi
+step faults 60 faults --backend cuda
+step bench 240 bench --backend cuda --num-tokens $tokens --residual sharded "${peers[@]}" --trials 30 \
+  --output-file "$output/bench.md" --json "$output/bench.json" --plot "$output/bench.svg"
+step bench-4096 120 bench --backend cuda --num-tokens $tokens --hidden-dim 4096 "${peers[@]}" --json "$output/bench-4096.json"
+step quantized 90 bench --backend cuda --num-tokens 1,64,512,2048 --allreduce custom --json "$output/quantized.json" \
+  --quant-modes fp8,fp8_per_token,fp8_group128,mxfp8,fp4,mxfp4
+for pattern in post-norm moe; do
+  step $pattern 60 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern --json "$output/$pattern.json"
+done
+# What is left of ten minutes, and a little for its end.
+left=$((560 - SECONDS + began))
+((left < 60)) || step soak $((left + 20)) soak --minutes $((left / 60)) --backend cuda --nproc-per-node "$gpus"
+exit "$worst"

@@ -4,7 +4,7 @@
 //! All arithmetic is in `f32`, each operation rounded to nearest even, subnormal numbers included:
 //! 1. `sum = x_0 + x_1 + ...`, in rank order; plus the bias, if there is one; with [`Rounding::AfterAllReduce`] rounded to the
 //!    element type. With [`Experts`] `x_r` is the addend that rank `r` makes of its experts' rows.
-//!    With a [`wire`](Operation::wire) format, `x_r` is what [`wire`](crate::wire) makes of rank `r`'s addend, and the sum
+//!    With a [`wire`](Operation::wire) format, `x_r` is what [`mod@wire`] leaves of rank `r`'s addend, and the sum
 //!    starts from `+0`. In two-shot, unless the residual is sharded, the sum of all ranks goes through the format as well,
 //!    before the bias is added.
 //!    With a [`post_norm`](Operation::post_norm) this sum is rounded in any case, and replaced by its norm; with

@@ -1,11 +1,31 @@
 //! The packages that are published: each is packed, unpacked elsewhere, and built from there against the other packed ones.
 
-use anyhow::{Result, ensure};
+use std::{env, fs, path::PathBuf};
+
+use anyhow::{Context as _, Result, ensure};
 
 use crate::cmd;
 
 /// The files of the licence, which every package has a link to: cargo packs no file of a folder above.
 const LICENCES: [&str; 2] = ["LICENSE-APACHE", "LICENSE-MIT"];
+
+/// Removes what cargo has unpacked of packages with these names and versions. It takes packed packages for those of a registry
+/// without a host, whose folder's name is a number after a dash.
+fn forget(packages: &[String]) -> Result<()> {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let Some(home) = home.or_else(|| Some(env::home_dir()?.join(".cargo"))) else { return Ok(()) };
+    let Ok(registries) = fs::read_dir(home.join("registry/src")) else { return Ok(()) };
+    for registry in registries {
+        let registry = registry?;
+        if !registry.file_name().as_encoded_bytes().starts_with(b"-") {
+            continue;
+        }
+        for unpacked in packages.iter().map(|name| registry.path().join(name)).filter(|it| it.is_dir()) {
+            fs::remove_dir_all(&unpacked).with_context(|| format!("cannot remove {}", unpacked.display()))?;
+        }
+    }
+    Ok(())
+}
 
 /// Packs every package that may be published, and verifies each as `cargo publish` would.
 pub(crate) fn check() -> Result<()> {
@@ -20,8 +40,10 @@ pub(crate) fn check() -> Result<()> {
         });
         command
     };
-    // What cargo built of a packed package it takes for good as long as the version is the same.
+    // What cargo built and unpacked of a packed package it takes for good as long as the version is the same.
     cmd::run(&mut prepare("clean"))?;
+    let names: Vec<String> = packages().map(|it| format!("{}-{}", it.name, it.version)).collect();
+    forget(&names)?;
     let mut package = prepare("package");
     package.args(["--allow-dirty", "--config", "profile.dev.debug=false"]);
     // Device code builds for GPUs alone without it.

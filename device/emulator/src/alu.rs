@@ -131,6 +131,8 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "rem.u64": |a, b, _| a.checked_rem(b).unwrap_or(a),
         "min.u32": |a, b, _| u64::from((a as u32).min(b as u32)),
         "max.u32": |a, b, _| u64::from((a as u32).max(b as u32)),
+        "min.s32": |a, b, _| u64::from((a as i32).min(b as i32) as u32),
+        "max.s32": |a, b, _| u64::from((a as i32).max(b as i32) as u32),
         "min.u64": |a, b, _| a.min(b),
         "max.u64": |a, b, _| a.max(b),
         "max.u16": |a, b, _| u64::from((a as u16).max(b as u16)),
@@ -211,6 +213,7 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "add.rn.f32": |a, b, _| bits(float(a) + float(b)),
         "add.rn.f32x2": |a, b, _| both(|a, b| a + b, a, b),
         "mul.rn.f32": |a, b, _| bits(float(a) * float(b)),
+        "mul.rn.f32x2": |a, b, _| both(|a, b| a * b, a, b),
         "fma.rn.f32": |a, b, c| bits(float(a).mul_add(float(b), float(c))),
         "div.rn.f32": |a, b, _| bits(float(a) / float(b)),
         "rcp.rn.f32": |a, _, _| bits(1.0 / float(a)),
@@ -288,6 +291,12 @@ mod tests {
             of("add.rn.f32x2", bits(1.0) | bits(2.0) << 32, bits(0.5) | bits(-2.0) << 32, 0),
             bits(1.5) | bits(0.0) << 32
         );
+        assert_eq!(
+            of("mul.rn.f32x2", bits(3.0) | bits(2.0) << 32, bits(0.5) | bits(-2.0) << 32, 0),
+            bits(1.5) | bits(-4.0) << 32
+        );
+        assert_eq!(of("max.s32", 0xffff_ffff, 0, 0), 0);
+        assert_eq!(of("min.s32", 0xffff_ffff, 0, 0), 0xffff_ffff);
     }
 
     #[test]

@@ -9,7 +9,8 @@ use crate::{
 };
 
 /// Loads from global memory.
-const GLOBAL_LOADS: [&str; 9] = [
+const GLOBAL_LOADS: [&str; 10] = [
+    "ld.global.u16",
     "ld.global.u32",
     "ld.global.v2.u32",
     "ld.global.v4.u32",

@@ -141,7 +141,8 @@ fn ranks_may_run_ahead_of_each_other() {
                     let (kernel, rows) = (KERNELS[random.below(3) as usize], ROWS[random.below(3) as usize]);
                     let what = EVERYTHING[1 + random.below(EVERYTHING.len() as u64 - 1) as usize];
                     let (tokens, hidden) = (1 + random.below(6), 16 * (1 + random.below(30)));
-                    let case = Case::<bf16>::new(&mut random, ranks, tokens, hidden, true, what);
+                    let case =
+                        Case::<bf16>::new(&mut random, ranks, tokens, hidden, true, what).of_rows(rows);
                     let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
                     let tensors: Vec<Tensors> = (0..ranks).map(|rank| Tensors::new(&case, rank)).collect();
                     let launches: Vec<Launch> = (0..ranks)

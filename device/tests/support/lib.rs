@@ -389,7 +389,7 @@ pub fn missing_rank<E: Element>(
     kernel: Kernel,
     rows: Rows,
 ) {
-    let case = Case::<E>::new(random, 2, u64::from(tokens), 512, true, What::Fp8);
+    let case = Case::<E>::new(random, 2, u64::from(tokens), 512, true, What::Fp8).of_rows(rows);
     let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
     let launch = geometry(&case.operation, rows, 1, tokens);
     run_case(random, &world, &case, kernel, rows, |_| launch);

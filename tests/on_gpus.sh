@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
-# All that only GPUs can show, on as many as there are, in under ten minutes:
+# All that only GPUs can show, on as many as there are, in ten minutes:
 #
 #     tests/on_gpus.sh PROGRAM OUTPUT [EARLIER]
 #
 # PROGRAM is fused-collective with its kernels inside, as `cargo xtask dist` packs it; nothing else of this repository is needed.
 # EARLIER is one of an earlier version, which takes turns with it. PEERS names the peers that Python has: flashinfer,torch.
-# Reports and logs go to the folder OUTPUT. Each step has a limit of its own; the exit status is that of the worst.
+# Reports and logs go to the folder OUTPUT. A step ends at its own limit, or when ten minutes have passed; the exit status is the
+# largest of all steps'.
 set -uo pipefail
 program=$(realpath "${1:?PROGRAM}") output=$(mkdir -p "${2:?OUTPUT}" && realpath "$2") earlier=${3:+$(realpath "$3")}
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)} peers=(${PEERS:+--peers "$PEERS"}) worst=0
-began=$SECONDS
+ends=$((SECONDS + 590))
+
+# Keeps the largest exit status.
+ended() { (($1 <= worst)) || worst=$1; }
+# The seconds that a step may take, of so many that it asks for.
+limit() { echo $(($1 < ends - SECONDS ? $1 : ends - SECONDS)); }
 
 # Runs a step for at most so many seconds, and prints its last line.
 step() {
-  local name=$1 limit=$2 status=0
-  timeout --kill-after=10 "$limit" "$program" "${@:3}" >"$output/$name.log" 2>&1 || status=$?
-  ((status == 0)) || worst=$status
-  printf '%4d s  %-12s %s%s\n' $((SECONDS - began)) "$name" "$(grep -v '^$' "$output/$name.log" | tail -1)" \
+  local name=$1 status=0
+  if (($(limit "$2") <= 0)); then
+    echo "        $name: no time is left" && ended 124
+    return
+  fi
+  timeout --kill-after=10 "$(limit "$2")" "$program" "${@:3}" >"$output/$name.log" 2>&1 || status=$?
+  ended $status
+  printf '%4d s  %-12s %s%s\n' $((SECONDS - ends + 590)) "$name" "$(grep -v '^$' "$output/$name.log" | tail -1)" \
     "$( ((status == 0)) || echo " [status $status]")"
 }
 # Times fused variants, PROGRAM and EARLIER in turns; `--compare` prints rows that got slower.
@@ -24,8 +34,9 @@ turns() {
   local name=$1 turn
   [ -n "$earlier" ] || return 0
   for turn in 1 2; do
-    timeout 60 "$earlier" bench --backend cuda --allreduce custom --json "$output/$name-$turn-before.json" "${@:2}" \
-      >"$output/$name-$turn-before.log" 2>&1 || worst=$?
+    (($(limit 60) > 0)) || return 0
+    timeout "$(limit 60)" "$earlier" bench --backend cuda --allreduce custom --json "$output/$name-$turn-before.json" "${@:2}" \
+      >"$output/$name-$turn-before.log" 2>&1 || ended $?
     step "$name-$turn" 60 bench --backend cuda --allreduce custom --tolerance 2 --compare "$output/$name-$turn-before.json" \
       --json "$output/$name-$turn.json" "${@:2}"
   done
@@ -50,7 +61,7 @@ step quantized 90 bench --backend cuda --num-tokens 1,64,512,2048 --allreduce cu
 for pattern in post-norm moe; do
   step $pattern 60 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern --json "$output/$pattern.json"
 done
-# What is left of ten minutes, and a little for its end.
-left=$((560 - SECONDS + began))
+# In what is left, less a little for its end.
+left=$((ends - SECONDS - 20))
 ((left < 60)) || step soak $((left + 20)) soak --minutes $((left / 60)) --backend cuda --nproc-per-node "$gpus"
 exit "$worst"

@@ -1,8 +1,9 @@
 //! The description of one fused operation: shape, types, fused steps, outputs.
 //!
 //! An operation adds up the inputs of all ranks and adds a residual. It may normalize the sum (RMSNorm) and quantize
-//! the norm. An input may be made of rows of experts, and the sum may have a norm of its own before the residual is added. An [`Operation`] names these parts and no memory, backend or group. [`Operation::validate`] holds all
-//! rules that need no group; a [`Plan`](crate::plan::Plan) applies the limits of one.
+//! the norm. An input may be made of rows of experts, and the sum may have a norm of its own before the residual is
+//! added. An [`Operation`] names these parts and no memory, backend or group. [`Operation::validate`] holds all rules
+//! that need no group; a [`Plan`](crate::plan::Plan) applies the limits of one.
 
 use core::fmt;
 
@@ -41,6 +42,11 @@ impl WeightType {
             WeightType::Element => element,
             WeightType::F32 => DType::F32,
         }
+    }
+
+    /// True if such weights are wider than elements of type `element`.
+    pub fn is_wider(self, element: DType) -> bool {
+        self.dtype(element) != element
     }
 }
 
@@ -374,7 +380,7 @@ impl Operation {
     }
 
     /// Bytes of a row as it crosses the links, in the first hop and in the second.
-    pub const fn hop_bytes(&self) -> [u64; 2] {
+    pub const fn sent_bytes(&self) -> [u64; 2] {
         let addend = match self.wire {
             Some(format) => format.row_bytes(self.hidden),
             None => self.row_bytes(),

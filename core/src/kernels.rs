@@ -98,11 +98,11 @@ impl Set {
 
     /// The names of the set's entry points.
     pub fn entries(self) -> impl Iterator<Item = &'static str> {
-        let has = move |kernel: &Kernel, version| match (self, kernel.family) {
-            (Set::Streamed, _) => version == Version::Streamed,
-            (_, Family::Local) => version != Version::Streamed && self == Set::Local,
-            (_, Family::TwoShot) => version != Version::Streamed && matches!(self, Set::Group4 | Set::Group8),
-            (_, Family::OneShot | Family::Sharded) => version != Version::Streamed && self != Set::Local,
+        let has = move |kernel: &Kernel, version| match (version, kernel.family) {
+            (Version::Streamed, _) => self == Set::Streamed,
+            (_, Family::Local) => self == Set::Local,
+            (_, Family::TwoShot) => matches!(self, Set::Group4 | Set::Group8),
+            (_, Family::OneShot | Family::Sharded) => matches!(self, Set::Group2 | Set::Group4 | Set::Group8),
         };
         KERNELS.iter().flat_map(move |kernel| {
             Version::ALL

@@ -371,7 +371,7 @@ pub struct Fused<X> {
     pub activations: Activations,
     /// What is made of the sum.
     pub epilogue: X,
-    /// What few operations have.
+    /// The parts that few operations have.
     pub extras: Extras,
 }
 

@@ -126,8 +126,8 @@ pub struct Plan {
     pub world_size: u32,
     /// Bytes of a row of elements.
     pub row_bytes: u64,
-    /// Bytes of a row in each hop: see [`Operation::hop_bytes`].
-    pub hop_bytes: [u64; 2],
+    /// Bytes of a row in each hop: see [`Operation::sent_bytes`].
+    pub sent_bytes: [u64; 2],
     /// Blocks that share a token; 1 where there are no clusters. Kernels that cannot hold a row in the registers of
     /// this many blocks may use more, up to [`Limits::max_cluster`].
     pub cluster: u32,
@@ -192,16 +192,17 @@ impl Plan {
         if !limits.max_cluster.is_power_of_two() {
             return Err(PlanError::Limits("the largest cluster must be a power of two"));
         }
-        let (row_bytes, hop_bytes) = (operation.row_bytes(), operation.hop_bytes());
+        let (row_bytes, sent_bytes) = (operation.row_bytes(), operation.sent_bytes());
         let plan = |algorithm| {
-            tokens_per_round(algorithm, operation.tokens, hop_bytes, limits).map(|tokens| (algorithm, tokens))
+            tokens_per_round(algorithm, operation.tokens, sent_bytes, limits)
+                .map(|tokens| (algorithm, tokens))
         };
         let (algorithm, tokens_per_round) = match operation.mode {
             _ if operation.residual == Residual::Sharded => plan(Algorithm::ShardedTwoShot)?,
             Mode::OneShot => plan(Algorithm::OneShot)?,
             Mode::TwoShot => plan(Algorithm::TwoShot)?,
             Mode::Auto => {
-                let (first, second) = if operation.tokens * hop_bytes[0] <= limits.one_shot_bytes {
+                let (first, second) = if operation.tokens * sent_bytes[0] <= limits.one_shot_bytes {
                     (Algorithm::OneShot, Algorithm::TwoShot)
                 } else {
                     (Algorithm::TwoShot, Algorithm::OneShot)
@@ -216,7 +217,7 @@ impl Plan {
             tokens_per_round,
             world_size: limits.world_size,
             row_bytes,
-            hop_bytes,
+            sent_bytes,
             cluster: cluster(tokens_per_round, row_bytes, limits),
         })
     }
@@ -228,7 +229,7 @@ impl Plan {
         (0..count).map(move |index| {
             let first_token = index * plan.tokens_per_round;
             let tokens = plan.tokens_per_round.min(plan.tokens - first_token);
-            Round { first_token, rows: slot_rows(tokens, plan.hop_bytes, plan.world_size) }
+            Round { first_token, rows: slot_rows(tokens, plan.sent_bytes, plan.world_size) }
         })
     }
 }
@@ -246,8 +247,8 @@ const fn slot_rows(tokens: u64, [row_bytes, sum_bytes]: [u64; 2], world_size: u3
     SlotRows { world_size, tokens, row_bytes, sum_bytes }
 }
 
-fn slot_bytes_of(algorithm: Algorithm, tokens: u64, hop_bytes: [u64; 2], world_size: u32) -> Option<u64> {
-    let rows = slot_rows(tokens, hop_bytes, world_size);
+fn slot_bytes_of(algorithm: Algorithm, tokens: u64, sent_bytes: [u64; 2], world_size: u32) -> Option<u64> {
+    let rows = slot_rows(tokens, sent_bytes, world_size);
     match algorithm {
         Algorithm::OneShot => rows.one_shot_bytes(),
         Algorithm::TwoShot | Algorithm::ShardedTwoShot => rows.two_shot_bytes(),
@@ -259,10 +260,10 @@ fn slot_bytes_of(algorithm: Algorithm, tokens: u64, hop_bytes: [u64; 2], world_s
 fn tokens_per_round(
     algorithm: Algorithm,
     tokens: u64,
-    hop_bytes: [u64; 2],
+    sent_bytes: [u64; 2],
     limits: &Limits,
 ) -> Result<u64, PlanError> {
-    let bytes = |tokens| slot_bytes_of(algorithm, tokens, hop_bytes, limits.world_size);
+    let bytes = |tokens| slot_bytes_of(algorithm, tokens, sent_bytes, limits.world_size);
     let fits = |tokens| bytes(tokens).is_some_and(|bytes| bytes <= limits.slot_bytes);
     let unit = if algorithm == Algorithm::ShardedTwoShot { u64::from(limits.world_size) } else { 1 };
     let least = unit.min(tokens.max(1));

@@ -99,7 +99,7 @@ proptest! {
         limits in any_limits(),
     ) {
         let operation = Operation { wire, ..operation(tokens, blocks * 16, dtype, mode) };
-        prop_assert!(operation.hop_bytes().iter().all(|&bytes| bytes <= operation.row_bytes()));
+        prop_assert!(operation.sent_bytes().iter().all(|&bytes| bytes <= operation.row_bytes()));
         match Plan::new(&operation, &limits) {
             Err(PlanError::Slot { tokens, needed, slot_bytes }) => {
                 prop_assert_eq!(tokens, 1);
@@ -137,7 +137,7 @@ proptest! {
             ..operation(tokens, blocks * 16, dtype, Mode::Auto)
         };
         let least = u64::from(limits.world_size).min(tokens.max(1));
-        let [row_bytes, sum_bytes] = operation.hop_bytes();
+        let [row_bytes, sum_bytes] = operation.sent_bytes();
         prop_assert_eq!(sum_bytes, operation.row_bytes());
         let smallest = SlotRows { world_size: limits.world_size, tokens: least, row_bytes, sum_bytes };
         match Plan::new(&operation, &limits) {
@@ -244,7 +244,12 @@ proptest! {
     }
 
     #[test]
-    fn sizes_that_overflow_are_refused_not_wrapped(slot_bytes: u64, tokens: u64, row_bytes in 1u64..=1 << 18, sum_bytes in 1u64..=1 << 18) {
+    fn sizes_that_overflow_are_refused_not_wrapped(
+        slot_bytes: u64,
+        tokens: u64,
+        row_bytes in 1u64..=1 << 18,
+        sum_bytes in 1u64..=1 << 18,
+    ) {
         let exact = |factors: &[u64]| factors.iter().try_fold(1u128, |product, &f| product.checked_mul(f.into()));
         match Layout::new(16, slot_bytes) {
             Ok(layout) => {

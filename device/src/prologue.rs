@@ -74,7 +74,7 @@ unsafe fn chosen<E: Element>(experts: &Experts, first: u64, expert: u32) -> [(i3
         let scale = |next: u32| {
             let address = experts.scales.offset(place(next) * 2);
             // SAFETY: see above.
-            let bits = unsafe { simt::load_u16_if(rows[next as usize] >= 0, address) };
+            let bits = unsafe { simt::load_u16_if(rows[next as usize] >= 0, address, 0) };
             convert::widen::<E>(Pack([bits, 0, 0, 0])).as_ref()[0]
         };
         [scale(0), scale(1), scale(2), scale(3)]

@@ -24,6 +24,11 @@ struct Allowed {
 }
 
 impl Allowed {
+    /// One value alone.
+    const fn exactly(value: f64) -> Allowed {
+        Allowed { low: value, exact: value, high: value }
+    }
+
     fn around(exact: f64, slack: f64) -> Self {
         // An infinite sum must not allow NaN, which infinity minus a slack of infinity would.
         let slack = if exact.is_finite() { slack } else { 0.0 };
@@ -198,7 +203,7 @@ impl<'a, E: Element> TokenNorm<'a, E> {
             inverse_rms.low = 0.0;
         }
         if squares[0] > largest * (1.0 + slack) {
-            inverse_rms = Allowed { low: 0.0, exact: 0.0, high: 0.0 };
+            inverse_rms = Allowed::exactly(0.0);
         }
         TokenNorm { parameters, gamma, inverse_rms, slack }
     }
@@ -219,7 +224,7 @@ impl<'a, E: Element> TokenNorm<'a, E> {
         let tiny = f64::from(f32::MIN_POSITIVE) * (1.0 + weight.abs());
         let inverse_rms = self.inverse_rms;
         let exact = value.exact * inverse_rms.exact * weight;
-        let mut norm = Allowed { low: exact, exact, high: exact };
+        let mut norm = Allowed::exactly(exact);
         if exact.is_nan() {
             return norm;
         }
@@ -261,9 +266,8 @@ impl<'a, E: Element> Checker<'a, E> {
     /// Element `index` of the sum of all ranks and the bias.
     fn reduced(&self, index: usize) -> Reduced {
         let element = |row: &[E]| f64::from(row[index].to_f32());
-        let exactly = |value: f64| Allowed { low: value, exact: value, high: value };
         let hidden = self.observed.residual_out.len();
-        let zero = Reduced { sum: exactly(0.0), magnitude: 0.0, unit: 0.0, may_overflow: false };
+        let zero = Reduced { sum: Allowed::exactly(0.0), magnitude: 0.0, unit: 0.0, may_overflow: false };
         let (mut reduced, mut count) = (zero, 0);
         let mut add = |addend: Allowed| {
             let Allowed { low, exact, high } = reduced.sum;
@@ -274,7 +278,7 @@ impl<'a, E: Element> Checker<'a, E> {
         };
         let (mut unit, mut may_overflow) = (0.0f64, false);
         match self.token.experts_of(self.operation) {
-            None => self.token.inputs.iter().for_each(|row| add(exactly(element(row)))),
+            None => self.token.inputs.iter().for_each(|row| add(Allowed::exactly(element(row)))),
             Some((experts, shared)) => {
                 for (rank, experts) in experts.iter().enumerate() {
                     let products = experts.chosen(hidden).map(|(scale, row)| f64::from(scale) * element(row));
@@ -291,7 +295,7 @@ impl<'a, E: Element> Checker<'a, E> {
             }
         }
         if let Some(bias) = self.token.bias {
-            add(exactly(element(bias)));
+            add(Allowed::exactly(element(bias)));
         }
         let slack = f64::from(count) * U * reduced.magnitude;
         let may_overflow = may_overflow || overflows(reduced.magnitude);
@@ -345,7 +349,7 @@ impl<'a, E: Element> Checker<'a, E> {
 
     fn exact_norm(&self, norm: &TokenNorm<'_, E>, index: usize) -> Allowed {
         let value = f64::from(self.observed.residual_out[index].to_f32());
-        norm.of(Allowed { low: value, exact: value, high: value }, index)
+        norm.of(Allowed::exactly(value), index)
     }
 
     /// The least and the greatest norm that the quantization may have read: both as observed, if the norm was written.

@@ -308,9 +308,9 @@ pub unsafe fn load_u32_if(condition: bool, address: Address, otherwise: u32) -> 
 /// # Safety
 /// As [`load_if`].
 #[inline(always)]
-pub unsafe fn load_u16_if(condition: bool, address: Address) -> u32 {
+pub unsafe fn load_u16_if(condition: bool, address: Address, otherwise: u32) -> u32 {
     // SAFETY: as this function's.
-    unsafe { imp::load_u16_if(condition, address) }
+    unsafe { imp::load_u16_if(condition, address, otherwise) }
 }
 
 /// Weak store: for memory that no other thread touches at the same time.

@@ -388,9 +388,10 @@ pub(super) unsafe fn load_if(condition: bool, address: Address) -> Pack {
 macro_rules! load_value_if {
     ($name:ident, $instruction:literal) => {
         /// # Safety
-        /// As the public function of [`load_if`].
+        /// As the public function of this name.
         #[inline(always)]
-        unsafe fn $name(condition: bool, address: Address, mut value: u32) -> u32 {
+        pub(super) unsafe fn $name(condition: bool, address: Address, otherwise: u32) -> u32 {
+            let mut value = otherwise;
             // SAFETY: as this function's.
             unsafe {
                 asm!(
@@ -403,24 +404,8 @@ macro_rules! load_value_if {
     };
 }
 
-load_value_if!(load_word_if, "ld.global.u32");
-load_value_if!(load_half_if, "ld.global.u16");
-
-/// # Safety
-/// As the public function of this name.
-#[inline(always)]
-pub(super) unsafe fn load_u32_if(condition: bool, address: Address, otherwise: u32) -> u32 {
-    // SAFETY: as this function's.
-    unsafe { load_word_if(condition, address, otherwise) }
-}
-
-/// # Safety
-/// As the public function of this name.
-#[inline(always)]
-pub(super) unsafe fn load_u16_if(condition: bool, address: Address) -> u32 {
-    // SAFETY: as this function's.
-    unsafe { load_half_if(condition, address, 0) }
-}
+load_value_if!(load_u32_if, "ld.global.u32");
+load_value_if!(load_u16_if, "ld.global.u16");
 
 macro_rules! load_pack {
     ($name:ident, $instruction:literal) => {

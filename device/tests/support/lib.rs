@@ -28,14 +28,18 @@ use fused_collective_device::{
 mod cases;
 mod launched;
 mod memory;
+mod random;
 pub mod ranks;
 mod rows;
 pub mod sequence;
+mod tensors;
 
-pub use cases::{Case, EVERYTHING, POISON, Random, Tensors, What};
+pub use cases::{Case, EVERYTHING, What};
 pub use launched::{Launched, bytes_of};
 pub use memory::{Buffer, Runner, World};
+pub use random::Random;
 pub use rows::Rows;
+pub use tensors::{POISON, Tensors};
 
 /// Evaluates an expression with the quantizer of a case, and its name in entry points if there is one.
 #[macro_export]

@@ -1,6 +1,6 @@
 //! The versions of kernels.
 
-/// How rows are kept.
+/// The ways to keep rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rows {
     P1,

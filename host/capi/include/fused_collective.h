@@ -707,11 +707,12 @@ typedef struct fc_tensors {
    */
   struct fc_tensor bias;
   /**
-   * `[hidden]`, if the operation has a norm.
+   * `[hidden]`, if the operation has a norm. On GPUs it is read before the kernel ahead on the stream has ended, which must
+   * not write it.
    */
   struct fc_tensor gamma;
   /**
-   * One `float`, at a multiple of 4 bytes: the scale of static FP8, or the global scale of NVFP4.
+   * One `float`, at a multiple of 4 bytes: the scale of static FP8, or the global scale of NVFP4. Read as early as `gamma`.
    */
   struct fc_tensor scale;
   /**

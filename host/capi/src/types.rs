@@ -330,9 +330,10 @@ pub struct fc_tensors {
     pub residual: fc_tensor,
     /// `[hidden]`, if the operation has a bias.
     pub bias: fc_tensor,
-    /// `[hidden]`, if the operation has a norm.
+    /// `[hidden]`, if the operation has a norm. On GPUs it is read before the kernel ahead on the stream has ended, which must
+    /// not write it.
     pub gamma: fc_tensor,
-    /// One `float`, at a multiple of 4 bytes: the scale of static FP8, or the global scale of NVFP4.
+    /// One `float`, at a multiple of 4 bytes: the scale of static FP8, or the global scale of NVFP4. Read as early as `gamma`.
     pub scale: fc_tensor,
     /// `[rows, hidden]`: the sum, plus the residual.
     pub residual_out: fc_tensor,

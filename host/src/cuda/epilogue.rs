@@ -1,8 +1,7 @@
 //! An operation's epilogue, as kernels take it.
 
 use fused_collective_core::{
-    dtype::DType,
-    fusion::{Operation, WeightType},
+    fusion::Operation,
     kernels::Quantizer,
     launch::{BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, Plain, RmsNorm, Unquantized},
     pack::Pack,
@@ -28,7 +27,7 @@ pub fn epilogue(operation: &Operation, tensors: &Tensors) -> Parameters {
                 inverse_hidden: 1.0 / hidden as f32,
                 epsilon: norm.epsilon,
                 weight_bias: norm.weight_bias,
-                gamma_f32: u32::from(norm.gamma == WeightType::F32 && operation.dtype != DType::F32),
+                gamma_f32: norm.gamma.is_wider(operation.dtype).into(),
                 quantizer: Unquantized,
             };
             // SAFETY: as above.

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{self, Norm, Operation, WeightType},
+    fusion::{self, Norm, Operation},
     launch::{Activations, Address, Experts, Extras, PostNorm},
     quant::Quantization,
 };
@@ -70,9 +70,11 @@ pub struct Tensors {
     pub expert_index: Option<DeviceTensor>,
     /// The scale of each.
     pub expert_scales: Option<DeviceTensor>,
-    /// RMSNorm's weight, if the operation has a norm. It must not change while operations run.
+    /// RMSNorm's weight, if the operation has a norm. It must not change while operations run, and is read before the kernel
+    /// ahead in the stream has ended.
     pub gamma: Option<DeviceTensor>,
-    /// One `f32`: the scale of static FP8 or the global scale of NVFP4. It must not change while operations run.
+    /// One `f32`: the scale of static FP8 or the global scale of NVFP4. It must not change while operations run,
+    /// and is read as early as gamma.
     ///
     /// One that [`Quantization::check_scale`] refuses gives [codes of zero](fused_collective_core::quant::scale::fp8_multiplier).
     /// [`Options::check_scales`](super::Options::check_scales) makes it an error.
@@ -215,13 +217,12 @@ impl Tensors {
 
     /// The extras of a valid operation.
     pub(crate) fn extras(&self, operation: &Operation) -> Extras {
-        let is_wide = |weights| u32::from(weights == WeightType::F32 && operation.dtype != DType::F32);
         let post_norm = operation.post_norm.map_or(PostNorm::NONE, |norm| PostNorm {
             gamma: address(self.post_gamma),
             inverse_hidden: 1.0 / operation.hidden as f32,
             epsilon: norm.epsilon,
             weight_bias: norm.weight_bias,
-            gamma_f32: is_wide(norm.gamma),
+            gamma_f32: norm.gamma.is_wider(operation.dtype).into(),
         });
         let experts = operation.experts.map_or(Experts::NONE, |experts| Experts {
             rows: address(self.expert_rows),
@@ -229,7 +230,7 @@ impl Tensors {
             scales: address(self.expert_scales),
             shared: address(self.input),
             top_k: experts.top_k,
-            scales_f32: is_wide(experts.scales),
+            scales_f32: experts.scales.is_wider(operation.dtype).into(),
         });
         Extras { bias: address(self.bias), post_norm, experts }
     }
@@ -305,7 +306,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use fused_collective_core::{
-        fusion::{Experts, Mode, Residual, Rounding},
+        fusion::{Experts, Mode, Residual, Rounding, WeightType},
         quant::ScaleLayout,
     };
 

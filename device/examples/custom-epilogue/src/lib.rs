@@ -21,8 +21,8 @@
 //! leaves `target/ptx-examples/sm_90/custom_epilogue.ptx`.
 //!
 //! # Launching
-//! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, and `weighted_all_reduce_gelu` with a `Fused<Weighted>`, by the rules
-//! in `fused_collective_device::launch`.
+//! The host launches `all_reduce_gelu` with a `Fused<Gelu>`, and `weighted_all_reduce_gelu` with a `Fused<Weighted>`, by the
+//! rules in `fused_collective_device::launch`.
 #![no_std]
 #![feature(abi_ptx, asm_experimental_arch)]
 

@@ -50,9 +50,9 @@ pub(in crate::simt) unsafe fn load_u32_if(condition: bool, address: Address, oth
 
 /// # Safety
 /// As the public function of this name.
-pub(in crate::simt) unsafe fn load_u16_if(condition: bool, address: Address) -> u32 {
+pub(in crate::simt) unsafe fn load_u16_if(condition: bool, address: Address, otherwise: u32) -> u32 {
     // SAFETY: as this function's.
-    if condition { u32::from(unsafe { simt::load_value::<u16>(address) }) } else { 0 }
+    if condition { u32::from(unsafe { simt::load_value::<u16>(address) }) } else { otherwise }
 }
 
 /// # Safety

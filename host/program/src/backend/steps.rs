@@ -8,8 +8,8 @@ use crate::wire::Wire;
 /// One operation that a framework would launch. *Sum* is `Reduced`, or `ResidualOut` if there is no residual.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// The whole operation: `Input`, `Residual`, `Gamma` and the tensors of its pattern to `ResidualOut` and `NormOut`, or to `ResidualOut`, `QuantOut` and
-    /// `ScaleOut`.
+    /// The whole operation: `Input`, `Residual`, `Gamma` and the tensors of its pattern to `ResidualOut` and `NormOut`,
+    /// or to `ResidualOut`, `QuantOut` and `ScaleOut`.
     Fused(Fused),
     /// One pass: experts' rows and `Input` to `Combined`, which an all-reduce then takes in place of `Input`.
     CombineExperts,

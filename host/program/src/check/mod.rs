@@ -2,6 +2,8 @@
 
 pub(crate) mod chunks;
 pub mod inputs;
+pub(crate) mod judge;
+pub(crate) mod outputs;
 pub(crate) mod parallel;
 pub mod variants;
 pub mod verify;

@@ -114,16 +114,16 @@ pub fn variants(
     let mut all: Vec<Variant> = all_reduces
         .iter()
         .flat_map(|&(name, step)| {
-            after_all_reduce(pattern, quant_mode, residual).into_iter().map(move |(rest_name, rest)| {
-                Variant {
+            forms(pattern, quant_mode, residual).into_iter().map(
+                move |Form { name: rest_name, steps: rest, .. }| Variant {
                     name: format!("standard_{name}_{rest_name}"),
                     kind: Kind::Standard,
                     sharded: false,
                     writes_norm: !rest.contains(&Step::AddRmsNormQuantize)
                         && (quant_mode == QuantMode::None || !rest.contains(&Step::AfterAllReduce)),
                     steps: [before_all_reduce(pattern), vec![step], rest].concat(),
-                }
-            })
+                },
+            )
         })
         .collect();
     let quantization = match quant_mode {
@@ -153,41 +153,54 @@ fn before_all_reduce(pattern: Pattern) -> Vec<Step> {
     pattern.experts().map(|_| Step::CombineExperts).into_iter().collect()
 }
 
-/// The steps after the all-reduce in each form, with the form's name. A norm of the sum has no eager form.
-fn after_all_reduce(pattern: Pattern, quant_mode: QuantMode, residual: bool) -> Vec<(String, Vec<Step>)> {
-    let forms = without_post_norm(quant_mode, residual);
-    if pattern.post_norm().is_none() {
-        return forms;
-    }
-    let with_post_norm = |(name, steps): (String, Vec<Step>)| match name.ends_with("compiled") {
-        true => (name, vec![Step::AfterAllReduce]),
-        false => (name, [vec![Step::PostNorm], steps].concat()),
-    };
-    let forms = forms.into_iter().filter(|(name, _)| !name.starts_with("native_rms_norm"));
-    forms.map(with_post_norm).collect()
+/// A form of the separate operations.
+struct Form {
+    name: String,
+    /// The steps after the all-reduce.
+    steps: Vec<Step>,
+    /// True if everything after the all-reduce is one pass, as a compiler makes it.
+    is_one_pass: bool,
 }
 
-fn without_post_norm(quant_mode: QuantMode, residual: bool) -> Vec<(String, Vec<Step>)> {
+/// The forms of a pattern. A norm of the sum has no eager form.
+fn forms(pattern: Pattern, quant_mode: QuantMode, residual: bool) -> Vec<Form> {
+    let mut forms = forms_without_post_norm(quant_mode, residual);
+    if pattern.post_norm().is_some() {
+        forms.retain(|form| !matches!(form.steps[0], Step::Eager(_)));
+        for Form { steps, is_one_pass, .. } in &mut forms {
+            if *is_one_pass {
+                *steps = vec![Step::AfterAllReduce];
+            } else {
+                steps.insert(0, Step::PostNorm);
+            }
+        }
+    }
+    forms
+}
+
+fn forms_without_post_norm(quant_mode: QuantMode, residual: bool) -> Vec<Form> {
     let native = || eager_rms_norm(residual);
     let custom = || vec![Step::AddRmsNorm];
     let quantize = || vec![Step::Quantize];
+    let apart = |name: &str, steps| Form { name: name.to_owned(), steps, is_one_pass: false };
+    let one_pass = |name: String, step| Form { name, steps: vec![step], is_one_pass: true };
     match quant_mode {
         QuantMode::None => vec![
-            ("native_rms_norm".to_owned(), native()),
-            ("custom_rms_norm".to_owned(), custom()),
-            ("rmsnorm_native_compiled".to_owned(), custom()),
+            apart("native_rms_norm", native()),
+            apart("custom_rms_norm", custom()),
+            one_pass("rmsnorm_native_compiled".to_owned(), Step::AddRmsNorm),
         ],
         QuantMode::Fp8 => vec![
-            ("native_rms_norm_native_quant_fp8".to_owned(), [native(), eager_fp8()].concat()),
-            ("native_rms_norm_custom_quant_fp8".to_owned(), [native(), quantize()].concat()),
-            ("custom_rms_norm_native_quant_fp8".to_owned(), [custom(), eager_fp8()].concat()),
-            ("custom_rms_norm_custom_quant_fp8".to_owned(), [custom(), quantize()].concat()),
-            ("rmsnorm_fp8_quant_native_compiled".to_owned(), vec![Step::AddRmsNormQuantize]),
+            apart("native_rms_norm_native_quant_fp8", [native(), eager_fp8()].concat()),
+            apart("native_rms_norm_custom_quant_fp8", [native(), quantize()].concat()),
+            apart("custom_rms_norm_native_quant_fp8", [custom(), eager_fp8()].concat()),
+            apart("custom_rms_norm_custom_quant_fp8", [custom(), quantize()].concat()),
+            one_pass("rmsnorm_fp8_quant_native_compiled".to_owned(), Step::AddRmsNormQuantize),
         ],
         _ => vec![
-            (format!("native_rms_norm_{quant_mode}_quant"), [native(), quantize()].concat()),
-            (format!("custom_rms_norm_{quant_mode}_quant"), [custom(), quantize()].concat()),
-            (format!("rmsnorm_{quant_mode}_quant_native_compiled"), vec![Step::AddRmsNormQuantize]),
+            apart(&format!("native_rms_norm_{quant_mode}_quant"), [native(), quantize()].concat()),
+            apart(&format!("custom_rms_norm_{quant_mode}_quant"), [custom(), quantize()].concat()),
+            one_pass(format!("rmsnorm_{quant_mode}_quant_native_compiled"), Step::AddRmsNormQuantize),
         ],
     }
 }
@@ -201,7 +214,7 @@ pub(crate) fn count(
     wires: &[Wire],
     all_reduces: usize,
 ) -> usize {
-    after_all_reduce(pattern, quant_mode, true).len() * all_reduces
+    forms(pattern, quant_mode, true).len() * all_reduces
         + wires.len() * (1 + usize::from(oneshot) + usize::from(sharded))
 }
 

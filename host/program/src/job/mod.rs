@@ -127,7 +127,7 @@ impl Job {
 
     /// The formats of rows between ranks that the backend has.
     pub(crate) fn wires(&self) -> &'static [Wire] {
-        if self.backend.get() == Backend::Cuda { &[Wire::Exact] } else { &Wire::ALL }
+        Wire::of_backend(self.backend.get() == Backend::Cuda)
     }
 
     /// This process's rank; `None` in the process that will start the ranks.

@@ -46,7 +46,8 @@ class Quant:
     ``mxfp4``          ``[T, H / 2]`` bytes    ``[T, H / 32]`` UE8M0         none
     =================  ======================  ============================  ===================
 
-    ``scale`` is a number, or a tensor of one float32 on the device of the activations. Scales of blocks are a flat tensor in
+    ``scale`` is a number, or a tensor of one float32 on the device of the activations, which the kernel ahead on the stream must
+    not write: it is read before that has ended, and so is the norm's weight. Scales of blocks are a flat tensor in
     ``layout``: ``linear``, ``column_major``, ``deep_gemm``, ``swizzled_128x4`` or ``swizzled_8x4``. ``group`` is 32, 64 or
     128, and ``group_scale`` is ``ue8m0`` or ``float32``.
     """

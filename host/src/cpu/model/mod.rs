@@ -243,7 +243,7 @@ fn run_fused<C: Checker>(exchange: &mut Exchange<End<C>>, ranks: u32, rank: u32,
             tokens_per_round: operation.tokens_per_round,
             world_size: ranks,
             row_bytes: operation.row_words as u64 * 8,
-            hop_bytes: [operation.row_words as u64 * 8; 2],
+            sent_bytes: [operation.row_words as u64 * 8; 2],
             cluster: 1,
         };
         let job = Job {

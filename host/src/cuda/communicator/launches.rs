@@ -18,6 +18,9 @@ pub const TOO_MANY_TOKENS: Error = Error::Unsupported("rounds of 2^31 tokens or 
 /// # Errors
 /// There is none.
 pub(super) fn kernel(operation: &Operation, algorithm: Algorithm) -> Result<&'static Kernel, Error> {
+    if operation.wire.is_some() {
+        return Err(Error::Unsupported("rows sent as int8 or int4"));
+    }
     let epilogue = Epilogue::of(operation.norm.is_some(), operation.quantization);
     Kernel::of(Family::from(algorithm), epilogue).ok_or(Error::Unsupported("this quantization"))
 }

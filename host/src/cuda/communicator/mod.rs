@@ -231,7 +231,6 @@ impl Communicator {
         launches::kernel(operation, plan.algorithm)?;
         if operation.post_norm.is_some() {
             // Rows that are streamed have none, and their kernels say which those are.
-            let _entered = self.gpu.context().clone().enter()?;
             self.choose_launches(operation, &plan)?;
         }
         let mut rounds = plan.rounds();
@@ -255,7 +254,7 @@ impl Communicator {
     /// the graph replayed for ever, between other operations.
     ///
     /// The kernels may start before the kernel ahead of them in the stream is complete (programmatic dependent
-    /// launch), and wait for it before they read anything but gamma and the scale.
+    /// launch), and wait for it before they read anything but gamma and the scale. So neither may be written by that kernel.
     ///
     /// # Errors
     /// Before the other ranks are told: what [`Plan::new`] refuses, tensors that do not fit the operation, kernels that

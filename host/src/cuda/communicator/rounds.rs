@@ -26,9 +26,6 @@ impl Communicator {
     /// # Errors
     /// There are no kernels for it, or they are missing or unusable.
     pub(super) fn choose_launches(&mut self, operation: &Operation, plan: &Plan) -> Result<(), Error> {
-        if operation.wire.is_some() {
-            return Err(Error::Unsupported("rows sent as int8 or int4"));
-        }
         let kernel = kernel(operation, plan.algorithm)?;
         let (module, limits) = (self.module(operation.dtype, plan.algorithm)?, self.kernels.limits());
         let row_packs = row_packs(plan)?;

@@ -260,17 +260,18 @@ impl Kernels {
     ) -> Result<&mut Versions, Error> {
         let key = (module, kernel);
         let cluster = self.limits.agreed_cluster;
+        if !self.kernels.contains_key(&key) {
+            let loaded = self.load(module.name())?;
+            let resident = |version| loaded.function(kernel.name(version)).map(Some);
+            let functions = [resident(Version::P1)?, resident(Version::P2)?, None];
+            self.kernels.insert(key, Versions { family: kernel.family, functions });
+        }
         if !self.kernels.get(&key).is_some_and(|versions| versions.takes(row_packs, cluster)) {
-            let mut function = |set, version| {
-                let module = kernels::Module { set, ..module };
-                self.load(module.name())?.function(kernel.name(version)).map(Some)
-            };
-            let functions = [function(module.set, Version::P1)?, function(module.set, Version::P2)?, None];
-            let mut versions = Versions { family: kernel.family, functions };
-            if !versions.takes(row_packs, cluster) {
-                versions.functions[Version::Streamed as usize] = function(Set::Streamed, Version::Streamed)?;
+            let module = kernels::Module { set: Set::Streamed, ..module };
+            let streamed = self.load(module.name())?.function(kernel.name(Version::Streamed))?;
+            if let Some(versions) = self.kernels.get_mut(&key) {
+                versions.functions[Version::Streamed as usize] = Some(streamed);
             }
-            self.kernels.insert(key, versions);
         }
         self.kernels.get_mut(&key).ok_or(Error::Unsupported("this kernel"))
     }

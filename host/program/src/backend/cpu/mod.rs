@@ -4,7 +4,9 @@
 
 pub(crate) mod cache;
 pub(crate) mod cores;
+mod eager;
 mod links;
+mod tensors;
 
 use std::{collections::HashMap, marker::PhantomData, mem::replace, time::Instant};
 
@@ -13,131 +15,32 @@ use fused_collective::{
         Communicator, ExpertRows, Inputs, Operand, Outputs, Plain,
         experts::CombineRow,
         finish::{Finish, FinishRow, PostNormRow, QuantizeRow, RowOutputs},
-        rows::{elements, elements_mut},
+        rows::elements_mut,
         sum::AddRow,
     },
     group::rendezvous::Group,
 };
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
-    fusion::{Experts, Mode, Rounding},
-    norm::{self, Weights},
+    fusion::{Experts, Mode, Norm, Rounding},
+    norm::Weights,
     plan::Limits,
-    quant::{Quantization, e4m3, scale},
+    quant::Quantization,
 };
-use pulp::{Simd, WithSimd};
 
-use crate::allocator::fallibly;
 use crate::backend::{
     collective::{Collective, MAX_OPERATIONS, copies},
     error::Error,
-    guards::{GUARD, GUARD_BYTES, stray_write},
     links::Links,
     problem::{Problem, Tensor},
-    steps::{Eager, Fused, Rows, Step},
+    steps::{Fused, Rows, Step},
 };
 
 use cache::cache_bytes;
 use cores::Cores;
+use eager::EagerPass;
 use links::CpuLinks;
-
-/// A tensor between its guards. It starts at a cache line, as some processors copy to other addresses several times slower.
-#[derive(Debug, Default)]
-struct Buffer {
-    words: Vec<u64>,
-    start: usize,
-    bytes: usize,
-}
-
-impl Buffer {
-    /// Bytes of a cache line.
-    const LINE: usize = 64;
-
-    fn new(bytes: u64) -> Result<Self, Error> {
-        let too_large = || Error::Memory(format!("a tensor of {bytes} bytes does not fit in memory"));
-        let length = usize::try_from(bytes).map_err(|_| too_large())?;
-        let words_needed = (length.div_ceil(8)).checked_add((2 * GUARD_BYTES + Self::LINE) / 8);
-        let words_needed = words_needed.ok_or_else(too_large)?;
-        let mut words = Vec::new();
-        fallibly(|| words.try_reserve_exact(words_needed)).map_err(|_| too_large())?;
-        words.resize(words_needed, 0u64);
-        let start = words.as_ptr().addr().wrapping_neg() % Self::LINE + GUARD_BYTES;
-        let all: &mut [u8] = bytemuck::cast_slice_mut(&mut words);
-        all[..start].fill(GUARD);
-        all[start + length..].fill(GUARD);
-        Ok(Buffer { words, start, bytes: length })
-    }
-
-    /// Describes a write into the guards.
-    fn stray_write(&self) -> Option<String> {
-        let all: &[u8] = bytemuck::cast_slice(&self.words);
-        stray_write(&all[..self.start], &all[self.start + self.bytes..])
-    }
-
-    fn bytes(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.words)[self.start..self.start + self.bytes]
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.words)[self.start..self.start + self.bytes]
-    }
-
-    fn elements<E: Plain>(&self) -> &[E] {
-        elements(self.bytes())
-    }
-
-    fn elements_mut<E: Plain>(&mut self) -> &mut [E] {
-        elements_mut(self.bytes_mut())
-    }
-}
-
-/// The tensors of a problem, one for each role.
-#[derive(Debug, Default)]
-struct Tensors {
-    input: Buffer,
-    residual: Buffer,
-    residual_shard: Buffer,
-    gamma: Buffer,
-    post_gamma: Buffer,
-    expert_rows: Buffer,
-    expert_index: Buffer,
-    expert_scales: Buffer,
-    combined: Buffer,
-    reduced: Buffer,
-    residual_out: Buffer,
-    residual_shard_out: Buffer,
-    norm_out: Buffer,
-    quant_out: Buffer,
-    scale_out: Buffer,
-    wide_a: Buffer,
-    wide_b: Buffer,
-    per_token: Buffer,
-}
-
-impl Tensors {
-    fn get_mut(&mut self, tensor: Tensor) -> &mut Buffer {
-        match tensor {
-            Tensor::Input => &mut self.input,
-            Tensor::Residual => &mut self.residual,
-            Tensor::ResidualShard => &mut self.residual_shard,
-            Tensor::Gamma => &mut self.gamma,
-            Tensor::PostGamma => &mut self.post_gamma,
-            Tensor::ExpertRows => &mut self.expert_rows,
-            Tensor::ExpertIndex => &mut self.expert_index,
-            Tensor::ExpertScales => &mut self.expert_scales,
-            Tensor::Combined => &mut self.combined,
-            Tensor::Reduced => &mut self.reduced,
-            Tensor::ResidualOut => &mut self.residual_out,
-            Tensor::ResidualShardOut => &mut self.residual_shard_out,
-            Tensor::NormOut => &mut self.norm_out,
-            Tensor::QuantOut => &mut self.quant_out,
-            Tensor::ScaleOut => &mut self.scale_out,
-            Tensor::WideA => &mut self.wide_a,
-            Tensor::WideB => &mut self.wide_b,
-            Tensor::PerToken => &mut self.per_token,
-        }
-    }
-}
+use tensors::{Buffer, Tensors};
 
 /// The experts of rows.
 fn experts_of<'a, E: Plain>(
@@ -219,10 +122,12 @@ impl Engine {
                 Err(Error::Step { step, why: "NCCL needs the cuda backend" })
             }
             Step::CombineExperts => self.combine_experts::<E>(problem, step),
-            Step::PostNorm => self.post_norm::<E>(problem),
-            Step::AfterAllReduce => self.add_rms_norm::<E>(problem, problem.quantization, true),
-            Step::AddRmsNorm => self.add_rms_norm::<E>(problem, Quantization::None, false),
-            Step::AddRmsNormQuantize => self.add_rms_norm::<E>(problem, problem.quantization, false),
+            Step::PostNorm => self.post_norm::<E>(problem, step),
+            Step::AfterAllReduce => {
+                self.add_rms_norm::<E>(problem, problem.quantization, problem.pattern.post_norm())
+            }
+            Step::AddRmsNorm => self.add_rms_norm::<E>(problem, Quantization::None, None),
+            Step::AddRmsNormQuantize => self.add_rms_norm::<E>(problem, problem.quantization, None),
             Step::Quantize => self.quantize::<E>(problem),
             Step::Eager(eager) => {
                 let pass = EagerPass {
@@ -335,8 +240,10 @@ impl Engine {
         Ok(())
     }
 
-    fn post_norm<E: Plain>(&mut self, problem: &Problem) -> Result<(), Error> {
-        let Some(norm) = problem.pattern.post_norm() else { return Ok(()) };
+    fn post_norm<E: Plain>(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
+        let Some(norm) = problem.pattern.post_norm() else {
+            return Err(Error::Step { step, why: "the problem has no norm of the sum" });
+        };
         let (arch, hidden) = (self.communicator.arch(), problem.hidden as usize);
         let tensors = &mut self.sets[self.set];
         self.scratch.resize(hidden, 0);
@@ -350,12 +257,12 @@ impl Engine {
         Ok(())
     }
 
-    /// With `post_norm` the pass begins with the norm of the sum, if the problem has one.
+    /// With `post_norm` the pass begins with that norm of the sum.
     fn add_rms_norm<E: Plain>(
         &mut self,
         problem: &Problem,
         quantization: Quantization,
-        post_norm: bool,
+        post_norm: Option<Norm>,
     ) -> Result<(), Error> {
         let arch = self.communicator.arch();
         let hidden = problem.hidden as usize;
@@ -367,11 +274,12 @@ impl Engine {
         for token in 0..problem.tokens {
             let first = token as usize * hidden;
             let row = &mut tensors.residual_out.elements_mut::<E>()[first..first + hidden];
-            if let Some(norm) = problem.pattern.post_norm().filter(|_| post_norm) {
-                scratch.copy_from_slice(row);
+            if let Some(norm) = post_norm {
                 if problem.residual {
                     scratch.copy_from_slice(&tensors.reduced.elements()[first..first + hidden]);
                     row.copy_from_slice(&tensors.residual.elements()[first..first + hidden]);
+                } else {
+                    scratch.copy_from_slice(row);
                 }
                 let gamma = Weights::Element(tensors.post_gamma.elements());
                 let add = problem.residual.then_some(Rounding::AfterAllReduce);
@@ -411,91 +319,6 @@ impl Engine {
         }
         finish.pad(problem.hidden, tensors.scale_out.bytes_mut());
         Ok(())
-    }
-}
-
-/// One eager operation over whole tensors.
-struct EagerPass<'a, E> {
-    eager: Eager,
-    problem: &'a Problem,
-    tensors: &'a mut Tensors,
-    element: PhantomData<E>,
-}
-
-impl<E: Plain> WithSimd for EagerPass<'_, E> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let EagerPass { eager, problem, tensors, .. } = self;
-        let hidden = problem.hidden as usize;
-        let Tensors {
-            residual,
-            gamma,
-            reduced,
-            residual_out,
-            norm_out,
-            quant_out,
-            wide_a,
-            wide_b,
-            per_token,
-            ..
-        } = tensors;
-        match eager {
-            Eager::AddResidual => {
-                let addends = reduced.elements::<E>().iter().zip(residual.elements::<E>());
-                for (sum, (reduced, residual)) in residual_out.elements_mut::<E>().iter_mut().zip(addends) {
-                    *sum = E::from_f32(reduced.to_f32() + residual.to_f32());
-                }
-            }
-            Eager::WidenResidual => map(residual_out.elements::<E>(), wide_a.elements_mut(), E::to_f32),
-            Eager::Square => {
-                map(wide_a.elements::<f32>(), wide_b.elements_mut::<f32>(), |value| value * value)
-            }
-            Eager::MeanRsqrt => {
-                let rows = wide_b.elements::<f32>().chunks_exact(hidden);
-                for (factor, row) in per_token.elements_mut::<f32>().iter_mut().zip(rows) {
-                    let mut sums = [0.0f32; 32];
-                    for values in row.chunks(sums.len()) {
-                        sums.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
-                    }
-                    let mean = norm::sum_by_halves(sums) / hidden as f32;
-                    *factor = 1.0 / (mean + problem.norm.epsilon).sqrt();
-                }
-            }
-            Eager::ScaleRows => {
-                let rows = wide_a.elements_mut::<f32>().chunks_exact_mut(hidden);
-                for (row, &factor) in rows.zip(per_token.elements::<f32>()) {
-                    row.iter_mut().for_each(|value| *value *= factor);
-                }
-            }
-            Eager::Weight => {
-                for row in wide_a.elements_mut::<f32>().chunks_exact_mut(hidden) {
-                    for (value, gamma) in row.iter_mut().zip(gamma.elements::<E>()) {
-                        *value *= problem.norm.weight_bias + gamma.to_f32();
-                    }
-                }
-            }
-            Eager::RoundNorm => map(wide_a.elements::<f32>(), norm_out.elements_mut(), E::from_f32),
-            Eager::WidenNorm => map(norm_out.elements::<E>(), wide_a.elements_mut(), E::to_f32),
-            Eager::Rescale => {
-                let multiplier = scale::fp8_multiplier(problem.scale);
-                wide_a.elements_mut::<f32>().iter_mut().for_each(|value| *value *= multiplier);
-            }
-            Eager::Clamp => {
-                for value in wide_a.elements_mut::<f32>() {
-                    *value = value.clamp(-e4m3::MAX, e4m3::MAX);
-                }
-            }
-            Eager::RoundFp8 => map(wide_a.elements::<f32>(), quant_out.bytes_mut(), e4m3::encode),
-        }
-    }
-}
-
-#[inline(always)]
-fn map<A: Copy, B>(from: &[A], to: &mut [B], convert: impl Fn(A) -> B) {
-    for (to, &from) in to.iter_mut().zip(from) {
-        *to = convert(from);
     }
 }
 
@@ -647,26 +470,3 @@ pub(crate) fn sets(problem: &Problem, cold: bool) -> u32 {
 
 /// Copies whose median time is [`Engine::copy_time`](Collective::copy_time).
 const COPIES: usize = 9;
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_byte_on_either_side_of_a_tensor_is_missed() {
-        for bytes in [0, 1, 63, 64, 4097] {
-            let mut buffer = Buffer::new(bytes).unwrap();
-            buffer.bytes_mut().fill(0);
-            assert_eq!(buffer.bytes().as_ptr().addr() % Buffer::LINE, 0);
-            assert_eq!(buffer.stray_write(), None);
-            let (start, end) = (buffer.start, buffer.start + buffer.bytes);
-            for (at, expected) in [(start - 1, "1 bytes before its start"), (end, "0 bytes past its end")] {
-                let byte: &mut u8 = &mut bytemuck::cast_slice_mut(&mut buffer.words)[at];
-                let guard = replace(byte, 0);
-                assert_eq!(buffer.stray_write().as_deref(), Some(expected), "{bytes} bytes");
-                let byte: &mut u8 = &mut bytemuck::cast_slice_mut(&mut buffer.words)[at];
-                *byte = guard;
-            }
-        }
-    }
-}

@@ -21,8 +21,10 @@ use crate::{
     },
     check::{
         inputs::Numbers,
+        judge,
+        outputs::Saved,
         variants::{self, Variant, variants},
-        verify::{self, Saved},
+        verify,
     },
     commands::links::run::put_bandwidth,
     job::ranks::{Error, slowest},
@@ -122,7 +124,7 @@ pub fn run(
             let trials = match verdict {
                 Ok(max_error_ulp) => {
                     let numbers = Numbers::random(settings.seed);
-                    let sum_error = verify::sum_error(&problem, &variant, numbers, group.world_size());
+                    let sum_error = judge::sum_error(&problem, &variant, numbers, group.world_size());
                     let trials = first_trial(group, backend, &variant, &saved, max_error_ulp)?;
                     Ok(Trials { sum_error, ..trials })
                 }

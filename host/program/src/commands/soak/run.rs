@@ -38,8 +38,9 @@ use crate::{
     check::{
         chunks,
         inputs::Numbers,
+        outputs::{Outputs, Saved, poison},
         variants::variants,
-        verify::{Outputs, Saved, poison, verify, verify_timed, write_inputs},
+        verify::{verify, verify_timed, write_inputs},
     },
     job::ranks::{Error, gather_verdicts},
     pattern::Pattern,
@@ -196,7 +197,7 @@ pub(crate) fn run_sequence(
         // Different on each rank, and from the generator above.
         pauses: Rng::with_seed(sequence.seed.wrapping_add(1 + u64::from(group.rank()))),
         world_size: group.world_size(),
-        wires: if backend.gpus().is_empty() { &Wire::ALL } else { &[Wire::Exact] },
+        wires: Wire::of_backend(!backend.gpus().is_empty()),
         workloads: Vec::new(),
         tally: Tally::default(),
     };

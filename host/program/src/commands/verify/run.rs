@@ -38,11 +38,10 @@ use crate::{
     },
     check::{
         chunks,
+        judge::Judge,
+        outputs::{Outputs, POISON, Saved, check_padding, poison, row, row_of_sum, values},
         variants::{Variant, variants},
-        verify::{
-            Judge, Outputs, POISON, Saved, check_padding, largest_error, poison, row, row_of_sum, spread,
-            values, write_inputs,
-        },
+        verify::{largest_error, spread, write_inputs},
     },
     job::ranks::{Error, gather_verdicts},
     quant_mode::QuantMode,
@@ -53,8 +52,8 @@ use crate::{
 /// Elements of an activation that are checked between two barriers: about a second of work for one processor.
 const SLICE_ELEMENTS: u64 = 4 << 20;
 
-/// Runs the matrix of `settings` in every group, whose backend has the formats `wires` between ranks. `tell` gets a line for every case that fails, and one for every element
-/// type, quantization and hidden size.
+/// Runs the matrix of `settings` in every group, whose backend has the formats `wires` between ranks. `tell` gets a
+/// line for every case that fails, and one for every element type, quantization and hidden size.
 ///
 /// # Errors
 /// A group or the backend failed. A wrong case is no error but a failure in the tally.

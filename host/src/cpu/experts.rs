@@ -68,24 +68,22 @@ impl<E: Plain> WithSimd for CombineRow<'_, E> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let CombineRow { experts, shared, out } = self;
-        let mut rows: [(f32, &[E]); _] = [(0.0, &[]); MAX_TOP_K as usize];
+        let mut rows = [(0.0, lines::<E>(&[])); MAX_TOP_K as usize];
         let mut count = 0;
-        for (place, row) in rows.iter_mut().zip(experts.chosen(out.len())) {
-            *place = row;
+        for (place, (scale, row)) in rows.iter_mut().zip(experts.chosen(out.len())) {
+            *place = (scale, lines(row));
             count += 1;
         }
-        let rows = &rows[..count];
+        let (rows, shared) = (&rows[..count], shared.map(lines));
         let (out, out_rest) = lines_mut(out);
         for (index, out) in out.iter_mut().enumerate() {
-            let line = |row| &lines::<E>(row).0[index];
-            let rows = rows.iter().map(|&(scale, row)| (scale, line(row)));
-            combine_line::<E, S>(simd, rows, shared.map(line), out);
+            let rows = rows.iter().map(|&(scale, (row, _))| (scale, &row[index]));
+            combine_line::<E, S>(simd, rows, shared.map(|(row, _)| &row[index]), out);
         }
         if !out_rest.is_empty() {
-            let rest = |row| padded(lines::<E>(row).1);
             let mut sum = padded(&[]);
-            let rows = rows.iter().map(|&(scale, row)| (scale, rest(row)));
-            combine_line::<E, S>(simd, rows, shared.map(rest), &mut sum);
+            let rows = rows.iter().map(|&(scale, (_, rest))| (scale, padded(rest)));
+            combine_line::<E, S>(simd, rows, shared.map(|(_, rest)| padded(rest)), &mut sum);
             out_rest.copy_from_slice(&sum[..out_rest.len()]);
         }
     }

@@ -4,7 +4,7 @@
 //! activation once. All ranks' results are the same bits: sums are taken in rank order of rows that went
 //! through the same `strip`, or the same [format](fused_collective_core::wire), whether they travelled or not.
 
-use std::array;
+use std::{array, ops::Range};
 
 use fused_collective_core::{
     fusion::{Experts, Norm, Rounding},
@@ -38,21 +38,29 @@ pub(crate) struct Addend<'a, E> {
 }
 
 impl<'a, E: Plain> Addend<'a, E> {
-    /// The row of `token`, until the norm takes the place of the input. `scratch` holds a row.
-    fn row<'s>(&self, token: u64, norm_out: &'s [E], scratch: &'s mut [E], arch: Arch) -> &'s [E]
+    /// The input's row of `token`, until the norm takes its place.
+    fn input<'s>(&self, token: u64, norm_out: &'s [E], hidden: usize) -> &'s [E]
     where
         'a: 's,
     {
-        let (token, hidden) = (token as usize, scratch.len());
-        let range = token * hidden..(token + 1) * hidden;
-        let input = || match self.input {
-            Operand::Apart(input) => &input[range],
-            Operand::InPlace => &norm_out[range],
-        };
-        let Some((rows, experts)) = self.experts else { return input() };
-        let shared = experts.shared.then(input);
-        arch.dispatch(CombineRow { experts: rows.of_token(token, &experts), shared, out: scratch });
-        scratch
+        let start = token as usize * hidden;
+        match self.input {
+            Operand::Apart(input) => &input[start..start + hidden],
+            Operand::InPlace => &norm_out[start..start + hidden],
+        }
+    }
+
+    /// The row of `token`: the input's, or one that the experts' rows are combined to in `combined`.
+    fn row<'s>(&self, token: u64, norm_out: &'s [E], combined: &'s mut [E], arch: Arch) -> &'s [E]
+    where
+        'a: 's,
+    {
+        let hidden = combined.len();
+        let Some((rows, experts)) = self.experts else { return self.input(token, norm_out, hidden) };
+        let shared = experts.shared.then(|| self.input(token, norm_out, hidden));
+        let experts = rows.of_token(token as usize, &experts);
+        arch.dispatch(CombineRow { experts, shared, out: &mut *combined });
+        combined
     }
 }
 
@@ -82,47 +90,66 @@ pub(crate) struct Job<'a, E> {
 }
 
 impl<E: Plain> Job<'_, E> {
-    fn range(&self, token: u64) -> std::ops::Range<usize> {
+    fn range(&self, token: u64) -> Range<usize> {
         let start = token as usize * self.hidden;
         start..start + self.hidden
     }
 
     /// The range of `token`'s row in the residual and in `residual_out`.
-    fn residual_range(&self, token: u64) -> std::ops::Range<usize> {
+    fn residual_range(&self, token: u64) -> Range<usize> {
         self.range(owned_index(token, self.dealt_to))
     }
 
-    /// Sums one row from every rank into `residual_out`, and normalizes the sum if there is a post-norm. The others' rows are
-    /// still coming; without `sources`, `scratch` has the sum.
-    fn sum<M: Medium>(
+    /// Sums a row from every rank into `residual_out`: this rank's addend, and `sources`, which are still coming. An addend
+    /// of experts' rows is in `place` of `scratch.sent`.
+    fn sum_incoming<M: Medium>(
         &mut self,
         token: u64,
-        exchange: &Exchange<M>,
-        sources: &[Option<Incoming<'_, M>>],
+        place: Range<usize>,
+        (exchange, sources): (&Exchange<M>, &[Option<Incoming<'_, M>>]),
         scratch: &mut Scratch,
         arch: Arch,
+    ) -> Result<(), Box<Failure>> {
+        let Scratch { row: normalized, sent, .. } = scratch;
+        let (addend, bias, rounding, hidden) = (self.addend, self.bias, self.rounding, self.hidden);
+        self.store_sum(token, row(normalized, hidden), arch, |norm_out, residual, out| {
+            let own = match addend.experts {
+                Some(_) => elements(&sent.as_bytes()[place]),
+                None => addend.input(token, norm_out, hidden),
+            };
+            arch.dispatch(SumIncoming { exchange, sources, own, residual, bias, rounding, out })
+        })
+    }
+
+    /// Rounds the sum in `scratch.sum` into `residual_out`.
+    fn round_sum(&mut self, token: u64, scratch: &mut Scratch, arch: Arch) -> Result<(), Box<Failure>> {
+        let Scratch { row: normalized, sum, .. } = scratch;
+        let (sum, bias, rounding) = (row(sum, self.hidden), self.bias, self.rounding);
+        self.store_sum(token, row(normalized, self.hidden), arch, |_, residual, out| {
+            arch.dispatch(RoundSum { sum, bias, residual, rounding, out });
+            Ok(())
+        })
+    }
+
+    /// Stores the sum of `token` in `residual_out`, normalized first if there is a post-norm. `sum_up` gets `norm_out`, the
+    /// residual to add and the row to fill; `normalized` holds a row.
+    fn store_sum(
+        &mut self,
+        token: u64,
+        normalized: &mut [E],
+        arch: Arch,
+        sum_up: impl FnOnce(&[E], Option<Operand<&[E]>>, &mut [E]) -> Result<(), Box<Failure>>,
     ) -> Result<(), Box<Failure>> {
         let range = self.residual_range(token);
         let residual = self.residual.map(|residual| residual.map(|residual| &residual[range.clone()]));
         let out = &mut self.residual_out[range];
-        let (bias, rounding) = (self.bias, self.rounding);
-        let Scratch { addend, row: normalized, sum, .. } = scratch;
-        let mut sum_up = |residual, out| {
-            if sources.is_empty() {
-                arch.dispatch(RoundSum { sum: row(sum, self.hidden), bias, residual, rounding, out });
-                return Ok(());
-            }
-            let own = self.addend.row(token, self.norm_out, row(addend, self.hidden), arch);
-            arch.dispatch(SumIncoming { exchange, sources, own, residual, bias, rounding, out })
-        };
-        let Some((norm, gamma)) = self.post_norm else { return sum_up(residual, out) };
-        let sum = row(normalized, self.hidden);
-        sum_up(None, &mut *sum)?;
+        let Some((norm, gamma)) = self.post_norm else { return sum_up(self.norm_out, residual, out) };
+        sum_up(self.norm_out, None, &mut *normalized)?;
         if let Some(Operand::Apart(residual)) = residual {
             out.copy_from_slice(residual);
         }
-        let add = residual.is_some().then_some(rounding);
-        arch.dispatch(PostNormRow { norm, gamma, row: sum, add, out });
+        let add = residual.is_some().then_some(self.rounding);
+        arch.dispatch(PostNormRow { norm, gamma, row: normalized, add, out });
         map_words(out.as_mut_bytes(), lamport::strip);
         Ok(())
     }
@@ -235,14 +262,14 @@ fn map_words(bytes: &mut [u8], map: impl Fn(u32) -> u32) {
 /// Room for rows that are in no tensor, and for what a row becomes that is sent.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    /// This rank's addend.
-    addend: Vec<u64>,
+    /// An addend of experts' rows, before it is encoded in a wire format.
+    combined: Vec<u64>,
     /// A sum that is normalized, or a norm that is quantized.
     row: Vec<u64>,
     result: Vec<u64>,
     /// A sum in `f32`, or an addend, that goes through a wire format.
     sum: Vec<u64>,
-    /// This rank's addend, or a sum, in a wire format.
+    /// Rows as they are sent: this rank's addends, each in its [place](Step::place), or a sum in a wire format.
     sent: Vec<u64>,
 }
 
@@ -324,21 +351,36 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
         &mut self.job.residual_out[range]
     }
 
-    /// This rank's addend for token `token` of the operation, as it is sent, but for the sentinel.
-    fn addend(&mut self, token: u64) -> &[u8] {
-        let hidden = self.job.hidden;
-        let Scratch { addend, sum, sent, .. } = &mut *self.scratch;
-        let row_of_token = self.job.addend.row(token, self.job.norm_out, row(addend, hidden), self.arch);
-        let Some(format) = self.job.wire else { return row_of_token.as_bytes() };
-        let sent = words(sent, self.round.rows.row_bytes as usize);
-        self.arch.dispatch(EncodeRow { format, row: row_of_token, wide: row(sum, hidden), sent });
+    /// The place of addend `index` in `scratch.sent`. One-shot keeps those of a round, two-shot one at a time.
+    fn place(&self, index: u64) -> Range<usize> {
+        let bytes = self.round.rows.row_bytes as usize;
+        let start = index as usize * bytes;
+        start..start + bytes
+    }
+
+    /// Makes this rank's addend for `token` of the operation, as it is sent but for the sentinel. It is in `place` of
+    /// `scratch.sent`, unless it is the input's row itself.
+    fn make_addend(&mut self, token: u64, place: Range<usize>) -> &[u8] {
+        let Scratch { combined, sum, sent, .. } = &mut *self.scratch;
+        let (Job { addend, norm_out, hidden, .. }, arch) = (&*self.job, self.arch);
+        let sent = &mut words(sent, place.end)[place];
+        let Some(format) = self.job.wire else {
+            return addend.row(token, norm_out, elements_mut(sent), arch).as_bytes();
+        };
+        let row_of_token = addend.row(token, norm_out, row(combined, *hidden), arch);
+        arch.dispatch(EncodeRow { format, row: row_of_token, wide: row(sum, *hidden), sent: &mut *sent });
         sent
     }
 
-    /// Adds up `token`, every other rank's row for it being where `offset` says.
-    fn sum(&mut self, token: u64, offset: impl Fn(&SlotRows, u32) -> u64) -> Result<(), Box<Failure>> {
+    /// Adds up `token`: this rank's addend, made in `place`, and every other rank's row, which is where `offset` says.
+    fn sum(
+        &mut self,
+        token: u64,
+        place: Range<usize>,
+        offset: impl Fn(&SlotRows, u32) -> u64,
+    ) -> Result<(), Box<Failure>> {
         if let Some(format) = self.job.wire {
-            self.sum_sent(format, token, offset)?;
+            self.sum_sent(format, token, place, offset)?;
             return self.complete(token);
         }
         let (exchange, rows) = (self.exchange, self.rows());
@@ -351,28 +393,27 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
             let rank = rank as u32;
             if rank < rows.world_size { incoming(rank) } else { None }
         });
-        let sources = &sources[..rows.world_size as usize];
-        self.job.sum(self.round.first_token + token, exchange, sources, self.scratch, self.arch)
+        let incoming = (exchange, &sources[..rows.world_size as usize]);
+        self.job.sum_incoming(self.round.first_token + token, place, incoming, self.scratch, self.arch)
     }
 
-    /// Adds up `token` in the scratch, of rows in a wire format, this rank's own too.
+    /// Adds up `token` in `scratch.sum`, of rows in a wire format: `own` is the place of this rank's.
     fn sum_sent(
         &mut self,
         format: WireFormat,
         token: u64,
+        own: Range<usize>,
         offset: impl Fn(&SlotRows, u32) -> u64,
     ) -> Result<(), Box<Failure>> {
-        let (rows, of_operation) = (self.rows(), self.round.first_token + token);
-        self.addend(of_operation);
+        let (rows, what) = (self.rows(), What::Input(self.round.first_token + token));
         let Scratch { sum, sent, result, .. } = &mut *self.scratch;
-        let bytes = rows.row_bytes as usize;
-        let (sum, own) = (row::<f32>(sum, self.job.hidden), words(sent, bytes));
+        let (sum, own) = (row::<f32>(sum, self.job.hidden), &sent.as_bytes()[own]);
         sum.fill(0.0);
         for source in 0..rows.world_size {
-            let mut sent = &*own;
+            let mut sent = own;
             if source != self.rank {
-                let incoming = words(result, bytes);
-                self.exchange.receive(source, What::Input(of_operation), offset(&rows, source), incoming)?;
+                let incoming = words(result, rows.row_bytes as usize);
+                self.exchange.receive(source, what, offset(&rows, source), incoming)?;
                 sent = incoming;
             }
             self.arch.dispatch(AddSent { format, sent, sum });
@@ -382,7 +423,7 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
 
     /// Makes a row of `residual_out` of the sum of `token` in the scratch.
     fn complete(&mut self, token: u64) -> Result<(), Box<Failure>> {
-        self.job.sum(self.round.first_token + token, self.exchange, &[], self.scratch, self.arch)
+        self.job.round_sum(self.round.first_token + token, self.scratch, self.arch)
     }
 
     fn finish(&mut self, token: u64) {
@@ -393,14 +434,14 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
     fn one_shot(&mut self) -> Result<(), Box<Failure>> {
         let rows = self.rows();
         for token in 0..rows.tokens {
-            let (exchange, offset) = (self.exchange, rows.one_shot(self.rank, token));
-            let (peers, row) = (self.peers(), self.addend(self.round.first_token + token));
+            let (exchange, peers, offset) = (self.exchange, self.peers(), rows.one_shot(self.rank, token));
+            let row = self.make_addend(self.round.first_token + token, self.place(token));
             for peer in peers {
                 exchange.send_stripped(exchange.operation(), peer, offset, row);
             }
         }
         for token in 0..rows.tokens {
-            self.sum(token, |rows, source| rows.one_shot(source, token))?;
+            self.sum(token, self.place(token), |rows, source| rows.one_shot(source, token))?;
             self.finish(token);
         }
         Ok(())
@@ -411,7 +452,8 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
         for (token, owner) in self.owned_by_others(&round.rows) {
             let offset = round.rows.first_hop(self.rank, owned_index(token, round.rows.world_size));
             let exchange = self.exchange;
-            exchange.send_stripped(operation, owner, offset, self.addend(round.first_token + token));
+            let row = self.make_addend(round.first_token + token, self.place(0));
+            exchange.send_stripped(operation, owner, offset, row);
         }
     }
 
@@ -449,8 +491,9 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
 
     /// Adds up one of this rank's tokens, which the others send in the first hop.
     fn sum_owned(&mut self, token: u64) -> Result<(), Box<Failure>> {
-        let index = owned_index(token, self.rows().world_size);
-        self.sum(token, |rows, source| rows.first_hop(source, index))
+        let (index, place) = (owned_index(token, self.rows().world_size), self.place(0));
+        self.make_addend(self.round.first_token + token, place.clone());
+        self.sum(token, place, |rows, source| rows.first_hop(source, index))
     }
 
     /// Adds up one of this rank's tokens and sends the sum to all others: with the residual, or in a wire format without it.
@@ -466,8 +509,9 @@ impl<E: Plain, M: Medium> Step<'_, '_, E, M> {
             send(self.residual_out(token).as_bytes());
             return Ok(());
         };
-        let index = owned_index(token, rows.world_size);
-        self.sum_sent(format, token, |rows, source| rows.first_hop(source, index))?;
+        let (index, own) = (owned_index(token, rows.world_size), self.place(0));
+        self.make_addend(self.round.first_token + token, own.clone());
+        self.sum_sent(format, token, own, |rows, source| rows.first_hop(source, index))?;
         let Scratch { sum, sent, .. } = &mut *self.scratch;
         let (sum, sent) = (row(sum, self.job.hidden), words(sent, rows.sum_bytes as usize));
         self.arch.dispatch(EncodeSum { format, sum, sent: &mut *sent });

@@ -28,6 +28,16 @@ pub trait Bootstrap {
     /// The implementation's: a rank did not come within its deadline, for instance.
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, BootstrapError>;
 
+    /// Names this rank's host: ranks reach each other's memory if they give the same bytes.
+    ///
+    /// As provided, the name is the kernel's boot identity, which containers of one machine share.
+    ///
+    /// # Errors
+    /// The host cannot be named.
+    fn host(&self) -> Result<Vec<u8>, BootstrapError> {
+        Ok(std::fs::read("/proc/sys/kernel/random/boot_id")?)
+    }
+
     /// Returns when every rank has called it.
     ///
     /// # Errors

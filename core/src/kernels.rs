@@ -5,15 +5,26 @@
 //! a folder of modules for each [`Processor`].
 //!
 //! Properties of a whole launch that are off the critical path are parameters, not kernels of their own: the norm beside its
-//! codes, gamma's type, weight bias and epsilon, the bias and the roundings of the sum, the layout of scales, their type and
-//! the size of blocks. So an epilogue is a norm or none, times five quantizers.
+//! codes, gamma's type, weight bias and epsilon, the layout of scales, their type and the size of blocks. So an epilogue is a
+//! norm or none, times the quantizers.
+//!
+//! Operations that are [plain](is_plain) have kernels with nothing else in them: at few tokens a kernel takes as long as it is.
+//! All others (a bias, a norm of the sum, experts, another rounding, MXFP4) have kernels whose epilogue is a parameter as well,
+//! [`AnyEpilogue`](crate::launch::AnyEpilogue). So have plain ones where kernels for each are not worth their bytes: rows that
+//! are streamed, and wire formats between more than two ranks.
 //!
 //! Tests hold the table against the compiled kernels, both ways. Kernels that are not the library's own are not in it:
 //! their names are those crates' affair, and their [`bounds`] those of the set that they resemble.
 
 use core::fmt;
 
-use crate::{dtype::DType, launch::MAX_RANKS, plan::Algorithm, quant::Quantization};
+use crate::{
+    dtype::DType,
+    fusion::{Operation, Rounding},
+    launch::MAX_RANKS,
+    plan::Algorithm,
+    quant::Quantization,
+};
 
 /// A kind of GPU that kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,6 +76,13 @@ pub enum Set {
     Group8,
     /// The kernels that need no group, of rows in registers.
     Local,
+    /// As [`Group2`](Set::Group2), of addends in a wire format.
+    Wire2,
+    /// As [`Group2`](Set::Group2), of any epilogue and all [`Extras`](crate::launch::Extras).
+    Any2,
+    /// The collectives for groups of at most 8 ranks, of rows in registers, of any epilogue and all
+    /// [`Extras`](crate::launch::Extras), of addends as elements and in a wire format.
+    Any8,
     /// Every kernel that streams its rows, for groups of any size: clusters of eight blocks hold 65,536 elements of 16 bits in
     /// registers, so only GPUs without clusters, and the longest rows of `f32`, use these.
     Streamed,
@@ -72,18 +90,8 @@ pub enum Set {
 
 impl Set {
     /// Every set.
-    pub const ALL: [Set; 5] = [Set::Group2, Set::Group4, Set::Group8, Set::Local, Set::Streamed];
-
-    /// The smallest set with the collective for `world_size` ranks; `None` for more than [`MAX_RANKS`].
-    pub const fn for_group(world_size: u32, algorithm: Algorithm) -> Option<Set> {
-        const { assert!(MAX_RANKS == 8) };
-        match (world_size, algorithm) {
-            (..=2, Algorithm::OneShot | Algorithm::ShardedTwoShot) => Some(Set::Group2),
-            (..=4, _) => Some(Set::Group4),
-            (5..=8, _) => Some(Set::Group8),
-            _ => None,
-        }
-    }
+    pub const ALL: [Set; 8] =
+        [Set::Group2, Set::Group4, Set::Group8, Set::Local, Set::Wire2, Set::Any2, Set::Any8, Set::Streamed];
 
     /// The set's part of a module's name.
     pub const fn name(self) -> &'static str {
@@ -92,22 +100,32 @@ impl Set {
             Set::Group4 => "w4",
             Set::Group8 => "w8",
             Set::Local => "local",
+            Set::Wire2 => "wire2",
+            Set::Any2 => "any2",
+            Set::Any8 => "any8",
             Set::Streamed => "streamed",
         }
     }
 
     /// The names of the set's entry points.
     pub fn entries(self) -> impl Iterator<Item = &'static str> {
-        let has = move |kernel: &Kernel, version| match (version, kernel.family) {
-            (Version::Streamed, _) => self == Set::Streamed,
-            (_, Family::Local) => self == Set::Local,
-            (_, Family::TwoShot) => matches!(self, Set::Group4 | Set::Group8),
-            (_, Family::OneShot | Family::Sharded) => matches!(self, Set::Group2 | Set::Group4 | Set::Group8),
+        let has = move |kernel: &Kernel, version| match (version, kernel.family, kernel.addends) {
+            (Version::Streamed, ..) => self == Set::Streamed,
+            (_, Family::Local, _) => self == Set::Local,
+            // Between two one-shot sends no more.
+            (_, family, Addends::Elements) if kernel.epilogue.is_none() => {
+                self == Set::Any8 || self == Set::Any2 && family != Family::TwoShot
+            }
+            (_, Family::TwoShot, Addends::Elements) => matches!(self, Set::Group4 | Set::Group8),
+            (_, _, Addends::Elements) => matches!(self, Set::Group2 | Set::Group4 | Set::Group8),
+            (_, _, Addends::Encoded) => {
+                self == if kernel.epilogue.is_some() { Set::Wire2 } else { Set::Any8 }
+            }
         };
         KERNELS.iter().flat_map(move |kernel| {
             Version::ALL
                 .into_iter()
-                .filter(move |version| has(kernel, *version))
+                .filter(move |&version| kernel.has(version) && has(kernel, version))
                 .map(|version| kernel.name(version))
         })
     }
@@ -137,6 +155,9 @@ impl Module {
                     Set::Group4 => concat!($element, "_w4"),
                     Set::Group8 => concat!($element, "_w8"),
                     Set::Local => concat!($element, "_local"),
+                    Set::Wire2 => concat!($element, "_wire2"),
+                    Set::Any2 => concat!($element, "_any2"),
+                    Set::Any8 => concat!($element, "_any8"),
                     Set::Streamed => concat!($element, "_streamed"),
                 }
             };
@@ -192,8 +213,26 @@ impl From<Algorithm> for Family {
     }
 }
 
+/// The form in which addends cross the links to who sums them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Addends {
+    /// Elements.
+    Elements,
+    /// A [format](crate::wire) of fewer bits, which is a parameter.
+    Encoded,
+}
+
+/// True of an operation without [`Extras`](crate::launch::Extras), whose sum is rounded once.
+pub const fn is_plain(operation: &Operation) -> bool {
+    !operation.bias
+        && operation.post_norm.is_none()
+        && operation.experts.is_none()
+        && matches!(operation.rounding, Rounding::Once)
+}
+
 /// The quantizer of an epilogue, which the parameters of its kernels hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
 pub enum Quantizer {
     /// `Unquantized`.
     None,
@@ -203,8 +242,10 @@ pub enum Quantizer {
     Fp8Token,
     /// `Fp8Block`: per group, and MXFP8.
     Fp8Block,
-    /// `Fp4`: NVFP4 and MXFP4.
+    /// `Fp4`: NVFP4.
     Fp4,
+    /// `MxFp4`.
+    MxFp4,
 }
 
 impl From<Quantization> for Quantizer {
@@ -214,7 +255,8 @@ impl From<Quantization> for Quantizer {
             Quantization::Fp8Static => Quantizer::Fp8,
             Quantization::Fp8PerToken => Quantizer::Fp8Token,
             Quantization::Fp8PerGroup { .. } | Quantization::MxFp8 { .. } => Quantizer::Fp8Block,
-            Quantization::NvFp4 { .. } | Quantization::MxFp4 { .. } => Quantizer::Fp4,
+            Quantization::NvFp4 { .. } => Quantizer::Fp4,
+            Quantization::MxFp4 { .. } => Quantizer::MxFp4,
         }
     }
 }
@@ -266,62 +308,133 @@ impl Version {
     }
 }
 
-/// A kernel: a family with an epilogue, an entry point in every version.
+/// A kernel: a family with an epilogue, an entry point in every version that it has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Kernel {
     /// The work between ranks.
     pub family: Family,
-    /// The work on a row.
-    pub epilogue: Epilogue,
+    /// The form of what crosses the links.
+    pub addends: Addends,
+    /// The work on a row; `None` where it is a parameter.
+    pub epilogue: Option<Epilogue>,
     /// The names of its entry points, in the order of [`Version::ALL`].
     entries: [&'static str; 3],
 }
 
 macro_rules! kernels {
-    ($($family:ident $norm:literal $quantizer:ident $name:literal)*) => {
+    ($($family:ident $addends:ident $epilogue:tt $name:literal)*) => {
         /// The table. Names in collectives say only how the norm is quantized, as they have no quantization without.
         static KERNELS: &[Kernel] = &[$(Kernel {
             family: Family::$family,
-            epilogue: Epilogue { norm: $norm, quantizer: Quantizer::$quantizer },
+            addends: Addends::$addends,
+            epilogue: kernels!(@epilogue $epilogue),
             entries: [concat!($name, "_p1"), concat!($name, "_p2"), concat!($name, "_streamed")],
         }),*];
     };
+    (@epilogue any) => { None };
+    (@epilogue (norm $quantizer:ident)) => { Some(Epilogue { norm: true, quantizer: Quantizer::$quantizer }) };
+    (@epilogue ($quantizer:ident)) => { Some(Epilogue { norm: false, quantizer: Quantizer::$quantizer }) };
 }
 
 kernels! {
-    OneShot false None     "one_shot_none"
-    OneShot true  None     "one_shot_norm"
-    OneShot true  Fp8      "one_shot_fp8"
-    OneShot true  Fp8Token "one_shot_fp8_token"
-    OneShot true  Fp8Block "one_shot_fp8_block"
-    OneShot true  Fp4      "one_shot_fp4"
-    TwoShot false None     "two_shot_none"
-    TwoShot true  None     "two_shot_norm"
-    TwoShot true  Fp8      "two_shot_fp8"
-    TwoShot true  Fp8Token "two_shot_fp8_token"
-    TwoShot true  Fp8Block "two_shot_fp8_block"
-    TwoShot true  Fp4      "two_shot_fp4"
-    Sharded true  None     "sharded_norm"
-    Sharded true  Fp8      "sharded_fp8"
-    Sharded true  Fp8Token "sharded_fp8_token"
-    Sharded true  Fp8Block "sharded_fp8_block"
-    Sharded true  Fp4      "sharded_fp4"
-    Local   false None     "local_none"
-    Local   false Fp8      "local_fp8"
-    Local   false Fp8Token "local_fp8_token"
-    Local   false Fp8Block "local_fp8_block"
-    Local   false Fp4      "local_fp4"
-    Local   true  None     "local_norm"
-    Local   true  Fp8      "local_norm_fp8"
-    Local   true  Fp8Token "local_norm_fp8_token"
-    Local   true  Fp8Block "local_norm_fp8_block"
-    Local   true  Fp4      "local_norm_fp4"
+    OneShot Elements (None)           "one_shot_none"
+    OneShot Elements (norm None)      "one_shot_norm"
+    OneShot Elements (norm Fp8)       "one_shot_fp8"
+    OneShot Elements (norm Fp8Token)  "one_shot_fp8_token"
+    OneShot Elements (norm Fp8Block)  "one_shot_fp8_block"
+    OneShot Elements (norm Fp4)       "one_shot_fp4"
+    TwoShot Elements (None)           "two_shot_none"
+    TwoShot Elements (norm None)      "two_shot_norm"
+    TwoShot Elements (norm Fp8)       "two_shot_fp8"
+    TwoShot Elements (norm Fp8Token)  "two_shot_fp8_token"
+    TwoShot Elements (norm Fp8Block)  "two_shot_fp8_block"
+    TwoShot Elements (norm Fp4)       "two_shot_fp4"
+    Sharded Elements (norm None)      "sharded_norm"
+    Sharded Elements (norm Fp8)       "sharded_fp8"
+    Sharded Elements (norm Fp8Token)  "sharded_fp8_token"
+    Sharded Elements (norm Fp8Block)  "sharded_fp8_block"
+    Sharded Elements (norm Fp4)       "sharded_fp4"
+    Local   Elements (None)           "local_none"
+    Local   Elements (Fp8)            "local_fp8"
+    Local   Elements (Fp8Token)       "local_fp8_token"
+    Local   Elements (Fp8Block)       "local_fp8_block"
+    Local   Elements (Fp4)            "local_fp4"
+    Local   Elements (norm None)      "local_norm"
+    Local   Elements (norm Fp8)       "local_norm_fp8"
+    Local   Elements (norm Fp8Token)  "local_norm_fp8_token"
+    Local   Elements (norm Fp8Block)  "local_norm_fp8_block"
+    Local   Elements (norm Fp4)       "local_norm_fp4"
+    OneShot Elements any              "one_shot_any"
+    TwoShot Elements any              "two_shot_any"
+    Sharded Elements any              "sharded_any"
+    Local   Elements any              "local_any"
+    OneShot Encoded  (None)           "one_shot_wire_none"
+    OneShot Encoded  (norm None)      "one_shot_wire_norm"
+    OneShot Encoded  (norm Fp8)       "one_shot_wire_fp8"
+    OneShot Encoded  (norm Fp8Token)  "one_shot_wire_fp8_token"
+    OneShot Encoded  (norm Fp8Block)  "one_shot_wire_fp8_block"
+    OneShot Encoded  (norm Fp4)       "one_shot_wire_fp4"
+    Sharded Encoded  (norm None)      "sharded_wire_norm"
+    Sharded Encoded  (norm Fp8)       "sharded_wire_fp8"
+    Sharded Encoded  (norm Fp8Token)  "sharded_wire_fp8_token"
+    Sharded Encoded  (norm Fp8Block)  "sharded_wire_fp8_block"
+    Sharded Encoded  (norm Fp4)       "sharded_wire_fp4"
+    OneShot Encoded  any              "one_shot_wire_any"
+    TwoShot Encoded  any              "two_shot_wire_any"
+    Sharded Encoded  any              "sharded_wire_any"
 }
 
 impl Kernel {
-    /// The kernel of a family and an epilogue, if there is one.
-    pub fn of(family: Family, epilogue: Epilogue) -> Option<&'static Kernel> {
-        KERNELS.iter().find(|kernel| kernel.family == family && kernel.epilogue == epilogue)
+    /// The kernel for an operation that is planned as `algorithm` between `world_size` ranks, and the set that has it for rows in
+    /// registers; `None` for more than [`MAX_RANKS`].
+    pub fn of(
+        operation: &Operation,
+        algorithm: Algorithm,
+        world_size: u32,
+    ) -> Option<(Set, &'static Kernel)> {
+        const { assert!(MAX_RANKS == 8) };
+        let family = Family::from(algorithm);
+        let addends = if operation.wire.is_some() { Addends::Encoded } else { Addends::Elements };
+        let is_pair = world_size <= 2 && family != Family::TwoShot;
+        let set = match world_size {
+            ..=2 if is_pair && addends == Addends::Encoded => Some(Set::Wire2),
+            ..=8 if addends == Addends::Encoded => None,
+            ..=2 if is_pair => Some(Set::Group2),
+            ..=4 => Some(Set::Group4),
+            5..=8 => Some(Set::Group8),
+            _ => return None,
+        };
+        if let Some(set) = set.filter(|_| is_plain(operation)) {
+            let epilogue = Epilogue::of(operation.norm.is_some(), operation.quantization);
+            if let Some(kernel) = Kernel::find(family, addends, Some(epilogue)) {
+                return Some((set, kernel));
+            }
+        }
+        let set = if is_pair && addends == Addends::Elements { Set::Any2 } else { Set::Any8 };
+        Some((set, Kernel::find(family, addends, None)?))
+    }
+
+    /// The kernel without a collective for an epilogue.
+    pub fn local(epilogue: Epilogue) -> Option<&'static Kernel> {
+        let own = Kernel::find(Family::Local, Addends::Elements, Some(epilogue));
+        own.or_else(|| Kernel::find(Family::Local, Addends::Elements, None))
+    }
+
+    /// The kernel of the same exchange whose epilogue is a parameter.
+    pub fn of_any(&self) -> Option<&'static Kernel> {
+        Kernel::find(self.family, self.addends, None)
+    }
+
+    fn find(family: Family, addends: Addends, epilogue: Option<Epilogue>) -> Option<&'static Kernel> {
+        let is_it = |kernel: &&Kernel| {
+            kernel.family == family && kernel.addends == addends && kernel.epilogue == epilogue
+        };
+        KERNELS.iter().find(is_it)
+    }
+
+    /// True if there is an entry point of a version.
+    pub fn has(&self, version: Version) -> bool {
+        self.epilogue.is_none() || version != Version::Streamed
     }
 
     /// The name of a version's entry point.
@@ -359,26 +472,38 @@ impl Bounds {
 pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
     let kernel = Kernel::with_entry(entry);
     let version = Version::of(entry);
+    let is_encoded = kernel.is_some_and(|kernel| kernel.addends == Addends::Encoded);
+    let quantizer = |kernel: &Kernel| kernel.epilogue.map(|epilogue| epilogue.quantizer);
+    let is_fp4 = |kernel: &Kernel| quantizer(kernel) == Some(Quantizer::Fp4);
     // Without clusters and dependent launch, addresses and indices take up more registers; and for sm_120a the assembler
     // finds fewer to share.
     let takes_more = matches!(processor, "sm_80" | "sm_120a");
-    // Kernels for more than 4 ranks hold a pack of each; those for 4 quantize to FP4 beside as many.
+    // Kernels for more than 4 ranks hold a pack of each; those for 4 quantize in blocks beside as many.
     let is_large = match set {
-        Set::Group8 | Set::Streamed => true,
-        Set::Group4 => kernel.is_some_and(|kernel| {
-            kernel.epilogue.quantizer == Quantizer::Fp4
-                && match kernel.family {
-                    Family::Sharded => dtype == DType::F32 || processor == "sm_90",
-                    _ => dtype == DType::F32 || processor == "sm_100a",
-                }
+        Set::Group8 | Set::Any2 | Set::Any8 | Set::Streamed => true,
+        Set::Group4 => kernel.is_some_and(|kernel| match (kernel.family, quantizer(kernel)) {
+            (Family::OneShot, Some(Quantizer::Fp4 | Quantizer::Fp8Block)) => true,
+            (Family::OneShot, Some(Quantizer::Fp8)) => dtype == DType::F32,
+            (Family::Sharded, Some(Quantizer::Fp4)) => true,
+            (_, Some(Quantizer::Fp4)) => dtype == DType::F32 || processor == "sm_100a",
+            _ => false,
         }),
+        Set::Wire2 => kernel.is_some_and(is_fp4),
         Set::Group2 | Set::Local => false,
     };
+    // Decoding takes as long as the links do, and goes on in one row while another one waits.
+    let is_resident_thrice = set == Set::Wire2
+        && version == Some(Version::P2)
+        && !takes_more
+        && kernel.is_some_and(|kernel| kernel.family == Family::OneShot && !is_fp4(kernel));
     let threads = match set {
-        Set::Group8 | Set::Streamed if processor == "sm_80" => 256,
+        Set::Group8 | Set::Any8 | Set::Streamed if processor == "sm_80" => 256,
         // Two packs of eight ranks, widened.
-        Set::Group8 if processor == "sm_120a" && dtype == DType::F32 && version == Some(Version::P2) => 256,
-        Set::Group2 | Set::Group4 if takes_more => 512,
+        Set::Group8 if processor == "sm_120a" && version == Some(Version::P2) => 256,
+        Set::Any8 if version == Some(Version::P2) => 256,
+        Set::Streamed if dtype == DType::F32 && is_encoded => 256,
+        Set::Wire2 if is_resident_thrice => 256,
+        Set::Group2 | Set::Wire2 | Set::Group4 if takes_more => 512,
         _ if is_large || matches!(version, Some(Version::P2 | Version::Streamed)) => 512,
         _ => 1024,
     };
@@ -388,9 +513,17 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
         && !takes_more
         && kernel.is_some_and(|kernel| {
             kernel.family != Family::OneShot
-                && (dtype, kernel.epilogue.quantizer) != (DType::F32, Quantizer::Fp4)
+                && quantizer(kernel) != Some(Quantizer::Fp8Token)
+                && !(dtype == DType::F32 && is_fp4(kernel))
         });
-    Bounds { threads, blocks: if is_resident_twice { 2 } else { 1 } }
+    let blocks = if is_resident_thrice {
+        3
+    } else if is_resident_twice {
+        2
+    } else {
+        1
+    };
+    Bounds { threads, blocks }
 }
 
 #[cfg(test)]
@@ -398,6 +531,11 @@ mod tests {
     use std::{collections::HashSet, format, vec::Vec};
 
     use super::*;
+    use crate::{
+        fusion::{Experts, Mode, Norm, Residual, WeightType},
+        quant::ScaleLayout,
+        wire::WireFormat,
+    };
 
     #[test]
     fn a_gpu_gets_code_that_runs_on_it_and_the_best_first() {
@@ -412,19 +550,56 @@ mod tests {
         assert!(names(75).is_empty());
     }
 
+    const PLAIN: Operation = Operation {
+        dtype: DType::Bf16,
+        tokens: 1,
+        hidden: 64,
+        residual: Residual::Replicated,
+        norm: Some(Norm { epsilon: 1e-6, weight_bias: 0.0, gamma: WeightType::Element }),
+        quantization: Quantization::Fp8Static,
+        keep_norm: false,
+        rounding: Rounding::Once,
+        bias: false,
+        post_norm: None,
+        experts: None,
+        wire: None,
+        mode: Mode::Auto,
+    };
+
     #[test]
     fn a_group_uses_the_smallest_kernels_that_serve_it() {
-        let sets = |algorithm| [1, 2, 3, 4, 5, 8, 9].map(|world_size| Set::for_group(world_size, algorithm));
-        let [two, four, eight] = [Set::Group2, Set::Group4, Set::Group8].map(Some);
-        assert_eq!(sets(Algorithm::OneShot), [two, two, four, four, eight, eight, None]);
-        assert_eq!(sets(Algorithm::ShardedTwoShot), [two, two, four, four, eight, eight, None]);
-        assert_eq!(sets(Algorithm::TwoShot), [four, four, four, four, eight, eight, None]);
+        let sets = |operation: &Operation, algorithm| {
+            let set = |ranks| Kernel::of(operation, algorithm, ranks).map(|(set, _)| set);
+            [1, 2, 3, 4, 5, 8, 9].map(set)
+        };
+        let [two, four, eight, any] = [Set::Group2, Set::Group4, Set::Group8, Set::Any8].map(Some);
+        assert_eq!(sets(&PLAIN, Algorithm::OneShot), [two, two, four, four, eight, eight, None]);
+        assert_eq!(sets(&PLAIN, Algorithm::ShardedTwoShot), [two, two, four, four, eight, eight, None]);
+        assert_eq!(sets(&PLAIN, Algorithm::TwoShot), [four, four, four, four, eight, eight, None]);
+        let encoded = Operation { wire: Some(WireFormat::Int8), ..PLAIN };
+        let two = Some(Set::Wire2);
+        assert_eq!(sets(&encoded, Algorithm::OneShot), [two, two, any, any, any, any, None]);
+        assert_eq!(sets(&encoded, Algorithm::TwoShot), [any, any, any, any, any, any, None]);
+        let two = Some(Set::Any2);
+        for operation in [
+            Operation { bias: true, ..PLAIN },
+            Operation { post_norm: PLAIN.norm, ..PLAIN },
+            Operation {
+                experts: Some(Experts { top_k: 1, scales: WeightType::F32, shared: false }),
+                ..PLAIN
+            },
+            Operation { rounding: Rounding::AfterAllReduce, ..PLAIN },
+            Operation { quantization: Quantization::MxFp4 { layout: ScaleLayout::Linear }, ..PLAIN },
+        ] {
+            assert_eq!(sets(&operation, Algorithm::OneShot), [two, two, any, any, any, any, None]);
+            assert_eq!(sets(&operation, Algorithm::TwoShot), [any, any, any, any, any, any, None]);
+        }
     }
 
     #[test]
     fn names_follow_from_their_parts_and_lead_back_to_them() {
         let names: HashSet<_> = Module::all().map(Module::name).collect();
-        assert_eq!(names.len(), 15);
+        assert_eq!(names.len(), 24);
         for module in Module::all() {
             let element = ["f32", "f16", "bf16"][module.dtype as usize];
             assert_eq!(module.name(), format!("{element}_{}", module.set.name()));
@@ -434,26 +609,40 @@ mod tests {
 
         let mut entries = HashSet::new();
         for kernel in KERNELS {
-            assert_eq!(Kernel::of(kernel.family, kernel.epilogue), Some(kernel));
+            assert_eq!(Kernel::find(kernel.family, kernel.addends, kernel.epilogue), Some(kernel));
             for version in Version::ALL {
                 let name = kernel.name(version);
                 assert!(entries.insert(name), "{name} twice");
                 assert_eq!((Kernel::with_entry(name), Version::of(name)), (Some(kernel), Some(version)));
             }
         }
-        assert_eq!(Kernel::of(Family::Sharded, Epilogue::of(false, Quantization::None)), None);
-        let kernel = Kernel::of(Family::TwoShot, Epilogue { norm: true, quantizer: Quantizer::Fp4 }).unwrap();
-        assert_eq!(kernel.name(Version::Streamed), "two_shot_fp4_streamed");
+        let name = |operation: &Operation, algorithm, ranks| {
+            Kernel::of(operation, algorithm, ranks).map(|(_, kernel)| kernel.name(Version::P2))
+        };
+        let encoded = Operation { wire: Some(WireFormat::Int4), ..PLAIN };
+        assert_eq!(name(&PLAIN, Algorithm::TwoShot, 4), Some("two_shot_fp8_p2"));
+        assert_eq!(name(&encoded, Algorithm::OneShot, 2), Some("one_shot_wire_fp8_p2"));
+        assert_eq!(name(&encoded, Algorithm::OneShot, 4), Some("one_shot_wire_any_p2"));
+        let local =
+            |quantization| Kernel::local(Epilogue::of(true, quantization)).map(|it| it.name(Version::P1));
+        assert_eq!(local(Quantization::Fp8Static), Some("local_norm_fp8_p1"));
+        assert_eq!(local(Quantization::MxFp4 { layout: ScaleLayout::Linear }), Some("local_any_p1"));
     }
 
     #[test]
     fn every_entry_point_is_in_one_set_or_in_the_groups() {
-        let [two, four, eight, local, streamed] = Set::ALL.map(|set| set.entries().collect::<Vec<_>>());
+        let [two, four, eight, local, wire, any_two, any_eight, streamed] =
+            Set::ALL.map(|set| set.entries().collect::<Vec<_>>());
         assert_eq!(four, eight);
-        assert_eq!((two.len(), four.len(), local.len(), streamed.len()), (2 * 11, 2 * 17, 2 * 10, 27));
-        assert!(two.iter().all(|entry| four.contains(entry) && !entry.starts_with("two_shot")));
-        let all: HashSet<_> = [four, local, streamed].concat().into_iter().collect();
-        assert_eq!(all.len(), 3 * KERNELS.len());
+        assert_eq!((two.len(), four.len(), local.len()), (2 * 11, 2 * 17, 2 * 11));
+        assert_eq!((wire.len(), any_two.len(), any_eight.len(), streamed.len()), (2 * 11, 2 * 2, 2 * 6, 7));
+        for (smaller, larger) in [(&two, &four), (&any_two, &any_eight)] {
+            assert!(smaller.iter().all(|entry| larger.contains(entry) && !entry.starts_with("two_shot")));
+        }
+        let all: HashSet<_> = [four, local, wire, any_eight, streamed].concat().into_iter().collect();
+        let entries =
+            |kernel: &Kernel| Version::ALL.into_iter().filter(|&version| kernel.has(version)).count();
+        assert_eq!(all.len(), KERNELS.iter().map(entries).sum::<usize>());
     }
 
     #[test]
@@ -463,7 +652,7 @@ mod tests {
             (threads, blocks)
         };
         use DType::{Bf16, F32};
-        use Set::{Group2, Group4, Group8, Local, Streamed};
+        use Set::{Any2, Any8, Group2, Group4, Group8, Local, Streamed, Wire2};
         for (processor, dtype, set, entry, expected) in [
             ("sm_90", Bf16, Group4, "one_shot_norm_p1", (1024, 1)),
             ("sm_90", Bf16, Group4, "one_shot_norm_p2", (512, 1)),
@@ -473,19 +662,31 @@ mod tests {
             ("sm_80", Bf16, Group8, "one_shot_norm_p1", (256, 1)),
             ("sm_90", Bf16, Group8, "one_shot_norm_p1", (512, 1)),
             ("sm_120a", F32, Group8, "one_shot_norm_p2", (256, 1)),
-            ("sm_120a", Bf16, Group8, "one_shot_norm_p2", (512, 1)),
+            ("sm_120a", Bf16, Group8, "one_shot_norm_p2", (256, 1)),
             ("sm_120a", Bf16, Group4, "one_shot_norm_p1", (512, 1)),
             // FP4 beside packs of four ranks.
-            ("sm_90", Bf16, Group4, "one_shot_fp4_p1", (1024, 1)),
-            ("sm_90", F32, Group4, "one_shot_fp4_p1", (512, 1)),
+            ("sm_90", Bf16, Group4, "two_shot_fp4_p1", (1024, 1)),
+            ("sm_90", Bf16, Group4, "one_shot_fp8_block_p1", (512, 1)),
+            ("sm_90", F32, Group4, "one_shot_fp8_p1", (512, 1)),
             ("sm_100a", Bf16, Group4, "two_shot_fp4_p1", (512, 1)),
-            ("sm_100a", Bf16, Group4, "sharded_fp4_p1", (1024, 1)),
+            ("sm_100a", Bf16, Group4, "sharded_fp4_p1", (512, 1)),
             ("sm_90", Bf16, Group4, "sharded_fp4_p1", (512, 1)),
             // Two packs in 64 registers.
             ("sm_90", Bf16, Group2, "sharded_norm_p2", (512, 2)),
             ("sm_90", Bf16, Group2, "one_shot_norm_p2", (512, 1)),
             ("sm_120a", Bf16, Group2, "sharded_norm_p2", (512, 1)),
             ("sm_90", F32, Group2, "sharded_fp4_p2", (512, 1)),
+            // Two packs of eight ranks, decoded.
+            ("sm_90", Bf16, Any8, "one_shot_wire_any_p2", (256, 1)),
+            ("sm_90", Bf16, Any8, "one_shot_any_p1", (512, 1)),
+            ("sm_90", F32, Any2, "one_shot_any_p2", (512, 1)),
+            ("sm_90", Bf16, Wire2, "one_shot_wire_fp4_p2", (512, 1)),
+            ("sm_90", F32, Streamed, "one_shot_wire_any_streamed", (256, 1)),
+            ("sm_90", F32, Streamed, "one_shot_any_streamed", (512, 1)),
+            ("sm_90", Bf16, Wire2, "one_shot_wire_norm_p1", (1024, 1)),
+            ("sm_90", Bf16, Wire2, "one_shot_wire_norm_p2", (256, 3)),
+            ("sm_90", Bf16, Wire2, "sharded_wire_norm_p2", (512, 1)),
+            ("sm_80", Bf16, Wire2, "one_shot_wire_norm_p1", (512, 1)),
             // None of the table's.
             ("sm_90", Bf16, Group4, "all_reduce_gelu", (1024, 1)),
             ("sm_80", Bf16, Group4, "all_reduce_gelu", (512, 1)),

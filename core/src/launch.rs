@@ -29,6 +29,7 @@ use crate::{
     pack::Pack,
     plan::{Algorithm, Plan, Round, owned_index},
     quant::ScaleStrides,
+    wire::WireFormat,
     workspace::{self, SLOTS_OFFSET},
 };
 
@@ -294,12 +295,19 @@ pub struct Extras {
     pub post_norm: PostNorm,
     /// The experts that the addend is made of.
     pub experts: Experts,
+    /// The format in which addends cross the links; only for the kernels of [`Addends::Encoded`](crate::kernels::Addends),
+    /// which read it whatever the flags are.
+    pub encoding: Encoding,
 }
 
 impl Extras {
     /// No extras.
-    pub const NONE: Extras =
-        Extras { bias: Address::NULL, post_norm: PostNorm::NONE, experts: Experts::NONE };
+    pub const NONE: Extras = Extras {
+        bias: Address::NULL,
+        post_norm: PostNorm::NONE,
+        experts: Experts::NONE,
+        encoding: Encoding::NONE,
+    };
 }
 
 /// The RMSNorm of the sum of all ranks, before the residual is added.
@@ -357,6 +365,29 @@ impl Experts {
         top_k: 0,
         scales_f32: 0,
     };
+}
+
+/// A [format](crate::wire) of fewer bits.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Encoding {
+    /// Bits of a code: 8 or 4.
+    pub bits: u32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}
+
+impl Encoding {
+    /// Elements as they are.
+    pub const NONE: Encoding = Encoding { bits: 0, reserved: 0 };
+
+    /// The format of an operation's addends.
+    pub const fn of(format: Option<WireFormat>) -> Encoding {
+        match format {
+            Some(format) => Encoding { bits: format.bits(), reserved: 0 },
+            None => Encoding::NONE,
+        }
+    }
 }
 
 /// The parameters of a fused kernel with epilogue `X`.
@@ -464,17 +495,50 @@ pub struct Fp8Block {
     pub reserved: u32,
 }
 
-/// FP4: NVFP4, which is E2M1 in blocks of 16 with UE4M3 scales under a global scale; or MXFP4, in blocks of 32 with UE8M0
-/// scales.
+/// NVFP4: E2M1 in blocks of 16 with UE4M3 scales under a global scale.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fp4 {
     /// `[total_tokens, hidden / 2]` bytes of two E2M1 codes each, 4-byte aligned.
     pub values: Address,
-    /// `[total_tokens, hidden / block]` UE4M3 or UE8M0 codes.
+    /// `[total_tokens, hidden / 16]` UE4M3 codes.
     pub scales: BlockScales,
-    /// One `f32`, constant: NVFP4's. Null for MXFP4.
+    /// One `f32`. Constant.
     pub global_scale: Address,
+}
+
+/// MXFP4: E2M1 in blocks of 32 with UE8M0 scales.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MxFp4 {
+    /// `[total_tokens, hidden / 2]` bytes of two E2M1 codes each, 4-byte aligned.
+    pub values: Address,
+    /// `[total_tokens, hidden / 32]` UE8M0 codes.
+    pub scales: BlockScales,
+}
+
+/// A quantization that is chosen at launch. Of its fields, those of the quantizer that [`kind`](Self::kind) names count.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AnyQuantizer {
+    /// The codes.
+    pub values: Address,
+    /// The scales of blocks; of them the address alone where each token has a scale.
+    pub scales: BlockScales,
+    /// The static or the global scale.
+    pub scale: Address,
+    /// [`Quantizer`](crate::kernels::Quantizer) as a number.
+    pub kind: u32,
+    /// [`Fp8Block::block_packs_log2`].
+    pub block_packs_log2: u32,
+}
+
+/// An epilogue that is chosen at launch: RMSNorm and a quantization or, if gamma is null, that of [`Plain`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AnyEpilogue {
+    /// The norm, and what is made of it.
+    pub norm: RmsNorm<AnyQuantizer>,
 }
 
 /// To be raised when a field, or the memory that it points to, comes to mean something else in the same place.
@@ -496,7 +560,8 @@ pub const LAYOUT: u32 = crate::fingerprint! {
     Group { regions, state, status, slot_bytes, timeout_ns, world_size, rank }
     Shape { first_token, total_tokens, tokens, row_packs, call }
     Activations { input, residual, residual_out, flags, reserved }
-    Extras { bias, post_norm, experts }
+    Extras { bias, post_norm, experts, encoding }
+    Encoding { bits, reserved }
     PostNorm { gamma, inverse_hidden, epsilon, weight_bias, gamma_f32 }
     Experts { rows, index, scales, shared, top_k, scales_f32 }
     AnyFused { group, shape, activations, epilogue, extras }
@@ -509,6 +574,9 @@ pub const LAYOUT: u32 = crate::fingerprint! {
     BlockScales { address, strides }
     Fp8Block { values, scales, block_packs_log2, reserved }
     Fp4 { values, scales, global_scale }
+    MxFp4 { values, scales }
+    AnyQuantizer { values, scales, scale, kind, block_packs_log2 }
+    AnyEpilogue { norm }
 };
 
 /// The variable of a PTX module that holds its [`LAYOUT`].
@@ -523,11 +591,14 @@ pub fn layout_of(ptx: &str) -> Option<u32> {
 const _: () = {
     assert!(size_of::<RankState>() == 64 + 16 * MAX_BLOCKS as usize && size_of::<Status>() == 64);
     assert!(size_of::<Group>() == 104 && size_of::<Shape>() == 32 && size_of::<Activations>() == 32);
-    assert!(size_of::<Extras>() == 72 && size_of::<PostNorm>() == 24 && size_of::<Experts>() == 40);
+    assert!(size_of::<Extras>() == 80 && size_of::<PostNorm>() == 24 && size_of::<Experts>() == 40);
+    assert!(size_of::<Encoding>() == 8);
     assert!(size_of::<Unquantized>() == 0 && size_of::<Fp8Static>() == 16 && size_of::<Fp8PerToken>() == 16);
     assert!(size_of::<BlockScales>() == 40 && size_of::<Fp8Block>() == 56 && size_of::<Fp4>() == 56);
+    assert!(size_of::<MxFp4>() == 48);
+    assert!(size_of::<AnyQuantizer>() == 64 && size_of::<AnyEpilogue>() == 96);
     assert!(size_of::<Plain<Fp4>>() == 56 && size_of::<RmsNorm<Unquantized>>() == 32);
-    assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 32 + 88 + 72);
+    assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 32 + 88 + 80);
     assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 32 + 48);
 };
 
@@ -548,6 +619,6 @@ mod tests {
             assert!(lists("") || lists("Any"), "{name} is not in `LAYOUT`");
             count += 1;
         }
-        assert_eq!(count, 19);
+        assert_eq!(count, 23);
     }
 }

@@ -23,8 +23,9 @@
 //! of a stripped word, below, by `3 |s|`. `|s|` is at most 1/128 or 1/8 of `extreme`, or else 2^-126.
 //!
 //! # Layout
-//! Codes are stored with an offset: `c + 128` in a byte, or `c + 8` in half a byte, the element with the even index low. A
-//! row's codes are followed by its scales, of two bytes each, and by zeros up to a multiple of 16 bytes. All numbers are
+//! Codes are stored with an offset: `c + 128` in a byte, or `c + 8` in half a byte. Of every eight elements, four bytes have the
+//! first four in their low halves and the others in their high halves: so either format is bytes after one mask. A row's codes
+//! are followed by its scales, of two bytes each, and by zeros up to a multiple of 16 bytes. All numbers are
 //! little-endian. Hidden sizes are multiples of 16, so codes are whole words; the last block may have 16 elements.
 //!
 //! A word of codes may be [the sentinel](lamport::SENTINEL): the largest code in every place. It is
@@ -200,8 +201,9 @@ fn encode_block<const BITS: u32, const N: usize>(values: &[f32; N], codes: &mut 
     let scale = scale(extreme, BITS);
     let reciprocal = 1.0 / decode_scale(scale);
     let wide = values.map(|value| code(value, reciprocal, BITS));
-    for (byte, wide) in codes.iter_mut().zip(wide.chunks_exact(8 / BITS as usize)) {
-        *byte = wide.iter().rev().fold(0, |byte, code| byte << BITS | code) as u8;
+    for (bytes, wide) in codes.as_chunks_mut::<4>().0.iter_mut().zip(wide.chunks_exact(32 / BITS as usize)) {
+        let (low, high) = wide.split_at(4);
+        *bytes = core::array::from_fn(|byte| (low[byte] | high.get(byte).unwrap_or(&0) << 4) as u8);
     }
     for word in codes.as_chunks_mut().0 {
         *word = lamport::strip(u32::from_le_bytes(*word)).to_le_bytes();
@@ -227,9 +229,9 @@ fn add<const BITS: u32>(codes: &[u8], scales: &[u8], sum: &mut [f32]) {
 fn add_block<const BITS: u32, const N: usize>(codes: &[u8], scale: [u8; SCALE_BYTES], sum: &mut [f32; N]) {
     let scale = decode_scale(u16::from_le_bytes(scale));
     let mut wide = [0; N];
-    for (wide, byte) in wide.chunks_exact_mut(8 / BITS as usize).zip(codes) {
-        for (place, wide) in (0..).zip(wide) {
-            *wide = u32::from(*byte) >> (place * BITS) & ((1 << BITS) - 1);
+    for (wide, bytes) in wide.chunks_exact_mut(32 / BITS as usize).zip(codes.as_chunks::<4>().0) {
+        for (half, wide) in (0..).zip(wide.as_chunks_mut::<4>().0) {
+            *wide = bytes.map(|byte| u32::from(byte) >> (half * BITS) & ((1 << BITS) - 1));
         }
     }
     for (sum, code) in sum.iter_mut().zip(wide) {

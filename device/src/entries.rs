@@ -1,10 +1,13 @@
 //! The table of kernel entry points.
 
-/// Defines the entry points of one module, all of one element type: the collectives for groups of at most `N` ranks, the
-/// kernels that need no group, or all of those that stream their rows.
+/// Defines the entry points of one module, all of one element type: the collectives for groups of at most `N` ranks, of
+/// addends as elements or in a wire format, those of any epilogue, the kernels that need no group, or all of those that stream
+/// their rows.
 ///
 /// ```ignore
 /// fused_collective_device::entries!(collectives, bf16, 4); // N is 2, 4 or 8; two-shot is among them from 4 on
+/// fused_collective_device::entries!(wire, bf16); // for 2 ranks
+/// fused_collective_device::entries!(any, bf16, 8); // N is 2 or 8
 /// fused_collective_device::entries!(local, bf16);
 /// fused_collective_device::entries!(streamed, bf16);
 /// ```
@@ -21,66 +24,90 @@
 #[macro_export]
 macro_rules! entries {
     (collectives, $element:ident, 2) => {
-        $crate::entries!(@for_any resident, $element, 2);
+        $crate::entries!(@for_any $element, 2);
     };
     (collectives, $element:ident, $ranks:literal) => {
-        $crate::entries!(@for_any resident, $element, $ranks);
-        $crate::entries!(@from_three resident, $element, $ranks);
+        $crate::entries!(@for_any $element, $ranks);
+        $crate::entries!(@epilogue two_shot, "two_shot_none", $element, Plain<Unquantized>, elements, $ranks);
+        $crate::entries!(@collective two_shot, "two_shot", $element, elements, $ranks);
+    };
+    (wire, $element:ident) => {
+        $crate::entries!(@epilogue one_shot, "one_shot_wire_none", $element, Plain<Unquantized>, encoded, 2);
+        $crate::entries!(@collective one_shot, "one_shot_wire", $element, encoded, 2);
+        $crate::entries!(@collective sharded, "sharded_wire", $element, encoded, 2);
+    };
+    (any, $element:ident, 2) => {
+        $crate::entries!(@any one_shot, "one_shot_any", $element, elements, 2);
+        $crate::entries!(@any sharded, "sharded_any", $element, elements, 2);
+    };
+    (any, $element:ident, $ranks:literal) => {
+        $crate::entries!(@any one_shot, "one_shot_any", $element, elements, $ranks);
+        $crate::entries!(@any two_shot, "two_shot_any", $element, elements, $ranks);
+        $crate::entries!(@any sharded, "sharded_any", $element, elements, $ranks);
+        $crate::entries!(@any one_shot, "one_shot_wire_any", $element, encoded, $ranks);
+        $crate::entries!(@any two_shot, "two_shot_wire_any", $element, encoded, $ranks);
+        $crate::entries!(@any sharded, "sharded_wire_any", $element, encoded, $ranks);
     };
     (local, $element:ident) => {
-        $crate::entries!(@locals resident, $element);
+        $crate::entries!(@local "local_none", $element, Plain<Unquantized>);
+        $crate::entries!(@local "local_fp8", $element, Plain<Fp8Static>);
+        $crate::entries!(@local "local_fp8_token", $element, Plain<Fp8PerToken>);
+        $crate::entries!(@local "local_fp8_block", $element, Plain<Fp8Block>);
+        $crate::entries!(@local "local_fp4", $element, Plain<Fp4>);
+        $crate::entries!(@local "local_norm", $element, RmsNorm<Unquantized>);
+        $crate::entries!(@local "local_norm_fp8", $element, RmsNorm<Fp8Static>);
+        $crate::entries!(@local "local_norm_fp8_token", $element, RmsNorm<Fp8PerToken>);
+        $crate::entries!(@local "local_norm_fp8_block", $element, RmsNorm<Fp8Block>);
+        $crate::entries!(@local "local_norm_fp4", $element, RmsNorm<Fp4>);
+        $crate::entries!(@local "local_any", $element, AnyEpilogue);
     };
     (streamed, $element:ident) => {
-        $crate::entries!(@for_any streamed, $element, 8);
-        $crate::entries!(@from_three streamed, $element, 8);
-        $crate::entries!(@locals streamed, $element);
+        $crate::entries!(@fused one_shot, "one_shot_any_streamed", $element, AnyEpilogue, Experts, elements, 8, 1, false);
+        $crate::entries!(@fused two_shot, "two_shot_any_streamed", $element, AnyEpilogue, Experts, elements, 8, 1, false);
+        $crate::entries!(@fused sharded, "sharded_any_streamed", $element, AnyEpilogue, Experts, elements, 8, 1, false);
+        $crate::entries!(@fused one_shot, "one_shot_wire_any_streamed", $element, AnyEpilogue, Experts, encoded, 8, 1, false);
+        $crate::entries!(@fused two_shot, "two_shot_wire_any_streamed", $element, AnyEpilogue, Experts, encoded, 8, 1, false);
+        $crate::entries!(@fused sharded, "sharded_wire_any_streamed", $element, AnyEpilogue, Experts, encoded, 8, 1, false);
+        $crate::entries!(@entry "local_any_streamed", Local<AnyEpilogue>, |params| local::<$element, AnyEpilogue, 1, false>(&params));
     };
-    (@for_any $rows:ident, $element:ident, $ranks:literal) => {
-        $crate::entries!(@epilogue $rows, one_shot, "one_shot_none", $element, $ranks, Plain<Unquantized>);
-        $crate::entries!(@collective $rows, one_shot, "one_shot", $element, $ranks);
-        $crate::entries!(@collective $rows, sharded, "sharded", $element, $ranks);
+    (@for_any $element:ident, $ranks:literal) => {
+        $crate::entries!(@epilogue one_shot, "one_shot_none", $element, Plain<Unquantized>, elements, $ranks);
+        $crate::entries!(@collective one_shot, "one_shot", $element, elements, $ranks);
+        $crate::entries!(@collective sharded, "sharded", $element, elements, $ranks);
     };
-    (@from_three $rows:ident, $element:ident, $ranks:literal) => {
-        $crate::entries!(@epilogue $rows, two_shot, "two_shot_none", $element, $ranks, Plain<Unquantized>);
-        $crate::entries!(@collective $rows, two_shot, "two_shot", $element, $ranks);
+    (@collective $algorithm:ident, $name:literal, $element:ident, $wire:ident, $ranks:literal) => {
+        $crate::entries!(@epilogue $algorithm, concat!($name, "_norm"), $element, RmsNorm<Unquantized>, $wire, $ranks);
+        $crate::entries!(@epilogue $algorithm, concat!($name, "_fp8"), $element, RmsNorm<Fp8Static>, $wire, $ranks);
+        $crate::entries!(@epilogue $algorithm, concat!($name, "_fp8_token"), $element, RmsNorm<Fp8PerToken>, $wire, $ranks);
+        $crate::entries!(@epilogue $algorithm, concat!($name, "_fp8_block"), $element, RmsNorm<Fp8Block>, $wire, $ranks);
+        $crate::entries!(@epilogue $algorithm, concat!($name, "_fp4"), $element, RmsNorm<Fp4>, $wire, $ranks);
     };
-    (@collective $rows:ident, $algorithm:ident, $name:literal, $element:ident, $ranks:literal) => {
-        $crate::entries!(@epilogue $rows, $algorithm, concat!($name, "_norm"), $element, $ranks, RmsNorm<Unquantized>);
-        $crate::entries!(@epilogue $rows, $algorithm, concat!($name, "_fp8"), $element, $ranks, RmsNorm<Fp8Static>);
-        $crate::entries!(@epilogue $rows, $algorithm, concat!($name, "_fp8_token"), $element, $ranks, RmsNorm<Fp8PerToken>);
-        $crate::entries!(@epilogue $rows, $algorithm, concat!($name, "_fp8_block"), $element, $ranks, RmsNorm<Fp8Block>);
-        $crate::entries!(@epilogue $rows, $algorithm, concat!($name, "_fp4"), $element, $ranks, RmsNorm<Fp4>);
+    (@epilogue $algorithm:ident, $name:expr, $element:ident, $epilogue:ty, $wire:ident, $ranks:literal) => {
+        $crate::entries!(@fused $algorithm, concat!($name, "_p1"), $element, $epilogue, Given, $wire, $ranks, 1, true);
+        $crate::entries!(@fused $algorithm, concat!($name, "_p2"), $element, $epilogue, Given, $wire, $ranks, 2, true);
     };
-    (@locals $rows:ident, $element:ident) => {
-        $crate::entries!(@local $rows, "none", $element, Plain<Unquantized>);
-        $crate::entries!(@local $rows, "fp8", $element, Plain<Fp8Static>);
-        $crate::entries!(@local $rows, "fp8_token", $element, Plain<Fp8PerToken>);
-        $crate::entries!(@local $rows, "fp8_block", $element, Plain<Fp8Block>);
-        $crate::entries!(@local $rows, "fp4", $element, Plain<Fp4>);
-        $crate::entries!(@local $rows, "norm", $element, RmsNorm<Unquantized>);
-        $crate::entries!(@local $rows, "norm_fp8", $element, RmsNorm<Fp8Static>);
-        $crate::entries!(@local $rows, "norm_fp8_token", $element, RmsNorm<Fp8PerToken>);
-        $crate::entries!(@local $rows, "norm_fp8_block", $element, RmsNorm<Fp8Block>);
-        $crate::entries!(@local $rows, "norm_fp4", $element, RmsNorm<Fp4>);
+    (@any $algorithm:ident, $name:literal, $element:ident, $wire:ident, $ranks:literal) => {
+        $crate::entries!(@fused $algorithm, concat!($name, "_p1"), $element, AnyEpilogue, Experts, $wire, $ranks, 1, true);
+        $crate::entries!(@fused $algorithm, concat!($name, "_p2"), $element, AnyEpilogue, Experts, $wire, $ranks, 2, true);
     };
-    (@epilogue resident, $algorithm:ident, $name:expr, $element:ident, $ranks:literal, $epilogue:ty) => {
-        $crate::entries!(@entry concat!($name, "_p1"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 1, true>(&params, &params.extras.experts));
-        $crate::entries!(@entry concat!($name, "_p2"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 2, true>(&params, &params.extras.experts));
+    (@fused $algorithm:ident, $name:expr, $element:ident, $epilogue:ty, $prologue:ident, $wire:ident, $ranks:literal, $packs:literal, $resident:literal) => {
+        $crate::entries!(@entry $name, Fused<$epilogue>, |params| {
+            let (prologue, wire) = ($crate::entries!(@prologue $prologue, params), $crate::entries!(@wire $wire, params));
+            collective::$algorithm::<$element, $epilogue, _, _, $ranks, $packs, $resident>(&params, prologue, wire)
+        });
     };
-    (@epilogue streamed, $algorithm:ident, $name:expr, $element:ident, $ranks:literal, $epilogue:ty) => {
-        $crate::entries!(@entry concat!($name, "_streamed"), Fused<$epilogue>, |params| collective::$algorithm::<$element, $epilogue, Experts, $ranks, 1, false>(&params, &params.extras.experts));
-    };
-    (@local resident, $name:literal, $element:ident, $epilogue:ty) => {
-        $crate::entries!(@entry concat!("local_", $name, "_p1"), Local<$epilogue>, |params| local::<$element, $epilogue, 1, true>(&params));
-        $crate::entries!(@entry concat!("local_", $name, "_p2"), Local<$epilogue>, |params| local::<$element, $epilogue, 2, true>(&params));
-    };
-    (@local streamed, $name:literal, $element:ident, $epilogue:ty) => {
-        $crate::entries!(@entry concat!("local_", $name, "_streamed"), Local<$epilogue>, |params| local::<$element, $epilogue, 1, false>(&params));
+    (@prologue Given, $params:ident) => { &Given };
+    (@prologue Experts, $params:ident) => { &$params.extras.experts };
+    (@wire elements, $params:ident) => { &Elements };
+    (@wire encoded, $params:ident) => { &$params.extras.encoding };
+    (@local $name:literal, $element:ident, $epilogue:ty) => {
+        $crate::entries!(@entry concat!($name, "_p1"), Local<$epilogue>, |params| local::<$element, $epilogue, 1, true>(&params));
+        $crate::entries!(@entry concat!($name, "_p2"), Local<$epilogue>, |params| local::<$element, $epilogue, 2, true>(&params));
     };
     (@entry $name:expr, $parameters:ty, |$params:ident| $kernel:expr) => {
         const _: () = {
             #[allow(unused_imports, reason = "each entry uses some of these")]
-            use $crate::{collective, dtype::{bf16, f16}, launch::*, local};
+            use $crate::{collective, dtype::{bf16, f16}, launch::*, local, prologue::Given, wire::Elements};
 
             /// # Safety
             /// Launched by the rules in `fused_collective_device::launch`.

@@ -22,12 +22,12 @@
 //! ```ignore
 //! #![no_std]
 //! #![feature(abi_ptx)]
-//! use fused_collective_device::{collective, dtype::bf16, launch::Fused, prologue::Given};
+//! use fused_collective_device::{collective, dtype::bf16, launch::Fused, prologue::Given, wire::Elements};
 //!
 //! #[unsafe(no_mangle)]
 //! pub unsafe extern "ptx-kernel" fn my_kernel(params: Fused<MyEpilogue>) {
 //!     // At most 4 ranks, one resident pack per thread.
-//!     unsafe { collective::one_shot::<bf16, MyEpilogue, Given, 4, 1, true>(&params, &Given) }
+//!     unsafe { collective::one_shot::<bf16, MyEpilogue, Given, Elements, 4, 1, true>(&params, &Given, &Elements) }
 //! }
 //! ```
 //! A [`prologue::Prologue`] in place of `Given` makes the rank's addend.
@@ -70,5 +70,6 @@ mod local;
 pub mod prologue;
 pub mod row;
 pub mod simt;
+pub mod wire;
 
 pub use local::local;

@@ -6,7 +6,7 @@ use fused_collective_core::{dtype::Element, pack::Pack};
 use crate::{
     convert,
     epilogue::Epilogue,
-    launch::{Extras, Local},
+    launch::Local,
     row::{Prepared, Team, ThreadSlice},
     simt,
 };
@@ -43,25 +43,18 @@ where
     while token < shape.tokens {
         // SAFETY: see above.
         unsafe {
-            prepared.complete::<false>(
-                &mut team,
-                shape,
-                activations,
-                &Extras::NONE,
-                token,
-                |chunk, indices, row| {
-                    let mut residuals = [Pack::default(); P];
-                    slice.for_each(chunk, |p, _| {
-                        row[p] = simt::load(indices[p].of(activations.input));
-                        if has_residual {
-                            residuals[p] = simt::load(indices[p].of(activations.residual));
-                        }
-                    });
+            prepared.complete(&mut team, shape, (activations, None), true, token, |chunk, indices, row| {
+                let mut residuals = [Pack::default(); P];
+                slice.for_each(chunk, |p, _| {
+                    row[p] = simt::load(indices[p].of(activations.input));
                     if has_residual {
-                        slice.for_each(chunk, |p, _| row[p] = add::<E>(row[p], residuals[p]));
+                        residuals[p] = simt::load(indices[p].of(activations.residual));
                     }
-                },
-            );
+                });
+                if has_residual {
+                    slice.for_each(chunk, |p, _| row[p] = add::<E>(row[p], residuals[p]));
+                }
+            });
         }
         token += team.teams;
     }

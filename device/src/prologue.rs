@@ -15,6 +15,10 @@ use crate::{
 
 /// The making of a rank's addend. Implement it to fuse something else.
 pub trait Prologue<E: Element>: Copy {
+    /// False for kernels of operations that are [plain](fused_collective_core::kernels::is_plain): they have no code for
+    /// [`Extras`](crate::launch::Extras) and rounding.
+    const EXTRAS: bool = true;
+
     /// True if the addend is to be made: the same for all threads of a launch. Else it lies in `input`.
     #[inline(always)]
     fn makes_addend(&self, _activations: &Activations) -> bool {
@@ -28,11 +32,13 @@ pub trait Prologue<E: Element>: Copy {
     unsafe fn addend(&self, index: PackIndex) -> Pack;
 }
 
-/// No prologue: the addend lies in `input`.
+/// No prologue, and no other extras: the addend lies in `input`.
 #[derive(Clone, Copy, Debug)]
 pub struct Given;
 
 impl<E: Element> Prologue<E> for Given {
+    const EXTRAS: bool = false;
+
     #[inline(always)]
     fn makes_addend(&self, _activations: &Activations) -> bool {
         false

@@ -272,7 +272,7 @@ impl ScaleTensor {
 
 /// A [`ScaleTensor`] as distances in bytes. In every layout four columns from a multiple of four on are equally far apart.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ScaleStrides {
     /// From a tile of rows to the next.
     pub tile: u64,

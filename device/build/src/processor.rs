@@ -55,9 +55,14 @@ impl Processor {
     }
 
     /// rustc's flags for device code.
-    pub(crate) fn flags(self) -> [String; 2] {
+    pub(crate) fn flags(self) -> [String; 3] {
         let feature = self.version().replace('.', "");
-        [format!("-Ctarget-cpu={}", self.name()), format!("-Ctarget-feature=+ptx{feature}")]
+        [
+            format!("-Ctarget-cpu={}", self.name()),
+            format!("-Ctarget-feature=+ptx{feature}"),
+            // A call passes what registers hold through local memory, so a kernel is one function, however large.
+            "-Cllvm-args=-inline-threshold=100000".to_owned(),
+        ]
     }
 }
 
@@ -101,7 +106,8 @@ mod tests {
         let expected = [(Sm80, vec![Sm80]), (Sm90, vec![Sm90]), (Sm100a, vec![Sm100a, Sm120a])];
         assert_eq!(by_compilation(&Processor::ALL), expected);
         assert_eq!(by_compilation(&[Sm120a, Sm120a]), [(Sm100a, vec![Sm120a])]);
-        assert_eq!(Sm120a.compiled_for().flags(), ["-Ctarget-cpu=sm_100a", "-Ctarget-feature=+ptx86"]);
+        let [cpu, feature, _] = Sm120a.compiled_for().flags();
+        assert_eq!([cpu, feature], ["-Ctarget-cpu=sm_100a", "-Ctarget-feature=+ptx86"]);
         assert_eq!(Sm120a.header(), ".version 8.7\n.target sm_120a\n");
     }
 

@@ -1,6 +1,6 @@
 //! The ranks of a group: peers, regions and slots, and the tokens that are dealt out.
 
-use fused_collective_core::{pack::Pack, workspace::SLOTS_OFFSET};
+use fused_collective_core::workspace::SLOTS_OFFSET;
 
 use crate::{
     launch::{Address, Group, MAX_RANKS},
@@ -67,10 +67,9 @@ pub fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)) {
     }
 }
 
-/// A pack of the row that rank `source` sent: rank 0's is at `first`, and each is `stride` bytes after the one before.
+/// The row that rank `source` sent: rank 0's is at `first`, and each is `stride` bytes after the one before.
 #[inline(always)]
-pub(super) fn pack_of(first: Address, source: u32, stride: u64, pack: u32) -> Address {
+pub(super) fn row_of(first: Address, source: u32, stride: u64) -> Address {
     // `black_box`, so that addresses are computed in the loop: kept, they would take up registers.
-    let row = Address(simt::black_box_u64(first.0)).offset(source as u64 * simt::black_box_u64(stride));
-    row.offset(pack as u64 * Pack::BYTES)
+    Address(simt::black_box_u64(first.0)).offset(source as u64 * simt::black_box_u64(stride))
 }

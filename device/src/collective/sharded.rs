@@ -6,7 +6,7 @@
 //! prologue    read gamma and scales, where there are registers for them; wait for the kernels before
 //!             make the addend, where it is not given; read the epoch; let the next kernel start
 //! push        for each other rank's token of the team, or the first alone:
-//!                 write its row, stripped of the sentinel, to this rank's place in the owner's slot
+//!                 write its row, stripped of the sentinel or encoded, to this rank's place in the owner's slot
 //!             advance the epochs
 //! complete    in each turn, until the team has no more tokens:
 //!                 a token of this rank's:
@@ -29,8 +29,8 @@ use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::Slot
 
 use super::{
     begun::{Begun, fill_padding, serves},
-    ranks::{first_slot, pack_of, peer},
-    sum::{bias_of, load_row, make_addend, residual_of_sum, residual_out},
+    ranks::{first_slot, peer, row_of},
+    sum::{bias_of, encode, load_row, make_addend, residual_of_sum, residual_out, sum_of},
     turns::{Token, Tokens},
     wait::{Awaited, Waiter},
 };
@@ -40,6 +40,7 @@ use crate::{
     prologue::Prologue,
     row::{Prepared, Team, ThreadSlice},
     simt,
+    wire::Wire,
 };
 
 /// Bytes of a word.
@@ -59,13 +60,15 @@ const fn turns_ahead(ranks: usize, packs: usize, resident: bool) -> u32 {
 /// Called once by every thread of a grid launched by the rules in [`launch`](crate::launch), with parameters as
 /// their documentation says for a sharded residual.
 #[inline(always)]
-pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: bool>(
+pub unsafe fn sharded<E, X, I, W, const N: usize, const P: usize, const RESIDENT: bool>(
     params: &Fused<X>,
     prologue: &I,
+    wire: &W,
 ) where
     E: Element,
     X: Epilogue<E>,
     I: Prologue<E>,
+    W: Wire<E>,
 {
     const { assert!(X::WORDS > 0, "this epilogue's results are not sent") }
     if !serves::<N>(&params.group) {
@@ -76,8 +79,9 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
     let (team_index, teams) = (team.index, team.teams);
     let tokens = Tokens::<N>::new(group, shape);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
-    let rows = SlotRows::of_elements(group.world_size, shape.tokens as u64, shape.row_bytes());
+    let rows = SlotRows::of_elements(group.world_size, shape.tokens as u64, wire.row_bytes(shape));
     let (row_bytes, stride) = (rows.row_bytes, rows.first_hop(1, 0));
+    let in_row = |pack: u32| PackIndex::new(0, pack, shape.row_packs);
     let index_of = |token: u32, pack| PackIndex::new(shape.operation_token(token), pack, shape.row_packs);
     // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,
     // and by the launch rules this thread's alone. The same holds for the blocks below.
@@ -118,16 +122,18 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
     // Pushes this rank's row of a token that another one owns, if there is such a token.
     let push = |waiter: &Waiter<'_>, other: i32, chunk: u32| {
         let Some(Token { token, owner, index }) = tokens.other(other) else { return };
-        if waiter.failed {
+        // A warp encodes together, whoever of it has failed.
+        if W::ELEMENTS && waiter.failed {
             return;
         }
         // SAFETY: see above.
         unsafe {
             let row = slot_of(waiter, owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
-            let packs = own(token, chunk);
-            slice.for_each(chunk, |p, pack| {
-                simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip());
-            });
+            let packs = encode(wire, slice, chunk, own(token, chunk));
+            if !W::ELEMENTS && waiter.failed {
+                return;
+            }
+            slice.for_each(chunk, |p, pack| wire.push(row, 0, in_row(pack), packs[p]));
         }
     };
     // Push.
@@ -146,15 +152,18 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
 
     // The second hop's rows follow the first's, as far apart as they would be if they were elements: each starts with
     // the words of its packs, and its scales follow. Computed where they are used, so as to take up no registers before.
+    let result_bytes = shape.row_bytes();
     let result =
-        |token: u32| group.world_size as u64 * simt::black_box_u64(stride) + token as u64 * row_bytes;
-    let words_at =
-        |row: Address, pack: u32| row.offset(simt::black_box_u64(pack as u64) * (X::WORDS as u64 * WORD));
+        |token: u32| group.world_size as u64 * simt::black_box_u64(stride) + token as u64 * result_bytes;
+    let words_at = |row: Address, pack: u32| {
+        row.offset(simt::black_box_u64(pack as u64) * (epilogue.words() as u64 * WORD))
+    };
     let scales_at = |row: Address, pack: u32| {
-        let first = simt::black_box_u64(shape.row_packs as u64) * (X::WORDS as u64 * WORD);
+        let first = simt::black_box_u64(shape.row_packs as u64) * (epilogue.words() as u64 * WORD);
         row.offset(first + (pack >> epilogue.scale_packs_log2()) as u64 * WORD)
     };
-    let has_scales = |pack: u32| X::SCALES && pack & ((1 << epilogue.scale_packs_log2()) - 1) == 0;
+    let has_scales =
+        |pack: u32| epilogue.sends_scales() && pack & ((1 << epilogue.scale_packs_log2()) - 1) == 0;
 
     // Complete.
     let waiter = &mut begun.waiter;
@@ -164,14 +173,19 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
         if let Some(Token { token, index, .. }) = tokens.own(index) {
             // SAFETY: see above. The residual's rows are this rank's tokens of the round.
             let sum = |waiter: &mut Waiter<'_>, chunk: u32, row: &mut [Pack; P]| unsafe {
-                let own = own(token, chunk);
-                let residual =
-                    load_row(residual_of_sum(activations), slice, chunk, &slice.indices(index as u64, chunk));
+                let own = encode(wire, slice, chunk, own(token, chunk));
+                let residual = load_row(
+                    residual_of_sum(I::EXTRAS, activations),
+                    slice,
+                    chunk,
+                    &slice.indices(index as u64, chunk),
+                );
                 let row_at = slot_of(waiter, group.rank).offset(index as u64 * row_bytes);
                 let packs = waiter.all::<N, P, RESIDENT>(
                     slice,
                     chunk,
-                    |source, _, pack| pack_of(row_at, source, stride, pack),
+                    |source, _, pack| wire.poll(row_of(row_at, source, stride), 0, in_row(pack)),
+                    |source, _, pack| wire.refill(row_of(row_at, source, stride), 0, in_row(pack)),
                     Awaited { shape, token, hop: 1 },
                 );
                 if turns_ahead > 0 {
@@ -180,13 +194,11 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
                     push(waiter, other + ((turns_ahead + 1) * simt::clusters()) as i32, chunk);
                 }
                 slice.for_each(chunk, |p, pack| {
-                    row[p] = residual_out::<E, N>(
-                        group,
-                        &packs[p],
-                        own[p].strip(),
-                        bias_of(activations, extras, pack),
-                        (!residual_of_sum(activations).is_null()).then_some(residual[p]),
-                        simt::black_box_u32(activations.flags) & Activations::ROUNDS_SUM != 0,
+                    row[p] = residual_out::<E>(
+                        sum_of::<E, W, N>(wire, group, in_row(pack), &packs[p], own[p]),
+                        bias_of(I::EXTRAS, activations, extras, pack),
+                        (!residual_of_sum(I::EXTRAS, activations).is_null()).then_some(residual[p]),
+                        I::EXTRAS && simt::black_box_u32(activations.flags) & Activations::ROUNDS_SUM != 0,
                     );
                 });
             };
@@ -203,14 +215,17 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
                 let result = result(token);
                 for distance in 1..group.world_size {
                     let row = slot_of(waiter, peer(group, distance)).offset(result);
-                    simt::push_words(words_at(row, pack), words, X::WORDS);
+                    simt::push_words(words_at(row, pack), words, epilogue.words());
                     if has_scales(pack) {
                         simt::push_words(scales_at(row, pack), Pack([scales, 0, 0, 0]), 1);
                     }
                 }
             };
             // SAFETY: see above.
-            unsafe { prepared.make(&mut team, shape, (activations, extras), index, waiter, sum, send) };
+            unsafe {
+                let read = (activations, I::EXTRAS.then_some(extras));
+                prepared.make(&mut team, shape, read, index, waiter, sum, send);
+            }
         }
         index += simt::clusters();
         for _ in 1..tokens.ranks() {
@@ -221,9 +236,9 @@ pub unsafe fn sharded<E, X, I, const N: usize, const P: usize, const RESIDENT: b
                     unsafe {
                         let row = slot_of(waiter, group.rank).offset(result(token));
                         let at = |pack| Some(words_at(row, pack));
-                        let words = waiter.words(X::WORDS, slice, chunk, at, owner, awaited);
+                        let words = waiter.words(epilogue.words(), slice, chunk, at, owner, awaited);
                         slice.for_each(chunk, |p, pack| epilogue.store(index_of(token, pack), words[p]));
-                        if X::SCALES {
+                        if epilogue.sends_scales() {
                             let at = |pack| has_scales(pack).then(|| scales_at(row, pack));
                             let scales = waiter.words(1, slice, chunk, at, owner, awaited);
                             slice.for_each(chunk, |p, pack| {

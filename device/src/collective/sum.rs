@@ -9,13 +9,14 @@ use crate::{
     prologue::Prologue,
     row::ThreadSlice,
     simt,
+    wire::Wire,
 };
 
-/// The pack `pack` of the bias; null if there is none.
+/// The pack `pack` of the bias; null if there is none. `has_extras`, here and below, is the kernel's [`Prologue::EXTRAS`].
 #[inline(always)]
-pub(super) fn bias_of(activations: &Activations, extras: &Extras, pack: u32) -> Address {
+pub(super) fn bias_of(has_extras: bool, activations: &Activations, extras: &Extras, pack: u32) -> Address {
     // `black_box` for the same reason as in `load_row`.
-    if simt::black_box_u32(activations.flags) & Activations::BIAS == 0 {
+    if !has_extras || simt::black_box_u32(activations.flags) & Activations::BIAS == 0 {
         return Address::NULL;
     }
     Address(simt::black_box_u64(extras.bias.0)).offset(simt::black_box_u32(pack) as u64 * Pack::BYTES)
@@ -23,7 +24,10 @@ pub(super) fn bias_of(activations: &Activations, extras: &Extras, pack: u32) -> 
 
 /// The residual that is added to the sum of all ranks: null if there is none, or if it is added to the norm of the sum.
 #[inline(always)]
-pub(super) fn residual_of_sum(activations: &Activations) -> Address {
+pub(super) fn residual_of_sum(has_extras: bool, activations: &Activations) -> Address {
+    if !has_extras {
+        return activations.residual;
+    }
     // `black_box`, so that this is asked where it is used, and takes up no registers before.
     let flags = simt::black_box_u32(activations.flags);
     if flags & Activations::POST_NORM == 0 { activations.residual } else { Address::NULL }
@@ -72,41 +76,78 @@ pub(super) unsafe fn load_row<const P: usize, const RESIDENT: bool>(
     packs
 }
 
-/// `residual_out`: the packs of all ranks, stripped, `own` among the peers' as [`Waiter::all`] gives them, summed in
-/// rank order, plus the pack of the bias at `bias`, unless that is null, plus the residual, rounded (before it is added as
-/// well, if `rounds_sum`), and stripped of the sentinel: two-shot must strip it before it sends it, and both modes give the
-/// same bits.
-///
-/// # Safety
-/// `bias` is null, or a pack of a bias.
+/// What is sent of this thread's packs of a chunk of a row, `packs`, but for the sentinel in elements. All lanes of a warp call
+/// this together.
 #[inline(always)]
-pub(super) unsafe fn residual_out<E: Element, const N: usize>(
+pub(super) fn encode<E, W, const P: usize, const RESIDENT: bool>(
+    wire: &W,
+    slice: ThreadSlice<P, RESIDENT>,
+    chunk: u32,
+    packs: [Pack; P],
+) -> [Pack; P]
+where
+    E: Element,
+    W: Wire<E>,
+{
+    let mut sent = packs;
+    if W::ELEMENTS {
+        return sent;
+    }
+    slice.for_lanes(chunk, |p, pack| {
+        sent[p] = wire.encode(PackIndex::new(0, pack, slice.row_packs()), packs[p]);
+    });
+    sent
+}
+
+/// The sum in rank order of what all ranks sent for a pack of a row, `own` among the peers' as [`Waiter::all`] gives them.
+#[inline(always)]
+pub(super) fn sum_of<E, W, const N: usize>(
+    wire: &W,
     group: &Group,
+    index: PackIndex,
     peers: &[Pack; N],
     own: Pack,
-    bias: Address,
-    residual: Option<Pack>,
-    rounds_sum: bool,
-) -> Pack {
+) -> E::Wide
+where
+    E: Element,
+    W: Wire<E>,
+{
+    let own = if W::ELEMENTS { own.strip() } else { own };
     let mut sum;
     if N == 2 {
         // Two addends give the same sum in either order.
-        sum = convert::widen::<E>(peers[0]);
-        add::<E>(&mut sum, own);
+        sum = wire.first(index, peers[0]);
+        wire.add(&mut sum, index, own);
     } else {
         let addend = |rank: usize| if rank as u32 == group.rank { own } else { peers[rank] };
-        sum = convert::widen::<E>(addend(0));
+        sum = wire.first(index, addend(0));
         // Written out: an array of registers needs constant indices, and a compiler may leave a long loop a loop.
         const { assert!(N <= 8) };
         macro_rules! add_rank {
             ($($rank:literal)*) => {$(
                 if $rank < N && $rank < group.world_size {
-                    add::<E>(&mut sum, addend(if $rank < N { $rank } else { 0 }));
+                    wire.add(&mut sum, index, addend(if $rank < N { $rank } else { 0 }));
                 }
             )*};
         }
         add_rank!(1 2 3 4 5 6 7);
     }
+    sum
+}
+
+/// `residual_out`: the sum of all ranks, plus the pack of the bias at `bias`, unless that is null, plus the residual, rounded
+/// (before it is added as well, if `rounds_sum`), and stripped of the sentinel: two-shot must strip it before it sends it, and
+/// both modes give the same bits.
+///
+/// # Safety
+/// `bias` is null, or a pack of a bias.
+#[inline(always)]
+pub(super) unsafe fn residual_out<E: Element>(
+    mut sum: E::Wide,
+    bias: Address,
+    residual: Option<Pack>,
+    rounds_sum: bool,
+) -> Pack {
     if !bias.is_null() {
         // SAFETY: as this function's. Read for each row, from a cache, where there is a bias at all.
         add::<E>(&mut sum, unsafe { simt::load_constant(bias) });
@@ -122,7 +163,7 @@ pub(super) unsafe fn residual_out<E: Element, const N: usize>(
 }
 
 #[inline(always)]
-pub(super) fn add<E: Element>(sum: &mut E::Wide, pack: Pack) {
+fn add<E: Element>(sum: &mut E::Wide, pack: Pack) {
     for (sum, value) in sum.as_mut().iter_mut().zip(convert::widen::<E>(pack).as_ref()) {
         *sum += value;
     }

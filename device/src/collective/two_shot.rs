@@ -4,7 +4,7 @@
 //! prologue    read gamma and scales; wait for the kernels before
 //!             make the addend, where it is not given; read the epoch; let the next kernel start
 //! push        for each token of the team that another rank owns:
-//!                 write its row, stripped of the sentinel, to this rank's place in the owner's slot
+//!                 write its row, stripped of the sentinel or encoded, to this rank's place in the owner's slot
 //!             advance the epochs
 //! complete    for each token of the team, in order:
 //!                 if this rank owns it:
@@ -16,6 +16,9 @@
 //!                 store the row; normalize, quantize and store it
 //! ```
 //! The links carry the sums while the rows that came are normalized.
+//!
+//! In a wire format an owner encodes the sum of all ranks, and sends that; the owner as well adds the residual to what the
+//! format leaves of the sum.
 //!
 //! Ranks cannot wait in a circle, whatever their grids are: an owner waits only for pushes that wait for nothing, a
 //! receiver of a token only for its owner, and before either a team completes only tokens that come before that one.
@@ -29,16 +32,17 @@ use fused_collective_core::{
 
 use super::{
     begun::{Begun, fill_padding, serves},
-    ranks::{deal, pack_of, peer},
-    sum::{bias_of, load_row, make_addend, residual_of_sum, residual_out},
+    ranks::{deal, peer, row_of},
+    sum::{bias_of, encode, load_row, make_addend, residual_of_sum, residual_out, sum_of},
     wait::Awaited,
 };
 use crate::{
-    epilogue::Epilogue,
-    launch::{Activations, Fused},
+    epilogue::{Epilogue, PackIndex},
+    launch::{Activations, Address, Fused},
     prologue::Prologue,
     row::{Prepared, Team, ThreadSlice},
     simt,
+    wire::Wire,
 };
 
 /// The kernel, for groups of at most `N` ranks, with `P` packs of a row in each thread: all of its share if
@@ -48,13 +52,15 @@ use crate::{
 /// Called once by every thread of a grid launched by the rules in [`launch`](crate::launch), with parameters as
 /// their documentation says.
 #[inline(always)]
-pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: bool>(
+pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDENT: bool>(
     params: &Fused<X>,
     prologue: &I,
+    wire: &W,
 ) where
     E: Element,
     X: Epilogue<E>,
     I: Prologue<E>,
+    W: Wire<E>,
 {
     if !serves::<N>(&params.group) {
         return;
@@ -63,11 +69,13 @@ pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
     let mut team = Team::join(X::ROW_SUM || X::ROW_MAX);
     let (team_index, teams) = (team.index, team.teams);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
-    let residual_of_sum = residual_of_sum(activations);
+    let residual_of_sum = residual_of_sum(I::EXTRAS, activations);
     let has_residual = !residual_of_sum.is_null();
-    let rounds_sum = activations.has(Activations::ROUNDS_SUM);
-    let rows = SlotRows::of_elements(group.world_size, shape.tokens as u64, shape.row_bytes());
-    let (row_bytes, stride) = (shape.row_bytes(), rows.first_hop(1, 0));
+    let rounds_sum = I::EXTRAS && activations.has(Activations::ROUNDS_SUM);
+    let row_bytes = wire.row_bytes(shape);
+    let rows = SlotRows::of_elements(group.world_size, shape.tokens as u64, row_bytes);
+    let stride = rows.first_hop(1, 0);
+    let in_row = |pack: u32| PackIndex::new(0, pack, shape.row_packs);
 
     // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,
     // and by the launch rules this thread's alone. The same holds for the blocks below.
@@ -105,10 +113,8 @@ pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
         unsafe {
             let row = begun.slot_of::<N>(owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
             slice.for_chunks(|chunk| {
-                let packs = own(token, chunk);
-                slice.for_each(chunk, |p, pack| {
-                    simt::push(row.offset(pack as u64 * Pack::BYTES), packs[p].strip());
-                });
+                let packs = encode(wire, slice, chunk, own(token, chunk));
+                slice.for_each(chunk, |p, pack| wire.push(row, 0, in_row(pack), packs[p]));
             });
         }
     });
@@ -124,37 +130,71 @@ pub unsafe fn two_shot<E, X, I, const N: usize, const P: usize, const RESIDENT: 
         // SAFETY: see above.
         unsafe {
             let slot = begun.slot_of::<N>(group.rank);
-            prepared.complete::<true>(&mut team, shape, activations, extras, token, |chunk, indices, row| {
-                if owner != group.rank {
-                    let awaited = Awaited { shape, token, hop: 2 };
-                    *row = begun.waiter.row(slot.offset(result(token)), slice, chunk, owner, awaited);
-                    return;
-                }
-                let own = own(token, chunk);
-                let residual = load_row(residual_of_sum, slice, chunk, indices);
-                let row_at = slot.offset(index as u64 * row_bytes);
-                let packs = begun.waiter.all::<N, P, RESIDENT>(
-                    slice,
-                    chunk,
-                    |source, _, pack| pack_of(row_at, source, stride, pack),
-                    Awaited { shape, token, hop: 1 },
-                );
-                slice.for_each(chunk, |p, pack| {
-                    row[p] = residual_out::<E, N>(
-                        group,
-                        &packs[p],
-                        own[p].strip(),
-                        bias_of(activations, extras, pack),
-                        has_residual.then_some(residual[p]),
+            let read = (activations, I::EXTRAS.then_some(extras));
+            prepared.complete(&mut team, shape, read, false, token, |chunk, indices, row| {
+                let residual = || load_row(residual_of_sum, slice, chunk, indices);
+                let complete = |sum, p: usize, pack, residual: &[Pack; P]| {
+                    let residual = has_residual.then_some(residual[p]);
+                    residual_out::<E>(
+                        sum,
+                        bias_of(I::EXTRAS, activations, extras, pack),
+                        residual,
                         rounds_sum,
-                    );
-                    if !begun.waiter.failed {
-                        let result = result(token) + pack as u64 * Pack::BYTES;
-                        for distance in 1..group.world_size {
-                            simt::push(begun.slot_of::<N>(peer(group, distance)).offset(result), row[p]);
-                        }
+                    )
+                };
+                let push = |begun: &Begun<'_>, pack: u32, sent: Pack| {
+                    if begun.waiter.failed {
+                        return;
                     }
-                });
+                    let result = result(token);
+                    for distance in 1..group.world_size {
+                        let row = begun.slot_of::<N>(peer(group, distance)).offset(result);
+                        wire.push(row, 0, in_row(pack), sent);
+                    }
+                };
+                // Read while it is waited for what is added to it.
+                let after = if W::ELEMENTS { [Pack::default(); P] } else { residual() };
+                if owner != group.rank {
+                    // `black_box`, so that addresses are computed in the loop: kept, they would take up registers.
+                    let row_at = slot.offset(result(token));
+                    let row_at = || Address(simt::black_box_u64(row_at.0));
+                    *row = begun.waiter.one(
+                        slice,
+                        chunk,
+                        |_, pack| wire.poll(row_at(), 0, in_row(pack)),
+                        |_, pack| wire.refill(row_at(), 0, in_row(pack)),
+                        owner,
+                        Awaited { shape, token, hop: 2 },
+                    );
+                } else {
+                    let own = encode(wire, slice, chunk, own(token, chunk));
+                    let residual = if W::ELEMENTS { residual() } else { after };
+                    let row_at = slot.offset(index as u64 * row_bytes);
+                    let packs = begun.waiter.all::<N, P, RESIDENT>(
+                        slice,
+                        chunk,
+                        |source, _, pack| wire.poll(row_of(row_at, source, stride), 0, in_row(pack)),
+                        |source, _, pack| wire.refill(row_of(row_at, source, stride), 0, in_row(pack)),
+                        Awaited { shape, token, hop: 1 },
+                    );
+                    let mut sums = [E::WIDE_ZERO; P];
+                    slice.for_each(chunk, |p, pack| {
+                        sums[p] = sum_of::<E, W, N>(wire, group, in_row(pack), &packs[p], own[p]);
+                        if W::ELEMENTS {
+                            row[p] = complete(sums[p], p, pack, &residual);
+                            push(&begun, pack, row[p]);
+                        }
+                    });
+                    if !W::ELEMENTS {
+                        slice.for_lanes(chunk, |p, pack| row[p] = wire.encode_sum(in_row(pack), sums[p]));
+                        slice.for_each(chunk, |p, pack| push(&begun, pack, row[p]));
+                    }
+                }
+                if !W::ELEMENTS {
+                    slice.for_each(chunk, |p, pack| {
+                        row[p] = complete(wire.first(in_row(pack), row[p]), p, pack, &after);
+                    });
+                }
             });
         }
     });

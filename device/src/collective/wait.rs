@@ -58,40 +58,30 @@ impl<'a> Waiter<'a> {
         Waiter { group, slot, failed: poisoned }
     }
 
-    /// Waits for this thread's packs of chunk `chunk` of the row at `row`, which `source` sends, and refills them
-    /// with the sentinel.
-    ///
-    /// # Safety
-    /// `row` is in this rank's slot, and this thread alone reads these packs in this operation.
+    /// Waits for this thread's packs of chunk `chunk` of a row, which `source` sends, and refills them with the sentinel: the
+    /// functions get `p` and the pack.
     #[inline(always)]
-    pub(super) unsafe fn row<const P: usize, const RESIDENT: bool>(
+    pub(super) fn one<const P: usize, const RESIDENT: bool>(
         &mut self,
-        row: Address,
         slice: ThreadSlice<P, RESIDENT>,
         chunk: u32,
+        poll: impl Fn(usize, u32) -> Pack,
+        refill: impl Fn(usize, u32),
         source: u32,
         awaited: Awaited<'_>,
     ) -> [Pack; P] {
-        // `black_box`, so that addresses are computed in the loop: kept, they would take up registers.
-        let at = |pack: u32| Address(simt::black_box_u64(row.0)).offset(pack as u64 * Pack::BYTES);
         let mut packs = [Pack::default(); P];
         let mut elapsed = Elapsed::default();
         loop {
             // All loads are issued before the first is looked at.
-            slice.for_each(chunk, |p, pack| {
-                // SAFETY: as this function's.
-                packs[p] = unsafe { simt::poll(at(pack)) };
-            });
+            slice.for_each(chunk, |p, pack| packs[p] = poll(p, pack));
             if packs.iter().fold(true, |complete, pack| complete & pack.is_complete()) || self.failed {
                 break;
             }
             self.check(&mut elapsed, || source, awaited);
         }
         simt::warp_barrier();
-        // SAFETY: as this function's. A push, since a peer given up on may still write.
-        slice.for_each(chunk, |_, pack| unsafe {
-            simt::push(at(pack), Pack::SENTINEL);
-        });
+        slice.for_each(chunk, refill);
         packs
     }
 
@@ -110,43 +100,30 @@ impl<'a> Waiter<'a> {
         source: u32,
         awaited: Awaited<'_>,
     ) -> [Pack; P] {
-        let mut packs = [Pack::default(); P];
-        let mut elapsed = Elapsed::default();
-        loop {
-            // All loads are issued before the first is looked at.
-            slice.for_each(chunk, |p, pack| {
-                if let Some(at) = at(pack) {
-                    // SAFETY: as this function's.
-                    packs[p] = unsafe { simt::poll_words(at, words) };
-                }
-            });
-            if packs.iter().fold(true, |complete, pack| complete & pack.is_complete()) || self.failed {
-                break;
-            }
-            self.check(&mut elapsed, || source, awaited);
-        }
-        simt::warp_barrier();
-        slice.for_each(chunk, |_, pack| {
+        let poll = |_, pack| match at(pack) {
+            // SAFETY: as this function's.
+            Some(at) => unsafe { simt::poll_words(at, words) },
+            None => Pack::default(),
+        };
+        let refill = |_, pack| {
             if let Some(at) = at(pack) {
                 // SAFETY: as this function's. A push, since a peer given up on may still write.
-                unsafe { simt::push_words(at, Pack::SENTINEL, words) };
+                unsafe { simt::push_words(at, Pack::SENTINEL, words) }
             }
-        });
-        packs
+        };
+        self.one(slice, chunk, poll, refill, source, awaited)
     }
 
-    /// Waits for this thread's packs of chunk `chunk` of a row from every peer: those of rank `r` are where `at(r, p,
-    /// pack)` says. In rank order, this rank's and those past the group's size zero; in a kernel for two ranks the
-    /// peer's come first. Refills them with the sentinel.
-    ///
-    /// # Safety
-    /// The packs are in this rank's slot, and this thread alone reads them in this operation.
+    /// Waits for this thread's packs of chunk `chunk` of a row from every peer, and refills them with the sentinel: the
+    /// functions get the peer, `p` and the pack. In rank order, this rank's and those past the group's size zero; in a kernel
+    /// for two ranks the peer's come first.
     #[inline(always)]
-    pub(super) unsafe fn all<const N: usize, const P: usize, const RESIDENT: bool>(
+    pub(super) fn all<const N: usize, const P: usize, const RESIDENT: bool>(
         &mut self,
         slice: ThreadSlice<P, RESIDENT>,
         chunk: u32,
-        at: impl Fn(u32, usize, u32) -> Address,
+        poll: impl Fn(u32, usize, u32) -> Pack,
+        refill: impl Fn(u32, usize, u32),
         awaited: Awaited<'_>,
     ) -> [[Pack; N]; P] {
         let (rank, world_size) = (self.group.rank, self.group.world_size);
@@ -162,8 +139,7 @@ impl<'a> Waiter<'a> {
             slice.for_each(chunk, |p, pack| {
                 for (index, value) in packs[p].iter_mut().enumerate() {
                     if is_peer(index) {
-                        // SAFETY: as this function's.
-                        *value = unsafe { simt::poll(at(source(index), p, pack)) };
+                        *value = poll(source(index), p, pack);
                     }
                 }
             });
@@ -181,8 +157,7 @@ impl<'a> Waiter<'a> {
         slice.for_each(chunk, |p, pack| {
             for index in 0..N {
                 if is_peer(index) {
-                    // SAFETY: as this function's. A push, since a peer given up on may still write.
-                    unsafe { simt::push(at(source(index), p, pack), Pack::SENTINEL) };
+                    refill(source(index), p, pack);
                 }
             }
         });

@@ -67,6 +67,28 @@ fn narrow_pair<E: Element>(low: f32, high: f32) -> u32 {
     word
 }
 
+/// A number whose lowest bits take a byte as it is: see [`byte_in_float`].
+pub const BYTE_IN_FLOAT: f32 = 8_388_608.0;
+
+/// [`BYTE_IN_FLOAT`] plus byte `index` of a word, by one instruction. `index` is a constant.
+#[inline(always)]
+pub fn byte_in_float(word: u32, index: u32) -> f32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let bits: u32;
+        // SAFETY: arithmetic: the byte, and three of the constant's.
+        unsafe {
+            asm!(
+                "prmt.b32 {0}, {1}, {2}, {3};", out(reg32) bits, in(reg32) word, in(reg32) BYTE_IN_FLOAT.to_bits(),
+                in(reg32) 0x7440 + index, options(pure, nomem),
+            );
+        }
+        f32::from_bits(bits)
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    f32::from_bits(BYTE_IN_FLOAT.to_bits() | (word >> (8 * index) & 0xff))
+}
+
 /// Two E4M3 codes, `low` in the low byte: [`e4m3::encode`](fused_collective_core::quant::e4m3::encode) of each.
 #[inline(always)]
 pub fn e4m3_pair(low: f32, high: f32) -> u16 {

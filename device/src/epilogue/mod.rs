@@ -12,6 +12,7 @@ use crate::{
     simt::{self, WARP},
 };
 
+mod any;
 mod fp4;
 mod fp8;
 mod scales;
@@ -90,6 +91,10 @@ pub struct RowValues {
 /// [`collective::sharded`](crate::collective::sharded) calls `make`, `store` and `store_scales` in place of `finish`. A
 /// pack becomes [`WORDS`](Self::WORDS) words and, where there are [`SCALES`](Self::SCALES), several packs of a row one
 /// word of scales. An epilogue that leaves `WORDS` at 0 has no such kernels.
+///
+/// # Chosen at launch
+/// The constants say what a kernel has code for. Of an epilogue whose parameters choose among several, as
+/// [`AnyEpilogue`](crate::launch::AnyEpilogue), the functions named like them say what a launch needs, at most that.
 pub trait Epilogue<E: Element>: Copy {
     /// Whether `finish` needs a sum over the row. Without, `addend` and `row_value` are never called.
     const ROW_SUM: bool = false;
@@ -106,6 +111,30 @@ pub trait Epilogue<E: Element>: Copy {
     type Weights: Copy + Default;
     /// The weights as `finish` takes them.
     type Ready: Copy + Default;
+
+    /// [`ROW_SUM`](Self::ROW_SUM), of this launch.
+    #[inline(always)]
+    fn row_sum(&self) -> bool {
+        Self::ROW_SUM
+    }
+
+    /// [`ROW_MAX`](Self::ROW_MAX), of this launch.
+    #[inline(always)]
+    fn row_max(&self) -> bool {
+        Self::ROW_MAX
+    }
+
+    /// [`WORDS`](Self::WORDS), of this launch.
+    #[inline(always)]
+    fn words(&self) -> u32 {
+        Self::WORDS
+    }
+
+    /// [`SCALES`](Self::SCALES), of this launch.
+    #[inline(always)]
+    fn sends_scales(&self) -> bool {
+        Self::SCALES
+    }
 
     /// Reads the constants.
     ///
@@ -224,6 +253,24 @@ pub trait Quantizer<E: Element>: Copy {
     /// What is read once for the whole operation: see [`Epilogue::Constants`].
     type Constants: Copy + Default;
 
+    /// As [`Epilogue::words`].
+    #[inline(always)]
+    fn words(&self) -> u32 {
+        Self::WORDS
+    }
+
+    /// As [`Epilogue::sends_scales`].
+    #[inline(always)]
+    fn sends_scales(&self) -> bool {
+        Self::SCALES
+    }
+
+    /// As [`Epilogue::row_max`].
+    #[inline(always)]
+    fn row_max(&self) -> bool {
+        Self::ROW_MAX
+    }
+
     /// Reads the constants.
     ///
     /// # Safety
@@ -303,6 +350,11 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for Plain<Q> {
     type Ready = ();
 
     #[inline(always)]
+    fn row_max(&self) -> bool {
+        self.quantizer.row_max()
+    }
+
+    #[inline(always)]
     unsafe fn constants(&self) -> Q::Constants {
         // SAFETY: the addresses of the quantizer are this epilogue's.
         unsafe { self.quantizer.constants() }
@@ -336,6 +388,21 @@ impl<E: Element, Q: Quantizer<E>> Epilogue<E> for RmsNorm<Q> {
     type Weights = Pack;
     /// Gamma plus its bias.
     type Ready = E::Wide;
+
+    #[inline(always)]
+    fn row_max(&self) -> bool {
+        self.quantizer.row_max()
+    }
+
+    #[inline(always)]
+    fn words(&self) -> u32 {
+        self.quantizer.words()
+    }
+
+    #[inline(always)]
+    fn sends_scales(&self) -> bool {
+        self.quantizer.sends_scales()
+    }
 
     #[inline(always)]
     unsafe fn constants(&self) -> Q::Constants {

@@ -58,18 +58,19 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     }
 
     /// Completes token `token` of the round: `sum` puts this thread's packs of one chunk of `residual_out` into the
-    /// array it is given, or with `POST_NORM` of the sum that there may be a norm of; `residual_out` is stored, and the epilogue
-    /// gets the row. Every thread of the team calls this.
+    /// array it is given, or with extras of the sum that there may be a norm of; `residual_out` is stored, and the epilogue
+    /// gets the row. Every thread of the team calls this. Kernels without extras pass `None`, a constant, and those without a
+    /// collective, which may have no `residual_out`, that they are.
     ///
     /// # Safety
     /// The addresses are as their documentation says, `token` is one of the round, and no other team completes it.
     #[inline(always)]
-    pub unsafe fn complete<const POST_NORM: bool>(
+    pub unsafe fn complete(
         &self,
         team: &mut Team,
         shape: &Shape,
-        activations: &Activations,
-        extras: &Extras,
+        (activations, extras): (&Activations, Option<&Extras>),
+        is_local: bool,
         token: u32,
         mut sum: impl FnMut(u32, &[PackIndex; P], &mut [Pack; P]),
     ) {
@@ -80,7 +81,8 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         }
         let mut row = [Pack::default(); P];
         let mut row_sum = 0.0;
-        if POST_NORM && RESIDENT && X::ROW_SUM {
+        let (has_row_sum, has_row_max) = (self.epilogue.row_sum(), self.epilogue.row_max());
+        if RESIDENT && has_row_sum && !is_local {
             sum(0, &indices, &mut row);
             // SAFETY: as this function's.
             row_sum = unsafe { self.settle(team, (activations, extras), &mut row, |p, _| indices[p]) };
@@ -96,22 +98,22 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
                         // SAFETY: inside the tensor; the pack is this thread's alone.
                         unsafe { simt::store(indices[p].of(activations.residual_out), row[p]) };
                     }
-                    if X::ROW_SUM {
+                    if has_row_sum {
                         addends[p] = self.epilogue.addend(row[p]);
-                    } else if !X::ROW_MAX {
+                    } else if !has_row_max {
                         // SAFETY: as this function's.
                         unsafe { self.finish(indices[p], row[p], RowValues::default()) };
                     }
                 });
-                if X::ROW_SUM {
+                if has_row_sum {
                     team.add::<P, RESIDENT>(chunk, addends);
                 }
             });
-            if X::ROW_SUM {
+            if has_row_sum {
                 row_sum = team.sum::<P, RESIDENT>();
             }
         }
-        if !X::ROW_SUM && !X::ROW_MAX {
+        if !has_row_sum && !has_row_max {
             return;
         }
         let read = |index: PackIndex| {
@@ -147,12 +149,15 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     unsafe fn settle(
         &self,
         team: &mut Team,
-        (activations, extras): (&Activations, &Extras),
+        (activations, extras): (&Activations, Option<&Extras>),
         row: &mut [Pack; P],
         index: impl Fn(usize, u32) -> PackIndex,
     ) -> f32 {
-        let post_norm = &extras.post_norm;
-        let mut left = simt::black_box_u32(activations.flags) & Activations::POST_NORM;
+        let post_norm = extras.map(|extras| &extras.post_norm);
+        let mut left = match post_norm {
+            Some(_) => simt::black_box_u32(activations.flags) & Activations::POST_NORM,
+            None => 0,
+        };
         loop {
             let mut addends = [0.0; P];
             self.slice.for_each(0, |p, pack| {
@@ -164,9 +169,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
             });
             team.add::<P, RESIDENT>(0, addends);
             let sum = team.sum::<P, RESIDENT>();
-            if left == 0 {
-                return sum;
-            }
+            let Some(post_norm) = post_norm.filter(|_| left != 0) else { return sum };
             // `black_box`, or a compiler knows that the next turn is the last, and has the loop twice.
             left = simt::black_box_u32(0);
             let inverse_rms = norm::inverse_rms(sum, post_norm.inverse_hidden, post_norm.epsilon, simt::fma);
@@ -193,9 +196,9 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         row: &[Pack; P],
         read: impl Fn(PackIndex) -> Pack,
     ) -> RowValues {
-        let value = if X::ROW_SUM { self.epilogue.row_value(row_sum) } else { 0.0 };
+        let value = if self.epilogue.row_sum() { self.epilogue.row_value(row_sum) } else { 0.0 };
         let mut max = 0.0;
-        if X::ROW_MAX {
+        if self.epilogue.row_max() {
             self.slice.for_chunks(|chunk| {
                 self.slice.for_each(chunk, |p, pack| {
                     let index = || PackIndex::new(simt::black_box_u64(token), pack, self.slice.row_packs);
@@ -222,7 +225,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         &self,
         team: &mut Team,
         shape: &Shape,
-        (activations, extras): (&Activations, &Extras),
+        (activations, extras): (&Activations, Option<&Extras>),
         owned: u32,
         context: &mut C,
         sum: impl Fn(&mut C, u32, &mut [Pack; P]),

@@ -19,6 +19,12 @@ impl<const P: usize, const RESIDENT: bool> ThreadSlice<P, RESIDENT> {
         ThreadSlice { thread: team.thread, threads: team.threads, row_packs: shape.row_packs }
     }
 
+    /// Packs of a row.
+    #[inline(always)]
+    pub fn row_packs(&self) -> u32 {
+        self.row_packs
+    }
+
     /// Lines of a row that each warp has.
     #[inline(always)]
     pub(super) fn lines(&self) -> u32 {

@@ -110,7 +110,9 @@ fn exchange<R>(lanes: u32, value: u32, read: impl FnOnce(&[AtomicU32]) -> R) -> 
     })
 }
 
-pub(super) fn warp_barrier() {}
+pub(super) fn warp_barrier() {
+    exchange(WARP, 0, |_| ());
+}
 
 pub(super) fn warp_sum(value: f32) -> f32 {
     exchange(WARP, value.to_bits(), |mailbox| {

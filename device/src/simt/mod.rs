@@ -93,7 +93,7 @@ pub fn block_any(value: bool) -> bool {
 /// Reconverges the warp after a loop whose trip count differs between lanes. All 32 lanes call it.
 ///
 /// A compiler that does not see lanes together again has what follows executed for each group of them by itself, and
-/// shuffles one lane at a time. It orders no memory accesses; on the host, whose lanes are threads, it does nothing.
+/// shuffles one lane at a time. What lanes did to memory before is visible to all of them after.
 #[inline(always)]
 pub fn warp_barrier() {
     imp::warp_barrier();

@@ -15,6 +15,7 @@ use fused_collective_device::{
     launch::{ABORTED, Epoch, RankState, Status, TIMED_OUT},
     prologue::Given,
     simt::host::{Launch, Stream, launch},
+    wire::Elements,
 };
 use fused_collective_device_tests::{
     Buffer, Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, check_all, geometry, missing_rank,
@@ -443,8 +444,8 @@ fn a_kernel_for_too_few_ranks_ends_at_once() {
     };
     // SAFETY: the parameters are as their documentation says.
     launch(geometry(&case.operation, Rows::P1, 1, 1), || unsafe {
-        collective::one_shot::<f32, _, _, 2, 1, true>(&params, &Given);
-        collective::two_shot::<f32, _, _, 2, 1, true>(&params, &Given);
+        collective::one_shot::<f32, _, _, _, 2, 1, true>(&params, &Given, &Elements);
+        collective::two_shot::<f32, _, _, _, 2, 1, true>(&params, &Given, &Elements);
     });
     world.assert_clean();
     assert_eq!(world.states[0].get::<RankState>()[0].epochs[0], Epoch::default());

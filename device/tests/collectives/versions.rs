@@ -2,7 +2,7 @@
 
 use fused_collective_core::dtype::{Element, bf16, f16};
 
-use fused_collective_device_tests::{Random, World, every_version};
+use fused_collective_device_tests::{Random, World, every_encoded_version, every_version};
 
 fn every_entry_point<E: Element>(seed: u64, groups: &[u32]) {
     let mut random = Random(seed);
@@ -28,4 +28,14 @@ fn every_entry_point_for_four_ranks_is_right_in_f16() {
 #[test]
 fn every_entry_point_is_right_in_bf16() {
     every_entry_point::<bf16>(3, &GROUPS);
+}
+
+#[test]
+fn every_entry_point_of_wire_formats_is_right() {
+    let mut random = Random(4);
+    for ranks in [2, 5] {
+        every_encoded_version::<bf16>(&mut random, &World::new(ranks, 1 << 16), 1);
+        every_encoded_version::<f32>(&mut random, &World::new(ranks, 1 << 16), 1);
+    }
+    every_encoded_version::<f16>(&mut random, &World::new(2, 1 << 16), 1);
 }

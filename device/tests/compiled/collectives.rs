@@ -6,8 +6,8 @@ use fused_collective_core::dtype::{Element, bf16, f16};
 use fused_collective_device::simt::host::Launch;
 
 use fused_collective_device_tests::{
-    Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, check_all, every_version, geometry,
-    missing_rank, run_case, run_cut, run_rank,
+    Case, EVERYTHING, Kernel, Random, Rows, Tensors, What, World, check_all, every_encoded_version,
+    every_version, geometry, missing_rank, run_case, run_cut, run_rank,
 };
 
 use crate::{Compiled, KERNELS, ROWS, gpus_of, has_clusters};
@@ -37,7 +37,15 @@ fn every_collective_is_right_once<E: Element>(seed: u64, dtype: &str) {
         for gpu in gpus_of(&module) {
             let compiled = Arc::new(Compiled::read(gpu, &module, seed));
             every_version::<E>(&mut Random(seed), &world(ranks, &compiled), 2);
-            compiled.assert_all_ran(|name| name.starts_with("local_"));
+            compiled.assert_all_ran(|name| name.starts_with("local_") || name.contains("_wire_"));
+        }
+    }
+    for (ranks, set) in [(2, "wire2"), (3, "any8")] {
+        let module = format!("{dtype}_{set}");
+        for gpu in gpus_of(&module) {
+            let compiled = Arc::new(Compiled::read(gpu, &module, seed));
+            every_encoded_version::<E>(&mut Random(seed), &world(ranks, &compiled), 2);
+            compiled.assert_all_ran(|name| !name.contains("_wire_"));
         }
     }
 }

@@ -3,10 +3,11 @@
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     fusion::Rounding,
+    kernels::Quantizer,
     quant::Quantization,
 };
 use fused_collective_device::{
-    launch::{Activations, Address, Local, Plain, Unquantized},
+    launch::{Activations, Address, AnyEpilogue, AnyQuantizer, Local, Plain, RmsNorm, Unquantized},
     simt::host::Launch,
 };
 
@@ -41,7 +42,9 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
             case.operation.keep_norm |= case.operation.norm.is_some();
             let [fused, apart] = [(); 2].map(|()| Tensors::new(&case, 0));
             let with = fused.activations();
-            if what == What::Sum {
+            if rows == Rows::Streamed {
+                one_pass(compiled, ("any", rows), &case, with, fused.any_epilogue(&case), &fused);
+            } else if what == What::Sum {
                 one_pass(compiled, ("none", rows), &case, with, Plain { quantizer: Unquantized }, &fused);
             } else {
                 with_quantizer!(case, fused, |name, quantizer| {
@@ -54,6 +57,21 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
                 continue;
             }
             // The norm, then its quantization: the bits of both in one.
+            let norm =
+                Activations::new(apart.norm_out().address(), Address::NULL, Address::NULL, Rounding::Once);
+            if rows == Rows::Streamed {
+                let AnyEpilogue { norm: whole } = apart.any_epilogue(&case);
+                let unquantized = AnyQuantizer { kind: Quantizer::None as u32, ..whole.quantizer };
+                for (activations, epilogue) in [
+                    (apart.activations(), RmsNorm { quantizer: unquantized, ..whole }),
+                    (norm, RmsNorm { gamma: Address::NULL, ..whole }),
+                ] {
+                    let epilogue = AnyEpilogue { norm: epilogue };
+                    one_pass(compiled, ("any", rows), &case, activations, epilogue, &apart);
+                }
+                assert!(fused.outputs() == apart.outputs(), "{what:?} {rows:?}");
+                continue;
+            }
             one_pass(
                 compiled,
                 ("norm", rows),
@@ -62,8 +80,6 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
                 apart.norm(&case, Unquantized),
                 &apart,
             );
-            let norm =
-                Activations::new(apart.norm_out().address(), Address::NULL, Address::NULL, Rounding::Once);
             with_quantizer!(case, apart, |name, quantizer| {
                 let name = name.unwrap_or("none");
                 one_pass(compiled, (name, rows), &case, norm, Plain { quantizer }, &apart);

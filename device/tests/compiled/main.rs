@@ -78,10 +78,8 @@ fn read(file: &Path) -> String {
 struct Compiled {
     file: PathBuf,
     module: Module,
-    /// The kernels of the same type that stream their rows, where the folder has them.
-    streamed: Option<Module>,
-    /// The kernels of the next larger group, where it has those: two ranks use them in two-shot.
-    larger: Option<Module>,
+    /// Other modules of the same type that the ranks of its groups use: the first that has an entry point counts.
+    beside: Vec<Module>,
     /// The entry points that have been run.
     ran: Mutex<BTreeMap<String, Arc<Entry>>>,
     /// How many grids each rank has run, which decides in which order the threads of the next take turns.
@@ -116,8 +114,15 @@ impl Compiled {
         };
         Compiled {
             module: parse(&file(name), &change),
-            streamed: beside("streamed"),
-            larger: beside("w4").filter(|_| set == "w2"),
+            // Two ranks have two-shot of the larger groups.
+            beside: match set {
+                "w2" => &["any2", "w4", "any8", "streamed"][..],
+                "wire2" | "w4" | "w8" => &["any8", "streamed"],
+                _ => &["streamed"],
+            }
+            .iter()
+            .filter_map(|set| beside(set))
+            .collect(),
             file: file(name),
             ran: Mutex::default(),
             grids: array::from_fn(|_| AtomicU64::new(0)),
@@ -140,8 +145,8 @@ impl Compiled {
     ) {
         let file = self.file.display();
         let decode = || {
-            let modules = [Some(&self.module), self.streamed.as_ref(), self.larger.as_ref()];
-            let entry = modules.into_iter().flatten().find_map(|module| module.entry(name));
+            let mut modules = [&self.module].into_iter().chain(&self.beside);
+            let entry = modules.find_map(|module| module.entry(name));
             let entry = entry.unwrap_or_else(|| panic!("neither {file} nor what is beside it has {name}"));
             Arc::new(entry.unwrap_or_else(|error| panic!("{file}, {error}")))
         };
@@ -166,10 +171,10 @@ impl Compiled {
         }
     }
 
-    /// Every entry point has been run, but for those whose names `is_left_out`.
+    /// Every entry point, of the modules beside too, has been run, but for those whose names `is_left_out`.
     fn assert_all_ran(&self, is_left_out: impl Fn(&str) -> bool) {
         let ran = self.ran.lock().unwrap();
-        let names = self.module.names().chain(self.streamed.iter().flat_map(Module::names));
+        let names = self.module.names().chain(self.beside.iter().flat_map(Module::names));
         let left: Vec<&str> = names.filter(|name| !ran.contains_key(*name) && !is_left_out(name)).collect();
         assert!(left.is_empty(), "{}: {left:?} did not run", self.file.display());
     }

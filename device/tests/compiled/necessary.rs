@@ -51,7 +51,7 @@ fn run(
         world.timeout = Duration::from_millis(300);
     }
     let mut random = Random(8);
-    let case = Case::<bf16>::new(&mut random, 2, 6, 1440, true, EVERYTHING[4]);
+    let case = Case::<bf16>::new(&mut random, 2, 6, 1440, true, EVERYTHING[4]).plain();
     let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
     let launch = geometry(&case.operation, Rows::P1, cluster, 1);
     let run = || run_case(&mut random, &world, &case, kernel, Rows::P1, |_| launch);

@@ -9,9 +9,10 @@ use fused_collective_core::{
     norm::Weights,
     plan::owner,
     quant::{GroupScale, Quantization, ScaleLayout},
+    wire::WireFormat,
 };
 
-use super::{random::Random, rows::Rows};
+use super::{Kernel, random::Random, rows::Rows};
 
 /// One rank's experts.
 #[derive(Clone)]
@@ -150,8 +151,16 @@ impl<E: Element> Case<E> {
         }
     }
 
-    /// The same with nothing but the inputs in its sum: no bias, no norm of it, no experts.
+    /// The same with a bias.
+    pub fn with_bias(mut self, random: &mut Random) -> Self {
+        self.operation.bias = true;
+        self.bias = Some(random.elements(self.operation.hidden as usize));
+        self
+    }
+
+    /// The same with nothing but the inputs in its sum, which is rounded once: no bias, no norm of it, no experts.
     pub fn plain(mut self) -> Self {
+        self.operation.rounding = Rounding::Once;
         (self.operation.bias, self.bias) = (false, None);
         (self.operation.experts, self.experts) = (None, Vec::new());
         self.operation.post_norm = None;
@@ -174,6 +183,13 @@ impl<E: Element> Case<E> {
     /// The same for kernels that keep rows so: those that stream them have no norm of the sum.
     pub fn of_rows(mut self, rows: Rows) -> Self {
         self.operation.post_norm = self.operation.post_norm.filter(|_| rows != Rows::Streamed);
+        self
+    }
+
+    /// The same with addends that cross the links in a format of fewer bits, where the mode shows in the bits.
+    pub fn encoded(mut self, format: WireFormat, kernel: Kernel) -> Self {
+        self.operation.wire = Some(format);
+        self.operation.mode = kernel.mode();
         self
     }
 

@@ -2,7 +2,10 @@
 
 use std::{mem::MaybeUninit, slice};
 
-use fused_collective_core::launch::{Experts, Fused};
+use fused_collective_core::launch::{Extras, Fused};
+
+/// Where a kernel finds a part of the extras.
+pub(super) type PartOf<T> = fn(&Extras) -> &T;
 
 /// A kernel with its parameters: as source, and as what it is launched by where it is compiled.
 pub struct Launched {
@@ -20,14 +23,15 @@ pub fn bytes_of<P>(params: &P) -> Box<[MaybeUninit<u8>]> {
 }
 
 impl Launched {
-    pub(super) fn new<X: Send + Sync + 'static>(
+    pub(super) fn new<X: Send + Sync + 'static, I: 'static, W: 'static>(
         entry: String,
-        kernel: unsafe fn(&Fused<X>, &Experts),
+        kernel: unsafe fn(&Fused<X>, &I, &W),
         params: Fused<X>,
+        (prologue, wire): (PartOf<I>, PartOf<W>),
     ) -> Launched {
         let parameter = bytes_of(&params);
         // SAFETY: the parameters are as their documentation says, and geometries cover a row.
-        let run = move || unsafe { kernel(&params, &params.extras.experts) };
+        let run = move || unsafe { kernel(&params, prologue(&params.extras), wire(&params.extras)) };
         Launched { run: Box::new(run), entry, parameter }
     }
 

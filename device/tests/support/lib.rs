@@ -12,17 +12,22 @@ use fused_collective_bench::{launch::EagerStep, table::EagerKernel};
 use fused_collective_core::{
     dtype::Element,
     fusion::{Mode, Norm, Operation, WeightType},
+    kernels as table,
     plan::{Algorithm, Plan, Round},
     reference::check_token,
+    wire::WireFormat,
 };
 use fused_collective_device::{
     collective,
     epilogue::Epilogue,
     launch::{
-        Activations, Experts, Extras, Fused, Group, Local, Plain, Shape, Status, TIMED_OUT, Unquantized,
+        Activations, Encoding, Experts, Extras, Fused, Group, Local, Plain, Shape, Status, TIMED_OUT,
+        Unquantized,
     },
     local,
+    prologue::{Given, Prologue},
     simt::host::{Launch, launch},
+    wire::{Elements, Wire},
 };
 
 mod cases;
@@ -35,6 +40,7 @@ pub mod sequence;
 mod tensors;
 
 pub use cases::{Case, EVERYTHING, What};
+use launched::PartOf;
 pub use launched::{Launched, bytes_of};
 pub use memory::{Buffer, Runner, World};
 pub use random::Random;
@@ -58,6 +64,7 @@ macro_rules! with_quantizer {
             Quantizer::Fp8Token => with!(Some("fp8_token"), $tensors.fp8_per_token()),
             Quantizer::Fp8Block => with!(Some("fp8_block"), $tensors.fp8_block(&$case)),
             Quantizer::Fp4 => with!(Some("fp4"), $tensors.fp4(&$case)),
+            Quantizer::MxFp4 => with!(Some("mxfp4"), $tensors.mxfp4(&$case)),
         }
     }};
 }
@@ -72,10 +79,14 @@ pub enum Kernel {
 }
 
 impl Kernel {
+    /// The mode that it serves.
+    pub fn mode(self) -> Mode {
+        if self == Kernel::OneShot { Mode::OneShot } else { Mode::TwoShot }
+    }
+
     /// The plan of an operation for this kernel, under the world's slots.
     pub fn plan(self, world: &World, operation: &Operation) -> Plan {
-        let mode = if self == Kernel::OneShot { Mode::OneShot } else { Mode::TwoShot };
-        let plan = Plan::new(&Operation { mode, ..*operation }, &world.limits()).unwrap();
+        let plan = Plan::new(&Operation { mode: self.mode(), ..*operation }, &world.limits()).unwrap();
         assert_eq!(plan.algorithm == Algorithm::ShardedTwoShot, self == Kernel::Sharded);
         plan
     }
@@ -99,11 +110,32 @@ pub fn kernel_of<E: Element>(
         kernel,
         rows,
     };
-    if case.operation.norm.is_none() {
-        return run.epilogue::<E, _>("none", Plain { quantizer: Unquantized });
+    let operation = &case.operation;
+    let (_, found) = table::Kernel::of(operation, plan.algorithm, world.size).unwrap();
+    if rows == Rows::Streamed || found.epilogue.is_none() {
+        let any = tensors.any_epilogue(case);
+        return match operation.wire {
+            Some(_) => run.either::<E, _, Encoded, WithExtras>("wire_any", any),
+            None => run.either::<E, _, AsElements, WithExtras>("any", any),
+        };
     }
-    with_quantizer!(case, tensors, |name, quantizer| run
-        .either::<E, _>(name.unwrap_or("norm"), tensors.norm(case, quantizer)))
+    let is_encoded = operation.wire.is_some();
+    if operation.norm.is_none() {
+        let plain = Plain { quantizer: Unquantized };
+        return if is_encoded {
+            run.replicated::<E, _, Encoded, WithoutExtras>("wire_none", plain)
+        } else {
+            run.replicated::<E, _, AsElements, WithoutExtras>("none", plain)
+        };
+    }
+    with_quantizer!(case, tensors, |name, quantizer| {
+        let (name, epilogue) = (name.unwrap_or("norm"), tensors.norm(case, quantizer));
+        if is_encoded {
+            run.either::<E, _, Encoded, WithoutExtras>(&format!("wire_{name}"), epilogue)
+        } else {
+            run.either::<E, _, AsElements, WithoutExtras>(name, epilogue)
+        }
+    })
 }
 
 /// One rank's part of a case: its rounds, as the plan has them, each with as much of `geometry` as it has tokens for.
@@ -207,60 +239,103 @@ struct Run {
     rows: Rows,
 }
 
+/// What a kernel reads of the extras: of which type, and where.
+trait Part {
+    type Of: 'static;
+    fn of(extras: &Extras) -> &Self::Of;
+}
+
+macro_rules! parts {
+    ($($name:ident: $of:ty = |$extras:ident| $part:expr;)*) => {$(
+        struct $name;
+
+        impl Part for $name {
+            type Of = $of;
+
+            fn of($extras: &Extras) -> &$of {
+                $part
+            }
+        }
+    )*};
+}
+
+parts! {
+    AsElements: Elements = |_extras| &Elements;
+    Encoded: Encoding = |extras| &extras.encoding;
+    WithExtras: Experts = |extras| &extras.experts;
+    WithoutExtras: Given = |_extras| &Given;
+}
+
 /// The version of a collective that the table has for a run.
 macro_rules! version {
-    ($run:ident, $collective:ident, $element:ident, $epilogue:ident) => {
+    ($run:ident, $collective:ident, $element:ident, $epilogue:ident, $prologue:ident, $wire:ident) => {{
+        let is_pair = $run.group.world_size == 2 && $run.kernel != Kernel::TwoShot;
+        let (has_extras, is_encoded) =
+            (<$prologue::Of as Prologue<E>>::EXTRAS, !<$wire::Of as Wire<E>>::ELEMENTS);
         match $run.group.world_size {
-            2 if $run.kernel != Kernel::TwoShot => version!($run, $collective, $element, $epilogue, 2),
-            2..=4 => version!($run, $collective, $element, $epilogue, 4),
-            _ => version!($run, $collective, $element, $epilogue, 8),
+            _ if is_pair && !(has_extras && is_encoded) => {
+                version!($run, $collective, $element, $epilogue, $prologue, $wire, 2)
+            }
+            2..=4 if !has_extras => version!($run, $collective, $element, $epilogue, $prologue, $wire, 4),
+            _ => version!($run, $collective, $element, $epilogue, $prologue, $wire, 8),
         }
-    };
-    ($run:ident, $collective:ident, $element:ident, $epilogue:ident, $ranks:literal) => {
+    }};
+    ($run:ident, $collective:ident, $element:ident, $epilogue:ident, $prologue:ident, $wire:ident, $ranks:literal) => {
         match $run.rows {
-            Rows::P1 => collective::$collective::<$element, $epilogue, Experts, $ranks, 1, true>,
-            Rows::P2 => collective::$collective::<$element, $epilogue, Experts, $ranks, 2, true>,
-            Rows::Streamed => collective::$collective::<$element, $epilogue, Experts, $ranks, 1, false>,
+            Rows::P1 => {
+                collective::$collective::<$element, $epilogue, $prologue::Of, $wire::Of, $ranks, 1, true>
+            }
+            Rows::P2 => {
+                collective::$collective::<$element, $epilogue, $prologue::Of, $wire::Of, $ranks, 2, true>
+            }
+            Rows::Streamed => {
+                collective::$collective::<$element, $epilogue, $prologue::Of, $wire::Of, $ranks, 1, false>
+            }
         }
     };
 }
 
 impl Run {
-    fn epilogue<E: Element, X: Epilogue<E> + Send + Sync + 'static>(
-        &self,
-        fusion: &str,
-        epilogue: X,
-    ) -> Launched {
+    fn replicated<E, X, W, I>(&self, fusion: &str, epilogue: X) -> Launched
+    where
+        E: Element,
+        X: Epilogue<E> + Send + Sync + 'static,
+        W: Part<Of: Wire<E>>,
+        I: Part<Of: Prologue<E>>,
+    {
         let (name, kernel) = match self.kernel {
-            Kernel::OneShot => ("one_shot", version!(self, one_shot, E, X)),
-            Kernel::TwoShot => ("two_shot", version!(self, two_shot, E, X)),
+            Kernel::OneShot => ("one_shot", version!(self, one_shot, E, X, I, W)),
+            Kernel::TwoShot => ("two_shot", version!(self, two_shot, E, X, I, W)),
             Kernel::Sharded => panic!("`either` runs these"),
         };
-        self.launched(name, kernel, fusion, epilogue)
+        self.launched(name, kernel, fusion, epilogue, (I::of, W::of))
     }
 
     /// With a sharded residual or without.
-    fn either<E: Element, X: Epilogue<E> + Send + Sync + 'static>(
-        &self,
-        fusion: &str,
-        epilogue: X,
-    ) -> Launched {
+    fn either<E, X, W, I>(&self, fusion: &str, epilogue: X) -> Launched
+    where
+        E: Element,
+        X: Epilogue<E> + Send + Sync + 'static,
+        W: Part<Of: Wire<E>>,
+        I: Part<Of: Prologue<E>>,
+    {
         if self.kernel != Kernel::Sharded {
-            return self.epilogue::<E, X>(fusion, epilogue);
+            return self.replicated::<E, X, W, I>(fusion, epilogue);
         }
-        self.launched("sharded", version!(self, sharded, E, X), fusion, epilogue)
+        self.launched("sharded", version!(self, sharded, E, X, I, W), fusion, epilogue, (I::of, W::of))
     }
 
-    fn launched<X: Send + Sync + 'static>(
+    fn launched<X: Send + Sync + 'static, I: 'static, W: 'static>(
         &self,
         name: &str,
-        kernel: unsafe fn(&Fused<X>, &Experts),
+        kernel: unsafe fn(&Fused<X>, &I, &W),
         fusion: &str,
         epilogue: X,
+        parts: (PartOf<I>, PartOf<W>),
     ) -> Launched {
         let Run { group, shape, activations, extras, .. } = *self;
         let params = Fused { group, shape, activations, epilogue, extras };
-        Launched::new(format!("{name}_{fusion}_{}", self.rows.name()), kernel, params)
+        Launched::new(format!("{name}_{fusion}_{}", self.rows.name()), kernel, params, parts)
     }
 }
 
@@ -360,20 +435,36 @@ fn packs(random: &mut Random, rows: Rows, warps: u64) -> u64 {
     }
 }
 
-/// Runs a case for every version of every collective that there is for the group, in blocks of up to `warps` warps. Shapes
-/// and geometries vary, and so does whether there is a residual.
+/// Runs a case for every version of every collective that there is for the group, in blocks of up to `warps` warps: plain ones
+/// for each epilogue, and one that is not. Shapes and geometries vary, and so does whether there is a residual.
 pub fn every_version<E: Element>(random: &mut Random, world: &World, warps: u64) {
+    every_version_of::<E>(random, world, warps, false);
+}
+
+/// As [`every_version`], of addends in a wire format. Each operation is of the bits that its mode gives.
+pub fn every_encoded_version<E: Element>(random: &mut Random, world: &World, warps: u64) {
+    every_version_of::<E>(random, world, warps, true);
+}
+
+fn every_version_of<E: Element>(random: &mut Random, world: &World, warps: u64, is_encoded: bool) {
     for rows in [Rows::P1, Rows::P2, Rows::Streamed] {
-        for what in What::of_each_epilogue(random) {
-            for kernel in [Kernel::OneShot, Kernel::TwoShot, Kernel::Sharded] {
-                if kernel == Kernel::Sharded && what == What::Sum {
-                    continue;
-                }
+        for kernel in [Kernel::OneShot, Kernel::TwoShot, Kernel::Sharded] {
+            let is_sharded = kernel == Kernel::Sharded;
+            let mut cases = What::of_each_epilogue(random);
+            cases.retain(|&what| !(is_sharded && what == What::Sum));
+            // The last one again, with a bias at least.
+            let plain = cases.len();
+            cases.extend(cases.last().copied());
+            for (index, what) in cases.into_iter().enumerate() {
                 let tokens = 1 + random.below(4);
+                // The last block of a wire format may be half of one.
                 let hidden = (packs(random, rows, warps) * E::LANES as u64).next_multiple_of(16);
-                let residual = kernel == Kernel::Sharded || random.below(2) == 1;
+                let residual = is_sharded || random.below(2) == 1;
                 let case = Case::<E>::new(random, world.size, tokens, hidden, residual, what).of_rows(rows);
-                let case = if kernel == Kernel::Sharded { case.sharded() } else { case };
+                let case = if index < plain { case.plain() } else { case.with_bias(random) };
+                let case = if is_sharded { case.sharded() } else { case };
+                let format = WireFormat::ALL[(index + random.below(2) as usize) % 2];
+                let case = if is_encoded { case.encoded(format, kernel) } else { case };
                 let launch = geometry(&case.operation, rows, 1, 1 + random.below(tokens.min(warps)) as u32);
                 let streaming = if rows == Rows::Streamed { 1 + random.below(warps) as u32 } else { 1 };
                 let launch = Launch { threads: launch.threads * streaming, ..launch };

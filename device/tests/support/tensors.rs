@@ -5,14 +5,16 @@ use std::ops::Range;
 use fused_collective_core::{
     dtype::{DType, Element},
     fusion::{Experts, Norm, Operation, Residual, Rounding},
+    kernels::Quantizer,
     norm::Weights,
     pack::Pack,
     plan::owned_index,
-    quant::{Quantization, ScaleTensor},
+    quant::{ScaleStrides, ScaleTensor},
     specification::{Mismatch, Observed, Row, Token, TokenExperts},
 };
 use fused_collective_device::launch::{
-    self, Activations, Address, BlockScales, Extras, Fp4, Fp8Block, Fp8PerToken, Fp8Static, PostNorm, RmsNorm,
+    self, Activations, Address, AnyEpilogue, AnyQuantizer, BlockScales, Encoding, Extras, Fp4, Fp8Block,
+    Fp8PerToken, Fp8Static, MxFp4, PostNorm, RmsNorm,
 };
 
 use super::{cases::Case, memory::Buffer};
@@ -23,6 +25,7 @@ pub struct Tensors {
     rounding: Rounding,
     /// The offset of `norm_out` in the input's memory, in bytes, if it is there, and `residual_out` in the residual's.
     in_place: Option<u64>,
+    encoding: Encoding,
     before: Before,
     pub input: Buffer,
     pub residual: Option<Buffer>,
@@ -85,6 +88,7 @@ impl Tensors {
             rank,
             rounding: operation.rounding,
             in_place: None,
+            encoding: Encoding::of(operation.wire),
             before: Before::default(),
             input: Buffer::of(&case.inputs[rank as usize]),
             residual: case.residual.as_ref().map(|residual| Buffer::of(&case.held(rank, residual))),
@@ -199,7 +203,38 @@ impl Tensors {
                 scales_f32: experts.scales.is_wider(self.dtype).into(),
             }
         });
-        Extras { bias: self.bias.as_ref().map_or(Address::NULL, Buffer::address), post_norm, experts }
+        let bias = self.bias.as_ref().map_or(Address::NULL, Buffer::address);
+        Extras { bias, post_norm, experts, encoding: self.encoding }
+    }
+
+    /// The epilogue as kernels take it that have one for all.
+    pub fn any_epilogue<E: Element>(&self, case: &Case<E>) -> AnyEpilogue {
+        let Operation { norm, quantization, .. } = case.operation;
+        let blocks = self.scale_tensor(case).map(|_| self.block_scales(case));
+        let quantizer = AnyQuantizer {
+            values: address_before(&self.values, self.before.values),
+            scales: blocks
+                .unwrap_or(BlockScales { address: Address::NULL, strides: ScaleStrides::default() }),
+            scale: self.scale.address(),
+            kind: Quantizer::from(quantization) as u32,
+            block_packs_log2: quantization
+                .block()
+                .map_or(0, |block| (block * size_of::<E>() as u64 / Pack::BYTES).ilog2()),
+        };
+        if norm.is_some() {
+            return AnyEpilogue { norm: self.norm(case, quantizer) };
+        }
+        let (gamma, norm_out) = (Address::NULL, Address::NULL);
+        let norm = RmsNorm {
+            gamma,
+            norm_out,
+            inverse_hidden: 0.0,
+            epsilon: 0.0,
+            weight_bias: 0.0,
+            gamma_f32: 0,
+            quantizer,
+        };
+        AnyEpilogue { norm }
     }
 
     pub fn norm<E: Element, Q>(&self, case: &Case<E>, quantizer: Q) -> RmsNorm<Q> {
@@ -252,12 +287,12 @@ impl Tensors {
     }
 
     pub fn fp4<E: Element>(&self, case: &Case<E>) -> Fp4 {
-        let is_mx = matches!(case.operation.quantization, Quantization::MxFp4 { .. });
-        Fp4 {
-            values: address_before(&self.values, self.before.values),
-            scales: self.block_scales(case),
-            global_scale: if is_mx { Address::NULL } else { self.scale.address() },
-        }
+        let MxFp4 { values, scales } = self.mxfp4(case);
+        Fp4 { values, scales, global_scale: self.scale.address() }
+    }
+
+    pub fn mxfp4<E: Element>(&self, case: &Case<E>) -> MxFp4 {
+        MxFp4 { values: address_before(&self.values, self.before.values), scales: self.block_scales(case) }
     }
 
     /// All outputs, as bytes.

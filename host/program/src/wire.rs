@@ -22,11 +22,6 @@ impl Wire {
     /// Every format.
     pub const ALL: [Wire; 3] = [Wire::Exact, Wire::Int8, Wire::Int4];
 
-    /// The formats that a backend has, on GPUs or on CPUs.
-    pub fn of_backend(on_gpus: bool) -> &'static [Wire] {
-        if on_gpus { &[Wire::Exact] } else { &Wire::ALL }
-    }
-
     /// The name on the command line and in reports.
     pub const fn name(self) -> &'static str {
         match self.format() {

@@ -3,7 +3,7 @@
 use fused_collective_core::{
     dtype::DType,
     fusion::{self, Norm, Operation},
-    launch::{Activations, Address, Experts, Extras, PostNorm},
+    launch::{Activations, Address, Encoding, Experts, Extras, PostNorm},
     quant::Quantization,
 };
 
@@ -232,7 +232,8 @@ impl Tensors {
             top_k: experts.top_k,
             scales_f32: experts.scales.is_wider(operation.dtype).into(),
         });
-        Extras { bias: address(self.bias), post_norm, experts }
+        let encoding = Encoding::of(operation.wire);
+        Extras { bias: address(self.bias), post_norm, experts, encoding }
     }
 }
 

@@ -36,6 +36,7 @@ use fused_collective_device::{
     pack::Pack,
     prologue::{Given, Prologue},
     simt,
+    wire::Elements,
 };
 
 /// The epilogue's parameters.
@@ -119,7 +120,7 @@ impl<E: Element> Epilogue<E> for Weighted {
 #[unsafe(no_mangle)]
 pub unsafe extern "ptx-kernel" fn weighted_all_reduce_gelu(params: Fused<Weighted>) {
     // SAFETY: as this function's.
-    unsafe { collective::two_shot::<bf16, Weighted, Weighted, 4, 1, true>(&params, &params.epilogue) }
+    unsafe { collective::two_shot::<bf16, Weighted, Weighted, Elements, 4, 1, true>(&params, &params.epilogue, &Elements) }
 }
 
 /// For groups of at most four ranks, with one pack of a row in each thread.
@@ -129,7 +130,7 @@ pub unsafe extern "ptx-kernel" fn weighted_all_reduce_gelu(params: Fused<Weighte
 #[unsafe(no_mangle)]
 pub unsafe extern "ptx-kernel" fn all_reduce_gelu(params: Fused<Gelu>) {
     // SAFETY: as this function's.
-    unsafe { collective::two_shot::<bf16, Gelu, Given, 4, 1, true>(&params, &Given) }
+    unsafe { collective::two_shot::<bf16, Gelu, Given, Elements, 4, 1, true>(&params, &Given, &Elements) }
 }
 
 /// No kernel has a path that panics, so this is in no PTX; rustc asks for it nevertheless.

@@ -31,7 +31,6 @@ use crate::{
     backend::{self, collective::Collective, cpu::cores::Cores, problem::Problem},
     exit::{self, Failure, complain},
     report::memory::{available_memory, killed_since, oom_kills},
-    wire::Wire,
 };
 use launch::Launcher;
 use options::{BackendChoice, JobOptions};
@@ -123,11 +122,6 @@ impl Job {
     pub(crate) fn cuda(&self) -> Option<u32> {
         let environment = self.environment.as_ref()?;
         if self.backend.get() == Backend::Cuda { ordinal(environment.local_rank).ok() } else { None }
-    }
-
-    /// The formats of rows between ranks that the backend has.
-    pub(crate) fn wires(&self) -> &'static [Wire] {
-        Wire::of_backend(self.backend.get() == Backend::Cuda)
     }
 
     /// This process's rank; `None` in the process that will start the ranks.

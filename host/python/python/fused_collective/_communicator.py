@@ -222,7 +222,7 @@ class Communicator:
         ``rounding`` is ``once`` or ``after_all_reduce``, ``mode`` is ``auto``, ``one_shot`` or ``two_shot``. ``dtype`` is the
         type of elements that ``x`` cannot name: bfloat16 in arrays of 16-bit integers.
 
-        ``wire`` is ``int8`` or ``int4`` for rows of fewer bits between ranks, on CPUs. Sums of normal rows then miss by 0.55% or
+        ``wire`` is ``int8`` or ``int4`` for rows of fewer bits between ranks. Sums of normal rows then miss by 0.55% or
         8.6% in one-shot, the same on all ranks; the residual and the norm lose nothing.
 
         On GPUs the operation is enqueued on ``stream``, PyTorch's current one if it is None, and may be captured. On CPUs the

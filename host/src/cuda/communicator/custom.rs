@@ -13,7 +13,8 @@ use fused_collective_core::{
 use super::{
     super::{
         driver::Handle,
-        kernels::{Module, Parameters, Versions},
+        epilogue::Epilogue,
+        kernels::{Module, Versions},
         tensors::{DeviceTensor, TensorType, address, check},
     },
     Communicator,
@@ -126,14 +127,13 @@ impl Communicator {
         let _entered = self.gpu.context().clone().enter()?;
         let limits = self.kernels.limits().of_processor(kernel.has_clusters);
         choose(&plan, limits, &mut kernel.versions, &mut self.launches)?;
-        let mut parameters = Parameters::default();
-        parameters.extend(epilogue);
+        let epilogue = Epilogue::of_bytes(epilogue);
         let call = Call::custom(&shape, plan.algorithm, kernel.digest);
         let [to_sum, sum] = [input, residual_out].map(|tensor| address(Some(tensor)));
         let activations = Activations::new(to_sum, address(residual), sum, shape.rounding);
         // SAFETY: the launches were chosen for the kernel, which takes this epilogue, as this function's caller says, who
         // vouches for the addresses and the stream, too.
-        unsafe { self.launch_rounds(&plan, call, (activations, Extras::NONE), &parameters, stream) }
+        unsafe { self.launch_rounds(&plan, call, (activations, Extras::NONE), &epilogue, stream) }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     fusion::Operation,
-    kernels::{Epilogue, Family, Kernel},
+    kernels::{Kernel, Module},
     launch::Shape,
     plan::{Algorithm, Plan},
 };
@@ -13,16 +13,18 @@ use crate::error::Error;
 /// The error of rows that have no [`Shape`].
 pub const TOO_MANY_TOKENS: Error = Error::Unsupported("rounds of 2^31 tokens or more");
 
-/// The kernel of an operation that was planned as `algorithm`.
+/// The kernel of an operation that was planned as `algorithm`, and the module that has it for rows in registers.
 ///
 /// # Errors
 /// There is none.
-pub(super) fn kernel(operation: &Operation, algorithm: Algorithm) -> Result<&'static Kernel, Error> {
-    if operation.wire.is_some() {
-        return Err(Error::Unsupported("rows sent as int8 or int4"));
-    }
-    let epilogue = Epilogue::of(operation.norm.is_some(), operation.quantization);
-    Kernel::of(Family::from(algorithm), epilogue).ok_or(Error::Unsupported("this quantization"))
+pub(super) fn kernel(
+    operation: &Operation,
+    algorithm: Algorithm,
+    world_size: u32,
+) -> Result<(Module, &'static Kernel), Error> {
+    let (set, kernel) =
+        Kernel::of(operation, algorithm, world_size).ok_or(Error::Unsupported("this operation"))?;
+    Ok((Module { dtype: operation.dtype, set }, kernel))
 }
 
 /// The packs of a row.

@@ -26,14 +26,14 @@ use fused_collective_core::{
     fusion::Operation,
     kernels::{Module, Set},
     launch::{self, ABORTED, Address, Shape, Status},
-    plan::{self, Algorithm, Limits, Plan},
+    plan::{self, Limits, Plan},
     workspace::{Header, Layout},
 };
 
 use super::{
     device::{self, Gpu},
     driver::{Handle, check},
-    epilogue::epilogue,
+    epilogue::Epilogue,
     kernels::{KernelSource, Kernels, Launch, MAX_RANKS},
     memory::{DeviceMemory, MappedStatus},
     tensors::{Tensors, supported},
@@ -127,14 +127,14 @@ impl Communicator {
         let &Options { slot_bytes, deadline, oversubscribe, check_scales, ref kernels } = options;
         check_deadline(deadline)?;
         let (rank, world_size) = (bootstrap.rank(), bootstrap.world_size());
-        let set = Set::for_group(world_size, Algorithm::OneShot).ok_or_else(|| {
-            Error::Options(format!(
+        if world_size > MAX_RANKS {
+            return Err(Error::Options(format!(
                 "{world_size} ranks are more than GPU kernels serve: use 2 to {MAX_RANKS}"
-            ))
-        })?;
+            )));
+        }
         let gpu = Gpu::open(ordinal)?;
         let context = gpu.context();
-        let module = Module { dtype: DType::Bf16, set };
+        let module = Module { dtype: DType::Bf16, set: Set::Any8 };
         let mut kernels = Kernels::find(&gpu, kernels, module.name())?;
         let shares_gpus = device::check_group(bootstrap, ordinal, oversubscribe)?;
         let layout = Layout::new(world_size, slot_bytes)?;
@@ -228,7 +228,7 @@ impl Communicator {
         self.check_usable()?;
         let plan = Plan::new(operation, &self.limits)?;
         supported(operation)?;
-        launches::kernel(operation, plan.algorithm)?;
+        launches::kernel(operation, plan.algorithm, self.limits.world_size)?;
         if operation.post_norm.is_some() {
             // Rows that are streamed have none, and their kernels say which those are.
             self.choose_launches(operation, &plan)?;
@@ -287,7 +287,7 @@ impl Communicator {
         }
         self.make_room(operation)?;
         self.choose_launches(operation, &plan)?;
-        let epilogue = epilogue(operation, tensors);
+        let epilogue = Epilogue::of(operation, tensors);
         let call = Call::operation(operation, plan.algorithm, None);
         let addend = self.addends.as_ref().map_or(Address::NULL, DeviceMemory::address);
         let read = (tensors.activations(operation, addend), tensors.extras(operation));
@@ -509,15 +509,6 @@ impl Communicator {
 
     fn group(&self) -> launch::Group {
         self.launch_group(self.workspace.regions())
-    }
-
-    /// The module of the kernels for an algorithm.
-    ///
-    /// # Errors
-    /// There is none, which [`join`](Self::join) has ruled out.
-    fn module(&self, dtype: DType, algorithm: Algorithm) -> Result<Module, Error> {
-        let set = Set::for_group(self.limits.world_size, algorithm);
-        Ok(Module { dtype, set: set.ok_or(Error::Unsupported("a group of this size"))? })
     }
 
     /// This rank's place in the group, for kernels of one's own that reach other `regions` than the workspace's.

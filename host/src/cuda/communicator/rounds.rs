@@ -13,6 +13,7 @@ use fused_collective_core::{
 use super::{
     super::{
         driver::{Handle, check},
+        epilogue::Epilogue,
         kernels::Parameters,
     },
     Captured, Communicator,
@@ -26,8 +27,8 @@ impl Communicator {
     /// # Errors
     /// There are no kernels for it, or they are missing or unusable.
     pub(super) fn choose_launches(&mut self, operation: &Operation, plan: &Plan) -> Result<(), Error> {
-        let kernel = kernel(operation, plan.algorithm)?;
-        let (module, limits) = (self.module(operation.dtype, plan.algorithm)?, self.kernels.limits());
+        let (module, kernel) = kernel(operation, plan.algorithm, self.limits.world_size)?;
+        let limits = self.kernels.limits();
         let row_packs = row_packs(plan)?;
         let versions = self.kernels.versions(module, kernel, row_packs)?;
         if operation.post_norm.is_some() && !limits.keeps(versions, row_packs) {
@@ -50,7 +51,7 @@ impl Communicator {
         plan: &Plan,
         call: Call,
         (activations, extras): (Activations, Extras),
-        epilogue: &Parameters,
+        epilogue: &Epilogue,
         stream: Handle,
     ) -> Result<(), Error> {
         // SAFETY: a stream of the current context, as this function's caller says.
@@ -68,7 +69,7 @@ impl Communicator {
                 parameters.push(&shape);
                 parameters.push(&activations.of_round(plan, &round));
             }
-            parameters.append(epilogue);
+            parameters.append(epilogue.parameters(launch.takes_any_epilogue()));
             // SAFETY: as above.
             unsafe { parameters.push(&extras) };
             // SAFETY: these are the kernel's parameters, as this function's caller says.

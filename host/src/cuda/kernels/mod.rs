@@ -18,11 +18,11 @@ mod versions;
 use std::{collections::HashMap, iter};
 
 use fused_collective_core::{
-    kernels::{self, Entry, Family, Kernel, Processor, Set, Version},
+    kernels::{self, Addends, Entry, Family, Kernel, Processor, Set, Version},
     launch::{self, MAX_BLOCKS},
 };
 
-use versions::{choose_places, choose_version};
+use versions::{Waits, choose_places, choose_version};
 
 use super::{
     device::{Context, Gpu},
@@ -53,7 +53,10 @@ fn max_cluster(has_launcher: bool) -> u32 {
 #[derive(Debug)]
 pub struct Versions {
     family: Family,
+    addends: Addends,
     functions: [Option<Function>; 3],
+    /// The versions whose epilogue is a parameter.
+    any_epilogue: [bool; 3],
 }
 
 impl Versions {
@@ -61,7 +64,7 @@ impl Versions {
     pub fn of_one(family: Family, version: Version, function: Function) -> Versions {
         let mut functions = [None, None, None];
         functions[version as usize] = Some(function);
-        Versions { family, functions }
+        Versions { family, addends: Addends::Elements, functions, any_epilogue: [false; 3] }
     }
 
     /// The exchange that the kernel does.
@@ -128,8 +131,12 @@ impl LaunchLimits {
         let (most, units, family) = (self.agreed_cluster, self.agreed_units, versions.family);
         let clusters =
             iter::successors(Some(cluster), |&cluster| (cluster * 2 <= most).then_some(cluster * 2));
-        // One-shot pushes a row ahead, and does not wait.
-        let waits = family != Family::OneShot;
+        // One-shot pushes a row ahead, and does not wait; but to decode one takes as long as the links do.
+        let waits = match (family, versions.addends) {
+            (Family::OneShot, Addends::Elements) => Waits::Never,
+            (Family::OneShot, Addends::Encoded) => Waits::ForItself,
+            _ => Waits::ForOthers,
+        };
         let max_threads = Version::ALL.map(|version| versions.max_threads(version));
         let places = |version, cluster: u32, threads| {
             let blocks = versions.function(version)?.blocks_per_unit(threads)? * units;
@@ -139,7 +146,10 @@ impl LaunchLimits {
         let (version, cluster, threads) =
             choose_places(row_packs, tokens, waits, clusters, max_threads, places)?
                 .ok_or(Error::Unsupported("rows of this length"))?;
-        self.launch_of(versions.function(version)?, most_clusters(family, cluster), cluster, threads, tokens)
+        let any_epilogue = versions.any_epilogue[version as usize];
+        let (function, most) = (versions.function(version)?, most_clusters(family, cluster));
+        let launch = self.launch_of(function, most, cluster, threads, tokens)?;
+        Ok(launch.of_any_epilogue(any_epilogue))
     }
 
     /// Chooses the launch of a function without versions on `tokens` rows, in blocks of about `threads`.
@@ -264,11 +274,15 @@ impl Kernels {
             let loaded = self.load(module.name())?;
             let resident = |version| loaded.function(kernel.name(version)).map(Some);
             let functions = [resident(Version::P1)?, resident(Version::P2)?, None];
-            self.kernels.insert(key, Versions { family: kernel.family, functions });
+            let is_any = kernel.epilogue.is_none();
+            let any_epilogue = [is_any, is_any, true];
+            let &Kernel { family, addends, .. } = kernel;
+            self.kernels.insert(key, Versions { family, addends, functions, any_epilogue });
         }
         if !self.kernels.get(&key).is_some_and(|versions| versions.takes(row_packs, cluster)) {
+            let any = kernel.of_any().ok_or(Error::Unsupported("this kernel"))?;
             let module = kernels::Module { set: Set::Streamed, ..module };
-            let streamed = self.load(module.name())?.function(kernel.name(Version::Streamed))?;
+            let streamed = self.load(module.name())?.function(any.name(Version::Streamed))?;
             if let Some(versions) = self.kernels.get_mut(&key) {
                 versions.functions[Version::Streamed as usize] = Some(streamed);
             }

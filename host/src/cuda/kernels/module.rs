@@ -235,7 +235,7 @@ impl Function {
 
     /// A launch of `blocks` blocks of `threads` threads, in clusters of `cluster` blocks.
     pub fn launch(&self, blocks: u32, cluster: u32, threads: u32) -> Launch {
-        Launch { function: self.handle, blocks, cluster, threads }
+        Launch { function: self.handle, blocks, cluster, threads, any_epilogue: false }
     }
 
     /// Looks the driver's functions up for launches of it: `None` where kernels run one after the other.
@@ -251,12 +251,23 @@ pub struct Launch {
     blocks: u32,
     cluster: u32,
     threads: u32,
+    any_epilogue: bool,
 }
 
 // SAFETY: as of `Function`.
 unsafe impl Send for Launch {}
 
 impl Launch {
+    /// The launch of a kernel whose epilogue is a parameter, an [`AnyEpilogue`](fused_collective_core::launch::AnyEpilogue).
+    pub(super) fn of_any_epilogue(self, any_epilogue: bool) -> Launch {
+        Launch { any_epilogue, ..self }
+    }
+
+    /// True if the kernel takes an [`AnyEpilogue`](fused_collective_core::launch::AnyEpilogue).
+    pub fn takes_any_epilogue(&self) -> bool {
+        self.any_epilogue
+    }
+
     /// Blocks of the grid.
     pub fn blocks(&self) -> u32 {
         self.blocks

@@ -31,34 +31,56 @@ pub(super) fn choose_version(
     Some((Version::Streamed, widest, row_packs.div_ceil(widest).next_multiple_of(WARP).min(most)))
 }
 
+/// What a kernel does not go on with while it could work on another row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Waits {
+    /// The links are busy.
+    Never,
+    /// A row that it computes.
+    ForItself,
+    /// A row that another rank sends.
+    ForOthers,
+}
+
+/// Rows for each place from which on narrower blocks gain more by computing several rows at once than they lose with the last.
+const MANY_ROWS: u64 = 8;
+
 /// As [`choose_version`], for `tokens` rows: `places` tells how many of them a version in clusters of so many blocks of so
-/// many threads works on at once. A kernel that `waits` for one row while it could work on another is taken in narrower
-/// blocks, of which more are resident, where there are more rows than places.
+/// many threads works on at once. A kernel that waits is taken in narrower blocks, of which more are resident: where there
+/// are more rows than places or, if it waits for itself, [many more](MANY_ROWS).
 pub(super) fn choose_places(
     row_packs: u32,
     tokens: u64,
-    waits: bool,
-    clusters: impl Iterator<Item = u32>,
+    waits: Waits,
+    clusters: impl Iterator<Item = u32> + Clone,
     max_threads: impl Fn(Version) -> Option<u32>,
     mut places: impl FnMut(Version, u32, u32) -> Result<u64, Error>,
 ) -> Result<Option<(Version, u32, u32)>, Error> {
-    let Some(wide @ (version, cluster, threads)) = choose_version(row_packs, clusters, &max_threads) else {
+    let Some(wide @ (version, cluster, threads)) = choose_version(row_packs, clusters.clone(), &max_threads)
+    else {
         return Ok(None);
     };
-    let narrow_most = max_threads(Version::P2).filter(|_| version == Version::P1 && waits);
-    let Some(narrow_most) = narrow_most else { return Ok(Some(wide)) };
-    let wide_places = places(version, cluster, threads)?;
-    let threads = row_packs.div_ceil(cluster * 2).next_multiple_of(WARP);
-    if wide_places >= tokens || threads > narrow_most {
+    if version != Version::P1 || waits == Waits::Never {
         return Ok(Some(wide));
     }
-    let narrow = (Version::P2, cluster, threads);
-    Ok(Some(if places(Version::P2, cluster, threads)? > wide_places { narrow } else { wide }))
+    let only_narrow = |version| max_threads(version).filter(|_| version == Version::P2);
+    let narrow = choose_version(row_packs, clusters, only_narrow).filter(|(_, narrow_cluster, _)| {
+        // Blocks that wait for others gain nothing by waiting for each other, too.
+        waits == Waits::ForItself || *narrow_cluster == cluster
+    });
+    let Some(narrow @ (_, narrow_cluster, narrow_threads)) = narrow else { return Ok(Some(wide)) };
+    let wide_places = places(version, cluster, threads)?;
+    let most = if waits == Waits::ForItself { MANY_ROWS * wide_places } else { wide_places };
+    if tokens <= most {
+        return Ok(Some(wide));
+    }
+    Ok(Some(if places(Version::P2, narrow_cluster, narrow_threads)? > wide_places { narrow } else { wide }))
 }
 
 #[cfg(test)]
 mod tests {
     use Version::{P1, P2, Streamed};
+    use Waits::{ForItself, ForOthers, Never};
 
     use super::*;
 
@@ -83,7 +105,7 @@ mod tests {
 
     /// Versions of 64 registers a thread and, for `p2`, blocks of at most 512 threads: two of those are resident where one
     /// of 1,024 is.
-    fn choose_on_gpu(units: u64, tokens: u64, row_packs: u32, waits: bool) -> (Version, u32, u32) {
+    fn choose_on_gpu(units: u64, tokens: u64, row_packs: u32, waits: Waits) -> (Version, u32, u32) {
         let max_threads = |version| Some(if version == P1 { 1024 } else { 512 });
         let places =
             |_, cluster: u32, threads: u32| Ok(u64::from(1024 / threads) * units / u64::from(cluster));
@@ -94,12 +116,25 @@ mod tests {
 
     #[test]
     fn more_rows_than_places_are_taken_in_narrower_blocks_unless_a_row_is_pushed_ahead() {
-        assert_eq!(choose_on_gpu(132, 132, 1024, true), (P1, 1, 1024));
-        assert_eq!(choose_on_gpu(132, 133, 1024, true), (P2, 1, 512));
-        assert_eq!(choose_on_gpu(132, 133, 1024, false), (P1, 1, 1024));
+        assert_eq!(choose_on_gpu(132, 132, 1024, ForOthers), (P1, 1, 1024));
+        assert_eq!(choose_on_gpu(132, 133, 1024, ForOthers), (P2, 1, 512));
+        assert_eq!(choose_on_gpu(132, 133, 1024, Never), (P1, 1, 1024));
         // Clusters share the places: 2,048 packs are two blocks'.
-        assert_eq!(choose_on_gpu(132, 66, 2048, true), (P1, 2, 1024));
-        assert_eq!(choose_on_gpu(132, 67, 2048, true), (P2, 2, 512));
+        assert_eq!(choose_on_gpu(132, 66, 2048, ForOthers), (P1, 2, 1024));
+        assert_eq!(choose_on_gpu(132, 67, 2048, ForOthers), (P2, 2, 512));
+    }
+
+    #[test]
+    fn many_rows_that_are_computed_are_taken_in_narrower_blocks_of_wider_clusters() {
+        let choose = |tokens| {
+            let max_threads = |version| Some(if version == P1 { 1024 } else { 256 });
+            let places = |_, cluster: u32, threads: u32| {
+                Ok(132 * if threads > 256 { 1 } else { 3 } / u64::from(cluster))
+            };
+            choose_places(1024, tokens, ForItself, [1, 2, 4, 8].into_iter(), max_threads, places).unwrap()
+        };
+        assert_eq!(choose(8 * 132), Some((P1, 1, 1024)));
+        assert_eq!(choose(8 * 132 + 1), Some((P2, 2, 256)));
     }
 
     #[test]
@@ -107,7 +142,7 @@ mod tests {
         let choose = |p2_threads, p2_places| {
             let max_threads = |version| Some(if version == P1 { 1024 } else { p2_threads });
             let places = |version, _, _| Ok(if version == P1 { 132 } else { p2_places });
-            choose_places(1024, 500, true, [1].into_iter(), max_threads, places).unwrap().unwrap()
+            choose_places(1024, 500, ForOthers, [1].into_iter(), max_threads, places).unwrap().unwrap()
         };
         assert_eq!(choose(512, 264), (P2, 1, 512));
         assert_eq!(choose(512, 132), (P1, 1, 1024));
@@ -123,7 +158,7 @@ mod tests {
         let only_p2 = |version| (version == P2).then_some(1024);
         assert_eq!(choose_version(2048, [1, 2].into_iter(), only_p2), Some((P2, 2, 512)));
         let places = |_, _, _| Ok(1);
-        let chosen = choose_places(512, 500, true, [1].into_iter(), only_p1, places).unwrap();
+        let chosen = choose_places(512, 500, ForOthers, [1].into_iter(), only_p1, places).unwrap();
         assert_eq!(chosen, Some((P1, 1, 512)));
     }
 }

@@ -4,12 +4,12 @@ use fused_collective_bench::{launch::EagerStep, table::EagerKernel};
 use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Norm, Operation, Rounding},
-    kernels::{Epilogue, Family, Kernel, Module, Set},
+    kernels::{self, Kernel, Module, Set},
     launch::{Activations, Address, Shape},
     quant::Quantization,
 };
 
-use fused_collective::cuda::{DeviceTensor, TOO_MANY_TOKENS, epilogue::epilogue, kernels::Parameters};
+use fused_collective::cuda::{DeviceTensor, TOO_MANY_TOKENS, epilogue::Epilogue, kernels::Parameters};
 
 use crate::backend::{
     error::Error,
@@ -129,8 +129,9 @@ impl Engine<'_> {
         let kernels = self.communicator.kernels();
         let limits = kernels.limits();
         let shape = shape(problem)?;
-        let kernel = Kernel::of(Family::Local, Epilogue::of(norm.is_some(), quantization))
-            .ok_or(fused_collective::Error::Unsupported("this quantization"))?;
+        let epilogue = kernels::Epilogue::of(norm.is_some(), quantization);
+        let kernel =
+            Kernel::local(epilogue).ok_or(fused_collective::Error::Unsupported("this quantization"))?;
         let module = Module { dtype: problem.dtype, set: Set::Local };
         let versions = kernels.versions(module, kernel, shape.row_packs)?;
         let launch = limits.for_rows(versions, 1, shape.row_packs, problem.tokens)?;
@@ -141,7 +142,8 @@ impl Engine<'_> {
             parameters.push(&activations);
         }
         let operation = Operation { norm, quantization, ..problem.all_reduce(Mode::Auto) };
-        parameters.append(&epilogue(&operation, &tensors));
+        let epilogue = Epilogue::of(&operation, &tensors);
+        parameters.append(epilogue.parameters(launch.takes_any_epilogue()));
         // SAFETY: the kernel and the parameters are of one epilogue; the tensors are the engine's and of the problem's
         // shapes, and live as in `fused`.
         Ok(unsafe { kernels.launch(launch, &parameters, stream) }?)

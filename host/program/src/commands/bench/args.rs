@@ -63,7 +63,7 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "name")]
     pattern: Option<String>,
 
-    /// formats of rows between ranks in fused variants: exact, int8, int4 (default: exact). Others than exact on CPUs only
+    /// formats of rows between ranks in fused variants: exact, int8, int4 (default: exact)
     #[argh(option, arg_name = "name")]
     wire: Vec<String>,
 

@@ -117,9 +117,6 @@ impl Bench {
         backend: &mut dyn Collective,
     ) -> Result<(Report, Result<(), Failure>), Error> {
         let settings = &self.settings;
-        if let Some(wire) = settings.wires.iter().find(|wire| !job.wires().contains(wire)) {
-            return Err(Error::Failed(format!("--wire: GPUs have no kernels of {wire}: use exact")));
-        }
         let (name, world_size) = (job.backend_name(), job.world_size());
         let mut report = Report::new(arguments(), name, world_size, settings.clone());
         report.machine.set_gpus(backend.gpus());

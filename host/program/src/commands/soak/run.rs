@@ -197,7 +197,6 @@ pub(crate) fn run_sequence(
         // Different on each rank, and from the generator above.
         pauses: Rng::with_seed(sequence.seed.wrapping_add(1 + u64::from(group.rank()))),
         world_size: group.world_size(),
-        wires: Wire::of_backend(!backend.gpus().is_empty()),
         workloads: Vec::new(),
         tally: Tally::default(),
     };
@@ -265,7 +264,6 @@ struct Soak {
     pauses: Rng,
     world_size: u32,
     /// The backend's formats of rows between ranks.
-    wires: &'static [Wire],
     workloads: Vec<Workload>,
     tally: Tally,
 }
@@ -278,7 +276,7 @@ impl Soak {
             if first.is_empty() { vec![self.random.usize(..PROBLEMS)] } else { first.collect() };
         for index in indices {
             let (problem, seed) = (self.problem(), self.random.u64(..));
-            let wire = self.wires[self.random.usize(..self.wires.len())];
+            let wire = Wire::ALL[self.random.usize(..Wire::ALL.len())];
             let mut repeated = (self.steps(problem.sharded, wire), self.random.u32(1..=8));
             let in_place = self.random.u8(..4) == 0;
             backend.select(index)?;

@@ -20,6 +20,7 @@ use crate::{
     exit::{self, Failure, print},
     job::{Job, Request, ranks::Error, screen::Screen},
     report::progress::Progress,
+    wire::Wire,
 };
 use conversions::{CONVERSION_BLOCKS, run_conversions};
 use dependents::run_dependents;
@@ -89,12 +90,12 @@ impl Verify {
     ) -> Result<Tally, Error> {
         let settings = &self.settings;
         let mut backend = own.map(|group| self.job.join(group, self.job.deadline())).transpose()?;
-        let progress = screen.progress(settings.count(self.job.wires()));
+        let progress = screen.progress(settings.count(&Wire::ALL));
         let mut heading = format!(
             "{} backend, {}, {} cases, seed {}\n",
             self.job.backend_name(),
             self.groups_of(size),
-            settings.count(self.job.wires()) * u64::from(settings.job.groups),
+            settings.count(&Wire::ALL) * u64::from(settings.job.groups),
             settings.seed
         );
         for note in backend.iter().flat_map(|backend| backend.notes()) {
@@ -107,7 +108,7 @@ impl Verify {
             place.own = Some((group, backend));
         }
         let mut tell = |line: &str| screen.show(&progress, &format!("{line}\n"));
-        let mut tally = run::run(settings, self.job.wires(), &mut place, &progress, &mut tell)?;
+        let mut tally = run::run(settings, &Wire::ALL, &mut place, &progress, &mut tell)?;
         if settings.conversions && size == self.job.group_size() {
             let blocks = 0..CONVERSION_BLOCKS;
             tally.add(run_conversions(settings, blocks, &mut place, &progress, &mut tell)?);

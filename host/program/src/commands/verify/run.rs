@@ -52,7 +52,7 @@ use crate::{
 /// Elements of an activation that are checked between two barriers: about a second of work for one processor.
 const SLICE_ELEMENTS: u64 = 4 << 20;
 
-/// Runs the matrix of `settings` in every group, whose backend has the formats `wires` between ranks. `tell` gets a
+/// Runs the matrix of `settings` in every group, with the formats `wires` between ranks. `tell` gets a
 /// line for every case that fails, and one for every element type, quantization and hidden size.
 ///
 /// # Errors

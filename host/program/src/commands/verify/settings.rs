@@ -81,7 +81,7 @@ impl Settings {
         })
     }
 
-    /// Cases of one group whose backend has the formats `wires`. In each of its formats a problem is solved by one-shot, by
+    /// Cases of one group with the formats `wires`. In each of its formats a problem is solved by one-shot, by
     /// two-shot and, if it has one, with a sharded residual.
     pub fn count(&self, wires: &[Wire]) -> u64 {
         let cases =
@@ -96,7 +96,7 @@ impl Settings {
     }
 }
 
-/// Those of a backend's formats that `problem` is solved in: all, if it has few tokens and no quantization, which follows
+/// Those of the formats that `problem` is solved in: all, if it has few tokens and no quantization, which follows
 /// later.
 pub(super) fn wires_of<'a>(problem: &Problem, wires: &'a [Wire]) -> &'a [Wire] {
     let is_plain = problem.residual && problem.quantization == Quantization::None;

@@ -1,0 +1,8 @@
+//! The collectives of any epilogue for groups of at most 2 ranks, for `f16`.
+#![no_std]
+#![feature(abi_ptx)]
+
+// The panic handler.
+use fused_collective_ptx as _;
+
+fused_collective_device::entries!(any, f16, 2);

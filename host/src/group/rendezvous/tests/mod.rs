@@ -1,6 +1,7 @@
 //! Groups whose ranks are threads of this process. Ranks that are processes, and are killed, are in
 //! `tests/rank_processes.rs`.
 
+mod hosts;
 mod strangers;
 
 use std::{

@@ -329,7 +329,8 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         let number = |name| self.get(name).and_then(|value| value.trim().parse::<u64>().ok()).unwrap_or(0);
         let (first, ports) = SLURM_PORTS;
         // Steps of a job follow each other, and may run at the same time.
-        let port = first + number("SLURM_JOB_ID").wrapping_mul(31).wrapping_add(number("SLURM_STEP_ID")) % ports;
+        let port =
+            first + number("SLURM_JOB_ID").wrapping_mul(31).wrapping_add(number("SLURM_STEP_ID")) % ports;
         Ok(Address::new(&node, port as u16).ok())
     }
 
@@ -574,9 +575,15 @@ mod tests {
         assert_eq!(address(&format!("{srun} SLURM_STEP_NODELIST=gpu[03-05,09],b")), of("gpu03:15279"));
         assert_eq!(address(&format!("{srun} SLURM_STEP_NODELIST=a MASTER_ADDR=b MASTER_PORT=1")), of("b:2"));
         let wrong = [
-            ("FUSED_COLLECTIVE_ADDRESS=here", "FUSED_COLLECTIVE_ADDRESS=\"here\" is not valid: use HOST:PORT"),
+            (
+                "FUSED_COLLECTIVE_ADDRESS=here",
+                "FUSED_COLLECTIVE_ADDRESS=\"here\" is not valid: use HOST:PORT",
+            ),
             ("MASTER_ADDR=a", "MASTER_ADDR is set without MASTER_PORT"),
-            ("MASTER_ADDR=a MASTER_PORT=65535", "MASTER_PORT=\"65535\" is not valid: use a port number up to 65534"),
+            (
+                "MASTER_ADDR=a MASTER_PORT=65535",
+                "MASTER_PORT=\"65535\" is not valid: use a port number up to 65534",
+            ),
             ("MASTER_ADDR=a:b MASTER_PORT=1", "MASTER_ADDR=\"a:b\" is not valid: use the name or the number"),
         ];
         for (variables, expected) in wrong {

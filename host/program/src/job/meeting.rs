@@ -45,7 +45,8 @@ fn host() -> Result<String, String> {
     }
     let read = |file: &str| {
         let path = format!("/proc/sys/kernel/{file}");
-        fs::read_to_string(&path).map_err(|error| format!("cannot read this host's name from {path}: {error}"))
+        fs::read_to_string(&path)
+            .map_err(|error| format!("cannot read this host's name from {path}: {error}"))
     };
     let (name, boot) = (read("hostname")?, read("random/boot_id")?);
     Ok(format!("{}/{}", name.trim(), boot.split('-').next().unwrap_or_default()))
@@ -80,10 +81,15 @@ pub(super) fn check(hosts: &[String]) -> Result<(), String> {
     let Some(&(_, first)) = counts.first() else { return Ok(()) };
     if counts.iter().any(|(_, ranks)| *ranks != first) {
         let all: Vec<_> = counts.iter().map(|(host, ranks)| format!("{ranks} on {host}")).collect();
-        return Err(format!("the hosts have different numbers of ranks, {}: start as many on each", all.join(", ")));
+        return Err(format!(
+            "the hosts have different numbers of ranks, {}: start as many on each",
+            all.join(", ")
+        ));
     }
     if first > MAX_WORLD_SIZE {
-        return Err(format!("{first} ranks on a host cannot form a group: use up to {MAX_WORLD_SIZE} on each"));
+        return Err(format!(
+            "{first} ranks on a host cannot form a group: use up to {MAX_WORLD_SIZE} on each"
+        ));
     }
     Ok(())
 }

@@ -97,8 +97,7 @@ impl Job {
         let network = environment.as_ref().map_or(Ok(None), meeting::network);
         // The hosts know nothing of each other: one line on each.
         let is_first = environment.as_ref().is_none_or(|environment| environment.local_rank == 0);
-        let network =
-            network.map_err(|line| Failure::Usage(if is_first { line } else { String::new() }))?;
+        let network = network.map_err(|line| Failure::Usage(if is_first { line } else { String::new() }))?;
         let options = &request.options;
         let asked = match &environment {
             Some(RankEnv { hosts: Some(hosts), size_variable, world_size, .. }) => {
@@ -435,8 +434,7 @@ impl Job {
         let is_late = matches!(error, rendezvous::Error::Lost(lost) if lost.how == How::Late);
         // Ranks of one host find the same at the address.
         let is_of_host = matches!(error, rendezvous::Error::Unproven { .. } | rendezvous::Error::Protocol(_));
-        let (variable, value) =
-            if self.network.is_some() { (ADDRESS, "address") } else { (KEY, "key") };
+        let (variable, value) = if self.network.is_some() { (ADDRESS, "address") } else { (KEY, "key") };
         match self.rendezvous_failure(error, rank) {
             Failure::Failed(line) if is_late && !line.is_empty() && !launch::is_launched() => {
                 Failure::Failed(format!("{line} (the variable {variable} sets the {value})"))

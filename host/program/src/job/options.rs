@@ -115,7 +115,8 @@ impl JobOptions {
         world: u32,
     ) -> Result<Option<u32>, UsageError> {
         check_ranks(variable, world, MAX_RANKS)?;
-        let refuse = |what: &str| Err(UsageError::new(format_args!("{what} ({hosts}): leave the option out")));
+        let refuse =
+            |what: &str| Err(UsageError::new(format_args!("{what} ({hosts}): leave the option out")));
         if self.nproc_per_node.is_some() {
             return refuse("--nproc-per-node: the launcher gives the ranks of each host");
         }
@@ -142,7 +143,9 @@ fn check_ranks(name: &str, ranks: u32, most: u32) -> Result<(), UsageError> {
         return Ok(());
     }
     let noun = if ranks == 1 { "rank" } else { "ranks" };
-    Err(UsageError::new(format_args!("{name}: {ranks} {noun} cannot form a group: use {MIN_RANKS} to {most}")))
+    Err(UsageError::new(format_args!(
+        "{name}: {ranks} {noun} cannot form a group: use {MIN_RANKS} to {most}"
+    )))
 }
 
 const fn one_group() -> u32 {
@@ -224,7 +227,12 @@ mod tests {
         };
         assert_eq!(world_size(None, 1, 64), Ok(Some(64)));
         for (nproc_per_node, groups, world, start) in [
-            (Some(8), 1, 64, "--nproc-per-node: the launcher gives the ranks of each host (LOCAL_WORLD_SIZE=8 says"),
+            (
+                Some(8),
+                1,
+                64,
+                "--nproc-per-node: the launcher gives the ranks of each host (LOCAL_WORLD_SIZE=8 says",
+            ),
             (None, 2, 64, "--groups: ranks of several hosts form one group (LOCAL_WORLD_SIZE=8 says"),
             (None, 1, 129, "WORLD_SIZE: 129 ranks cannot form a group: use 2 to 128"),
         ] {

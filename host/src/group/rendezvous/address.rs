@@ -25,7 +25,9 @@ pub struct AddressError;
 
 impl fmt::Display for AddressError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("not an address: use HOST:PORT, with a name or number of a host and a port from 1 to 65535")
+        f.write_str(
+            "not an address: use HOST:PORT, with a name or number of a host and a port from 1 to 65535",
+        )
     }
 }
 
@@ -123,7 +125,9 @@ mod tests {
         for text in ["node1:29501", "10.0.0.1:1", "[fd00::1]:65535", "a-b.c_d.example:80"] {
             assert_eq!(text.parse::<Address>().map(|address| address.to_string()), Ok(text.to_owned()));
         }
-        for text in ["", ":", "node1", "node1:", ":80", "node1:0", "node1:65536", "fd00::1:80", "a b:80", "[]:1"] {
+        for text in
+            ["", ":", "node1", "node1:", ":80", "node1:0", "node1:65536", "fd00::1:80", "a b:80", "[]:1"]
+        {
             assert_eq!(text.parse::<Address>(), Err(AddressError), "{text}");
         }
     }

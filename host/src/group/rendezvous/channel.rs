@@ -58,7 +58,15 @@ struct Message {
 impl Channel {
     /// Over a connected stream socket in non-blocking mode.
     pub(super) fn new(socket: OwnedFd, limit: usize) -> Self {
-        Channel { socket, inbox: Vec::new(), descriptor: None, outbox: VecDeque::new(), limit, seal: None, silent: false }
+        Channel {
+            socket,
+            inbox: Vec::new(),
+            descriptor: None,
+            outbox: VecDeque::new(),
+            limit,
+            seal: None,
+            silent: false,
+        }
     }
 
     /// Seals all messages from here on, and expects the other side to do so.
@@ -132,8 +140,10 @@ impl Channel {
                 self.descriptor = descriptors.last();
             }
         }
-        self.silent |=
-            matches!(received, Err(Errno::TIMEDOUT | Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::NETDOWN));
+        self.silent |= matches!(
+            received,
+            Err(Errno::TIMEDOUT | Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::NETDOWN)
+        );
         !matches!(received, Ok(0)) && !matches!(received, Err(error) if error != Errno::AGAIN)
     }
 

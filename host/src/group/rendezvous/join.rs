@@ -235,8 +235,9 @@ impl Gathering<'_> {
                 Said::Noise(_) | Said::Gone => {}
                 Said::Unproven(why) => {
                     self.times += 1;
-                    let from =
-                        stranger.from.map_or_else(|| "an unknown address".to_owned(), |from| from.to_string());
+                    let from = stranger
+                        .from
+                        .map_or_else(|| "an unknown address".to_owned(), |from| from.to_string());
                     self.turned_away = format!("{from}: {why}");
                 }
             }

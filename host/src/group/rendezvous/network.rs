@@ -40,7 +40,12 @@ pub struct Network {
 }
 
 /// A socket that listens on the port of `address`, as soon as it is free, at most until `until`. Port 0 is a free one.
-pub(super) fn listen_at(address: &Address, port: u16, backlog: u16, until: Instant) -> Result<OwnedFd, Errno> {
+pub(super) fn listen_at(
+    address: &Address,
+    port: u16,
+    backlog: u16,
+    until: Instant,
+) -> Result<OwnedFd, Errno> {
     let everywhere = [IpAddr::from(Ipv6Addr::UNSPECIFIED), IpAddr::from(Ipv4Addr::UNSPECIFIED)];
     let loopback = address.loopback();
     let addresses = loopback.as_ref().map_or(&everywhere[..], std::slice::from_ref);
@@ -111,7 +116,9 @@ pub(super) fn connect_to(addresses: &[SocketAddr], until: Instant) -> io::Result
 
 /// The address of the other end of a connection, if it still has one.
 pub(super) fn other_end(socket: &OwnedFd) -> Option<IpAddr> {
-    SocketAddr::try_from(rustix::net::getpeername(socket).ok()??).ok().map(|address| address.ip().to_canonical())
+    SocketAddr::try_from(rustix::net::getpeername(socket).ok()??)
+        .ok()
+        .map(|address| address.ip().to_canonical())
 }
 
 /// The time after which a connection ends on which nothing was heard from the other host's kernel: half of the deadline, so
@@ -144,6 +151,8 @@ pub(super) fn ended(is_silent: bool, host: Option<&str>, deadline: Duration) -> 
     match (host, is_silent) {
         (None, _) => String::new(),
         (Some(host), false) => format!("{ENDED} (host {host})"),
-        (Some(host), true) => format!("nothing was heard from it for {:.1?} (host {host})", silence(deadline)),
+        (Some(host), true) => {
+            format!("nothing was heard from it for {:.1?} (host {host})", silence(deadline))
+        }
     }
 }

@@ -122,7 +122,12 @@ pub(super) struct Handshake {
 }
 
 impl Handshake {
-    pub(super) fn new(secret: &Secret, protocol: u16, challenge: &Challenge, root: &[u8; NONCE_BYTES]) -> Self {
+    pub(super) fn new(
+        secret: &Secret,
+        protocol: u16,
+        challenge: &Challenge,
+        root: &[u8; NONCE_BYTES],
+    ) -> Self {
         let Challenge { rank, world_size, key, nonce } = challenge;
         let mut terms = protocol.to_le_bytes().to_vec();
         terms.extend(rank.to_le_bytes());
@@ -146,7 +151,8 @@ impl Handshake {
     /// The seal of the messages that `side` sends and receives.
     pub(super) fn seal(&self, side: Side) -> Seal {
         let other = if side == Side::Root { Side::Rank } else { Side::Root };
-        let way = |side| Way { mac: hmac(&self.mac("seal", side).finalize().into_bytes().into()), messages: 0 };
+        let way =
+            |side| Way { mac: hmac(&self.mac("seal", side).finalize().into_bytes().into()), messages: 0 };
         Seal { sends: way(side), receives: way(other) }
     }
 
@@ -220,7 +226,8 @@ mod tests {
 
     #[test]
     fn a_secret_that_is_short_or_has_other_characters_is_refused_and_not_shown() {
-        for text in ["", "hunter2", &TEXT[1..], &"x".repeat(1025), &format!("{TEXT} {TEXT}"), &"é".repeat(40)] {
+        for text in ["", "hunter2", &TEXT[1..], &"x".repeat(1025), &format!("{TEXT} {TEXT}"), &"é".repeat(40)]
+        {
             let error = Secret::new(text).expect_err("refused").to_string();
             assert!(error.contains("openssl rand -hex 32"), "{error}");
             assert!(text.is_empty() || !error.contains(text), "{error}");
@@ -241,8 +248,18 @@ mod tests {
             Handshake::new(&secret(), 2, &challenge(), &[3; NONCE_BYTES]),
             Handshake::new(&secret(), 2, &Challenge { rank: 4, ..challenge() }, &[2; NONCE_BYTES]),
             Handshake::new(&secret(), 2, &Challenge { world_size: 9, ..challenge() }, &[2; NONCE_BYTES]),
-            Handshake::new(&secret(), 2, &Challenge { key: key_digest("b"), ..challenge() }, &[2; NONCE_BYTES]),
-            Handshake::new(&secret(), 2, &Challenge { nonce: [9; NONCE_BYTES], ..challenge() }, &[2; NONCE_BYTES]),
+            Handshake::new(
+                &secret(),
+                2,
+                &Challenge { key: key_digest("b"), ..challenge() },
+                &[2; NONCE_BYTES],
+            ),
+            Handshake::new(
+                &secret(),
+                2,
+                &Challenge { nonce: [9; NONCE_BYTES], ..challenge() },
+                &[2; NONCE_BYTES],
+            ),
         ];
         assert!(others.iter().all(|other| !other.is_proof(Side::Rank, &proof)));
     }

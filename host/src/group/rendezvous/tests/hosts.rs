@@ -46,7 +46,8 @@ fn at<T: Send>(
     ranks: &[Membership<'_>],
     rank: impl Fn(Result<Group, Error>) -> T + Sync,
 ) -> Vec<T> {
-    let join = |member: &Membership<'_>| rank(Group::join_over(member, &network(address, &host(member.rank))));
+    let join =
+        |member: &Membership<'_>| rank(Group::join_over(member, &network(address, &host(member.rank))));
     thread::scope(|scope| {
         let threads: Vec<_> = ranks.iter().map(|member| scope.spawn(|| join(member))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no rank panics")).collect()
@@ -106,7 +107,8 @@ fn groups_follow_each_other_at_one_address() {
         let first = first.expect("the first group");
         for _ in 0..10 {
             let member = member(first.rank(), 3, "another key");
-            let second = Group::join_over(&member, &network(&address, "a")).expect("a group beside the first");
+            let second =
+                Group::join_over(&member, &network(&address, "a")).expect("a group beside the first");
             second.barrier().expect("barrier");
             second.farewell().expect("farewell");
         }
@@ -216,12 +218,7 @@ fn a_rank_that_does_not_come_is_named_with_the_address() {
     assert_all_lose(at(&address, &members, |group| group), 2, How::Late, &expected);
     assert!(started.elapsed() < 4 * SHORT, "{:?}", started.elapsed());
     let results = at(&address, &[short(3, 4)], |group| group);
-    assert_all_lose(
-        results,
-        0,
-        How::Late,
-        "rank 3 on host host-1 looked for rank 0 at 127.0.0.1:",
-    );
+    assert_all_lose(results, 0, How::Late, "rank 3 on host host-1 looked for rank 0 at 127.0.0.1:");
 }
 
 #[test]
@@ -274,7 +271,11 @@ fn members_that_do_not_fit_are_named_to_all_with_their_host() {
     let cases = [
         ([fits(0), fits(1), fits(1)], 1, "started twice"),
         ([fits(0), fits(1), Membership { config: b"other", ..fits(2) }], 2, "same options (host host-1)"),
-        ([fits(0), Membership { world_size: 2, ..fits(1) }, fits(2)], 1, "for a group of 2 ranks, rank 0 for 3"),
+        (
+            [fits(0), Membership { world_size: 2, ..fits(1) }, fits(2)],
+            1,
+            "for a group of 2 ranks, rank 0 for 3",
+        ),
     ];
     for (members, rank, detail) in cases {
         let results = at(&new_address(), &members, |group| group);
@@ -308,8 +309,13 @@ fn a_rank_0_that_ends_while_ranks_gather_is_named_at_once() {
 fn strangers_neither_end_nor_delay_a_group() {
     let address = new_address();
     let challenge = Challenge { rank: 1, world_size: 2, key: [0; 32], nonce: [0; 32] };
-    let hello =
-        Frame::Hello { rank: 1, world_size: 2, version: String::new(), host: String::new(), config: Vec::new() };
+    let hello = Frame::Hello {
+        rank: 1,
+        world_size: 2,
+        version: String::new(),
+        host: String::new(),
+        config: Vec::new(),
+    };
     let failed = Frame::Failed(Lost { rank: 1, how: How::GaveUp, detail: "a lie".to_owned() });
     let noise: [Vec<u8>; 7] = [
         Vec::new(),

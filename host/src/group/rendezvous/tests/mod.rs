@@ -300,7 +300,11 @@ fn a_rank_that_declines_is_named_to_all_at_once() {
         let lost: Vec<Lost> = thread::scope(|scope| {
             let rank = |rank: u32| {
                 let member = member(rank, 3, key);
-                if rank == declining { Group::decline(&member, None, why) } else { loss(Group::join(&member)) }
+                if rank == declining {
+                    Group::decline(&member, None, why)
+                } else {
+                    loss(Group::join(&member))
+                }
             };
             let threads = [0, 1, 2].map(|number| scope.spawn(move || rank(number)));
             threads.map(|thread| thread.join().expect("no rank panics")).into()

@@ -101,8 +101,14 @@ fn hellos_of_other_versions_or_impossible_ranks_are_refused_by_name() {
 fn strangers_do_not_keep_a_group_from_coming_together() {
     let key = new_key();
     let long = [&hello(1, 2)[..12], &u32::MAX.to_le_bytes()].concat();
-    let noise: [&[u8]; 6] =
-        [b"", b"GET / HTTP/1.0\r\n\r\n", b"FCRV", &hello(1, 2)[..30], &long, &Frame::Welcome { hosts: Vec::new() }.encode()];
+    let noise: [&[u8]; 6] = [
+        b"",
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"FCRV",
+        &hello(1, 2)[..30],
+        &long,
+        &Frame::Welcome { hosts: Vec::new() }.encode(),
+    ];
     thread::scope(|scope| {
         let root = scope.spawn(|| Group::join(&member(0, 2, &key)));
         // Some stay, some leave; more than rank 0 keeps.

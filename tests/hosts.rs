@@ -4,7 +4,7 @@
 use std::{
     env,
     ffi::OsStr,
-    io::{self, Read as _, Write as _},
+    io::{Read as _, Write as _},
     net::TcpStream,
     process::{Command, exit},
     thread,
@@ -336,8 +336,8 @@ fn rank_process() {
 }
 
 fn say(line: &str) {
-    // Not `println!`: whoever reads a line may end this process.
-    writeln!(io::stdout(), "\n{line}").unwrap();
+    // Whoever reads a line may end this process.
+    println!("\n{line}");
 }
 
 /// Connects to rank 0 as often as it can and sends anything, and reads nothing.

@@ -4,7 +4,7 @@
 //! | --- | --- | --- | --- |
 //! | `torchrun`, the program `fused-collective` | `RANK`, `WORLD_SIZE` | `LOCAL_RANK`, `LOCAL_WORLD_SIZE` | `MASTER_ADDR`, `MASTER_PORT`, `TORCHELASTIC_RUN_ID`, `TORCHELASTIC_RESTART_COUNT` |
 //! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE` | `OMPI_COMM_WORLD_LOCAL_RANK`, `_LOCAL_SIZE` | `PMIX_NAMESPACE`, else `OMPI_MCA_ess_base_jobid` |
-//! | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` | the process that started the ranks |
+//! | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` | the process that started the ranks; between hosts none but the address |
 //! | others with PMI | `PMI_RANK`, `PMI_SIZE` | hosts: `SLURM_STEP_NUM_NODES` | `PMI_JOBID`, else the process that started the ranks |
 //! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS` or `SLURM_NTASKS` | `SLURM_LOCALID`; hosts: `SLURM_STEP_NUM_NODES` | `SLURM_JOB_ID`, `SLURM_STEP_ID` |
 //!
@@ -29,7 +29,7 @@ use std::{env, fmt};
 
 use super::{
     rendezvous::{Address, Secret, SecretError},
-    slurm_nodes::first_node,
+    slurm_nodes,
     starting_process::starting_process,
 };
 
@@ -41,9 +41,6 @@ pub const KEY: &str = "FUSED_COLLECTIVE_KEY";
 pub const SECRET: &str = "FUSED_COLLECTIVE_SECRET";
 /// The variable with the [address](Address) where ranks of several hosts meet, on the host of rank 0.
 pub const ADDRESS: &str = "FUSED_COLLECTIVE_ADDRESS";
-
-/// The first and the number of the ports that Slurm's jobs use if none is given: below those that Linux gives to connections.
-const SLURM_PORTS: (u64, u64) = (15_000, 10_000);
 
 /// The first of Slurm's special step numbers, which belong to interactive shells, batch scripts and the like.
 const SLURM_SPECIAL_STEPS: u64 = 0xffff_fff0;
@@ -197,7 +194,7 @@ impl RankEnv {
         if local_rank >= world_size {
             return Err(of_rank(environment.invalid(names.local_rank, below_size)));
         }
-        let key = environment.key(starter, starting_process).map_err(of_rank)?;
+        let key = environment.key(starter, hosts.as_ref(), starting_process).map_err(of_rank)?;
         Ok(Some(RankEnv { rank, world_size, size_variable: names.size, local_rank, key, starter, hosts }))
     }
 }
@@ -322,20 +319,20 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
             let valid = "the name or the number of the host of rank 0";
             return Address::new(host.trim(), port).map(Some).map_err(|_| self.invalid("MASTER_ADDR", valid));
         }
-        let list = ["SLURM_STEP_NODELIST", "SLURM_NODELIST"].into_iter().find_map(|name| self.get(name));
-        let (Starter::Slurm, Some(node)) = (starter, list.as_deref().and_then(first_node)) else {
-            return Ok(None);
-        };
-        let number = |name| self.get(name).and_then(|value| value.trim().parse::<u64>().ok()).unwrap_or(0);
-        let (first, ports) = SLURM_PORTS;
-        // Steps of a job follow each other, and may run at the same time.
-        let port =
-            first + number("SLURM_JOB_ID").wrapping_mul(31).wrapping_add(number("SLURM_STEP_ID")) % ports;
-        Ok(Address::new(&node, port as u16).ok())
+        let nodes = ["SLURM_STEP_NODELIST", "SLURM_NODELIST"].into_iter().find_map(|name| self.get(name));
+        let number = |name| self.get(name).and_then(|value| value.trim().parse().ok()).unwrap_or(0);
+        Ok(nodes
+            .filter(|_| starter == Starter::Slurm)
+            .and_then(|nodes| slurm_nodes::address(&nodes, number("SLURM_JOB_ID"), number("SLURM_STEP_ID"))))
     }
 
     /// The key that was given, or else that of the starter's variables.
-    fn key(&self, starter: Starter, starting_process: impl Fn() -> u32) -> Result<String, Error> {
+    fn key(
+        &self,
+        starter: Starter,
+        hosts: Option<&SeveralHosts>,
+        starting_process: impl Fn() -> u32,
+    ) -> Result<String, Error> {
         match self.get(KEY) {
             Some(key) if key.is_empty() => return Err(self.invalid(KEY, "a text that names the job")),
             Some(key) => return Ok(key),
@@ -369,6 +366,8 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
             // Hydra, which sets a local rank, names no job. One that it inherits is that of a job around it.
             Starter::Pmi => Ok(match self.get("PMI_JOBID").filter(|_| !self.has(Names::PMI.local_rank)) {
                 Some(job) => format!("pmi/{job}"),
+                // On each host another process has started the ranks. No other job has the address.
+                None if hosts.is_some() => "mpiexec".to_owned(),
                 None => format!("mpiexec/{}", starting_process()),
             }),
             Starter::Slurm if self.has("SLURM_JOB_ID") => {
@@ -554,6 +553,10 @@ mod tests {
             assert_eq!(hosts.to_string(), format!("{expected} says that the job has ranks on several hosts"));
             assert_eq!(hosts.address, None, "{variables}");
         }
+        // Other processes have started the ranks of other hosts.
+        assert_eq!(rank("PMI_RANK=0 PMI_SIZE=4 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=2").key, "mpiexec");
+        let slurm = "PMI_RANK=2 PMI_SIZE=4 PMI_JOBID=9.0 SLURM_STEP_NUM_NODES=2 SLURM_LOCALID=0";
+        assert_eq!(rank(slurm).local_rank, 0);
         // What the program's own starter says of its host counts, not what a job around it has.
         let around = "PMI_RANK=0 PMI_SIZE=2 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=2 SLURM_STEP_NUM_NODES=2";
         assert_eq!(rank(around).hosts, None);

@@ -1,7 +1,20 @@
-//! Slurm's lists of nodes.
+//! Slurm's lists of nodes, and the address where the ranks of a job step on several nodes meet if they are given none.
+
+use super::rendezvous::Address;
+
+/// The first and the number of the ports: below those that Linux gives to connections.
+const PORTS: (u64, u64) = (15_000, 10_000);
+
+/// A port on the first node, which has rank 0 unless the distribution of tasks is arbitrary. Steps of a job follow each other,
+/// and may run at the same time: each has a port of its own.
+pub(super) fn address(nodes: &str, job: u64, step: u64) -> Option<Address> {
+    let (first, ports) = PORTS;
+    let port = first + job.wrapping_mul(31).wrapping_add(step) % ports;
+    Address::new(&first_node(nodes)?, port as u16).ok()
+}
 
 /// The first node of a list as Slurm writes it: `gpu03` of `gpu[03-05,09],login1`.
-pub(super) fn first_node(list: &str) -> Option<String> {
+fn first_node(list: &str) -> Option<String> {
     let (mut node, mut rest) = (String::new(), list.trim());
     loop {
         let end = rest.find([',', '[']).unwrap_or(rest.len());

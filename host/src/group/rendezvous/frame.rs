@@ -236,6 +236,12 @@ impl Frame {
 
     fn decode(kind: u8, code: u8, rank: u32, payload: &[u8]) -> Option<Frame> {
         let operation = || Operation::ALL.into_iter().find(|&operation| operation as u8 == code);
+        // What a message does not use is 0: one that was changed on its way is none.
+        if matches!(kind, CHALLENGE | ANSWER | PROOF | HELLO | WELCOME) && code != 0
+            || matches!(kind, ANSWER | PROOF | WELCOME | OFFER) && rank != 0
+        {
+            return None;
+        }
         Some(match kind {
             CHALLENGE => {
                 let (world_size, rest) = payload.split_first_chunk()?;

@@ -15,13 +15,11 @@
 //!
 //! Who sees a handshake can try secrets against it, so a secret must be long and random. A short one is refused.
 
-use std::fmt;
+use std::{fmt, io};
 
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use rustix::rand::{GetRandomFlags, getrandom};
 use sha2::{Digest as _, Sha256};
-
-use super::error::Error;
 
 /// Bytes of a nonce.
 pub(super) const NONCE_BYTES: usize = 32;
@@ -95,14 +93,13 @@ pub(super) fn key_digest(key: &str) -> [u8; KEY_BYTES] {
     Sha256::digest(key).into()
 }
 
-/// Random bytes, which nobody can foretell.
-pub(super) fn nonce() -> Result<[u8; NONCE_BYTES], Error> {
+/// Random bytes of the system, which nobody can foretell.
+pub(super) fn nonce() -> io::Result<[u8; NONCE_BYTES]> {
     let mut nonce = [0; NONCE_BYTES];
-    // So few bytes come whole, or not at all.
-    match getrandom(&mut nonce, GetRandomFlags::empty()) {
-        Ok(NONCE_BYTES) => Ok(nonce),
-        Ok(_) => Err(Error::system("draw a nonce")(std::io::Error::other("too few random bytes"))),
-        Err(error) => Err(Error::system("draw a nonce")(error)),
+    match getrandom(&mut nonce, GetRandomFlags::empty())? {
+        NONCE_BYTES => Ok(nonce),
+        // So few bytes come whole, or not at all.
+        _ => Err(io::Error::from(io::ErrorKind::UnexpectedEof)),
     }
 }
 

@@ -20,6 +20,8 @@ use super::{
 /// The time that a connection from another host may take to prove that it has the secret.
 const HANDSHAKE: Duration = Duration::from_secs(3);
 
+const NONCE: &str = "draw random numbers";
+
 /// See the [module](self).
 pub(super) struct Stranger {
     pub(super) channel: Channel,
@@ -100,7 +102,7 @@ impl Stranger {
                     if challenge.key != key_digest(key) {
                         return Ok(Said::Unproven("it is a rank of a job or group with another key"));
                     }
-                    let nonce = nonce()?;
+                    let nonce = nonce().map_err(Error::system(NONCE))?;
                     let handshake = Handshake::new(&network.secret, PROTOCOL, &challenge, &nonce);
                     self.channel.queue(&Frame::Answer { nonce, proof: handshake.proof(Side::Root) });
                     self.channel.flush();
@@ -137,7 +139,8 @@ pub(super) fn prove(
     (rank, world_size, key): (u32, u32, &str),
     end: Instant,
 ) -> Result<Option<Channel>, Error> {
-    let challenge = Challenge { rank, world_size, key: key_digest(key), nonce: nonce()? };
+    let challenge =
+        Challenge { rank, world_size, key: key_digest(key), nonce: nonce().map_err(Error::system(NONCE))? };
     channel.queue(&Frame::Challenge(challenge));
     loop {
         channel.flush();

@@ -19,7 +19,7 @@ pub trait Bootstrap {
     /// This rank, from 0.
     fn rank(&self) -> u32;
 
-    /// Ranks in the group, at most [`MAX_WORLD_SIZE`](fused_collective_core::MAX_WORLD_SIZE).
+    /// Ranks in the group, at most [`MAX_WORLD_SIZE`](fused_collective_core::MAX_WORLD_SIZE) on each host.
     fn world_size(&self) -> u32;
 
     /// Gives every rank the bytes of every rank, by rank. Ranks may contribute different lengths, of some kilobytes.

@@ -407,7 +407,9 @@ impl Job {
         let is_launched = launch::is_launched();
         let reports = match self.network {
             // Without rank 0 the hosts do not hear of each other: one line on each.
-            Some(_) if lost.rank == 0 && lost.how != How::GaveUp => self.is_first_of_host() && rank > 0,
+            Some(_) if lost.rank == 0 && lost.how != How::GaveUp && !is_launched => {
+                self.is_first_of_host() && rank > 0
+            }
             _ => launch::reports(lost, rank, is_launched),
         };
         if !reports {

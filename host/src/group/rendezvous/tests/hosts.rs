@@ -96,6 +96,19 @@ fn every_operation_works_among_2_5_and_64_ranks_and_all_know_the_hosts() {
 }
 
 #[test]
+fn ranks_meet_by_version_6_of_the_protocol() {
+    if TcpListener::bind("[::1]:0").is_err() {
+        return eprintln!("not tested: there is no IPv6 here");
+    }
+    let address = Address::new("::1", new_address().port()).expect("an address");
+    at(&address, &[0, 1].map(|rank| member(rank, 2, "a key")), |group| {
+        let group = group.expect("the group comes together");
+        group.barrier().expect("barrier");
+        group.farewell().expect("farewell");
+    });
+}
+
+#[test]
 fn the_longest_contribution_crosses_hosts() {
     on_hosts(3, |group| {
         let gathered = group.all_gather(&vec![group.rank() as u8; MAX_MESSAGE]).expect("gathered");

@@ -215,22 +215,34 @@ fn the_only_rank_of_a_job_starts_its_own() {
 }
 
 #[test]
-fn ranks_on_several_hosts_are_refused_once() {
+fn ranks_on_several_hosts_without_a_secret_or_an_address_are_told_what_to_set() {
     let job = job_number();
-    for starter in [srun, srun_pmi2] {
-        let variables = |rank| {
-            let mut variables = starter(job, rank, 4);
-            variables.retain(|(name, _)| *name != "SLURM_STEP_NUM_NODES");
-            variables.push(("SLURM_STEP_NUM_NODES", "2".to_owned()));
-            variables
-        };
-        all_refused(
-            "",
-            2,
-            variables,
-            "rank 0: SLURM_STEP_NUM_NODES=2 says that the job has ranks on several hosts, which is not supported yet: \
-             start all on one host (SLURM_STEP_NUM_NODES=1)",
+    let slurm = |starter: fn(u32, u32, u32) -> Variables| {
+        let mut variables = starter(job, 0, 4);
+        variables.retain(|(name, _)| *name != "SLURM_STEP_NUM_NODES");
+        variables.push(("SLURM_STEP_NUM_NODES", "2".to_owned()));
+        variables
+    };
+    let mut open_mpi = mpirun(job, 0, 4);
+    open_mpi.retain(|(name, _)| *name != "OMPI_COMM_WORLD_LOCAL_SIZE");
+    open_mpi.push(("OMPI_COMM_WORLD_LOCAL_SIZE", "2".to_owned()));
+    let secret = ("FUSED_COLLECTIVE_SECRET", "0123456789abcdef".repeat(4));
+    for (variables, said) in [
+        (slurm(srun), "SLURM_STEP_NUM_NODES=2"),
+        (slurm(srun_pmi2), "SLURM_STEP_NUM_NODES=2"),
+        (open_mpi, "OMPI_COMM_WORLD_LOCAL_SIZE=2"),
+    ] {
+        let line = format!(
+            "rank 0: {said} says that the job has ranks on several hosts, and these meet only if they have a secret in common: \
+             set FUSED_COLLECTIVE_SECRET on all ranks to the same random text, such as that of `openssl rand -hex 32`, or start \
+             all ranks on one host"
         );
+        refused("", variables.clone(), &line);
+        let line = format!(
+            "rank 0: {said} says that the job has ranks on several hosts, and nothing says where these meet: set MASTER_ADDR to \
+             the host of rank 0 and MASTER_PORT, or FUSED_COLLECTIVE_ADDRESS to HOST:PORT of a free port there"
+        );
+        refused("", [variables, vec![secret.clone()]].concat(), &line);
     }
 }
 

@@ -53,7 +53,7 @@ pub fn program() -> &'static Path {
 ///
 /// Variables that make a process a rank of some launcher's job are not inherited.
 pub fn command(args: &[&str]) -> Command {
-    const STARTERS: [&str; 10] = [
+    const STARTERS: [&str; 11] = [
         "RANK",
         "WORLD_SIZE",
         "LOCAL_",
@@ -64,6 +64,7 @@ pub fn command(args: &[&str]) -> Command {
         "MPI_",
         "SLURM_",
         "FUSED_COLLECTIVE_",
+        "NCCL_HOSTID",
     ];
     let mut command = Command::new(program());
     command.args(args);

@@ -24,6 +24,7 @@ pub(crate) const QUICK: Selection = Selection {
     units: true,
     programs: &[
         ("faults", "27 s: waits for deadlines"),
+        ("hosts", "11 s: waits for deadlines"),
         ("lost_ranks", "10 s: waits for deadlines"),
         ("soak", "18 s"),
         ("verify", "13 s"),

@@ -260,7 +260,7 @@ proptest! {
     }
 }
 
-const VARIABLES: [&str; 25] = [
+const VARIABLES: [&str; 27] = [
     "RANK",
     "WORLD_SIZE",
     "LOCAL_RANK",
@@ -285,7 +285,9 @@ const VARIABLES: [&str; 25] = [
     "SLURM_STEP_ID",
     "SLURM_JOB_ID",
     "SLURM_STEP_NUM_NODES",
+    "SLURM_STEP_NODELIST",
     "FUSED_COLLECTIVE_KEY",
+    "FUSED_COLLECTIVE_ADDRESS",
 ];
 
 fn values() -> impl Strategy<Value = String> {

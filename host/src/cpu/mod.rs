@@ -116,6 +116,22 @@ pub struct Options {
     pub deadline: Duration,
 }
 
+/// Refuses ranks on several hosts.
+fn check_host(bootstrap: &dyn Bootstrap) -> Result<(), Error> {
+    // Where the host cannot be named, on some sandbox, the memory shows whether ranks share it.
+    let hosts = bootstrap.all_gather(&bootstrap.host().unwrap_or_default()).map_err(Error::bootstrap)?;
+    let rank = bootstrap.rank();
+    let own = hosts.get(rank as usize);
+    let Some((peer, other)) = (0..).zip(&hosts).find(|(_, host)| Some(*host) != own) else { return Ok(()) };
+    let name = |host: &[u8]| String::from_utf8_lossy(host).trim().to_owned();
+    let own = name(own.map_or(&[], Vec::as_slice));
+    let why = format!(
+        "rank {rank} is on host {own}, rank {peer} on host {}, and the CPU backend is for ranks of one host",
+        name(other)
+    );
+    Err(Error::Pair { rank, peer, why })
+}
+
 /// One rank's end of a group.
 #[derive(Debug)]
 pub struct Communicator {
@@ -136,11 +152,12 @@ impl Communicator {
     /// Waits end early when the bootstrap's monitor tells of a lost rank; without one, at the deadline.
     ///
     /// # Errors
-    /// The bootstrap's; the memory cannot be made or mapped; a peer's region has another layout, or is not ready in
-    /// time.
+    /// The bootstrap's; [`Error::Pair`] if ranks are on several hosts; the memory cannot be made or mapped; a peer's region
+    /// has another layout, or is not ready in time.
     pub fn join(bootstrap: &dyn Bootstrap, options: Options) -> Result<Communicator, Error> {
         let (rank, world_size) = (bootstrap.rank(), bootstrap.world_size());
         let Options { max_row_bytes, deadline } = options;
+        check_host(bootstrap)?;
         let layout = layout(world_size, max_row_bytes)?;
         let own = match rank {
             0 => Some(SharedMemory::create(layout.total_bytes()).map_err(Error::system(MEMORY))?),

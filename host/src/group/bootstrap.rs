@@ -19,7 +19,7 @@ pub trait Bootstrap {
     /// This rank, from 0.
     fn rank(&self) -> u32;
 
-    /// Ranks in the group, at most [`MAX_WORLD_SIZE`](fused_collective_core::MAX_WORLD_SIZE).
+    /// Ranks in the group, at most [`MAX_WORLD_SIZE`](fused_collective_core::MAX_WORLD_SIZE) on each host.
     fn world_size(&self) -> u32;
 
     /// Gives every rank the bytes of every rank, by rank. Ranks may contribute different lengths, of some kilobytes.
@@ -35,7 +35,7 @@ pub trait Bootstrap {
     /// # Errors
     /// The host cannot be named.
     fn host(&self) -> Result<Vec<u8>, BootstrapError> {
-        Ok(std::fs::read("/proc/sys/kernel/random/boot_id")?)
+        this_host()
     }
 
     /// Returns when every rank has called it.
@@ -75,6 +75,11 @@ pub trait Monitor: fmt::Debug + Send + Sync {
     fn on_loss(&self, act: Box<dyn Fn() + Send>) -> Box<dyn Any + Send>;
 }
 
+/// The name of this host, as [`Bootstrap::host`] is provided.
+pub(super) fn this_host() -> Result<Vec<u8>, BootstrapError> {
+    Ok(std::fs::read("/proc/sys/kernel/random/boot_id")?)
+}
+
 /// An error of [`Bootstrap::share_file`] as it is provided.
 #[derive(Debug)]
 struct NotShared(String);
@@ -87,7 +92,7 @@ impl fmt::Display for NotShared {
 
 impl std::error::Error for NotShared {}
 
-fn share_by_path<B: Bootstrap + ?Sized>(
+pub(super) fn share_by_path<B: Bootstrap + ?Sized>(
     bootstrap: &B,
     file: Option<BorrowedFd<'_>>,
 ) -> Result<OwnedFd, BootstrapError> {

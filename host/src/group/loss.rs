@@ -5,7 +5,8 @@ use std::fmt;
 /// The way that a rank was lost to its group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
-    /// Its connection ended without a farewell: it was killed, crashed or exited.
+    /// Its connection ended without a farewell: it was killed, crashed or exited. Between hosts the detail says so, and which
+    /// host it was on, or that nothing was heard from there.
     Ended,
     /// It called [`Group::abort`](super::rendezvous::Group::abort); the detail is its reason.
     GaveUp,
@@ -16,6 +17,9 @@ pub enum How {
     /// It is not a member that the group can have: duplicate, of another version or with other settings.
     Refused,
 }
+
+/// The end of a rank that says nothing of itself.
+pub(crate) const ENDED: &str = "it ended without a farewell";
 
 /// A rank that its group can no longer count on: the first one, as every rank of the group is told.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,7 +48,8 @@ impl fmt::Display for Lost {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Lost { rank, how, detail } = self;
         match how {
-            How::Ended => write!(f, "rank {rank} was lost: it ended without a farewell"),
+            How::Ended if detail.is_empty() => write!(f, "rank {rank} was lost: {ENDED}"),
+            How::Ended => write!(f, "rank {rank} was lost: {detail}"),
             How::GaveUp => write!(f, "rank {rank} gave up: {detail}"),
             How::Late => write!(f, "rank {rank} did not come to {detail}"),
             How::OutOfStep => write!(f, "rank {rank} is out of step: {detail}"),

@@ -1,7 +1,7 @@
 //! Groups of ranks: how they meet, how they tell each other of calls, of losses and of giving up.
 //!
 //! A communicator is made over a [`Bootstrap`]: a rank, a size, an all-gather of bytes and a barrier. [`rendezvous`] is
-//! the built-in one for processes of one host, which
+//! the built-in one for processes of one host, or of several over TCP, which
 //! [`rank_env`] finds in the environment of a launcher, [`threads`] the one for threads of one process; a user's own may run over
 //! torch.distributed, MPI or a key-value store, and needs no socket of this crate.
 //!
@@ -16,6 +16,7 @@ mod loss;
 pub mod rank_env;
 pub mod rendezvous;
 pub mod shared_memory;
+mod slurm_nodes;
 mod starting_process;
 mod threads;
 

@@ -4,9 +4,17 @@
 //! | --- | --- | --- | --- |
 //! | `torchrun`, the program `fused-collective` | `RANK`, `WORLD_SIZE` | `LOCAL_RANK`, `LOCAL_WORLD_SIZE` | `MASTER_ADDR`, `MASTER_PORT`, `TORCHELASTIC_RUN_ID`, `TORCHELASTIC_RESTART_COUNT` |
 //! | Open MPI | `OMPI_COMM_WORLD_RANK`, `_SIZE` | `OMPI_COMM_WORLD_LOCAL_RANK`, `_LOCAL_SIZE` | `PMIX_NAMESPACE`, else `OMPI_MCA_ess_base_jobid` |
-//! | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` | the process that started the ranks |
+//! | MPICH, Intel MPI | `PMI_RANK`, `PMI_SIZE` | `MPI_LOCALRANKID`, `MPI_LOCALNRANKS` | the process that started the ranks; between hosts none but the address |
 //! | others with PMI | `PMI_RANK`, `PMI_SIZE` | hosts: `SLURM_STEP_NUM_NODES` | `PMI_JOBID`, else the process that started the ranks |
 //! | Slurm | `SLURM_PROCID`, `SLURM_STEP_NUM_TASKS` or `SLURM_NTASKS` | `SLURM_LOCALID`; hosts: `SLURM_STEP_NUM_NODES` | `SLURM_JOB_ID`, `SLURM_STEP_ID` |
+//!
+//! If a launcher says that its ranks are on several hosts, these meet at an [address](RankEnv::hosts):
+//!
+//! | started by | address of rank 0 |
+//! | --- | --- |
+//! | any | [`ADDRESS`], `HOST:PORT` |
+//! | any, without it | `MASTER_ADDR`, and the port after `MASTER_PORT`, at which `torchrun` itself listens |
+//! | Slurm, without these | the first node of `SLURM_STEP_NODELIST`, which has rank 0 unless the distribution is arbitrary, and a port from 15000 to 24999 by `SLURM_JOB_ID` and `SLURM_STEP_ID` |
 //!
 //! The first line whose rank or size is set counts, so `torchrun` inside a Slurm job is `torchrun`. `srun` with PMI sets the
 //! same rank and size twice; there Slurm's own line counts. The key is the same for all ranks of a job, and differs from every
@@ -19,11 +27,20 @@
 
 use std::{env, fmt};
 
-use super::starting_process::starting_process;
+use super::{
+    rendezvous::{Address, Secret, SecretError},
+    slurm_nodes,
+    starting_process::starting_process,
+};
 
 /// The variable with the job's key, for starters whose own variables do not tell jobs apart. Any text, the same on all
 /// ranks.
 pub const KEY: &str = "FUSED_COLLECTIVE_KEY";
+
+/// The variable with the [secret](Secret) of a job on several hosts, the same on all ranks.
+pub const SECRET: &str = "FUSED_COLLECTIVE_SECRET";
+/// The variable with the [address](Address) where ranks of several hosts meet, on the host of rank 0.
+pub const ADDRESS: &str = "FUSED_COLLECTIVE_ADDRESS";
 
 /// The first of Slurm's special step numbers, which belong to interactive shells, batch scripts and the like.
 const SLURM_SPECIAL_STEPS: u64 = 0xffff_fff0;
@@ -56,6 +73,25 @@ pub struct RankEnv {
     pub key: String,
     /// The program that started it.
     pub starter: Starter,
+    /// The variable by which the launcher says that ranks are on several hosts; `None` if all are on this one.
+    pub hosts: Option<SeveralHosts>,
+}
+
+/// Ranks on several hosts, as a launcher says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SeveralHosts {
+    /// The variable that says so.
+    pub variable: &'static str,
+    /// Its value: the number of ranks on this host, or of hosts.
+    pub value: u32,
+    /// The address where the ranks can meet, if the variables have one.
+    pub address: Option<Address>,
+}
+
+impl fmt::Display for SeveralHosts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={} says that the job has ranks on several hosts", self.variable, self.value)
+    }
 }
 
 /// The error of an environment that does not give a rank.
@@ -77,15 +113,8 @@ pub enum Error {
         /// The valid values.
         valid: String,
     },
-    /// The job has ranks on other hosts.
-    SeveralHosts {
-        /// The variable that says so.
-        variable: &'static str,
-        /// The value.
-        value: u32,
-        /// The value for a job on one host.
-        expected: u32,
-    },
+    /// The variable [`SECRET`] has no secret. Its value is not shown.
+    Secret(SecretError),
     /// The error of a process that knows its rank.
     OfRank {
         /// The rank.
@@ -104,11 +133,7 @@ impl fmt::Display for Error {
             Error::Invalid { variable, value, valid } => {
                 write!(f, "{variable}={value:?} is not valid: use {valid}")
             }
-            Error::SeveralHosts { variable, value, expected } => write!(
-                f,
-                "{variable}={value} says that the job has ranks on several hosts, which is not supported yet: start \
-                 all on one host ({variable}={expected})"
-            ),
+            Error::Secret(error) => write!(f, "{SECRET}: {error}"),
             Error::OfRank { rank, source } => write!(f, "rank {rank}: {source}"),
         }
     }
@@ -116,21 +141,20 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
-impl Error {
-    /// True if rank 0 has the same error, and reports it.
-    pub fn is_reported_by_rank_0(&self) -> bool {
-        match self {
-            Error::OfRank { rank: 1.., source } => matches!(**source, Error::SeveralHosts { .. }),
-            _ => false,
-        }
-    }
+/// The secret of this process's job, if it has one.
+///
+/// # Errors
+/// [`Error::Secret`].
+pub fn secret() -> Result<Option<Secret>, Error> {
+    let Some(value) = env::var_os(SECRET) else { return Ok(None) };
+    Secret::new(&value.to_string_lossy()).map(Some).map_err(Error::Secret)
 }
 
 impl RankEnv {
     /// Reads this process's environment. `None` if the process was started plainly, or as the only rank of its job.
     ///
     /// # Errors
-    /// The variables are incomplete, contradict each other, or name several hosts.
+    /// The variables are incomplete or contradict each other.
     pub fn from_env() -> Result<Option<Self>, Error> {
         let lookup = |name: &str| env::var_os(name).map(|value| value.to_string_lossy().into_owned());
         Self::parse(lookup, starting_process)
@@ -160,13 +184,18 @@ impl RankEnv {
             return Ok(None);
         }
         let of_rank = |error| Error::OfRank { rank, source: Box::new(error) };
-        environment.check_host(starter, &names, world_size).map_err(of_rank)?;
-        let local_rank = environment.number(names.local_rank).map_err(of_rank)?.unwrap_or(rank);
+        let hosts = environment.hosts(starter, &names, world_size).map_err(of_rank)?;
+        // Of other programs with PMI only Slurm says it, if it is what lies below.
+        let local_rank = match environment.number(names.local_rank).map_err(of_rank)? {
+            None if hosts.is_some() => environment.number(Names::SLURM.local_rank).map_err(of_rank)?,
+            local_rank => local_rank,
+        };
+        let local_rank = local_rank.unwrap_or(rank);
         if local_rank >= world_size {
             return Err(of_rank(environment.invalid(names.local_rank, below_size)));
         }
-        let key = environment.key(starter, starting_process).map_err(of_rank)?;
-        Ok(Some(RankEnv { rank, world_size, size_variable: names.size, local_rank, key, starter }))
+        let key = environment.key(starter, hosts.as_ref(), starting_process).map_err(of_rank)?;
+        Ok(Some(RankEnv { rank, world_size, size_variable: names.size, local_rank, key, starter, hosts }))
     }
 }
 
@@ -259,8 +288,8 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
             && same(Names::PMI.size, slurm.size)
     }
 
-    /// Refuses ranks on several hosts.
-    fn check_host(&self, starter: Starter, names: &Names, world_size: u32) -> Result<(), Error> {
+    /// Ranks on several hosts, if there are.
+    fn hosts(&self, starter: Starter, names: &Names, world_size: u32) -> Result<Option<SeveralHosts>, Error> {
         // PMI need not say it. Slurm does, if it is what lies below.
         let variable = match starter {
             Starter::Pmi if !self.has(names.local_size) => SLURM_HOSTS,
@@ -268,13 +297,42 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
         };
         let expected = if variable == SLURM_HOSTS { 1 } else { world_size };
         match self.number(variable)? {
-            Some(value) if value != expected => Err(Error::SeveralHosts { variable, value, expected }),
-            _ => Ok(()),
+            Some(0) => Err(self.invalid(variable, "a whole number, 1 or more")),
+            Some(value) if value != expected => {
+                Ok(Some(SeveralHosts { variable, value, address: self.address(starter)? }))
+            }
+            _ => Ok(None),
         }
     }
 
+    /// The address where ranks of several hosts meet, if the variables have one.
+    fn address(&self, starter: Starter) -> Result<Option<Address>, Error> {
+        if let Some(text) = self.get(ADDRESS) {
+            let valid = "HOST:PORT, of the host of rank 0 and a port that is free there";
+            return text.parse().map(Some).map_err(|_| self.invalid(ADDRESS, valid));
+        }
+        if let Some(host) = self.get("MASTER_ADDR") {
+            let port = self.number("MASTER_PORT")?.ok_or(missing("MASTER_ADDR", "MASTER_PORT"))?;
+            let after = port.checked_add(1).and_then(|port| u16::try_from(port).ok());
+            let valid = "a port number up to 65534, as ranks meet at the next port";
+            let port = after.ok_or_else(|| self.invalid("MASTER_PORT", valid))?;
+            let valid = "the name or the number of the host of rank 0";
+            return Address::new(host.trim(), port).map(Some).map_err(|_| self.invalid("MASTER_ADDR", valid));
+        }
+        let nodes = ["SLURM_STEP_NODELIST", "SLURM_NODELIST"].into_iter().find_map(|name| self.get(name));
+        let number = |name| self.get(name).and_then(|value| value.trim().parse().ok()).unwrap_or(0);
+        Ok(nodes
+            .filter(|_| starter == Starter::Slurm)
+            .and_then(|nodes| slurm_nodes::address(&nodes, number("SLURM_JOB_ID"), number("SLURM_STEP_ID"))))
+    }
+
     /// The key that was given, or else that of the starter's variables.
-    fn key(&self, starter: Starter, starting_process: impl Fn() -> u32) -> Result<String, Error> {
+    fn key(
+        &self,
+        starter: Starter,
+        hosts: Option<&SeveralHosts>,
+        starting_process: impl Fn() -> u32,
+    ) -> Result<String, Error> {
         match self.get(KEY) {
             Some(key) if key.is_empty() => return Err(self.invalid(KEY, "a text that names the job")),
             Some(key) => return Ok(key),
@@ -308,6 +366,8 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
             // Hydra, which sets a local rank, names no job. One that it inherits is that of a job around it.
             Starter::Pmi => Ok(match self.get("PMI_JOBID").filter(|_| !self.has(Names::PMI.local_rank)) {
                 Some(job) => format!("pmi/{job}"),
+                // On each host another process has started the ranks. No other job has the address.
+                None if hosts.is_some() => "mpiexec".to_owned(),
                 None => format!("mpiexec/{}", starting_process()),
             }),
             Starter::Slurm if self.has("SLURM_JOB_ID") => {
@@ -389,6 +449,7 @@ mod tests {
                 local_rank: number,
                 key: key.to_owned(),
                 starter,
+                hosts: None,
             };
             assert_eq!(found, expected);
         }
@@ -471,32 +532,66 @@ mod tests {
     }
 
     #[test]
-    fn several_hosts_are_not_supported_yet() {
+    fn a_launcher_says_that_ranks_are_on_several_hosts() {
+        let pmi = "PMI_RANK=0 PMI_SIZE=4 PMI_JOBID=9.0";
         let cases = [
             ("RANK=0 WORLD_SIZE=16 LOCAL_WORLD_SIZE=8 MASTER_PORT=1", "LOCAL_WORLD_SIZE=8"),
             (
-                "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_SIZE=2",
+                "OMPI_COMM_WORLD_RANK=0 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_LOCAL_SIZE=2 PMIX_NAMESPACE=1",
                 "OMPI_COMM_WORLD_LOCAL_SIZE=2",
             ),
             ("PMI_RANK=0 PMI_SIZE=4 MPI_LOCALNRANKS=2", "MPI_LOCALNRANKS=2"),
             (&SRUN.replace("NODES=1", "NODES=2"), "SLURM_STEP_NUM_NODES=2"),
-            ("PMI_RANK=0 PMI_SIZE=4 PMI_JOBID=9.0 SLURM_STEP_NUM_NODES=2", "SLURM_STEP_NUM_NODES=2"),
+            (&format!("{pmi} SLURM_STEP_NUM_NODES=2"), "SLURM_STEP_NUM_NODES=2"),
             (
                 &format!("{} PMI_RANK=2 PMI_SIZE=4 PMI_JOBID=9.0", SRUN.replace("NODES=1", "NODES=2")),
                 "SLURM_STEP_NUM_NODES=2",
             ),
         ];
         for (variables, expected) in cases {
-            let error = parse(variables).expect_err("an error");
-            let Error::OfRank { rank, .. } = error else { panic!("no rank: {error}") };
-            assert_eq!(error.is_reported_by_rank_0(), rank > 0, "{error}");
-            let text = error.to_string();
-            assert!(text.starts_with(&format!("rank {rank}: {expected} says")), "{text}");
-            assert!(text.contains("several hosts"), "{text}");
+            let hosts = rank(variables).hosts.expect("several");
+            assert_eq!(hosts.to_string(), format!("{expected} says that the job has ranks on several hosts"));
+            assert_eq!(hosts.address, None, "{variables}");
         }
+        // Other processes have started the ranks of other hosts.
+        assert_eq!(rank("PMI_RANK=0 PMI_SIZE=4 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=2").key, "mpiexec");
+        let slurm = "PMI_RANK=2 PMI_SIZE=4 PMI_JOBID=9.0 SLURM_STEP_NUM_NODES=2 SLURM_LOCALID=0";
+        assert_eq!(rank(slurm).local_rank, 0);
         // What the program's own starter says of its host counts, not what a job around it has.
         let around = "PMI_RANK=0 PMI_SIZE=2 MPI_LOCALRANKID=0 MPI_LOCALNRANKS=2 SLURM_STEP_NUM_NODES=2";
-        assert_eq!(rank(around).world_size, 2);
-        assert_eq!(rank("RANK=0 WORLD_SIZE=2 MASTER_PORT=1 SLURM_STEP_NUM_NODES=2").world_size, 2);
+        assert_eq!(rank(around).hosts, None);
+        assert_eq!(rank("RANK=0 WORLD_SIZE=2 MASTER_PORT=1 SLURM_STEP_NUM_NODES=2").hosts, None);
+        assert!(error("RANK=0 WORLD_SIZE=2 LOCAL_WORLD_SIZE=0 MASTER_PORT=1").contains("1 or more"));
+    }
+
+    #[test]
+    fn ranks_of_several_hosts_meet_next_to_the_master_s_port_or_where_they_are_told() {
+        let address = |variables: &str| {
+            rank(variables).hosts.expect("several").address.map(|address| address.to_string())
+        };
+        let torchrun = TORCHRUN.replace("LOCAL_WORLD_SIZE=4", "LOCAL_WORLD_SIZE=2");
+        let of = |text: &str| Some(text.to_owned());
+        assert_eq!(address(&torchrun), of("127.0.0.1:29501"));
+        assert_eq!(address(&format!("{torchrun} FUSED_COLLECTIVE_ADDRESS=a:7")), of("a:7"));
+        let srun = SRUN.replace("NODES=1", "NODES=2");
+        assert_eq!(address(&srun), None);
+        assert_eq!(address(&format!("{srun} SLURM_STEP_NODELIST=gpu[03-05,09],b")), of("gpu03:15279"));
+        assert_eq!(address(&format!("{srun} SLURM_STEP_NODELIST=a MASTER_ADDR=b MASTER_PORT=1")), of("b:2"));
+        let wrong = [
+            (
+                "FUSED_COLLECTIVE_ADDRESS=here",
+                "FUSED_COLLECTIVE_ADDRESS=\"here\" is not valid: use HOST:PORT",
+            ),
+            ("MASTER_ADDR=a", "MASTER_ADDR is set without MASTER_PORT"),
+            (
+                "MASTER_ADDR=a MASTER_PORT=65535",
+                "MASTER_PORT=\"65535\" is not valid: use a port number up to 65534",
+            ),
+            ("MASTER_ADDR=a:b MASTER_PORT=1", "MASTER_ADDR=\"a:b\" is not valid: use the name or the number"),
+        ];
+        for (variables, expected) in wrong {
+            let error = error(&format!("{srun} {variables}"));
+            assert!(error.starts_with("rank 2: ") && error.contains(expected), "{error}");
+        }
     }
 }

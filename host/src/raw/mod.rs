@@ -140,13 +140,17 @@ impl Meeting {
     /// As [`processes`](Self::processes); the variables are incomplete, or there are none.
     pub fn of_launcher(options: &Options) -> Result<Meeting, Error> {
         let found = RankEnv::from_env().map_err(|error| Error::Options(error.to_string()))?;
-        let RankEnv { rank, world_size, key, .. } = found.ok_or_else(|| {
+        let RankEnv { rank, world_size, key, hosts, .. } = found.ok_or_else(|| {
             Error::Options(
                 "no launcher started this process as one of several ranks: start it by torchrun, mpirun or srun, or give \
                  rank, size and key"
                     .to_owned(),
             )
         })?;
+        if let Some(hosts) = hosts {
+            let remedy = "start all on one host, or join over a bootstrap of your own";
+            return Err(Error::Options(format!("rank {rank}: {hosts}: {remedy}")));
+        }
         Meeting::processes(rank, world_size, &key, options)
     }
 

@@ -59,6 +59,10 @@ impl Bootstrap for Watching<'_> {
         self.bootstrap.all_gather(bytes)
     }
 
+    fn host(&self) -> Result<Vec<u8>, BootstrapError> {
+        self.bootstrap.host()
+    }
+
     fn barrier(&self) -> Result<(), BootstrapError> {
         self.bootstrap.barrier()
     }

@@ -2,7 +2,8 @@
 
 use fused_collective::{
     ErrorKind,
-    cpu::{ExpertRows, Inputs, Operand, Outputs},
+    cpu::{Communicator, ExpertRows, Inputs, Operand, Options, Outputs},
+    group::{Bootstrap, BootstrapError, Thread, threads},
 };
 use fused_collective_core::{
     dtype::bf16,
@@ -164,4 +165,46 @@ fn a_scale_or_a_weight_bias_that_is_not_valid_is_refused_before_anything_is_sent
         let case = Case::<bf16> { scale: f32::NAN, ..Case::new(operation::<bf16>(4, 64), 2, 8) };
         case.check(&case.run(&mut communicator, Mode::OneShot).unwrap());
     });
+}
+
+/// A rank that names its host.
+struct OnHost(Thread, &'static str);
+
+impl Bootstrap for OnHost {
+    fn rank(&self) -> u32 {
+        self.0.rank()
+    }
+
+    fn world_size(&self) -> u32 {
+        self.0.world_size()
+    }
+
+    fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, BootstrapError> {
+        self.0.all_gather(bytes)
+    }
+
+    fn host(&self) -> Result<Vec<u8>, BootstrapError> {
+        Ok(self.1.into())
+    }
+}
+
+#[test]
+fn ranks_of_several_hosts_are_refused_on_every_rank_by_their_names() {
+    let ranks = threads(3, PATIENT).into_iter().zip(["a", "a", "b"]);
+    let ranks: Vec<_> = ranks
+        .map(|(thread, host)| {
+            std::thread::spawn(move || {
+                let options = Options { max_row_bytes: 128, deadline: PATIENT };
+                Communicator::join(&OnHost(thread, host), options).unwrap_err()
+            })
+        })
+        .collect();
+    for (rank, (thread, peer)) in (0..).zip(ranks.into_iter().zip([2, 2, 0])) {
+        let error = thread.join().unwrap();
+        assert_eq!(
+            (error.kind(), error.rank(), error.peer()),
+            (ErrorKind::Bootstrap, Some(rank), Some(peer))
+        );
+        assert!(error.to_string().contains("the CPU backend is for ranks of one host"), "{error}");
+    }
 }

@@ -81,6 +81,8 @@ pub enum Invocation {
     example = "{command_name} bench --help",
     note = "Under torchrun, mpirun, mpiexec or srun the program is a rank of their job. FUSED_COLLECTIVE_KEY, a text that all ranks \
             of a job have in common, tells jobs apart where the launcher does not.",
+    note = "Ranks of several hosts meet at MASTER_ADDR, at the port after MASTER_PORT, or at FUSED_COLLECTIVE_ADDRESS, HOST:PORT. \
+            Only those with the same FUSED_COLLECTIVE_SECRET join, a random text such as that of `openssl rand -hex 32`.",
     note = "Exit status: 0 success; 1 something failed; 2 the command line is not valid."
 )]
 struct TopLevel {

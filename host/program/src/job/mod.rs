@@ -1,6 +1,7 @@
 //! A job: the ranks that run one command. This module starts the ranks, or joins them as one, and ends them together.
 
 pub mod launch;
+mod meeting;
 pub mod options;
 mod placement;
 pub mod ranks;
@@ -19,7 +20,7 @@ use fused_collective::{
     group::{
         How, Lost,
         failure::Cause,
-        rendezvous::{self, Group, MIN_RANKS, Membership},
+        rendezvous::{self, Group, MIN_RANKS, Membership, Network},
     },
 };
 use fused_collective_core::fusion::Mode;
@@ -35,7 +36,7 @@ use crate::{
 use launch::Launcher;
 use options::{BackendChoice, JobOptions};
 use placement::Backend;
-use rank_env::{KEY, RankEnv};
+use rank_env::{ADDRESS, KEY, RankEnv};
 use ranks::Error;
 
 /// The time that a rank waits for another, which has given up, to say why.
@@ -74,6 +75,8 @@ impl Request {
 pub(crate) struct Job {
     request: Request,
     environment: Option<RankEnv>,
+    /// The place where the ranks meet, if the launcher says that they are on several hosts.
+    network: Option<Network>,
     /// Under another launcher, the one that this rank has found by itself, until the ranks [settle](Self::settle) on one.
     backend: Cell<Backend>,
     world_size: u32,
@@ -86,19 +89,31 @@ pub(crate) struct Job {
 impl Job {
     /// Settles on a backend and a number of ranks.
     pub(crate) fn new(request: Request) -> Result<Self, Failure> {
-        let environment = RankEnv::from_env().map_err(|error| {
-            let is_reported = error.is_reported_by_rank_0();
-            Failure::Usage(if is_reported { String::new() } else { error.to_string() })
-        })?;
+        let environment = RankEnv::from_env().map_err(|error| Failure::Usage(error.to_string()))?;
         if let Some(environment) = &environment {
             allocator::set_rank(environment.rank);
         }
-        let launched =
-            environment.as_ref().map(|environment| (environment.size_variable, environment.world_size));
+        let network = environment.as_ref().map_or(Ok(None), meeting::network);
+        // The hosts know nothing of each other: one line on each.
+        let is_first = environment.as_ref().is_none_or(|environment| environment.local_rank == 0);
+        let network = network.map_err(|line| Failure::Usage(if is_first { line } else { String::new() }))?;
         let options = &request.options;
-        let asked = options.world_size(launched)?;
-        let (backend, world_size) =
-            placement::choose(options, &request.all_reduces, asked, is_foreign(&environment))?;
+        let asked = match &environment {
+            Some(RankEnv { hosts: Some(hosts), size_variable, world_size, .. }) => {
+                options.world_size_of_hosts(hosts, size_variable, *world_size)?
+            }
+            Some(RankEnv { size_variable, world_size, .. }) => {
+                options.world_size(Some((size_variable, *world_size)))?
+            }
+            None => options.world_size(None)?,
+        };
+        let (backend, world_size) = placement::choose(
+            options,
+            &request.all_reduces,
+            asked,
+            is_foreign(&environment),
+            network.is_some(),
+        )?;
         let groups = options.groups;
         if !world_size.is_multiple_of(groups) || world_size / groups < MIN_RANKS {
             return Err(Failure::Usage(format!(
@@ -106,7 +121,7 @@ impl Job {
             )));
         }
         let (backend, oom_kills) = (Cell::new(backend), oom_kills());
-        Ok(Job { request, environment, backend, world_size, oom_kills, handed_over: Vec::new() })
+        Ok(Job { request, environment, network, backend, world_size, oom_kills, handed_over: Vec::new() })
     }
 
     pub(crate) fn backend_name(&self) -> &'static str {
@@ -155,13 +170,9 @@ impl Job {
             Some(environment) => (environment.rank, environment.key.as_str()),
             None => (0, ""),
         };
-        Group::join(&Membership {
-            rank,
-            world_size: self.world_size,
-            key: &key(job),
-            config: b"",
-            deadline: self.deadline(),
-        })
+        let (key, world_size, deadline) = (key(job), self.world_size, self.deadline());
+        let membership = Membership { rank, world_size, key: &key, config: b"", deadline };
+        meeting::join(&membership, self.network.as_ref())
     }
 
     /// Starts the ranks and waits for them, or does the `work` as one of them. `work` gets the group of all ranks and its
@@ -198,8 +209,10 @@ impl Job {
             config: &config,
             deadline: self.deadline(),
         };
-        let group = Group::join(&membership).map_err(|error| self.not_met(&error, rank))?;
-        match self.settle(&group).and_then(|()| work(&group)) {
+        let group =
+            meeting::join(&membership, self.network.as_ref()).map_err(|error| self.not_met(&error, rank))?;
+        let ready = meeting::check(group.hosts()).map_err(Error::OfAll).and_then(|()| self.settle(&group));
+        match ready.and_then(|()| self.check_hosts(&group)).and_then(|()| work(&group)) {
             Ok(result) => {
                 let status = if rank == 0 { conclude(result) } else { Ok(exit::SUCCESS) };
                 // A rank that waits at the farewell waits for rank 0's files, too. Files that fail are rank 0's to report.
@@ -239,6 +252,20 @@ impl Job {
         }
     }
 
+    /// Refuses ranks on several hosts, if the backend is for those of one.
+    fn check_hosts(&self, group: &Group) -> Result<(), Error> {
+        let hosts = meeting::ranks_of_hosts(group.hosts());
+        if hosts.len() < 2 || self.backend.get() == Backend::Cuda {
+            return Ok(());
+        }
+        let names: Vec<_> = hosts.iter().map(|(host, _)| *host).collect();
+        Err(Error::OfAll(format!(
+            "the CPU backend is for ranks of one host, and these are on {}: {}",
+            hosts.len(),
+            names.join(", ")
+        )))
+    }
+
     /// Joins the backend of `group`. All ranks of the group call this. No operation waits past `deadline`.
     pub(crate) fn join<'a>(
         &self,
@@ -269,7 +296,8 @@ impl Job {
 
     /// Refuses problems that do not fit in main memory. GPU memory is not checked: its allocator reports that itself.
     pub(crate) fn check_memory(&self) -> Result<(), Failure> {
-        if self.backend.get() == Backend::Cuda {
+        // Ranks of several hosts are told of their backend when they have met.
+        if self.backend.get() == Backend::Cuda || self.network.is_some() {
             return Ok(());
         }
         let needed = |problem: &Problem| self.memory_needed(problem).unwrap_or(u64::MAX);
@@ -322,7 +350,7 @@ impl Job {
         Ok(backend::cpu::Engine::new(communicator).on(cores))
     }
 
-    /// Makes the group's workspace on the GPUs.
+    /// Makes the group's workspace on the GPUs. If its ranks are on several hosts, [`Group::hosts`] has the host of each.
     fn join_cuda<'a>(
         &self,
         group: &'a Group,
@@ -350,7 +378,7 @@ impl Job {
         if let Error::Group(error) = error {
             return self.rendezvous_failure(error, group.rank());
         }
-        if is_anothers(error) {
+        if is_anothers(error, group.rank()) {
             // That rank is about to tell all ranks, and knows best.
             let until = Instant::now() + FIRST_HAND;
             while group.lost().is_none() && Instant::now() < until {
@@ -371,7 +399,14 @@ impl Job {
 
     fn loss(&self, lost: &Lost, rank: u32) -> Failure {
         let is_launched = launch::is_launched();
-        if !launch::reports(lost, rank, is_launched) {
+        let reports = match self.network {
+            // Without rank 0 the hosts do not hear of each other: one line on each.
+            Some(_) if lost.rank == 0 && lost.how != How::GaveUp && !is_launched => {
+                self.is_first_of_host() && rank > 0
+            }
+            _ => launch::reports(lost, rank, is_launched),
+        };
+        if !reports {
             return if is_launched { Failure::Elsewhere } else { Failure::Failed(String::new()) };
         }
         let out_of_memory = lost.how == How::Ended && killed_since(self.oom_kills);
@@ -386,12 +421,22 @@ impl Job {
         }
     }
 
+    fn is_first_of_host(&self) -> bool {
+        self.environment.as_ref().is_some_and(|environment| environment.local_rank == 0)
+    }
+
     /// The failure of a rank that did not find the others.
     fn not_met(&self, error: &rendezvous::Error, rank: u32) -> Failure {
         let is_late = matches!(error, rendezvous::Error::Lost(lost) if lost.how == How::Late);
+        // Ranks of one host find the same at the address.
+        let is_of_host = matches!(error, rendezvous::Error::Unproven { .. } | rendezvous::Error::Protocol(_));
+        let (variable, value) = if self.network.is_some() { (ADDRESS, "address") } else { (KEY, "key") };
         match self.rendezvous_failure(error, rank) {
             Failure::Failed(line) if is_late && !line.is_empty() && !launch::is_launched() => {
-                Failure::Failed(format!("{line} (the variable {KEY} sets the key)"))
+                Failure::Failed(format!("{line} (the variable {variable} sets the {value})"))
+            }
+            Failure::Failed(_) if is_of_host && self.network.is_some() && !self.is_first_of_host() => {
+                Failure::Failed(String::new())
             }
             failure => failure,
         }
@@ -419,22 +464,28 @@ pub(crate) fn decline(failure: Failure) -> Failure {
     };
     let mut left = line.clone();
     if let (Ok(Some(environment)), false) = (RankEnv::from_env(), line.is_empty()) {
-        let RankEnv { rank, world_size, key, .. } = environment;
+        let RankEnv { rank, world_size, key, .. } = &environment;
+        let (rank, world_size) = (*rank, *world_size);
         let named = format!("rank {rank}: {line}");
         if rank == 0 {
             // Ahead of the wait for the others, which may not come.
             complain(&named);
         }
-        let membership = Membership { rank, world_size, key: &key, config: b"", deadline: Duration::ZERO };
-        let told = Group::decline(&membership, &line);
-        left = if rank > 0 && told.rank == rank { named } else { String::new() };
+        let membership = Membership { rank, world_size, key, config: b"", deadline: Duration::ZERO };
+        let told = match meeting::network(&environment) {
+            Ok(network) => Group::decline(&membership, network.as_ref(), &line).rank,
+            // Without a network it cannot tell them.
+            Err(_) => rank,
+        };
+        left = if rank > 0 && told == rank { named } else { String::new() };
     }
     if is_usage { Failure::Usage(left) } else { Failure::Failed(left) }
 }
 
-/// True if a call failed only because another rank has given up.
-fn is_anothers(error: &Error) -> bool {
+/// True if a call failed only because another rank has given up, or if another reports the failure of all.
+fn is_anothers(error: &Error, rank: u32) -> bool {
     match error {
+        Error::OfAll(_) => rank > 0,
         Error::Collective(error) => {
             error.failure().is_some_and(|failure| matches!(failure.cause, Cause::GaveUp(_)))
         }

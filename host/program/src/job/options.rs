@@ -2,7 +2,13 @@
 
 use std::{fmt, ops::Not, str::FromStr, time::Duration};
 
-use fused_collective::{cuda, group::rendezvous::MIN_RANKS};
+use fused_collective::{
+    cuda,
+    group::{
+        rank_env::SeveralHosts,
+        rendezvous::{MAX_RANKS, MIN_RANKS},
+    },
+};
 use fused_collective_core::MAX_WORLD_SIZE;
 use serde::{Deserialize, Serialize};
 
@@ -92,11 +98,30 @@ impl JobOptions {
     pub(crate) fn world_size(&self, launched: Option<(&str, u32)>) -> Result<Option<u32>, UsageError> {
         let asked = self.nproc_per_node.map(|ranks| ranks * self.groups);
         let Some((variable, world)) = launched else { return Ok(asked) };
-        check_ranks(variable, world)?;
+        check_ranks(variable, world, MAX_WORLD_SIZE)?;
         if let Some(asked) = asked.filter(|&asked| asked != world) {
             return Err(UsageError::new(format_args!(
                 "--nproc-per-node: {asked} disagrees with the launcher's {variable}, {world}: leave it out or use {world}"
             )));
+        }
+        Ok(Some(world))
+    }
+
+    /// Like [`world_size`](Self::world_size), of a launcher that starts ranks on several `hosts`.
+    pub(crate) fn world_size_of_hosts(
+        &self,
+        hosts: &SeveralHosts,
+        variable: &str,
+        world: u32,
+    ) -> Result<Option<u32>, UsageError> {
+        check_ranks(variable, world, MAX_RANKS)?;
+        let refuse =
+            |what: &str| Err(UsageError::new(format_args!("{what} ({hosts}): leave the option out")));
+        if self.nproc_per_node.is_some() {
+            return refuse("--nproc-per-node: the launcher gives the ranks of each host");
+        }
+        if self.groups > 1 {
+            return refuse("--groups: ranks of several hosts form one group");
         }
         Ok(Some(world))
     }
@@ -110,16 +135,16 @@ pub(crate) fn ranks(text: &str) -> Result<u32, UsageError> {
             "{option}: '{text}' is not a number of ranks: use {MIN_RANKS} to {MAX_WORLD_SIZE}"
         ))
     })?;
-    check_ranks(option, ranks).map(|()| ranks)
+    check_ranks(option, ranks, MAX_WORLD_SIZE).map(|()| ranks)
 }
 
-fn check_ranks(name: &str, ranks: u32) -> Result<(), UsageError> {
-    if (MIN_RANKS..=MAX_WORLD_SIZE).contains(&ranks) {
+fn check_ranks(name: &str, ranks: u32, most: u32) -> Result<(), UsageError> {
+    if (MIN_RANKS..=most).contains(&ranks) {
         return Ok(());
     }
     let noun = if ranks == 1 { "rank" } else { "ranks" };
     Err(UsageError::new(format_args!(
-        "{name}: {ranks} {noun} cannot form a group: use {MIN_RANKS} to {MAX_WORLD_SIZE}"
+        "{name}: {ranks} {noun} cannot form a group: use {MIN_RANKS} to {most}"
     )))
 }
 
@@ -191,6 +216,29 @@ mod tests {
             "--nproc-per-node: 2 disagrees with the launcher's PMI_SIZE, 4: leave it out or use 4"
         );
         assert_eq!(error(None, 17), "PMI_SIZE: 17 ranks cannot form a group: use 2 to 16");
+    }
+
+    #[test]
+    fn a_launcher_of_several_hosts_gives_all_numbers() {
+        let hosts = SeveralHosts { variable: "LOCAL_WORLD_SIZE", value: 8, address: None };
+        let world_size = |nproc_per_node, groups, world| {
+            let options = JobOptions { nproc_per_node, groups, ..JobOptions::default() };
+            options.world_size_of_hosts(&hosts, "WORLD_SIZE", world).map_err(|error| error.to_string())
+        };
+        assert_eq!(world_size(None, 1, 64), Ok(Some(64)));
+        for (nproc_per_node, groups, world, start) in [
+            (
+                Some(8),
+                1,
+                64,
+                "--nproc-per-node: the launcher gives the ranks of each host (LOCAL_WORLD_SIZE=8 says",
+            ),
+            (None, 2, 64, "--groups: ranks of several hosts form one group (LOCAL_WORLD_SIZE=8 says"),
+            (None, 1, 129, "WORLD_SIZE: 129 ranks cannot form a group: use 2 to 128"),
+        ] {
+            let error = world_size(nproc_per_node, groups, world).unwrap_err();
+            assert!(error.starts_with(start), "{error}");
+        }
     }
 
     #[test]

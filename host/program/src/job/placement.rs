@@ -42,19 +42,24 @@ impl Backend {
 }
 
 /// Chooses the backend and the number of ranks of all groups. `asked` is the number that the user or a launcher gave. Ranks of
-/// a `foreign` launcher may each see another GPU, and check together whether these fit, when they have met.
+/// a `foreign` launcher may each see another GPU, and check together whether these fit, when they have met. So do those of
+/// several hosts with their number on each.
 pub(super) fn choose(
     options: &JobOptions,
     all_reduces: &[AllReduceChoice],
     asked: Option<u32>,
     foreign: bool,
+    several_hosts: bool,
 ) -> Result<(Backend, u32), Failure> {
     let &JobOptions { groups, oversubscribe, .. } = options;
     let on_cpu = (Backend::Cpu, asked.unwrap_or(DEFAULT_RANKS * groups));
     let check = |ranks: u32| {
         if foreign { Ok(ranks) } else { check_peers(ranks / groups, groups, oversubscribe).map(|()| ranks) }
     };
-    let on_gpus = || gpu_ranks(asked, groups, oversubscribe).and_then(check);
+    let on_gpus = || match asked {
+        Some(ranks) if several_hosts => cuda::count().map(|_| ranks),
+        _ => gpu_ranks(asked, groups, oversubscribe).and_then(check),
+    };
     let chosen = match options.backend {
         BackendChoice::Cpu => on_cpu,
         BackendChoice::Auto => on_gpus().map_or(on_cpu, |ranks| (Backend::Cuda, ranks)),

@@ -16,6 +16,8 @@ pub enum Error {
     Collective(error::Error),
     /// Another failure; the text is for the user.
     Failed(String),
+    /// A failure that all ranks have alike, which rank 0 reports; the text is for the user.
+    OfAll(String),
 }
 
 impl fmt::Display for Error {
@@ -23,7 +25,7 @@ impl fmt::Display for Error {
         match self {
             Error::Group(error) => error.fmt(f),
             Error::Collective(error) => error.fmt(f),
-            Error::Failed(what) => f.write_str(what),
+            Error::Failed(what) | Error::OfAll(what) => f.write_str(what),
         }
     }
 }

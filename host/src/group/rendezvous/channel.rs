@@ -24,6 +24,7 @@ use rustix::{
 use super::{
     error::Error,
     frame::{Frame, FrameError},
+    secret::{Seal, TAG_BYTES},
 };
 
 /// Bytes taken from the socket by one [`fill`](Channel::fill).
@@ -40,6 +41,10 @@ pub(super) struct Channel {
     outbox: VecDeque<Message>,
     /// The most bytes of a payload that are taken.
     limit: usize,
+    /// Between hosts: what every message carries a tag of, once both sides have proven that they have the secret.
+    seal: Option<Seal>,
+    /// True if the connection ended because nothing was heard from the other host.
+    silent: bool,
 }
 
 /// An encoded message that is being sent.
@@ -53,7 +58,20 @@ struct Message {
 impl Channel {
     /// Over a connected stream socket in non-blocking mode.
     pub(super) fn new(socket: OwnedFd, limit: usize) -> Self {
-        Channel { socket, inbox: Vec::new(), descriptor: None, outbox: VecDeque::new(), limit }
+        Channel {
+            socket,
+            inbox: Vec::new(),
+            descriptor: None,
+            outbox: VecDeque::new(),
+            limit,
+            seal: None,
+            silent: false,
+        }
+    }
+
+    /// Seals all messages from here on, and expects the other side to do so.
+    pub(super) fn seal(&mut self, seal: Seal) {
+        self.seal = Some(seal);
     }
 
     /// Takes payloads of up to `limit` bytes from here on.
@@ -68,7 +86,11 @@ impl Channel {
 
     /// Queues an encoded message, and a file descriptor to go with it.
     pub(super) fn queue_encoded(&mut self, bytes: Arc<[u8]>, descriptor: Option<Arc<OwnedFd>>) {
+        let tag = self.seal.as_mut().map(|seal| seal.next_sent(&bytes));
         self.outbox.push_back(Message { bytes, sent: 0, descriptor });
+        if let Some(tag) = tag {
+            self.outbox.push_back(Message { bytes: Arc::new(tag), sent: 0, descriptor: None });
+        }
     }
 
     /// Sends what the socket takes. A failure is no error here: it ends the connection, and reading tells both
@@ -118,14 +140,35 @@ impl Channel {
                 self.descriptor = descriptors.last();
             }
         }
+        self.silent |= matches!(
+            received,
+            Err(Errno::TIMEDOUT | Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::NETDOWN)
+        );
         !matches!(received, Ok(0)) && !matches!(received, Err(error) if error != Errno::AGAIN)
+    }
+
+    /// True if the connection ended because nothing was heard from the other host.
+    pub(super) fn is_silent(&self) -> bool {
+        self.silent
     }
 
     /// The next whole message that has arrived.
     pub(super) fn next(&mut self) -> Result<Option<Frame>, FrameError> {
-        let Some((frame, length)) = Frame::parse(&self.inbox, self.limit)? else { return Ok(None) };
-        self.inbox.drain(..length);
-        Ok(Some(frame))
+        let Some(seal) = &mut self.seal else {
+            let Some((frame, length)) = Frame::parse(&self.inbox, self.limit)? else { return Ok(None) };
+            self.inbox.drain(..length);
+            return Ok(Some(frame));
+        };
+        // The tag first: nothing of a message is heeded that may be anybody's, but for its length.
+        let Some(length) = Frame::length(&self.inbox, self.limit)? else { return Ok(None) };
+        let Some((message, rest)) = self.inbox.split_at_checked(length) else { return Ok(None) };
+        let Some(tag) = rest.first_chunk::<TAG_BYTES>() else { return Ok(None) };
+        if !seal.is_next_received(message, tag) {
+            return Err(FrameError::Seal);
+        }
+        let frame = Frame::parse(message, self.limit)?.map(|(frame, _)| frame);
+        self.inbox.drain(..length + TAG_BYTES);
+        Ok(frame)
     }
 
     /// Takes the file descriptor that came with the last message.

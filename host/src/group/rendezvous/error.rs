@@ -4,10 +4,12 @@ use std::{fmt, io, time::Duration};
 
 use fused_collective_core::MAX_WORLD_SIZE;
 
-use super::{super::loss::Lost, frame::FrameError};
+use super::{super::loss::Lost, address::Address, frame::FrameError};
 
 /// The fewest ranks that meet: one alone has nobody to meet.
 pub const MIN_RANKS: u32 = 2;
+/// The most ranks that meet over a network. Those of one host are [`MAX_WORLD_SIZE`] at most.
+pub const MAX_RANKS: u32 = 128;
 
 /// A failure to join a group, or to do an operation of it.
 #[derive(Debug)]
@@ -51,6 +53,25 @@ pub enum Error {
     },
     /// Rank 0 does not speak this rank's protocol.
     Protocol(FrameError),
+    /// Another program listens where rank 0 is to listen.
+    AddressTaken {
+        /// The address.
+        address: Address,
+        /// The time that rank 0 waited for it.
+        waited: Duration,
+    },
+    /// The process that listens in rank 0's place has not proven that it has this rank's secret.
+    Unproven {
+        /// The address that it listens at.
+        address: Address,
+    },
+    /// A file is to be shared with a rank on another host.
+    OtherHost {
+        /// The rank.
+        rank: u32,
+        /// Its host.
+        host: String,
+    },
     /// A file descriptor was shared and did not arrive.
     NoDescriptor,
     /// The operating system refused something.
@@ -82,7 +103,7 @@ impl fmt::Display for Error {
             Error::Membership { rank, world_size } => write!(
                 f,
                 "there is no rank {rank} in a group of {world_size}: a group has {MIN_RANKS} to {MAX_WORLD_SIZE} \
-                 ranks, numbered from 0"
+                 ranks, over several hosts {MAX_RANKS}, numbered from 0"
             ),
             Error::TooLong { what, bytes, limit } => {
                 write!(f, "{what} of {bytes} bytes is too long: at most {limit} bytes can be sent")
@@ -99,6 +120,18 @@ impl fmt::Display for Error {
                 write!(f, "rendezvous: the process that listens in rank 0's place belongs to user {uid}, not to this one")
             }
             Error::Protocol(error) => write!(f, "rendezvous: rank 0 answered what this rank cannot read: {error}"),
+            Error::AddressTaken { address, waited } => write!(
+                f,
+                "rendezvous: another program has listened at {address} for {waited:.1?}: give rank 0 a free port"
+            ),
+            Error::Unproven { address } => write!(
+                f,
+                "rendezvous: the process that listens at {address} has another secret than this rank: give all ranks of \
+                 the job the same one, and no other program this address"
+            ),
+            Error::OtherHost { rank, host } => {
+                write!(f, "a file is shared within a host, and rank {rank} is on another (host {host})")
+            }
             Error::NoDescriptor => f.write_str(
                 "the file descriptor that rank 0 shared did not arrive: this process may have reached its limit of \
                  open files (ulimit -n)",

@@ -15,16 +15,21 @@
 
 use std::fmt;
 
-use super::super::loss::{How, Lost};
+use super::{
+    super::loss::{How, Lost},
+    secret::{Challenge, KEY_BYTES, NONCE_BYTES, TAG_BYTES},
+};
 
 /// First bytes of every message.
 pub(super) const MAGIC: [u8; 4] = *b"FCRV";
 /// The version of these messages.
-pub(super) const PROTOCOL: u16 = 1;
+pub(super) const PROTOCOL: u16 = 2;
 /// Bytes before the payload.
 pub(super) const HEADER_BYTES: usize = 16;
 /// The most bytes of a payload.
 pub(super) const MAX_PAYLOAD: usize = 1 << 20;
+/// The most bytes of a payload before the other side has proven that it has the secret.
+pub(super) const MAX_UNPROVEN: usize = 4 + NONCE_BYTES + KEY_BYTES;
 
 /// The operations that the ranks of a group do together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,10 +69,16 @@ impl Operation {
 /// One message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Frame {
-    /// A rank asks rank 0 to join.
-    Hello { rank: u32, world_size: u32, version: String, config: Vec<u8> },
-    /// Rank 0: the group is complete.
-    Welcome,
+    /// Between hosts, the first message of a rank.
+    Challenge(Challenge),
+    /// Rank 0's answer: its own nonce, and the proof that it has the secret.
+    Answer { nonce: [u8; NONCE_BYTES], proof: [u8; TAG_BYTES] },
+    /// The rank's proof that it has the secret. All that follows is sealed.
+    Proof([u8; TAG_BYTES]),
+    /// A rank asks rank 0 to join. Between hosts it names its own.
+    Hello { rank: u32, world_size: u32, version: String, host: String, config: Vec<u8> },
+    /// Rank 0: the group is complete. Between hosts: the host of each rank.
+    Welcome { hosts: Vec<String> },
     /// A rank has come to an operation, with its contribution.
     Offer { operation: Operation, bytes: Vec<u8> },
     /// Rank 0: all have come; the contribution of `rank`.
@@ -100,6 +111,8 @@ pub enum FrameError {
         /// The kind that the header names.
         kind: u8,
     },
+    /// The seal is not that of a rank with the job's secret: the message was made or changed on its way.
+    Seal,
 }
 
 impl fmt::Display for FrameError {
@@ -113,6 +126,7 @@ impl fmt::Display for FrameError {
                 write!(f, "a message of {bytes} bytes; at most {limit} are taken here")
             }
             FrameError::Content { kind } => write!(f, "a broken message of kind {kind}"),
+            FrameError::Seal => f.write_str("a message whose seal is not that of the job's secret"),
         }
     }
 }
@@ -124,6 +138,9 @@ const WELCOME: u8 = 2;
 const OFFER: u8 = 3;
 const PART: u8 = 4;
 const FAILED: u8 = 5;
+const CHALLENGE: u8 = 6;
+const ANSWER: u8 = 7;
+const PROOF: u8 = 8;
 
 const HOWS: [How; 5] = [How::Ended, How::GaveUp, How::Late, How::OutOfStep, How::Refused];
 
@@ -132,14 +149,32 @@ impl Frame {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![0; HEADER_BYTES];
         let (kind, code, rank) = match self {
-            Frame::Hello { rank, world_size, version, config } => {
+            Frame::Challenge(Challenge { rank, world_size, key, nonce }) => {
                 bytes.extend(world_size.to_le_bytes());
-                bytes.extend((version.len() as u32).to_le_bytes());
-                bytes.extend(version.as_bytes());
+                bytes.extend(key);
+                bytes.extend(nonce);
+                (CHALLENGE, 0, *rank)
+            }
+            Frame::Answer { nonce, proof } => {
+                bytes.extend(nonce);
+                bytes.extend(proof);
+                (ANSWER, 0, 0)
+            }
+            Frame::Proof(proof) => {
+                bytes.extend(proof);
+                (PROOF, 0, 0)
+            }
+            Frame::Hello { rank, world_size, version, host, config } => {
+                bytes.extend(world_size.to_le_bytes());
+                add_text(&mut bytes, version);
+                add_text(&mut bytes, host);
                 bytes.extend(config);
                 (HELLO, 0, *rank)
             }
-            Frame::Welcome => (WELCOME, 0, 0),
+            Frame::Welcome { hosts } => {
+                hosts.iter().for_each(|host| add_text(&mut bytes, host));
+                (WELCOME, 0, 0)
+            }
             Frame::Offer { operation, bytes: payload } => {
                 bytes.extend(payload);
                 (OFFER, *operation as u8, 0)
@@ -169,40 +204,72 @@ impl Frame {
     /// # Errors
     /// Whatever follows, these bytes are no message with a payload of at most `limit` bytes.
     pub(super) fn parse(bytes: &[u8], limit: usize) -> Result<Option<(Frame, usize)>, FrameError> {
+        let Some(length) = Frame::length(bytes, limit)? else { return Ok(None) };
+        let Some(message) = bytes.get(..length) else { return Ok(None) };
+        let (header, payload) = message.split_at(HEADER_BYTES);
+        let (kind, code) = (header[6], header[7]);
+        let frame =
+            Frame::decode(kind, code, word(header, 8), payload).ok_or(FrameError::Content { kind })?;
+        Ok(Some((frame, length)))
+    }
+
+    /// The bytes of the message that begins with `bytes`, by its header; `None` if more must arrive first.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse), but for the payload, which is not looked at.
+    pub(super) fn length(bytes: &[u8], limit: usize) -> Result<Option<usize>, FrameError> {
         let magic = &bytes[..bytes.len().min(MAGIC.len())];
         if !MAGIC.starts_with(magic) {
             return Err(FrameError::Magic);
         }
-        let Some((header, rest)) = bytes.split_at_checked(HEADER_BYTES) else { return Ok(None) };
-        let (kind, code) = (header[6], header[7]);
-        let rank = word(header, 8);
-        let length = word(header, 12);
+        let Some(header) = bytes.get(..HEADER_BYTES) else { return Ok(None) };
+        let (rank, payload) = (word(header, 8), word(header, 12));
         let found = u16::from_le_bytes([header[4], header[5]]);
         if found != PROTOCOL {
             return Err(FrameError::Protocol { rank, found });
         }
-        if length as usize > limit {
-            return Err(FrameError::Length { bytes: length, limit });
+        if payload as usize > limit {
+            return Err(FrameError::Length { bytes: payload, limit });
         }
-        let Some(payload) = rest.get(..length as usize) else { return Ok(None) };
-        let frame = Frame::decode(kind, code, rank, payload).ok_or(FrameError::Content { kind })?;
-        Ok(Some((frame, HEADER_BYTES + payload.len())))
+        Ok(Some(HEADER_BYTES + payload as usize))
     }
 
     fn decode(kind: u8, code: u8, rank: u32, payload: &[u8]) -> Option<Frame> {
         let operation = || Operation::ALL.into_iter().find(|&operation| operation as u8 == code);
+        // What a message does not use is 0: one that was changed on its way is none.
+        if matches!(kind, CHALLENGE | ANSWER | PROOF | HELLO | WELCOME) && code != 0
+            || matches!(kind, ANSWER | PROOF | WELCOME | OFFER) && rank != 0
+        {
+            return None;
+        }
         Some(match kind {
-            HELLO => {
-                let (sizes, rest) = payload.split_at_checked(8)?;
-                let (version, config) = rest.split_at_checked(word(sizes, 4) as usize)?;
-                Frame::Hello {
-                    rank,
-                    world_size: word(sizes, 0),
-                    version: str::from_utf8(version).ok()?.to_owned(),
-                    config: config.to_vec(),
-                }
+            CHALLENGE => {
+                let (world_size, rest) = payload.split_first_chunk()?;
+                let (key, nonce) = rest.split_first_chunk()?;
+                let (world_size, nonce) = (u32::from_le_bytes(*world_size), nonce.try_into().ok()?);
+                Frame::Challenge(Challenge { rank, world_size, key: *key, nonce })
             }
-            WELCOME if payload.is_empty() => Frame::Welcome,
+            ANSWER => {
+                let (nonce, proof) = payload.split_first_chunk()?;
+                Frame::Answer { nonce: *nonce, proof: proof.try_into().ok()? }
+            }
+            PROOF => Frame::Proof(payload.try_into().ok()?),
+            HELLO => {
+                let (world_size, rest) = payload.split_first_chunk()?;
+                let (version, rest) = take_text(rest)?;
+                let (host, config) = take_text(rest)?;
+                let (world_size, config) = (u32::from_le_bytes(*world_size), config.to_vec());
+                Frame::Hello { rank, world_size, version, host, config }
+            }
+            WELCOME => {
+                let (mut hosts, mut rest) = (Vec::new(), payload);
+                while !rest.is_empty() {
+                    let (host, others) = take_text(rest)?;
+                    hosts.push(host);
+                    rest = others;
+                }
+                Frame::Welcome { hosts }
+            }
             OFFER => Frame::Offer { operation: operation()?, bytes: payload.to_vec() },
             PART => Frame::Part { rank, operation: operation()?, bytes: payload.to_vec() },
             FAILED => Frame::Failed(Lost {
@@ -213,6 +280,18 @@ impl Frame {
             _ => return None,
         })
     }
+}
+
+fn add_text(bytes: &mut Vec<u8>, text: &str) {
+    bytes.extend((text.len() as u32).to_le_bytes());
+    bytes.extend(text.as_bytes());
+}
+
+/// The text at the start of `bytes`, behind its length, and what follows it.
+fn take_text(bytes: &[u8]) -> Option<(String, &[u8])> {
+    let (length, rest) = bytes.split_first_chunk()?;
+    let (text, rest) = rest.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+    Some((str::from_utf8(text).ok()?.to_owned(), rest))
 }
 
 /// The little-endian word at `bytes[at..at + 4]`, which must be there.
@@ -231,10 +310,17 @@ mod tests {
         let operation = || (0..Operation::ALL.len()).prop_map(|index| Operation::ALL[index]);
         let bytes = || vec(any::<u8>(), 0..300);
         prop_oneof![
-            (any::<u32>(), any::<u32>(), ".*", bytes()).prop_map(|(rank, world_size, version, config)| {
-                Frame::Hello { rank, world_size, version, config }
-            }),
-            Just(Frame::Welcome),
+            (any::<u32>(), any::<u32>(), any::<[u8; 32]>(), any::<[u8; 32]>()).prop_map(
+                |(rank, world_size, key, nonce)| Frame::Challenge(Challenge { rank, world_size, key, nonce })
+            ),
+            any::<[[u8; 32]; 2]>().prop_map(|[nonce, proof]| Frame::Answer { nonce, proof }),
+            any::<[u8; 32]>().prop_map(Frame::Proof),
+            (any::<u32>(), any::<u32>(), ".*", ".*", bytes()).prop_map(
+                |(rank, world_size, version, host, config)| {
+                    Frame::Hello { rank, world_size, version, host, config }
+                }
+            ),
+            vec(".*", 0..4).prop_map(|hosts| Frame::Welcome { hosts }),
             (operation(), bytes()).prop_map(|(operation, bytes)| Frame::Offer { operation, bytes }),
             (any::<u32>(), operation(), bytes()).prop_map(|(rank, operation, bytes)| Frame::Part {
                 rank,
@@ -272,9 +358,9 @@ mod tests {
 
         #[test]
         fn any_payload_behind_a_right_header_is_taken_without_a_panic(
-            kind in 0_u8..8, code in 0_u8..8, length in 0_u32..64, payload in vec(any::<u8>(), 0..64)
+            kind in 0_u8..10, code in 0_u8..8, length in 0_u32..80, payload in vec(any::<u8>(), 0..80)
         ) {
-            let mut bytes = Frame::Welcome.encode();
+            let mut bytes = Frame::Welcome { hosts: Vec::new() }.encode();
             bytes[6] = kind;
             bytes[7] = code;
             bytes[12..16].copy_from_slice(&length.to_le_bytes());
@@ -293,15 +379,28 @@ mod tests {
 
     #[test]
     fn a_length_over_the_limit_is_refused_before_the_payload_arrives() {
-        let mut bytes = Frame::Welcome.encode();
+        let mut bytes = Frame::Welcome { hosts: Vec::new() }.encode();
         bytes[12..16].copy_from_slice(&101_u32.to_le_bytes());
         assert_eq!(Frame::parse(&bytes, 100), Err(FrameError::Length { bytes: 101, limit: 100 }));
     }
 
+    /// The limit of [`MAX_UNPROVEN`] lets all messages of the handshake through.
+    #[test]
+    fn the_messages_of_the_handshake_are_within_their_limit() {
+        let challenge = Challenge { rank: 1, world_size: 2, key: [3; 32], nonce: [4; 32] };
+        for frame in [
+            Frame::Challenge(challenge),
+            Frame::Answer { nonce: [5; 32], proof: [6; 32] },
+            Frame::Proof([7; 32]),
+        ] {
+            let bytes = frame.encode();
+            assert_eq!(Frame::parse(&bytes, MAX_UNPROVEN), Ok(Some((frame, bytes.len()))));
+        }
+    }
+
     #[test]
     fn another_protocol_version_is_named_with_its_rank() {
-        let hello = Frame::Hello { rank: 3, world_size: 4, version: String::new(), config: Vec::new() };
-        let mut bytes = hello.encode();
+        let mut bytes = Frame::Part { rank: 3, operation: Operation::Barrier, bytes: Vec::new() }.encode();
         bytes[4] = 9;
         assert_eq!(Frame::parse(&bytes, MAX_PAYLOAD), Err(FrameError::Protocol { rank: 3, found: 9 }));
     }

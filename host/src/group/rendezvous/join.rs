@@ -7,9 +7,13 @@
 //! waits for the others' hellos a little longer. A rank that has a reason not to join says so in place of a hello, and
 //! its reason is told in the same way.
 //!
+//! Between hosts, over a [`Network`], both sides first prove that they have the job's [secret](super::secret). A connection that
+//! ends before is tried again until the deadline, as rank 0 may have sent it away with strangers.
+//!
 //! The listening socket is closed before the first welcome is sent, so that a later group may use the key.
 
 use std::{
+    net::IpAddr,
     os::fd::OwnedFd,
     thread,
     time::{Duration, Instant},
@@ -29,21 +33,26 @@ use super::{
     super::loss::{How, Lost},
     channel::{Channel, wait_for},
     error::Error,
-    frame::{Frame, FrameError, MAX_PAYLOAD},
-    membership::{MARGIN, Membership},
+    frame::{Frame, FrameError, MAX_PAYLOAD, MAX_UNPROVEN},
+    membership::{MARGIN, Membership, saturating_add},
+    network::{self, Network, connect_to, ended, watch},
     peer_user::peer_user,
+    stranger::{Said, Stranger, prove},
 };
 
 /// The version that all ranks must have.
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The most bytes of a configuration.
 pub(super) const MAX_CONFIG: usize = 64 << 10;
+/// The most bytes of the name of a host.
+pub(super) const MAX_HOST: usize = 255;
 /// The most bytes of a hello's payload.
 const MAX_HELLO: usize = MAX_CONFIG + 1024;
-/// Connections that are kept without a hello, at most; the oldest goes first.
-const MAX_STRANGERS: usize = 64;
+/// Connections that are kept without a hello, at most: all ranks may come at once. The oldest goes first, of those from the
+/// address that has the most, so that one address does not keep the others out.
+const MAX_STRANGERS: usize = 128;
 /// Connections that the kernel keeps for rank 0, and that it takes at once.
-const BACKLOG: u16 = 128;
+pub(super) const BACKLOG: u16 = 128;
 /// After a hello that does not fit: how long the others have to connect and be told.
 const SETTLE: Duration = Duration::from_secs(1);
 /// The time for which a rank that does not join tries to tell the others.
@@ -69,29 +78,45 @@ fn socket() -> Result<OwnedFd, Error> {
     socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(Error::system("open a socket"))
 }
 
-/// Rank 0's side. Returns the connections to ranks 1, 2, ... in this order, all welcomed.
-pub(super) fn gather(membership: &Membership<'_>, until: Instant) -> Result<Vec<Channel>, Error> {
-    gather_unless(membership, until, None)
+/// A group that has come together.
+pub(super) struct Gathered {
+    /// On rank 0 the connections to ranks 1, 2, ... in this order; on another rank the one to rank 0.
+    pub(super) channels: Vec<Channel>,
+    /// Between hosts, the host of each rank.
+    pub(super) hosts: Vec<String>,
 }
 
-/// Like [`gather`]. With a `problem` of its own, rank 0 tells it to all who come.
-fn gather_unless(
+/// Rank 0's side, between hosts if there is a `network`. All are welcomed.
+pub(super) fn gather(
     membership: &Membership<'_>,
+    network: Option<&Network>,
+    until: Instant,
+) -> Result<Gathered, Error> {
+    gather_on(become_listener(membership, network, until)?, membership, network, until, None)
+}
+
+/// Like [`gather`], with a socket that listens already. With a `problem` of its own, rank 0 tells it to all who come.
+pub(super) fn gather_on(
+    listener: OwnedFd,
+    membership: &Membership<'_>,
+    network: Option<&Network>,
     until: Instant,
     problem: Option<Lost>,
-) -> Result<Vec<Channel>, Error> {
-    let listener = become_listener(membership, until)?;
+) -> Result<Gathered, Error> {
     let mut gathering = Gathering {
         membership,
+        network,
         seats: (1..membership.world_size).map(|_| None).collect(),
         strangers: Vec::new(),
         refused: Vec::new(),
         problem: problem.map(|lost| (lost, until)),
+        turned_away: String::new(),
+        times: 0,
     };
     let mut end = until;
     loop {
         gathering.accept(&listener)?;
-        gathering.hear();
+        gathering.hear()?;
         if let Some((_, seen)) = &gathering.problem {
             end = end.min(*seen + SETTLE);
         }
@@ -104,7 +129,17 @@ fn gather_unless(
     gathering.conclude()
 }
 
-fn become_listener(membership: &Membership<'_>, until: Instant) -> Result<OwnedFd, Error> {
+fn become_listener(
+    membership: &Membership<'_>,
+    network: Option<&Network>,
+    until: Instant,
+) -> Result<OwnedFd, Error> {
+    if let Some(Network { address, .. }) = network {
+        return network::listen_at(address, address.port(), BACKLOG, until).map_err(|error| match error {
+            Errno::ADDRINUSE => Error::AddressTaken { address: address.clone(), waited: membership.deadline },
+            error => Error::system("listen for ranks of other hosts")(error),
+        });
+    }
     let address = address(membership.key)?;
     let listener = socket()?;
     loop {
@@ -125,14 +160,24 @@ fn become_listener(membership: &Membership<'_>, until: Instant) -> Result<OwnedF
 /// Rank 0's knowledge while the group comes together.
 struct Gathering<'a> {
     membership: &'a Membership<'a>,
+    network: Option<&'a Network>,
     /// Of rank 1, 2, ...: its connection, once it said hello.
-    seats: Vec<Option<Channel>>,
+    seats: Vec<Option<Seat>>,
     /// Said nothing yet, oldest first.
-    strangers: Vec<Channel>,
+    strangers: Vec<Stranger>,
     /// Said a hello that does not fit, as this rank.
     refused: Vec<(u32, Channel)>,
     /// The first thing that rules the group out, and when it was seen.
     problem: Option<(Lost, Instant)>,
+    /// The last of the strangers that proved nothing, and how many there were.
+    turned_away: String,
+    times: u64,
+}
+
+struct Seat {
+    channel: Channel,
+    /// Between hosts.
+    host: String,
 }
 
 impl Gathering<'_> {
@@ -149,10 +194,27 @@ impl Gathering<'_> {
     fn accept(&mut self, listener: &OwnedFd) -> Result<(), Error> {
         for _ in 0..BACKLOG {
             match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+                Ok(socket) if self.network.is_some() => {
+                    // Fails only for a connection that has ended.
+                    if watch(&socket, self.membership.deadline).is_ok() {
+                        self.strangers.push(Stranger::of_network(socket));
+                    }
+                }
                 Ok(socket) if peer_user(&socket).is_ok_and(|user| user == geteuid().as_raw()) => {
-                    self.strangers.push(Channel::new(socket, MAX_HELLO));
+                    self.strangers.push(Stranger::of_this_host(socket, MAX_HELLO));
                 }
                 Ok(_) | Err(Errno::INTR | Errno::CONNABORTED) => {}
+                // Linux passes on what has befallen the connection meanwhile: see accept(2).
+                Err(
+                    Errno::NETDOWN
+                    | Errno::PROTO
+                    | Errno::NOPROTOOPT
+                    | Errno::HOSTDOWN
+                    | Errno::NONET
+                    | Errno::HOSTUNREACH
+                    | Errno::OPNOTSUPP
+                    | Errno::NETUNREACH,
+                ) if self.network.is_some() => {}
                 Err(Errno::AGAIN) => break,
                 Err(error) => return Err(Error::system("accept a rank's connection")(error)),
             }
@@ -161,46 +223,75 @@ impl Gathering<'_> {
     }
 
     /// Takes in all that has arrived.
-    fn hear(&mut self) {
+    fn hear(&mut self) -> Result<(), Error> {
         for mut stranger in std::mem::take(&mut self.strangers) {
-            let connected = stranger.fill();
-            match stranger.next() {
-                Ok(Some(Frame::Hello { rank, world_size, version, config })) => {
-                    match self.refusal(rank, world_size, &version, &config) {
-                        None => self.seats[rank as usize - 1] = Some(stranger),
-                        Some(detail) => {
-                            self.fail(rank, How::Refused, detail);
-                            self.refused.push((rank, stranger));
-                        }
-                    }
-                }
-                Ok(Some(Frame::Failed(Lost { rank, how: How::GaveUp, detail })))
-                    if (1..self.membership.world_size).contains(&rank) =>
-                {
-                    self.fail(rank, How::GaveUp, detail);
-                    self.refused.push((rank, stranger));
-                }
-                Err(error @ FrameError::Protocol { rank, .. }) => {
+            match stranger.hear(self.network, self.membership.key, MAX_HELLO)? {
+                Said::Nothing => self.strangers.push(stranger),
+                Said::Word(frame) => self.heed(frame, stranger.channel),
+                Said::Noise(error @ FrameError::Protocol { rank, .. }) => {
                     self.fail(rank, How::Refused, format!("it sent {error}"));
-                    self.refused.push((rank, stranger));
+                    self.refused.push((rank, stranger.channel));
                 }
-                Ok(None) if connected => self.strangers.push(stranger),
-                _ => {}
+                Said::Noise(_) | Said::Gone => {}
+                Said::Unproven(why) => {
+                    self.times += 1;
+                    let from = stranger
+                        .from
+                        .map_or_else(|| "an unknown address".to_owned(), |from| from.to_string());
+                    self.turned_away = format!("{from}: {why}");
+                }
             }
         }
-        let excess = self.strangers.len().saturating_sub(MAX_STRANGERS);
-        self.strangers.drain(..excess);
+        self.limit_strangers();
         for index in 0..self.seats.len() {
-            let Some(seat) = &mut self.seats[index] else { continue };
+            let Some(Seat { channel, host }) = &mut self.seats[index] else { continue };
             // A rank that has said hello waits for its welcome: anything else it says is a mistake.
-            let (connected, next) = (seat.fill(), seat.next());
+            let (connected, next) = (channel.fill(), channel.next());
             let rank = index as u32 + 1;
+            let host = self.network.map(|_| host.as_str());
             match next {
                 Ok(None) if connected => continue,
-                Ok(None) => self.fail(rank, How::Ended, String::new()),
+                Ok(None) => {
+                    let detail = ended(channel.is_silent(), host, self.membership.deadline);
+                    self.fail(rank, How::Ended, detail);
+                }
                 _ => self.fail(rank, How::OutOfStep, "it went on before the group was complete".to_owned()),
             }
             self.seats[index] = None;
+        }
+        Ok(())
+    }
+
+    /// Heeds the first message of what may be a rank.
+    fn heed(&mut self, frame: Frame, channel: Channel) {
+        match frame {
+            Frame::Hello { rank, world_size, version, host, config } => {
+                match self.refusal(rank, world_size, &version, &config) {
+                    None => self.seats[rank as usize - 1] = Some(Seat { channel, host }),
+                    Some(detail) => {
+                        let of = self.network.map_or_else(String::new, |_| format!(" (host {host})"));
+                        self.fail(rank, How::Refused, format!("{detail}{of}"));
+                        self.refused.push((rank, channel));
+                    }
+                }
+            }
+            Frame::Failed(Lost { rank, how: How::GaveUp, detail })
+                if (1..self.membership.world_size).contains(&rank) =>
+            {
+                self.fail(rank, How::GaveUp, detail);
+                self.refused.push((rank, channel));
+            }
+            _ => {}
+        }
+    }
+
+    /// Sends strangers away until there are no more than [`MAX_STRANGERS`].
+    fn limit_strangers(&mut self) {
+        while self.strangers.len() > MAX_STRANGERS {
+            let of = |from: Option<IpAddr>| self.strangers.iter().filter(|other| other.from == from).count();
+            // The first of the largest, so the oldest: `max_by_key` takes the last.
+            let most = (0..self.strangers.len()).rev().max_by_key(|&index| of(self.strangers[index].from));
+            self.strangers.remove(most.unwrap_or(0));
         }
     }
 
@@ -229,28 +320,43 @@ impl Gathering<'_> {
 
     fn wait(&self, listener: &OwnedFd, end: Instant) -> Result<(), Error> {
         let mut fds = vec![PollFd::new(listener, PollFlags::IN)];
-        fds.extend(self.strangers.iter().chain(self.seats.iter().flatten()).map(Channel::poll_fd));
-        wait_for(&mut fds, Some(end))
+        fds.extend(self.strangers.iter().map(|stranger| stranger.channel.poll_fd()));
+        fds.extend(self.seats.iter().flatten().map(|seat| seat.channel.poll_fd()));
+        let due = self.strangers.iter().filter_map(Stranger::due).min();
+        wait_for(&mut fds, Some(due.map_or(end, |due| due.min(end))))
     }
 
-    /// Welcomes all, or tells all why not. A message this short fits into a socket's buffer.
-    fn conclude(mut self) -> Result<Vec<Channel>, Error> {
+    /// Welcomes all, or tells all why not. A reason is short enough for a socket's buffer; the monitor sends what is left of a
+    /// welcome.
+    fn conclude(mut self) -> Result<Gathered, Error> {
         let missing: Vec<_> =
             (1..).zip(&self.seats).filter(|(_, seat)| seat.is_none()).map(|(rank, _)| rank).collect();
         if let [first, others @ ..] = missing.as_slice() {
             let others: String = others.iter().map(|rank| format!(", nor did rank {rank}")).collect();
-            self.fail(*first, How::Late, missed(self.membership, &others));
-        }
-        let mut seats: Vec<_> = self.seats.into_iter().flatten().collect();
-        let Some((lost, _)) = self.problem else {
-            for seat in &mut seats {
-                seat.set_limit(MAX_PAYLOAD);
-                seat.queue(&Frame::Welcome);
-                seat.flush();
+            let mut found = String::new();
+            if self.times > 0 {
+                let (times, last) = (self.times, &self.turned_away);
+                let were = if times == 1 { "connection was" } else { "connections were" };
+                found = format!("{times} {were} turned away, the last from {last}");
             }
-            return Ok(seats);
+            self.fail(*first, How::Late, missed(self.membership, self.network, &others, &found));
+        }
+        let seats = self.seats.into_iter().flatten();
+        let (mut channels, mut hosts): (Vec<_>, Vec<_>) =
+            seats.map(|Seat { channel, host }| (channel, host)).unzip();
+        let Some((lost, _)) = self.problem else {
+            match self.network {
+                Some(network) => hosts.insert(0, network.host.clone()),
+                None => hosts.clear(),
+            }
+            for channel in &mut channels {
+                channel.set_limit(MAX_PAYLOAD);
+                channel.queue(&Frame::Welcome { hosts: hosts.clone() });
+                channel.flush();
+            }
+            return Ok(Gathered { channels, hosts });
         };
-        for channel in seats.iter_mut().chain(self.refused.iter_mut().map(|(_, channel)| channel)) {
+        for channel in channels.iter_mut().chain(self.refused.iter_mut().map(|(_, channel)| channel)) {
             channel.queue(&Frame::Failed(lost.clone()));
             channel.flush();
         }
@@ -259,27 +365,99 @@ impl Gathering<'_> {
 }
 
 /// The side of ranks 1, 2, ... Returns the connection to rank 0 once the group is complete.
-pub(super) fn call(membership: &Membership<'_>, until: Instant) -> Result<Channel, Error> {
+pub(super) fn call(
+    membership: &Membership<'_>,
+    network: Option<&Network>,
+    until: Instant,
+) -> Result<Gathered, Error> {
     let hello = Frame::Hello {
         rank: membership.rank,
         world_size: membership.world_size,
         version: VERSION.to_owned(),
+        host: network.map_or_else(String::new, |network| network.host.clone()),
         config: membership.config.to_vec(),
     };
-    ask(membership, until, &hello)
+    ask(membership, network, until, &hello)
 }
 
 /// Says `word` to rank 0. Returns the connection once rank 0 has answered with a welcome.
-fn ask(membership: &Membership<'_>, until: Instant, word: &Frame) -> Result<Channel, Error> {
-    let mut channel = Channel::new(reach(membership, until)?, MAX_PAYLOAD);
+fn ask(
+    membership: &Membership<'_>,
+    network: Option<&Network>,
+    until: Instant,
+    word: &Frame,
+) -> Result<Gathered, Error> {
+    match network {
+        None => converse(Channel::new(reach(membership, until)?, MAX_PAYLOAD), membership, None, until, word),
+        Some(network) => ask_over(membership, network, until, word),
+    }
+}
+
+/// Like [`ask`], of a rank 0 on another host.
+fn ask_over(
+    membership: &Membership<'_>,
+    network: &Network,
+    until: Instant,
+    word: &Frame,
+) -> Result<Gathered, Error> {
+    let &Membership { rank, world_size, key, deadline, .. } = membership;
+    let (mut addresses, mut found, mut has_met) = (Vec::new(), String::new(), false);
+    loop {
+        if addresses.is_empty() {
+            match network.address.resolve(until) {
+                Ok(resolved) => addresses = resolved,
+                Err(error) => found = error,
+            }
+        }
+        match connect_to(&addresses, until) {
+            Ok(socket) => {
+                watch(&socket, deadline)?;
+                let channel = Channel::new(socket, MAX_UNPROVEN);
+                let end = saturating_add(until, MARGIN);
+                if let Some(mut channel) = prove(channel, network, (rank, world_size, key), end)? {
+                    has_met = true;
+                    channel.set_limit(MAX_PAYLOAD);
+                    match converse(channel, membership, Some(network), until, word) {
+                        Err(Error::Lost(Lost { rank: 0, how: How::Ended, .. })) => {}
+                        other => return other,
+                    }
+                }
+                found = "the connection ended".to_owned();
+                thread::sleep(RETRY);
+            }
+            // Whoever listened has left: until the group is complete rank 0 does not, unless it ends.
+            Err(error) if has_met && error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                return Err(Lost { rank: 0, how: How::Ended, detail: String::new() }.into());
+            }
+            Err(_) if addresses.is_empty() => {}
+            Err(error) => found = error.to_string(),
+        }
+        if Instant::now() >= until {
+            let detail = missed(membership, Some(network), "", &found);
+            return Err(Lost { rank: 0, how: How::Late, detail }.into());
+        }
+    }
+}
+
+/// Says `word` over `channel`, and waits for the answer.
+fn converse(
+    mut channel: Channel,
+    membership: &Membership<'_>,
+    network: Option<&Network>,
+    until: Instant,
+    word: &Frame,
+) -> Result<Gathered, Error> {
     channel.queue(word);
     // Rank 0 knows best what is missing, so it may speak first.
-    let end = until + MARGIN;
+    let end = saturating_add(until, MARGIN);
+    let all = network.map_or(0, |_| membership.world_size as usize);
     loop {
         channel.flush();
         let connected = channel.fill();
         match channel.next() {
-            Ok(Some(Frame::Welcome)) => return Ok(channel),
+            Ok(Some(Frame::Welcome { hosts })) if hosts.len() == all => {
+                return Ok(Gathered { channels: vec![channel], hosts });
+            }
             Ok(Some(Frame::Failed(lost))) => return Err(lost.into()),
             Ok(Some(_)) => {
                 let detail = "it answered a hello with something else than a welcome".to_owned();
@@ -290,7 +468,8 @@ fn ask(membership: &Membership<'_>, until: Instant, word: &Frame) -> Result<Chan
             Err(error) => return Err(Error::Protocol(error)),
         }
         if Instant::now() >= end {
-            return Err(late(membership).into());
+            let detail = missed(membership, network, "", "");
+            return Err(Lost { rank: 0, how: How::Late, detail }.into());
         }
         wait_for(&mut [channel.poll_fd()], Some(end))?;
     }
@@ -310,7 +489,10 @@ fn reach(membership: &Membership<'_>, until: Instant) -> Result<OwnedFd, Error> 
             Err(Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR) if Instant::now() < until => {
                 thread::sleep(RETRY)
             }
-            Err(Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR) => return Err(late(membership).into()),
+            Err(Errno::CONNREFUSED | Errno::AGAIN | Errno::INTR) => {
+                let detail = missed(membership, None, "", "");
+                return Err(Lost { rank: 0, how: How::Late, detail }.into());
+            }
             Err(error) => return Err(Error::system("connect to rank 0")(error)),
         }
     }
@@ -326,16 +508,18 @@ pub(super) fn is_taken(key: &str) -> bool {
 
 /// Tells the ranks of a group that this one does not join it, for `reason`. Returns the loss that they are told of: that of
 /// this rank, unless another was first.
-pub(super) fn decline(membership: &Membership<'_>, reason: &str) -> Lost {
+pub(super) fn decline(membership: &Membership<'_>, network: Option<&Network>, reason: &str) -> Lost {
     let own = Lost { rank: membership.rank, how: How::GaveUp, detail: reason.to_owned() };
     if membership.world_size > MOST_TOLD || membership.rank >= membership.world_size {
         return own;
     }
     let until = Instant::now() + DECLINE;
     let told = if membership.rank == 0 {
-        gather_unless(membership, until, Some(own.clone())).map(drop)
+        become_listener(membership, network, until)
+            .and_then(|listener| gather_on(listener, membership, network, until, Some(own.clone())))
+            .map(drop)
     } else {
-        ask(membership, until, &Frame::Failed(own.clone())).map(drop)
+        ask(membership, network, until, &Frame::Failed(own.clone())).map(drop)
     };
     match told {
         // A rank 0 that did not come or did not stay has told nobody anything.
@@ -344,13 +528,18 @@ pub(super) fn decline(membership: &Membership<'_>, reason: &str) -> Lost {
     }
 }
 
-fn late(membership: &Membership<'_>) -> Lost {
-    Lost { rank: 0, how: How::Late, detail: missed(membership, "") }
-}
-
-/// The rendezvous to which a rank did not come, `nor` others, and what would keep it from being found.
-fn missed(membership: &Membership<'_>, nor: &str) -> String {
+/// The rendezvous to which a rank did not come, `nor` others, what was `found` in its place, and what would keep it from being
+/// found.
+fn missed(membership: &Membership<'_>, network: Option<&Network>, nor: &str, found: &str) -> String {
     let &Membership { rank, key, deadline, .. } = membership;
+    if let Some(Network { address, host, .. }) = network {
+        let waited = if rank == 0 { "listened" } else { "looked for rank 0" };
+        let found = if found.is_empty() { String::new() } else { format!(" ({found})") };
+        return format!(
+            "the rendezvous within {deadline:.1?}{nor}: rank {rank} on host {host} {waited} at {address} under the key \
+             '{key}'{found}"
+        );
+    }
     let network = std::fs::read_link("/proc/self/ns/net");
     let network = network.map_or_else(|_| "that is not known".to_owned(), |name| name.display().to_string());
     format!(

@@ -11,7 +11,7 @@ pub(super) const MARGIN: Duration = Duration::from_millis(250);
 pub struct Membership<'a> {
     /// This rank, from 0.
     pub rank: u32,
-    /// Ranks in the group, 2 to 16.
+    /// Ranks in the group, 2 to 16, or over a network to [`MAX_RANKS`](super::MAX_RANKS).
     pub world_size: u32,
     /// A text that this job's ranks have in common, and no other job's.
     pub key: &'a str,

@@ -1,14 +1,20 @@
-//! The built-in bootstrap: ranks of one host find each other, exchange small messages and notice each other's end.
+//! The built-in bootstrap: processes find each other, exchange small messages and notice each other's end.
 //!
-//! Ranks meet at a Unix socket in the abstract namespace, whose name is made from the user and the job's
+//! Ranks of one host meet at a Unix socket in the abstract namespace, whose name is made from the user and the job's
 //! key: nothing is left in the file system, whatever dies. Only processes of the same user
 //! take part, which the kernel vouches for (`SO_PEERCRED`). Abstract names belong to a network namespace, so
 //! the ranks of a group must share one.
+//!
+//! Ranks of several hosts meet over TCP, at the address of a [`Network`]. Only processes that have the job's [`Secret`] take
+//! part: both sides prove it, and every message carries a tag of it. Until a connection has proven that, it is one of a bounded
+//! number, for a few seconds, and nothing that it sends ends the group.
 //!
 //! What must hold:
 //! - every wait ends within the deadline, with an error that names the rank that was missing;
 //! - a rank that is killed, exits, gives up or falls out of step ends the group: every operation under way or
 //!   to come fails at once on every rank, with the same [`Lost`];
+//! - between hosts, so does a host of which nothing is heard, within the deadline, or two seconds if that is less. Then each
+//!   side of a network that fell apart names the other;
 //! - a job may have several groups: a group is who joined it, or who a [split](Group::split) put into it, and never
 //!   simply everybody;
 //! - an orderly end is a [farewell](Group::farewell) of all ranks; a connection that ends before is a loss;
@@ -16,7 +22,8 @@
 
 use std::{
     any::Any,
-    os::fd::{BorrowedFd, OwnedFd},
+    net::IpAddr,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU32, Ordering},
@@ -28,26 +35,34 @@ use std::{
 
 use fused_collective_core::MAX_WORLD_SIZE;
 
+mod address;
 mod channel;
 mod error;
 mod frame;
 mod join;
 mod membership;
 mod monitor;
+mod network;
 mod peer_user;
+mod secret;
+mod stranger;
 #[cfg(test)]
 mod tests;
 
-pub use error::{Error, MIN_RANKS};
+pub use address::{Address, AddressError};
+pub use error::{Error, MAX_RANKS, MIN_RANKS};
 pub use frame::FrameError;
 pub use membership::Membership;
 pub use monitor::Alarm;
+pub use network::Network;
+pub use secret::{Secret, SecretError};
 
 use super::{
-    bootstrap::{Bootstrap, BootstrapError, Monitor},
+    bootstrap::{Bootstrap, BootstrapError, Monitor, share_by_path, this_host},
     loss::{How, Lost},
 };
 use frame::{MAX_PAYLOAD, Operation};
+use join::Gathered;
 use membership::{MARGIN, saturating_add};
 use monitor::{Command, Part, RankMonitor, Shared};
 
@@ -69,6 +84,12 @@ pub struct Group {
     world_size: u32,
     deadline: Duration,
     key: String,
+    /// Between hosts.
+    network: Option<Network>,
+    /// Between hosts, the host of each rank.
+    hosts: Arc<[String]>,
+    /// This end of the connection to rank 0, between hosts.
+    own_address: Option<IpAddr>,
     /// Groups that this one was split into so far, to tell their keys apart.
     splits: AtomicU32,
     shared: Arc<Shared>,
@@ -92,27 +113,58 @@ impl Group {
     /// (on every rank that has come) if one does not fit: a rank that comes twice, another group size,
     /// version or configuration. Other errors are this rank's own.
     pub fn join(membership: &Membership<'_>) -> Result<Self, Error> {
+        Self::meet(membership, None, None)
+    }
+
+    /// Like [`join`](Self::join), of ranks on one host or several that meet over a network. There may be up to [`MAX_RANKS`].
+    ///
+    /// # Errors
+    /// As [`join`](Self::join), and [`Error::Unproven`] where another secret is used at the address.
+    pub fn join_over(membership: &Membership<'_>, network: &Network) -> Result<Self, Error> {
+        Self::meet(membership, Some(network), None)
+    }
+
+    /// Joins a group, on rank 0 with a `listener` that listens already or one of its own.
+    fn meet(
+        membership: &Membership<'_>,
+        network: Option<&Network>,
+        listener: Option<OwnedFd>,
+    ) -> Result<Self, Error> {
         let &Membership { rank, world_size, config, deadline, .. } = membership;
-        if !(MIN_RANKS..=MAX_WORLD_SIZE).contains(&world_size) || rank >= world_size {
+        let most = network.map_or(MAX_WORLD_SIZE, |_| MAX_RANKS);
+        if !(MIN_RANKS..=most).contains(&world_size) || rank >= world_size {
             return Err(Error::Membership { rank, world_size });
         }
         check_length("a configuration", config, join::MAX_CONFIG)?;
+        let host = network.map_or("", |network| &network.host);
+        check_length("the name of a host", host.as_bytes(), join::MAX_HOST)?;
         let until = saturating_add(Instant::now(), deadline);
         // Ahead of the meeting, so that a rank that cannot have them does not come.
-        let decline = |error: &Error| drop(join::decline(membership, &error.to_string()));
+        let decline = |error: &Error| drop(join::decline(membership, network, &error.to_string()));
         let shared = Shared::new().map_err(Error::system("make an event for the group's monitor"));
         let shared = Arc::new(shared.inspect_err(decline)?);
         let (monitor, ready) = start_monitor().inspect_err(decline)?;
-        let channels =
-            if rank == 0 { join::gather(membership, until)? } else { vec![join::call(membership, until)?] };
+        let Gathered { channels, hosts } = match listener {
+            Some(listener) => join::gather_on(listener, membership, network, until, None)?,
+            None if rank == 0 => join::gather(membership, network, until)?,
+            None => join::call(membership, network, until)?,
+        };
+        let hosts: Arc<[String]> = hosts.into();
+        let own_address = match (network, channels.first()) {
+            (Some(_), Some(channel)) => Some(network::own_address(channel.as_fd())?.ip()),
+            _ => None,
+        };
         // Received, as the thread waits for it.
-        let _ = ready.send(RankMonitor::new(Arc::clone(&shared), membership, channels));
+        let _ = ready.send(RankMonitor::new(Arc::clone(&shared), membership, channels, Arc::clone(&hosts)));
         let (monitor, operation) = (Some(monitor), Mutex::new(()));
         Ok(Group {
             rank,
             world_size,
             deadline,
             key: membership.key.to_owned(),
+            network: network.cloned(),
+            hosts,
+            own_address,
             splits: AtomicU32::new(0),
             shared,
             monitor,
@@ -125,9 +177,10 @@ impl Group {
     /// [`How::GaveUp`] at once, not at their deadline. Returns what they are told: this rank's loss, unless another rank was
     /// first. Waits for ranks that have not come yet, for a few seconds at most.
     ///
-    /// Of `membership`, rank, size and key count. The size may be one that no group can have.
-    pub fn decline(membership: &Membership<'_>, reason: &str) -> Lost {
-        join::decline(membership, &reason[..reason.floor_char_boundary(MAX_REASON)])
+    /// Of `membership`, rank, size and key count. The size may be one that no group can have. Ranks of several hosts meet over
+    /// a `network`.
+    pub fn decline(membership: &Membership<'_>, network: Option<&Network>, reason: &str) -> Lost {
+        join::decline(membership, network, &reason[..reason.floor_char_boundary(MAX_REASON)])
     }
 
     /// This rank.
@@ -138,6 +191,11 @@ impl Group {
     /// Ranks in the group.
     pub fn world_size(&self) -> u32 {
         self.world_size
+    }
+
+    /// The host of each rank, if they have met over a network; else none, and all are on this host.
+    pub fn hosts(&self) -> &[String] {
+        &self.hosts
     }
 
     /// The longest wait of any rank for the others at each operation.
@@ -176,10 +234,21 @@ impl Group {
 
     /// Gives every rank a descriptor of rank 0's open file; the others give `None`. It is closed on `exec`.
     ///
+    /// Ranks that have met over a network open it under `/proc`, which asks for one user and one PID namespace.
+    ///
     /// # Errors
-    /// A rank was lost, the wrong rank has a file to share, or this process can open no more.
+    /// A rank was lost or is on another host, the wrong rank has a file to share, or this process can open no more.
     pub fn share_fd(&self, descriptor: Option<BorrowedFd<'_>>) -> Result<OwnedFd, Error> {
         self.check_root("share_fd", descriptor.is_some())?;
+        if let Some((rank, host)) = (0..).zip(&*self.hosts).find(|(_, host)| **host != self.hosts[0]) {
+            return Err(Error::OtherHost { rank, host: host.clone() });
+        }
+        if self.network.is_some() {
+            return share_by_path(self, descriptor).map_err(|error| match error.downcast() {
+                Ok(error) => *error,
+                Err(error) => Error::system("open the file of rank 0")(std::io::Error::other(error)),
+            });
+        }
         let duplicate =
             |fd: BorrowedFd<'_>| fd.try_clone_to_owned().map_err(Error::system("duplicate a descriptor"));
         let (own, sent) = (descriptor.map(duplicate).transpose()?, descriptor.map(duplicate).transpose()?);
@@ -193,6 +262,9 @@ impl Group {
     /// The new groups know nothing of each other, nor of this group, which stays as it is: they run what they like,
     /// and a rank that is lost to this group is lost to the one of the new groups that had it. To leave a new group
     /// is no [farewell](Self::farewell) to this one.
+    ///
+    /// If this group has met over a network, so does a new one with ranks of several hosts, at a port that the kernel chooses.
+    /// A new one with ranks of one host meets within the host, and its members can share files.
     ///
     /// # Errors
     /// On every rank: a rank was lost, or [`Error::Membership`] if a rank is the only one of its color.
@@ -208,16 +280,56 @@ impl Group {
                 return Err(Error::Membership { rank, world_size: of_color(color) });
             }
         }
-        let Some(color) = color else { return Ok(None) };
         let rank = all[..self.rank as usize].iter().filter(|other| **other == own).count() as u32;
-        Group::join(&Membership {
-            rank,
-            world_size: of_color(&own),
-            key: &format!("{}/split {split}/{color}", self.key),
-            config: b"",
-            deadline: self.deadline,
-        })
-        .map(Some)
+        let key = format!("{}/split {split}/{}", self.key, color.unwrap_or(0));
+        let (world_size, deadline) = (of_color(&own), self.deadline);
+        let membership = Membership { rank, world_size, key: &key, config: b"", deadline };
+        let Some(network) = &self.network else {
+            return color.map(|_| Group::join(&membership)).transpose();
+        };
+        // The first rank of each color listens, and says where.
+        let first = all.iter().position(|other| *other == own).unwrap_or(0);
+        let of_host = |host| {
+            let of_color = |(other, _): &(&Vec<u8>, _)| **other == own;
+            all.iter().zip(&*self.hosts).filter(of_color).all(|(_, other)| other == host)
+        };
+        let spans_hosts = color.is_some() && !of_host(&self.hosts[first]);
+        let listener = match rank {
+            0 if spans_hosts => Some(self.listen()?),
+            _ => None,
+        };
+        let address = listener.as_ref().map_or_else(String::new, |(_, address)| address.to_string());
+        let addresses = self.all_gather(address.as_bytes())?;
+        if color.is_none() {
+            return Ok(None);
+        }
+        if !spans_hosts {
+            return Group::join(&membership).map(Some);
+        }
+        let address = str::from_utf8(&addresses[first]).ok().and_then(|text| text.parse().ok());
+        let out_of_step = || {
+            let detail = "it gave no address to meet at".to_owned();
+            Error::Lost(Lost { rank: first as u32, how: How::OutOfStep, detail })
+        };
+        let network = Network { address: address.ok_or_else(out_of_step)?, ..network.clone() };
+        Group::meet(&membership, Some(&network), listener.map(|(socket, _)| socket)).map(Some)
+    }
+
+    /// Listens at a free port. Returns the socket and the address where other hosts find it.
+    fn listen(&self) -> Result<(OwnedFd, Address), Error> {
+        let unknown = || Error::system("find a rank's own address")(std::io::Error::other("it has none"));
+        let network = self.network.as_ref().ok_or_else(unknown)?;
+        let listener = network::listen_at(&network.address, 0, join::BACKLOG, Instant::now())
+            .map_err(Error::system("listen for ranks of other hosts"))?;
+        let port = network::port(&listener)?;
+        // A rank on the host of rank 0 is found where rank 0 was. It may know that host by another address.
+        let is_rank_0_s = self.hosts[self.rank as usize] == self.hosts[0];
+        let own = self.own_address.filter(|_| !is_rank_0_s).map(|own| own.to_canonical().to_string());
+        let address = match own {
+            Some(own) => Address::new(&own, port).map_err(|_| unknown())?,
+            None => network.address.at(port),
+        };
+        Ok((listener, address))
     }
 
     /// The rank that was lost, if one was. One atomic load while none is.
@@ -315,6 +427,13 @@ impl Bootstrap for Group {
 
     fn barrier(&self) -> Result<(), BootstrapError> {
         Ok(self.barrier()?)
+    }
+
+    fn host(&self) -> Result<Vec<u8>, BootstrapError> {
+        match self.hosts.get(self.rank as usize) {
+            Some(host) => Ok(host.clone().into_bytes()),
+            None => this_host(),
+        }
     }
 
     fn share_file(&self, file: Option<BorrowedFd<'_>>) -> Result<OwnedFd, BootstrapError> {

@@ -27,6 +27,7 @@ use super::{
     error::Error,
     frame::{Frame, Operation},
     membership::{Membership, saturating_add},
+    network::ended,
 };
 
 /// When a group ends: how long its last messages may take to leave.
@@ -184,6 +185,9 @@ pub(super) struct RankMonitor {
     world_size: u32,
     shared: Arc<Shared>,
     peers: Vec<Peer>,
+    /// Between hosts, the host of each rank.
+    hosts: Arc<[String]>,
+    deadline: Duration,
     /// On rank 0.
     hub: Option<Hub>,
     /// The farewell is done: connections may end.
@@ -208,14 +212,19 @@ struct Hub {
 
 impl RankMonitor {
     /// On rank 0 `channels` are those to ranks 1, 2, ...; on another rank the one to rank 0.
-    pub(super) fn new(shared: Arc<Shared>, membership: &Membership<'_>, channels: Vec<Channel>) -> Self {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        membership: &Membership<'_>,
+        channels: Vec<Channel>,
+        hosts: Arc<[String]>,
+    ) -> Self {
         let &Membership { rank, world_size, deadline, .. } = membership;
         let hub =
             (rank == 0).then(|| Hub { offers: (0..world_size).map(|_| None).collect(), due: None, deadline });
         let first = u32::from(rank == 0);
         let peers =
             (first..).zip(channels).map(|(rank, channel)| Peer { rank, channel, connected: true }).collect();
-        RankMonitor { rank, world_size, shared, peers, hub, parted: false, stop_by: None }
+        RankMonitor { rank, world_size, shared, peers, hosts, deadline, hub, parted: false, stop_by: None }
     }
 
     /// Runs until it is told to stop.
@@ -231,7 +240,10 @@ impl RankMonitor {
             for index in 0..self.peers.len() {
                 self.hear(index);
             }
-            if let Some(late) = self.hub.as_mut().and_then(Hub::late) {
+            if let Some(mut late) = self.hub.as_mut().and_then(Hub::late) {
+                if let Some(host) = self.host(late.rank) {
+                    late.detail += &format!(" (host {host})");
+                }
                 self.fail(late);
             }
             let flushed = self.flush();
@@ -305,9 +317,16 @@ impl RankMonitor {
                 }
             }
         }
-        if !self.peers[index].connected && !self.parted {
-            self.fail(Lost { rank, how: How::Ended, detail: String::new() });
+        let peer = &self.peers[index];
+        if !peer.connected && !self.parted {
+            let detail = ended(peer.channel.is_silent(), self.host(rank), self.deadline);
+            self.fail(Lost { rank, how: How::Ended, detail });
         }
+    }
+
+    /// The host of a rank, between hosts.
+    fn host(&self, rank: u32) -> Option<&str> {
+        self.hosts.get(rank as usize).map(String::as_str)
     }
 
     fn heed(&mut self, index: usize, frame: Frame) {

@@ -1,6 +1,7 @@
 //! Groups whose ranks are threads of this process. Ranks that are processes, and are killed, are in
 //! `tests/rank_processes.rs`.
 
+mod hosts;
 mod strangers;
 
 use std::{
@@ -299,7 +300,11 @@ fn a_rank_that_declines_is_named_to_all_at_once() {
         let lost: Vec<Lost> = thread::scope(|scope| {
             let rank = |rank: u32| {
                 let member = member(rank, 3, key);
-                if rank == declining { Group::decline(&member, why) } else { loss(Group::join(&member)) }
+                if rank == declining {
+                    Group::decline(&member, None, why)
+                } else {
+                    loss(Group::join(&member))
+                }
             };
             let threads = [0, 1, 2].map(|number| scope.spawn(move || rank(number)));
             threads.map(|thread| thread.join().expect("no rank panics")).into()
@@ -315,7 +320,7 @@ fn ranks_that_all_decline_are_told_of_rank_0_however_many_they_are() {
     let key = &new_key();
     let lost: Vec<Lost> = thread::scope(|scope| {
         let decline =
-            |rank| move || Group::decline(&member(rank, 100, key), &format!("rank {rank}'s reason"));
+            |rank| move || Group::decline(&member(rank, 100, key), None, &format!("rank {rank}'s reason"));
         let threads: Vec<_> = (0..100).rev().map(|rank| scope.spawn(decline(rank))).collect();
         threads.into_iter().map(|thread| thread.join().expect("no rank panics")).collect()
     });
@@ -324,7 +329,7 @@ fn ranks_that_all_decline_are_told_of_rank_0_however_many_they_are() {
 
 #[test]
 fn a_rank_that_declines_alone_keeps_its_reason() {
-    let declined = |rank, world_size| Group::decline(&member(rank, world_size, &new_key()), "a reason");
+    let declined = |rank, world_size| Group::decline(&member(rank, world_size, &new_key()), None, "a reason");
     let own = |rank| Lost { rank, how: How::GaveUp, detail: "a reason".to_owned() };
     assert_eq!(declined(1, 2), own(1));
     // Too many to be told, and one that is none of the group's.

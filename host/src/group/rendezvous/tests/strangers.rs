@@ -41,7 +41,7 @@ fn stranger_at(name: &SocketAddrUnix) -> UnixStream {
 
 fn hello(rank: u32, world_size: u32) -> Vec<u8> {
     let (version, config) = (env!("CARGO_PKG_VERSION").to_owned(), b"settings".to_vec());
-    Frame::Hello { rank, world_size, version, config }.encode()
+    Frame::Hello { rank, world_size, version, host: String::new(), config }.encode()
 }
 
 #[test]
@@ -69,11 +69,10 @@ fn members_that_do_not_fit_are_named_to_all() {
 fn hellos_of_other_versions_or_impossible_ranks_are_refused_by_name() {
     let mut other_protocol = hello(1, 2);
     other_protocol[4..6].copy_from_slice(&(PROTOCOL + 1).to_le_bytes());
-    let other_version =
-        Frame::Hello { rank: 1, world_size: 2, version: "0.0.1".to_owned(), config: b"settings".to_vec() }
-            .encode();
+    let (version, host, config) = ("0.0.1".to_owned(), String::new(), b"settings".to_vec());
+    let other_version = Frame::Hello { rank: 1, world_size: 2, version, host, config }.encode();
     let cases = [
-        (other_protocol, 1, "protocol version 2"),
+        (other_protocol, 1, "protocol version 3"),
         (other_version, 1, "runs version \"0.0.1\""),
         (hello(2, 2), 2, "numbered from 0 to 1"),
         (hello(u32::MAX, 2), u32::MAX, "numbered from 0 to 1"),
@@ -102,8 +101,14 @@ fn hellos_of_other_versions_or_impossible_ranks_are_refused_by_name() {
 fn strangers_do_not_keep_a_group_from_coming_together() {
     let key = new_key();
     let long = [&hello(1, 2)[..12], &u32::MAX.to_le_bytes()].concat();
-    let noise: [&[u8]; 6] =
-        [b"", b"GET / HTTP/1.0\r\n\r\n", b"FCRV", &hello(1, 2)[..30], &long, &Frame::Welcome.encode()];
+    let noise: [&[u8]; 6] = [
+        b"",
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"FCRV",
+        &hello(1, 2)[..30],
+        &long,
+        &Frame::Welcome { hosts: Vec::new() }.encode(),
+    ];
     thread::scope(|scope| {
         let root = scope.spawn(|| Group::join(&member(0, 2, &key)));
         // Some stay, some leave; more than rank 0 keeps.
@@ -161,7 +166,7 @@ fn join_false_rank_0(answer: &[u8], stays: bool) -> (Result<Group, Error>, Durat
 #[test]
 fn a_false_rank_0_that_says_nothing_or_half_a_message_is_late() {
     let other = Frame::Failed(Lost { rank: 0, how: How::Late, detail: "x".repeat(100) }).encode();
-    for answer in [&b""[..], b"F", &Frame::Welcome.encode()[..15], &other[..60]] {
+    for answer in [&b""[..], b"F", &Frame::Welcome { hosts: Vec::new() }.encode()[..15], &other[..60]] {
         let (result, time) = join_false_rank_0(answer, true);
         assert_all_lose(vec![result], 0, How::Late, "the rendezvous within 400.0ms");
         assert!(time < 4 * SHORT, "{time:?}");
@@ -200,7 +205,7 @@ fn a_false_rank_0_that_sends_more_than_was_asked_for_ends_the_group() {
                 root.read_exact(&mut vec![0; length as usize]).expect("a payload");
             };
             hear(&root);
-            root.write_all(&Frame::Welcome.encode()).expect("sent");
+            root.write_all(&Frame::Welcome { hosts: Vec::new() }.encode()).expect("sent");
             if asks {
                 hear(&root);
             }
@@ -236,7 +241,7 @@ fn a_part_without_a_color_is_of_no_group() {
 
 #[test]
 fn a_member_that_never_stops_talking_or_says_half_a_message_does_not_hold_the_others_up() {
-    let flood: Vec<u8> = Frame::Welcome.encode().repeat(10_000);
+    let flood: Vec<u8> = Frame::Welcome { hosts: Vec::new() }.encode().repeat(10_000);
     let half = Frame::Offer { operation: Operation::Barrier, bytes: vec![0; 100] }.encode();
     for (talk, how) in [(&flood[..], How::OutOfStep), (&half[..50], How::Late)] {
         let key = new_key();
@@ -359,7 +364,7 @@ proptest! {
             let mut other = stranger(&key);
             other.write_all(&hello(1, 2)).expect("sent");
             other.read_exact(&mut [0; 16]).expect("a welcome");
-            let mut frame = Frame::Welcome.encode();
+            let mut frame = Frame::Welcome { hosts: Vec::new() }.encode();
             frame[6] = kind;
             frame[7] = code;
             frame[8..12].copy_from_slice(&rank.to_le_bytes());

@@ -3,7 +3,7 @@
 //! # Sizes
 //! An archive has a frame for each processor and set of kernels, with the modules of all element types in it: these are
 //! alike. To get one module out, one frame is decompressed, 1 to 13 MB in a few hundredths of a second, and nothing is kept.
-//! All kernels, PTX and machine code of four processors, are 100 MB in 6.
+//! The kernels for `sm_90`, PTX and machine code, are 51 MB in 4.3.
 #![forbid(unsafe_code)]
 
 mod archive;

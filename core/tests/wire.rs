@@ -1,5 +1,7 @@
 //! Formats between ranks: their error, the words that are sent, and numbers at both ends of the range.
 
+use std::array;
+
 use fused_collective_core::{
     dtype::{DType, Element, bf16},
     fusion::{Mode, Norm, Operation, Residual, Rounding},
@@ -211,9 +213,8 @@ fn the_error_of_normal_rows_is_what_the_documentation_says() {
 /// Sums of addends that went through the format; in two-shot the sum does too; the residual never does.
 #[test]
 fn addends_and_sums_go_through_the_format_and_the_residual_does_not() {
-    let rows: [Vec<bf16>; 4] = std::array::from_fn(|rank| {
-        (0..48).map(|i| bf16::from_f32(normal((rank as u64) << 32 | i))).collect()
-    });
+    let rows: [Vec<bf16>; 4] =
+        array::from_fn(|rank| (0..48).map(|i| bf16::from_f32(normal((rank as u64) << 32 | i))).collect());
     let wide = |row: &[bf16]| row.iter().map(|x| x.to_f32()).collect::<Vec<_>>();
     let [a, b, c, residual] = &rows;
     for format in WireFormat::ALL {
@@ -244,4 +245,20 @@ fn addends_and_sums_go_through_the_format_and_the_residual_does_not() {
             assert_eq!(out, expected, "{format}, {mode:?}, {kind:?}");
         }
     }
+}
+
+/// Either format is bytes after one mask: of eight codes of four bits, the first four are the low halves of a word's bytes.
+#[test]
+fn codes_lie_where_the_layout_says() {
+    let row: [f32; 16] = array::from_fn(|index| index as f32 - 8.0);
+    let mut sent = [0; 16];
+    WireFormat::Int4.encode(&row, &mut sent);
+    let eight =
+        |first: u8| array::from_fn::<u8, 4, _>(|byte| (first + byte as u8) | ((first + 4 + byte as u8) << 4));
+    assert_eq!(sent[..8], [eight(0), eight(8)].concat());
+
+    let row: [f32; 16] = array::from_fn(|index| index as f32 * 16.0 - 128.0);
+    let mut sent = [0; 32];
+    WireFormat::Int8.encode(&row, &mut sent);
+    assert_eq!(sent[..16], array::from_fn::<u8, 16, _>(|index| index as u8 * 16));
 }

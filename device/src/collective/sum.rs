@@ -76,8 +76,8 @@ pub(super) unsafe fn load_row<const P: usize, const RESIDENT: bool>(
     packs
 }
 
-/// What is sent of this thread's packs of a chunk of a row, `packs`, but for the sentinel in elements. All lanes of a warp call
-/// this together.
+/// Makes of this thread's packs of a chunk of a row, `packs`, what is sent, but for the sentinel in elements. All lanes of a warp
+/// call this together.
 #[inline(always)]
 pub(super) fn encode<E, W, const P: usize, const RESIDENT: bool>(
     wire: &W,

@@ -160,7 +160,7 @@ impl<E: Element> Quantizer<E> for AnyQuantizer {
     }
 }
 
-/// What a norm is made of and what is made of it; without a norm, gamma is null.
+/// The norm and its quantizer; without a norm, gamma is null.
 type Norm = RmsNorm<AnyQuantizer>;
 
 impl<E: Element> Epilogue<E> for AnyEpilogue {

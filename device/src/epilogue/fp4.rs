@@ -58,7 +58,7 @@ fn mxfp4_scale(amax: f32) -> (u8, f32) {
     (code, ue8m0::decode_reciprocal(code))
 }
 
-/// What both quantizers do alike: with `$scale_of` the scale of a block of `$block` elements.
+/// The items that both quantizers have alike, with `$scale_of` the scale of a block of `$block` elements.
 macro_rules! quantizer {
     ($block:expr, |$constants:ident: $of:ty| $scale_of:expr) => {
         /// A word for each pack. In types of 16 bits it is full; in those of 32 the codes leave half of it, which the

@@ -30,7 +30,7 @@ fn every_entry_point_is_right_in_bf16() {
     every_entry_point::<bf16>(3, &GROUPS);
 }
 
-/// What larger groups do is the same code in every type.
+/// Larger groups run the same code in every type.
 #[test]
 fn every_entry_point_of_wire_formats_is_right() {
     let mut random = Random(4);

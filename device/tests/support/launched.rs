@@ -4,7 +4,7 @@ use std::{mem::MaybeUninit, slice};
 
 use fused_collective_core::launch::{Extras, Fused};
 
-/// Where a kernel finds a part of the extras.
+/// Finds a part of the extras.
 pub(super) type PartOf<T> = fn(&Extras) -> &T;
 
 /// A kernel with its parameters: as source, and as what it is launched by where it is compiled.

@@ -239,7 +239,7 @@ struct Run {
     rows: Rows,
 }
 
-/// What a kernel reads of the extras: of which type, and where.
+/// A part of the extras that a kernel reads: its type, and its place.
 trait Part {
     type Of: 'static;
     fn of(extras: &Extras) -> &Self::Of;

@@ -31,7 +31,7 @@ pub(super) fn choose_version(
     Some((Version::Streamed, widest, row_packs.div_ceil(widest).next_multiple_of(WARP).min(most)))
 }
 
-/// What a kernel does not go on with while it could work on another row.
+/// The reason that a kernel stands still with one row while it could work on another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Waits {
     /// The links are busy.

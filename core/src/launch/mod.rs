@@ -22,15 +22,21 @@
 //!   address. No other output overlaps anything. A thread that writes a pack has read, before, what was there, and nobody
 //!   else reads it.
 
+mod epilogue;
+
 use crate::{
     fingerprint::in_ptx,
     fusion::Rounding,
     lamport::{SENTINEL, SLOTS},
     pack::Pack,
     plan::{Algorithm, Plan, Round, owned_index},
-    quant::ScaleStrides,
     wire::WireFormat,
     workspace::{self, SLOTS_OFFSET},
+};
+
+pub use epilogue::{
+    AnyEpilogue, AnyQuantizer, BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, MxFp4, Plain, RmsNorm,
+    Unquantized,
 };
 
 /// The most threads of a block.
@@ -418,129 +424,6 @@ pub struct Local<X> {
     pub epilogue: X,
 }
 
-/// An epilogue that stores, or quantizes, the sum as it is.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Plain<Q> {
-    /// What is made of the sum.
-    pub quantizer: Q,
-}
-
-/// An epilogue of RMSNorm and a quantization.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct RmsNorm<Q> {
-    /// `[hidden]` elements, or `f32`, 16-byte aligned. Constant.
-    pub gamma: Address,
-    /// `[total_tokens, hidden]` elements, or null: then the norm is not stored.
-    pub norm_out: Address,
-    /// `1 / hidden`.
-    pub inverse_hidden: f32,
-    /// Added to the mean square.
-    pub epsilon: f32,
-    /// Added to gamma.
-    pub weight_bias: f32,
-    /// 1: gamma is `f32`, and elements are not; else 0.
-    pub gamma_f32: u32,
-    /// What is made of the norm.
-    pub quantizer: Q,
-}
-
-/// No quantization.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Unquantized;
-
-/// FP8 with a static scale for the whole tensor.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fp8Static {
-    /// `[total_tokens, hidden]` E4M3 codes, 8-byte aligned.
-    pub values: Address,
-    /// One `f32`. Constant.
-    pub scale: Address,
-}
-
-/// FP8 with a scale for each token.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fp8PerToken {
-    /// `[total_tokens, hidden]` E4M3 codes, 8-byte aligned.
-    pub values: Address,
-    /// `[total_tokens]` `f32`.
-    pub scales: Address,
-}
-
-/// The scales of blocks. The kernel zeroes their padding.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct BlockScales {
-    /// A [`ScaleTensor`](crate::quant::ScaleTensor) of `total_tokens` rows, 16-byte aligned, padding included.
-    pub address: Address,
-    /// Its layout.
-    pub strides: ScaleStrides,
-}
-
-/// FP8 with a scale for each block: per group, or MXFP8.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fp8Block {
-    /// `[total_tokens, hidden]` E4M3 codes, 8-byte aligned.
-    pub values: Address,
-    /// `[total_tokens, hidden / block]` UE8M0 codes or, of 4 bytes, `f32`.
-    pub scales: BlockScales,
-    /// The logarithm of the 16-byte packs of elements in a block: from 2 to 5.
-    pub block_packs_log2: u32,
-    /// Keeps the struct free of padding.
-    pub reserved: u32,
-}
-
-/// NVFP4: E2M1 in blocks of 16 with UE4M3 scales under a global scale.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Fp4 {
-    /// `[total_tokens, hidden / 2]` bytes of two E2M1 codes each, 4-byte aligned.
-    pub values: Address,
-    /// `[total_tokens, hidden / 16]` UE4M3 codes.
-    pub scales: BlockScales,
-    /// One `f32`. Constant.
-    pub global_scale: Address,
-}
-
-/// MXFP4: E2M1 in blocks of 32 with UE8M0 scales.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MxFp4 {
-    /// `[total_tokens, hidden / 2]` bytes of two E2M1 codes each, 4-byte aligned.
-    pub values: Address,
-    /// `[total_tokens, hidden / 32]` UE8M0 codes.
-    pub scales: BlockScales,
-}
-
-/// A quantization that is chosen at launch. Of its fields, those of the quantizer that [`kind`](Self::kind) names count.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AnyQuantizer {
-    /// The codes.
-    pub values: Address,
-    /// The scales of blocks; of them the address alone where each token has a scale.
-    pub scales: BlockScales,
-    /// The static or the global scale.
-    pub scale: Address,
-    /// [`Quantizer`](crate::kernels::Quantizer) as a number.
-    pub kind: u32,
-    /// [`Fp8Block::block_packs_log2`].
-    pub block_packs_log2: u32,
-}
-
-/// An epilogue that is chosen at launch: RMSNorm and a quantization or, if gamma is null, that of [`Plain`].
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct AnyEpilogue {
-    /// The norm, and what is made of it.
-    pub norm: RmsNorm<AnyQuantizer>,
-}
-
 /// To be raised when a field, or the memory that it points to, comes to mean something else in the same place.
 const REVISION: u64 = 1;
 
@@ -608,11 +491,12 @@ mod tests {
 
     #[test]
     fn every_launch_struct_is_in_the_fingerprint() {
-        let source = include_str!("launch.rs");
-        let declared = source.lines().filter_map(|line| {
-            let name = line.strip_prefix("pub struct ")?;
-            name.split(|c: char| !c.is_alphanumeric()).next()
-        });
+        let source = include_str!("mod.rs");
+        let declared =
+            [source, include_str!("epilogue.rs")].into_iter().flat_map(str::lines).filter_map(|line| {
+                let name = line.strip_prefix("pub struct ")?;
+                name.split(|c: char| !c.is_alphanumeric()).next()
+            });
         let mut count = 0;
         for name in declared.filter(|&name| name != "Address") {
             let lists = |prefix: &str| source.contains(&format!("\n    {prefix}{name} {{"));

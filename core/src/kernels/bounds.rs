@@ -1,6 +1,6 @@
 //! The blocks that kernels are compiled for.
 
-use super::{Addends, Family, Kernel, Quantizer, Set, Version};
+use super::table::{Addends, Family, Kernel, Quantizer, Set, Version};
 use crate::dtype::DType;
 
 /// The blocks that an entry point is compiled for, as PTX says it: `.maxntid` and `.minnctapersm`.

@@ -1,6 +1,6 @@
 //! The parameters of epilogues and of their quantizers.
 
-use super::Address;
+use super::address::Address;
 use crate::quant::ScaleStrides;
 
 /// An epilogue that stores, or quantizes, the sum as it is.

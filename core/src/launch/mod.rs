@@ -22,6 +22,7 @@
 //!   address. No other output overlaps anything. A thread that writes a pack has read, before, what was there, and nobody
 //!   else reads it.
 
+mod address;
 mod epilogue;
 
 use crate::{
@@ -34,6 +35,7 @@ use crate::{
     workspace::{self, SLOTS_OFFSET},
 };
 
+pub use address::Address;
 pub use epilogue::{
     AnyEpilogue, AnyQuantizer, BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, MxFp4, Plain, RmsNorm,
     Unquantized,
@@ -48,28 +50,6 @@ pub const MAX_CLUSTER: u32 = 8;
 pub const MAX_BLOCKS: u32 = 1024;
 /// The most ranks of a group that a kernel serves.
 pub const MAX_RANKS: usize = 8;
-
-/// An address in the memory of the device, or in memory mapped there. Zero stands for "not there".
-#[repr(transparent)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Address(pub u64);
-
-impl Address {
-    /// No memory: an optional tensor that is absent.
-    pub const NULL: Address = Address(0);
-
-    /// Whether there is no memory.
-    #[inline(always)]
-    pub const fn is_null(self) -> bool {
-        self.0 == 0
-    }
-
-    /// The address `bytes` further on.
-    #[inline(always)]
-    pub const fn offset(self, bytes: u64) -> Address {
-        Address(self.0.wrapping_add(bytes))
-    }
-}
 
 /// What a rank keeps on its device from one operation to the next. Zeroed when the group is made; only kernels
 /// write it afterwards.

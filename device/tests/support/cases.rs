@@ -12,7 +12,7 @@ use fused_collective_core::{
     wire::WireFormat,
 };
 
-use super::{Kernel, random::Random, rows::Rows};
+use super::{random::Random, rows::Rows};
 
 /// One rank's experts.
 #[derive(Clone)]
@@ -187,9 +187,9 @@ impl<E: Element> Case<E> {
     }
 
     /// The same with addends that cross the links in a format of fewer bits, where the mode shows in the bits.
-    pub fn encoded(mut self, format: WireFormat, kernel: Kernel) -> Self {
+    pub fn encoded(mut self, format: WireFormat, mode: Mode) -> Self {
         self.operation.wire = Some(format);
-        self.operation.mode = kernel.mode();
+        self.operation.mode = mode;
         self
     }
 

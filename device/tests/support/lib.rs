@@ -464,7 +464,7 @@ fn every_version_of<E: Element>(random: &mut Random, world: &World, warps: u64, 
                 let case = if index < plain { case.plain() } else { case.with_bias(random) };
                 let case = if is_sharded { case.sharded() } else { case };
                 let format = WireFormat::ALL[(index + random.below(2) as usize) % 2];
-                let case = if is_encoded { case.encoded(format, kernel) } else { case };
+                let case = if is_encoded { case.encoded(format, kernel.mode()) } else { case };
                 let launch = geometry(&case.operation, rows, 1, 1 + random.below(tokens.min(warps)) as u32);
                 let streaming = if rows == Rows::Streamed { 1 + random.below(warps) as u32 } else { 1 };
                 let launch = Launch { threads: launch.threads * streaming, ..launch };

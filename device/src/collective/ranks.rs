@@ -29,6 +29,13 @@ pub(super) fn first_slot<const N: usize>(group: &Group, rank: u32) -> Address {
     region::<N>(group, rank).offset(SLOTS_OFFSET)
 }
 
+/// The group, of whose regions a compiler knows nothing: one that reads parameters at a selected address copies them all to local
+/// memory first.
+#[inline(always)]
+pub(super) fn opaque(group: &Group) -> Group {
+    Group { regions: group.regions.map(|region| Address(simt::black_box_u64(region.0))), ..*group }
+}
+
 /// The rank `distance` (less than the group's size) after this one. Ranks start with different peers, so that they
 /// do not all write to one at the same time.
 #[inline(always)]

@@ -23,22 +23,19 @@
 //! Ranks cannot wait in a circle, whatever their grids are: an owner waits only for pushes that wait for nothing, a
 //! receiver of a token only for its owner, and before either a team completes only tokens that come before that one.
 
-use fused_collective_core::{
-    dtype::Element,
-    pack::Pack,
-    plan::{owned_index, owner},
-    workspace::SlotRows,
-};
+use fused_collective_core::{dtype::Element, pack::Pack};
 
 use super::{
-    begun::{Begun, fill_padding, serves},
-    ranks::{deal, peer, row_of},
+    begun::{Begun, fill_padding, serves, serves_hosts},
+    first_hop::{FirstHop, dealt},
+    partials::{Origin, Ranks},
+    ranks::{deal, peer},
     sum::{bias_of, encode, load_row, make_addend, residual_of_sum, residual_out, sum_of},
     wait::Awaited,
 };
 use crate::{
-    epilogue::{Epilogue, PackIndex},
-    launch::{Activations, Address, Fused},
+    epilogue::Epilogue,
+    launch::{Activations, Address, Fused, HOST_FAILED},
     prologue::Prologue,
     row::{Prepared, Team, ThreadSlice},
     simt,
@@ -62,7 +59,28 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     I: Prologue<E>,
     W: Wire<E>,
 {
-    if !serves::<N>(&params.group) {
+    // SAFETY: as this function's.
+    unsafe { two_hops::<E, X, I, W, _, N, P, RESIDENT>(params, prologue, wire, &Ranks) }
+}
+
+/// The kernel, or its second hop alone: of sums of what is from `origin`.
+///
+/// # Safety
+/// As [`two_shot`].
+#[inline(always)]
+pub(super) unsafe fn two_hops<E, X, I, W, S, const N: usize, const P: usize, const RESIDENT: bool>(
+    params: &Fused<X>,
+    prologue: &I,
+    wire: &W,
+    origin: &S,
+) where
+    E: Element,
+    X: Epilogue<E>,
+    I: Prologue<E>,
+    W: Wire<E>,
+    S: Origin<E>,
+{
+    if !(if S::FIRST_HOP { serves::<N>(&params.group) } else { serves_hosts::<N>(&params.group) }) {
         return;
     }
     let Fused { group, shape, activations, epilogue, extras } = params;
@@ -72,10 +90,9 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     let residual_of_sum = residual_of_sum(I::EXTRAS, activations);
     let has_residual = !residual_of_sum.is_null();
     let rounds_sum = I::EXTRAS && activations.has(Activations::ROUNDS_SUM);
-    let row_bytes = wire.row_bytes(shape);
-    let rows = SlotRows::of_elements(group.world_size, shape.tokens as u64, row_bytes);
-    let stride = rows.first_hop(1, 0);
-    let in_row = |pack: u32| PackIndex::new(0, pack, shape.row_packs);
+    let hop = FirstHop::new::<E>(group, shape, wire);
+    let FirstHop { row_bytes, stride, .. } = hop;
+    let in_row = |pack: u32| hop.in_row(pack);
 
     // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,
     // and by the launch rules this thread's alone. The same holds for the blocks below.
@@ -89,14 +106,14 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     simt::wait_for_prerequisites();
     // SAFETY: see above.
     unsafe {
-        if prologue.makes_addend(activations) {
+        if S::FIRST_HOP && prologue.makes_addend(activations) {
             deal(team_index, teams, shape.tokens, |token| {
                 make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
             });
         }
     }
     // Read together with the state, and kept, where there are registers for it. Every team has a token.
-    let keeps = const { RESIDENT && P == 1 && N == 2 };
+    let keeps = const { S::FIRST_HOP && RESIDENT && P == 1 && N == 2 };
     let first = if keeps { input(team.index, 0) } else { [Pack::default(); P] };
     // SAFETY: see above.
     let mut begun = unsafe { Begun::read(group, Begun::epoch(group)) };
@@ -104,20 +121,18 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
 
     // Push.
     let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
-    deal(team_index, teams, shape.tokens, |token| {
-        let (owner, index) = dealt(token, group.world_size);
-        if owner == group.rank || begun.waiter.failed {
-            return;
-        }
+    if S::FIRST_HOP {
+        deal(team_index, teams, shape.tokens, |token| {
+            // SAFETY: see above.
+            unsafe {
+                let slot_of = |rank| begun.slot_of::<N>(rank);
+                hop.push::<E, P, RESIDENT>(&begun.waiter, slice, token, |chunk| own(token, chunk), slot_of);
+            }
+        });
+    } else {
         // SAFETY: see above.
-        unsafe {
-            let row = begun.slot_of::<N>(owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
-            slice.for_chunks(|chunk| {
-                let packs = encode(wire, slice, chunk, own(token, chunk));
-                slice.for_each(chunk, |p, pack| wire.push(row, 0, in_row(pack), packs[p]));
-            });
-        }
-    });
+        unsafe { origin.begin(&mut begun, shape) };
+    }
     begun.advance();
     // SAFETY: see above.
     unsafe { fill_padding::<E, X>(epilogue, shape) };
@@ -167,19 +182,29 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
                         Awaited { shape, token, hop: 2 },
                     );
                 } else {
-                    let own = encode(wire, slice, chunk, own(token, chunk));
+                    let own = if S::FIRST_HOP {
+                        encode(wire, slice, chunk, own(token, chunk))
+                    } else {
+                        [Pack::default(); P]
+                    };
                     let residual = if W::ELEMENTS { residual() } else { after };
-                    let row_at = slot.offset(index as u64 * row_bytes);
-                    let packs = begun.waiter.all::<N, P, RESIDENT>(
-                        slice,
-                        chunk,
-                        |source, _, pack| wire.poll(row_of(row_at, source, stride), 0, in_row(pack)),
-                        |source, _, pack| wire.refill(row_of(row_at, source, stride), 0, in_row(pack)),
-                        Awaited { shape, token, hop: 1 },
-                    );
+                    let packs = if S::FIRST_HOP {
+                        hop.receive(&mut begun.waiter, slice, chunk, slot, (token, index))
+                    } else {
+                        [[Pack::default(); N]; P]
+                    };
                     let mut sums = [E::WIDE_ZERO; P];
                     slice.for_each(chunk, |p, pack| {
-                        sums[p] = sum_of::<E, W, N>(wire, group, in_row(pack), &packs[p], own[p]);
+                        sums[p] = if S::FIRST_HOP {
+                            sum_of::<E, W, N>(wire, group, in_row(pack), &packs[p], own[p])
+                        } else {
+                            origin.sum(
+                                &mut begun.waiter,
+                                index,
+                                pack,
+                                Awaited { shape, token, hop: HOST_FAILED },
+                            )
+                        };
                         if W::ELEMENTS {
                             row[p] = complete(sums[p], p, pack, &residual);
                             push(&begun, pack, row[p]);
@@ -198,11 +223,4 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
             });
         }
     });
-}
-
-/// A token's owner, and which of its tokens it is.
-#[inline(always)]
-fn dealt(token: u32, world_size: u32) -> (u32, u32) {
-    let (owner, index) = (owner(token as u64, world_size), owned_index(token as u64, world_size));
-    (owner, index as u32)
 }

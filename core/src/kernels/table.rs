@@ -191,8 +191,8 @@ impl From<Algorithm> for Family {
     fn from(algorithm: Algorithm) -> Family {
         match algorithm {
             Algorithm::OneShot => Family::OneShot,
-            Algorithm::TwoShot => Family::TwoShot,
-            Algorithm::ShardedTwoShot => Family::Sharded,
+            Algorithm::TwoShot | Algorithm::Hierarchical => Family::TwoShot,
+            Algorithm::ShardedTwoShot | Algorithm::ShardedHierarchical => Family::Sharded,
         }
     }
 }
@@ -438,7 +438,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        fusion::{Experts, Mode, Norm, Residual, WeightType},
+        fusion::{Experts, Mode, Norm, PartialSums, Residual, WeightType},
         quant::ScaleLayout,
         wire::WireFormat,
     };
@@ -469,6 +469,7 @@ mod tests {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     };
 

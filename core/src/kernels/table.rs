@@ -224,8 +224,8 @@ impl From<Algorithm> for Family {
     fn from(algorithm: Algorithm) -> Family {
         match algorithm {
             Algorithm::OneShot => Family::OneShot,
-            Algorithm::TwoShot => Family::TwoShot,
-            Algorithm::ShardedTwoShot => Family::Sharded,
+            Algorithm::TwoShot | Algorithm::Hierarchical => Family::TwoShot,
+            Algorithm::ShardedTwoShot | Algorithm::ShardedHierarchical => Family::Sharded,
         }
     }
 }
@@ -490,7 +490,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        fusion::{Experts, Mode, Norm, Residual, WeightType},
+        fusion::{Experts, Mode, Norm, PartialSums, Residual, WeightType},
         quant::ScaleLayout,
         wire::WireFormat,
     };
@@ -521,6 +521,7 @@ mod tests {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     };
 

@@ -142,6 +142,7 @@ impl Communicator {
             bootstrap,
             Limits {
                 world_size,
+                hosts: 1,
                 slot_bytes: layout.slot_bytes(),
                 compute_units: gpu.units,
                 max_cluster: kernels.max_cluster(),

@@ -91,18 +91,12 @@ impl<'a> Begun<'a> {
     }
 }
 
-/// True if a kernel for at most `N` ranks can serve the group. One launched for another ends at once, and its peers'
+/// True if a kernel for `least` to `N` ranks can serve the group. One launched for another ends at once, and its peers'
 /// waits say what is missing.
 #[inline(always)]
-pub(super) fn serves<const N: usize>(group: &Group) -> bool {
-    // Not `world_size > 1`, of which a compiler makes other code for more than two ranks, and nobody has timed that.
-    group.world_size as usize <= N && group.world_size.saturating_sub(1) != 0
-}
-
-/// As [`serves`], of kernels of groups of several hosts, each of which may have one rank.
-#[inline(always)]
-pub(super) fn serves_hosts<const N: usize>(group: &Group) -> bool {
-    group.world_size as usize <= N && group.world_size != 0
+pub(super) fn serves<const N: usize>(group: &Group, least: u32) -> bool {
+    // Not `world_size >= least`, of which a compiler makes other code for more than two ranks, and nobody has timed that.
+    group.world_size as usize <= N && group.world_size.saturating_sub(least - 1) != 0
 }
 
 /// Writes the outputs' padding. The links have work by then, and not before: where blocks fill the multiprocessors, the next

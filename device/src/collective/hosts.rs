@@ -48,21 +48,20 @@
 //! the host's see that it lasts. When that thread has set [`Status::abort`](crate::launch::Status::abort) and ended the gather, the
 //! second kernel finds the word set before it believes any row.
 
-use fused_collective_core::{dtype::Element, pack::Pack};
+use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 
 use super::{
-    begun::{Begun, serves_hosts},
-    first_hop::{FirstHop, dealt},
+    begun::{Begun, serves},
     partials,
-    ranks::{deal, first_slot, opaque},
+    ranks::{deal, dealt, first_slot, opaque, row_of},
     sharded::sharded_of,
     sum::{load_row, make_addend, sum_of},
     two_shot::two_hops,
-    wait::Waiter,
+    wait::{Awaited, Waiter},
 };
 use crate::{
-    epilogue::Epilogue,
-    launch::{Experts, FusedHosts, HostSum, Status},
+    epilogue::{Epilogue, PackIndex},
+    launch::{Activations, Address, FusedHosts, HostSum, Status},
     prologue::Prologue,
     row::{Team, ThreadSlice},
     simt,
@@ -83,19 +82,22 @@ pub unsafe fn host_sum<E, I, const N: usize, const P: usize, const RESIDENT: boo
     E: Element,
     I: Prologue<E>,
 {
-    if !serves_hosts::<N>(&params.group) {
+    if !serves::<N>(&params.group, 1) {
         return;
     }
     let HostSum { group, shape, activations, partials, .. } = params;
     let team = Team::join(false);
     let (team_index, teams) = (team.index, team.teams);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
-    let hop = FirstHop::new::<E>(group, shape, &Elements);
+    let row_bytes = shape.row_bytes();
+    let stride = SlotRows::of_elements(group.world_size, shape.tokens as u64, row_bytes).first_hop(1, 0);
     // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,
     // and by the launch rules this thread's alone. The same holds for the blocks below.
     let own = |token, chunk| unsafe {
         load_row(activations.input, slice, chunk, &slice.indices(shape.operation_token(token), chunk))
     };
+
+    let at = |row: Address, pack: u32| row.offset(pack as u64 * Pack::BYTES);
 
     // Prologue. The next kernel is not let in early: it is NCCL's, and need not wait for this one.
     simt::wait_for_prerequisites();
@@ -116,11 +118,16 @@ pub unsafe fn host_sum<E, I, const N: usize, const P: usize, const RESIDENT: boo
         first_slot::<N>(&opaque(group), rank).offset(waiter.slot as u64 * group.slot_bytes)
     };
     deal(team_index, teams, shape.tokens, |token| {
-        // SAFETY: see above.
-        unsafe {
-            let slot_of = |rank| slot_of(&begun.waiter, rank);
-            hop.push::<E, P, RESIDENT>(&begun.waiter, slice, token, |chunk| own(token, chunk), slot_of);
+        let (owner, index) = dealt(token, group.world_size);
+        if owner == group.rank || begun.waiter.failed {
+            return;
         }
+        let row = slot_of(&begun.waiter, owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
+        slice.for_chunks(|chunk| {
+            let packs = own(token, chunk);
+            // SAFETY: see above.
+            slice.for_each(chunk, |p, pack| unsafe { simt::push(at(row, pack), packs[p].strip()) });
+        });
     });
 
     // Complete.
@@ -129,21 +136,44 @@ pub unsafe fn host_sum<E, I, const N: usize, const P: usize, const RESIDENT: boo
         if owner != group.rank {
             return;
         }
-        let slot = slot_of(&begun.waiter, group.rank);
+        let first = slot_of(&begun.waiter, group.rank).offset(index as u64 * row_bytes);
         slice.for_chunks(|chunk| {
             let own = own(token, chunk);
+            let from = |source, pack| at(row_of(first, source, stride), pack);
             // SAFETY: see above. The partial sums have a row for each token that this rank owns.
             unsafe {
-                let waiter = &mut begun.waiter;
-                let packs: [[Pack; N]; P] =
-                    hop.receive::<E, N, P, RESIDENT>(waiter, slice, chunk, slot, (token, index));
+                let packs = begun.waiter.all::<N, P, RESIDENT>(
+                    slice,
+                    chunk,
+                    |source, _, pack| simt::poll(from(source, pack)),
+                    // A push, since a peer given up on may still write.
+                    |source, _, pack| simt::push(from(source, pack), Pack::SENTINEL),
+                    Awaited { shape, token, hop: 1 },
+                );
                 slice.for_each(chunk, |p, pack| {
-                    let sum = sum_of::<E, _, N>(&Elements, group, hop.in_row(pack), &packs[p], own[p]);
+                    let in_row = PackIndex::new(0, pack, shape.row_packs);
+                    let sum = sum_of::<E, _, N>(&Elements, group, in_row, &packs[p], own[p]);
                     partials::store::<E>(partials, shape, index, pack, sum, begun.waiter.failed);
                 });
             }
         });
     });
+}
+
+/// The prologue of the second kernel: the first has made the addend, and there may be other extras.
+#[derive(Clone, Copy)]
+struct Summed;
+
+impl<E: Element> Prologue<E> for Summed {
+    #[inline(always)]
+    fn makes_addend(&self, _activations: &Activations) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    unsafe fn addend(&self, _index: PackIndex) -> Pack {
+        Pack::default()
+    }
 }
 
 /// The second kernel, for hosts of at most `N` ranks: [`two_shot`](super::two_shot()) of what the hosts have summed. `P` and
@@ -160,14 +190,7 @@ pub unsafe fn two_shot_hosts<E, X, const N: usize, const P: usize, const RESIDEN
 {
     let FusedHosts { fused, partials } = params;
     // SAFETY: as this function's.
-    unsafe {
-        two_hops::<E, X, Experts, Elements, _, N, P, RESIDENT>(
-            fused,
-            &fused.extras.experts,
-            &Elements,
-            partials,
-        )
-    }
+    unsafe { two_hops::<E, X, _, _, _, N, P, RESIDENT>(fused, &fused.extras.experts, &Elements, partials) }
 }
 
 /// The second kernel with a sharded residual: [`sharded`](super::sharded()) of what the hosts have summed.
@@ -183,12 +206,5 @@ pub unsafe fn sharded_hosts<E, X, const N: usize, const P: usize, const RESIDENT
 {
     let FusedHosts { fused, partials } = params;
     // SAFETY: as this function's.
-    unsafe {
-        sharded_of::<E, X, Experts, Elements, _, N, P, RESIDENT>(
-            fused,
-            &fused.extras.experts,
-            &Elements,
-            partials,
-        )
-    }
+    unsafe { sharded_of::<E, X, _, _, _, N, P, RESIDENT>(fused, &fused.extras.experts, &Elements, partials) }
 }

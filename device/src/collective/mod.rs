@@ -46,7 +46,6 @@
 //! [`Epoch`]: crate::launch::Epoch
 
 mod begun;
-mod first_hop;
 mod hosts;
 mod one_shot;
 mod partials;

@@ -18,6 +18,9 @@ pub(super) trait Origin<E: Element>: Copy {
     /// True if ranks push it in this kernel, in a first hop; false if hosts have gathered it.
     const FIRST_HOP: bool;
 
+    /// The fewest ranks of a group.
+    const LEAST_RANKS: u32;
+
     /// Begins in place of the first hop, before the epochs are advanced. Every thread calls this.
     ///
     /// # Safety
@@ -39,6 +42,8 @@ pub(super) struct Ranks;
 impl<E: Element> Origin<E> for Ranks {
     const FIRST_HOP: bool = true;
 
+    const LEAST_RANKS: u32 = 2;
+
     #[inline(always)]
     unsafe fn begin(&self, _begun: &mut Begun<'_>, _shape: &Shape) {}
 
@@ -56,6 +61,8 @@ impl<E: Element> Origin<E> for Ranks {
 
 impl<E: Element> Origin<E> for Partials {
     const FIRST_HOP: bool = false;
+
+    const LEAST_RANKS: u32 = 1;
 
     #[inline(always)]
     unsafe fn begin(&self, begun: &mut Begun<'_>, shape: &Shape) {

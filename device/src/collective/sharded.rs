@@ -28,7 +28,7 @@
 use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::SlotRows};
 
 use super::{
-    begun::{Begun, fill_padding, serves, serves_hosts},
+    begun::{Begun, fill_padding, serves},
     partials::{Origin, Ranks},
     ranks::{first_slot, opaque, peer, row_of},
     sum::{bias_of, encode, load_row, make_addend, residual_of_sum, residual_out, sum_of},
@@ -93,7 +93,7 @@ pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, c
     S: Origin<E>,
 {
     const { assert!(X::WORDS > 0, "this epilogue's results are not sent") }
-    if !(if S::FIRST_HOP { serves::<N>(&params.group) } else { serves_hosts::<N>(&params.group) }) {
+    if !serves::<N>(&params.group, S::LEAST_RANKS) {
         return;
     }
     let Fused { group, shape, activations, epilogue, extras } = params;
@@ -108,6 +108,9 @@ pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, c
     // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,
     // and by the launch rules this thread's alone. The same holds for the blocks below.
     let own = |token, chunk| unsafe {
+        if !S::FIRST_HOP {
+            return [Pack::default(); P];
+        }
         load_row(activations.input, slice, chunk, &slice.indices(shape.operation_token(token), chunk))
     };
 
@@ -119,8 +122,7 @@ pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, c
     // SAFETY: see above.
     unsafe {
         let (mut index, mut other) = (team_index, tokens.first_other(team_index, teams));
-        while S::FIRST_HOP
-            && prologue.makes_addend(activations)
+        while prologue.makes_addend(activations)
             && let Some(Token { token, owner, .. }) = tokens.own(index).or_else(|| tokens.other(other))
         {
             make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
@@ -144,7 +146,7 @@ pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, c
     let push = |waiter: &Waiter<'_>, other: i32, chunk: u32| {
         let Some(Token { token, owner, index }) = tokens.other(other) else { return };
         // A warp encodes together, whoever of it has failed.
-        if W::ELEMENTS && waiter.failed {
+        if !S::FIRST_HOP || W::ELEMENTS && waiter.failed {
             return;
         }
         // SAFETY: see above.
@@ -161,15 +163,13 @@ pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, c
     let turns_ahead = const { turns_ahead(N, P, RESIDENT) };
     let mut other = tokens.first_other(team_index, teams);
     let mut pushed = 0;
-    while S::FIRST_HOP && (turns_ahead == 0 || pushed < turns_ahead) && tokens.other(other).is_some() {
+    while (turns_ahead == 0 || pushed < turns_ahead) && tokens.other(other).is_some() {
         slice.for_chunks(|chunk| push(&begun.waiter, other, chunk));
         other += teams as i32;
         pushed += 1;
     }
-    if !S::FIRST_HOP {
-        // SAFETY: see above.
-        unsafe { origin.begin(&mut begun, shape) };
-    }
+    // SAFETY: see above.
+    unsafe { origin.begin(&mut begun, shape) };
     begun.advance();
     // SAFETY: see above.
     unsafe { fill_padding::<E, X>(epilogue, shape) };
@@ -198,11 +198,7 @@ pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, c
         if let Some(Token { token, index, .. }) = tokens.own(index) {
             // SAFETY: see above. The residual's rows are this rank's tokens of the round.
             let sum = |waiter: &mut Waiter<'_>, chunk: u32, row: &mut [Pack; P]| unsafe {
-                let own = if S::FIRST_HOP {
-                    encode(wire, slice, chunk, own(token, chunk))
-                } else {
-                    [Pack::default(); P]
-                };
+                let own = encode(wire, slice, chunk, own(token, chunk));
                 let residual = load_row(
                     residual_of_sum(I::EXTRAS, activations),
                     slice,
@@ -221,7 +217,7 @@ pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, c
                 } else {
                     [[Pack::default(); N]; P]
                 };
-                if S::FIRST_HOP && turns_ahead > 0 {
+                if turns_ahead > 0 {
                     // The team is a turn late with the others' tokens. None of two ranks is left out, as a team has
                     // at most one more of them than of its own.
                     push(waiter, other + ((turns_ahead + 1) * simt::clusters()) as i32, chunk);

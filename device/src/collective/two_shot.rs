@@ -23,18 +23,17 @@
 //! Ranks cannot wait in a circle, whatever their grids are: an owner waits only for pushes that wait for nothing, a
 //! receiver of a token only for its owner, and before either a team completes only tokens that come before that one.
 
-use fused_collective_core::{dtype::Element, pack::Pack};
+use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 
 use super::{
-    begun::{Begun, fill_padding, serves, serves_hosts},
-    first_hop::{FirstHop, dealt},
+    begun::{Begun, fill_padding, serves},
     partials::{Origin, Ranks},
-    ranks::{deal, peer},
+    ranks::{deal, dealt, peer, row_of},
     sum::{bias_of, encode, load_row, make_addend, residual_of_sum, residual_out, sum_of},
     wait::Awaited,
 };
 use crate::{
-    epilogue::Epilogue,
+    epilogue::{Epilogue, PackIndex},
     launch::{Activations, Address, Fused, HOST_FAILED},
     prologue::Prologue,
     row::{Prepared, Team, ThreadSlice},
@@ -80,7 +79,7 @@ pub(super) unsafe fn two_hops<E, X, I, W, S, const N: usize, const P: usize, con
     W: Wire<E>,
     S: Origin<E>,
 {
-    if !(if S::FIRST_HOP { serves::<N>(&params.group) } else { serves_hosts::<N>(&params.group) }) {
+    if !serves::<N>(&params.group, S::LEAST_RANKS) {
         return;
     }
     let Fused { group, shape, activations, epilogue, extras } = params;
@@ -90,13 +89,17 @@ pub(super) unsafe fn two_hops<E, X, I, W, S, const N: usize, const P: usize, con
     let residual_of_sum = residual_of_sum(I::EXTRAS, activations);
     let has_residual = !residual_of_sum.is_null();
     let rounds_sum = I::EXTRAS && activations.has(Activations::ROUNDS_SUM);
-    let hop = FirstHop::new::<E>(group, shape, wire);
-    let FirstHop { row_bytes, stride, .. } = hop;
-    let in_row = |pack: u32| hop.in_row(pack);
+    let row_bytes = wire.row_bytes(shape);
+    let rows = SlotRows::of_elements(group.world_size, shape.tokens as u64, row_bytes);
+    let stride = rows.first_hop(1, 0);
+    let in_row = |pack: u32| PackIndex::new(0, pack, shape.row_packs);
 
     // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,
     // and by the launch rules this thread's alone. The same holds for the blocks below.
     let input = |token, chunk| unsafe {
+        if !S::FIRST_HOP {
+            return [Pack::default(); P];
+        }
         load_row(activations.input, slice, chunk, &slice.indices(shape.operation_token(token), chunk))
     };
 
@@ -106,14 +109,14 @@ pub(super) unsafe fn two_hops<E, X, I, W, S, const N: usize, const P: usize, con
     simt::wait_for_prerequisites();
     // SAFETY: see above.
     unsafe {
-        if S::FIRST_HOP && prologue.makes_addend(activations) {
+        if prologue.makes_addend(activations) {
             deal(team_index, teams, shape.tokens, |token| {
                 make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
             });
         }
     }
     // Read together with the state, and kept, where there are registers for it. Every team has a token.
-    let keeps = const { S::FIRST_HOP && RESIDENT && P == 1 && N == 2 };
+    let keeps = const { RESIDENT && P == 1 && N == 2 };
     let first = if keeps { input(team.index, 0) } else { [Pack::default(); P] };
     // SAFETY: see above.
     let mut begun = unsafe { Begun::read(group, Begun::epoch(group)) };
@@ -121,18 +124,22 @@ pub(super) unsafe fn two_hops<E, X, I, W, S, const N: usize, const P: usize, con
 
     // Push.
     let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
-    if S::FIRST_HOP {
-        deal(team_index, teams, shape.tokens, |token| {
-            // SAFETY: see above.
-            unsafe {
-                let slot_of = |rank| begun.slot_of::<N>(rank);
-                hop.push::<E, P, RESIDENT>(&begun.waiter, slice, token, |chunk| own(token, chunk), slot_of);
-            }
-        });
-    } else {
+    deal(team_index, teams, shape.tokens, |token| {
+        let (owner, index) = dealt(token, group.world_size);
+        if !S::FIRST_HOP || owner == group.rank || begun.waiter.failed {
+            return;
+        }
         // SAFETY: see above.
-        unsafe { origin.begin(&mut begun, shape) };
-    }
+        unsafe {
+            let row = begun.slot_of::<N>(owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
+            slice.for_chunks(|chunk| {
+                let packs = encode(wire, slice, chunk, own(token, chunk));
+                slice.for_each(chunk, |p, pack| wire.push(row, 0, in_row(pack), packs[p]));
+            });
+        }
+    });
+    // SAFETY: see above.
+    unsafe { origin.begin(&mut begun, shape) };
     begun.advance();
     // SAFETY: see above.
     unsafe { fill_padding::<E, X>(epilogue, shape) };
@@ -182,14 +189,17 @@ pub(super) unsafe fn two_hops<E, X, I, W, S, const N: usize, const P: usize, con
                         Awaited { shape, token, hop: 2 },
                     );
                 } else {
-                    let own = if S::FIRST_HOP {
-                        encode(wire, slice, chunk, own(token, chunk))
-                    } else {
-                        [Pack::default(); P]
-                    };
+                    let own = encode(wire, slice, chunk, own(token, chunk));
                     let residual = if W::ELEMENTS { residual() } else { after };
                     let packs = if S::FIRST_HOP {
-                        hop.receive(&mut begun.waiter, slice, chunk, slot, (token, index))
+                        let row_at = slot.offset(index as u64 * row_bytes);
+                        begun.waiter.all::<N, P, RESIDENT>(
+                            slice,
+                            chunk,
+                            |source, _, pack| wire.poll(row_of(row_at, source, stride), 0, in_row(pack)),
+                            |source, _, pack| wire.refill(row_of(row_at, source, stride), 0, in_row(pack)),
+                            Awaited { shape, token, hop: 1 },
+                        )
                     } else {
                         [[Pack::default(); N]; P]
                     };

@@ -3,7 +3,6 @@
 use std::{
     panic::{AssertUnwindSafe, catch_unwind},
     sync::atomic::Ordering,
-    time::Duration,
 };
 
 use fused_collective_core::{
@@ -12,32 +11,14 @@ use fused_collective_core::{
     quant::ScaleLayout,
 };
 use fused_collective_device::{
-    launch::{ABORTED, Epoch, HOST_FAILED, RankState, Status, TIMED_OUT},
+    launch::{ABORTED, Epoch, HOST_FAILED, RankState, Status},
     simt::host::Stream,
 };
 
 use fused_collective_device_tests::{
     Case, EVERYTHING, POISON, Random, Rows, What, geometry,
-    hosts::{Hosts, Member},
+    hosts::{Hosts, Member, missing_rank, random_case},
 };
-
-const SUMS: [PartialSums; 2] = [PartialSums::F32, PartialSums::Element];
-
-/// A case for all ranks of a group of several hosts; with a sharded residual, if there is a norm.
-fn random_case<E: Element>(
-    random: &mut Random,
-    hosts: &Hosts,
-    (tokens, hidden): (u64, u64),
-    what: What,
-    sharded: bool,
-) -> Case<E> {
-    let sharded = sharded && what != What::Sum;
-    let residual = sharded || random.below(2) == 1;
-    let sums = SUMS[random.below(2) as usize];
-    let case = Case::<E>::new(random, hosts.size(), tokens, hidden, residual, what);
-    let case = case.across(hosts.hosts(), sums);
-    if sharded { case.sharded() } else { case }
-}
 
 /// One of every `step` quantizations with both kinds of residual, in `E`, each with other extras.
 fn every<E: Element>(step: usize, seed: u64, hosts: &Hosts, rows: Rows) {
@@ -144,7 +125,10 @@ fn operations_across_hosts_take_as_many_rounds_as_they_need() {
 #[test]
 fn sums_of_a_host_with_the_bits_of_the_sentinel_are_no_failure() {
     fn check<E: Element>(nan: E) {
-        for (ranks, sums) in [1, 2].into_iter().flat_map(|ranks| SUMS.map(|sums| (ranks, sums))) {
+        for (ranks, sums) in [1, 2]
+            .into_iter()
+            .flat_map(|ranks| [PartialSums::F32, PartialSums::Element].map(|sums| (ranks, sums)))
+        {
             let hosts = Hosts::new(2, ranks, 1 << 14);
             let mut random = Random(64);
             let case = Case::<E>::new(&mut random, hosts.size(), 2, 64, false, What::Sum).plain();
@@ -220,60 +204,10 @@ fn without_the_gather_the_result_is_wrong() {
     }
 }
 
-/// One step of every rank that `takes_part`, all at the same time: the first kernel, or the second.
-fn step(
-    hosts: &Hosts,
-    case: &Case<bf16>,
-    members: &[Member],
-    second: bool,
-    takes_part: impl Fn(u32) -> bool + Sync,
-) {
-    hosts.run(|rank| {
-        if !takes_part(rank) {
-            return;
-        }
-        let (member, launch) = (&members[rank as usize], geometry(&case.operation, Rows::P1, 1, 1));
-        let round = hosts.rounds_of(rank, case, member, Rows::P1, launch).swap_remove(0);
-        hosts.launch(rank, member, round.geometry, if second { &round.fused } else { &round.sum });
-    });
-}
-
-/// A rank's status: why it failed, the rank or host that was missing, the hop, and how many gathers have begun and ended.
-fn status(hosts: &Hosts, rank: u32) -> [u32; 5] {
-    let (world, place) = hosts.place(rank);
-    let status = world.statuses[place as usize].get::<Status>()[0];
-    [status.failed, status.missing_rank, status.hop, status.gathers_begun, status.gathers_ended]
-}
-
-/// Rank 1 of host 0 is not there. Its host's other rank waits in vain and says so to the same rank of host 1 in its rows; to
-/// rank 1 of host 1 nobody says anything, until the library ends its gather.
 #[test]
 fn a_missing_rank_ends_the_operation_on_every_host() {
     for sharded in [false, true] {
-        let mut hosts = Hosts::new(2, 2, 1 << 14);
-        hosts.worlds.iter_mut().for_each(|world| world.timeout = Duration::from_millis(50));
-        let case = random_case::<bf16>(&mut Random(67), &hosts, (4, 64), What::Norm, sharded);
-        let members = hosts.members(&case);
-        let is_there = |rank| rank != 1;
-        step(&hosts, &case, &members, false, is_there);
-        assert_eq!(
-            [0, 2, 3].map(|rank| status(&hosts, rank)),
-            [[TIMED_OUT, 1, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0]]
-        );
-        for rank in [0, 2] {
-            hosts.copy_sums(rank, &members, hosts.host_bytes(&case));
-        }
-        // The library's word for rank 1 of host 1.
-        hosts.worlds[1].statuses[1].atomic(Status::ABORT).store(1, Ordering::Relaxed);
-        step(&hosts, &case, &members, true, is_there);
-        let [first, second, third] = [0, 2, 3].map(|rank| status(&hosts, rank));
-        assert_eq!(first, [TIMED_OUT, 1, 1, 1, 1]);
-        assert_eq!(second, [HOST_FAILED, 0, HOST_FAILED, 1, 1]);
-        assert_eq!(third, [ABORTED, 1, HOST_FAILED, 1, 1]);
-        // What follows ends at once.
-        step(&hosts, &case, &members, false, is_there);
-        step(&hosts, &case, &members, true, is_there);
-        assert_eq!(status(&hosts, 2), [HOST_FAILED, 0, HOST_FAILED, 2, 2]);
+        missing_rank::<bf16>(&mut Random(67), Hosts::new(2, 2, 1 << 14), Rows::P1, sharded);
     }
 }
 
@@ -284,12 +218,12 @@ fn the_host_can_end_an_operation_of_hosts_of_one_rank() {
     let hosts = Hosts::new(2, 1, 1 << 14);
     let case = Case::<bf16>::new(&mut Random(68), 2, 3, 64, true, What::Norm).across(2, PartialSums::F32);
     let members = hosts.members(&case);
-    step(&hosts, &case, &members, false, |_| true);
+    hosts.step(&case, &members, Rows::P1, false, |_| true);
     hosts.worlds[0].statuses[0].atomic(Status::ABORT).store(1, Ordering::Relaxed);
-    step(&hosts, &case, &members, true, |_| true);
-    assert_eq!(status(&hosts, 0), [ABORTED, 0, HOST_FAILED, 1, 1]);
+    hosts.step(&case, &members, Rows::P1, true, |_| true);
+    assert_eq!(hosts.status(0), [ABORTED, 0, HOST_FAILED, 1, 1]);
     // A failed rank hands its peers the sentinel from then on.
-    step(&hosts, &case, &members, false, |rank| rank == 0);
+    hosts.step(&case, &members, Rows::P1, false, |rank| rank == 0);
     let own = members[0].partials.get::<u32>();
     assert!(own[..own.len() / 2].iter().all(|&word| word == u32::MAX));
     assert!(own[own.len() / 2..].iter().all(|&word| word == POISON));
@@ -304,14 +238,14 @@ fn one_word_of_the_sentinel_among_a_host_s_sums_is_found() {
         let hosts = Hosts::new(3, 1, 1 << 14);
         let case = Case::<bf16>::new(&mut Random(69), 3, 2, 64, true, What::Fp8PerToken).across(3, sums);
         let members = hosts.members(&case);
-        step(&hosts, &case, &members, false, |_| true);
+        hosts.step(&case, &members, Rows::P1, false, |_| true);
         let host_bytes = hosts.host_bytes(&case);
         hosts.copy_sums(0, &members, host_bytes);
         // Of the host's second token.
         let at = host as usize * host_bytes + host_bytes / 2 + word * 4;
         members[0].partials.atomic(at as u64).store(u32::MAX, Ordering::Relaxed);
-        step(&hosts, &case, &members, true, |rank| rank == 0);
-        assert_eq!(status(&hosts, 0), [HOST_FAILED, host, HOST_FAILED, 1, 1]);
+        hosts.step(&case, &members, Rows::P1, true, |rank| rank == 0);
+        assert_eq!(hosts.status(0), [HOST_FAILED, host, HOST_FAILED, 1, 1]);
         assert_eq!(hosts.worlds[0].statuses[0].get::<Status>()[0].token, 1);
     }
 }

@@ -1,23 +1,29 @@
 //! Groups of several hosts: the kernels that they run, and what NCCL does in between.
 
-use std::{sync::Barrier, thread, time::Duration};
+use std::{
+    sync::{Barrier, atomic::Ordering},
+    thread,
+    time::Duration,
+};
 
 use fused_collective_core::{
     dtype::Element,
-    fusion::{Mode, Operation},
+    fusion::{Mode, Operation, PartialSums},
     kernels as table,
     plan::{Limits, Plan, Round},
 };
 use fused_collective_device::{
     collective,
-    launch::{AnyEpilogue, Fused, FusedHosts, HostSum, Partials, Shape},
+    launch::{
+        ABORTED, AnyEpilogue, Fused, FusedHosts, HOST_FAILED, HostSum, Partials, Shape, Status, TIMED_OUT,
+    },
     simt::{
         self,
         host::{Launch, Stream, launch},
     },
 };
 
-use super::{Buffer, CALL, Case, Launched, POISON, Random, Rows, Tensors, World, check_all};
+use super::{Buffer, CALL, Case, Launched, POISON, Random, Rows, Tensors, What, World, check_all, geometry};
 
 /// The hosts of a group: ranks are numbered host by host, and those of the same place gather sums.
 pub struct Hosts {
@@ -239,15 +245,36 @@ impl Hosts {
         });
     }
 
-    pub fn failed(&self, rank: u32) -> u32 {
+    /// Runs one step of every rank that `takes_part`, all at the same time: the first kernel of the first round, or the second.
+    pub fn step<E: Element>(
+        &self,
+        case: &Case<E>,
+        members: &[Member],
+        rows: Rows,
+        second: bool,
+        takes_part: impl Fn(u32) -> bool + Sync,
+    ) {
+        self.run(|rank| {
+            if !takes_part(rank) {
+                return;
+            }
+            let (member, launch) = (&members[rank as usize], geometry(&case.operation, rows, 1, 1));
+            let round = self.rounds_of(rank, case, member, rows, launch).swap_remove(0);
+            self.launch(rank, member, round.geometry, if second { &round.fused } else { &round.sum });
+        });
+    }
+
+    /// A rank's status: why it failed, the rank or host that was missing, the hop, and how many gathers have begun and ended.
+    pub fn status(&self, rank: u32) -> [u32; 5] {
         let (world, place) = self.place(rank);
-        world.failed(place)
+        let status = world.statuses[place as usize].get::<Status>()[0];
+        [status.failed, status.missing_rank, status.hop, status.gathers_begun, status.gathers_ended]
     }
 
     /// Holds every rank's outputs to the specification and to each other's.
     pub fn check<E: Element>(&self, case: &Case<E>, members: Vec<Member>) -> [Vec<u8>; 4] {
         for rank in 0..self.size() {
-            assert_eq!(self.failed(rank), 0, "rank {rank} failed ({:?})", case.operation);
+            assert_eq!(self.status(rank)[0], 0, "rank {rank} failed ({:?})", case.operation);
         }
         members.iter().for_each(|member| member.partials.assert_guards());
         let tensors: Vec<Tensors> = members.into_iter().map(|member| member.tensors).collect();
@@ -283,4 +310,47 @@ impl Hosts {
     pub fn assert_clean(&self) {
         self.worlds.iter().for_each(World::assert_clean);
     }
+}
+
+/// A case for all ranks of a group of several hosts, with sums of either type; with a sharded residual, if there is a norm.
+pub fn random_case<E: Element>(
+    random: &mut Random,
+    hosts: &Hosts,
+    (tokens, hidden): (u64, u64),
+    what: What,
+    sharded: bool,
+) -> Case<E> {
+    let sharded = sharded && what != What::Sum;
+    let residual = sharded || random.below(2) == 1;
+    let sums = if random.below(2) == 1 { PartialSums::Element } else { PartialSums::F32 };
+    let case = Case::<E>::new(random, hosts.size(), tokens, hidden, residual, what);
+    let case = case.across(hosts.hosts(), sums);
+    if sharded { case.sharded() } else { case }
+}
+
+/// Holds that two hosts of two ranks end an operation to which rank 1 of host 0 does not come. Its host's other rank waits in
+/// vain, and says so to the same rank of host 1 in its rows. To rank 1 of host 1 nobody says anything, until the library ends its
+/// gather.
+pub fn missing_rank<E: Element>(random: &mut Random, mut hosts: Hosts, rows: Rows, sharded: bool) {
+    hosts.worlds[0].timeout = Duration::from_millis(50);
+    let case = random_case::<E>(random, &hosts, (4, 64), What::Norm, sharded).of_rows(rows);
+    let members = hosts.members(&case);
+    let is_there = |rank| rank != 1;
+    hosts.step(&case, &members, rows, false, is_there);
+    let statuses = || [0, 2, 3].map(|rank| hosts.status(rank));
+    assert_eq!(statuses(), [[TIMED_OUT, 1, 1, 1, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 0]]);
+    for rank in [0, 2] {
+        hosts.copy_sums(rank, &members, hosts.host_bytes(&case));
+    }
+    hosts.worlds[1].statuses[1].atomic(Status::ABORT).store(1, Ordering::Relaxed);
+    hosts.step(&case, &members, rows, true, is_there);
+    let [timed_out, failed, aborted] = statuses();
+    assert_eq!(timed_out, [TIMED_OUT, 1, 1, 1, 1]);
+    assert_eq!(failed, [HOST_FAILED, 0, HOST_FAILED, 1, 1]);
+    assert_eq!(aborted, [ABORTED, 1, HOST_FAILED, 1, 1]);
+    // What follows ends at once, whatever the deadlines are.
+    hosts.worlds[0].timeout = Duration::from_secs(3600);
+    hosts.step(&case, &members, rows, false, is_there);
+    hosts.step(&case, &members, rows, true, is_there);
+    assert_eq!(hosts.status(2), [HOST_FAILED, 0, HOST_FAILED, 2, 2]);
 }

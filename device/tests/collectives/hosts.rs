@@ -17,7 +17,7 @@ use fused_collective_device::{
 
 use fused_collective_device_tests::{
     Case, EVERYTHING, POISON, Random, Rows, What, geometry,
-    hosts::{Hosts, Member, missing_rank, random_case},
+    hosts::{Hosts, missing_rank, random_case},
 };
 
 /// One of every `step` quantizations with both kinds of residual, in `E`, each with other extras.
@@ -158,12 +158,13 @@ fn operations_across_hosts_may_follow_each_other_on_any_schedule() {
         let (count, ranks) = [(2, 2), (3, 1), (2, 3), (2, 1)][seed as usize % 4];
         let hosts = Hosts::new(count, ranks, 4096);
         let mut random = Random(65 + seed);
-        let operations: Vec<(Case<bf16>, Vec<Member>, Rows, [u32; 2])> = (0..5)
+        let operations: Vec<_> = (0..5)
             .map(|index| {
                 let what = EVERYTHING[random.below(EVERYTHING.len() as u64) as usize];
                 let shape = (1 + random.below(5), 128);
                 let rows = if index == 3 { Rows::Streamed } else { Rows::P1 };
-                let case = random_case(&mut random, &hosts, shape, what, index % 2 == 0).of_rows(rows);
+                let case = random_case::<bf16>(&mut random, &hosts, shape, what, index % 2 == 0);
+                let case = case.of_rows(rows);
                 let members = hosts.members(&case);
                 let teams = [(); 2].map(|()| 1 + random.below(case.operation.tokens.min(2)) as u32);
                 (case, members, rows, teams)

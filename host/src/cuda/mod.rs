@@ -6,7 +6,7 @@
 //! | floor | for | items |
 //! | --- | --- | --- |
 //! | communicator | operations | [`Communicator`], [`Tensors`], [`CustomKernel`] |
-//! | checked parts | kernels and memory of one's own | [`device`], [`memory`], [`kernels`], [`workspace`] |
+//! | checked parts | kernels and memory of one's own, NCCL | [`device`], [`memory`], [`kernels`], [`workspace`], [`nccl`] |
 //! | raw driver | everything else | [`driver`] |
 //!
 //! What must hold:
@@ -23,6 +23,7 @@ mod dynamic_library;
 pub mod epilogue;
 pub mod kernels;
 pub mod memory;
+pub mod nccl;
 mod tensors;
 pub mod workspace;
 

@@ -227,7 +227,7 @@ impl Error {
             Error::System { .. } | Error::Driver { .. } => ErrorKind::System,
             Error::Failed(failure) | Error::Poisoned(failure) => match failure.cause {
                 Cause::Deadline(_) => ErrorKind::TimedOut,
-                Cause::Lost(_) | Cause::GaveUp(_) => ErrorKind::Lost,
+                Cause::Lost(_) | Cause::GaveUp(_) | Cause::OtherHost(_) => ErrorKind::Lost,
                 Cause::Aborted => ErrorKind::Aborted,
                 Cause::OutOfStep(_) => ErrorKind::Mismatch,
                 Cause::Gpu(_) => ErrorKind::System,

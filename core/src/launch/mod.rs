@@ -31,7 +31,7 @@ use crate::{
     fusion::Rounding,
     lamport::{SENTINEL, SLOTS},
     pack::Pack,
-    plan::{Algorithm, Plan, Round, owned_index},
+    plan::{Plan, Round, owned_index},
     wire::WireFormat,
     workspace::{self, SLOTS_OFFSET},
 };
@@ -273,9 +273,9 @@ impl Activations {
             let before = round.first_token * plan.row_bytes;
             activations.input = self.input.offset(before.wrapping_neg());
         }
-        if matches!(plan.algorithm, Algorithm::ShardedTwoShot) {
+        if plan.algorithm.is_sharded() {
             // Rounds start with a token of rank 0's, so that as many of every rank's come before.
-            let before = owned_index(round.first_token, plan.world_size) * plan.row_bytes;
+            let before = owned_index(round.first_token, plan.ranks_per_host()) * plan.row_bytes;
             activations.residual = self.residual.offset(before);
             activations.residual_out = self.residual_out.offset(before);
         }

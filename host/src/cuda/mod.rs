@@ -1,4 +1,4 @@
-//! The CUDA backend: one GPU a rank, all on one host.
+//! The CUDA backend: one GPU a rank, on one host or on several with NCCL between them.
 //!
 //! [`Communicator`] is one rank's end of a group. It enqueues fused operations on a caller's stream, from raw device
 //! pointers, so it serves any program that uses the CUDA driver, whatever it is written with.

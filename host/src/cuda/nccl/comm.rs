@@ -93,7 +93,7 @@ impl Comm {
         Ok(comm)
     }
 
-    pub(super) fn connect_in(
+    pub(in crate::cuda) fn connect_in(
         library: &Arc<Library>,
         context: Option<&Context>,
         id: UniqueId,

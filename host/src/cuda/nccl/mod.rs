@@ -12,7 +12,7 @@
 
 mod comm;
 #[cfg(test)]
-mod fake;
+pub(in crate::cuda) mod fake;
 
 use std::{ffi::c_int, sync::Arc};
 

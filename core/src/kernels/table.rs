@@ -224,8 +224,10 @@ impl From<Algorithm> for Family {
     fn from(algorithm: Algorithm) -> Family {
         match algorithm {
             Algorithm::OneShot => Family::OneShot,
-            Algorithm::TwoShot | Algorithm::Hierarchical => Family::TwoShot,
-            Algorithm::ShardedTwoShot | Algorithm::ShardedHierarchical => Family::Sharded,
+            Algorithm::TwoShot => Family::TwoShot,
+            Algorithm::ShardedTwoShot => Family::Sharded,
+            Algorithm::Hierarchical => Family::TwoShotHosts,
+            Algorithm::ShardedHierarchical => Family::ShardedHosts,
         }
     }
 }
@@ -405,8 +407,9 @@ kernels! {
 }
 
 impl Kernel {
-    /// The kernel for an operation that is planned as `algorithm` between `world_size` ranks, and the set that has it for rows in
-    /// registers; `None` for more than [`MAX_RANKS`].
+    /// The kernel for an operation that is planned as `algorithm` between `world_size` ranks of a host, and the set that has it
+    /// for rows in registers; `None` for more than [`MAX_RANKS`]. In a group of several hosts it is the second of a round, and
+    /// [`host_sum`](Self::host_sum) the first.
     pub fn of(
         operation: &Operation,
         algorithm: Algorithm,
@@ -414,6 +417,10 @@ impl Kernel {
     ) -> Option<(Set, &'static Kernel)> {
         const { assert!(MAX_RANKS == 8) };
         let family = Family::from(algorithm);
+        if family.spans_hosts() {
+            let kernel = Kernel::find(family, Addends::Elements, None)?;
+            return (world_size as usize <= MAX_RANKS).then_some((Set::Hosts, kernel));
+        }
         let addends = if operation.wire.is_some() { Addends::Encoded } else { Addends::Elements };
         let is_pair = world_size <= 2 && family != Family::TwoShot;
         let set = match world_size {

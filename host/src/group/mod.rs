@@ -12,6 +12,7 @@ mod abort;
 mod bootstrap;
 pub(crate) mod calls;
 pub mod failure;
+mod hosts;
 mod loss;
 pub mod rank_env;
 pub mod rendezvous;
@@ -22,5 +23,6 @@ mod threads;
 
 pub use abort::Aborter;
 pub use bootstrap::{Bootstrap, BootstrapError, Monitor};
+pub use hosts::Hosts;
 pub use loss::{How, Lost};
 pub use threads::{Thread, threads};

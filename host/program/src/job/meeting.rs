@@ -9,7 +9,7 @@ use fused_collective::group::{
 use fused_collective_core::MAX_WORLD_SIZE;
 
 /// NCCL's variable with the name of the host, by which it tells hosts apart.
-const NCCL_HOST: &str = "NCCL_HOSTID";
+pub(super) const NCCL_HOST: &str = "NCCL_HOSTID";
 /// The most bytes of a host's name.
 const MAX_HOST: usize = 255;
 

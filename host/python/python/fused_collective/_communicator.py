@@ -206,6 +206,7 @@ class Communicator:
         rounding: str = "once",
         mode: str = "auto",
         wire: str | None = None,
+        partial_sums: str = "float32",
         dtype: str | None = None,
         stream: int | None = None,
     ) -> Outputs:
@@ -223,7 +224,10 @@ class Communicator:
         type of elements that ``x`` cannot name: bfloat16 in arrays of 16-bit integers.
 
         ``wire`` is ``int8`` or ``int4`` for rows of fewer bits between ranks. Sums of normal rows then miss by 0.55% or
-        8.6% in one-shot, the same on all ranks; the residual and the norm lose nothing.
+        8.6% in one-shot, the same on all ranks; the residual and the norm lose nothing. They do not cross hosts.
+
+        ``partial_sums`` is the type in which sums cross between hosts: ``float32``, or ``element`` for half the bytes and one
+        more rounding of each host's sum.
 
         On GPUs the operation is enqueued on ``stream``, PyTorch's current one if it is None, and may be captured. On CPUs the
         outputs are complete when this returns.
@@ -272,7 +276,7 @@ class Communicator:
             fields["residual"] = "sharded" if sharded else "replicated"
         if bias is not None:
             fields["bias"] = True
-        plan = operation(element, tokens, hidden, rounding=rounding, mode=mode, wire=wire, **fields)
+        plan = operation(element, tokens, hidden, rounding=rounding, mode=mode, wire=wire, partial_sums=partial_sums, **fields)
         made = self._outputs(like, input, plan, quant, out or Outputs(), sharded and residual is not None)
         outputs = [
             None if it is None else self._describe(it, name, True) for name, it in list(zip(Outputs._fields, made))[1:]

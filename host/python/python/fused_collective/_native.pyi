@@ -37,6 +37,7 @@ class Operation:
         rounding: str = ...,
         mode: str = ...,
         wire: Optional[str] = ...,
+        partial_sums: str = ...,
     ) -> Operation: ...
     @property
     def writes_norm(self) -> bool: ...

@@ -4,6 +4,10 @@
 //! same place, one of each host, gather their [`Partials`]. The second kernel, [`FusedHosts`], sums those.
 
 use super::{Activations, Experts, Fused, Group, Shape, address::Address};
+use crate::{
+    fusion::PartialSums,
+    plan::{Plan, Round},
+};
 
 /// The sums of the hosts: the buffer that the ranks of the same place gather, and this host's part of it.
 ///
@@ -25,6 +29,28 @@ pub struct Partials {
     pub element: u32,
     /// Keeps the struct free of padding.
     pub reserved: u32,
+}
+
+impl Partials {
+    /// The partial sums of a round of a plan for several hosts, as host `host` leaves and gathers them at `rows`: of each host
+    /// [`Plan::host_bytes`], one after the other.
+    pub const fn of_round(
+        rows: Address,
+        plan: &Plan,
+        round: &Round,
+        host: u32,
+        sums: PartialSums,
+    ) -> Partials {
+        let (hosts, host_stride) = (plan.hosts, plan.host_bytes(round));
+        Partials {
+            rows,
+            host_stride,
+            hosts,
+            host,
+            element: matches!(sums, PartialSums::Element) as u32,
+            reserved: 0,
+        }
+    }
 }
 
 /// The parameters of the kernel that sums the addends of a host's ranks. It advances no [`Epoch`](super::Epoch): the

@@ -16,6 +16,8 @@
 //!   or are ordered by events: two of them never run at once.
 //! - A kernel that stands between two collectives and was itself launched as a programmatic dependent executes
 //!   `griddepcontrol.wait`, as all kernels here do.
+//! - In a group of several hosts each round is a [`HostSum`], a gather of its [`Partials`], and a [`FusedHosts`], in this order
+//!   in one stream. No other launch of the same [`RankState`] comes between them.
 //! - Every rank of a group launches the same sequence of operations, with the same [`Shape`] and mode. Grids, packs per
 //!   thread, clusters and threads of a block may differ: results do not depend on them.
 //! - [`RmsNorm::norm_out`] may be [`Activations::input`], and [`Activations::residual_out`] the residual, address for

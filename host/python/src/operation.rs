@@ -146,11 +146,6 @@ impl Operation {
         self.operation.quantization.reads_scale()
     }
 
-    /// Rows of the residual and of `residual_out` on rank `rank` of `world_size`.
-    fn residual_rows(&self, rank: u32, world_size: u32) -> u64 {
-        self.operation.residual_rows(rank, world_size)
-    }
-
     /// Bytes of a token's codes.
     #[getter]
     fn quant_row_bytes(&self) -> u64 {

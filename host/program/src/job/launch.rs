@@ -46,11 +46,11 @@ use signal_hook::{
     low_level::{signal_name, unregister},
 };
 
-use fused_collective::group::{How, Lost};
+use fused_collective::group::{How, Lost, meeting_place::NCCL_HOST};
 
 use crate::{
     exit::{self, FAILURE, SECONDARY, SUCCESS, USAGE},
-    job::{meeting, rank_env},
+    job::rank_env,
     report::memory,
 };
 
@@ -166,7 +166,7 @@ impl SimulatedHosts {
         let of_host = ranks / self.count;
         [
             ("LOCAL_WORLD_SIZE", of_host.to_string()),
-            (meeting::NCCL_HOST, format!("simulated-host-{}", rank / of_host.max(1))),
+            (NCCL_HOST, format!("simulated-host-{}", rank / of_host.max(1))),
             (rank_env::SECRET, self.secret.clone()),
             (rank_env::ADDRESS, self.address.clone()),
         ]

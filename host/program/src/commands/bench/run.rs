@@ -7,13 +7,15 @@ use std::collections::BTreeSet;
 
 use fused_collective::group::rendezvous::Group;
 use fused_collective_core::{
-    cost::{self, Links},
     fusion::{Mode, Norm},
-    plan::{Algorithm, Limits, Plan},
+    plan::{Algorithm, Plan},
     quant::Quantization,
 };
 
-use super::settings::{Case, Settings};
+use super::{
+    across::across_hosts,
+    settings::{Case, Settings},
+};
 use crate::{
     backend::{
         collective::Collective,
@@ -188,25 +190,6 @@ pub fn run(
         done(Measured { case, notes, variants: measured, put_gb_s });
     }
     Ok(())
-}
-
-/// What a reader must know of a group of several hosts: what was left out, and what the model of costs predicts.
-fn across_hosts(problem: &Problem, limits: &Limits) -> Vec<String> {
-    let left_out = "one-shot and formats of fewer bits do not cross hosts: their variants are left out, and so is the bandwidth \
-                    of links"
-        .to_owned();
-    let operation = problem.operation(Mode::Auto);
-    let Ok(plan) = Plan::new(&operation, limits) else { return vec![left_out] };
-    let links = Links::H200;
-    let [fused, separate] =
-        [cost::hierarchical(&operation, &plan), cost::separate(&operation, &plan, &links)]
-            .map(|cost| cost.nanoseconds(&links) / 1e3);
-    let predicted = format!(
-        "by the model of costs, for H200 GPUs with 400 Gb/s each between hosts, the fused operation takes {fused:.1} µs, and \
-         NCCL's all-reduce with separate steps {separate:.1} µs: {}",
-        compared(fused / separate)
-    );
-    vec![left_out, predicted]
 }
 
 /// A configuration as peers are asked for it.

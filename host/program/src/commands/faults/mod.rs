@@ -59,6 +59,12 @@ impl Faults {
             held: |problem| problem.bytes_of(&Tensor::OUTPUTS),
             ..Request::new(settings.job.clone())
         })?;
+        if settings.job.hosts > 1 && job.backend_name() == "cpu" {
+            return Err(Failure::Usage(
+                "--hosts: the CPU backend is for ranks of one host: use --backend cuda, or leave the option out"
+                    .to_owned(),
+            ));
+        }
         if let Some(case) = cases.iter().find(|case| case.rank >= job.world_size()) {
             return Err(Failure::Usage(format!(
                 "--cases: {case}: there is no rank {} in a group of {}",

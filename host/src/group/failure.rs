@@ -75,7 +75,9 @@ impl fmt::Display for Failure {
         match (&self.cause, &self.wait) {
             (Cause::Deadline(deadline), Some(wait)) => {
                 let seconds = deadline.as_secs_f64();
-                write!(f, "waited {seconds:.1} s for {wait}: it is stuck, or slower than the deadline")
+                write!(f, "waited {seconds:.1} s for {wait}: it is stuck, or slower than the deadline")?;
+                // NCCL may wait for as many bytes as the other has not sent.
+                f.write_str(if wait.what == What::HostSums { ", or has made another call" } else { "" })
             }
             (Cause::Deadline(deadline), None) => {
                 write!(f, "the deadline of {:.1} s passed", deadline.as_secs_f64())
@@ -200,7 +202,7 @@ mod tests {
         assert_eq!(
             gather.to_string(),
             "waited 21.0 s for the sums of other hosts, as that of rank 2, in operation 1234: it is stuck, or slower than the \
-             deadline"
+             deadline, or has made another call"
         );
         let gpu = Failure { cause: Cause::Gpu("could not launch a kernel: no".to_owned()), ..told };
         assert_eq!(gpu.to_string(), "could not launch a kernel: no");

@@ -28,11 +28,17 @@ impl Hosts {
         Hosts::of(&names, bootstrap.rank())
     }
 
+    /// One host of all ranks.
+    pub fn one(rank: u32, world_size: u32) -> Hosts {
+        Hosts { members: vec![(0..world_size).collect()], host: 0, place: rank }
+    }
+
     /// The hosts of ranks that gave these names, as rank `rank` has them. A rank without a host gave an empty one.
-    fn of(names: &[Vec<u8>], rank: u32) -> Result<Hosts, BootstrapError> {
+    pub(super) fn of<N: AsRef<[u8]>>(names: &[N], rank: u32) -> Result<Hosts, BootstrapError> {
         let mut hosts: Vec<(&[u8], Vec<u32>)> = Vec::new();
         let mut own = (0, 0);
         for (of, name) in (0..).zip(names) {
+            let name = name.as_ref();
             if name.is_empty() {
                 return Err(NoGroup(format!("rank {of} cannot name its host")).into());
             }

@@ -14,6 +14,7 @@ pub(crate) mod calls;
 pub mod failure;
 mod hosts;
 mod loss;
+pub mod meeting_place;
 pub mod rank_env;
 pub mod rendezvous;
 pub mod shared_memory;

@@ -1,9 +1,6 @@
-//! The parameters of kernels of a group of several hosts.
-//!
-//! An operation takes two kernels a round. The first, [`HostSum`], sums the addends of a host's ranks. Then the ranks of the
-//! same place, one of each host, gather their [`Partials`]. The second kernel, [`FusedHosts`], sums those.
+//! The sums that hosts exchange, as kernels take them.
 
-use super::{Activations, Experts, Fused, Group, Shape, address::Address};
+use super::address::Address;
 use crate::{
     fusion::PartialSums,
     plan::{Plan, Round},
@@ -12,7 +9,7 @@ use crate::{
 /// The sums of the hosts: the buffer that the ranks of the same place gather, and this host's part of it.
 ///
 /// Row `i` of a host's part is the sum of its ranks' addends of token `i * world_size + rank` of the round, `world_size` and
-/// `rank` being those of [`Group`]: the `i`-th of the tokens that the rank owns.
+/// `rank` being those of [`Group`](crate::launch::Group): the `i`-th of the tokens that the rank owns.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Partials {
@@ -51,31 +48,4 @@ impl Partials {
             reserved: 0,
         }
     }
-}
-
-/// The parameters of the kernel that sums the addends of a host's ranks. It advances no [`Epoch`](super::Epoch): the
-/// [`FusedHosts`] of the same round follows it.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct HostSum {
-    /// This rank's place in its host. Here alone, and in [`FusedHosts`], a group may have one rank.
-    pub group: Group,
-    /// The round.
-    pub shape: Shape,
-    /// What is summed: of these, the input, and of the flags [`EXPERTS`](Activations::EXPERTS).
-    pub activations: Activations,
-    /// The experts that the addend is made of, if the flags say so.
-    pub experts: Experts,
-    /// Where the sums go: this host's part.
-    pub partials: Partials,
-}
-
-/// The parameters of a fused kernel with epilogue `X` that sums what the hosts have summed.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct FusedHosts<X> {
-    /// As of the other fused kernels, the group being the ranks of this host. The input is not read.
-    pub fused: Fused<X>,
-    /// What is summed: every host's part.
-    pub partials: Partials,
 }

@@ -43,7 +43,7 @@ pub use epilogue::{
     AnyEpilogue, AnyQuantizer, BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, MxFp4, Plain, RmsNorm,
     Unquantized,
 };
-pub use hosts::{FusedHosts, HostSum, Partials};
+pub use hosts::Partials;
 
 /// The most threads of a block.
 pub const MAX_BLOCK_THREADS: u32 = 1024;
@@ -405,6 +405,33 @@ pub struct Fused<X> {
     pub epilogue: X,
     /// The parts that few operations have.
     pub extras: Extras,
+}
+
+/// The parameters of the kernel that sums the addends of a host's ranks. It advances no [`Epoch`]: the
+/// [`FusedHosts`] of the same round follows it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostSum {
+    /// This rank's place in its host. Here alone, and in [`FusedHosts`], a group may have one rank.
+    pub group: Group,
+    /// The round.
+    pub shape: Shape,
+    /// What is summed: of these, the input, and of the flags [`EXPERTS`](Activations::EXPERTS).
+    pub activations: Activations,
+    /// The experts that the addend is made of, if the flags say so.
+    pub experts: Experts,
+    /// Where the sums go: this host's part.
+    pub partials: Partials,
+}
+
+/// The parameters of a fused kernel with epilogue `X` that sums what the hosts have summed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FusedHosts<X> {
+    /// As of the other fused kernels, the group being the ranks of this host. The input is not read.
+    pub fused: Fused<X>,
+    /// What is summed: every host's part.
+    pub partials: Partials,
 }
 
 /// The parameters of a kernel that has an epilogue `X` and no collective.

@@ -17,9 +17,9 @@
 //! their names are those crates' affair, and their [`bounds`] those of the set that they resemble.
 
 mod bounds;
+mod processor;
 mod table;
 
 pub use bounds::{Bounds, bounds};
-pub use table::{
-    Addends, Entry, Epilogue, Family, Kernel, Module, Processor, Quantizer, Set, Version, is_plain,
-};
+pub use processor::Processor;
+pub use table::{Addends, Entry, Epilogue, Family, Kernel, Module, Quantizer, Set, Version, is_plain};

@@ -26,7 +26,6 @@
 
 mod address;
 mod epilogue;
-mod hosts;
 
 use crate::{
     fingerprint::in_ptx,
@@ -43,7 +42,6 @@ pub use epilogue::{
     AnyEpilogue, AnyQuantizer, BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, MxFp4, Plain, RmsNorm,
     Unquantized,
 };
-pub use hosts::Partials;
 
 /// The most threads of a block.
 pub const MAX_BLOCK_THREADS: u32 = 1024;
@@ -407,6 +405,28 @@ pub struct Fused<X> {
     pub extras: Extras,
 }
 
+/// The sums of the hosts: the buffer that the ranks of the same place gather, and this host's part of it.
+///
+/// Row `i` of a host's part is the sum of its ranks' addends of token `i * world_size + rank` of the round, `world_size` and
+/// `rank` being those of [`Group`]: the `i`-th of the tokens that the rank owns.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Partials {
+    /// `[hosts][rows][hidden]` numbers, 16-byte aligned: a row for each token of the round that this rank owns. Each host's
+    /// rows start [`host_stride`](Self::host_stride) bytes after those of the host before.
+    pub rows: Address,
+    /// Bytes from a host's rows to the next one's, a multiple of 16.
+    pub host_stride: u64,
+    /// Hosts of the group, at least 1.
+    pub hosts: u32,
+    /// This rank's host. Hosts are numbered in the order in which they are summed.
+    pub host: u32,
+    /// 1: the numbers are elements, each sum rounded once; 0: they are `f32`.
+    pub element: u32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}
+
 /// The parameters of the kernel that sums the addends of a host's ranks. It advances no [`Epoch`]: the
 /// [`FusedHosts`] of the same round follows it.
 #[repr(C)]
@@ -520,11 +540,11 @@ mod tests {
     #[test]
     fn every_launch_struct_is_in_the_fingerprint() {
         let source = include_str!("mod.rs");
-        let files = [source, include_str!("epilogue.rs"), include_str!("hosts.rs")];
-        let declared = files.into_iter().flat_map(str::lines).filter_map(|line| {
-            let name = line.strip_prefix("pub struct ")?;
-            name.split(|c: char| !c.is_alphanumeric()).next()
-        });
+        let declared =
+            [source, include_str!("epilogue.rs")].into_iter().flat_map(str::lines).filter_map(|line| {
+                let name = line.strip_prefix("pub struct ")?;
+                name.split(|c: char| !c.is_alphanumeric()).next()
+            });
         let mut count = 0;
         for name in declared.filter(|&name| name != "Address") {
             let lists = |prefix: &str| source.contains(&format!("\n    {prefix}{name} {{"));

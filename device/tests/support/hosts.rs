@@ -123,9 +123,15 @@ impl Hosts {
         rows: Rows,
     ) -> [Launched; 2] {
         let (world, place) = self.place(rank);
-        let host = rank / self.ranks();
         let Member { tensors, partials } = member;
-        let partials = Partials::of_round(partials.address(), plan, round, host, case.operation.partial_sums);
+        let partials = Partials {
+            rows: partials.address(),
+            host_stride: plan.host_bytes(round),
+            hosts: plan.hosts,
+            host: rank / self.ranks(),
+            element: (case.operation.partial_sums == PartialSums::Element).into(),
+            reserved: 0,
+        };
         let (group, extras) = (world.group(place), tensors.extras());
         let shape = Shape::of_round(plan, round, CALL).unwrap();
         let activations = tensors.activations().of_round(plan, round);
@@ -136,7 +142,8 @@ impl Hosts {
         // What the table has: one pack a thread, or none that stays.
         assert!(plan.algorithm.spans_hosts() && rows != Rows::P2);
         let version = if resident { table::Version::P1 } else { table::Version::Streamed };
-        let entry = |kernel: Option<&table::Kernel>| kernel.unwrap().name(version).to_owned();
+        let (_, found) = table::Kernel::of(&case.operation, plan.algorithm, self.ranks()).unwrap();
+        let entry = |kernel: &table::Kernel| kernel.name(version).to_owned();
         type Fusion = unsafe fn(&FusedHosts<AnyEpilogue>);
         let kernel: Fusion = match (sharded, resident) {
             (false, true) => collective::two_shot_hosts::<E, _, 8, 1, true>,
@@ -152,8 +159,8 @@ impl Hosts {
             |params| unsafe { collective::host_sum::<E, _, 8, 1, false>(params, &params.experts) }
         };
         [
-            Launched::of(entry(table::Kernel::host_sum()), host_sum, sum),
-            Launched::of(entry(table::Kernel::across_hosts(sharded)), kernel, fused),
+            Launched::of(entry(table::Kernel::host_sum().unwrap()), host_sum, sum),
+            Launched::of(entry(found), kernel, fused),
         ]
     }
 

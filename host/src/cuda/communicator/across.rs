@@ -273,7 +273,6 @@ impl Across {
         let partials = Partials::of_round(rows, plan, round, self.hosts.host(), kind);
         Partials { host_stride: host_stride(plan, round), ..partials }
     }
-    }
 
     /// Enqueues the gather of a round, between its two kernels, or captures it. `chain` is that of all calls so far, the
     /// round's included.

@@ -16,7 +16,7 @@ use nccl_sys::{Nccl, ncclComm_t, ncclConfig_t, ncclInProgress, ncclSuccess, nccl
 
 use super::{
     super::{device::Context, driver::Handle},
-    Library, UniqueId,
+    library::{Library, UniqueId},
 };
 use crate::error::Error;
 

@@ -15,7 +15,7 @@ use nccl_sys::{
     ncclResult_t, ncclSuccess, ncclUniqueId,
 };
 
-use super::{Library, UniqueId};
+use super::library::{Library, UniqueId};
 
 /// A communicator's answers, and what was asked of it.
 #[derive(Debug, Default)]

@@ -269,9 +269,14 @@ impl Across {
 
     /// The partial sums of a round.
     pub(super) fn partials(&self, plan: &Plan, round: &Round, kind: PartialSums) -> Partials {
-        let rows = self.address().offset(HEAD);
-        let partials = Partials::of_round(rows, plan, round, self.hosts.host(), kind);
-        Partials { host_stride: host_stride(plan, round), ..partials }
+        Partials {
+            rows: self.address().offset(HEAD),
+            host_stride: host_stride(plan, round),
+            hosts: self.hosts.count(),
+            host: self.hosts.host(),
+            element: (kind == PartialSums::Element).into(),
+            reserved: 0,
+        }
     }
 
     /// Enqueues the gather of a round, between its two kernels, or captures it. `chain` is that of all calls so far, the

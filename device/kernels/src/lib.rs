@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod archive;
+mod names;
 mod pack;
 
 pub use archive::{Archive, Error, Module};

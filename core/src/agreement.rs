@@ -11,7 +11,7 @@ use core::fmt;
 
 use crate::{
     dtype::DType,
-    fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
+    fusion::{Experts, Mode, Norm, Operation, PartialSums, Residual, Rounding, WeightType},
     plan::Algorithm,
     quant::{GroupScale, Quantization, ScaleLayout},
     wire::WireFormat,
@@ -71,18 +71,24 @@ const POST_NORM: u64 = 1024;
 const F32_POST_GAMMA: u64 = 2048;
 const F32_EXPERT_SCALES: u64 = 4096;
 const SHARED_EXPERT: u64 = 8192;
-const ALL_FLAGS: u64 = 16383;
+const ELEMENT_PARTIALS: u64 = 16384;
+const ALL_FLAGS: u64 = 32767;
 
 impl Call {
-    /// The call of `operation` with a plan of `algorithm`. `scale` is dropped if the quantization does not read it, and
-    /// the rounding of the sum if there is no residual.
+    /// The call of `operation` with a plan of `algorithm`. What nothing reads is dropped: `scale` if the quantization does
+    /// not read it, the rounding of the sum without a residual, and the type of partial sums in a group of one host.
     pub fn operation(operation: &Operation, algorithm: Algorithm, scale: Option<f32>) -> Call {
         let mode = match algorithm {
             Algorithm::OneShot => Mode::OneShot,
-            Algorithm::TwoShot | Algorithm::ShardedTwoShot => Mode::TwoShot,
+            Algorithm::TwoShot
+            | Algorithm::ShardedTwoShot
+            | Algorithm::Hierarchical
+            | Algorithm::ShardedHierarchical => Mode::TwoShot,
         };
+        let partial_sums =
+            if algorithm.spans_hosts() { operation.partial_sums } else { PartialSums::default() };
         let rounding = if operation.residual.is_some() { operation.rounding } else { Rounding::Once };
-        let operation = Operation { mode, rounding, ..*operation };
+        let operation = Operation { mode, rounding, partial_sums, ..*operation };
         Call::Operation {
             operation,
             scale: scale.filter(|_| operation.quantization.reads_scale()),
@@ -115,6 +121,7 @@ impl Call {
                     post_norm,
                     experts,
                     wire,
+                    partial_sums,
                     mode,
                 } = *operation;
                 let (kind, group) = quantization_code(quantization);
@@ -137,6 +144,7 @@ impl Call {
                     | flag(scale.is_some(), SCALE)
                     | flag(mode == Mode::TwoShot, TWO_SHOT)
                     | flag(bias, BIAS)
+                    | flag(partial_sums == PartialSums::Element, ELEMENT_PARTIALS)
                     | flag(rounding == Rounding::AfterAllReduce, ROUNDS_SUM);
                 let head = OPERATION
                     | dtype_code(dtype) << DTYPE_SHIFT
@@ -198,6 +206,7 @@ impl Call {
                         0 => None,
                         bits => Some(*WireFormat::ALL.iter().find(|wire| u64::from(wire.bits()) == bits)?),
                     },
+                    partial_sums: if is(ELEMENT_PARTIALS) { PartialSums::Element } else { PartialSums::F32 },
                     mode: if is(TWO_SHOT) { Mode::TwoShot } else { Mode::OneShot },
                 };
                 if flags & !ALL_FLAGS != 0 {
@@ -280,12 +289,16 @@ impl fmt::Display for Call {
                     post_norm,
                     experts,
                     wire,
+                    partial_sums,
                     mode,
                 } = operation;
                 let mode = if *mode == Mode::TwoShot { "two-shot" } else { "one-shot" };
                 write!(f, "{mode}, {tokens} tokens of {hidden} {dtype}")?;
                 if let Some(wire) = wire {
                     write!(f, " sent as {wire}")?;
+                }
+                if *partial_sums == PartialSums::Element {
+                    f.write_str(", partial sums in the element type")?;
                 }
                 if *kernel != 0 {
                     write!(f, ", kernel {kernel:016x}")?;

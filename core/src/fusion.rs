@@ -94,6 +94,9 @@ impl Default for Norm {
 /// next operation takes `residual_out` as its residual without a copy.
 ///
 /// Every rank still gets all rows of the norm or its quantization, with the bits that a replicated residual gives.
+///
+/// In a group of several hosts each host holds all rows, and `world_size` is the ranks of a host: token `t` is row
+/// `t / world_size` of the rank with place `t % world_size` on each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Residual {
     /// No residual is added.
@@ -133,6 +136,29 @@ pub enum Rounding {
     AfterAllReduce,
 }
 
+/// The type in which the sum of a host's ranks crosses to other hosts.
+///
+/// Each host sums its own ranks in `f32`. The hosts' sums are then added, in `f32` too. In the element type a partial sum of
+/// 16 bits is half the bytes, and the result has one more rounding for each host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum PartialSums {
+    /// `f32`, for every element type: the more exact result.
+    #[default]
+    F32,
+    /// The operation's element type, rounded once.
+    Element,
+}
+
+impl PartialSums {
+    /// The type of partial sums in an operation on elements of type `element`.
+    pub const fn dtype(self, element: DType) -> DType {
+        match self {
+            PartialSums::F32 => DType::F32,
+            PartialSums::Element => element,
+        }
+    }
+}
+
 /// One fused operation, the same on every rank of the group.
 ///
 /// | tensor | shape | present |
@@ -155,7 +181,7 @@ pub enum Rounding {
 /// ```
 /// use fused_collective_core::{
 ///     dtype::DType,
-///     fusion::{Mode, Norm, Operation, OperationError, Residual, Rounding},
+///     fusion::{Mode, Norm, Operation, OperationError, PartialSums, Residual, Rounding},
 ///     quant::{Quantization, ScaleLayout},
 /// };
 ///
@@ -172,6 +198,7 @@ pub enum Rounding {
 ///     post_norm: None,
 ///     experts: None,
 ///     wire: None,
+///     partial_sums: PartialSums::F32,
 ///     mode: Mode::Auto,
 /// };
 /// assert_eq!(operation.validate(), Ok(()));
@@ -209,6 +236,8 @@ pub struct Operation {
     /// two-shot, unless the residual is sharded, the sum goes through the format as well. Neither the residual nor a norm
     /// does.
     pub wire: Option<WireFormat>,
+    /// The type of the sums that cross between hosts. Nothing reads it in a group of one host.
+    pub partial_sums: PartialSums,
     /// The collective.
     pub mode: Mode,
 }
@@ -366,7 +395,8 @@ impl Operation {
         self.experts.is_none_or(|experts| experts.shared)
     }
 
-    /// Number of rows of the residual and of `residual_out` on rank `rank` of `world_size`.
+    /// Number of rows of the residual and of `residual_out` on rank `rank` of `world_size`. In a group of several hosts,
+    /// these are the rank's place on its host and the ranks of a host.
     pub const fn residual_rows(&self, rank: u32, world_size: u32) -> u64 {
         match self.residual {
             Residual::Sharded => owned_tokens(self.tokens, rank, world_size),
@@ -386,6 +416,11 @@ impl Operation {
             None => self.row_bytes(),
         };
         [addend, if matches!(self.residual, Residual::Sharded) { self.row_bytes() } else { addend }]
+    }
+
+    /// Bytes of a row of partial sums, as it crosses between hosts.
+    pub const fn partial_row_bytes(&self) -> u64 {
+        self.hidden * self.partial_sums.dtype(self.dtype).bytes()
     }
 
     /// Bytes of one activation, `[tokens, hidden]`. The operation must be [valid](Self::validate).

@@ -6,6 +6,7 @@
 extern crate std;
 
 pub mod agreement;
+pub mod cost;
 pub mod dtype;
 pub mod fingerprint;
 pub mod fusion;
@@ -22,8 +23,10 @@ mod tokens;
 pub mod wire;
 pub mod workspace;
 
-/// The largest number of ranks in a group. Ranks are numbered from 0.
+/// The largest number of ranks of one host in a group. Ranks are numbered from 0.
 pub const MAX_WORLD_SIZE: u32 = 16;
+/// The largest number of ranks in a group of several hosts.
+pub const MAX_RANKS: u32 = 128;
 /// The smallest number of ranks in a group: one rank, whose sum is its own input.
 pub const MIN_WORLD_SIZE: u32 = 1;
 /// The divisor of all hidden sizes of operations, so that rows are whole packs and NVFP4 blocks.

@@ -9,7 +9,7 @@
 //! ```
 //! use fused_collective_core::{
 //!     dtype::DType,
-//!     fusion::{Mode, Norm, Operation, Residual, Rounding},
+//!     fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
 //!     plan::{Algorithm, Limits, Plan},
 //!     quant::Quantization,
 //! };
@@ -27,10 +27,12 @@
 //!     post_norm: None,
 //!     experts: None,
 //!     wire: None,
+//!     partial_sums: PartialSums::F32,
 //!     mode: Mode::Auto,
 //! };
 //! let limits = Limits {
 //!     world_size: 2,
+//!     hosts: 1,
 //!     slot_bytes: 8 << 20,
 //!     compute_units: 132,
 //!     max_cluster: 8,
@@ -48,8 +50,9 @@
 use core::fmt;
 
 use crate::{
-    MAX_WORLD_SIZE,
+    MAX_RANKS, MAX_WORLD_SIZE,
     fusion::{Mode, Operation, OperationError, Residual},
+    wire::WireFormat,
     workspace::SlotRows,
 };
 
@@ -64,14 +67,34 @@ pub enum Algorithm {
     TwoShot,
     /// Two hops, the second with the norm or its quantization in place of the sum: see [`Residual::Sharded`].
     ShardedTwoShot,
+    /// [Two-shot](Algorithm::TwoShot) within each host, with an exchange of partial sums between its hops: the owners of a
+    /// token, one on each host, gather the sums of all hosts and add them in host order.
+    Hierarchical,
+    /// [Two-shot with a sharded residual](Algorithm::ShardedTwoShot) within each host, with the exchange of
+    /// [`Hierarchical`](Algorithm::Hierarchical) between its hops.
+    ShardedHierarchical,
+}
+
+impl Algorithm {
+    /// True if partial sums cross between hosts.
+    pub const fn spans_hosts(self) -> bool {
+        matches!(self, Algorithm::Hierarchical | Algorithm::ShardedHierarchical)
+    }
+
+    /// True if only the owner of a token has its residual.
+    pub const fn is_sharded(self) -> bool {
+        matches!(self, Algorithm::ShardedTwoShot | Algorithm::ShardedHierarchical)
+    }
 }
 
 /// The capabilities of a group: of each, the least that any of its ranks has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Ranks in the group.
+    /// Ranks in the group, of all hosts together.
     pub world_size: u32,
-    /// Bytes of one workspace slot.
+    /// Hosts of the group, which have as many ranks each; 1 for a group of one host.
+    pub hosts: u32,
+    /// Bytes of one workspace slot, and between hosts of the buffer of partial sums.
     pub slot_bytes: u64,
     /// Multiprocessors of a GPU; 1 for a rank that is a single thread.
     pub compute_units: u32,
@@ -83,18 +106,51 @@ pub struct Limits {
 
 impl Limits {
     /// The limits that every rank can keep: the least of each. `None` for no ranks, or if ranks differ in the world
-    /// size.
+    /// size or the number of hosts.
     pub fn agree(ranks: &[Limits]) -> Option<Limits> {
         let (first, rest) = ranks.split_first()?;
         rest.iter().try_fold(*first, |least, other| {
-            (least.world_size == other.world_size).then(|| Limits {
+            let same = least.world_size == other.world_size && least.hosts == other.hosts;
+            same.then(|| Limits {
                 world_size: least.world_size,
+                hosts: least.hosts,
                 slot_bytes: least.slot_bytes.min(other.slot_bytes),
                 compute_units: least.compute_units.min(other.compute_units),
                 max_cluster: least.max_cluster.min(other.max_cluster),
                 one_shot_bytes: least.one_shot_bytes.min(other.one_shot_bytes),
             })
         })
+    }
+
+    /// Ranks of each host. The limits must be valid.
+    pub const fn ranks_per_host(&self) -> u32 {
+        self.world_size / self.hosts
+    }
+
+    /// Checks the numbers that the parts of a plan divide by.
+    fn validate(&self) -> Result<(), PlanError> {
+        let Limits { world_size, hosts, .. } = *self;
+        if hosts == 0 {
+            return Err(PlanError::Limits("the number of hosts must be 1 or more"));
+        }
+        if hosts == 1 && !(crate::MIN_WORLD_SIZE..=MAX_WORLD_SIZE).contains(&world_size) {
+            return Err(PlanError::Limits("the world size must be 1 to 16"));
+        }
+        if world_size == 0 || !world_size.is_multiple_of(hosts) {
+            return Err(PlanError::UnequalHosts { world_size, hosts });
+        }
+        if world_size > MAX_RANKS || self.ranks_per_host() > MAX_WORLD_SIZE {
+            return Err(PlanError::Limits(
+                "the world size must be 1 to 16 on each host, and at most 128 together",
+            ));
+        }
+        if self.compute_units == 0 {
+            return Err(PlanError::Limits("the number of compute units must be 1 or more"));
+        }
+        if !self.max_cluster.is_power_of_two() {
+            return Err(PlanError::Limits("the largest cluster must be a power of two"));
+        }
+        Ok(())
     }
 }
 
@@ -122,12 +178,16 @@ pub struct Plan {
     /// Tokens of every round but the last, which has the rest. A round uses one workspace slot and counts as one
     /// operation of the [Lamport rotation](crate::lamport).
     pub tokens_per_round: u64,
-    /// Ranks in the group.
+    /// Ranks in the group, of all hosts together.
     pub world_size: u32,
+    /// Hosts of the group.
+    pub hosts: u32,
     /// Bytes of a row of elements.
     pub row_bytes: u64,
     /// Bytes of a row in each hop: see [`Operation::sent_bytes`].
     pub sent_bytes: [u64; 2],
+    /// Bytes of a row of partial sums between hosts; 0 in a group of one host.
+    pub partial_row_bytes: u64,
     /// Blocks that share a token; 1 where there are no clusters. Kernels that cannot hold a row in the registers of
     /// this many blocks may use more, up to [`Limits::max_cluster`].
     pub cluster: u32,
@@ -140,6 +200,25 @@ pub enum PlanError {
     Operation(OperationError),
     /// No group can have these limits; the text names the rule.
     Limits(&'static str),
+    /// The ranks of the group are not as many on each host.
+    UnequalHosts {
+        /// Ranks in the group.
+        world_size: u32,
+        /// Hosts of the group.
+        hosts: u32,
+    },
+    /// Rows in a wire format do not cross hosts.
+    WireAcrossHosts {
+        /// The format.
+        wire: WireFormat,
+        /// Hosts of the group.
+        hosts: u32,
+    },
+    /// One-shot does not cross hosts.
+    OneShotAcrossHosts {
+        /// Hosts of the group.
+        hosts: u32,
+    },
     /// The smallest round does not fit a slot.
     Slot {
         /// Tokens of the smallest round: one, or with a sharded residual one for each rank.
@@ -156,6 +235,18 @@ impl fmt::Display for PlanError {
         match *self {
             PlanError::Operation(error) => error.fmt(f),
             PlanError::Limits(what) => write!(f, "the group's limits are not valid: {what}"),
+            PlanError::UnequalHosts { world_size, hosts } => write!(
+                f,
+                "{world_size} ranks cannot be as many on each of {hosts} hosts: use a multiple of {hosts} ranks"
+            ),
+            PlanError::WireAcrossHosts { wire, hosts } => write!(
+                f,
+                "the wire format {wire} does not cross hosts, and the group has {hosts}: leave it out, or use partial sums in \
+                 the element type for fewer bytes"
+            ),
+            PlanError::OneShotAcrossHosts { hosts } => {
+                write!(f, "one-shot does not cross hosts, and the group has {hosts}: use auto or two-shot")
+            }
             PlanError::Slot { tokens, needed, slot_bytes } => {
                 if tokens == 1 {
                     f.write_str("one token takes")?;
@@ -183,21 +274,27 @@ impl Plan {
     /// [`PlanError`] for an operation or limits that are not valid, and for a slot that is too small for one round.
     pub fn new(operation: &Operation, limits: &Limits) -> Result<Plan, PlanError> {
         operation.validate()?;
-        if !(crate::MIN_WORLD_SIZE..=MAX_WORLD_SIZE).contains(&limits.world_size) {
-            return Err(PlanError::Limits("the world size must be 1 to 16"));
-        }
-        if limits.compute_units == 0 {
-            return Err(PlanError::Limits("the number of compute units must be 1 or more"));
-        }
-        if !limits.max_cluster.is_power_of_two() {
-            return Err(PlanError::Limits("the largest cluster must be a power of two"));
-        }
+        limits.validate()?;
         let (row_bytes, sent_bytes) = (operation.row_bytes(), operation.sent_bytes());
+        let hosts = limits.hosts;
+        if hosts > 1 {
+            if let Some(wire) = operation.wire {
+                return Err(PlanError::WireAcrossHosts { wire, hosts });
+            }
+            if operation.mode == Mode::OneShot {
+                return Err(PlanError::OneShotAcrossHosts { hosts });
+            }
+        }
+        let partial_row_bytes = if hosts > 1 { operation.partial_row_bytes() } else { 0 };
         let plan = |algorithm| {
-            tokens_per_round(algorithm, operation.tokens, sent_bytes, limits)
+            tokens_per_round(algorithm, operation.tokens, sent_bytes, partial_row_bytes, limits)
                 .map(|tokens| (algorithm, tokens))
         };
         let (algorithm, tokens_per_round) = match operation.mode {
+            _ if hosts > 1 && operation.residual == Residual::Sharded => {
+                plan(Algorithm::ShardedHierarchical)?
+            }
+            _ if hosts > 1 => plan(Algorithm::Hierarchical)?,
             _ if operation.residual == Residual::Sharded => plan(Algorithm::ShardedTwoShot)?,
             Mode::OneShot => plan(Algorithm::OneShot)?,
             Mode::TwoShot => plan(Algorithm::TwoShot)?,
@@ -216,10 +313,17 @@ impl Plan {
             tokens: operation.tokens,
             tokens_per_round,
             world_size: limits.world_size,
+            hosts,
             row_bytes,
             sent_bytes,
+            partial_row_bytes,
             cluster: cluster(tokens_per_round, row_bytes, limits),
         })
+    }
+
+    /// Ranks of each host, which deal the tokens of a round out among themselves.
+    pub const fn ranks_per_host(&self) -> u32 {
+        self.world_size / self.hosts
     }
 
     /// The rounds, in order. An operation without tokens has no rounds.
@@ -229,8 +333,13 @@ impl Plan {
         (0..count).map(move |index| {
             let first_token = index * plan.tokens_per_round;
             let tokens = plan.tokens_per_round.min(plan.tokens - first_token);
-            Round { first_token, rows: slot_rows(tokens, plan.sent_bytes, plan.world_size) }
+            Round { first_token, rows: slot_rows(tokens, plan.sent_bytes, plan.ranks_per_host()) }
         })
+    }
+
+    /// Bytes of the partial sums of one host in a round: `[rows, hidden]`, a row for each token that one rank owns.
+    pub const fn host_bytes(&self, round: &Round) -> u64 {
+        round.rows.most_owned() * self.partial_row_bytes
     }
 }
 
@@ -251,21 +360,32 @@ fn slot_bytes_of(algorithm: Algorithm, tokens: u64, sent_bytes: [u64; 2], world_
     let rows = slot_rows(tokens, sent_bytes, world_size);
     match algorithm {
         Algorithm::OneShot => rows.one_shot_bytes(),
-        Algorithm::TwoShot | Algorithm::ShardedTwoShot => rows.two_shot_bytes(),
+        _ => rows.two_shot_bytes(),
     }
 }
 
-/// The largest number of tokens of a round, at least 1. With a sharded residual, it is a multiple of the world size if
+/// Bytes of the partial sums of all hosts that one rank gathers; `None` past 64 bits.
+fn gathered_bytes(tokens: u64, partial_row_bytes: u64, limits: &Limits) -> Option<u64> {
+    let rows = tokens.div_ceil(u64::from(limits.ranks_per_host()));
+    rows.checked_mul(partial_row_bytes)?.checked_mul(u64::from(limits.hosts))
+}
+
+/// The largest number of tokens of a round, at least 1. With a sharded residual, it is a multiple of the ranks of a host if
 /// more rounds follow. A token then has the same owner in the operation and in its round.
 fn tokens_per_round(
     algorithm: Algorithm,
     tokens: u64,
     sent_bytes: [u64; 2],
+    partial_row_bytes: u64,
     limits: &Limits,
 ) -> Result<u64, PlanError> {
-    let bytes = |tokens| slot_bytes_of(algorithm, tokens, sent_bytes, limits.world_size);
+    let ranks = limits.ranks_per_host();
+    let bytes = |tokens| {
+        let slot = slot_bytes_of(algorithm, tokens, sent_bytes, ranks)?;
+        Some(slot.max(gathered_bytes(tokens, partial_row_bytes, limits)?))
+    };
     let fits = |tokens| bytes(tokens).is_some_and(|bytes| bytes <= limits.slot_bytes);
-    let unit = if algorithm == Algorithm::ShardedTwoShot { u64::from(limits.world_size) } else { 1 };
+    let unit = if algorithm.is_sharded() { u64::from(ranks) } else { 1 };
     let least = unit.min(tokens.max(1));
     if !fits(least) {
         let needed = bytes(least).unwrap_or(u64::MAX);

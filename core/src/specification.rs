@@ -4,6 +4,8 @@
 //! All arithmetic is in `f32`, each operation rounded to nearest even, subnormal numbers included:
 //! 1. `sum = x_0 + x_1 + ...`, in rank order; plus the bias, if there is one; with [`Rounding::AfterAllReduce`] rounded to the
 //!    element type. With [`Experts`] `x_r` is the addend that rank `r` makes of its experts' rows.
+//!    In a group of several hosts, `sum = (host 0) + (host 1) + ...`, where each host's sum is that of its own ranks in rank
+//!    order, with [`PartialSums::Element`] rounded to the element type.
 //!    With a [`wire`](Operation::wire) format, `x_r` is what [`wire`] makes of rank `r`'s addend, and the sum
 //!    starts from `+0`. In two-shot, unless the residual is sharded, the sum of all ranks goes through the format as well,
 //!    before the bias is added.
@@ -21,7 +23,7 @@
 //! ```
 //! use fused_collective_core::{
 //!     dtype::DType,
-//!     fusion::{Mode, Norm, Operation, Residual, Rounding},
+//!     fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
 //!     norm::Weights,
 //!     quant::Quantization,
 //!     specification::{Observed, Output, Row, Token},
@@ -40,11 +42,13 @@
 //!     post_norm: None,
 //!     experts: None,
 //!     wire: None,
+//!     partial_sums: PartialSums::F32,
 //!     mode: Mode::OneShot,
 //! };
 //! let (rank_0, rank_1, ones) = ([1.0f32; 16], [3.0; 16], [1.0; 16]);
 //! let token = Token {
 //!     inputs: &[&rank_0, &rank_1],
+//!     hosts: 1,
 //!     residual: None,
 //!     bias: None,
 //!     post_gamma: None,
@@ -70,7 +74,7 @@ use core::fmt;
 
 use crate::{
     dtype::Element,
-    fusion::{Experts, Mode, Norm, Operation, Residual, Rounding},
+    fusion::{Experts, Mode, Norm, Operation, PartialSums, Residual, Rounding},
     norm::{self, Weights},
     quant::{self, Quantization, RowError, ScaleLayout, e2m1, e4m3, ue4m3, ue8m0},
     wire::{self, WireFormat},
@@ -82,6 +86,8 @@ pub struct Token<'a, E> {
     /// Row of the token in the input of each rank, in rank order, `[hidden]` each; not read with experts of which none is
     /// shared.
     pub inputs: &'a [&'a [E]],
+    /// Hosts of the group, each with as many ranks, which follow each other in rank order; 1 for a group of one host.
+    pub hosts: u32,
     /// The experts of the token on each rank, in rank order; not read without experts.
     pub experts: Option<&'a [TokenExperts<'a, E>]>,
     /// Row of the token in the residual, `[hidden]`; `None` without a residual.
@@ -234,7 +240,8 @@ impl<E: Element> Row<'_, E> {
     /// # Panics
     /// If a row of `token` is shorter than `residual_out`, `norm` has another length, there is no rank, or a tensor of the
     /// operation is missing; as [`TokenExperts::chosen`]. With a [`wire`](Operation::wire) format, if the mode is
-    /// [`Mode::Auto`], which leaves open whether the sum goes through it, and the residual is not sharded.
+    /// [`Mode::Auto`], which leaves open whether the sum goes through it, and the residual is not sharded; if there are
+    /// several hosts, which such rows do not cross. If the ranks are not as many on each host.
     pub fn compute(&mut self, operation: &Operation, token: &Token<'_, E>) -> Result<(), RowError> {
         let add_residual = |mut sum: f32, index: usize| {
             if let Some(residual) = token.residual {
@@ -376,6 +383,22 @@ impl<'a, E: Element> Token<'a, E> {
         Some((self.experts.expect("an operation with experts has their rows"), shared))
     }
 
+    /// Ranks of each host.
+    ///
+    /// # Panics
+    /// If there are none, if they are not as many on each host, or if rows in a wire format would cross hosts.
+    pub(crate) fn ranks_per_host(&self, operation: &Operation) -> usize {
+        let ranks = self.experts_of(operation).map_or(self.inputs.len(), |(experts, _)| experts.len());
+        let hosts = self.hosts as usize;
+        assert!(ranks > 0, "a group has at least one rank");
+        assert!(
+            hosts > 0 && ranks.is_multiple_of(hosts),
+            "{ranks} ranks are not as many on each of {hosts} hosts"
+        );
+        assert!(hosts == 1 || operation.wire.is_none(), "rows in a wire format do not cross hosts");
+        ranks / hosts
+    }
+
     /// The sum of all ranks and the bias, before it is rounded.
     ///
     /// # Panics
@@ -397,19 +420,30 @@ impl<'a, E: Element> Token<'a, E> {
             }
             None => self.inputs[rank][index].to_f32(),
         };
-        let ranks = experts.map_or(self.inputs.len(), |(experts, _)| experts.len());
-        assert!(ranks > 0, "a group has at least one rank");
+        let per_host = self.ranks_per_host(operation);
         // Added to -0, the first addend is itself.
-        let mut block = [if operation.wire.is_some() { 0.0 } else { -0.0 }; wire::BLOCK];
-        let sums = &mut block[..count];
-        for rank in 0..ranks {
-            let mut addends = [0.0; wire::BLOCK];
-            let addends = &mut addends[..count];
-            addends.iter_mut().zip(first..).for_each(|(x, index)| *x = addend(rank, index));
-            match operation.wire {
-                Some(format) => add_sent(format, addends, sums),
-                None => sums.iter_mut().zip(addends).for_each(|(sum, x)| *sum += *x),
+        let zero = if operation.wire.is_some() { 0.0 } else { -0.0 };
+        let mut block = [zero; wire::BLOCK];
+        for host in 0..self.hosts as usize {
+            let mut partial = [zero; wire::BLOCK];
+            let sums = &mut partial[..count];
+            for rank in host * per_host..(host + 1) * per_host {
+                let mut addends = [0.0; wire::BLOCK];
+                let addends = &mut addends[..count];
+                addends.iter_mut().zip(first..).for_each(|(x, index)| *x = addend(rank, index));
+                match operation.wire {
+                    Some(format) => add_sent(format, addends, sums),
+                    None => sums.iter_mut().zip(addends).for_each(|(sum, x)| *sum += *x),
+                }
             }
+            if self.hosts == 1 {
+                block = partial;
+                break;
+            }
+            if operation.partial_sums == PartialSums::Element {
+                sums.iter_mut().for_each(|sum| *sum = E::from_f32(*sum).to_f32());
+            }
+            block[..count].iter_mut().zip(sums).for_each(|(sum, x)| *sum += *x);
         }
         if let Some(format) = operation.wire.filter(|_| sends_sum(operation)) {
             let sent = block;

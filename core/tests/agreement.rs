@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use fused_collective_core::{
     agreement::{CALL_WORDS, Call, Chain},
     dtype::DType,
-    fusion::{Experts, MAX_TOP_K, Mode, Norm, Operation, Residual, Rounding, WeightType},
+    fusion::{Experts, MAX_TOP_K, Mode, Norm, Operation, PartialSums, Residual, Rounding, WeightType},
     plan::Algorithm,
     quant::{GroupScale, Quantization, ScaleLayout},
     wire::WireFormat,
@@ -42,7 +42,7 @@ fn calls() -> impl Strategy<Value = Call> {
     let shape =
         (any::<u64>(), any::<u64>(), 0usize..3, option::of(prop::sample::select(&WireFormat::ALL[..])));
     let residual = prop_oneof![Just(Residual::None), Just(Residual::Replicated), Just(Residual::Sharded)];
-    let flags = (residual, any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
+    let flags = (residual, any::<bool>(), any::<bool>(), 0usize..3, any::<bool>(), any::<bool>());
     let experts = (1..=MAX_TOP_K, any::<bool>(), any::<bool>()).prop_map(|(top_k, wide, shared)| Experts {
         top_k,
         scales: weights(wide),
@@ -52,7 +52,7 @@ fn calls() -> impl Strategy<Value = Call> {
     let operation = (shape, flags, norms, quantizations(), 0.0f32..9.0).prop_map(
         |(
             (tokens, hidden, dtype, wire),
-            (residual, keep_norm, rounds_sum, two_shot, bias),
+            (residual, keep_norm, rounds_sum, algorithm, bias, element_partials),
             (norm, post_norm, experts),
             quantization,
             scale,
@@ -70,12 +70,15 @@ fn calls() -> impl Strategy<Value = Call> {
                 post_norm,
                 experts,
                 wire,
+                partial_sums: if element_partials { PartialSums::Element } else { PartialSums::F32 },
                 mode: Mode::Auto,
             };
-            let algorithm = match residual {
-                Residual::Sharded => Algorithm::ShardedTwoShot,
-                _ if two_shot => Algorithm::TwoShot,
-                _ => Algorithm::OneShot,
+            let algorithm = match (residual, algorithm) {
+                (Residual::Sharded, 2) => Algorithm::ShardedHierarchical,
+                (Residual::Sharded, _) => Algorithm::ShardedTwoShot,
+                (_, 0) => Algorithm::OneShot,
+                (_, 1) => Algorithm::TwoShot,
+                _ => Algorithm::Hierarchical,
             };
             Call::operation(&operation, algorithm, Some(scale))
         },
@@ -143,6 +146,7 @@ fn chains_of_like_calls_do_not_meet() {
             post_norm: None,
             experts: None,
             wire: None,
+            partial_sums: PartialSums::F32,
             mode: Mode::Auto,
         };
         let mut chain = Chain::default();
@@ -168,6 +172,7 @@ fn a_call_names_what_ranks_can_differ_in() {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     };
     let named = |operation, scale| Call::operation(&operation, Algorithm::TwoShot, scale).to_string();
@@ -205,6 +210,11 @@ fn a_call_names_what_ranks_can_differ_in() {
         "{}",
         named(narrow, None)
     );
+    let halved = Operation { partial_sums: PartialSums::Element, ..operation };
+    let across = Call::operation(&halved, Algorithm::Hierarchical, None).to_string();
+    assert!(across.contains(" of 4096 bfloat16, partial sums in the element type, residual"), "{across}");
+    // Nothing crosses between hosts in a group of one.
+    assert_eq!(named(halved, None), named(operation, None));
     // A scale that nothing reads is no part of the call, and neither is a rounding.
     let alone =
         Operation { residual: Residual::None, norm: None, quantization: Quantization::None, ..operation };

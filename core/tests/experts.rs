@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::{DType, Element, bf16, f16},
-    fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
+    fusion::{Experts, Mode, Norm, Operation, PartialSums, Residual, Rounding, WeightType},
     norm::Weights,
     quant::Quantization,
     reference::check_token,
@@ -30,6 +30,7 @@ fn operation(dtype: DType, experts: Experts) -> Operation {
         post_norm: None,
         experts: Some(experts),
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     }
 }
@@ -112,6 +113,7 @@ fn the_sum_is_that_of_rounded_addends_and_exact_arithmetic_accepts_it() {
         let inputs: Vec<&[E]> = inputs.iter().map(|row| &row[..]).collect();
         let token = Token {
             inputs: if shared { &inputs } else { &[] },
+            hosts: 1,
             residual: Some(&residual),
             bias: None,
             post_gamma: None,

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashSet};
 use fused_collective_core::{
     MAX_HIDDEN, MAX_WORLD_SIZE,
     dtype::{DType, bf16},
-    fusion::{Experts, Mode, Norm, Operation, OperationError, Residual, Rounding, WeightType},
+    fusion::{Experts, Mode, Norm, Operation, OperationError, PartialSums, Residual, Rounding, WeightType},
     lamport,
     launch::{Activations, Address, Shape},
     pack::Pack,
@@ -33,12 +33,13 @@ fn operation(tokens: u64, hidden: u64, dtype: DType, mode: Mode) -> Operation {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode,
     }
 }
 
 fn limits(world_size: u32, slot_bytes: u64) -> Limits {
-    Limits { world_size, slot_bytes, compute_units: 132, max_cluster: 8, one_shot_bytes: 1 << 18 }
+    Limits { world_size, hosts: 1, slot_bytes, compute_units: 132, max_cluster: 8, one_shot_bytes: 1 << 18 }
 }
 
 fn dtypes() -> impl Strategy<Value = DType> {
@@ -62,6 +63,7 @@ fn any_limits() -> impl Strategy<Value = Limits> {
     (1..=MAX_WORLD_SIZE, 12u32..50, 1u32..300, 0u32..4, any::<u64>()).prop_map(
         |(world_size, slot_bits, compute_units, cluster_bits, one_shot_bytes)| Limits {
             world_size,
+            hosts: 1,
             slot_bytes: 1 << slot_bits,
             compute_units,
             max_cluster: 1 << cluster_bits,

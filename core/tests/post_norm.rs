@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::{DType, Element, bf16, f16},
-    fusion::{Mode, Norm, Operation, Residual, Rounding, WeightType},
+    fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding, WeightType},
     norm::Weights,
     quant::Quantization,
     reference::check_token,
@@ -29,6 +29,7 @@ fn operation(dtype: DType, residual: Residual, rounding: Rounding) -> Operation 
         post_norm: Some(Norm { epsilon: 1e-3, weight_bias: 1.0, gamma: WeightType::Element }),
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     }
 }
@@ -39,6 +40,7 @@ fn with_token<E: Element, R>(operation: &Operation, work: impl FnOnce(&Token<'_,
     let wide: Vec<f32> = rows[4].iter().map(|weight| weight.to_f32()).collect();
     work(&Token {
         inputs: &[&rows[0], &rows[1]],
+        hosts: 1,
         residual: operation.residual.is_some().then_some(&rows[2]),
         bias: Some(&rows[3]),
         post_gamma: Some(match operation.post_norm.unwrap().gamma {
@@ -166,6 +168,7 @@ fn a_sum_that_overflows_or_is_nan_is_judged_as_it_is_specified() {
         let other: Vec<bf16> = row(1);
         let token = Token {
             inputs: &[&first, &other],
+            hosts: 1,
             residual: Some(&other),
             bias: None,
             post_gamma: Some(Weights::Element(&other)),

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::{Element, bf16},
-    fusion::{Mode, Norm, Operation, Residual, Rounding},
+    fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
     norm::Weights,
     quant::{GroupScale, Quantization, ScaleLayout, e4m3},
     reference::check_token,
@@ -48,6 +48,7 @@ impl<E: Element> Fixture<E> {
             post_norm: None,
             experts: None,
             wire: None,
+            partial_sums: PartialSums::F32,
             mode: Mode::Auto,
         };
         Fixture { operation, inputs: [row(1), row(2)], residual: row(3), gamma: row(4) }
@@ -57,6 +58,7 @@ impl<E: Element> Fixture<E> {
         let rows = [&self.inputs[0][..], &self.inputs[1][..]];
         work(&Token {
             inputs: &rows,
+            hosts: 1,
             residual: Some(&self.residual),
             bias: self.operation.bias.then_some(&self.gamma[..]),
             post_gamma: None,
@@ -144,6 +146,7 @@ fn the_specification_is_the_arithmetic_of_the_definition() {
     let inputs = [&input[..], &other[..]];
     let token = Token {
         inputs: &inputs,
+        hosts: 1,
         residual: None,
         bias: None,
         post_gamma: None,

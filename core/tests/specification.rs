@@ -3,7 +3,7 @@
 
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
-    fusion::{Mode, Norm, Operation, Residual, Rounding},
+    fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
     norm::{self, Weights},
     quant::{Quantization, ScaleLayout, ScaleTensor, e4m3},
     reference::check_token,
@@ -126,6 +126,7 @@ fn operation<E: Element>(hidden: usize) -> Operation {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     }
 }
@@ -138,6 +139,7 @@ fn error_of<E: Element>(row: &[E], quantization: Quantization) -> f64 {
     let gamma: Vec<E> = (0..hidden).map(|index| E::from_f32(0.5 + (index % 7) as f32)).collect();
     let token = Token {
         inputs: &[row, &other],
+        hosts: 1,
         residual: Some(row),
         bias: None,
         post_gamma: None,
@@ -202,6 +204,7 @@ fn any_other_bit_is_found_and_a_nan_is_a_nan() {
         let gamma = vec![1.0; hidden];
         let token = Token {
             inputs: &[input],
+            hosts: 1,
             residual: None,
             bias: None,
             post_gamma: None,

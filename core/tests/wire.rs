@@ -4,7 +4,7 @@ use std::array;
 
 use fused_collective_core::{
     dtype::{DType, Element, bf16},
-    fusion::{Mode, Norm, Operation, Residual, Rounding},
+    fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
     lamport,
     norm::Weights,
     quant::Quantization,
@@ -165,6 +165,7 @@ fn sums(operation: &Operation, ranks: u64) -> (Vec<f32>, Vec<f64>) {
 
 fn token<'a, E: Element>(inputs: &'a [&'a [E]], residual: Option<&'a [E]>) -> Token<'a, E> {
     Token {
+        hosts: 1,
         inputs,
         experts: None,
         residual,
@@ -190,6 +191,7 @@ fn operation(dtype: DType, mode: Mode, wire: Option<WireFormat>) -> Operation {
         post_norm: None,
         experts: None,
         wire,
+        partial_sums: PartialSums::F32,
         mode,
     }
 }

@@ -1,8 +1,8 @@
 //! The table of kernel entry points.
 
 /// Defines the entry points of one module, all of one element type: the collectives for groups of at most `N` ranks, of
-/// addends as elements or in a wire format, those of any epilogue, the kernels that need no group, or all of those that stream
-/// their rows.
+/// addends as elements or in a wire format, those of any epilogue, the kernels that need no group, all of those that stream
+/// their rows, or those of groups of several hosts.
 ///
 /// ```ignore
 /// fused_collective_device::entries!(collectives, bf16, 4); // N is 2, 4 or 8; two-shot is among them from 4 on
@@ -10,12 +10,14 @@
 /// fused_collective_device::entries!(any, bf16, 8); // N is 2 or 8
 /// fused_collective_device::entries!(local, bf16);
 /// fused_collective_device::entries!(streamed, bf16);
+/// fused_collective_device::entries!(hosts, bf16);
 /// ```
 /// A module for each keeps what a program has to load small. [`fused_collective_core::kernels`] has the same table by
 /// name; tests hold the two together.
 ///
 /// Parameters are [`Fused`](crate::launch::Fused) of the epilogue in collectives, and [`Local`](crate::launch::Local)
-/// of it in local kernels. The residual is in them: one that is null is never read.
+/// of it in local kernels; across hosts [`HostSum`](crate::launch::HostSum), and [`FusedHosts`](crate::launch::FusedHosts) of
+/// the epilogue. The residual is in them: one that is null is never read.
 ///
 /// # Registers
 /// rustc has no way to say in PTX how large blocks are. So whoever builds the PTX adds two lines after the parameters of
@@ -69,6 +71,21 @@ macro_rules! entries {
         $crate::entries!(@fused two_shot, "two_shot_wire_any_streamed", $element, AnyEpilogue, Experts, encoded, 8, 1, false);
         $crate::entries!(@fused sharded, "sharded_wire_any_streamed", $element, AnyEpilogue, Experts, encoded, 8, 1, false);
         $crate::entries!(@entry "local_any_streamed", Local<AnyEpilogue>, |params| local::<$element, AnyEpilogue, 1, false>(&params));
+    };
+    (hosts, $element:ident) => {
+        $crate::entries!(@hosts "_p1", $element, true);
+        $crate::entries!(@hosts "_streamed", $element, false);
+    };
+    (@hosts $version:literal, $element:ident, $resident:literal) => {
+        $crate::entries!(@entry concat!("host_sum", $version), HostSum, |params| {
+            collective::host_sum::<$element, _, 8, 1, $resident>(&params, &params.experts)
+        });
+        $crate::entries!(@entry concat!("two_shot_hosts", $version), FusedHosts<AnyEpilogue>, |params| {
+            collective::two_shot_hosts::<$element, AnyEpilogue, 8, 1, $resident>(&params)
+        });
+        $crate::entries!(@entry concat!("sharded_hosts", $version), FusedHosts<AnyEpilogue>, |params| {
+            collective::sharded_hosts::<$element, AnyEpilogue, 8, 1, $resident>(&params)
+        });
     };
     (@for_any $element:ident, $ranks:literal) => {
         $crate::entries!(@epilogue one_shot, "one_shot_none", $element, Plain<Unquantized>, elements, $ranks);

@@ -10,7 +10,7 @@ use fused_collective::{
     Error,
     core::{
         dtype::{DType, bf16},
-        fusion::{Mode, Norm, Operation, Residual, Rounding},
+        fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
         norm::Weights,
         quant::{Quantization, dequantize},
     },
@@ -38,6 +38,7 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Error> {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     };
     // Once for each group, for rows of up to so many bytes.

@@ -12,7 +12,7 @@ use cudarc::driver::{CudaContext, CudaSlice, DevicePtr as _, DevicePtrMut as _};
 use fused_collective::{
     core::{
         dtype::{DType, bf16},
-        fusion::{Mode, Norm, Operation, Residual, Rounding},
+        fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
         quant::Quantization,
     },
     cuda::{Communicator, DeviceTensor, KernelSource, Options, TensorType, Tensors, slot_bytes},
@@ -52,6 +52,7 @@ fn rank(bootstrap: &Thread) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     };
     let options = Options {

@@ -12,7 +12,7 @@ use cudarc::driver::{CudaContext, CudaSlice, DevicePtr as _, DevicePtrMut as _};
 use fused_collective::{
     core::{
         dtype::{DType, bf16},
-        fusion::{Mode, Operation, Residual, Rounding},
+        fusion::{Mode, Operation, PartialSums, Residual, Rounding},
         kernels::{Family, Version},
         quant::Quantization,
     },
@@ -51,6 +51,7 @@ fn rank(bootstrap: &Thread, image: &[u8]) -> Result<f32, Box<dyn Error + Send + 
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::TwoShot,
     };
     let options = Options {

@@ -14,7 +14,7 @@ use fused_collective::{
 };
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
-    fusion::{Mode, Norm, Operation, Residual, Rounding, WeightType},
+    fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding, WeightType},
     norm::Weights,
     quant::{Quantization, ScaleLayout},
 };
@@ -52,6 +52,7 @@ fn operation() -> Operation {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::OneShot,
     }
 }

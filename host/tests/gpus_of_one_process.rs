@@ -8,7 +8,7 @@ use fused_collective::{
     Error,
     core::{
         dtype::{DType, bf16},
-        fusion::{Mode, Norm, Operation, Residual, Rounding},
+        fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
         plan::Algorithm,
         quant::Quantization,
         wire::WireFormat,
@@ -52,6 +52,7 @@ fn operation(tokens: u64, hidden: u64) -> Operation {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     }
 }

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::Element,
-    fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
+    fusion::{Experts, Mode, Norm, Operation, PartialSums, Residual, Rounding, WeightType},
     norm::Weights,
     quant::{Quantization, dequantize, quantize},
     specification::{Row, Token, TokenExperts},
@@ -150,6 +150,7 @@ impl<E: Element> Tensors<E> {
             post_norm: (number / 3).is_multiple_of(4).then_some(norm),
             experts: (number / 4).is_multiple_of(3).then_some(experts),
             wire: WireFormat::ALL.get(number as usize % 5).copied(),
+            partial_sums: PartialSums::F32,
             mode: if number.is_multiple_of(2) { Mode::TwoShot } else { Mode::OneShot },
         };
         let rows = &self.inputs[..RANKS * hidden];
@@ -167,6 +168,7 @@ impl<E: Element> Tensors<E> {
         let ranks = 1 + number as usize % RANKS;
         let token = Token {
             inputs: &inputs[..ranks],
+            hosts: 1,
             residual: operation.residual.is_some().then_some(&self.residual[..hidden]),
             // Any row will do.
             bias: operation.bias.then_some(&self.gamma[..hidden]),

@@ -35,7 +35,7 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
     let takes_more = matches!(processor, "sm_80" | "sm_120a");
     // Kernels for more than 4 ranks hold a pack of each; those for 4 quantize in blocks beside as many.
     let is_large = match set {
-        Set::Group8 | Set::Any2 | Set::Any8 | Set::Streamed => true,
+        Set::Group8 | Set::Any2 | Set::Any8 | Set::Streamed | Set::Hosts => true,
         Set::Group4 => kernel.is_some_and(|kernel| match (kernel.family, quantizer(kernel)) {
             (Family::OneShot, Some(Quantizer::Fp4 | Quantizer::Fp8Block)) => true,
             (Family::OneShot, Some(Quantizer::Fp8)) => dtype == DType::F32,
@@ -52,7 +52,7 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
         && !takes_more
         && kernel.is_some_and(|kernel| kernel.family == Family::OneShot && !is_fp4(kernel));
     let threads = match set {
-        Set::Group8 | Set::Any8 | Set::Streamed if processor == "sm_80" => 256,
+        Set::Group8 | Set::Any8 | Set::Streamed | Set::Hosts if processor == "sm_80" => 256,
         // Two packs of eight ranks, widened.
         Set::Group8 if processor == "sm_120a" && version == Some(Version::P2) => 256,
         Set::Any8 if version == Some(Version::P2) => 256,

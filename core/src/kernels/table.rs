@@ -70,12 +70,24 @@ pub enum Set {
     /// Every kernel that streams its rows, for groups of any size: clusters of eight blocks hold 65,536 elements of 16 bits in
     /// registers, so only GPUs without clusters, and the longest rows of `f32`, use these.
     Streamed,
+    /// The kernels of groups of several hosts, of at most 8 ranks each, of any epilogue and all
+    /// [`Extras`](crate::launch::Extras): of rows in registers, one pack a thread, and those that stream them.
+    Hosts,
 }
 
 impl Set {
     /// Every set.
-    pub const ALL: [Set; 8] =
-        [Set::Group2, Set::Group4, Set::Group8, Set::Local, Set::Wire2, Set::Any2, Set::Any8, Set::Streamed];
+    pub const ALL: [Set; 9] = [
+        Set::Group2,
+        Set::Group4,
+        Set::Group8,
+        Set::Local,
+        Set::Wire2,
+        Set::Any2,
+        Set::Any8,
+        Set::Streamed,
+        Set::Hosts,
+    ];
 
     /// The set's part of a module's name.
     pub const fn name(self) -> &'static str {
@@ -88,12 +100,19 @@ impl Set {
             Set::Any2 => "any2",
             Set::Any8 => "any8",
             Set::Streamed => "streamed",
+            Set::Hosts => "hosts",
         }
+    }
+
+    /// The set that has the streamed versions of this one's kernels.
+    pub const fn streamed(self) -> Set {
+        if matches!(self, Set::Hosts) { Set::Hosts } else { Set::Streamed }
     }
 
     /// The names of the set's entry points.
     pub fn entries(self) -> impl Iterator<Item = &'static str> {
         let has = move |kernel: &Kernel, version| match (version, kernel.family, kernel.addends) {
+            (_, family, _) if family.spans_hosts() => self == Set::Hosts,
             (Version::Streamed, ..) => self == Set::Streamed,
             (_, Family::Local, _) => self == Set::Local,
             // Between two one-shot sends no more.
@@ -143,6 +162,7 @@ impl Module {
                     Set::Any2 => concat!($element, "_any2"),
                     Set::Any8 => concat!($element, "_any8"),
                     Set::Streamed => concat!($element, "_streamed"),
+                    Set::Hosts => concat!($element, "_hosts"),
                 }
             };
         }
@@ -185,14 +205,27 @@ pub enum Family {
     Sharded,
     /// No exchange: the residual and the epilogue alone.
     Local,
+    /// Between hosts, the first kernel: the sum of a host's addends, without an epilogue.
+    HostSum,
+    /// Between hosts, the second kernel: the sum of the hosts' sums, then as [`TwoShot`](Self::TwoShot).
+    TwoShotHosts,
+    /// The same, then as [`Sharded`](Self::Sharded).
+    ShardedHosts,
+}
+
+impl Family {
+    /// True of the kernels of a group of several hosts.
+    pub const fn spans_hosts(self) -> bool {
+        matches!(self, Family::HostSum | Family::TwoShotHosts | Family::ShardedHosts)
+    }
 }
 
 impl From<Algorithm> for Family {
     fn from(algorithm: Algorithm) -> Family {
         match algorithm {
             Algorithm::OneShot => Family::OneShot,
-            Algorithm::TwoShot => Family::TwoShot,
-            Algorithm::ShardedTwoShot => Family::Sharded,
+            Algorithm::TwoShot | Algorithm::Hierarchical => Family::TwoShot,
+            Algorithm::ShardedTwoShot | Algorithm::ShardedHierarchical => Family::Sharded,
         }
     }
 }
@@ -366,6 +399,9 @@ kernels! {
     OneShot Encoded  any              "one_shot_wire_any"
     TwoShot Encoded  any              "two_shot_wire_any"
     Sharded Encoded  any              "sharded_wire_any"
+    HostSum      Elements any         "host_sum"
+    TwoShotHosts Elements any         "two_shot_hosts"
+    ShardedHosts Elements any         "sharded_hosts"
 }
 
 impl Kernel {
@@ -404,6 +440,17 @@ impl Kernel {
         own.or_else(|| Kernel::find(Family::Local, Addends::Elements, None))
     }
 
+    /// The kernel that sums the addends of a host's ranks: the first of an operation across hosts.
+    pub fn host_sum() -> Option<&'static Kernel> {
+        Kernel::find(Family::HostSum, Addends::Elements, None)
+    }
+
+    /// The second kernel of an operation across hosts, with a sharded residual or without.
+    pub fn across_hosts(sharded: bool) -> Option<&'static Kernel> {
+        let family = if sharded { Family::ShardedHosts } else { Family::TwoShotHosts };
+        Kernel::find(family, Addends::Elements, None)
+    }
+
     /// The kernel of the same exchange whose epilogue is a parameter.
     pub fn of_any(&self) -> Option<&'static Kernel> {
         Kernel::find(self.family, self.addends, None)
@@ -418,7 +465,12 @@ impl Kernel {
 
     /// True if there is an entry point of a version.
     pub fn has(&self, version: Version) -> bool {
-        self.epilogue.is_none() || version != Version::Streamed
+        match version {
+            Version::P1 => true,
+            // Between hosts the links are slower than any kernel.
+            Version::P2 => !self.family.spans_hosts(),
+            Version::Streamed => self.epilogue.is_none(),
+        }
     }
 
     /// The name of a version's entry point.
@@ -438,7 +490,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        fusion::{Experts, Mode, Norm, Residual, WeightType},
+        fusion::{Experts, Mode, Norm, PartialSums, Residual, WeightType},
         quant::ScaleLayout,
         wire::WireFormat,
     };
@@ -469,6 +521,7 @@ mod tests {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     };
 
@@ -505,7 +558,7 @@ mod tests {
     #[test]
     fn names_follow_from_their_parts_and_lead_back_to_them() {
         let names: HashSet<_> = Module::all().map(Module::name).collect();
-        assert_eq!(names.len(), 24);
+        assert_eq!(names.len(), 27);
         for module in Module::all() {
             let element = ["f32", "f16", "bf16"][module.dtype as usize];
             assert_eq!(module.name(), format!("{element}_{}", module.set.name()));
@@ -533,19 +586,26 @@ mod tests {
             |quantization| Kernel::local(Epilogue::of(true, quantization)).map(|it| it.name(Version::P1));
         assert_eq!(local(Quantization::Fp8Static), Some("local_norm_fp8_p1"));
         assert_eq!(local(Quantization::MxFp4 { layout: ScaleLayout::Linear }), Some("local_any_p1"));
+        let across = [Kernel::host_sum(), Kernel::across_hosts(false), Kernel::across_hosts(true)];
+        let names = across.map(|kernel| kernel.map(|it| it.name(Version::Streamed)));
+        assert_eq!(
+            names,
+            ["host_sum_streamed", "two_shot_hosts_streamed", "sharded_hosts_streamed"].map(Some)
+        );
     }
 
     #[test]
     fn every_entry_point_is_in_one_set_or_in_the_groups() {
-        let [two, four, eight, local, wire, any_two, any_eight, streamed] =
+        let [two, four, eight, local, wire, any_two, any_eight, streamed, hosts] =
             Set::ALL.map(|set| set.entries().collect::<Vec<_>>());
         assert_eq!(four, eight);
         assert_eq!((two.len(), four.len(), local.len()), (2 * 11, 2 * 17, 2 * 11));
         assert_eq!((wire.len(), any_two.len(), any_eight.len(), streamed.len()), (2 * 11, 2 * 2, 2 * 6, 7));
+        assert_eq!(hosts.len(), 2 * 3);
         for (smaller, larger) in [(&two, &four), (&any_two, &any_eight)] {
             assert!(smaller.iter().all(|entry| larger.contains(entry) && !entry.starts_with("two_shot")));
         }
-        let all: HashSet<_> = [four, local, wire, any_eight, streamed].concat().into_iter().collect();
+        let all: HashSet<_> = [four, local, wire, any_eight, streamed, hosts].concat().into_iter().collect();
         let entries =
             |kernel: &Kernel| Version::ALL.into_iter().filter(|&version| kernel.has(version)).count();
         assert_eq!(all.len(), KERNELS.iter().map(entries).sum::<usize>());

@@ -24,6 +24,7 @@
 
 mod address;
 mod epilogue;
+mod hosts;
 
 use crate::{
     fingerprint::in_ptx,
@@ -40,6 +41,7 @@ pub use epilogue::{
     AnyEpilogue, AnyQuantizer, BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, MxFp4, Plain, RmsNorm,
     Unquantized,
 };
+pub use hosts::{FusedHosts, HostSum, Partials};
 
 /// The most threads of a block.
 pub const MAX_BLOCK_THREADS: u32 = 1024;
@@ -92,20 +94,22 @@ pub struct Epoch {
 pub const TIMED_OUT: u32 = 1;
 /// [`Status::failed`]: the host asked for the end.
 pub const ABORTED: u32 = 2;
+/// [`Status::failed`] and [`Status::hop`]: another host's sums say that a wait failed there.
+pub const HOST_FAILED: u32 = 3;
 
-/// Where host and kernels tell each other of failure: host memory that the device can reach. Zeroed when the
-/// group is made.
+/// Where host and kernels tell each other of failure, and kernels of progress: host memory that the device can reach.
+/// Zeroed when the group is made.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Status {
     /// Set by the host, not to 0, to end every wait of this rank.
     pub abort: u32,
-    /// 0, or [`TIMED_OUT`] or [`ABORTED`]. A kernel writes it last (release): when it is set, the rest is valid.
+    /// 0, or [`TIMED_OUT`], [`ABORTED`] or [`HOST_FAILED`]. A kernel writes it last (release): when it is set, the rest is valid.
     pub failed: u32,
-    /// The rank whose data was awaited.
+    /// The rank whose data was awaited; with [`HOST_FAILED`] the host whose sum it was.
     pub missing_rank: u32,
-    /// 1: an input, in one-shot or as a token's owner; 2: a token's sum, from its owner. Kernels of other crates have
-    /// numbers of their own, from 3 on.
+    /// 1: an input, in one-shot or as a token's owner; 2: a token's sum, from its owner; [`HOST_FAILED`]: a token's sum, from
+    /// another host. Kernels of other crates have numbers of their own, from 4 on.
     pub hop: u32,
     /// The operation: see [`Epoch::operation`].
     pub operation: u64,
@@ -113,6 +117,11 @@ pub struct Status {
     pub token: u64,
     /// What the operation is: its [`Shape::call`].
     pub call: u64,
+    /// Of a group of several hosts: 1 more than the number of the last operation that [`HostSum`] has begun with, its low
+    /// 32 bits. While it differs from [`gathers_ended`](Self::gathers_ended), hosts gather what they sum, or are about to.
+    pub gathers_begun: u32,
+    /// The same of the last operation that [`FusedHosts`] has begun with.
+    pub gathers_ended: u32,
 }
 
 impl Status {
@@ -130,6 +139,10 @@ impl Status {
     pub const TOKEN: u64 = core::mem::offset_of!(Status, token) as u64;
     /// Where `call` is.
     pub const CALL: u64 = core::mem::offset_of!(Status, call) as u64;
+    /// Where `gathers_begun` is.
+    pub const GATHERS_BEGUN: u64 = core::mem::offset_of!(Status, gathers_begun) as u64;
+    /// Where `gathers_ended` is.
+    pub const GATHERS_ENDED: u64 = core::mem::offset_of!(Status, gathers_ended) as u64;
 }
 
 /// A rank's place in its group. The same for every operation.
@@ -147,7 +160,7 @@ pub struct Group {
     pub slot_bytes: u64,
     /// The longest that one wait may take, in nanoseconds: at most an hour, and kept to within some microseconds.
     pub timeout_ns: u64,
-    /// Ranks in the group, from 2 to the kernel's largest.
+    /// Ranks in the group, from 2 to the kernel's largest. Of several hosts, this host's, from 1 on.
     pub world_size: u32,
     /// This rank.
     pub rank: u32,
@@ -409,6 +422,7 @@ const REVISION: u64 = 1;
 
 // What epilogue or quantizer there is does not move what comes before it; extras follow any epilogue.
 type AnyFused = Fused<Unquantized>;
+type AnyFusedHosts = FusedHosts<Unquantized>;
 type AnyLocal = Local<Unquantized>;
 type AnyPlain = Plain<Unquantized>;
 type AnyRmsNorm = RmsNorm<Unquantized>;
@@ -419,7 +433,7 @@ pub const LAYOUT: u32 = crate::fingerprint! {
     [SLOTS, SLOTS_OFFSET, SENTINEL, workspace::VERSION, REVISION]
     RankState { poisoned, reserved, epochs }
     Epoch { operation, slot, reserved }
-    Status { abort, failed, missing_rank, hop, operation, token, call }
+    Status { abort, failed, missing_rank, hop, operation, token, call, gathers_begun, gathers_ended }
     Group { regions, state, status, slot_bytes, timeout_ns, world_size, rank }
     Shape { first_token, total_tokens, tokens, row_packs, call }
     Activations { input, residual, residual_out, flags, reserved }
@@ -428,6 +442,9 @@ pub const LAYOUT: u32 = crate::fingerprint! {
     PostNorm { gamma, inverse_hidden, epsilon, weight_bias, gamma_f32 }
     Experts { rows, index, scales, shared, top_k, scales_f32 }
     AnyFused { group, shape, activations, epilogue, extras }
+    Partials { rows, host_stride, hosts, host, element, reserved }
+    HostSum { group, shape, activations, experts, partials }
+    AnyFusedHosts { fused, partials }
     AnyLocal { shape, activations, epilogue }
     AnyPlain { quantizer }
     AnyRmsNorm { gamma, norm_out, inverse_hidden, epsilon, weight_bias, gamma_f32, quantizer }
@@ -462,6 +479,8 @@ const _: () = {
     assert!(size_of::<AnyQuantizer>() == 64 && size_of::<AnyEpilogue>() == 96);
     assert!(size_of::<Plain<Fp4>>() == 56 && size_of::<RmsNorm<Unquantized>>() == 32);
     assert!(size_of::<Fused<RmsNorm<Fp4>>>() == 104 + 32 + 32 + 88 + 80);
+    assert!(size_of::<Partials>() == 32 && size_of::<HostSum>() == 104 + 32 + 32 + 40 + 32);
+    assert!(size_of::<FusedHosts<AnyEpilogue>>() == 104 + 32 + 32 + 96 + 80 + 32);
     assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 32 + 48);
 };
 
@@ -472,17 +491,17 @@ mod tests {
     #[test]
     fn every_launch_struct_is_in_the_fingerprint() {
         let source = include_str!("mod.rs");
-        let declared =
-            [source, include_str!("epilogue.rs")].into_iter().flat_map(str::lines).filter_map(|line| {
-                let name = line.strip_prefix("pub struct ")?;
-                name.split(|c: char| !c.is_alphanumeric()).next()
-            });
+        let files = [source, include_str!("epilogue.rs"), include_str!("hosts.rs")];
+        let declared = files.into_iter().flat_map(str::lines).filter_map(|line| {
+            let name = line.strip_prefix("pub struct ")?;
+            name.split(|c: char| !c.is_alphanumeric()).next()
+        });
         let mut count = 0;
         for name in declared.filter(|&name| name != "Address") {
             let lists = |prefix: &str| source.contains(&format!("\n    {prefix}{name} {{"));
             assert!(lists("") || lists("Any"), "{name} is not in `LAYOUT`");
             count += 1;
         }
-        assert_eq!(count, 23);
+        assert_eq!(count, 26);
     }
 }

@@ -4,7 +4,7 @@
 
 use crate::{
     dtype::{DType, Element},
-    fusion::{Norm, Operation, Rounding},
+    fusion::{Norm, Operation, PartialSums, Rounding},
     norm::Weights,
     quant::{GroupScale, Quantization, e2m1, e4m3, scale, ue4m3, ue8m0},
     specification::{Mismatch, Observed, Output, Token},
@@ -70,6 +70,33 @@ struct Reduced {
     unit: f64,
     /// True if a partial sum in `f32` may overflow although the whole sum does not.
     may_overflow: bool,
+}
+
+/// A sum of addends, the sum of their magnitudes, and their number.
+struct Total {
+    sum: Allowed,
+    magnitude: f64,
+    count: u32,
+}
+
+impl Total {
+    const ZERO: Total = Total { sum: Allowed::exactly(0.0), magnitude: 0.0, count: 0 };
+
+    fn add(&mut self, addend: Allowed) {
+        self.add_all(Total { sum: addend, magnitude: addend.magnitudes()[1], count: 1 });
+    }
+
+    fn add_all(&mut self, other: Total) {
+        let (Allowed { low, exact, high }, addend) = (self.sum, other.sum);
+        self.sum = Allowed { low: low + addend.low, exact: exact + addend.exact, high: high + addend.high };
+        self.magnitude += other.magnitude;
+        self.count += other.count;
+    }
+
+    /// The sum in `f32`, whatever the order of its additions.
+    fn in_f32(&self) -> Allowed {
+        self.sum.plus(0.0, f64::from(self.count) * U * self.magnitude)
+    }
 }
 
 fn overflows(magnitude: f64) -> bool {
@@ -265,42 +292,46 @@ impl<'a, E: Element> Checker<'a, E> {
 
     /// Element `index` of the sum of all ranks and the bias.
     fn reduced(&self, index: usize) -> Reduced {
-        let element = |row: &[E]| f64::from(row[index].to_f32());
-        let hidden = self.observed.residual_out.len();
-        let zero = Reduced { sum: Allowed::exactly(0.0), magnitude: 0.0, unit: 0.0, may_overflow: false };
-        let (mut reduced, mut count) = (zero, 0);
-        let mut add = |addend: Allowed| {
-            let Allowed { low, exact, high } = reduced.sum;
-            reduced.sum =
-                Allowed { low: low + addend.low, exact: exact + addend.exact, high: high + addend.high };
-            reduced.magnitude += addend.magnitudes()[1];
-            count += 1;
-        };
         let (mut unit, mut may_overflow) = (0.0f64, false);
-        match self.token.experts_of(self.operation) {
-            None => self.token.inputs.iter().for_each(|row| add(Allowed::exactly(element(row)))),
-            Some((experts, shared)) => {
-                for (rank, experts) in experts.iter().enumerate() {
-                    let products = experts.chosen(hidden).map(|(scale, row)| f64::from(scale) * element(row));
-                    let terms = products.chain(shared.then(|| element(self.token.inputs[rank])));
-                    let (sum, magnitude, count) = terms
-                        .fold((0.0, 0.0, 0.0), |(sum, magnitude, count), term| {
-                            (sum + term, magnitude + term.abs(), count + 1.0)
-                        });
-                    may_overflow |= overflows(magnitude);
-                    unit = unit.max(spacing(magnitude, 24, -126));
-                    let sum = Allowed::around(sum, count * (U * magnitude + SMALLEST));
-                    add(sum.stored::<E>(&mut unit));
-                }
+        let per_host = self.token.ranks_per_host(self.operation);
+        let rounds_hosts = self.token.hosts > 1 && self.operation.partial_sums == PartialSums::Element;
+        let mut total = Total::ZERO;
+        for host in 0..self.token.hosts as usize {
+            let mut partial = Total::ZERO;
+            for rank in host * per_host..(host + 1) * per_host {
+                partial.add(self.addend(rank, index, &mut unit, &mut may_overflow));
+            }
+            if rounds_hosts {
+                may_overflow |= overflows(partial.magnitude);
+                unit = unit.max(spacing(partial.magnitude, 24, -126));
+                total.add(partial.in_f32().stored::<E>(&mut unit));
+            } else {
+                total.add_all(partial);
             }
         }
         if let Some(bias) = self.token.bias {
-            add(Allowed::exactly(element(bias)));
+            total.add(Allowed::exactly(f64::from(bias[index].to_f32())));
         }
-        let slack = f64::from(count) * U * reduced.magnitude;
-        let may_overflow = may_overflow || overflows(reduced.magnitude);
-        let unit = unit.max(spacing(reduced.magnitude, 24, -126));
-        Reduced { sum: reduced.sum.plus(0.0, slack), unit, may_overflow, ..reduced }
+        let may_overflow = may_overflow || overflows(total.magnitude);
+        let unit = unit.max(spacing(total.magnitude, 24, -126));
+        Reduced { sum: total.in_f32(), magnitude: total.magnitude, unit, may_overflow }
+    }
+
+    /// Element `index` of the addend of rank `rank`.
+    fn addend(&self, rank: usize, index: usize, unit: &mut f64, may_overflow: &mut bool) -> Allowed {
+        let element = |row: &[E]| f64::from(row[index].to_f32());
+        let Some((experts, shared)) = self.token.experts_of(self.operation) else {
+            return Allowed::exactly(element(self.token.inputs[rank]));
+        };
+        let hidden = self.observed.residual_out.len();
+        let products = experts[rank].chosen(hidden).map(|(scale, row)| f64::from(scale) * element(row));
+        let terms = products.chain(shared.then(|| element(self.token.inputs[rank])));
+        let (sum, magnitude, count) = terms.fold((0.0, 0.0, 0.0), |(sum, magnitude, count), term| {
+            (sum + term, magnitude + term.abs(), count + 1.0)
+        });
+        *may_overflow |= overflows(magnitude);
+        *unit = unit.max(spacing(magnitude, 24, -126));
+        Allowed::around(sum, count * (U * magnitude + SMALLEST)).stored::<E>(unit)
     }
 
     /// Element `index` of the sum, plus the residual, before it is rounded; the largest last place at which arithmetic may have

@@ -8,7 +8,8 @@
 //!
 //! # Allowed errors
 //! With `u = 2^-24`, half the spacing of `f32`:
-//! - a sum of `n` addends is within `n * u` of the sum of their magnitudes;
+//! - a sum of `n` addends is within `n * u` of the sum of their magnitudes, in any order. A host's sum that is rounded to the
+//!   element type lies between two roundings, as above;
 //! - a norm is within `(8 + sqrt(hidden)) * u` of itself. A few roundings of the product and of the reciprocal
 //!   square root (2 or 3 for an approximate one) are part of this. The rest is half the error of partial sums of
 //!   squares whose roundings add up as a random walk over the row;

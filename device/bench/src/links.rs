@@ -23,7 +23,7 @@ pub const PLACES_OFFSET: u64 = SLOTS_OFFSET;
 pub const WARM_UP_TRIPS: u32 = 16;
 
 /// The number of a wait for a flag: [`Status::hop`](fused_collective_core::launch::Status::hop).
-pub const HOP: u32 = 3;
+pub const HOP: u32 = 4;
 
 const _: () = assert!(MAX_WORLD_SIZE as u64 * LINE_BYTES <= CONTROL_BYTES);
 

@@ -51,6 +51,26 @@ impl<'a> Begun<'a> {
         first_slot::<N>(self.group, rank).offset(self.slot_offset())
     }
 
+    /// Tells the host how far this rank is, in the word at `offset` of [`Status`](crate::launch::Status): one more than the
+    /// operation's number. Every thread may call this; one of the grid writes.
+    ///
+    /// # Safety
+    /// The addresses in the group are as its documentation says.
+    #[inline(always)]
+    pub(super) unsafe fn tell(&self, offset: u64) {
+        if simt::block() == 0 && simt::thread() == 0 {
+            let number = (self.operation as u32).wrapping_add(1);
+            // SAFETY: a word of the status, which the host reads atomically. Relaxed: it orders nothing.
+            unsafe { simt::push_words(self.group.status.offset(offset), Pack([number, 0, 0, 0]), 1) };
+        }
+    }
+
+    /// Leaves the epochs as they are: another kernel of the same operation follows. In place of [`advance`](Self::advance).
+    #[inline(always)]
+    pub(super) fn stay(&mut self) {
+        self.waiter.failed |= self.waiter.slot as u64 >= SLOTS;
+    }
+
     /// Advances the epochs to the next operation. Every thread of the block calls this once, when it has what it needs
     /// of this one's.
     #[inline(always)]
@@ -71,12 +91,12 @@ impl<'a> Begun<'a> {
     }
 }
 
-/// True if a kernel for at most `N` ranks can serve the group. One launched for another ends at once, and its peers'
+/// True if a kernel for `least` to `N` ranks can serve the group. One launched for another ends at once, and its peers'
 /// waits say what is missing.
 #[inline(always)]
-pub(super) fn serves<const N: usize>(group: &Group) -> bool {
-    // Not `world_size > 1`, of which a compiler makes other code for more than two ranks, and nobody has timed that.
-    group.world_size as usize <= N && group.world_size.saturating_sub(1) != 0
+pub(super) fn serves<const N: usize>(group: &Group, least: u32) -> bool {
+    // Not `world_size >= least`, of which a compiler makes other code for more than two ranks, and nobody has timed that.
+    group.world_size as usize <= N && group.world_size.saturating_sub(least - 1) != 0
 }
 
 /// Writes the outputs' padding. The links have work by then, and not before: where blocks fill the multiprocessors, the next

@@ -1,4 +1,4 @@
-//! The collectives, each with an epilogue: one-shot, two-shot, and two-shot with a sharded residual.
+//! The collectives, each with an epilogue: one-shot, two-shot, two-shot with a sharded residual, and those across hosts.
 //!
 //! Arrival is seen in the data itself, by [`lamport`](fused_collective_core::lamport)'s rules. What a kernel does:
 //! 1. reads what is constant (gamma, scales), which may be had before the kernels ahead have ended;
@@ -36,8 +36,8 @@
 //!
 //! # Waits
 //! A rank waits for peers' data only, never for their blocks. In which order a block pushes and waits, and why ranks cannot
-//! wait in a circle, each collective says for itself: `one_shot`, `two_shot`, and for a sharded residual `turns`. Waits
-//! are bounded: see the `wait` module.
+//! wait in a circle, each collective says for itself: `one_shot`, `two_shot`, for a sharded residual `turns`, and `hosts`.
+//! Waits are bounded: see the `wait` module.
 //!
 //! # Protocols of one's own
 //! [`Begun`], [`Waiter`], [`region`], [`peer`] and [`deal`] are what the collectives are made of, and what a kernel of
@@ -46,7 +46,9 @@
 //! [`Epoch`]: crate::launch::Epoch
 
 mod begun;
+mod hosts;
 mod one_shot;
+mod partials;
 mod ranks;
 mod sharded;
 mod sum;
@@ -55,6 +57,7 @@ mod two_shot;
 mod wait;
 
 pub use begun::Begun;
+pub use hosts::{host_sum, sharded_hosts, two_shot_hosts};
 pub use one_shot::one_shot;
 pub use ranks::{deal, peer, region};
 pub use sharded::sharded;

@@ -57,7 +57,7 @@ pub unsafe fn one_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     I: Prologue<E>,
     W: Wire<E>,
 {
-    if !serves::<N>(&params.group) {
+    if !serves::<N>(&params.group, 2) {
         return;
     }
     let Fused { group, shape, activations, epilogue, extras } = params;

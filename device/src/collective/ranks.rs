@@ -1,6 +1,9 @@
 //! The ranks of a group: peers, regions and slots, and the tokens that are dealt out.
 
-use fused_collective_core::workspace::SLOTS_OFFSET;
+use fused_collective_core::{
+    plan::{owned_index, owner},
+    workspace::SLOTS_OFFSET,
+};
 
 use crate::{
     launch::{Address, Group, MAX_RANKS},
@@ -27,6 +30,13 @@ pub fn region<const N: usize>(group: &Group, rank: u32) -> Address {
 #[inline(always)]
 pub(super) fn first_slot<const N: usize>(group: &Group, rank: u32) -> Address {
     region::<N>(group, rank).offset(SLOTS_OFFSET)
+}
+
+/// The group, of whose regions a compiler knows nothing: one that reads parameters at a selected address copies them all to local
+/// memory first.
+#[inline(always)]
+pub(super) fn opaque(group: &Group) -> Group {
+    Group { regions: group.regions.map(|region| Address(simt::black_box_u64(region.0))), ..*group }
 }
 
 /// The rank `distance` (less than the group's size) after this one. Ranks start with different peers, so that they
@@ -72,4 +82,11 @@ pub fn deal(team: u32, teams: u32, tokens: u32, mut each: impl FnMut(u32)) {
 pub(super) fn row_of(first: Address, source: u32, stride: u64) -> Address {
     // `black_box`, so that addresses are computed in the loop: kept, they would take up registers.
     Address(simt::black_box_u64(first.0)).offset(source as u64 * simt::black_box_u64(stride))
+}
+
+/// A token's owner, and which of its tokens it is.
+#[inline(always)]
+pub(super) fn dealt(token: u32, world_size: u32) -> (u32, u32) {
+    let (owner, index) = (owner(token as u64, world_size), owned_index(token as u64, world_size));
+    (owner, index as u32)
 }

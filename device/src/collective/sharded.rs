@@ -29,14 +29,15 @@ use fused_collective_core::{dtype::Element, lamport, pack::Pack, workspace::Slot
 
 use super::{
     begun::{Begun, fill_padding, serves},
-    ranks::{first_slot, peer, row_of},
+    partials::{Origin, Ranks},
+    ranks::{first_slot, opaque, peer, row_of},
     sum::{bias_of, encode, load_row, make_addend, residual_of_sum, residual_out, sum_of},
     turns::{Token, Tokens},
     wait::{Awaited, Waiter},
 };
 use crate::{
     epilogue::{Epilogue, PackIndex},
-    launch::{Activations, Address, Fused, Group},
+    launch::{Activations, Address, Fused, HOST_FAILED},
     prologue::Prologue,
     row::{Prepared, Team, ThreadSlice},
     simt,
@@ -70,8 +71,29 @@ pub unsafe fn sharded<E, X, I, W, const N: usize, const P: usize, const RESIDENT
     I: Prologue<E>,
     W: Wire<E>,
 {
+    // SAFETY: as this function's.
+    unsafe { sharded_of::<E, X, I, W, _, N, P, RESIDENT>(params, prologue, wire, &Ranks) }
+}
+
+/// The kernel, or its second hop alone: of sums of what is from `origin`.
+///
+/// # Safety
+/// As [`sharded`].
+#[inline(always)]
+pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, const RESIDENT: bool>(
+    params: &Fused<X>,
+    prologue: &I,
+    wire: &W,
+    origin: &S,
+) where
+    E: Element,
+    X: Epilogue<E>,
+    I: Prologue<E>,
+    W: Wire<E>,
+    S: Origin<E>,
+{
     const { assert!(X::WORDS > 0, "this epilogue's results are not sent") }
-    if !serves::<N>(&params.group) {
+    if !serves::<N>(&params.group, S::LEAST_RANKS) {
         return;
     }
     let Fused { group, shape, activations, epilogue, extras } = params;
@@ -86,6 +108,9 @@ pub unsafe fn sharded<E, X, I, W, const N: usize, const P: usize, const RESIDENT
     // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,
     // and by the launch rules this thread's alone. The same holds for the blocks below.
     let own = |token, chunk| unsafe {
+        if !S::FIRST_HOP {
+            return [Pack::default(); P];
+        }
         load_row(activations.input, slice, chunk, &slice.indices(shape.operation_token(token), chunk))
     };
 
@@ -112,18 +137,16 @@ pub unsafe fn sharded<E, X, I, W, const N: usize, const P: usize, const RESIDENT
     let mut begun = unsafe { Begun::read(group, Begun::epoch(group)) };
     simt::launch_dependents();
     let slot_of = |waiter: &Waiter<'_>, rank: u32| {
-        // `black_box` for the same reason as in `Begun::slot_of`; of the regions because a compiler that reads parameters
-        // at a selected address copies them all to local memory first.
+        // `black_box` for the same reason as in `Begun::slot_of`.
         let rank = simt::black_box_u64(rank as u64) as u32;
-        let group =
-            Group { regions: group.regions.map(|region| Address(simt::black_box_u64(region.0))), ..*group };
+        let group = opaque(group);
         first_slot::<N>(&group, rank).offset(waiter.slot as u64 * group.slot_bytes)
     };
     // Pushes this rank's row of a token that another one owns, if there is such a token.
     let push = |waiter: &Waiter<'_>, other: i32, chunk: u32| {
         let Some(Token { token, owner, index }) = tokens.other(other) else { return };
         // A warp encodes together, whoever of it has failed.
-        if W::ELEMENTS && waiter.failed {
+        if !S::FIRST_HOP || W::ELEMENTS && waiter.failed {
             return;
         }
         // SAFETY: see above.
@@ -145,6 +168,8 @@ pub unsafe fn sharded<E, X, I, W, const N: usize, const P: usize, const RESIDENT
         other += teams as i32;
         pushed += 1;
     }
+    // SAFETY: see above.
+    unsafe { origin.begin(&mut begun, shape) };
     begun.advance();
     // SAFETY: see above.
     unsafe { fill_padding::<E, X>(epilogue, shape) };
@@ -180,22 +205,31 @@ pub unsafe fn sharded<E, X, I, W, const N: usize, const P: usize, const RESIDENT
                     chunk,
                     &slice.indices(index as u64, chunk),
                 );
-                let row_at = slot_of(waiter, group.rank).offset(index as u64 * row_bytes);
-                let packs = waiter.all::<N, P, RESIDENT>(
-                    slice,
-                    chunk,
-                    |source, _, pack| wire.poll(row_of(row_at, source, stride), 0, in_row(pack)),
-                    |source, _, pack| wire.refill(row_of(row_at, source, stride), 0, in_row(pack)),
-                    Awaited { shape, token, hop: 1 },
-                );
+                let packs = if S::FIRST_HOP {
+                    let row_at = slot_of(waiter, group.rank).offset(index as u64 * row_bytes);
+                    waiter.all::<N, P, RESIDENT>(
+                        slice,
+                        chunk,
+                        |source, _, pack| wire.poll(row_of(row_at, source, stride), 0, in_row(pack)),
+                        |source, _, pack| wire.refill(row_of(row_at, source, stride), 0, in_row(pack)),
+                        Awaited { shape, token, hop: 1 },
+                    )
+                } else {
+                    [[Pack::default(); N]; P]
+                };
                 if turns_ahead > 0 {
                     // The team is a turn late with the others' tokens. None of two ranks is left out, as a team has
                     // at most one more of them than of its own.
                     push(waiter, other + ((turns_ahead + 1) * simt::clusters()) as i32, chunk);
                 }
                 slice.for_each(chunk, |p, pack| {
+                    let sum = if S::FIRST_HOP {
+                        sum_of::<E, W, N>(wire, group, in_row(pack), &packs[p], own[p])
+                    } else {
+                        origin.sum(waiter, index, pack, Awaited { shape, token, hop: HOST_FAILED })
+                    };
                     row[p] = residual_out::<E>(
-                        sum_of::<E, W, N>(wire, group, in_row(pack), &packs[p], own[p]),
+                        sum,
                         bias_of(I::EXTRAS, activations, extras, pack),
                         (!residual_of_sum(I::EXTRAS, activations).is_null()).then_some(residual[p]),
                         I::EXTRAS && simt::black_box_u32(activations.flags) & Activations::ROUNDS_SUM != 0,

@@ -23,22 +23,18 @@
 //! Ranks cannot wait in a circle, whatever their grids are: an owner waits only for pushes that wait for nothing, a
 //! receiver of a token only for its owner, and before either a team completes only tokens that come before that one.
 
-use fused_collective_core::{
-    dtype::Element,
-    pack::Pack,
-    plan::{owned_index, owner},
-    workspace::SlotRows,
-};
+use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 
 use super::{
     begun::{Begun, fill_padding, serves},
-    ranks::{deal, peer, row_of},
+    partials::{Origin, Ranks},
+    ranks::{deal, dealt, peer, row_of},
     sum::{bias_of, encode, load_row, make_addend, residual_of_sum, residual_out, sum_of},
     wait::Awaited,
 };
 use crate::{
     epilogue::{Epilogue, PackIndex},
-    launch::{Activations, Address, Fused},
+    launch::{Activations, Address, Fused, HOST_FAILED},
     prologue::Prologue,
     row::{Prepared, Team, ThreadSlice},
     simt,
@@ -62,7 +58,28 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     I: Prologue<E>,
     W: Wire<E>,
 {
-    if !serves::<N>(&params.group) {
+    // SAFETY: as this function's.
+    unsafe { two_hops::<E, X, I, W, _, N, P, RESIDENT>(params, prologue, wire, &Ranks) }
+}
+
+/// The kernel, or its second hop alone: of sums of what is from `origin`.
+///
+/// # Safety
+/// As [`two_shot`].
+#[inline(always)]
+pub(super) unsafe fn two_hops<E, X, I, W, S, const N: usize, const P: usize, const RESIDENT: bool>(
+    params: &Fused<X>,
+    prologue: &I,
+    wire: &W,
+    origin: &S,
+) where
+    E: Element,
+    X: Epilogue<E>,
+    I: Prologue<E>,
+    W: Wire<E>,
+    S: Origin<E>,
+{
+    if !serves::<N>(&params.group, S::LEAST_RANKS) {
         return;
     }
     let Fused { group, shape, activations, epilogue, extras } = params;
@@ -80,6 +97,9 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     // SAFETY: as this function's. Packs of `slice` and tokens below `shape.tokens` are inside the tensors and the slots,
     // and by the launch rules this thread's alone. The same holds for the blocks below.
     let input = |token, chunk| unsafe {
+        if !S::FIRST_HOP {
+            return [Pack::default(); P];
+        }
         load_row(activations.input, slice, chunk, &slice.indices(shape.operation_token(token), chunk))
     };
 
@@ -106,7 +126,7 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
     deal(team_index, teams, shape.tokens, |token| {
         let (owner, index) = dealt(token, group.world_size);
-        if owner == group.rank || begun.waiter.failed {
+        if !S::FIRST_HOP || owner == group.rank || begun.waiter.failed {
             return;
         }
         // SAFETY: see above.
@@ -118,6 +138,8 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
             });
         }
     });
+    // SAFETY: see above.
+    unsafe { origin.begin(&mut begun, shape) };
     begun.advance();
     // SAFETY: see above.
     unsafe { fill_padding::<E, X>(epilogue, shape) };
@@ -169,17 +191,30 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
                 } else {
                     let own = encode(wire, slice, chunk, own(token, chunk));
                     let residual = if W::ELEMENTS { residual() } else { after };
-                    let row_at = slot.offset(index as u64 * row_bytes);
-                    let packs = begun.waiter.all::<N, P, RESIDENT>(
-                        slice,
-                        chunk,
-                        |source, _, pack| wire.poll(row_of(row_at, source, stride), 0, in_row(pack)),
-                        |source, _, pack| wire.refill(row_of(row_at, source, stride), 0, in_row(pack)),
-                        Awaited { shape, token, hop: 1 },
-                    );
+                    let packs = if S::FIRST_HOP {
+                        let row_at = slot.offset(index as u64 * row_bytes);
+                        begun.waiter.all::<N, P, RESIDENT>(
+                            slice,
+                            chunk,
+                            |source, _, pack| wire.poll(row_of(row_at, source, stride), 0, in_row(pack)),
+                            |source, _, pack| wire.refill(row_of(row_at, source, stride), 0, in_row(pack)),
+                            Awaited { shape, token, hop: 1 },
+                        )
+                    } else {
+                        [[Pack::default(); N]; P]
+                    };
                     let mut sums = [E::WIDE_ZERO; P];
                     slice.for_each(chunk, |p, pack| {
-                        sums[p] = sum_of::<E, W, N>(wire, group, in_row(pack), &packs[p], own[p]);
+                        sums[p] = if S::FIRST_HOP {
+                            sum_of::<E, W, N>(wire, group, in_row(pack), &packs[p], own[p])
+                        } else {
+                            origin.sum(
+                                &mut begun.waiter,
+                                index,
+                                pack,
+                                Awaited { shape, token, hop: HOST_FAILED },
+                            )
+                        };
                         if W::ELEMENTS {
                             row[p] = complete(sums[p], p, pack, &residual);
                             push(&begun, pack, row[p]);
@@ -198,11 +233,4 @@ pub unsafe fn two_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
             });
         }
     });
-}
-
-/// A token's owner, and which of its tokens it is.
-#[inline(always)]
-fn dealt(token: u32, world_size: u32) -> (u32, u32) {
-    let (owner, index) = (owner(token as u64, world_size), owned_index(token as u64, world_size));
-    (owner, index as u32)
 }

@@ -183,6 +183,39 @@ impl<'a> Waiter<'a> {
         }
     }
 
+    /// Looks whether the host has asked for the end, at once: for kernels that may have nothing to wait for. `missing` is as
+    /// [`Status::missing_rank`].
+    ///
+    /// # Safety
+    /// The addresses in the group are as its documentation says.
+    #[inline(always)]
+    pub(super) unsafe fn look(&mut self, missing: u32, awaited: Awaited<'_>) {
+        // SAFETY: as this function's.
+        unsafe {
+            if !self.failed && simt::load_relaxed(self.group.status.offset(Status::ABORT)) != 0 {
+                self.fail(ABORTED, missing, awaited);
+            }
+        }
+    }
+
+    /// Fails for `reason`, as a wait does: poisons the rank and writes down what is missing, unless somebody has done so.
+    ///
+    /// # Safety
+    /// As [`look`](Self::look).
+    #[inline(always)]
+    pub(super) unsafe fn fail(&mut self, reason: u32, missing: u32, awaited: Awaited<'_>) {
+        self.failed = true;
+        // `black_box` for the same reason as in `check`.
+        let [state, status] =
+            [self.group.state.0, self.group.status.0].map(|address| Address(simt::black_box_u64(address)));
+        // SAFETY: as this function's.
+        unsafe {
+            if simt::replace_zero(state.offset(RankState::POISONED), reason) {
+                record(state, status, reason, self.slot, missing, awaited);
+            }
+        }
+    }
+
     /// Counts a poll that found data missing and, once in a while, decides whether to go on.
     #[inline(always)]
     fn check(&mut self, elapsed: &mut Elapsed, missing: impl Fn() -> u32, awaited: Awaited<'_>) {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use fused_collective_core::{
     dtype::Element,
-    fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
+    fusion::{Experts, Mode, Norm, Operation, PartialSums, Residual, Rounding, WeightType},
     kernels::Epilogue,
     norm::Weights,
     plan::owner,
@@ -112,6 +112,7 @@ impl<E: Element> Case<E> {
                 shared: random.below(2) == 1,
             }),
             wire: None,
+            partial_sums: PartialSums::F32,
             mode: Mode::Auto,
         };
         operation.validate().unwrap();

@@ -153,6 +153,7 @@ impl World {
     pub fn limits(&self) -> Limits {
         Limits {
             world_size: self.size,
+            hosts: 1,
             slot_bytes: self.layout.slot_bytes(),
             compute_units: 1,
             max_cluster: 1,

@@ -360,6 +360,7 @@ impl Tensors {
             });
             let token = Token {
                 inputs: &inputs,
+                hosts: 1,
                 residual: case.residual.as_ref().map(|residual| &residual[elements.clone()]),
                 bias: case.bias.as_deref(),
                 post_gamma: case.norm_post_gamma(),

@@ -407,6 +407,14 @@ enum fc_algorithm
    * Two hops, the second with the norm or its codes.
    */
   FC_ALGORITHM_SHARDED_TWO_SHOT = 3,
+  /**
+   * Two hops within each host, with an exchange of partial sums between hosts.
+   */
+  FC_ALGORITHM_HIERARCHICAL = 4,
+  /**
+   * The same, the second hop with the norm or its codes.
+   */
+  FC_ALGORITHM_SHARDED_HIERARCHICAL = 5,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L

@@ -176,6 +176,10 @@ pub enum fc_algorithm {
     TwoShot = 2,
     /// Two hops, the second with the norm or its codes.
     ShardedTwoShot = 3,
+    /// Two hops within each host, with an exchange of partial sums between hosts.
+    Hierarchical = 4,
+    /// The same, the second hop with the norm or its codes.
+    ShardedHierarchical = 5,
 }
 
 /// The device of rank `r`: GPU `r` modulo the number of GPUs that the process sees.

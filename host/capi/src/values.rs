@@ -5,7 +5,7 @@ use std::time::Duration;
 use fused_collective::{
     core::{
         dtype::DType,
-        fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
+        fusion::{Experts, Mode, Norm, Operation, PartialSums, Residual, Rounding, WeightType},
         plan::Algorithm,
         quant::{GroupScale, Quantization, ScaleLayout},
         wire::WireFormat,
@@ -134,6 +134,7 @@ pub(crate) fn operation(given: &fc_operation) -> Result<Operation, Failure> {
         post_norm: value("post_norm", given.post_norm, NORMS)?.then_some(post_norm),
         experts: (given.top_k > 0).then_some(experts),
         wire: value("wire", given.wire, WIRES)?,
+        partial_sums: PartialSums::F32,
         norm: value("norm", given.norm, NORMS)?.then_some(norm),
         quantization: quantization(given.group, scales, layout),
         keep_norm: value("keep_norm", given.keep_norm, SWITCHES)?,
@@ -209,6 +210,8 @@ pub(crate) fn algorithm(algorithm: Algorithm) -> u32 {
         Algorithm::OneShot => fc_algorithm::OneShot,
         Algorithm::TwoShot => fc_algorithm::TwoShot,
         Algorithm::ShardedTwoShot => fc_algorithm::ShardedTwoShot,
+        Algorithm::Hierarchical => fc_algorithm::Hierarchical,
+        Algorithm::ShardedHierarchical => fc_algorithm::ShardedHierarchical,
     };
     number as u32
 }

@@ -9,7 +9,7 @@ use std::{
 
 use fused_collective::core::{
     dtype::DType,
-    fusion::{Mode, Norm, Operation, Residual, Rounding},
+    fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
     norm::Weights,
     quant::Quantization,
     specification::{Row, Token},
@@ -76,6 +76,7 @@ fn specified() -> String {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         norm: Some(Norm::default()),
         quantization: Quantization::Fp8Static,
         keep_norm: true,
@@ -94,6 +95,7 @@ fn specified() -> String {
         let row = token * HIDDEN..(token + 1) * HIDDEN;
         let given = Token {
             inputs: &[&inputs[0][row.clone()], &inputs[1][row.clone()]],
+            hosts: 1,
             residual: Some(&residual[row.clone()]),
             bias: None,
             post_gamma: None,

@@ -159,6 +159,7 @@ fn check<E: Element + Pod>(problem: &Problem, [residual_out, values, scales, nor
         let first = token as usize * HIDDEN;
         let token = Token {
             inputs: &inputs,
+            hosts: 1,
             residual: problem.residual.then_some(&residual),
             bias: None,
             post_gamma: None,

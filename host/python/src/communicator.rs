@@ -239,6 +239,8 @@ impl Communicator {
             Algorithm::OneShot => "one_shot",
             Algorithm::TwoShot => "two_shot",
             Algorithm::ShardedTwoShot => "sharded_two_shot",
+            Algorithm::Hierarchical => "hierarchical",
+            Algorithm::ShardedHierarchical => "sharded_hierarchical",
         };
         Ok((algorithm, query.rounds))
     }

@@ -2,7 +2,7 @@
 
 use fused_collective::core::{
     dtype::DType,
-    fusion::{self, Experts, Mode, Norm, Residual, Rounding, WeightType},
+    fusion::{self, Experts, Mode, Norm, PartialSums, Residual, Rounding, WeightType},
     quant::{GroupScale, Quantization, ScaleLayout},
     wire::WireFormat,
 };
@@ -125,6 +125,7 @@ impl Operation {
             keep_norm,
             rounding: value(py, "rounding", rounding, ROUNDINGS)?,
             wire: wire.map(|wire| value(py, "wire", wire, WIRES)).transpose()?,
+            partial_sums: PartialSums::F32,
             mode: value(py, "mode", mode, MODES)?,
         };
         operation.validate().map_err(|error| invalid(py, &error.to_string()))?;

@@ -315,6 +315,9 @@ pub(crate) fn run<E: Plain, M: Medium>(
             Algorithm::OneShot => step.one_shot()?,
             Algorithm::TwoShot => first_hop_done = step.two_shot(first_hop_done, rounds.peek())?,
             Algorithm::ShardedTwoShot => first_hop_done = step.sharded(first_hop_done, rounds.peek())?,
+            Algorithm::Hierarchical | Algorithm::ShardedHierarchical => {
+                unreachable!("a group on CPUs has one host")
+            }
         }
         exchange.advance();
     }

@@ -188,6 +188,7 @@ impl Communicator {
         }
         let limits = Limits {
             world_size: layout.world_size(),
+            hosts: 1,
             slot_bytes: layout.slot_bytes(),
             compute_units: 1,
             max_cluster: 1,

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{self, Norm, Operation},
+    fusion::{self, Norm, Operation, PartialSums},
     launch::{Activations, Address, Encoding, Experts, Extras, PostNorm},
     quant::Quantization,
 };
@@ -326,6 +326,7 @@ mod tests {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     };
 

@@ -298,7 +298,7 @@ mod tests {
 
     use fused_collective_core::{
         dtype::DType,
-        fusion::{Mode, Norm, Operation, Residual, Rounding},
+        fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
         plan::Algorithm,
         quant::Quantization,
     };
@@ -330,6 +330,7 @@ mod tests {
             post_norm: None,
             experts: None,
             wire: None,
+            partial_sums: PartialSums::F32,
             mode: Mode::Auto,
         };
         Call::operation(&operation, Algorithm::OneShot, None)

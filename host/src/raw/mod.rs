@@ -11,7 +11,7 @@ use std::{fmt, time::Duration};
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{Mode, Operation, Residual, Rounding},
+    fusion::{Mode, Operation, PartialSums, Residual, Rounding},
     plan::Plan,
     quant::Quantization,
     workspace::{Layout, LayoutError},
@@ -94,6 +94,7 @@ impl Options {
             post_norm: None,
             experts: None,
             wire: None,
+            partial_sums: PartialSums::F32,
             norm: None,
             quantization: Quantization::None,
             keep_norm: false,

@@ -8,7 +8,7 @@ use fused_collective::{
     group::{Thread, threads},
 };
 use fused_collective_core::{
-    fusion::{Experts, Mode, Norm, Operation, Residual, Rounding, WeightType},
+    fusion::{Experts, Mode, Norm, Operation, PartialSums, Residual, Rounding, WeightType},
     norm::Weights,
     plan::owner,
     quant::{GroupScale, Quantization, ScaleLayout},
@@ -207,6 +207,7 @@ impl<E: Plain> Case<E> {
             });
             let token = Token {
                 inputs: &rows,
+                hosts: 1,
                 residual: self.operation.residual.is_some().then_some(&self.residual[row.clone()]),
                 bias: self.operation.bias.then_some(&self.bias[..]),
                 post_gamma: self.post_gamma(),
@@ -315,6 +316,7 @@ pub(crate) fn operation<E: Plain>(tokens: u64, hidden: u64) -> Operation {
         post_norm: None,
         experts: None,
         wire: None,
+        partial_sums: PartialSums::F32,
         mode: Mode::Auto,
     }
 }

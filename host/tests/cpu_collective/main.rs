@@ -134,6 +134,7 @@ fn wire_formats_go_through_rounds_and_take_any_number() {
         check::<bf16>(wire);
         let limits = Limits {
             world_size: 3,
+            hosts: 1,
             slot_bytes: cpu::layout(3, 2880 * 2).unwrap().slot_bytes(),
             compute_units: 1,
             max_cluster: 1,
@@ -160,8 +161,14 @@ fn the_largest_hidden_size_works() {
 fn an_operation_larger_than_a_slot_takes_several_rounds() {
     let rounds = |mode| {
         let slot_bytes = cpu::layout(3, 2880 * 2).unwrap().slot_bytes();
-        let limits =
-            Limits { world_size: 3, slot_bytes, compute_units: 1, max_cluster: 1, one_shot_bytes: u64::MAX };
+        let limits = Limits {
+            world_size: 3,
+            hosts: 1,
+            slot_bytes,
+            compute_units: 1,
+            max_cluster: 1,
+            one_shot_bytes: u64::MAX,
+        };
         let operation = Operation { mode, ..operation::<bf16>(300, 2880) };
         Plan::new(&operation, &limits).unwrap().rounds().count()
     };

@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{Mode, Norm, Operation, Residual, Rounding},
+    fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
     quant::{Quantization, ScaleTensor},
 };
 
@@ -48,6 +48,7 @@ impl Problem {
             post_norm: self.pattern.post_norm(),
             experts: self.pattern.experts(),
             wire: None,
+            partial_sums: PartialSums::F32,
             mode,
         }
     }

@@ -216,6 +216,7 @@ fn token_of<'a, E: Plain>(
 ) -> Token<'a, E> {
     Token {
         inputs,
+        hosts: 1,
         residual: problem.residual.then_some(residual),
         bias: None,
         post_gamma: Some(Weights::Element(post_gamma)),

@@ -3,7 +3,7 @@
 use fused_collective_core::{
     agreement::Call,
     dtype::DType,
-    fusion::{Mode, Operation, Residual, Rounding},
+    fusion::{Mode, Operation, PartialSums, Residual, Rounding},
     kernels::{Family, Version},
     launch::{Activations, Extras},
     plan::Plan,
@@ -116,6 +116,7 @@ impl Communicator {
             post_norm: None,
             experts: None,
             wire: None,
+            partial_sums: PartialSums::F32,
             mode: if family == Family::OneShot { Mode::OneShot } else { Mode::TwoShot },
         };
         let plan = Plan::new(&shape, &self.limits)?;

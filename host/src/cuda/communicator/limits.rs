@@ -24,13 +24,20 @@ pub(super) fn agree(bootstrap: &dyn Bootstrap, own: Limits) -> Result<Limits, Er
 }
 
 fn to_bytes(limits: Limits) -> Vec<u8> {
-    let Limits { world_size, slot_bytes, compute_units, max_cluster, one_shot_bytes } = limits;
-    let numbers = [world_size.into(), slot_bytes, compute_units.into(), max_cluster.into(), one_shot_bytes];
+    let Limits { world_size, hosts, slot_bytes, compute_units, max_cluster, one_shot_bytes } = limits;
+    let numbers = [
+        world_size.into(),
+        hosts.into(),
+        slot_bytes,
+        compute_units.into(),
+        max_cluster.into(),
+        one_shot_bytes,
+    ];
     numbers.map(u64::to_le_bytes).concat()
 }
 
 fn from_bytes(bytes: &[u8]) -> Option<Limits> {
-    let ([world_size, slot_bytes, units, cluster, one_shot_bytes], []) =
+    let ([world_size, hosts, slot_bytes, units, cluster, one_shot_bytes], []) =
         bytes.as_chunks().0.split_first_chunk()?
     else {
         return None;
@@ -38,6 +45,7 @@ fn from_bytes(bytes: &[u8]) -> Option<Limits> {
     let number = |bytes: &[u8; 8]| u64::from_le_bytes(*bytes);
     Some(Limits {
         world_size: number(world_size).try_into().ok()?,
+        hosts: number(hosts).try_into().ok()?,
         slot_bytes: number(slot_bytes),
         compute_units: number(units).try_into().ok()?,
         max_cluster: number(cluster).try_into().ok()?,
@@ -53,13 +61,14 @@ mod tests {
     fn limits_are_read_as_they_were_written() {
         let limits = Limits {
             world_size: 4,
+            hosts: 2,
             slot_bytes: 1 << 40,
             compute_units: 132,
             max_cluster: 8,
             one_shot_bytes: u64::MAX,
         };
         assert_eq!(from_bytes(&to_bytes(limits)), Some(limits));
-        assert_eq!(from_bytes(&[0; 39]), None);
-        assert_eq!(from_bytes(&[0xff; 40]), None);
+        assert_eq!(from_bytes(&[0; 47]), None);
+        assert_eq!(from_bytes(&[0xff; 48]), None);
     }
 }

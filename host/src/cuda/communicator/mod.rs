@@ -142,6 +142,7 @@ impl Communicator {
             bootstrap,
             Limits {
                 world_size,
+                hosts: 1,
                 slot_bytes: layout.slot_bytes(),
                 compute_units: gpu.units,
                 max_cluster: kernels.max_cluster(),
@@ -394,7 +395,7 @@ impl Communicator {
             from: word(Status::MISSING_RANK) as u32,
             what: match word(Status::HOP) {
                 2 => What::Sum(token),
-                3 => What::Flag,
+                4 => What::Flag,
                 _ => What::Input(token),
             },
             operation: long(Status::OPERATION),

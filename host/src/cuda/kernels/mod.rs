@@ -39,7 +39,12 @@ pub const MAX_RANKS: u32 = launch::MAX_RANKS as u32;
 /// The most clusters of `cluster` blocks of a grid of a kernel's.
 fn most_clusters(family: Family, cluster: u32) -> u32 {
     match family {
-        Family::OneShot | Family::TwoShot | Family::Sharded => MAX_BLOCKS / cluster,
+        Family::OneShot
+        | Family::TwoShot
+        | Family::Sharded
+        | Family::HostSum
+        | Family::TwoShotHosts
+        | Family::ShardedHosts => MAX_BLOCKS / cluster,
         Family::Local => u32::MAX,
     }
 }

@@ -309,6 +309,8 @@ fn automatic(algorithm: Algorithm, entrants: &[(Variant, Result<Trials, String>)
     let (one_shot, two_shot) = (median(Mode::OneShot)?, median(Mode::TwoShot)?);
     let (taken, took, other, others) = match algorithm {
         Algorithm::OneShot => ("one-shot", one_shot, "two-shot", two_shot),
+        // Between hosts there is no other mode.
+        Algorithm::Hierarchical | Algorithm::ShardedHierarchical => return None,
         Algorithm::TwoShot | Algorithm::ShardedTwoShot => ("two-shot", two_shot, "one-shot", one_shot),
     };
     Some(format!("mode auto takes {taken} here, which is {} {other}", compared(took / others)))

@@ -1,0 +1,97 @@
+//! The model of several hosts: it counts what the protocols send, and its parts weigh as they should.
+
+use fused_collective_core::{
+    cost::{Cost, Links, Traffic, hierarchical, separate},
+    dtype::DType,
+    fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
+    plan::{Limits, Plan},
+    quant::Quantization,
+};
+
+fn operation(tokens: u64, partial_sums: PartialSums) -> Operation {
+    Operation {
+        dtype: DType::Bf16,
+        tokens,
+        hidden: 8192,
+        residual: Residual::Replicated,
+        norm: Some(Norm::default()),
+        quantization: Quantization::Fp8Static,
+        keep_norm: false,
+        rounding: Rounding::Once,
+        bias: false,
+        post_norm: None,
+        experts: None,
+        wire: None,
+        partial_sums,
+        mode: Mode::Auto,
+    }
+}
+
+fn plan(operation: &Operation, hosts: u32, ranks: u32) -> Plan {
+    let limits = Limits {
+        world_size: hosts * ranks,
+        hosts,
+        slot_bytes: 1 << 32,
+        compute_units: 132,
+        max_cluster: 8,
+        one_shot_bytes: 0,
+    };
+    Plan::new(operation, &limits).unwrap()
+}
+
+/// 1024 tokens of 16 KiB, of which each of 8 ranks owns 128.
+#[test]
+fn the_fused_operation_sends_what_its_hops_say() {
+    let operation = operation(1024, PartialSums::F32);
+    let cost = hierarchical(&operation, &plan(&operation, 2, 8));
+    let row = 16_384;
+    assert_eq!(cost.within, Traffic { bytes: (1024 - 128) * row + 128 * 7 * row, hops: 2 });
+    assert_eq!(cost.between, Traffic { bytes: 128 * 2 * row, hops: 1 });
+    assert_eq!(cost.launches, 3);
+    let halved = Operation { partial_sums: PartialSums::Element, ..operation };
+    let cost = hierarchical(&halved, &plan(&halved, 4, 8));
+    assert_eq!(cost.between, Traffic { bytes: 3 * 128 * row, hops: 3 });
+    let alone = hierarchical(&operation, &plan(&operation, 16, 1));
+    assert_eq!((alone.within, alone.between.hops), (Traffic::default(), 15));
+    let one_host = hierarchical(&operation, &plan(&operation, 1, 8));
+    assert_eq!((one_host.between, one_host.launches), (Traffic::default(), 1));
+}
+
+#[test]
+fn separate_operations_are_an_all_reduce_and_a_kernel_for_each_step() {
+    let operation = operation(1 << 16, PartialSums::F32);
+    let plan = plan(&operation, 2, 8);
+    let cost = separate(&operation, &plan, &Links::H200);
+    let bytes = operation.activation_bytes();
+    assert_eq!(cost.launches, 4, "all-reduce, residual, norm, quantization");
+    assert_eq!(cost.memory_bytes, 3 * bytes + 2 * bytes + bytes + bytes / 2);
+    // Many tokens: the ring's bytes count. One token: the tree's hops.
+    assert_eq!(cost.between.bytes, bytes * 2 * 15 / 16 / 8);
+    let one = Operation { tokens: 1, ..operation };
+    let few = separate(&one, &self::plan(&one, 2, 8), &Links::H200);
+    assert_eq!((few.within.hops, few.between.hops), (14, 2));
+    let none = Operation { tokens: 0, ..operation };
+    assert_eq!(separate(&none, &self::plan(&none, 2, 8), &Links::H200), Cost::default());
+}
+
+#[test]
+fn a_time_is_the_sum_of_its_parts() {
+    let traffic = |bytes, hops| Traffic { bytes, hops };
+    let cost =
+        Cost { within: traffic(364_000, 1), between: traffic(45_000, 2), memory_bytes: 4_000, launches: 1 };
+    let expected = 1_000.0 + 1_100.0 + 1_000.0 + 10_000.0 + 1.0 + 1_500.0;
+    assert!((cost.nanoseconds(&Links::H200) - expected).abs() < 1e-6);
+}
+
+/// More hosts, or wider partial sums, never cost less.
+#[test]
+fn costs_grow_with_hosts_and_with_the_bytes_of_partial_sums() {
+    let time = |hosts, kind| {
+        let operation = operation(256, kind);
+        hierarchical(&operation, &plan(&operation, hosts, 4)).nanoseconds(&Links::H200)
+    };
+    for hosts in 1..8 {
+        assert!(time(hosts, PartialSums::F32) < time(hosts + 1, PartialSums::F32), "{hosts}");
+    }
+    assert!(time(2, PartialSums::Element) < time(2, PartialSums::F32));
+}

@@ -12,7 +12,7 @@ use std::{
 };
 
 use fused_collective::group::rendezvous::{Group, Membership, Network, Secret};
-use fused_collective_tests::{LIMIT, Outcome, Running, bench, run, skip};
+use fused_collective_tests::{LIMIT, Outcome, Running, bench, command as of_program, run, skip};
 
 const OPTIONS: &str = "--num-tokens 3 --hidden-dim 96 --trials 2 --warmup 0";
 const SECRET: &str = "0123456789abcdef0123456789abcdef";
@@ -167,6 +167,27 @@ fn ranks_of_two_hosts_meet_and_are_told_what_the_cpu_backend_is_for() {
     let Some(hosts) = Hosts::make() else { return };
     let ranks = (0..4).map(|rank| hosts.rank(rank, OPTIONS, Some(SECRET)));
     assert_one_line(&ends(ranks.collect()), REFUSED, Duration::ZERO);
+}
+
+/// Without a network of their own, and without a launcher.
+#[test]
+fn hosts_that_one_host_simulates_meet_as_others_do() {
+    for ranks in ["1", "2"] {
+        let ranks = &format!("--nproc-per-node={ranks}");
+        let outcome = run(&mut of_program(&["verify", "--quick", "--backend", "cpu", "--hosts", "2", ranks]));
+        assert_eq!(
+            outcome.stderr.trim_end(),
+            "fused-collective: rank 0: the CPU backend is for ranks of one host, and these are on 2: simulated-host-0, \
+             simulated-host-1"
+        );
+        assert_eq!(outcome.code, Some(1));
+    }
+    let args = ["faults", "--backend", "cpu", "--hosts", "2", "--nproc-per-node", "1"];
+    let outcome = run(&mut of_program(&args));
+    assert_eq!(
+        outcome.stderr.trim_end(),
+        "fused-collective: --hosts: the CPU backend is for ranks of one host: use --backend cuda, or leave the option out"
+    );
 }
 
 #[test]

@@ -88,6 +88,8 @@ pub enum Error {
     Device(String),
     /// Kernels are missing or unusable; the text says where and why.
     Kernels(String),
+    /// NCCL is missing, too old or failed; the text completes "NCCL".
+    Nccl(String),
     /// An operation failed while it ran, or the group is known to be over.
     Failed(Box<Failure>),
     /// An earlier operation failed so, and what peers sent for it may lie in any slot: make a new communicator.
@@ -214,7 +216,9 @@ impl Error {
             | Error::Options(_)
             | Error::Left => ErrorKind::Invalid,
             Error::Unsupported(_) => ErrorKind::Unsupported,
-            Error::NoDriver(_) | Error::Device(_) | Error::Kernels(_) => ErrorKind::Unavailable,
+            Error::NoDriver(_) | Error::Device(_) | Error::Kernels(_) | Error::Nccl(_) => {
+                ErrorKind::Unavailable
+            }
             Error::Memory { .. } | Error::Driver { code: OUT_OF_MEMORY, .. } => ErrorKind::OutOfMemory,
             Error::System { source, .. } if source.kind() == io::ErrorKind::OutOfMemory => {
                 ErrorKind::OutOfMemory
@@ -223,7 +227,7 @@ impl Error {
             Error::System { .. } | Error::Driver { .. } => ErrorKind::System,
             Error::Failed(failure) | Error::Poisoned(failure) => match failure.cause {
                 Cause::Deadline(_) => ErrorKind::TimedOut,
-                Cause::Lost(_) | Cause::GaveUp(_) => ErrorKind::Lost,
+                Cause::Lost(_) | Cause::GaveUp(_) | Cause::OtherHost(_) => ErrorKind::Lost,
                 Cause::Aborted => ErrorKind::Aborted,
                 Cause::OutOfStep(_) => ErrorKind::Mismatch,
                 Cause::Gpu(_) => ErrorKind::System,
@@ -293,6 +297,7 @@ impl fmt::Display for Error {
             Error::NoDriver(why) => write!(f, "no CUDA driver here: {why}"),
             Error::Driver { doing, what, .. } => write!(f, "could not {doing}: {what}"),
             Error::Options(what) | Error::Device(what) | Error::Kernels(what) => f.write_str(what),
+            Error::Nccl(what) => write!(f, "NCCL {what}"),
             Error::Failed(failure) => failure.fmt(f),
             Error::Poisoned(failure) => write!(f, "an earlier operation failed: {failure}"),
             Error::Left => f.write_str("this rank has left the group"),

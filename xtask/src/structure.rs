@@ -34,7 +34,7 @@ const MAY_DEPEND_ON: [(&str, &[&str]); 15] = [
         ],
     ),
     ("fused-collective-nccl-sys", &[]),
-    ("fused-collective", &["fused-collective-core", "fused-collective-kernels"]),
+    ("fused-collective", &["fused-collective-core", "fused-collective-kernels", "fused-collective-nccl-sys"]),
     ("fused-collective-capi", &["fused-collective"]),
     (
         "fused-collective-cli",

@@ -52,7 +52,7 @@ pub fn bounds(processor: &str, dtype: DType, set: Set, entry: &str) -> Bounds {
         && !takes_more
         && kernel.is_some_and(|kernel| kernel.family == Family::OneShot && !is_fp4(kernel));
     let threads = match set {
-        Set::Group8 | Set::Any8 | Set::Streamed | Set::Hosts if processor == "sm_80" => 256,
+        Set::Group8 | Set::Any8 | Set::Streamed if processor == "sm_80" => 256,
         // Two packs of eight ranks, widened.
         Set::Group8 if processor == "sm_120a" && version == Some(Version::P2) => 256,
         Set::Any8 if version == Some(Version::P2) => 256,
@@ -92,7 +92,7 @@ mod tests {
             (threads, blocks)
         };
         use DType::{Bf16, F32};
-        use Set::{Any2, Any8, Group2, Group4, Group8, Local, Streamed, Wire2};
+        use Set::{Any2, Any8, Group2, Group4, Group8, Hosts, Local, Streamed, Wire2};
         for (processor, dtype, set, entry, expected) in [
             ("sm_90", Bf16, Group4, "one_shot_norm_p1", (1024, 1)),
             ("sm_90", Bf16, Group4, "one_shot_norm_p2", (512, 1)),
@@ -127,6 +127,9 @@ mod tests {
             ("sm_90", Bf16, Wire2, "one_shot_wire_norm_p2", (256, 3)),
             ("sm_90", Bf16, Wire2, "sharded_wire_norm_p2", (512, 1)),
             ("sm_80", Bf16, Wire2, "one_shot_wire_norm_p1", (512, 1)),
+            // Sums of hosts, one after the other.
+            ("sm_80", Bf16, Hosts, "two_shot_hosts_p1", (512, 1)),
+            ("sm_120a", F32, Hosts, "host_sum_streamed", (512, 1)),
             // None of the table's.
             ("sm_90", Bf16, Group4, "all_reduce_gelu", (1024, 1)),
             ("sm_80", Bf16, Group4, "all_reduce_gelu", (512, 1)),

@@ -11,15 +11,15 @@
 //! Operations that are [plain](is_plain) have kernels with nothing else in them: at few tokens a kernel takes as long as it is.
 //! All others (a bias, a norm of the sum, experts, another rounding, MXFP4) have kernels whose epilogue is a parameter as well,
 //! [`AnyEpilogue`](crate::launch::AnyEpilogue). So have plain ones where kernels for each are not worth their bytes: rows that
-//! are streamed, and wire formats between more than two ranks.
+//! are streamed, wire formats between more than two ranks, and groups of several hosts.
 //!
 //! Tests hold the table against the compiled kernels, both ways. Kernels that are not the library's own are not in it:
 //! their names are those crates' affair, and their [`bounds`] those of the set that they resemble.
 
 mod bounds;
+mod processor;
 mod table;
 
 pub use bounds::{Bounds, bounds};
-pub use table::{
-    Addends, Entry, Epilogue, Family, Kernel, Module, Processor, Quantizer, Set, Version, is_plain,
-};
+pub use processor::Processor;
+pub use table::{Addends, Entry, Epilogue, Family, Kernel, Module, Quantizer, Set, Version, is_plain};

@@ -10,44 +10,6 @@ use crate::{
     quant::Quantization,
 };
 
-/// A kind of GPU that kernels are compiled for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Processor {
-    /// The processor's name in PTX, and that of the folder of its modules. With an `a` at its end, its code runs on no
-    /// other.
-    pub name: &'static str,
-    /// Its compute capability: 90 is 9.0.
-    pub capability: u32,
-}
-
-impl Processor {
-    /// Every processor, the oldest first.
-    pub const ALL: [Processor; 4] = [
-        Processor { name: "sm_80", capability: 80 },
-        Processor { name: "sm_90", capability: 90 },
-        Processor { name: "sm_100a", capability: 100 },
-        Processor { name: "sm_120a", capability: 120 },
-    ];
-
-    /// The processors whose code runs on a GPU of compute capability `capability` (90 is 9.0), the best first.
-    pub fn for_capability(capability: u32) -> impl Iterator<Item = Processor> {
-        let runs = move |processor: &Processor| {
-            if processor.name.ends_with('a') {
-                processor.capability == capability
-            } else {
-                processor.capability <= capability
-            }
-        };
-        Processor::ALL.into_iter().rev().filter(runs)
-    }
-
-    /// True where kernels may be launched in clusters and as programmatic dependents. PTX for an older processor runs on
-    /// a new GPU, but does not wait for the kernel before it.
-    pub const fn has_clusters(self) -> bool {
-        self.capability >= 90
-    }
-}
-
 /// A set of kernels: a module's, for one element type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Set {
@@ -235,8 +197,10 @@ impl From<Algorithm> for Family {
     fn from(algorithm: Algorithm) -> Family {
         match algorithm {
             Algorithm::OneShot => Family::OneShot,
-            Algorithm::TwoShot | Algorithm::Hierarchical => Family::TwoShot,
-            Algorithm::ShardedTwoShot | Algorithm::ShardedHierarchical => Family::Sharded,
+            Algorithm::TwoShot => Family::TwoShot,
+            Algorithm::ShardedTwoShot => Family::Sharded,
+            Algorithm::Hierarchical => Family::TwoShotHosts,
+            Algorithm::ShardedHierarchical => Family::ShardedHosts,
         }
     }
 }
@@ -416,8 +380,9 @@ kernels! {
 }
 
 impl Kernel {
-    /// The kernel for an operation that is planned as `algorithm` between `world_size` ranks, and the set that has it for rows in
-    /// registers; `None` for more than [`MAX_RANKS`].
+    /// The kernel for an operation that is planned as `algorithm` between `world_size` ranks of a host, and the set that has it
+    /// for rows in registers; `None` for more than [`MAX_RANKS`]. In a group of several hosts it is the second of a round, and
+    /// [`host_sum`](Self::host_sum) the first.
     pub fn of(
         operation: &Operation,
         algorithm: Algorithm,
@@ -425,6 +390,10 @@ impl Kernel {
     ) -> Option<(Set, &'static Kernel)> {
         const { assert!(MAX_RANKS == 8) };
         let family = Family::from(algorithm);
+        if family.spans_hosts() {
+            let kernel = Kernel::find(family, Addends::Elements, None)?;
+            return (world_size as usize <= MAX_RANKS).then_some((Set::Hosts, kernel));
+        }
         let addends = if operation.wire.is_some() { Addends::Encoded } else { Addends::Elements };
         let is_pair = world_size <= 2 && family != Family::TwoShot;
         let set = match world_size {
@@ -454,12 +423,6 @@ impl Kernel {
     /// The kernel that sums the addends of a host's ranks: the first of an operation across hosts.
     pub fn host_sum() -> Option<&'static Kernel> {
         Kernel::find(Family::HostSum, Addends::Elements, None)
-    }
-
-    /// The second kernel of an operation across hosts, with a sharded residual or without.
-    pub fn across_hosts(sharded: bool) -> Option<&'static Kernel> {
-        let family = if sharded { Family::ShardedHosts } else { Family::TwoShotHosts };
-        Kernel::find(family, Addends::Elements, None)
     }
 
     /// The kernel of the same exchange whose epilogue is a parameter.
@@ -505,19 +468,6 @@ mod tests {
         quant::ScaleLayout,
         wire::WireFormat,
     };
-
-    #[test]
-    fn a_gpu_gets_code_that_runs_on_it_and_the_best_first() {
-        let names = |capability| {
-            Processor::for_capability(capability).map(|processor| processor.name).collect::<Vec<_>>()
-        };
-        assert_eq!(names(90), ["sm_90", "sm_80"]);
-        assert_eq!(names(100), ["sm_100a", "sm_90", "sm_80"]);
-        assert_eq!(names(103), ["sm_90", "sm_80"]);
-        assert_eq!(names(120), ["sm_120a", "sm_90", "sm_80"]);
-        assert_eq!(names(86), ["sm_80"]);
-        assert!(names(75).is_empty());
-    }
 
     const PLAIN: Operation = Operation {
         dtype: DType::Bf16,
@@ -597,12 +547,25 @@ mod tests {
             |quantization| Kernel::local(Epilogue::of(true, quantization)).map(|it| it.name(Version::P1));
         assert_eq!(local(Quantization::Fp8Static), Some("local_norm_fp8_p1"));
         assert_eq!(local(Quantization::MxFp4 { layout: ScaleLayout::Linear }), Some("local_any_p1"));
-        let across = [Kernel::host_sum(), Kernel::across_hosts(false), Kernel::across_hosts(true)];
-        let names = across.map(|kernel| kernel.map(|it| it.name(Version::Streamed)));
-        assert_eq!(
-            names,
-            ["host_sum_streamed", "two_shot_hosts_streamed", "sharded_hosts_streamed"].map(Some)
-        );
+    }
+
+    #[test]
+    fn hosts_of_one_to_eight_ranks_use_kernels_of_their_own() {
+        let bias = Operation { bias: true, ..PLAIN };
+        for (algorithm, name) in [
+            (Algorithm::Hierarchical, "two_shot_hosts_p1"),
+            (Algorithm::ShardedHierarchical, "sharded_hosts_p1"),
+        ] {
+            for ranks in 1..=9 {
+                for operation in [&PLAIN, &bias] {
+                    let found = Kernel::of(operation, algorithm, ranks);
+                    let found = found.map(|(set, kernel)| (set, kernel.name(Version::P1)));
+                    assert_eq!(found, (ranks <= 8).then_some((Set::Hosts, name)));
+                }
+            }
+        }
+        assert_eq!(Kernel::host_sum().map(|it| it.name(Version::Streamed)), Some("host_sum_streamed"));
+        assert_eq!((Set::Hosts.streamed(), Set::Any8.streamed()), (Set::Hosts, Set::Streamed));
     }
 
     #[test]

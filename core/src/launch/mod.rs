@@ -16,6 +16,8 @@
 //!   or are ordered by events: two of them never run at once.
 //! - A kernel that stands between two collectives and was itself launched as a programmatic dependent executes
 //!   `griddepcontrol.wait`, as all kernels here do.
+//! - In a group of several hosts each round is a [`HostSum`], a gather of its [`Partials`], and a [`FusedHosts`], in this order
+//!   in one stream. No other launch of the same [`RankState`] comes between them.
 //! - Every rank of a group launches the same sequence of operations, with the same [`Shape`] and mode. Grids, packs per
 //!   thread, clusters and threads of a block may differ: results do not depend on them.
 //! - [`RmsNorm::norm_out`] may be [`Activations::input`], and [`Activations::residual_out`] the residual, address for
@@ -24,14 +26,13 @@
 
 mod address;
 mod epilogue;
-mod hosts;
 
 use crate::{
     fingerprint::in_ptx,
     fusion::Rounding,
     lamport::{SENTINEL, SLOTS},
     pack::Pack,
-    plan::{Algorithm, Plan, Round, owned_index},
+    plan::{Plan, Round, owned_index},
     wire::WireFormat,
     workspace::{self, SLOTS_OFFSET},
 };
@@ -41,7 +42,6 @@ pub use epilogue::{
     AnyEpilogue, AnyQuantizer, BlockScales, Fp4, Fp8Block, Fp8PerToken, Fp8Static, MxFp4, Plain, RmsNorm,
     Unquantized,
 };
-pub use hosts::{FusedHosts, HostSum, Partials};
 
 /// The most threads of a block.
 pub const MAX_BLOCK_THREADS: u32 = 1024;
@@ -273,9 +273,9 @@ impl Activations {
             let before = round.first_token * plan.row_bytes;
             activations.input = self.input.offset(before.wrapping_neg());
         }
-        if matches!(plan.algorithm, Algorithm::ShardedTwoShot) {
+        if plan.algorithm.is_sharded() {
             // Rounds start with a token of rank 0's, so that as many of every rank's come before.
-            let before = owned_index(round.first_token, plan.world_size) * plan.row_bytes;
+            let before = owned_index(round.first_token, plan.ranks_per_host()) * plan.row_bytes;
             activations.residual = self.residual.offset(before);
             activations.residual_out = self.residual_out.offset(before);
         }
@@ -405,6 +405,55 @@ pub struct Fused<X> {
     pub extras: Extras,
 }
 
+/// The sums of the hosts: the buffer that the ranks of the same place gather, and this host's part of it.
+///
+/// Row `i` of a host's part is the sum of its ranks' addends of token `i * world_size + rank` of the round, `world_size` and
+/// `rank` being those of [`Group`]: the `i`-th of the tokens that the rank owns.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Partials {
+    /// `[hosts][rows][hidden]` numbers, 16-byte aligned: a row for each token of the round that this rank owns. Each host's
+    /// rows start [`host_stride`](Self::host_stride) bytes after those of the host before.
+    pub rows: Address,
+    /// Bytes from a host's rows to the next one's, a multiple of 16.
+    pub host_stride: u64,
+    /// Hosts of the group, at least 1.
+    pub hosts: u32,
+    /// This rank's host. Hosts are numbered in the order in which they are summed.
+    pub host: u32,
+    /// 1: the numbers are elements, each sum rounded once; 0: they are `f32`.
+    pub element: u32,
+    /// Keeps the struct free of padding.
+    pub reserved: u32,
+}
+
+/// The parameters of the kernel that sums the addends of a host's ranks. It advances no [`Epoch`]: the
+/// [`FusedHosts`] of the same round follows it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostSum {
+    /// This rank's place in its host. Here alone, and in [`FusedHosts`], a group may have one rank.
+    pub group: Group,
+    /// The round.
+    pub shape: Shape,
+    /// What is summed: of these, the input, and of the flags [`EXPERTS`](Activations::EXPERTS).
+    pub activations: Activations,
+    /// The experts that the addend is made of, if the flags say so.
+    pub experts: Experts,
+    /// Where the sums go: this host's part.
+    pub partials: Partials,
+}
+
+/// The parameters of a fused kernel with epilogue `X` that sums what the hosts have summed.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct FusedHosts<X> {
+    /// As of the other fused kernels, the group being the ranks of this host. The input is not read.
+    pub fused: Fused<X>,
+    /// What is summed: every host's part.
+    pub partials: Partials,
+}
+
 /// The parameters of a kernel that has an epilogue `X` and no collective.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -491,11 +540,11 @@ mod tests {
     #[test]
     fn every_launch_struct_is_in_the_fingerprint() {
         let source = include_str!("mod.rs");
-        let files = [source, include_str!("epilogue.rs"), include_str!("hosts.rs")];
-        let declared = files.into_iter().flat_map(str::lines).filter_map(|line| {
-            let name = line.strip_prefix("pub struct ")?;
-            name.split(|c: char| !c.is_alphanumeric()).next()
-        });
+        let declared =
+            [source, include_str!("epilogue.rs")].into_iter().flat_map(str::lines).filter_map(|line| {
+                let name = line.strip_prefix("pub struct ")?;
+                name.split(|c: char| !c.is_alphanumeric()).next()
+            });
         let mut count = 0;
         for name in declared.filter(|&name| name != "Address") {
             let lists = |prefix: &str| source.contains(&format!("\n    {prefix}{name} {{"));

@@ -190,7 +190,7 @@ pub unsafe fn two_shot_hosts<E, X, const N: usize, const P: usize, const RESIDEN
 {
     let FusedHosts { fused, partials } = params;
     // SAFETY: as this function's.
-    unsafe { two_hops::<E, X, _, _, _, N, P, RESIDENT>(fused, &fused.extras.experts, &Elements, partials) }
+    unsafe { two_hops::<E, X, _, _, _, N, P, RESIDENT>(fused, &Summed, &Elements, partials) }
 }
 
 /// The second kernel with a sharded residual: [`sharded`](super::sharded()) of what the hosts have summed.
@@ -206,5 +206,5 @@ pub unsafe fn sharded_hosts<E, X, const N: usize, const P: usize, const RESIDENT
 {
     let FusedHosts { fused, partials } = params;
     // SAFETY: as this function's.
-    unsafe { sharded_of::<E, X, _, _, _, N, P, RESIDENT>(fused, &fused.extras.experts, &Elements, partials) }
+    unsafe { sharded_of::<E, X, _, _, _, N, P, RESIDENT>(fused, &Summed, &Elements, partials) }
 }

@@ -21,7 +21,7 @@ pub(super) trait Origin<E: Element>: Copy {
     /// The fewest ranks of a group.
     const LEAST_RANKS: u32;
 
-    /// Begins in place of the first hop, before the epochs are advanced. Every thread calls this.
+    /// Does what stands in place of a first hop, before the epochs are advanced. Every thread calls this.
     ///
     /// # Safety
     /// After the dependent-launch wait; the addresses are as their documentation says.
@@ -41,7 +41,6 @@ pub(super) struct Ranks;
 
 impl<E: Element> Origin<E> for Ranks {
     const FIRST_HOP: bool = true;
-
     const LEAST_RANKS: u32 = 2;
 
     #[inline(always)]
@@ -61,7 +60,6 @@ impl<E: Element> Origin<E> for Ranks {
 
 impl<E: Element> Origin<E> for Partials {
     const FIRST_HOP: bool = false;
-
     const LEAST_RANKS: u32 = 1;
 
     #[inline(always)]

@@ -1,5 +1,6 @@
 //! The kernels' own source, run by the host's threads, against `core::reference`.
 
+mod hosts;
 mod rounds;
 mod versions;
 

@@ -6,6 +6,7 @@
 mod bench;
 mod collectives;
 mod example;
+mod hosts;
 mod links;
 mod local;
 mod necessary;
@@ -118,6 +119,7 @@ impl Compiled {
             beside: match set {
                 "w2" => &["any2", "w4", "any8", "streamed"][..],
                 "wire2" | "w4" | "w8" => &["any8", "streamed"],
+                "hosts" => &[],
                 _ => &["streamed"],
             }
             .iter()

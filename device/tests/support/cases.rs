@@ -60,6 +60,8 @@ impl<E: Element> RankExperts<E> {
 /// One operation of a group, with every rank's tensors.
 pub struct Case<E: Element> {
     pub operation: Operation,
+    /// Hosts of the group, each of as many ranks.
+    pub hosts: u32,
     pub inputs: Vec<Vec<E>>,
     pub residual: Option<Vec<E>>,
     pub bias: Option<Vec<E>>,
@@ -118,6 +120,7 @@ impl<E: Element> Case<E> {
         operation.validate().unwrap();
         Case {
             operation,
+            hosts: 1,
             inputs: (0..world).map(|_| random.elements(count)).collect(),
             residual: residual.then(|| random.elements(count)),
             bias: operation.bias.then(|| random.elements(hidden as usize)),
@@ -141,6 +144,7 @@ impl<E: Element> Case<E> {
         let top_k = self.operation.experts.map_or(0, |experts| experts.top_k);
         Case {
             operation: Operation { tokens: tokens.end - tokens.start, ..self.operation },
+            hosts: self.hosts,
             inputs: self.inputs.iter().map(|input| input[elements.clone()].to_vec()).collect(),
             residual: self.residual.as_ref().map(|residual| residual[elements].to_vec()),
             bias: self.bias.clone(),
@@ -202,6 +206,19 @@ impl<E: Element> Case<E> {
         self
     }
 
+    /// The same in a group of `hosts` hosts, between which sums cross in type `sums`.
+    pub fn across(mut self, hosts: u32, sums: PartialSums) -> Self {
+        assert!((self.inputs.len() as u32).is_multiple_of(hosts));
+        self.hosts = hosts;
+        self.operation.partial_sums = sums;
+        self
+    }
+
+    /// Ranks of a host.
+    pub fn ranks_per_host(&self) -> u32 {
+        self.inputs.len() as u32 / self.hosts
+    }
+
     /// Gamma of the operation's type.
     pub fn norm_gamma(&self) -> Weights<'_, E> {
         match self.operation.norm.map(|norm| norm.gamma) {
@@ -221,7 +238,8 @@ impl<E: Element> Case<E> {
 
     /// Whether rank `rank` holds the residual of token `token`.
     pub(super) fn holds(&self, rank: u32, token: u64) -> bool {
-        self.operation.residual != Residual::Sharded || owner(token, self.inputs.len() as u32) == rank
+        let ranks = self.ranks_per_host();
+        self.operation.residual != Residual::Sharded || owner(token, ranks) == rank % ranks
     }
 
     /// The rows of an activation that rank `rank` holds as its residual.

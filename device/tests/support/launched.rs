@@ -23,6 +23,13 @@ pub fn bytes_of<P>(params: &P) -> Box<[MaybeUninit<u8>]> {
 }
 
 impl Launched {
+    /// A kernel of other parameters.
+    pub(super) fn of<P: Send + Sync + 'static>(entry: String, kernel: unsafe fn(&P), params: P) -> Launched {
+        let parameter = bytes_of(&params);
+        // SAFETY: as in `new`.
+        Launched { run: Box::new(move || unsafe { kernel(&params) }), entry, parameter }
+    }
+
     pub(super) fn new<X: Send + Sync + 'static, I: 'static, W: 'static>(
         entry: String,
         kernel: unsafe fn(&Fused<X>, &I, &W),

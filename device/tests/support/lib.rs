@@ -31,6 +31,7 @@ use fused_collective_device::{
 };
 
 mod cases;
+pub mod hosts;
 mod launched;
 mod memory;
 mod random;

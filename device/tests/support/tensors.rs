@@ -81,7 +81,8 @@ impl Tensors {
     pub fn new<E: Element>(case: &Case<E>, rank: u32) -> Tensors {
         let operation = &case.operation;
         let (bytes, quantization) = (operation.activation_bytes() as usize, operation.quantization);
-        let held = operation.residual_rows(rank, case.inputs.len() as u32) * operation.row_bytes();
+        let ranks = case.ranks_per_host();
+        let held = operation.residual_rows(rank % ranks, ranks) * operation.row_bytes();
         let values = quantization.value_bytes_per_row(operation.hidden) * operation.tokens;
         let scales = quantization.scale_bytes(operation.tokens, operation.hidden).unwrap();
         Tensors {
@@ -118,7 +119,7 @@ impl Tensors {
     /// The same as the last rows of tensors in which `tokens` tokens come before, a multiple of the number of ranks and
     /// of 128, in memory that is not there and must not be touched.
     pub fn preceded_by<E: Element>(self, case: &Case<E>, tokens: u64) -> Tensors {
-        let (operation, ranks) = (&case.operation, case.inputs.len() as u64);
+        let (operation, ranks) = (&case.operation, u64::from(case.ranks_per_host()));
         assert!(tokens.is_multiple_of(128) && tokens.is_multiple_of(ranks));
         let quantization = operation.quantization;
         let elements = tokens * operation.row_bytes();
@@ -344,7 +345,7 @@ impl Tensors {
         for index in (0..operation.tokens as usize).filter(|&index| case.holds(self.rank, index as u64)) {
             let sharded = operation.residual == Residual::Sharded;
             let held =
-                if sharded { owned_index(index as u64, case.inputs.len() as u32) as usize } else { index };
+                if sharded { owned_index(index as u64, case.ranks_per_host()) as usize } else { index };
             let elements = index * hidden..(index + 1) * hidden;
             let inputs: Vec<&[E]> = case.inputs.iter().map(|input| &input[elements.clone()]).collect();
             let experts: Option<Vec<TokenExperts<'_, E>>> = operation.experts.map(|experts| {
@@ -360,7 +361,7 @@ impl Tensors {
             });
             let token = Token {
                 inputs: &inputs,
-                hosts: 1,
+                hosts: case.hosts,
                 residual: case.residual.as_ref().map(|residual| &residual[elements.clone()]),
                 bias: case.bias.as_deref(),
                 post_gamma: case.norm_post_gamma(),

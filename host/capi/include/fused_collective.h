@@ -359,6 +359,31 @@ typedef uint32_t fc_wire;
 #endif // __cplusplus
 
 /**
+ * The type in which the sum of a host's ranks crosses to other hosts.
+ */
+enum fc_partial_sums
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : uint32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /**
+   * `float`, for every element type.
+   */
+  FC_PARTIAL_SUMS_F32 = 0,
+  /**
+   * The element type, rounded once.
+   */
+  FC_PARTIAL_SUMS_ELEMENT = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum fc_partial_sums fc_partial_sums;
+#else
+typedef uint32_t fc_partial_sums;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/**
  * The collective.
  */
 enum fc_mode
@@ -631,9 +656,17 @@ typedef struct fc_operation {
    */
   uint32_t shared_expert;
   /**
-   * An `fc_wire`.
+   * An `fc_wire`. Rows in a format of fewer bits do not cross hosts.
    */
   uint32_t wire;
+  /**
+   * An `fc_partial_sums`. Nothing reads it in a group of one host.
+   */
+  uint32_t partial_sums;
+  /**
+   * 0.
+   */
+  uint32_t reserved;
 } fc_operation;
 
 /**

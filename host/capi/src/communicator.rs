@@ -146,7 +146,7 @@ pub unsafe extern "C" fn fc_query(
         let quantization = operation.quantization;
         let answer = fc_plan {
             size: 0,
-            residual_rows: operation.residual_rows(communicator.rank(), communicator.world_size()),
+            residual_rows: communicator.residual_rows(&operation),
             quant_bytes: operation.tokens * quantization.value_bytes_per_row(operation.hidden),
             scale_bytes: quantization.scale_bytes(operation.tokens, operation.hidden).unwrap_or(u64::MAX),
             rounds: query.rounds,

@@ -154,6 +154,16 @@ pub enum fc_wire {
     Int4 = 2,
 }
 
+/// The type in which the sum of a host's ranks crosses to other hosts.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum fc_partial_sums {
+    /// `float`, for every element type.
+    F32 = 0,
+    /// The element type, rounded once.
+    Element = 1,
+}
+
 /// The collective.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -302,8 +312,12 @@ pub struct fc_operation {
     pub expert_scales: u32,
     /// 1 adds the input, the rows of a shared expert, to those of experts.
     pub shared_expert: u32,
-    /// An `fc_wire`.
+    /// An `fc_wire`. Rows in a format of fewer bits do not cross hosts.
     pub wire: u32,
+    /// An `fc_partial_sums`. Nothing reads it in a group of one host.
+    pub partial_sums: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
 /// A contiguous tensor: on GPUs at a multiple of 16 bytes, on CPUs at a multiple of its elements' size. `expert_index` and

@@ -19,8 +19,8 @@ use crate::{
     failure::Failure,
     types::{
         FC_DEVICE_BY_RANK, fc_algorithm, fc_backend, fc_group_scale, fc_mode, fc_norm, fc_operation,
-        fc_options, fc_quantization, fc_residual, fc_rounding, fc_scale_layout, fc_tensor, fc_tensors,
-        fc_type, fc_wire,
+        fc_options, fc_partial_sums, fc_quantization, fc_residual, fc_rounding, fc_scale_layout, fc_tensor,
+        fc_tensors, fc_type, fc_wire,
     },
 };
 
@@ -69,6 +69,10 @@ const ROUNDINGS: Table<Rounding> =
     table!(fc_rounding { Once => Rounding::Once, AfterAllReduce => Rounding::AfterAllReduce });
 const MODES: Table<Mode> =
     table!(fc_mode { Auto => Mode::Auto, OneShot => Mode::OneShot, TwoShot => Mode::TwoShot });
+const PARTIAL_SUMS: Table<PartialSums> = table!(fc_partial_sums {
+    F32 => PartialSums::F32,
+    Element => PartialSums::Element,
+});
 const WIRES: Table<Option<WireFormat>> = table!(fc_wire {
     Exact => None,
     Int8 => Some(WireFormat::Int8),
@@ -134,7 +138,7 @@ pub(crate) fn operation(given: &fc_operation) -> Result<Operation, Failure> {
         post_norm: value("post_norm", given.post_norm, NORMS)?.then_some(post_norm),
         experts: (given.top_k > 0).then_some(experts),
         wire: value("wire", given.wire, WIRES)?,
-        partial_sums: PartialSums::F32,
+        partial_sums: value("partial_sums", given.partial_sums, PARTIAL_SUMS)?,
         norm: value("norm", given.norm, NORMS)?.then_some(norm),
         quantization: quantization(given.group, scales, layout),
         keep_norm: value("keep_norm", given.keep_norm, SWITCHES)?,

@@ -38,6 +38,8 @@ const OPERATION: fc_operation = fc_operation {
     expert_scales: 0,
     shared_expert: 0,
     wire: 0,
+    partial_sums: 0,
+    reserved: 0,
 };
 
 fn options(deadline: Duration) -> fc_options {
@@ -193,6 +195,10 @@ fn an_operation_that_cannot_be_is_refused_on_one_rank_and_the_group_goes_on() {
                     "expert_scales is float16, which is not valid: use float32",
                 ),
                 (
+                    fc_operation { partial_sums: 2, ..OPERATION },
+                    "partial_sums is 2, which is not valid: use 0 (F32), 1 (Element)",
+                ),
+                (
                     fc_operation { wire: 3, ..OPERATION },
                     "wire is 3, which is not valid: use 0 (Exact), 1 (Int8), 2 (Int4)",
                 ),
@@ -259,7 +265,7 @@ fn structs_of_other_versions_are_read_as_far_as_they_go() {
                 )
             };
             assert_eq!(status, fc_status::Invalid);
-            assert!(text().contains("fc_operation has something at byte 112 of its 120"), "{}", text());
+            assert!(text().contains("fc_operation has something at byte 120 of its 128"), "{}", text());
         }
         communicator.leave();
         accepted

@@ -7,7 +7,7 @@ use cbindgen::{Builder, Config, Language, RenameRule};
 const HEADER: &str = "include/fused_collective.h";
 const SOURCES: [&str; 3] = ["src/types.rs", "src/failure.rs", "src/communicator.rs"];
 /// Enums whose values are numbers in fields of structs.
-const ENUMS: [&str; 12] = [
+const ENUMS: [&str; 13] = [
     "fc_backend",
     "fc_type",
     "fc_residual",
@@ -17,6 +17,7 @@ const ENUMS: [&str; 12] = [
     "fc_group_scale",
     "fc_rounding",
     "fc_wire",
+    "fc_partial_sums",
     "fc_mode",
     "fc_algorithm",
     "fc_status",

@@ -1,15 +1,18 @@
-//! NCCL's C API, as far as an all-reduce needs it, loaded at run time.
+//! NCCL's C API, as far as an all-reduce and an all-gather need it, loaded at run time.
 //!
 //! A program that uses this crate builds and starts without NCCL; [`Nccl::load`] finds the library or says where it
-//! looked. Names, types and values are those of `nccl.h`, the same since NCCL 2.10, and since 2.27 for [`Windows`]; what
+//! looked. Names, types and values are those of `nccl.h`, the same since NCCL 2.18, and since 2.27 for [`Windows`]; what
 //! they mean is in NCCL's documentation.
+//!
+//! [`Nccl`] is a table of functions. [`Nccl::of`] makes one of any functions of these types, for tests.
 #![allow(non_camel_case_types, non_snake_case, non_upper_case_globals, reason = "the names of the C API")]
 
 use std::{
     env,
-    ffi::{CStr, OsString, c_char, c_int, c_void},
+    ffi::{CStr, OsString, c_char, c_int, c_uint, c_void},
     fmt,
     ops::Deref,
+    ptr,
 };
 
 use libloading::Library;
@@ -37,6 +40,10 @@ pub type ncclWindow_t = *mut c_void;
 pub const NCCL_WIN_COLL_SYMMETRIC: c_int = 1;
 /// [`ncclResult_t`]: success.
 pub const ncclSuccess: ncclResult_t = 0;
+/// [`ncclResult_t`]: a communicator that does not block has not come to the end of what it was asked.
+pub const ncclInProgress: ncclResult_t = 7;
+/// [`ncclDataType_t`]: a byte.
+pub const ncclUint8: ncclDataType_t = 1;
 /// [`ncclDataType_t`]: IEEE half precision.
 pub const ncclFloat16: ncclDataType_t = 6;
 /// [`ncclDataType_t`]: IEEE single precision.
@@ -55,6 +62,54 @@ pub const NCCL_UNIQUE_ID_BYTES: usize = 128;
 pub struct ncclUniqueId {
     /// Opaque.
     pub internal: [c_char; NCCL_UNIQUE_ID_BYTES],
+}
+
+/// The value of a field of [`ncclConfig_t`] that NCCL chooses.
+pub const NCCL_CONFIG_UNDEF_INT: c_int = c_int::MIN;
+
+/// The settings of a communicator, as NCCL 2.18 has them. Later releases have more fields, and take this one by its size and
+/// version.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ncclConfig_t {
+    /// Bytes of this struct.
+    pub size: usize,
+    /// Tells a config from anything else.
+    pub magic: c_uint,
+    /// The release that has these fields.
+    pub version: c_uint,
+    /// 1: calls return when they are done. 0: they return at once, and `ncclCommGetAsyncError` tells of the end.
+    pub blocking: c_int,
+    /// NCCL's choice.
+    pub cgaClusterSize: c_int,
+    /// NCCL's choice.
+    pub minCTAs: c_int,
+    /// NCCL's choice.
+    pub maxCTAs: c_int,
+    /// Null: NCCL's choice.
+    pub netName: *const c_char,
+    /// NCCL's choice.
+    pub splitShare: c_int,
+    /// Keeps the struct free of padding.
+    pub reserved: c_int,
+}
+
+impl ncclConfig_t {
+    /// The settings of a communicator that blocks, or that does not.
+    pub const fn new(blocking: bool) -> ncclConfig_t {
+        ncclConfig_t {
+            size: size_of::<ncclConfig_t>(),
+            magic: 0xcafe_beef,
+            version: 21_800,
+            blocking: blocking as c_int,
+            cgaClusterSize: NCCL_CONFIG_UNDEF_INT,
+            minCTAs: NCCL_CONFIG_UNDEF_INT,
+            maxCTAs: NCCL_CONFIG_UNDEF_INT,
+            netName: ptr::null(),
+            splitShare: NCCL_CONFIG_UNDEF_INT,
+            reserved: NCCL_CONFIG_UNDEF_INT,
+        }
+    }
 }
 
 /// Why there is no NCCL.
@@ -106,14 +161,29 @@ functions! {
     fn ncclGetErrorString(result: ncclResult_t) -> *const c_char;
     /// Makes a name for a communicator.
     fn ncclGetUniqueId(id: *mut ncclUniqueId) -> ncclResult_t;
-    /// Joins the communicator, on the current device; returns when all ranks have.
-    fn ncclCommInitRank(comm: *mut ncclComm_t, ranks: c_int, id: ncclUniqueId, rank: c_int) -> ncclResult_t;
+    /// Joins the communicator, on the current device. It is made when all ranks have.
+    fn ncclCommInitRankConfig(
+        comm: *mut ncclComm_t,
+        ranks: c_int,
+        id: ncclUniqueId,
+        rank: c_int,
+        config: *mut ncclConfig_t
+    ) -> ncclResult_t;
     /// Tells of an error since the last call.
     fn ncclCommGetAsyncError(comm: ncclComm_t, error: *mut ncclResult_t) -> ncclResult_t;
     /// Leaves the communicator, when what was enqueued is done.
     fn ncclCommDestroy(comm: ncclComm_t) -> ncclResult_t;
     /// Leaves the communicator at once, and ends what is running.
     fn ncclCommAbort(comm: ncclComm_t) -> ncclResult_t;
+    /// Enqueues an all-gather of `count` elements of each rank.
+    fn ncclAllGather(
+        from: *const c_void,
+        to: *mut c_void,
+        count: usize,
+        data_type: ncclDataType_t,
+        comm: ncclComm_t,
+        stream: cudaStream_t
+    ) -> ncclResult_t;
     /// Enqueues an all-reduce of `count` elements.
     fn ncclAllReduce(
         from: *const c_void,
@@ -153,8 +223,8 @@ pub struct Nccl {
     functions: Functions,
     /// The functions of symmetric windows; `None` in a release before 2.27.
     pub windows: Option<Windows>,
-    /// The library that the functions are in.
-    _library: Library,
+    /// The library that the functions are in, if they are in one.
+    _library: Option<Library>,
 }
 
 impl Deref for Nccl {
@@ -175,9 +245,14 @@ impl Nccl {
         Self::load_from(env::var_os(LIBRARY_VARIABLE))
     }
 
+    /// NCCL as these functions, which keep what `nccl.h` says of those of their names: for tests.
+    pub const fn of(functions: Functions, windows: Option<Windows>) -> Nccl {
+        Nccl { functions, windows, _library: None }
+    }
+
     fn bind(library: Library) -> Result<Nccl, libloading::Error> {
         let functions = Functions::bind(&library)?;
-        Ok(Nccl { functions, windows: Windows::bind(&library).ok(), _library: library })
+        Ok(Nccl { functions, windows: Windows::bind(&library).ok(), _library: Some(library) })
     }
 
     fn load_from(named: Option<OsString>) -> Result<Nccl, NotFound> {
@@ -215,6 +290,13 @@ mod tests {
         let error = Nccl::load_from(Some("/nowhere/libnccl.so.2".into())).unwrap_err().to_string();
         assert!(error.contains("/nowhere/libnccl.so.2"), "{error}");
         assert!(error.contains("LD_LIBRARY_PATH") && error.contains("NCCL_LIBRARY"), "{error}");
+    }
+
+    #[test]
+    fn a_config_is_laid_out_as_in_nccl_h() {
+        assert_eq!(size_of::<ncclConfig_t>(), 48);
+        assert_eq!(std::mem::offset_of!(ncclConfig_t, netName), 32);
+        assert_eq!([true, false].map(|blocking| ncclConfig_t::new(blocking).blocking), [1, 0]);
     }
 
     #[test]

@@ -73,6 +73,7 @@ fn values_of(kind: &str) -> &'static [&'static str] {
             "exact,int4",
             "tpu",
         ],
+        "type" => &["f32", "element", "f16", ""],
         "program" => &["python3", "-", ""],
         "file" => &["a.json", "/dev/null", "-", "", "a\u{1b}b"],
         "case" => &[

@@ -19,7 +19,7 @@ use fused_collective_cli::{
 };
 use fused_collective_core::{
     dtype::{DType, Element, bf16, f16},
-    fusion::{Mode, Norm},
+    fusion::{Mode, Norm, PartialSums},
     norm::Weights,
     quant::{Quantization, ScaleLayout},
     reference::Special,
@@ -115,6 +115,7 @@ fn problem(dtype: DType, residual: bool, quantization: Quantization) -> Problem 
         pattern: Pattern::AllReduceNorm,
         quantization,
         scale,
+        partial_sums: PartialSums::F32,
     }
 }
 

@@ -175,10 +175,11 @@ fn watch(interrupt: &Interrupt, aborter: &Arc<OnceLock<Aborter>>) -> Watch {
 
 #[pymethods]
 impl Communicator {
-    /// Joins a group of processes, by rank, size and key, or by a launcher's variables.
+    /// Joins a group of processes, by rank, size and key, and between hosts an address, or by a launcher's variables.
     #[staticmethod]
     #[pyo3(signature = (
-        membership, *, cuda, device, max_row_bytes, max_tokens, deadline, oversubscribe, check_scales, kernels
+        membership, *, cuda, device, max_row_bytes, max_tokens, deadline, oversubscribe, check_scales, kernels,
+        address = None
     ))]
     #[expect(clippy::too_many_arguments, reason = "keywords of Python's, one for each option")]
     fn join(
@@ -192,6 +193,7 @@ impl Communicator {
         oversubscribe: bool,
         check_scales: bool,
         kernels: Option<PathBuf>,
+        address: Option<String>,
     ) -> PyResult<Communicator> {
         let (sizes, switches) = ((max_row_bytes, max_tokens), (oversubscribe, check_scales));
         let options = options(py, cuda, device, sizes, deadline, switches, kernels)?;
@@ -199,7 +201,10 @@ impl Communicator {
         let watch = watch(&interrupt, &aborter);
         let joined = beside(py, move || {
             let meeting = match membership {
-                Some((rank, world_size, key)) => Meeting::processes(rank, world_size, &key, &options)?,
+                Some((rank, world_size, key)) => match &address {
+                    Some(address) => Meeting::at(rank, world_size, &key, address, &options)?,
+                    None => Meeting::processes(rank, world_size, &key, &options)?,
+                },
                 None => Meeting::of_launcher(&options)?,
             };
             raw::Communicator::join(meeting, &options, Some(watch))
@@ -220,6 +225,11 @@ impl Communicator {
     #[getter]
     fn world_size(&self) -> u32 {
         self.world_size
+    }
+
+    /// Rows of the residual and of `residual_out` on this rank.
+    fn residual_rows(&self, py: Python<'_>, operation: &Operation) -> PyResult<u64> {
+        Ok(self.lock(py)?.residual_rows(&operation.operation))
     }
 
     /// The ordinal of this rank's GPU; None on CPUs.

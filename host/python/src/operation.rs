@@ -20,6 +20,7 @@ const ROUNDINGS: Names<Rounding> =
     &[("once", Rounding::Once), ("after_all_reduce", Rounding::AfterAllReduce)];
 const MODES: Names<Mode> = &[("auto", Mode::Auto), ("one_shot", Mode::OneShot), ("two_shot", Mode::TwoShot)];
 const WIRES: Names<WireFormat> = &[("int8", WireFormat::Int8), ("int4", WireFormat::Int4)];
+const PARTIAL_SUMS: Names<PartialSums> = &[("float32", PartialSums::F32), ("element", PartialSums::Element)];
 const LAYOUTS: Names<ScaleLayout> = &[
     ("linear", ScaleLayout::Linear),
     ("column_major", ScaleLayout::ColumnMajor),
@@ -62,7 +63,7 @@ impl Operation {
         post_norm = false, post_epsilon = 1e-6, post_weight_bias = 0.0, post_gamma = None,
         top_k = 0, expert_scales = None, shared_expert = false,
         quantization = "none", layout = "linear", group = 128, group_scale = "ue8m0", keep_norm = false,
-        rounding = "once", mode = "auto", wire = None
+        rounding = "once", mode = "auto", wire = None, partial_sums = "float32"
     ))]
     #[expect(clippy::too_many_arguments, reason = "keywords of Python's, one for each field")]
     fn new(
@@ -91,6 +92,7 @@ impl Operation {
         rounding: &str,
         mode: &str,
         wire: Option<&str>,
+        partial_sums: &str,
     ) -> PyResult<Operation> {
         let dtype = value(py, "dtype", dtype, DTYPES)?;
         let weights = |given: Option<&str>| match given {
@@ -125,7 +127,7 @@ impl Operation {
             keep_norm,
             rounding: value(py, "rounding", rounding, ROUNDINGS)?,
             wire: wire.map(|wire| value(py, "wire", wire, WIRES)).transpose()?,
-            partial_sums: PartialSums::F32,
+            partial_sums: value(py, "the type of partial sums", partial_sums, PARTIAL_SUMS)?,
             mode: value(py, "mode", mode, MODES)?,
         };
         operation.validate().map_err(|error| invalid(py, &error.to_string()))?;
@@ -142,11 +144,6 @@ impl Operation {
     #[getter]
     fn reads_scale(&self) -> bool {
         self.operation.quantization.reads_scale()
-    }
-
-    /// Rows of the residual and of `residual_out` on rank `rank` of `world_size`.
-    fn residual_rows(&self, rank: u32, world_size: u32) -> u64 {
-        self.operation.residual_rows(rank, world_size)
     }
 
     /// Bytes of a token's codes.

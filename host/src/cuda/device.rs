@@ -14,7 +14,7 @@ use std::{
 use super::driver::{Functions, Handle, check, load};
 use crate::{
     error::Error,
-    group::{Bootstrap, BootstrapError},
+    group::{Bootstrap, BootstrapError, Hosts},
 };
 
 /// The number that tells hosts apart: the kernel draws it when it boots.
@@ -242,15 +242,17 @@ impl Identity {
     }
 }
 
-/// Checks that every rank has a GPU on this host which this rank's GPU `ordinal` can reach, and one of its own unless ranks
-/// may `oversubscribe` them. All ranks call this. Returns whether any two share one.
+/// Checks that every rank of this rank's host has a GPU which this rank's GPU `ordinal` can reach, and that every rank has one of
+/// its own unless ranks may `oversubscribe` them. All ranks call this. Returns whether any two share one.
 ///
 /// [`Communicator::join`](super::Communicator::join) does it as well. A GPU that this process does not see is left to that.
 ///
 /// # Errors
-/// A pair of ranks that cannot share memory, and why, on these two ranks at least; the bootstrap's.
+/// A pair of ranks that cannot share memory, and why, on these two ranks at least; hosts with different numbers of ranks; the
+/// bootstrap's.
 pub fn check_group(bootstrap: &dyn Bootstrap, ordinal: u32, oversubscribe: bool) -> Result<bool, Error> {
     let rank = bootstrap.rank();
+    let hosts = Hosts::meet(bootstrap).map_err(Error::bootstrap)?;
     let own = Identity::of(ordinal);
     // Without one, this rank still answers the others, which would wait for it.
     let told = own.as_ref().map_or_else(|_| Vec::new(), Identity::to_bytes);
@@ -270,10 +272,11 @@ pub fn check_group(bootstrap: &dyn Bootstrap, ordinal: u32, oversubscribe: bool)
         seen.map_or(Ok(true), |&(peer, _)| can_access(ordinal, peer))
     };
     for (peer, identity) in (0..).zip(&identities).filter(|&(peer, _)| peer != rank) {
-        if let Some(why) = conflict(&own, identity, oversubscribe) {
+        let shares_memory = hosts.is_own(peer);
+        if let Some(why) = conflict(&own, identity, shares_memory, oversubscribe) {
             return Err(Error::Pair { rank, peer, why });
         }
-        if !reaches(identity)? {
+        if shares_memory && !reaches(identity)? {
             let why = "there is no peer access between their GPUs".to_owned();
             return Err(Error::Pair { rank, peer, why });
         }
@@ -288,10 +291,12 @@ fn any_alike(identities: &[Identity]) -> bool {
     identities.iter().enumerate().any(alike)
 }
 
-/// The reason that two ranks' GPUs cannot be in a group, as far as their names tell.
-fn conflict(one: &Identity, other: &Identity, oversubscribe: bool) -> Option<String> {
+/// The reason that two ranks' GPUs cannot be in a group, as far as their names tell. Ranks that gave the same name for their host
+/// are to share memory.
+fn conflict(one: &Identity, other: &Identity, shares_memory: bool, oversubscribe: bool) -> Option<String> {
     if one.host != other.host {
-        return Some("they are on different hosts".to_owned());
+        let why = "they are on different hosts, which gave one name: give each host its own";
+        return shares_memory.then(|| why.to_owned());
     }
     let remedy = if !one.is_same_gpu(other) {
         return None;
@@ -331,11 +336,13 @@ mod tests {
     #[test]
     fn ranks_on_two_hosts_or_one_gpu_conflict() {
         let own = identity("a", 1);
-        let why = |other: &Identity| conflict(&own, other, false);
+        let why = |other: &Identity| conflict(&own, other, true, false);
         assert_eq!(why(&identity("a", 2)), None);
         assert!(why(&identity("b", 2)).is_some_and(|why| why.contains("different hosts")));
         // The same number on another host would be another GPU.
         assert!(why(&identity("b", 1)).is_some_and(|why| why.contains("different hosts")));
+        assert_eq!(conflict(&own, &identity("b", 1), false, false), None, "NCCL joins these");
+        assert!(conflict(&own, &identity("a", 1), false, false).is_some_and(|why| why.contains("same GPU")));
         assert_eq!(
             why(&identity("a", 1)).as_deref(),
             Some(
@@ -349,9 +356,9 @@ mod tests {
     fn ranks_share_a_gpu_if_they_may_but_never_a_host_or_a_process() {
         let own = identity("a", 1);
         let other = Identity { process: [9; 16], ..own.clone() };
-        assert_eq!(conflict(&own, &other, true), None);
-        assert!(conflict(&own, &own, true).is_some_and(|why| why.contains("one process")));
-        assert!(conflict(&own, &identity("b", 2), true).is_some());
+        assert_eq!(conflict(&own, &other, true, true), None);
+        assert!(conflict(&own, &own, true, true).is_some_and(|why| why.contains("one process")));
+        assert!(conflict(&own, &identity("b", 2), true, true).is_some());
         assert!(any_alike(&[identity("a", 2), own.clone(), identity("a", 2)]));
         assert!(!any_alike(&[identity("a", 2), own, identity("b", 2)]));
     }

@@ -84,6 +84,7 @@ functions! {
     fn cuMemFree_v2(address: DevicePointer);
     fn cuMemsetD8Async(address: DevicePointer, value: u8, bytes: usize, stream: Handle);
     fn cuMemsetD32_v2(address: DevicePointer, value: c_uint, words: usize);
+    fn cuMemsetD32Async(address: DevicePointer, value: c_uint, words: usize, stream: Handle);
     fn cuMemcpyHtoD_v2(to: DevicePointer, from: *const c_void, bytes: usize);
     fn cuMemcpyDtoH_v2(to: *mut c_void, from: DevicePointer, bytes: usize);
     fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: DevicePointer, bytes: usize, stream: Handle);

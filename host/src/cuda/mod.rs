@@ -1,4 +1,4 @@
-//! The CUDA backend: one GPU a rank, all on one host.
+//! The CUDA backend: one GPU a rank, on one host or on several with NCCL between them.
 //!
 //! [`Communicator`] is one rank's end of a group. It enqueues fused operations on a caller's stream, from raw device
 //! pointers, so it serves any program that uses the CUDA driver, whatever it is written with.
@@ -6,7 +6,7 @@
 //! | floor | for | items |
 //! | --- | --- | --- |
 //! | communicator | operations | [`Communicator`], [`Tensors`], [`CustomKernel`] |
-//! | checked parts | kernels and memory of one's own | [`device`], [`memory`], [`kernels`], [`workspace`] |
+//! | checked parts | kernels and memory of one's own, NCCL | [`device`], [`memory`], [`kernels`], [`workspace`], [`nccl`] |
 //! | raw driver | everything else | [`driver`] |
 //!
 //! What must hold:
@@ -23,6 +23,7 @@ mod dynamic_library;
 pub mod epilogue;
 pub mod kernels;
 pub mod memory;
+pub mod nccl;
 mod tensors;
 pub mod workspace;
 

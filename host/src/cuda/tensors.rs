@@ -2,7 +2,7 @@
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{self, Norm, Operation, PartialSums},
+    fusion::{self, Norm, Operation},
     launch::{Activations, Address, Encoding, Experts, Extras, PostNorm},
     quant::Quantization,
 };
@@ -307,7 +307,7 @@ mod tests {
     use std::sync::atomic::{AtomicU64, Ordering};
 
     use fused_collective_core::{
-        fusion::{Experts, Mode, Residual, Rounding, WeightType},
+        fusion::{Experts, Mode, PartialSums, Residual, Rounding, WeightType},
         quant::ScaleLayout,
     };
 

@@ -215,6 +215,11 @@ impl CallLog {
         self.current = Some((call, word));
     }
 
+    /// The chain of all calls so far.
+    pub(crate) fn chain(&self) -> Chain {
+        self.chain
+    }
+
     /// The last call announced.
     pub(crate) fn call(&self) -> Option<Call> {
         self.current.map(|(call, _)| call)

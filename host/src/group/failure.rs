@@ -42,6 +42,10 @@ pub enum What {
     Input(u64),
     /// A token's sum, from its owner.
     Sum(u64),
+    /// A token's sum of a host's ranks, which another host's gather: the rank is that of this rank's place there.
+    HostSum(u64),
+    /// The sums of all other hosts; the rank is that of this rank's place on one of them.
+    HostSums,
     /// A rank's sign, where links are measured.
     Flag,
 }
@@ -57,6 +61,8 @@ pub enum Cause {
     Aborted,
     /// Another rank has given up.
     GaveUp(GaveUp),
+    /// A wait failed on another host: that of this rank.
+    OtherHost(u32),
     /// Another rank made another call.
     OutOfStep(Disagreement),
     /// This rank's GPU could not launch its work, failed, or did not end; the text says which.
@@ -69,7 +75,9 @@ impl fmt::Display for Failure {
         match (&self.cause, &self.wait) {
             (Cause::Deadline(deadline), Some(wait)) => {
                 let seconds = deadline.as_secs_f64();
-                write!(f, "waited {seconds:.1} s for {wait}: it is stuck, or slower than the deadline")
+                write!(f, "waited {seconds:.1} s for {wait}: it is stuck, or slower than the deadline")?;
+                // NCCL may wait for as many bytes as the other has not sent.
+                f.write_str(if wait.what == What::HostSums { ", or has made another call" } else { "" })
             }
             (Cause::Deadline(deadline), None) => {
                 write!(f, "the deadline of {:.1} s passed", deadline.as_secs_f64())
@@ -81,6 +89,7 @@ impl fmt::Display for Failure {
                     Cause::Gpu(what) => f.write_str(what)?,
                     Cause::Aborted => f.write_str("the group was aborted on this rank")?,
                     Cause::GaveUp(peer) => peer.fmt(f)?,
+                    Cause::OtherHost(rank) => write!(f, "a wait failed on the host of rank {rank}")?,
                     Cause::OutOfStep(disagreement) => disagreement.fmt(f)?,
                 }
                 match wait {
@@ -101,6 +110,12 @@ impl fmt::Display for Awaited {
             What::Input(token) => write!(f, "rank {from}'s input of token {token} in operation {operation}"),
             What::Flag => write!(f, "rank {from} in a measurement of links"),
             What::Sum(token) => write!(f, "rank {from}'s sum of token {token} in operation {operation}"),
+            What::HostSum(token) => {
+                write!(f, "the sum of token {token} by rank {from}'s host in operation {operation}")
+            }
+            What::HostSums => {
+                write!(f, "the sums of other hosts, as that of rank {from}, in operation {operation}")
+            }
         }?;
         match call {
             Some(call @ Call::Operation { .. }) => write!(f, " ({call})"),
@@ -118,6 +133,7 @@ impl Failure {
         match &self.cause {
             Cause::Lost(lost) => Some(lost.rank),
             Cause::GaveUp(peer) => Some(peer.rank),
+            Cause::OtherHost(rank) => Some(*rank),
             Cause::OutOfStep(disagreement) => Some(disagreement.rank),
             Cause::Deadline(_) | Cause::Aborted | Cause::Gpu(_) => self.wait.map(|wait| wait.from),
         }
@@ -130,6 +146,7 @@ impl Failure {
             Cause::Deadline(_) => Some((Fault::Late, from)),
             // It may have been waited for by a rank that was waited for.
             Cause::Lost(lost) => Some((Fault::Lost, lost.rank)),
+            Cause::OtherHost(rank) => Some((Fault::Lost, *rank)),
             Cause::Aborted | Cause::Gpu(_) => Some((Fault::Aborted, self.rank)),
             Cause::OutOfStep(disagreement) => Some((Fault::OutOfStep, disagreement.rank)),
             Cause::GaveUp(_) => None,
@@ -171,6 +188,21 @@ mod tests {
             lost.fault(),
             Some((Fault::Lost, 2)),
             "the others are told who was lost, not who was waited for"
+        );
+        let elsewhere = Awaited { from: 5, what: What::HostSum(3), ..wait };
+        let elsewhere = Failure { wait: Some(elsewhere), cause: Cause::OtherHost(5), ..told.clone() };
+        assert_eq!(
+            elsewhere.to_string(),
+            "a wait failed on the host of rank 5; this rank waited for the sum of token 3 by rank 5's host in operation 1234"
+        );
+        assert_eq!(elsewhere.peer(), Some(5));
+        let gather = Awaited { from: 2, what: What::HostSums, ..wait };
+        let late = Cause::Deadline(Duration::from_secs(21));
+        let gather = Failure { wait: Some(gather), cause: late, ..told.clone() };
+        assert_eq!(
+            gather.to_string(),
+            "waited 21.0 s for the sums of other hosts, as that of rank 2, in operation 1234: it is stuck, or slower than the \
+             deadline, or has made another call"
         );
         let gpu = Failure { cause: Cause::Gpu("could not launch a kernel: no".to_owned()), ..told };
         assert_eq!(gpu.to_string(), "could not launch a kernel: no");

@@ -12,7 +12,9 @@ mod abort;
 mod bootstrap;
 pub(crate) mod calls;
 pub mod failure;
+mod hosts;
 mod loss;
+pub mod meeting_place;
 pub mod rank_env;
 pub mod rendezvous;
 pub mod shared_memory;
@@ -22,5 +24,6 @@ mod threads;
 
 pub use abort::Aborter;
 pub use bootstrap::{Bootstrap, BootstrapError, Monitor};
+pub use hosts::Hosts;
 pub use loss::{How, Lost};
 pub use threads::{Thread, threads};

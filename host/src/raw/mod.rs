@@ -22,9 +22,9 @@ use crate::{
     cpu, cuda,
     error::Error,
     group::{
-        Aborter, Bootstrap,
+        Aborter, Bootstrap, meeting_place,
         rank_env::RankEnv,
-        rendezvous::{Group, Membership},
+        rendezvous::{Group, Membership, Network},
     },
     query::Query,
 };
@@ -135,24 +135,63 @@ impl Meeting {
         Ok(Meeting::Processes(joined))
     }
 
-    /// As [`processes`](Self::processes), with rank, size and key of the [launcher's variables](crate::group::rank_env).
+    /// As [`over`](Self::over), of processes that were told to meet at `address`, `HOST:PORT` on the host of rank 0. Their secret
+    /// is the [environment's](meeting_place::at).
+    ///
+    /// # Errors
+    /// As [`over`](Self::over); the address is none, or there is no secret.
+    pub fn at(
+        rank: u32,
+        world_size: u32,
+        key: &str,
+        address: &str,
+        options: &Options,
+    ) -> Result<Meeting, Error> {
+        let parsed = address.parse();
+        let parsed = parsed.map_err(|error| Error::Options(format!("{address:?} is no address: {error}")))?;
+        let network = meeting_place::at(parsed).map_err(|error| Error::Options(error.to_string()))?;
+        Meeting::over(rank, world_size, key, &network, options)
+    }
+
+    /// As [`processes`](Self::processes), or between hosts as [`over`](Self::over), with rank, size and key of the [launcher's variables](crate::group::rank_env).
     ///
     /// # Errors
     /// As [`processes`](Self::processes); the variables are incomplete, or there are none.
     pub fn of_launcher(options: &Options) -> Result<Meeting, Error> {
         let found = RankEnv::from_env().map_err(|error| Error::Options(error.to_string()))?;
-        let RankEnv { rank, world_size, key, hosts, .. } = found.ok_or_else(|| {
+        let found = found.ok_or_else(|| {
             Error::Options(
                 "no launcher started this process as one of several ranks: start it by torchrun, mpirun or srun, or give \
                  rank, size and key"
                     .to_owned(),
             )
         })?;
-        if let Some(hosts) = hosts {
-            let remedy = "start all on one host, or join over a bootstrap of your own";
-            return Err(Error::Options(format!("rank {rank}: {hosts}: {remedy}")));
+        let RankEnv { rank, world_size, ref key, .. } = found;
+        let network = meeting_place::network(&found)
+            .map_err(|error| Error::Options(format!("rank {rank}: {error}")))?;
+        match network {
+            Some(network) => Meeting::over(rank, world_size, key, &network, options),
+            None => Meeting::processes(rank, world_size, key, options),
         }
-        Meeting::processes(rank, world_size, &key, options)
+    }
+
+    /// As [`processes`](Self::processes), of processes on several hosts, which meet over a `network`.
+    ///
+    /// # Errors
+    /// As [`Group::join_over`].
+    pub fn over(
+        rank: u32,
+        world_size: u32,
+        key: &str,
+        network: &Network,
+        options: &Options,
+    ) -> Result<Meeting, Error> {
+        let config = options.to_be_equal();
+        let membership =
+            Membership { rank, world_size, key, config: config.as_bytes(), deadline: options.deadline };
+        let joined =
+            Group::join_over(&membership, network).map_err(|error| Error::bootstrap(error.into()))?;
+        Ok(Meeting::Processes(joined))
     }
 
     fn bootstrap(&self) -> &dyn Bootstrap {
@@ -235,6 +274,18 @@ impl Communicator {
         match &self.backend {
             Backend::Cpu(communicator) => communicator.world_size(),
             Backend::Cuda(communicator) => communicator.world_size(),
+        }
+    }
+
+    /// Rows of the residual and of `residual_out` on this rank: see [`Operation::residual_rows`].
+    pub fn residual_rows(&self, operation: &Operation) -> u64 {
+        match &self.backend {
+            Backend::Cpu(communicator) => {
+                operation.residual_rows(communicator.rank(), communicator.world_size())
+            }
+            Backend::Cuda(communicator) => {
+                operation.residual_rows(communicator.place(), communicator.limits().ranks_per_host())
+            }
         }
     }
 

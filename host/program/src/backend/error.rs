@@ -66,7 +66,10 @@ impl Error {
 
 impl From<fused_collective::Error> for Error {
     fn from(error: fused_collective::Error) -> Self {
-        Error::Collective(error)
+        match error {
+            fused_collective::Error::Nccl(what) => Error::Nccl(what),
+            error => Error::Collective(error),
+        }
     }
 }
 

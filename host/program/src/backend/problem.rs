@@ -30,6 +30,8 @@ pub struct Problem {
     pub quantization: Quantization,
     /// The per-tensor or global scale, if the quantization reads one.
     pub scale: f32,
+    /// The type in which sums cross between hosts.
+    pub partial_sums: PartialSums,
 }
 
 impl Problem {
@@ -48,7 +50,7 @@ impl Problem {
             post_norm: self.pattern.post_norm(),
             experts: self.pattern.experts(),
             wire: None,
-            partial_sums: PartialSums::F32,
+            partial_sums: self.partial_sums,
             mode,
         }
     }

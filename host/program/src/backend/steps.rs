@@ -34,6 +34,11 @@ pub enum Step {
 }
 
 impl Step {
+    /// True if NCCL sums the addends of all ranks.
+    pub const fn is_nccl(&self) -> bool {
+        matches!(self, Step::NcclAllReduce | Step::NcclSymmetricAllReduce)
+    }
+
     /// The fused operation, all rows at once, with outputs of their own.
     pub const fn fused(mode: Mode) -> Step {
         Step::Fused(Fused { mode, sharded: false, in_place: false, wire: Wire::Exact, rows: None })

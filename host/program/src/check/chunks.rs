@@ -62,7 +62,7 @@ fn place(own: &[u8], rows: Rows, whole: ScaleTensor, scales: &mut [u8]) {
 mod tests {
     use fused_collective_core::{
         dtype::DType,
-        fusion::{Mode, Norm},
+        fusion::{Mode, Norm, PartialSums},
     };
 
     use super::*;
@@ -79,6 +79,7 @@ mod tests {
             pattern: Pattern::AllReduceNorm,
             quantization: quant_mode.quantization(),
             scale: quant_mode.scale(),
+            partial_sums: PartialSums::F32,
         }
     }
 

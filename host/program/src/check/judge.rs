@@ -1,9 +1,9 @@
 //! The check of a token's outputs, with the inputs of all ranks made again.
 
-use fused_collective::cpu::Plain;
+use fused_collective::{cpu::Plain, group::Hosts};
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
-    fusion::{Mode, Operation},
+    fusion::{Mode, Operation, PartialSums},
     norm::Weights,
     reference::check_token,
     specification::{Observed, Row, Token, TokenExperts},
@@ -27,11 +27,15 @@ pub(crate) struct Judge<'a, E> {
     problem: &'a Problem,
     variant: &'a Variant,
     numbers: Numbers,
+    /// The ranks, one host's after the other's, as their addends are summed.
+    ranks: Vec<u32>,
+    hosts: u32,
+    /// In the order of `ranks`.
     inputs: Vec<Vec<E>>,
     residual: Vec<E>,
     gamma: Vec<E>,
     post_gamma: Vec<E>,
-    /// The experts of a token on each rank; empty without experts.
+    /// The experts of a token on each of `ranks`; empty without experts.
     experts: Vec<Chosen<E>>,
     /// The times that the variant ran on the same tensors. In place, each time reads the outputs of the one before.
     pub(super) times: u32,
@@ -87,7 +91,11 @@ impl<E> Specified<E> {
 }
 
 impl<'a, E: Plain> Judge<'a, E> {
-    pub(crate) fn new(problem: &'a Problem, variant: &'a Variant, numbers: Numbers, world_size: u32) -> Self {
+    pub(crate) fn new(problem: &'a Problem, variant: &'a Variant, numbers: Numbers, hosts: &Hosts) -> Self {
+        let ranks: Vec<u32> = hosts.in_order().collect();
+        // NCCL's sums of all ranks are not those of hosts.
+        let is_ours = !variant.steps.iter().any(|step| step.is_nccl());
+        let partial_sums = if is_ours { problem.partial_sums } else { PartialSums::F32 };
         let row = vec![E::default(); problem.hidden as usize];
         let mut gamma = row.clone();
         numbers.fill_row(Source::Gamma, 0, &mut gamma);
@@ -100,6 +108,7 @@ impl<'a, E: Plain> Judge<'a, E> {
         let operation = Operation {
             keep_norm: variant.writes_norm,
             rounding: variant.rounding(),
+            partial_sums,
             ..call.map_or(problem.operation(Mode::Auto), |call| call.operation(problem))
         };
         Judge {
@@ -113,12 +122,14 @@ impl<'a, E: Plain> Judge<'a, E> {
             problem,
             variant,
             numbers,
-            inputs: vec![row.clone(); world_size as usize],
+            inputs: vec![row.clone(); ranks.len()],
             residual: row,
             gamma,
             post_gamma,
-            experts: experts.map_or(Vec::new(), |experts| vec![experts; world_size as usize]),
+            experts: experts.map_or(Vec::new(), |experts| vec![experts; ranks.len()]),
             times: 1,
+            ranks,
+            hosts: hosts.count(),
         }
     }
 
@@ -128,7 +139,8 @@ impl<'a, E: Plain> Judge<'a, E> {
         let experts: Vec<_> = self.experts.iter().map(Chosen::experts).collect();
         for _ in 1..self.times {
             let rows: Vec<&[E]> = inputs.iter().map(Vec::as_slice).collect();
-            let token = token_of(problem, &rows, &experts, [residual, &self.gamma, &self.post_gamma], index);
+            let tensors = [&residual[..], &self.gamma, &self.post_gamma];
+            let token = token_of(problem, (&rows, self.hosts), &experts, tensors, index);
             specified.row().compute(operation, &token).map_err(|error| error.to_string())?;
             if problem.residual {
                 residual.copy_from_slice(&specified.residual_out);
@@ -149,11 +161,11 @@ impl<'a, E: Plain> Judge<'a, E> {
     /// Makes the inputs of token `index`.
     fn fill(&mut self, index: u64) {
         let Judge { problem, numbers, .. } = *self;
-        for (rank, input) in (0..).zip(&mut self.inputs) {
+        for (&rank, input) in self.ranks.iter().zip(&mut self.inputs) {
             numbers.fill_row(Source::Input(rank), index, input);
         }
         numbers.fill_row(Source::Residual, index, &mut self.residual);
-        for (rank, experts) in (0..).zip(&mut self.experts) {
+        for (&rank, experts) in self.ranks.iter().zip(&mut self.experts) {
             experts.fill(problem, numbers, rank, index);
         }
     }
@@ -164,7 +176,7 @@ impl<'a, E: Plain> Judge<'a, E> {
         let experts: Vec<_> = self.experts.iter().map(Chosen::experts).collect();
         let rows: Vec<&[E]> = self.inputs.iter().map(Vec::as_slice).collect();
         let tensors = [&self.residual[..], &self.gamma, &self.post_gamma];
-        let token = token_of(self.problem, &rows, &experts, tensors, index);
+        let token = token_of(self.problem, (&rows, self.hosts), &experts, tensors, index);
         let exact = Operation { wire: None, ..self.operation };
         let [sum, exact] = [&self.operation, &exact].map(|operation| {
             let mut sum = vec![0.0; self.problem.hidden as usize];
@@ -181,10 +193,10 @@ impl<'a, E: Plain> Judge<'a, E> {
         self.advance(index)?;
         let experts: Vec<_> = self.experts.iter().map(Chosen::experts).collect();
         let rows: Vec<&[E]> = self.inputs.iter().map(Vec::as_slice).collect();
-        let token =
-            token_of(problem, &rows, &experts, [&self.residual, &self.gamma, &self.post_gamma], index);
+        let tensors = [&self.residual[..], &self.gamma, &self.post_gamma];
+        let token = token_of(problem, (&rows, self.hosts), &experts, tensors, index);
         let hidden = problem.hidden as usize;
-        let sum = row_of_sum(self.variant, index, self.inputs.len() as u32);
+        let sum = row_of_sum(self.variant, index, self.inputs.len() as u32 / self.hosts);
         let (residual_out, norm_out) =
             (row::<E>(&outputs.residual_out, sum, hidden), row(&outputs.norm_out, index, hidden));
         let observed = Observed {
@@ -209,14 +221,14 @@ impl<'a, E: Plain> Judge<'a, E> {
 /// The specified inputs of token `index`, with its residual, gamma and the post-norm's.
 fn token_of<'a, E: Plain>(
     problem: &Problem,
-    inputs: &'a [&'a [E]],
+    (inputs, hosts): (&'a [&'a [E]], u32),
     experts: &'a [TokenExperts<'a, E>],
     [residual, gamma, post_gamma]: [&'a [E]; 3],
     index: u64,
 ) -> Token<'a, E> {
     Token {
         inputs,
-        hosts: 1,
+        hosts,
         residual: problem.residual.then_some(residual),
         bias: None,
         post_gamma: Some(Weights::Element(post_gamma)),
@@ -233,23 +245,27 @@ pub(crate) fn sum_error(
     problem: &Problem,
     variant: &Variant,
     numbers: Numbers,
-    world_size: u32,
+    hosts: &Hosts,
 ) -> Option<SumError> {
     fn typed<E: Plain>(
         problem: &Problem,
         variant: &Variant,
         numbers: Numbers,
-        world_size: u32,
+        hosts: &Hosts,
     ) -> Option<SumError> {
-        let of_row = |index| Judge::<E>::new(problem, variant, numbers, world_size).sum_error(index);
-        SumError::of_rows(parallel::map(world_size, (0..problem.tokens.min(MOST_ROWS)).collect(), of_row))
+        let of_row = |index| Judge::<E>::new(problem, variant, numbers, hosts).sum_error(index);
+        SumError::of_rows(parallel::map(
+            hosts.ranks_per_host(),
+            (0..problem.tokens.min(MOST_ROWS)).collect(),
+            of_row,
+        ))
     }
     if variant.wire().is_exact() {
         return None;
     }
     match problem.dtype {
-        DType::F32 => typed::<f32>(problem, variant, numbers, world_size),
-        DType::F16 => typed::<f16>(problem, variant, numbers, world_size),
-        DType::Bf16 => typed::<bf16>(problem, variant, numbers, world_size),
+        DType::F32 => typed::<f32>(problem, variant, numbers, hosts),
+        DType::F16 => typed::<f16>(problem, variant, numbers, hosts),
+        DType::Bf16 => typed::<bf16>(problem, variant, numbers, hosts),
     }
 }

@@ -153,6 +153,17 @@ pub fn variants(
     all
 }
 
+/// Those of the variants that a group of so many hosts can run: one-shot and formats of fewer bits do not cross hosts.
+pub fn that_span(hosts: u32, mut variants: Vec<Variant>) -> Vec<Variant> {
+    let crosses = |step: &Step| match *step {
+        Step::Fused(Fused { mode, wire, .. }) => mode != Mode::OneShot && wire.is_exact(),
+        Step::AllReduce(mode) => mode != Mode::OneShot,
+        _ => true,
+    };
+    variants.retain(|variant| hosts == 1 || variant.steps.iter().all(crosses));
+    variants
+}
+
 /// The steps before the all-reduce.
 fn before_all_reduce(pattern: Pattern) -> Vec<Step> {
     pattern.experts().map(|_| Step::CombineExperts).into_iter().collect()
@@ -284,6 +295,17 @@ mod tests {
             assert_eq!(variant.is_specified(2), !is_eager, "{}", variant.name);
             assert_eq!(variant.is_specified(3), !is_eager && is_ours, "{}", variant.name);
         }
+    }
+
+    #[test]
+    fn one_shot_and_formats_of_fewer_bits_stay_within_a_host() {
+        let all_reduces = [("custom", Step::AllReduce(Mode::TwoShot)), ("allreduce", Step::NcclAllReduce)];
+        let all =
+            variants(Pattern::AllReduceNorm, QuantMode::None, true, true, true, &Wire::ALL, &all_reduces);
+        assert_eq!(that_span(1, all.clone()), all);
+        let names: Vec<_> = that_span(2, all).into_iter().map(|variant| variant.name).collect();
+        let fused = ["fused_allreduce_rmsnorm_twoshot", "fused_allreduce_rmsnorm_twoshot_sharded"];
+        assert_eq!(names[6..], fused);
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::{
         collective::Collective,
         problem::{Problem, Tensor},
     },
-    job::ranks::{Error, gather_verdicts},
+    job::ranks::{Error, gather_verdicts, hosts},
 };
 
 /// Bytes of rows that are made, then written at a time.
@@ -54,7 +54,8 @@ fn write_typed_inputs<E: Plain>(
 ) -> Result<(), Error> {
     // Poison shows a read of rows that this rank does not have.
     backend.fill(Tensor::ResidualShard, POISON)?;
-    let (rank, ranks) = (group.rank(), group.world_size());
+    let (rank, ranks, hosts) = (group.rank(), group.world_size(), hosts(group));
+    let (place, of_host) = (hosts.place(), hosts.ranks_per_host());
     let mut write = |tensor, source, rows, token_of: &(dyn Fn(u64) -> u64 + Sync)| {
         write_rows::<E>(backend, problem.hidden, ranks, tensor, rows, |place, row| {
             numbers.fill_row(source, token_of(place), row);
@@ -73,8 +74,8 @@ fn write_typed_inputs<E: Plain>(
         write(
             Tensor::ResidualShard,
             Source::Residual,
-            owned_tokens(problem.tokens, rank, ranks),
-            &|place| owned_token(place, rank, ranks),
+            owned_tokens(problem.tokens, place, of_host),
+            &|row| owned_token(row, place, of_host),
         )?;
     }
     if !problem.residual {
@@ -200,8 +201,9 @@ fn check_typed<E: Plain>(
     numbers: Numbers,
     times: u32,
 ) -> Result<f64, String> {
+    let hosts = hosts(group);
     let largest = spread(group, 0..problem.tokens, |tokens| {
-        let mut judge = Judge::<E>::new(problem, variant, numbers, group.world_size());
+        let mut judge = Judge::<E>::new(problem, variant, numbers, &hosts);
         judge.times = times;
         largest_error(tokens, |token| judge.check(outputs, token))
     })?;
@@ -224,7 +226,9 @@ pub(crate) fn spread(
     tokens: Range<u64>,
     check: impl Fn(StepBy<Range<u64>>) -> Result<f64, String> + Sync,
 ) -> Result<f64, String> {
-    let (rank, world_size) = (u64::from(group.rank()), u64::from(group.world_size()));
+    // Each host has all tokens.
+    let hosts = hosts(group);
+    let (rank, world_size) = (u64::from(hosts.place()), u64::from(hosts.ranks_per_host()));
     let count = tokens.end.saturating_sub(tokens.start);
     let threads =
         (parallel::processors(group.world_size()) as u64).clamp(1, count.div_ceil(world_size).max(1));

@@ -45,7 +45,7 @@ fn no_options_are_the_defaults() {
 fn every_option_reaches_its_setting() {
     let settings = bench(
         "--num-tokens 1 2 --hidden-dim 65536 --dtypes float16 --quant-modes fp4 --no-residual --no-oneshot \
-         --warmup 0 --trials 1 --seed 7 --backend cpu --allreduce custom --nproc-per-node 16 --oversubscribe --deadline 0.5 --output-file a.md \
+         --warmup 0 --trials 1 --seed 7 --backend cpu --allreduce custom --nproc-per-node 16 --oversubscribe --partial-sums element --hosts 1 --deadline 0.5 --output-file a.md \
          --cold --in-place --wire exact,int4 --peers torch,flashinfer torch --python a/python --peer-deadline 2.5 \
          --json a.json --plot a.svg --plot-all --compare b.json --tolerance 2.5",
     );
@@ -66,6 +66,8 @@ fn every_option_reaches_its_setting() {
             backend: BackendChoice::Cpu,
             nproc_per_node: Some(16),
             groups: 1,
+            hosts: 1,
+            element_partial_sums: true,
             oversubscribe: true,
             deadline_seconds: 0.5,
         },
@@ -164,7 +166,7 @@ fn every_option_of_verify_reaches_its_setting() {
     assert_eq!(verify(""), verify::settings::Settings::default());
     assert_eq!(verify("--quick"), verify::settings::Settings::quick());
     let options = "--num-tokens 0 17 --hidden-dim 48,64 80 --seed 7 --special --backend cpu --nproc-per-node 3 2 --groups 4 \
-         --oversubscribe --faults --dependents 5 --deadline 2";
+         --oversubscribe --partial-sums element --faults --dependents 5 --deadline 2";
     let expected = verify::settings::Settings {
         num_tokens: vec![0, 17],
         hidden_dims: vec![48, 64, 80],
@@ -174,8 +176,10 @@ fn every_option_of_verify_reaches_its_setting() {
             backend: BackendChoice::Cpu,
             nproc_per_node: Some(3),
             groups: 4,
+            element_partial_sums: true,
             oversubscribe: true,
             deadline_seconds: 2.0,
+            ..JobOptions::default()
         },
         group_sizes: vec![3, 2],
         conversions: true,
@@ -200,9 +204,9 @@ fn every_option_of_links_reaches_its_setting() {
         job: JobOptions {
             backend: BackendChoice::Cpu,
             nproc_per_node: Some(3),
-            groups: 1,
             oversubscribe: true,
             deadline_seconds: 2.5,
+            ..JobOptions::default()
         },
         json: Some("a.json".into()),
     };

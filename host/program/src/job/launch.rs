@@ -19,6 +19,7 @@ use std::{
     fmt,
     fs::File,
     io::{self, Write},
+    net::TcpListener,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::{net::UnixStream, process::ExitStatusExt},
@@ -45,7 +46,7 @@ use signal_hook::{
     low_level::{signal_name, unregister},
 };
 
-use fused_collective::group::{How, Lost};
+use fused_collective::group::{How, Lost, meeting_place::NCCL_HOST};
 
 use crate::{
     exit::{self, FAILURE, SECONDARY, SUCCESS, USAGE},
@@ -135,9 +136,53 @@ pub fn new_key() -> Result<String, Error> {
     Ok(format!("launch/{:032x}", u128::from_ne_bytes(random)))
 }
 
+/// Hosts that one host simulates, for tests: ranks that meet as those of several do, and share no memory.
+#[derive(Clone, Debug)]
+pub struct SimulatedHosts {
+    count: u32,
+    secret: String,
+    address: String,
+}
+
+impl SimulatedHosts {
+    /// So many hosts, at a port that was free a moment ago; `None` for one host, which is this one.
+    ///
+    /// # Errors
+    /// The system gives no random numbers, or no port.
+    pub fn new(count: u32) -> Result<Option<Self>, Error> {
+        if count < 2 {
+            return Ok(None);
+        }
+        let listener = TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
+        let address = listener.map_err(Error::system("find a free port"))?.to_string();
+        let mut random = [0_u8; 32];
+        getrandom(&mut random, GetRandomFlags::empty()).map_err(Error::system("draw the job's secret"))?;
+        let secret = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Some(SimulatedHosts { count, secret, address }))
+    }
+
+    /// The variables of a rank, of so many on all hosts.
+    fn variables(&self, rank: u32, ranks: u32) -> [(&'static str, String); 4] {
+        let of_host = ranks / self.count;
+        [
+            ("LOCAL_WORLD_SIZE", of_host.to_string()),
+            (NCCL_HOST, format!("simulated-host-{}", rank / of_host.max(1))),
+            (rank_env::SECRET, self.secret.clone()),
+            (rank_env::ADDRESS, self.address.clone()),
+        ]
+    }
+}
+
 /// A command that starts `program` as rank `rank` of `ranks`, for callers that observe ranks themselves. The ranks of a job
-/// share the `key`. Like a [`Launcher`]'s rank, the process [ends with this one](tie_to_parent). It has no input.
-pub fn rank_command(program: &Path, rank: u32, ranks: u32, key: &str) -> Command {
+/// share the `key`, and on several hosts these. Like a [`Launcher`]'s rank, the process [ends with this one](tie_to_parent).
+/// It has no input.
+pub fn rank_command(
+    program: &Path,
+    rank: u32,
+    ranks: u32,
+    key: &str,
+    hosts: Option<&SimulatedHosts>,
+) -> Command {
     let (number, size) = (rank.to_string(), ranks.to_string());
     let mut command = Command::new(program);
     command
@@ -148,6 +193,9 @@ pub fn rank_command(program: &Path, rank: u32, ranks: u32, key: &str) -> Command
         .env(rank_env::KEY, key)
         .env(PARENT, std::process::id().to_string())
         .stdin(Stdio::null());
+    if let Some(hosts) = hosts {
+        command.envs(hosts.variables(rank, ranks));
+    }
     command
 }
 
@@ -176,6 +224,7 @@ pub struct Launcher {
     program: PathBuf,
     arguments: Vec<OsString>,
     ranks: u32,
+    hosts: Option<SimulatedHosts>,
     grace: Duration,
     /// Files that ranks inherit, each with the variable for its descriptor.
     files: Vec<(&'static str, OwnedFd)>,
@@ -200,9 +249,16 @@ impl Launcher {
             program: program()?,
             arguments: env::args_os().skip(1).collect(),
             ranks,
+            hosts: None,
             grace: Duration::from_secs(10),
             files: Vec::new(),
         })
+    }
+
+    /// Starts the ranks as those of several hosts.
+    pub fn on_hosts(mut self, hosts: Option<SimulatedHosts>) -> Self {
+        self.hosts = hosts;
+        self
     }
 
     /// Sets the time that the other ranks may go on after one has failed and none has reported the reason. The default is
@@ -255,7 +311,7 @@ impl Launcher {
         let mut ranks = Vec::new();
         for rank in 0..self.ranks {
             let files = self.files.iter().map(|(variable, file)| (variable, file.as_raw_fd().to_string()));
-            let mut command = rank_command(&self.program, rank, self.ranks, &key);
+            let mut command = rank_command(&self.program, rank, self.ranks, &key, self.hosts.as_ref());
             let child = command
                 .args(&self.arguments)
                 .envs(files)

@@ -1,55 +1,18 @@
 //! The way that the ranks of a job meet: within their host, or over a network if the launcher says that they are on several.
 
-use std::{env, fs};
-
 use fused_collective::group::{
-    rank_env::{self, ADDRESS, RankEnv, SECRET},
+    meeting_place,
+    rank_env::RankEnv,
     rendezvous::{Error, Group, Membership, Network},
 };
 use fused_collective_core::MAX_WORLD_SIZE;
-
-/// NCCL's variable with the name of the host, by which it tells hosts apart.
-const NCCL_HOST: &str = "NCCL_HOSTID";
-/// The most bytes of a host's name.
-const MAX_HOST: usize = 255;
 
 /// The network over which the ranks of a job meet, if they are on several hosts.
 ///
 /// # Errors
 /// The environment has no secret or no address for them. The text says what to set.
 pub(super) fn network(environment: &RankEnv) -> Result<Option<Network>, String> {
-    let Some(hosts) = &environment.hosts else { return Ok(None) };
-    let secret = rank_env::secret().map_err(|error| error.to_string())?.ok_or_else(|| {
-        format!(
-            "{hosts}, and these meet only if they have a secret in common: set {SECRET} on all ranks to the same random text, \
-             such as that of `openssl rand -hex 32`, or start all ranks on one host"
-        )
-    })?;
-    let address = hosts.address.clone().ok_or_else(|| {
-        format!(
-            "{hosts}, and nothing says where these meet: set MASTER_ADDR to the host of rank 0 and MASTER_PORT, or {ADDRESS} \
-             to HOST:PORT of a free port there"
-        )
-    })?;
-    Ok(Some(Network { address, secret, host: host()? }))
-}
-
-/// The name of this host: NCCL's, if that is set, so that both tell the same hosts apart. Otherwise the system's, with a part
-/// of the number of its boot: two hosts may have one name.
-fn host() -> Result<String, String> {
-    if let Some(name) = env::var_os(NCCL_HOST).filter(|name| !name.is_empty()) {
-        if name.len() > MAX_HOST {
-            return Err(format!("{NCCL_HOST}: {} bytes name no host: use up to {MAX_HOST}", name.len()));
-        }
-        return Ok(name.to_string_lossy().replace(char::is_control, " "));
-    }
-    let read = |file: &str| {
-        let path = format!("/proc/sys/kernel/{file}");
-        fs::read_to_string(&path)
-            .map_err(|error| format!("cannot read this host's name from {path}: {error}"))
-    };
-    let (name, boot) = (read("hostname")?, read("random/boot_id")?);
-    Ok(format!("{}/{}", name.trim(), boot.split('-').next().unwrap_or_default()))
+    meeting_place::network(environment).map_err(|error| error.to_string())
 }
 
 /// Meets the other ranks.

@@ -33,7 +33,7 @@ use crate::{
     exit::{self, Failure, complain},
     report::memory::{available_memory, killed_since, oom_kills},
 };
-use launch::Launcher;
+use launch::{Launcher, SimulatedHosts};
 use options::{BackendChoice, JobOptions};
 use placement::Backend;
 use rank_env::{ADDRESS, KEY, RankEnv};
@@ -112,7 +112,7 @@ impl Job {
             &request.all_reduces,
             asked,
             is_foreign(&environment),
-            network.is_some(),
+            network.is_some() || options.hosts > 1,
         )?;
         let groups = options.groups;
         if !world_size.is_multiple_of(groups) || world_size / groups < MIN_RANKS {
@@ -159,9 +159,16 @@ impl Job {
         self.world_size / self.request.options.groups
     }
 
+    /// True if the ranks are on several hosts, as a launcher says, or one host simulates several.
+    pub(crate) fn spans_hosts(&self) -> bool {
+        self.network.is_some() || self.request.options.hosts > 1
+    }
+
     /// True if the ranks are processes of this program's own, one for each GPU.
     pub(crate) fn starts_ranks_on_gpus(&self) -> bool {
-        self.backend.get() == Backend::Cuda && (self.environment.is_none() || launch::is_launched())
+        !self.spans_hosts()
+            && self.backend.get() == Backend::Cuda
+            && (self.environment.is_none() || launch::is_launched())
     }
 
     /// Meets the other ranks, which have the same settings, under a key made from the job's.
@@ -283,7 +290,9 @@ impl Job {
 
     fn launch(&self) -> Result<u8, Failure> {
         let failed = |error: launch::Error| Failure::Failed(error.to_string());
-        let mut launcher = Launcher::new(self.world_size).map_err(failed)?.grace(self.deadline());
+        let hosts = SimulatedHosts::new(self.request.options.hosts).map_err(failed)?;
+        let launcher = Launcher::new(self.world_size).map_err(failed)?;
+        let mut launcher = launcher.on_hosts(hosts).grace(self.deadline());
         for (variable, content) in &self.handed_over {
             launcher = launcher.hand_over(variable, content).map_err(failed)?;
         }
@@ -297,7 +306,7 @@ impl Job {
     /// Refuses problems that do not fit in main memory. GPU memory is not checked: its allocator reports that itself.
     pub(crate) fn check_memory(&self) -> Result<(), Failure> {
         // Ranks of several hosts are told of their backend when they have met.
-        if self.backend.get() == Backend::Cuda || self.network.is_some() {
+        if self.backend.get() == Backend::Cuda || self.spans_hosts() {
             return Ok(());
         }
         let needed = |problem: &Problem| self.memory_needed(problem).unwrap_or(u64::MAX);

@@ -9,7 +9,7 @@ use fused_collective::{
         rendezvous::{MAX_RANKS, MIN_RANKS},
     },
 };
-use fused_collective_core::MAX_WORLD_SIZE;
+use fused_collective_core::{MAX_WORLD_SIZE, fusion::PartialSums};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -32,6 +32,12 @@ pub struct JobOptions {
     /// Groups that run at the same time, all of one size.
     #[serde(default = "one_group", skip_serializing_if = "is_one_group")]
     pub groups: u32,
+    /// Hosts that this program simulates on its own, for tests; 1 for none but this one. Each has `nproc_per_node` ranks.
+    #[serde(default = "one_host", skip_serializing_if = "is_one_host")]
+    pub hosts: u32,
+    /// True if sums cross between hosts in the element type.
+    #[serde(default, skip_serializing_if = "Not::not")]
+    pub element_partial_sums: bool,
     /// True if ranks may share a GPU, which makes times meaningless.
     #[serde(default, skip_serializing_if = "Not::not")]
     pub oversubscribe: bool,
@@ -45,6 +51,8 @@ impl Default for JobOptions {
             backend: BackendChoice::Auto,
             nproc_per_node: None,
             groups: 1,
+            hosts: 1,
+            element_partial_sums: false,
             oversubscribe: false,
             deadline_seconds: 10.0,
         }
@@ -57,6 +65,8 @@ pub(crate) struct JobArgs {
     pub(crate) backend: Option<String>,
     pub(crate) nproc_per_node: Option<String>,
     pub(crate) groups: Option<String>,
+    pub(crate) hosts: Option<String>,
+    pub(crate) partial_sums: Option<String>,
     pub(crate) oversubscribe: bool,
     pub(crate) deadline: Option<String>,
 }
@@ -66,9 +76,14 @@ impl JobArgs {
     pub(crate) fn parse(self, default: JobOptions) -> Result<JobOptions, UsageError> {
         let groups =
             |text: &str| number("--groups", text, "a number of groups", 1, Some(MAX_WORLD_SIZE / MIN_RANKS));
+        let hosts = |text: &str| number("--hosts", text, "a number of hosts", 1, Some(MAX_RANKS));
+        let hosts = one(self.hosts, hosts, default.hosts)?;
+        let ranks = |text: &str| ranks_of_host(text, hosts).map(Some);
         let options = JobOptions {
+            hosts,
+            element_partial_sums: one(self.partial_sums, partial_sums, default.element_partial_sums)?,
             backend: one(self.backend, |text| name("--backend", text), default.backend)?,
-            nproc_per_node: one(self.nproc_per_node, |text| ranks(text).map(Some), default.nproc_per_node)?,
+            nproc_per_node: one(self.nproc_per_node, ranks, default.nproc_per_node)?,
             groups: one(self.groups, groups, default.groups)?,
             oversubscribe: self.oversubscribe,
             deadline_seconds: one(
@@ -77,6 +92,9 @@ impl JobArgs {
                 default.deadline_seconds,
             )?,
         };
+        if hosts > 1 {
+            return options.of_hosts();
+        }
         let (groups, ranks) = (options.groups, options.nproc_per_node.unwrap_or(MIN_RANKS));
         if ranks * groups > MAX_WORLD_SIZE {
             return Err(UsageError::new(format_args!(
@@ -88,6 +106,33 @@ impl JobArgs {
 }
 
 impl JobOptions {
+    /// These options, of several hosts that are simulated.
+    fn of_hosts(self) -> Result<JobOptions, UsageError> {
+        let hosts = self.hosts;
+        let Some(ranks) = self.nproc_per_node else {
+            return Err(UsageError::new(format_args!(
+                "--hosts: {hosts} hosts need a number of ranks each: give it by --nproc-per-node"
+            )));
+        };
+        if self.groups > 1 {
+            return Err(UsageError::new(
+                "--groups: ranks of several hosts form one group: leave it or --hosts out",
+            ));
+        }
+        if !(MIN_RANKS..=MAX_RANKS).contains(&(ranks * hosts)) {
+            return Err(UsageError::new(format_args!(
+                "--hosts: {hosts} hosts of {ranks} ranks are {} ranks: use {MIN_RANKS} to {MAX_RANKS}",
+                ranks * hosts
+            )));
+        }
+        Ok(self)
+    }
+
+    /// The type in which sums cross between hosts.
+    pub fn partial_sums(&self) -> PartialSums {
+        if self.element_partial_sums { PartialSums::Element } else { PartialSums::F32 }
+    }
+
     /// Longest wait for another rank.
     pub fn deadline(&self) -> Duration {
         Duration::from_secs_f64(self.deadline_seconds)
@@ -96,7 +141,7 @@ impl JobOptions {
     /// Ranks of all groups together: by `--nproc-per-node`, or by a launcher that `launched` them and set a variable to their
     /// number. `None` if neither says; both must agree.
     pub(crate) fn world_size(&self, launched: Option<(&str, u32)>) -> Result<Option<u32>, UsageError> {
-        let asked = self.nproc_per_node.map(|ranks| ranks * self.groups);
+        let asked = self.nproc_per_node.map(|ranks| ranks * self.groups * self.hosts);
         let Some((variable, world)) = launched else { return Ok(asked) };
         check_ranks(variable, world, MAX_WORLD_SIZE)?;
         if let Some(asked) = asked.filter(|&asked| asked != world) {
@@ -117,13 +162,32 @@ impl JobOptions {
         check_ranks(variable, world, MAX_RANKS)?;
         let refuse =
             |what: &str| Err(UsageError::new(format_args!("{what} ({hosts}): leave the option out")));
-        if self.nproc_per_node.is_some() {
+        if self.nproc_per_node.is_some() && self.hosts == 1 {
             return refuse("--nproc-per-node: the launcher gives the ranks of each host");
         }
         if self.groups > 1 {
             return refuse("--groups: ranks of several hosts form one group");
         }
         Ok(Some(world))
+    }
+}
+
+/// A number of ranks of one of `hosts` hosts.
+fn ranks_of_host(text: &str, hosts: u32) -> Result<u32, UsageError> {
+    if hosts == 1 {
+        return ranks(text);
+    }
+    number("--nproc-per-node", text, "a number of ranks of a host", 1, Some(MAX_WORLD_SIZE))
+}
+
+/// The type of partial sums: true for the element type.
+fn partial_sums(text: &str) -> Result<bool, UsageError> {
+    match text {
+        "f32" => Ok(false),
+        "element" => Ok(true),
+        _ => Err(UsageError::new(format_args!(
+            "--partial-sums: '{text}' is not a type of partial sums: use f32 or element"
+        ))),
     }
 }
 
@@ -146,6 +210,14 @@ fn check_ranks(name: &str, ranks: u32, most: u32) -> Result<(), UsageError> {
     Err(UsageError::new(format_args!(
         "{name}: {ranks} {noun} cannot form a group: use {MIN_RANKS} to {most}"
     )))
+}
+
+const fn one_host() -> u32 {
+    1
+}
+
+fn is_one_host(hosts: &u32) -> bool {
+    *hosts == 1
 }
 
 const fn one_group() -> u32 {
@@ -239,6 +311,36 @@ mod tests {
             let error = world_size(nproc_per_node, groups, world).unwrap_err();
             assert!(error.starts_with(start), "{error}");
         }
+    }
+
+    #[test]
+    fn hosts_that_are_simulated_have_any_number_of_ranks_and_one_group() {
+        let parse = |hosts: &str, ranks: Option<&str>, groups: Option<&str>| {
+            let text = |text: &str| text.to_owned();
+            let args = JobArgs {
+                hosts: Some(text(hosts)),
+                nproc_per_node: ranks.map(text),
+                groups: groups.map(text),
+                ..JobArgs::default()
+            };
+            let options = args.parse(JobOptions::default()).map_err(|error| error.to_string())?;
+            options.world_size(None).map_err(|error| error.to_string())
+        };
+        assert_eq!(parse("2", Some("1"), None), Ok(Some(2)));
+        assert_eq!(parse("3", Some("4"), None), Ok(Some(12)));
+        assert_eq!(parse("1", None, None), Ok(None));
+        let error = |hosts, ranks, groups| parse(hosts, ranks, groups).unwrap_err();
+        assert!(error("2", None, None).contains("--nproc-per-node"));
+        assert!(error("1", Some("1"), None).contains("1 rank cannot form a group"));
+        assert!(error("2", Some("2"), Some("2")).contains("one group"));
+        assert!(error("64", Some("16"), None).contains("1024 ranks: use 2 to 128"));
+        let sums = |text: &str| {
+            let args = JobArgs { partial_sums: Some(text.to_owned()), ..JobArgs::default() };
+            args.parse(JobOptions::default()).map(|options| options.partial_sums())
+        };
+        assert_eq!(sums("element").unwrap(), PartialSums::Element);
+        assert_eq!(sums("f32").unwrap(), PartialSums::F32);
+        assert!(sums("f16").unwrap_err().to_string().contains("use f32 or element"));
     }
 
     #[test]

@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use fused_collective::group::rendezvous::{self, Group};
+use fused_collective::group::{
+    Hosts,
+    rendezvous::{self, Group},
+};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::backend::error;
@@ -48,6 +51,11 @@ impl From<fused_collective::Error> for Error {
     fn from(error: fused_collective::Error) -> Self {
         Error::Collective(error.into())
     }
+}
+
+/// The hosts of a group that the job has checked.
+pub(crate) fn hosts(group: &Group) -> Hosts {
+    group.by_host().unwrap_or_else(|_| Hosts::one(group.rank(), group.world_size()))
 }
 
 /// True if `holds` is true on every rank.

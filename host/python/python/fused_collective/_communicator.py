@@ -119,12 +119,16 @@ class Communicator:
         oversubscribe: bool = False,
         check_scales: bool = False,
         kernels: str | os.PathLike[str] | None = None,
+        address: str | None = None,
     ) -> Communicator:
         """Joins the ranks that ``torchrun``, ``mpirun`` or ``srun`` started, or those with the same ``key``.
 
         ``max_hidden`` and ``dtype`` say how long rows may be. On GPUs, operations of up to ``max_tokens`` tokens run in one
         round, and larger ones in several. ``device`` is ``"cpu"``, ``"cuda"`` (the rank modulo the number of GPUs) or the
         ordinal of a GPU. ``deadline`` is in seconds. ``oversubscribe`` lets ranks share a GPU, on which they take turns.
+
+        Ranks of several hosts that were given their ``rank`` meet at ``address``, ``HOST:PORT`` on the host of rank 0. They
+        have the same secret in ``FUSED_COLLECTIVE_SECRET``, which is never sent. NCCL carries sums from host to host.
 
         Raises :class:`BootstrapError` if a rank does not come.
         """
@@ -149,6 +153,7 @@ class Communicator:
             oversubscribe=oversubscribe,
             check_scales=check_scales,
             kernels=kernels,
+            address=address,
         )
         return cls(native, cuda)
 
@@ -156,8 +161,8 @@ class Communicator:
     def from_torch(cls, group: Any = None, *, device: Any = None, **options: Any) -> Communicator:
         """Joins the ranks of a ``torch.distributed`` group, the default one if it is None.
 
-        The group's all-gather tells the ranks of a key under which they meet; nothing else of it is used. ``device`` is the
-        current CUDA device if there is one. The other options are those of :meth:`local`.
+        The group's all-gather tells the ranks of a key under which they meet, and on several hosts of a free port at
+        ``MASTER_ADDR``, or else at rank 0's host name; nothing else of it is used. ``device`` is the current CUDA device if there is one. The other options are those of :meth:`local`.
         """
         import torch
         import torch.distributed as dist
@@ -169,10 +174,15 @@ class Communicator:
             device = (device.index if device.index is not None else current) if device.type == "cuda" else "cpu"
         rank, world_size = dist.get_rank(group), dist.get_world_size(group)
         told: list[Any] = [None] * world_size
-        dist.all_gather_object(told, (socket.gethostname(), secrets.token_hex(16)), group=group)
-        hosts = {host for host, _ in told}
-        if len(hosts) > 1:
-            raise InvalidError(f"the group has ranks on several hosts, {', '.join(sorted(hosts))}: use one host's")
+        host = os.environ.get("NCCL_HOSTID") or socket.gethostname()
+        # The master is the host of the first of all ranks.
+        master = os.environ.get("MASTER_ADDR") if dist.get_rank() == 0 else None
+        with socket.socket() as free:
+            free.bind(("", 0))
+            address = f"{master or socket.gethostname()}:{free.getsockname()[1]}"
+        dist.all_gather_object(told, (host, secrets.token_hex(16), address), group=group)
+        if len({host for host, *_ in told}) > 1:
+            options.setdefault("address", told[0][2])
         return cls.local(device=device, rank=rank, world_size=world_size, key=told[0][1], **options)
 
     @property
@@ -206,6 +216,7 @@ class Communicator:
         rounding: str = "once",
         mode: str = "auto",
         wire: str | None = None,
+        partial_sums: str = "float32",
         dtype: str | None = None,
         stream: int | None = None,
     ) -> Outputs:
@@ -223,7 +234,10 @@ class Communicator:
         type of elements that ``x`` cannot name: bfloat16 in arrays of 16-bit integers.
 
         ``wire`` is ``int8`` or ``int4`` for rows of fewer bits between ranks. Sums of normal rows then miss by 0.55% or
-        8.6% in one-shot, the same on all ranks; the residual and the norm lose nothing.
+        8.6% in one-shot, the same on all ranks; the residual and the norm lose nothing. They do not cross hosts.
+
+        ``partial_sums`` is the type in which sums cross between hosts: ``float32``, or ``element`` for half the bytes and one
+        more rounding of each host's sum.
 
         On GPUs the operation is enqueued on ``stream``, PyTorch's current one if it is None, and may be captured. On CPUs the
         outputs are complete when this returns.
@@ -272,7 +286,7 @@ class Communicator:
             fields["residual"] = "sharded" if sharded else "replicated"
         if bias is not None:
             fields["bias"] = True
-        plan = operation(element, tokens, hidden, rounding=rounding, mode=mode, wire=wire, **fields)
+        plan = operation(element, tokens, hidden, rounding=rounding, mode=mode, wire=wire, partial_sums=partial_sums, **fields)
         made = self._outputs(like, input, plan, quant, out or Outputs(), sharded and residual is not None)
         outputs = [
             None if it is None else self._describe(it, name, True) for name, it in list(zip(Outputs._fields, made))[1:]
@@ -318,7 +332,7 @@ class Communicator:
         self, x: Any, input: Tensor, plan: _native.Operation, quant: Quant | None, out: Outputs, sharded: bool
     ) -> Outputs:
         hidden, leading = input.shape[-1], input.shape[:-1]
-        rows = (plan.residual_rows(self.rank, self.world_size),) if sharded else leading
+        rows = (self._native.residual_rows(plan),) if sharded else leading
         residual_out, norm_out, quant_out, scale_out = out
         if residual_out is None:
             residual_out = empty(x, (*rows, hidden), input.dtype)

@@ -119,6 +119,9 @@ impl Communicator {
             partial_sums: PartialSums::F32,
             mode: if family == Family::OneShot { Mode::OneShot } else { Mode::TwoShot },
         };
+        if self.limits.hosts > 1 {
+            return Err(Error::Unsupported("kernels of one's own between hosts"));
+        }
         let plan = Plan::new(&shape, &self.limits)?;
         let element = TensorType::Element(dtype);
         let rows = shape.residual_rows(self.rank, self.limits.world_size) * hidden;

@@ -1,57 +1,51 @@
 //! One rank's end of a group of GPUs.
 
 mod abort_flag;
+mod across;
 mod call_table;
 pub(super) mod custom;
 pub(super) mod external;
+mod failures;
+mod join;
 pub(super) mod launches;
 mod limits;
 mod progress;
 mod rounds;
+mod stream;
 mod wait;
+mod watchdog;
 
 use std::{
     any::Any,
-    os::fd::AsFd,
-    sync::{
-        Arc, Mutex,
-        atomic::Ordering::{Acquire, Relaxed},
-    },
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
 use fused_collective_core::{
     agreement::{Call, Chain},
-    dtype::DType,
     fusion::Operation,
-    kernels::{Module, Set},
-    launch::{self, ABORTED, Address, Shape, Status},
-    plan::{self, Limits, Plan},
+    launch::{self, Address, Shape},
+    plan::{Limits, Plan},
     workspace::{Header, Layout},
 };
 
 use super::{
-    device::{self, Gpu},
+    device::Gpu,
     driver::{Handle, check},
     epilogue::Epilogue,
-    kernels::{KernelSource, Kernels, Launch, MAX_RANKS},
+    kernels::{KernelSource, Kernels, Launch},
     memory::{DeviceMemory, MappedStatus},
     tensors::{Tensors, supported},
     workspace::Workspace,
 };
 use crate::{
     error::Error,
-    group::{
-        Aborter, Bootstrap, Monitor,
-        calls::{CallLog, Disagreement, Place},
-        failure::{Awaited, Cause, Failure, What},
-        shared_memory::SharedMemory,
-    },
+    group::{Aborter, Bootstrap, Hosts, Monitor, calls::CallLog, failure::Failure},
     query::Query,
 };
 use abort_flag::AbortFlag;
+use across::{Across, Gathered};
 use call_table::CallTable;
-use limits::{HOP_BYTES, agree};
 use progress::Progress;
 
 /// The longest deadline: kernels count a wait in 32 bits, which turn after 73 minutes.
@@ -77,7 +71,7 @@ pub struct Options {
     pub kernels: KernelSource,
 }
 
-/// One rank's end of a group of GPUs of one host, for fused operations on a caller's stream.
+/// One rank's end of a group of GPUs, of one host or several, for fused operations on a caller's stream.
 ///
 /// All ranks enqueue the same operations in the same order, each on one stream, or on several that are ordered by
 /// events. A communicator is dropped when the operations of all ranks have ended: until then peers write into its
@@ -97,6 +91,10 @@ pub struct Communicator {
     calls: CallTable,
     /// The launches of the rounds of the operation at hand.
     launches: Vec<Launch>,
+    /// Between hosts, those of each round's first kernel.
+    host_sums: Vec<Launch>,
+    /// The exchange between hosts, in a group of several.
+    across: Option<Across>,
     /// Captured since the last [`captured`](Self::captured).
     captured: Captured,
     abort: Arc<AbortFlag>,
@@ -114,77 +112,6 @@ pub struct Communicator {
 }
 
 impl Communicator {
-    /// Joins the ranks of `bootstrap`, this one with GPU `ordinal` of those that the process sees, and makes a workspace.
-    /// Processes may see different GPUs, each its own alone for instance, which is then GPU 0 in all of them.
-    /// All ranks call this, with the same `options`. The thread's current context stays what it is.
-    ///
-    /// Waits end early when the bootstrap's monitor tells of a lost rank; without one, at the deadline.
-    ///
-    /// # Errors
-    /// No driver, no kernels, not enough memory; two ranks that cannot share memory, by number; a deadline past
-    /// [`MAX_DEADLINE`]; the bootstrap's.
-    pub fn join(bootstrap: &dyn Bootstrap, ordinal: u32, options: &Options) -> Result<Communicator, Error> {
-        let &Options { slot_bytes, deadline, oversubscribe, check_scales, ref kernels } = options;
-        check_deadline(deadline)?;
-        let (rank, world_size) = (bootstrap.rank(), bootstrap.world_size());
-        if world_size > MAX_RANKS {
-            return Err(Error::Options(format!(
-                "{world_size} ranks are more than GPU kernels serve: use 2 to {MAX_RANKS}"
-            )));
-        }
-        let gpu = Gpu::open(ordinal)?;
-        let context = gpu.context();
-        let module = Module { dtype: DType::Bf16, set: Set::Any8 };
-        let mut kernels = Kernels::find(&gpu, kernels, module.name())?;
-        let shares_gpus = device::check_group(bootstrap, ordinal, oversubscribe)?;
-        let layout = Layout::new(world_size, slot_bytes)?;
-        let limits = agree(
-            bootstrap,
-            Limits {
-                world_size,
-                hosts: 1,
-                slot_bytes: layout.slot_bytes(),
-                compute_units: gpu.units,
-                max_cluster: kernels.max_cluster(),
-                one_shot_bytes: plan::one_shot_bytes(world_size, HOP_BYTES),
-            },
-        )?;
-        kernels.agree(limits.compute_units, limits.max_cluster);
-        let layout = Layout::new(world_size, limits.slot_bytes)?;
-        let log = share_log(bootstrap)?;
-        let workspace = Workspace::share(bootstrap, context, &layout)?;
-        let status = Arc::new(MappedStatus::new(context)?);
-        let abort = AbortFlag::new(&status);
-        let monitor = bootstrap.monitor();
-        let on_loss = monitor.as_ref().map(|monitor| {
-            let abort = Arc::clone(&abort);
-            Mutex::new(monitor.on_loss(Box::new(move || abort.set())))
-        });
-        Ok(Communicator {
-            rank,
-            limits,
-            deadline,
-            monitor,
-            failed: None,
-            left: false,
-            shares_gpus,
-            check_scales,
-            log,
-            calls: CallTable::default(),
-            launches: Vec::new(),
-            captured: Captured::default(),
-            abort,
-            _on_loss: on_loss,
-            status,
-            progress: Progress::new(context, workspace.state())?,
-            workspace,
-            kernels,
-            addends: None,
-            layout,
-            gpu,
-        })
-    }
-
     /// This rank.
     pub fn rank(&self) -> u32 {
         self.rank
@@ -193,6 +120,21 @@ impl Communicator {
     /// Ranks in the group.
     pub fn world_size(&self) -> u32 {
         self.limits.world_size
+    }
+
+    /// The hosts of the group, if there are several.
+    pub fn hosts(&self) -> Option<&Hosts> {
+        self.across.as_ref().map(Across::hosts)
+    }
+
+    /// This rank's number among the ranks of its host.
+    pub fn place(&self) -> u32 {
+        self.hosts().map_or(self.rank, Hosts::place)
+    }
+
+    /// The rank at a place of this rank's host.
+    fn neighbor(&self, place: u32) -> u32 {
+        self.hosts().map_or(place, |hosts| hosts.rank_at(hosts.host(), place))
     }
 
     /// True where ranks of the group share GPUs.
@@ -229,7 +171,7 @@ impl Communicator {
         self.check_usable()?;
         let plan = Plan::new(operation, &self.limits)?;
         supported(operation)?;
-        launches::kernel(operation, plan.algorithm, self.limits.world_size)?;
+        launches::kernel(operation, plan.algorithm, self.limits.ranks_per_host())?;
         if operation.post_norm.is_some() {
             // Rows that are streamed have none, and their kernels say which those are.
             self.choose_launches(operation, &plan)?;
@@ -274,7 +216,7 @@ impl Communicator {
     ) -> Result<(), Error> {
         self.check_usable()?;
         let plan = Plan::new(operation, &self.limits)?;
-        tensors.check(operation, self.rank, self.limits.world_size)?;
+        tensors.check(operation, self.place(), self.limits.ranks_per_host())?;
         let _entered = self.gpu.context().clone().enter()?;
         if self.check_scales {
             // SAFETY: the context is current, and the caller vouches for the scale and the stream.
@@ -356,85 +298,10 @@ impl Communicator {
         if captured.calls > 0 {
             self.log.announce(Call::Replay { captured: captured.chain.digest(), calls: captured.calls });
         }
-        Ok(())
-    }
-
-    /// Checks that all operations that have ended did so well, and were the same on every rank. Call it after the stream was
-    /// synchronized and before results are used.
-    ///
-    /// # Errors
-    /// [`Error::Failed`]: who waited for whom, in which operation, or who called something else. From then on the
-    /// communicator is poisoned: every later call fails at once. The other ranks' operations end, too.
-    pub fn check(&mut self) -> Result<(), Error> {
-        self.check_usable()?;
-        // Ahead of a wait that failed because of it.
-        if let Some(disagreement) = self.log.disagreement() {
-            return Err(self.poison(self.out_of_step(disagreement)));
-        }
-        if let Some(failure) = self.failed_wait() {
-            return Err(self.poison(failure));
-        }
-        // What has ended here has begun on every rank, so each has announced it.
-        if let Some(disagreement) = self.log.disagreement_at_end() {
-            return Err(self.poison(self.out_of_step(disagreement)));
+        if let (Some(across), Some(last)) = (&mut self.across, captured.last) {
+            across.enqueued(captured.rounds, last);
         }
         Ok(())
-    }
-
-    /// The wait that failed on the device, if one did.
-    fn failed_wait(&self) -> Option<Failure> {
-        // Acquire: the kernel wrote the rest before this.
-        let reason = self.status.word(Status::FAILED).load(Acquire);
-        if reason == 0 {
-            return None;
-        }
-        let word = |offset| u64::from(self.status.word(offset).load(Relaxed));
-        let long = |offset| word(offset) | word(offset + 4) << 32;
-        let token = long(Status::TOKEN);
-        let wait = Awaited {
-            from: word(Status::MISSING_RANK) as u32,
-            what: match word(Status::HOP) {
-                2 => What::Sum(token),
-                4 => What::Flag,
-                _ => What::Input(token),
-            },
-            operation: long(Status::OPERATION),
-            call: self.calls.call(long(Status::CALL)),
-        };
-        let cause = if reason == ABORTED { self.end() } else { Cause::Deadline(self.deadline) };
-        Some(Failure { rank: self.rank, wait: Some(wait), cause })
-    }
-
-    /// Why waits were ended.
-    fn end(&self) -> Cause {
-        match &self.monitor {
-            Some(monitor) => match monitor.lost() {
-                Some(lost) if lost.rank != self.rank => Cause::Lost(lost),
-                _ => Cause::Aborted,
-            },
-            None => self.log.gave_up().map_or(Cause::Aborted, Cause::GaveUp),
-        }
-    }
-
-    fn out_of_step(&self, disagreement: Disagreement) -> Failure {
-        Failure { rank: self.rank, wait: None, cause: Cause::OutOfStep(disagreement) }
-    }
-
-    /// Ends the group with this failure, unless it has one.
-    fn poison(&mut self, failure: Failure) -> Error {
-        if let Some(first) = &self.failed {
-            return Error::Poisoned(first.clone());
-        }
-        let failure = Box::new(failure);
-        self.failed = Some(failure.clone());
-        self.abort.set();
-        if let Some((fault, because_of)) = failure.fault() {
-            self.log.give_up(fault, because_of);
-        }
-        if let Some(monitor) = &self.monitor {
-            monitor.abort(&failure.to_string());
-        }
-        Error::Failed(failure)
     }
 
     /// Makes a handle that ends the group's operations, on all ranks, from any thread. It may outlive the communicator.
@@ -456,6 +323,9 @@ impl Communicator {
     /// A rank was lost.
     pub fn leave(&mut self, bootstrap: &dyn Bootstrap) -> Result<(), Error> {
         self.left = true;
+        if let Some(across) = &mut self.across {
+            across.close(self.failed.is_some());
+        }
         self.workspace.close_peers();
         bootstrap.barrier().map_err(Error::bootstrap)
     }
@@ -467,30 +337,8 @@ impl Communicator {
     /// The driver's.
     pub fn find_stray_write(&self, thorough: bool) -> Result<Option<String>, Error> {
         let (world_size, slot_bytes) = (self.layout.world_size(), self.layout.slot_bytes());
-        let header = Header { world_size, rank: self.rank, slot_bytes };
+        let header = Header { world_size, rank: self.place(), slot_bytes };
         self.workspace.find_stray_write(&self.layout, header, thorough)
-    }
-
-    fn check_usable(&mut self) -> Result<(), Error> {
-        if self.left {
-            return Err(Error::Left);
-        }
-        if let Some(failure) = &self.failed {
-            return Err(Error::Poisoned(failure.clone()));
-        }
-        // Without a monitor, nothing else tells that a peer has given up.
-        if self.monitor.is_none() && self.log.gave_up().is_some() {
-            self.abort.set();
-        }
-        if self.abort.is_set() && self.status.word(Status::FAILED).load(Acquire) == 0 {
-            // No wait was under way, so none has told of it.
-            let failure = match self.log.disagreement() {
-                Some(disagreement) => self.out_of_step(disagreement),
-                None => Failure { rank: self.rank, wait: None, cause: self.end() },
-            };
-            return Err(self.poison(failure));
-        }
-        Ok(())
     }
 
     /// Tells the others what is called, before it is launched. What is captured is told of when it is replayed.
@@ -512,7 +360,8 @@ impl Communicator {
         self.launch_group(self.workspace.regions())
     }
 
-    /// This rank's place in the group, for kernels of one's own that reach other `regions` than the workspace's.
+    /// This rank's place in the group, or among the ranks of its host, for kernels of one's own that reach other `regions` than
+    /// the workspace's.
     pub fn launch_group(&self, regions: [Address; launch::MAX_RANKS]) -> launch::Group {
         launch::Group {
             regions,
@@ -520,8 +369,8 @@ impl Communicator {
             status: self.status.address(),
             slot_bytes: self.layout.slot_bytes(),
             timeout_ns: self.deadline.as_nanos().min(u128::from(u64::MAX)) as u64,
-            world_size: self.limits.world_size,
-            rank: self.rank,
+            world_size: self.limits.ranks_per_host(),
+            rank: self.place(),
         }
     }
 }
@@ -537,49 +386,12 @@ impl Drop for Communicator {
 pub struct Captured {
     chain: Chain,
     calls: u64,
+    /// Rounds with a gather between hosts, and the last of them.
+    rounds: u32,
+    last: Option<Gathered>,
 }
 
 const _: () = {
     const fn is_send<T: Send>() {}
     is_send::<Communicator>();
 };
-
-/// Refuses a deadline that kernels would not keep.
-fn check_deadline(deadline: Duration) -> Result<(), Error> {
-    if deadline <= MAX_DEADLINE {
-        return Ok(());
-    }
-    Err(Error::Options(format!(
-        "a deadline of {} s is longer than GPU kernels can wait: use up to {} s",
-        deadline.as_secs_f64(),
-        MAX_DEADLINE.as_secs()
-    )))
-}
-
-/// The memory in which the ranks' hosts tell each other what they call.
-fn share_log(bootstrap: &dyn Bootstrap) -> Result<CallLog, Error> {
-    let doing = "share memory between the ranks' hosts";
-    let (rank, world_size) = (bootstrap.rank(), bootstrap.world_size());
-    let place = Place::alone(CALLS_KEPT);
-    let bytes = place.bytes(world_size);
-    let own = match rank {
-        0 => Some(SharedMemory::create(bytes).map_err(Error::system(doing))?),
-        _ => None,
-    };
-    let file = bootstrap.share_file(own.as_ref().map(AsFd::as_fd)).map_err(Error::bootstrap)?;
-    let memory = Arc::new(SharedMemory::map(file.as_fd(), bytes).map_err(Error::system(doing))?);
-    Ok(CallLog::new(memory, place, rank, world_size))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_deadline_that_kernels_would_not_keep_is_refused_and_not_cut_short() {
-        assert!(check_deadline(MAX_DEADLINE).is_ok());
-        let error = check_deadline(MAX_DEADLINE + Duration::from_millis(1)).unwrap_err().to_string();
-        assert_eq!(error, "a deadline of 3600.001 s is longer than GPU kernels can wait: use up to 3600 s");
-        assert!(check_deadline(Duration::MAX).is_err());
-    }
-}

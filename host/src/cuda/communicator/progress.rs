@@ -1,28 +1,20 @@
 //! The progress of a rank's kernels, seen from outside.
 
-use std::ptr::null_mut;
-
 use fused_collective_core::launch::{Address, RankState};
 
-use super::super::{
-    device::Context,
-    driver::{Handle, check, is_ready},
-    memory::PinnedMemory,
+use super::{
+    super::{device::Context, driver::check, memory::PinnedMemory},
+    stream::OwnStream,
 };
 use crate::error::Error;
 
-/// `CU_STREAM_NON_BLOCKING`.
-const NON_BLOCKING: u32 = 1;
-
-// SAFETY: a `CUstream` belongs to its context, and the driver takes it from any thread.
-unsafe impl Send for Progress {}
+const LOOKING: &str = "look at the GPU's progress";
 
 /// Sees from outside whether a rank's kernels come to their ends: they advance the epochs of its [`RankState`], which
 /// are copied to the host beside them. Nothing waits for the copy.
 #[derive(Debug)]
 pub(super) struct Progress {
-    context: Context,
-    stream: Handle,
+    stream: OwnStream,
     state: Address,
     copied: PinnedMemory,
     /// The copy at the last look.
@@ -38,28 +30,18 @@ impl Progress {
     /// The driver's.
     pub(super) fn new(context: &Context, state: Address) -> Result<Progress, Error> {
         let copied = PinnedMemory::new(context, size_of::<RankState>())?;
-        let _entered = context.enter()?;
-        let mut stream = null_mut();
-        // SAFETY: `stream` has room for the answer.
-        check("make a stream", unsafe { (context.driver().cuStreamCreate)(&mut stream, NON_BLOCKING) })?;
-        Ok(Progress { context: context.clone(), stream, state, copied, last: Vec::new(), asked: false })
+        let stream = OwnStream::new(context)?;
+        Ok(Progress { stream, state, copied, last: Vec::new(), asked: false })
     }
 
-    /// The context is current.
-    fn has_come(&self) -> Result<bool, Error> {
-        // SAFETY: a stream of the current context.
-        let code = unsafe { (self.context.driver().cuStreamQuery)(self.stream) };
-        is_ready("look at the GPU's progress", code)
-    }
-
-    /// Tells whether a kernel has gone on between the last two copies, and asks for the next.
+    /// Tells whether a kernel has gone on between the last two copies, and asks for the next. The context is current.
     ///
     /// # Errors
     /// The driver's.
     pub(super) fn look(&mut self) -> Result<bool, Error> {
         let mut progressed = false;
         if self.asked {
-            if !self.has_come()? {
+            if !self.stream.has_ended(LOOKING)? {
                 return Ok(false);
             }
             self.asked = false;
@@ -72,14 +54,14 @@ impl Progress {
         }
         // SAFETY: both have so many bytes and live until the copy has ended: `drop` sees to it.
         let code = unsafe {
-            (self.context.driver().cuMemcpyDtoHAsync_v2)(
+            (self.stream.context().driver().cuMemcpyDtoHAsync_v2)(
                 self.copied.address(),
                 self.state.0,
                 self.copied.length(),
-                self.stream,
+                self.stream.handle(),
             )
         };
-        check("look at the GPU's progress", code)?;
+        check(LOOKING, code)?;
         self.asked = true;
         Ok(progressed)
     }
@@ -87,15 +69,13 @@ impl Progress {
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        let Ok(_entered) = self.context.enter() else {
+        let Ok(_entered) = self.stream.context().clone().enter() else {
             self.copied.leak();
             return;
         };
         // A GPU that does not even copy may still do so later: the memory is left to it.
-        if self.asked && !self.has_come().unwrap_or(false) {
+        if self.asked && !self.stream.has_ended(LOOKING).unwrap_or(false) {
             self.copied.leak();
         }
-        // SAFETY: made in `new`, and destroyed once; the driver lets what is on it end.
-        unsafe { (self.context.driver().cuStreamDestroy_v2)(self.stream) };
     }
 }

@@ -18,7 +18,7 @@ mod versions;
 use std::{collections::HashMap, iter};
 
 use fused_collective_core::{
-    kernels::{self, Addends, Entry, Family, Kernel, Processor, Set, Version},
+    kernels::{self, Addends, Entry, Family, Kernel, Processor, Version},
     launch::{self, MAX_BLOCKS},
 };
 
@@ -287,7 +287,7 @@ impl Kernels {
         }
         if !self.kernels.get(&key).is_some_and(|versions| versions.takes(row_packs, cluster)) {
             let any = kernel.of_any().ok_or(Error::Unsupported("this kernel"))?;
-            let module = kernels::Module { set: Set::Streamed, ..module };
+            let module = kernels::Module { set: module.set.streamed(), ..module };
             let streamed = self.load(module.name())?.function(any.name(Version::Streamed))?;
             if let Some(versions) = self.kernels.get_mut(&key) {
                 versions.functions[Version::Streamed as usize] = Some(streamed);
@@ -323,5 +323,22 @@ impl Kernels {
     ) -> Result<(), Error> {
         // SAFETY: as this function's caller says.
         unsafe { launch.enqueue(&self.context, self.limits.launcher, parameters, stream) }
+    }
+
+    /// As [`launch`](Self::launch), but the kernel starts when all ahead of it is complete.
+    ///
+    /// # Errors
+    /// The driver's.
+    ///
+    /// # Safety
+    /// As [`launch`](Self::launch).
+    pub unsafe fn launch_after(
+        &self,
+        launch: Launch,
+        parameters: &Parameters,
+        stream: Handle,
+    ) -> Result<(), Error> {
+        // SAFETY: as this function's caller says.
+        unsafe { launch.after_all().enqueue(&self.context, self.limits.launcher, parameters, stream) }
     }
 }

@@ -235,7 +235,7 @@ impl Function {
 
     /// A launch of `blocks` blocks of `threads` threads, in clusters of `cluster` blocks.
     pub fn launch(&self, blocks: u32, cluster: u32, threads: u32) -> Launch {
-        Launch { function: self.handle, blocks, cluster, threads, any_epilogue: false }
+        Launch { function: self.handle, blocks, cluster, threads, any_epilogue: false, after_all: false }
     }
 
     /// Looks the driver's functions up for launches of it: `None` where kernels run one after the other.
@@ -252,6 +252,8 @@ pub struct Launch {
     cluster: u32,
     threads: u32,
     any_epilogue: bool,
+    /// Starts when all ahead of it is complete, with a launcher too.
+    after_all: bool,
 }
 
 // SAFETY: as of `Function`.
@@ -261,6 +263,11 @@ impl Launch {
     /// The launch of a kernel whose epilogue is a parameter, an [`AnyEpilogue`](fused_collective_core::launch::AnyEpilogue).
     pub(super) fn of_any_epilogue(self, any_epilogue: bool) -> Launch {
         Launch { any_epilogue, ..self }
+    }
+
+    /// The launch of the kernel when all ahead of it is complete, whatever that is.
+    pub(super) fn after_all(self) -> Launch {
+        Launch { after_all: true, ..self }
     }
 
     /// True if the kernel takes an [`AnyEpilogue`](fused_collective_core::launch::AnyEpilogue).
@@ -309,14 +316,16 @@ impl Launch {
             };
             return check(LAUNCH, code);
         };
-        let attributes = [LaunchAttribute::programmatic_dependent(), LaunchAttribute::cluster(self.cluster)];
+        let attributes = [LaunchAttribute::cluster(self.cluster), LaunchAttribute::programmatic_dependent()];
+        let first = usize::from(self.cluster == 1);
+        let attributes = &attributes[first..if self.after_all { 1 } else { 2 }];
         let config = LaunchConfig {
             grid: [self.blocks, 1, 1],
             block: [self.threads, 1, 1],
             shared_bytes: 0,
             stream,
             attributes: attributes.as_ptr(),
-            attribute_count: if self.cluster > 1 { 2 } else { 1 },
+            attribute_count: attributes.len() as u32,
         };
         // SAFETY: as above.
         let code = unsafe { (launcher.launch)(&config, self.function, arguments.as_mut_ptr(), null_mut()) };

@@ -59,6 +59,7 @@ pub use secret::{Secret, SecretError};
 
 use super::{
     bootstrap::{Bootstrap, BootstrapError, Monitor, share_by_path, this_host},
+    hosts::Hosts,
     loss::{How, Lost},
 };
 use frame::{MAX_PAYLOAD, Operation};
@@ -196,6 +197,17 @@ impl Group {
     /// The host of each rank, if they have met over a network; else none, and all are on this host.
     pub fn hosts(&self) -> &[String] {
         &self.hosts
+    }
+
+    /// The ranks of each host; all are on one if they have not met over a network.
+    ///
+    /// # Errors
+    /// Hosts have different numbers of ranks.
+    pub fn by_host(&self) -> Result<Hosts, BootstrapError> {
+        if self.hosts.is_empty() {
+            return Ok(Hosts::one(self.rank, self.world_size));
+        }
+        Hosts::of(&self.hosts, self.rank)
     }
 
     /// The longest wait of any rank for the others at each operation.

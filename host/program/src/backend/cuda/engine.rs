@@ -134,6 +134,10 @@ impl<'a> Engine<'a> {
             cust::device::Device::get_device(communicator.gpu().ordinal).map_err(failed("find the GPU"))?;
         let context = cust::context::Context::new(device).map_err(failed("make a context on the GPU"))?;
         let mut notes = vec![format!("{} x {}", group.world_size(), communicator.describe())];
+        if let Some(hosts) = communicator.hosts() {
+            let (count, ranks) = (hosts.count(), hosts.ranks_per_host());
+            notes.push(format!("{count} hosts of {ranks} ranks each, with NCCL between them"));
+        }
         let mut nccl = None;
         if communicator.shares_gpus() {
             notes.insert(
@@ -468,6 +472,12 @@ impl Collective for Engine<'_> {
     }
 
     fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn Links + 'b>, Error> {
+        if let Some(hosts) = self.communicator.hosts() {
+            let count = hosts.count();
+            return Err(Error::Other(format!(
+                "links are measured between GPUs of one host, and these are on {count}: start the ranks of one"
+            )));
+        }
         Ok(Box::new(CudaLinks::share(group, &mut self.communicator, &mut self.probes)?))
     }
 
@@ -589,6 +599,10 @@ impl Collective for Engine<'_> {
                     all.push(AllReduce { name: "symm_allreduce", ways });
                 }
                 AllReduceChoice::Nccl | AllReduceChoice::NcclSymmetric => {}
+                AllReduceChoice::Custom if self.communicator.hosts().is_some() => {
+                    let ways = vec![("two-shot", Step::AllReduce(Mode::TwoShot))];
+                    all.push(AllReduce { name: "custom_allreduce", ways });
+                }
                 AllReduceChoice::Custom => all.push(AllReduce::of_both_modes("custom_allreduce")),
             }
         }

@@ -57,10 +57,10 @@ impl Engine<'_> {
     fn fused(&mut self, problem: &Problem, call: Fused) -> Result<(), Error> {
         let operation = call.operation(problem);
         let Rows { first, count } = call.rows_of(problem);
-        let (rank, world_size) = (self.communicator.rank(), self.communicator.world_size());
+        let (place, ranks) = (self.communicator.place(), self.communicator.limits().ranks_per_host());
         // With a sharded residual these are this rank's own rows. The tensors have room for every rank's.
-        let first_own = if call.sharded { first / u64::from(world_size) } else { first };
-        let own = operation.residual_rows(rank, world_size);
+        let first_own = if call.sharded { first / u64::from(ranks) } else { first };
+        let own = operation.residual_rows(place, ranks);
         let row_bytes = problem.row_bytes();
         let part = |tensor: DeviceTensor, first: u64, rows: u64, row_bytes: u64, row: u64| DeviceTensor {
             address: tensor.address + first * row_bytes,

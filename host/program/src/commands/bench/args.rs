@@ -104,6 +104,14 @@ pub(crate) struct BenchArgs {
     #[argh(option, arg_name = "n")]
     nproc_per_node: Option<String>,
 
+    /// for tests, hosts to simulate on this one, each with --nproc-per-node ranks (default: 1)
+    #[argh(option, arg_name = "n")]
+    hosts: Option<String>,
+
+    /// type of the sums that cross between hosts: f32 or element (default: f32)
+    #[argh(option, arg_name = "type")]
+    partial_sums: Option<String>,
+
     /// let ranks share a GPU: results are right, times are meaningless
     #[argh(switch)]
     oversubscribe: bool,
@@ -207,6 +215,8 @@ impl BenchArgs {
                 backend: self.backend,
                 nproc_per_node: self.nproc_per_node,
                 groups: None,
+                hosts: self.hosts,
+                partial_sums: self.partial_sums,
                 oversubscribe: self.oversubscribe,
                 deadline: self.deadline,
             }

@@ -1,5 +1,6 @@
 //! `fused-collective bench`: every variant of every configuration, verified, timed and reported.
 
+mod across;
 pub(crate) mod args;
 pub mod report;
 pub mod run;

@@ -12,7 +12,10 @@ use fused_collective_core::{
     quant::Quantization,
 };
 
-use super::settings::{Case, Settings};
+use super::{
+    across::across_hosts,
+    settings::{Case, Settings},
+};
 use crate::{
     backend::{
         collective::Collective,
@@ -23,11 +26,11 @@ use crate::{
         inputs::Numbers,
         judge,
         outputs::Saved,
-        variants::{self, Variant, variants},
+        variants::{self, Variant, that_span, variants},
         verify,
     },
     commands::links::run::put_bandwidth,
-    job::ranks::{Error, slowest},
+    job::ranks::{Error, hosts, slowest},
     measurement::{Kind, Measurement, Trials, TwoKinds, bus_factor, compared, two_kinds},
     peers::{Peers, protocol::MeasureRequest},
     report::progress::Progress,
@@ -48,6 +51,7 @@ pub fn problem(settings: &Settings, case: Case) -> Problem {
         pattern: settings.pattern,
         quantization: case.quant_mode.quantization(),
         scale: case.quant_mode.scale(),
+        partial_sums: settings.job.partial_sums(),
     }
 }
 
@@ -80,7 +84,8 @@ pub fn run(
 ) -> Result<(), Error> {
     backend.set_cold(settings.cold);
     let cache_bytes = if settings.cold { backend.cache_bytes() } else { 0 };
-    let has_links = !backend.gpus().is_empty() && !settings.job.oversubscribe;
+    let hosts = hosts(group);
+    let has_links = !backend.gpus().is_empty() && !settings.job.oversubscribe && hosts.count() == 1;
     let put_bandwidth = has_links.then(|| put_bandwidth(group, backend, progress)).transpose()?;
     let most_tokens = settings.num_tokens.iter().max().copied();
     for case in settings.cases() {
@@ -110,6 +115,10 @@ pub fn run(
             &settings.wires,
             &all_reduces,
         );
+        if hosts.count() > 1 {
+            all = that_span(hosts.count(), all);
+            notes.extend(across_hosts(&problem, backend.limits()));
+        }
         if settings.in_place {
             all = all.into_iter().map(Variant::in_place).collect();
             notes.push(in_place(&problem));
@@ -124,7 +133,7 @@ pub fn run(
             let trials = match verdict {
                 Ok(max_error_ulp) => {
                     let numbers = Numbers::random(settings.seed);
-                    let sum_error = judge::sum_error(&problem, &variant, numbers, group.world_size());
+                    let sum_error = judge::sum_error(&problem, &variant, numbers, &hosts);
                     let trials = first_trial(group, backend, &variant, &saved, max_error_ulp)?;
                     Ok(Trials { sum_error, ..trials })
                 }

@@ -8,7 +8,7 @@ use std::{ops::Not, path::PathBuf, time::Duration};
 
 use fused_collective_core::{
     dtype::DType,
-    fusion::{Mode, Norm, Operation, PartialSums, Residual, Rounding},
+    fusion::{Mode, Norm, Operation, Residual, Rounding},
 };
 use serde::{Deserialize, Serialize};
 
@@ -158,7 +158,7 @@ impl Settings {
             post_norm: self.pattern.post_norm(),
             experts: self.pattern.experts(),
             wire: None,
-            partial_sums: PartialSums::F32,
+            partial_sums: self.job.partial_sums(),
             mode,
         }
     }

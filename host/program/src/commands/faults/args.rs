@@ -41,6 +41,10 @@ pub(crate) struct FaultsArgs {
     #[argh(option, arg_name = "n")]
     nproc_per_node: Option<String>,
 
+    /// for tests, hosts to simulate on this one, each with --nproc-per-node ranks (default: 1)
+    #[argh(option, arg_name = "n")]
+    hosts: Option<String>,
+
     /// let ranks share a GPU: results are right, but slow
     #[argh(switch)]
     oversubscribe: bool,
@@ -59,6 +63,8 @@ impl FaultsArgs {
             backend: self.backend,
             nproc_per_node: self.nproc_per_node,
             groups: None,
+            hosts: self.hosts,
+            partial_sums: None,
             oversubscribe: self.oversubscribe,
             deadline: self.deadline,
         };

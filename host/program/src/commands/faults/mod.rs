@@ -17,7 +17,7 @@ use crate::{
     exit::{self, Failure, print},
     job::{Job, Request, launch, ranks::Error},
 };
-use case::{Case, Phase};
+use case::{Case, Fault, Phase};
 use judge::judge;
 use run::{Script, again_key};
 use settings::Settings;
@@ -41,6 +41,15 @@ impl Faults {
         let mut cases =
             settings.cases.clone().unwrap_or_else(|| [0, 1].into_iter().flat_map(Case::all).collect());
         let is_nccl = |case: &Case| case.phase == Phase::Nccl;
+        if settings.job.hosts > 1 {
+            let of_one_host = |case: &Case| matches!(case.fault, Fault::OtherMode | Fault::OtherOrder);
+            if let Some(case) = settings.cases.iter().flatten().find(|case| of_one_host(case)) {
+                return Err(Failure::Usage(format!(
+                    "--cases: {case}: there is one mode between hosts, so no other one or order: leave it out"
+                )));
+            }
+            cases.retain(|case| !of_one_host(case));
+        }
         // The process of a rank has one case.
         let rank_runs_nccl = launch::is_launched() && cases.iter().any(is_nccl);
         let all_reduce = if rank_runs_nccl { AllReduceChoice::Nccl } else { AllReduceChoice::Custom };
@@ -50,6 +59,12 @@ impl Faults {
             held: |problem| problem.bytes_of(&Tensor::OUTPUTS),
             ..Request::new(settings.job.clone())
         })?;
+        if settings.job.hosts > 1 && job.backend_name() == "cpu" {
+            return Err(Failure::Usage(
+                "--hosts: the CPU backend is for ranks of one host: use --backend cuda, or leave the option out"
+                    .to_owned(),
+            ));
+        }
         if let Some(case) = cases.iter().find(|case| case.rank >= job.world_size()) {
             return Err(Failure::Usage(format!(
                 "--cases: {case}: there is no rank {} in a group of {}",
@@ -94,10 +109,13 @@ impl Faults {
     /// Runs every case, and prints the verdicts.
     fn supervise(&self) -> Result<u8, Failure> {
         let (cases, deadline) = (&self.cases, self.settings.job.deadline());
+        let ranks = match self.settings.job.hosts {
+            1 => format!("{} ranks", self.job.world_size()),
+            hosts => format!("{hosts} hosts of {} ranks", self.job.world_size() / hosts),
+        };
         print(&format!(
-            "{} backend, {} ranks, {} cases, deadline {:.1} s\n",
+            "{} backend, {ranks}, {} cases, deadline {:.1} s\n",
             self.job.backend_name(),
-            self.job.world_size(),
             cases.len(),
             deadline.as_secs_f64()
         ))?;

@@ -13,7 +13,7 @@ use std::{
 use fused_collective::group::rendezvous::Group;
 use fused_collective_core::{
     dtype::DType,
-    fusion::{Mode, Norm},
+    fusion::{Mode, Norm, PartialSums},
 };
 use rustix::process::{Signal, getpid, kill_process};
 
@@ -22,11 +22,11 @@ use crate::{
     backend::{self, collective::Collective, problem::Problem, steps::Step},
     check::{
         inputs::Numbers,
-        variants::variants,
+        variants::{that_span, variants},
         verify::{verify, write_inputs},
     },
     exit,
-    job::ranks::Error,
+    job::ranks::{Error, hosts},
     pattern::Pattern,
     quant_mode::QuantMode,
     wire::Wire,
@@ -51,21 +51,24 @@ pub fn problem() -> Problem {
         pattern: Pattern::AllReduceNorm,
         quantization: QuantMode::Fp8.quantization(),
         scale: QuantMode::Fp8.scale(),
+        partial_sums: PartialSums::F32,
     }
 }
 
-/// The steps of all ranks.
+/// The steps of all ranks on one host.
 const STEPS: [Step; 2] = [Step::fused(Mode::OneShot), Step::fused(Mode::TwoShot)];
+/// Those of ranks on several, between which there is one mode.
+const STEPS_OF_HOSTS: [Step; 2] = [Step::fused(Mode::TwoShot); 2];
 
-/// The problem and the steps of the rank that is out of step.
-fn mismatch(fault: Fault) -> (Problem, [Step; 2]) {
-    let (problem, [first, second]) = (problem(), STEPS);
+/// The problem and the steps of the rank that is out of step with `steps`.
+fn mismatch(fault: Fault, steps: [Step; 2]) -> (Problem, [Step; 2]) {
+    let (problem, [first, second]) = (problem(), steps);
     let fp4 = QuantMode::Fp4;
     match fault {
-        Fault::OtherShape => (Problem { tokens: 65, ..problem }, STEPS),
-        Fault::OtherDtype => (Problem { dtype: DType::F16, ..problem }, STEPS),
+        Fault::OtherShape => (Problem { tokens: 65, ..problem }, steps),
+        Fault::OtherDtype => (Problem { dtype: DType::F16, ..problem }, steps),
         Fault::OtherQuant => {
-            (Problem { quantization: fp4.quantization(), scale: fp4.scale(), ..problem }, STEPS)
+            (Problem { quantization: fp4.quantization(), scale: fp4.scale(), ..problem }, steps)
         }
         Fault::OtherMode => (problem, [second, second]),
         _ => (problem, [second, first]),
@@ -154,7 +157,7 @@ fn check_again(script: &impl Script, group: &Group) -> Result<(), Error> {
     let (mut backend, problem) = (script.join(group)?, problem());
     backend.prepare(&problem)?;
     write_inputs(&mut *backend, &problem, Numbers::random(1), group)?;
-    for variant in variants(
+    let all = variants(
         problem.pattern,
         QuantMode::Fp8,
         problem.residual,
@@ -162,7 +165,8 @@ fn check_again(script: &impl Script, group: &Group) -> Result<(), Error> {
         true,
         &[Wire::Exact],
         &[],
-    ) {
+    );
+    for variant in that_span(hosts(group).count(), all) {
         if let Err(why) = verify(&mut *backend, group, &problem, &variant, Numbers::random(1))? {
             return Err(Error::Failed(why));
         }
@@ -178,15 +182,16 @@ struct Part<'a> {
 impl Part<'_> {
     fn work(&self, backend: &mut dyn Collective, group: &Group) -> Result<(), Error> {
         self.between(Phase::Ready, Some(backend));
-        let other = self.case.fault.is_mismatch().then(|| (1, mismatch(self.case.fault).0));
+        let all_steps = if hosts(group).count() == 1 { STEPS } else { STEPS_OF_HOSTS };
+        let other = self.case.fault.is_mismatch().then(|| (1, mismatch(self.case.fault, all_steps).0));
         for (slot, problem) in other.into_iter().chain([(0, problem())]) {
             backend.select(slot)?;
             backend.prepare(&problem)?;
             write_inputs(backend, &problem, Numbers::random(0), group)?;
         }
-        self.amid(Phase::Operations, backend, &STEPS, |backend, steps| backend.run(steps))?;
+        self.amid(Phase::Operations, backend, &all_steps, |backend, steps| backend.run(steps))?;
         let replay = |backend: &mut dyn Collective, steps: &[Step]| backend.time(steps, REPEATS).map(drop);
-        self.amid(Phase::Replays, backend, &STEPS, replay)?;
+        self.amid(Phase::Replays, backend, &all_steps, replay)?;
         if self.case.phase != Phase::Nccl {
             return Ok(());
         }
@@ -221,9 +226,10 @@ impl Part<'_> {
         run: impl Fn(&mut dyn Collective, &[Step]) -> Result<(), backend::error::Error>,
     ) -> Result<(), Error> {
         let (began, fault) = (Instant::now(), self.case.fault);
+        let other_steps = [steps[0], steps[1]];
         let run_other = |backend: &mut dyn Collective| {
             backend.select(1)?;
-            run(backend, &mismatch(fault).1)?;
+            run(backend, &mismatch(fault, other_steps).1)?;
             backend.select(0)
         };
         if fault.is_mismatch() && self.case.phase == phase {

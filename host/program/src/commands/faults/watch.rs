@@ -46,10 +46,15 @@ pub(super) fn watch(
         format!("--cases={case}"),
     ];
     let oversubscribe = settings.job.oversubscribe.then_some("--oversubscribe");
+    let hosts = launch::SimulatedHosts::new(settings.job.hosts).map_err(failed)?;
+    let of_hosts = hosts.as_ref().map(|_| {
+        let ranks = world_size / settings.job.hosts;
+        [format!("--hosts={}", settings.job.hosts), format!("--nproc-per-node={ranks}")]
+    });
     let mut ranks = Vec::new();
     for rank in 0..world_size {
-        let mut command = launch::rank_command(&program, rank, world_size, &key);
-        command.args(&arguments).args(oversubscribe).stdout(Stdio::piped());
+        let mut command = launch::rank_command(&program, rank, world_size, &key, hosts.as_ref());
+        command.args(&arguments).args(of_hosts.iter().flatten()).args(oversubscribe).stdout(Stdio::piped());
         let child = command.spawn().map_err(|source| failed(launch::Error::Start { rank, source }))?;
         ranks.push(Rank::watch(child));
     }

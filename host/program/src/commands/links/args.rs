@@ -60,6 +60,8 @@ impl LinksArgs {
             backend: self.backend,
             nproc_per_node: self.nproc_per_node,
             groups: None,
+            hosts: None,
+            partial_sums: None,
             oversubscribe: self.oversubscribe,
             deadline: self.deadline,
         };

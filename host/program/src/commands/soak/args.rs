@@ -56,6 +56,14 @@ pub(crate) struct SoakArgs {
     #[argh(option, arg_name = "n")]
     groups: Option<String>,
 
+    /// for tests, hosts to simulate on this one, each with --nproc-per-node ranks (default: 1)
+    #[argh(option, arg_name = "n")]
+    hosts: Option<String>,
+
+    /// type of the sums that cross between hosts: f32 or element (default: f32)
+    #[argh(option, arg_name = "type")]
+    partial_sums: Option<String>,
+
     /// let ranks share a GPU: results are right, but slow
     #[argh(switch)]
     oversubscribe: bool,
@@ -78,6 +86,8 @@ impl SoakArgs {
             backend: self.backend,
             nproc_per_node: self.nproc_per_node,
             groups: self.groups,
+            hosts: self.hosts,
+            partial_sums: self.partial_sums,
             oversubscribe: self.oversubscribe,
             deadline: self.deadline,
         };

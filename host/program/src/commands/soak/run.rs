@@ -23,7 +23,7 @@ use fastrand::Rng;
 use fused_collective::group::rendezvous::Group;
 use fused_collective_core::{
     dtype::DType,
-    fusion::{Mode, Norm},
+    fusion::{Mode, Norm, PartialSums},
     quant::Quantization,
 };
 use serde::{Deserialize, Serialize};
@@ -39,10 +39,10 @@ use crate::{
         chunks,
         inputs::Numbers,
         outputs::{Outputs, POISON, Saved},
-        variants::variants,
+        variants::{that_span, variants},
         verify::{verify, verify_timed, write_inputs},
     },
-    job::ranks::{Error, gather_verdicts},
+    job::ranks::{Error, gather_verdicts, hosts},
     pattern::Pattern,
     quant_mode::QuantMode,
     wire::Wire,
@@ -74,6 +74,7 @@ pub fn largest_problems() -> Vec<Problem> {
             pattern: Pattern::Moe,
             quantization: Quantization::None,
             scale: 1.0,
+            partial_sums: PartialSums::F32,
         })
         .collect()
 }
@@ -196,7 +197,9 @@ pub(crate) fn run_sequence(
         random: Rng::with_seed(sequence.seed),
         // Different on each rank, and from the generator above.
         pauses: Rng::with_seed(sequence.seed.wrapping_add(1 + u64::from(group.rank()))),
-        world_size: group.world_size(),
+        ranks_per_host: hosts(group).ranks_per_host(),
+        hosts: hosts(group).count(),
+        partial_sums: settings.job.partial_sums(),
         workloads: Vec::new(),
         tally: Tally::default(),
     };
@@ -262,8 +265,10 @@ struct Soak {
     /// The same on every rank.
     random: Rng,
     pauses: Rng,
-    world_size: u32,
-    /// The backend's formats of rows between ranks.
+    ranks_per_host: u32,
+    hosts: u32,
+    /// The type in which sums cross between hosts.
+    partial_sums: PartialSums,
     workloads: Vec<Workload>,
     tally: Tally,
 }
@@ -276,7 +281,9 @@ impl Soak {
             if first.is_empty() { vec![self.random.usize(..PROBLEMS)] } else { first.collect() };
         for index in indices {
             let (problem, seed) = (self.problem(), self.random.u64(..));
-            let wire = Wire::ALL[self.random.usize(..Wire::ALL.len())];
+            // Formats of fewer bits do not cross hosts.
+            let wires = if self.hosts == 1 { Wire::ALL.len() } else { 1 };
+            let wire = Wire::ALL[self.random.usize(..wires)];
             let mut repeated = (self.steps(problem.sharded, wire), self.random.u32(1..=8));
             let in_place = self.random.u8(..4) == 0;
             backend.select(index)?;
@@ -287,9 +294,9 @@ impl Soak {
             let inputs = Saved::of(backend, &inputs)?;
             let (mut expected, mut sharded, mut repeated_in_place) =
                 ([const { None::<Outputs> }; 2], None, None);
-            for variant in
-                variants(problem.pattern, quant_mode, problem.residual, problem.sharded, true, &[wire], &[])
-            {
+            let all =
+                variants(problem.pattern, quant_mode, problem.residual, problem.sharded, true, &[wire], &[]);
+            for variant in that_span(self.hosts, all) {
                 if let Err(why) = verify(backend, group, &problem, &variant, Numbers::random(seed))? {
                     return Ok(Err(format!("{}: {}: {why}", describe_problem(&problem), variant.name)));
                 }
@@ -353,16 +360,17 @@ impl Soak {
             pattern,
             quantization: quant_mode.quantization(),
             scale: quant_mode.scale(),
+            partial_sums: self.partial_sums,
         }
     }
 
     /// One to five collectives, of which the last makes the outputs. If `sharded`, they may use the sharded residual.
     fn steps(&mut self, sharded: bool, wire: Wire) -> Vec<Step> {
-        let random = &mut self.random;
+        let (random, one_hop) = (&mut self.random, if self.hosts == 1 { Mode::OneShot } else { Mode::Auto });
         let mut fused = || {
             // The plan's mode shows in the bits of a format of fewer bits.
             let either = if wire.is_exact() { Mode::Auto } else { Mode::OneShot };
-            let modes = [either, Mode::OneShot, Mode::TwoShot].map(Step::fused);
+            let modes = [either, one_hop, Mode::TwoShot].map(Step::fused);
             let all = [modes[0], modes[1], modes[2], Step::fused_sharded()];
             all[random.usize(..if sharded { 4 } else { 3 })].sent_as(wire)
         };
@@ -394,7 +402,7 @@ impl Soak {
         let Some(Step::Fused(call)) = steps.last_mut() else { return (index, Turn::Run(steps)) };
         call.in_place = in_place;
         if chunks {
-            let steps = chunks::cut(&problem, *call, self.world_size, &mut self.random);
+            let steps = chunks::cut(&problem, *call, self.ranks_per_host, &mut self.random);
             return (index, Turn::Chunks(steps));
         }
         (index, Turn::Run(steps))

@@ -71,6 +71,14 @@ pub(crate) struct VerifyArgs {
     #[argh(option, arg_name = "n")]
     dependents: Option<String>,
 
+    /// for tests, hosts to simulate on this one, each with --nproc-per-node ranks (default: 1)
+    #[argh(option, arg_name = "n")]
+    hosts: Option<String>,
+
+    /// type of the sums that cross between hosts: f32 or element (default: f32)
+    #[argh(option, arg_name = "type")]
+    partial_sums: Option<String>,
+
     /// let ranks share a GPU: results are right, but slow
     #[argh(switch)]
     oversubscribe: bool,
@@ -85,11 +93,19 @@ impl VerifyArgs {
     pub(crate) fn settings(self) -> Result<Settings, UsageError> {
         let default = if self.quick { Settings::quick() } else { Settings::default() };
         let tokens = |text: &str| number("--num-tokens", text, "a number of tokens", 0, None);
-        let group_sizes = list("--nproc-per-node", &self.nproc_per_node, ranks, default.group_sizes)?;
+        let spans_hosts = self.hosts.is_some();
+        let group_sizes = match &self.nproc_per_node[..] {
+            // One number, of each host.
+            [_] if spans_hosts => Vec::new(),
+            texts => list("--nproc-per-node", texts, ranks, default.group_sizes)?,
+        };
+        let of_host = self.nproc_per_node.first().filter(|_| spans_hosts).cloned();
         let job = JobArgs {
             backend: self.backend,
-            nproc_per_node: None,
+            nproc_per_node: of_host,
             groups: self.groups,
+            hosts: self.hosts,
+            partial_sums: self.partial_sums,
             oversubscribe: self.oversubscribe,
             deadline: self.deadline,
         };

@@ -14,7 +14,7 @@ use crate::{
         problem::{Problem, Tensor},
     },
     check::{
-        variants::{Variant, variants},
+        variants::{Variant, that_span, variants},
         verify::{verify, write_inputs},
     },
     job::ranks::{Error, gather_verdicts},
@@ -41,14 +41,15 @@ pub fn run_dependents(
     for &hidden in &settings.hidden_dims {
         for &tokens in settings.num_tokens.iter().filter(|tokens| **tokens > 0) {
             let mut tally = Tally::default();
-            let section = Section { dtype: DType::Bf16, hidden };
+            let partial_sums = settings.job.partial_sums();
+            let section = Section { dtype: DType::Bf16, hidden, partial_sums };
             for quant_mode in section.quant_modes() {
                 let shape = Shape { section, tokens, residual: true, pattern: Pattern::AllReduceNorm };
                 let title = format!("{}, dependents", shape.title(quant_mode));
                 progress.doing(title.clone());
                 let problem = shape.problem(quant_mode);
                 let mut verdicts = Verdicts::new();
-                for variant in variants(
+                let all = variants(
                     problem.pattern,
                     quant_mode,
                     problem.residual,
@@ -56,7 +57,8 @@ pub fn run_dependents(
                     true,
                     &[Wire::Exact],
                     &[],
-                ) {
+                );
+                for variant in that_span(place.hosts(), all) {
                     let mut verdict = match &mut place.own {
                         Some((group, backend)) => {
                             verified(settings, group, &mut **backend, &problem, &variant)?

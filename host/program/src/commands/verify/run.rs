@@ -43,10 +43,10 @@ use crate::{
         outputs::{
             Digests, Held, Outputs, POISON, Saved, check_padding, row, row_of_sum, run_over_poison, values,
         },
-        variants::{Variant, variants},
+        variants::{Variant, that_span, variants},
         verify::{largest_error, spread, write_inputs},
     },
-    job::ranks::{Error, gather_verdicts},
+    job::ranks::{Error, gather_verdicts, hosts},
     quant_mode::QuantMode,
     report::progress::Progress,
     wire::Wire,
@@ -218,6 +218,7 @@ fn verify_modes(
     let mut rests = Rests::new();
     let problem = shape.problem(quant_mode);
     let wires = wires_of(&problem, wires);
+    let hosts = place.hosts();
     let mut case = match &mut place.own {
         Some((group, backend)) => Some(Case::prepare(settings, problem, group, &mut **backend, inputs)?),
         None => None,
@@ -228,8 +229,8 @@ fn verify_modes(
     let slices = elements.div_ceil(SLICE_ELEMENTS).max(1);
     let mut verdicts = Vec::new();
     // Without all-reduces for separate operations there are only the fused variants.
-    for variant in variants(problem.pattern, quant_mode, problem.residual, problem.sharded, true, wires, &[])
-    {
+    let all = variants(problem.pattern, quant_mode, problem.residual, problem.sharded, true, wires, &[]);
+    for variant in that_span(hosts, all) {
         let mut run = match &mut case {
             Some(case) => Some(case.run(variant, bases, &rests)?),
             None => None,
@@ -353,7 +354,8 @@ impl<'a> Case<'a> {
         // The same on every rank, and others for other shapes.
         let seed = self.settings.seed ^ self.problem.tokens << 32 ^ self.problem.hidden;
         let mut random = Rng::with_seed(seed);
-        let steps = chunks::cut(&self.problem, call, self.group.world_size(), &mut random);
+        let owners = hosts(self.group).ranks_per_host();
+        let steps = chunks::cut(&self.problem, call, owners, &mut random);
         let problem = self.problem;
         // No rank's calls may write while another one searches for stray writes of the calls before.
         self.group.barrier()?;
@@ -411,8 +413,9 @@ fn held_rows<'a>(case: &Case<'_>, variant: &Variant, sum: &'a [u8]) -> Cow<'a, [
     if !variant.sharded {
         return Cow::Borrowed(sum);
     }
-    let (rank, world_size) = (case.group.rank() as usize, case.group.world_size() as usize);
-    let rows = sum.chunks(case.problem.row_bytes() as usize).skip(rank).step_by(world_size);
+    let hosts = hosts(case.group);
+    let (place, owners) = (hosts.place() as usize, hosts.ranks_per_host() as usize);
+    let rows = sum.chunks(case.problem.row_bytes() as usize).skip(place).step_by(owners);
     let mut held: Vec<u8> = rows.flatten().copied().collect();
     held.resize(sum.len(), POISON);
     Cow::Owned(held)
@@ -455,12 +458,13 @@ impl Run {
         tokens: Range<u64>,
     ) -> Verdict {
         let Case { settings, problem, group, .. } = case;
+        let hosts = hosts(group);
         spread(group, tokens, |tokens| {
-            let mut judge = Judge::<E>::new(problem, &self.variant, settings.numbers(), group.world_size());
+            let mut judge = Judge::<E>::new(problem, &self.variant, settings.numbers(), &hosts);
             let mut scratch = Scratch::default();
             largest_error(tokens, |token| match base {
                 Some(base) => {
-                    let rows = [token, row_of_sum(&self.variant, token, group.world_size())];
+                    let rows = [token, row_of_sum(&self.variant, token, hosts.ranks_per_host())];
                     if base.explains::<E>(problem, outputs, rows, &mut scratch) {
                         Ok(base.max_error_ulp)
                     } else {

@@ -1,6 +1,10 @@
 //! The settings of a verification, and the matrix of problems that they describe.
 
-use fused_collective_core::{dtype::DType, fusion::Norm, quant::Quantization};
+use fused_collective_core::{
+    dtype::DType,
+    fusion::{Norm, PartialSums},
+    quant::Quantization,
+};
 use serde::Serialize;
 
 use super::verdicts::Tally;
@@ -90,9 +94,13 @@ impl Settings {
     }
 
     pub(super) fn sections(&self) -> impl Iterator<Item = Section> + '_ {
-        DType::ALL
-            .into_iter()
-            .flat_map(move |dtype| self.hidden_dims.iter().map(move |&hidden| Section { dtype, hidden }))
+        DType::ALL.into_iter().flat_map(move |dtype| {
+            self.hidden_dims.iter().map(move |&hidden| Section {
+                dtype,
+                hidden,
+                partial_sums: self.job.partial_sums(),
+            })
+        })
     }
 }
 
@@ -108,6 +116,8 @@ pub(super) fn wires_of<'a>(problem: &Problem, wires: &'a [Wire]) -> &'a [Wire] {
 pub(crate) struct Section {
     pub(crate) dtype: DType,
     pub(crate) hidden: u64,
+    /// The type in which sums cross between hosts.
+    pub(crate) partial_sums: PartialSums,
 }
 
 impl Section {
@@ -133,7 +143,7 @@ impl Section {
 
     /// The line that reports its cases of one quantization.
     pub(super) fn line(self, quant_mode: QuantMode, tally: Tally) -> String {
-        let Section { dtype, hidden } = self;
+        let Section { dtype, hidden, .. } = self;
         format!("{:<8}  {:<4}  hidden {hidden:>5}  {tally}", dtype.name(), quant_mode.name())
     }
 }
@@ -159,11 +169,12 @@ impl Shape {
             pattern: self.pattern,
             quantization: quant_mode.quantization(),
             scale: quant_mode.scale(),
+            partial_sums: self.section.partial_sums,
         }
     }
 
     pub(crate) fn title(self, quant_mode: QuantMode) -> String {
-        let Shape { section: Section { dtype, hidden }, tokens, residual, pattern } = self;
+        let Shape { section: Section { dtype, hidden, .. }, tokens, residual, pattern } = self;
         let residual = if residual { "with residual" } else { "without residual" };
         let pattern = if pattern.is_default() { String::new() } else { format!(", {pattern}") };
         format!("{dtype} {quant_mode}, hidden {hidden}, {tokens} tokens, {residual}{pattern}")

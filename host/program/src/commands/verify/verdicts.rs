@@ -4,7 +4,10 @@ use std::fmt;
 
 use fused_collective::group::rendezvous::Group;
 
-use crate::{backend::collective::Collective, job::ranks::Error};
+use crate::{
+    backend::collective::Collective,
+    job::ranks::{Error, hosts},
+};
 
 /// The largest error of a case in units in the last place, or the reason why it is wrong.
 pub(crate) type Verdict = Result<f64, String>;
@@ -50,6 +53,11 @@ pub struct Place<'a> {
 impl<'a> Place<'a> {
     pub(crate) fn group(&self) -> Option<&'a Group> {
         self.own.as_ref().map(|(group, _)| *group)
+    }
+
+    /// Hosts of this rank's group; 1 for a rank that is in none.
+    pub(crate) fn hosts(&self) -> u32 {
+        self.group().map_or(1, |group| hosts(group).count())
     }
 }
 

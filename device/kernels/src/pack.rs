@@ -66,11 +66,11 @@ pub struct Member {
 ///
 /// # Errors
 /// The first member that should be PTX, and is none.
-pub fn pack<'a>(
+pub fn pack(
     layout: u32,
-    frames: &'a [Vec<Member>],
+    frames: &[Vec<Member>],
     mut compress: impl FnMut(Kind, &[u8]) -> Vec<u8>,
-) -> Result<Vec<u8>, &'a Member> {
+) -> Result<Vec<u8>, &Member> {
     let mut index = format!("layout {layout}\n");
     let mut packed = Vec::new();
     for members in frames {

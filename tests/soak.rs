@@ -179,6 +179,14 @@ impl Collective for Faulty {
         self.engine.write(tensor, offset, bytes)
     }
 
+    fn fill(&mut self, tensor: Tensor, byte: u8) -> Result<(), Error> {
+        self.engine.fill(tensor, byte)
+    }
+
+    fn digest(&mut self, tensor: Tensor) -> Result<u64, Error> {
+        self.engine.digest(tensor)
+    }
+
     fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
         self.engine.read(tensor)
     }

@@ -1,9 +1,9 @@
-//! A model of the time of an operation in a group of several hosts, by bytes and hops: fused, and as NCCL's all-reduce over
-//! all ranks with separate steps after it.
+//! A model of the time of an operation by bytes and hops, in a group of one host or of several: fused, with exact rows and in a
+//! wire format, and as NCCL's all-reduce over all ranks with separate steps after it.
 //!
-//! [`hierarchical`] and [`separate`] count what the busiest rank sends, over links within its host and over its own link to
+//! [`fused`] and [`separate`] count what the busiest rank sends, over links within its host and over its own link to
 //! other hosts, the hops that the data waits for one after the other, the bytes of its GPU's memory, and the launches.
-//! [`Cost::nanoseconds`] weighs these by [`Links`], and adds them up.
+//! [`Cost::nanoseconds`] weighs these by [`Links`], and adds them up. [`encoding_pays`] compares two such times.
 //!
 //! # Assumptions
 //! - Each GPU has a link to other hosts of its own, and all ranks use theirs at the same time.
@@ -17,7 +17,7 @@
 
 use crate::{
     fusion::{Operation, Residual},
-    plan::Plan,
+    plan::{Algorithm, Limits, Plan, PlanError},
     quant::Quantization,
 };
 
@@ -37,6 +37,8 @@ pub struct Links {
     pub within: Link,
     /// Between hosts.
     pub between: Link,
+    /// The coding of wire formats: what the first row of a hop takes, and the bytes of elements that are decoded then.
+    pub coding: Link,
     /// Bytes of its memory that a GPU reads or writes in a nanosecond.
     pub memory_bytes_per_ns: f64,
     /// Nanoseconds from a kernel's end to the start of the next.
@@ -46,11 +48,13 @@ pub struct Links {
 impl Links {
     /// Hosts of H200 GPUs, each GPU with a network adapter of 400 Gb/s.
     ///
-    /// `within` was measured between two GPUs. The others are assumed: a hop between hosts from what NCCL's users report of
+    /// `within` was measured between two GPUs, and `coding` fitted to one-shot there in INT8 and INT4, from 16 to 2048 tokens of
+    /// 8192 elements of 16 bits. The others are assumed: a hop between hosts from what NCCL's users report of
     /// InfiniBand, its bytes as nine tenths of the adapter's, the memory's as five sixths of the data sheet's.
     pub const H200: Links = Links {
         within: Link { hop_ns: 1_100.0, bytes_per_ns: 364.0 },
         between: Link { hop_ns: 5_000.0, bytes_per_ns: 45.0 },
+        coding: Link { hop_ns: 450.0, bytes_per_ns: 5_800.0 },
         memory_bytes_per_ns: 4_000.0,
         launch_ns: 1_500.0,
     };
@@ -78,6 +82,8 @@ pub struct Cost {
     pub within: Traffic,
     /// On links between hosts.
     pub between: Traffic,
+    /// The hops in a wire format, and the bytes of elements that are decoded.
+    pub coding: Traffic,
     /// Bytes of its memory that are read or written, beside those of the links.
     pub memory_bytes: u64,
     /// Kernels that are launched one after the other.
@@ -89,13 +95,14 @@ impl Cost {
     pub fn nanoseconds(&self, links: &Links) -> f64 {
         self.within.nanoseconds(links.within)
             + self.between.nanoseconds(links.between)
+            + self.coding.nanoseconds(links.coding)
             + self.memory_bytes as f64 / links.memory_bytes_per_ns
             + self.launches as f64 * links.launch_ns
     }
 }
 
-/// The fused operation, as `plan` has it, in a group of one host or of several.
-pub fn hierarchical(operation: &Operation, plan: &Plan) -> Cost {
+/// The fused operation, as `plan` has it.
+pub fn fused(operation: &Operation, plan: &Plan) -> Cost {
     let (ranks, hosts) = (u64::from(plan.ranks_per_host()), u64::from(plan.hosts));
     let [first, mut second] = plan.sent_bytes;
     if operation.residual == Residual::Sharded {
@@ -104,8 +111,25 @@ pub fn hierarchical(operation: &Operation, plan: &Plan) -> Cost {
     let mut cost = Cost { memory_bytes: local_bytes(operation, plan), ..Cost::default() };
     for round in plan.rounds() {
         let (tokens, owned) = (round.rows.tokens, round.rows.most_owned());
-        cost.within.bytes += (tokens - owned.min(tokens)) * first + owned * (ranks - 1) * second;
-        cost.within.hops += if ranks > 1 { 2 } else { 0 };
+        let hops = match plan.algorithm {
+            Algorithm::OneShot => 1,
+            _ => 2,
+        };
+        cost.within.bytes += match plan.algorithm {
+            Algorithm::OneShot => tokens * (ranks - 1) * first,
+            _ => (tokens - owned.min(tokens)) * first + owned * (ranks - 1) * second,
+        };
+        cost.within.hops += if ranks > 1 { hops } else { 0 };
+        if operation.wire.is_some() {
+            // The addends of all ranks, and the rows of the second hop, unless it has the result.
+            let (summed, received) = match plan.algorithm {
+                Algorithm::OneShot => (tokens * ranks, 0),
+                Algorithm::ShardedTwoShot => (owned * ranks, 0),
+                _ => (owned * ranks, tokens),
+            };
+            cost.coding.bytes += (summed + received) * plan.row_bytes;
+            cost.coding.hops += 1 + u64::from(received > 0);
+        }
         cost.launches += 1;
         if hosts > 1 {
             cost.between.bytes += (hosts - 1) * plan.host_bytes(&round);
@@ -117,6 +141,18 @@ pub fn hierarchical(operation: &Operation, plan: &Plan) -> Cost {
         }
     }
     cost
+}
+
+/// True if the wire format of `operation` is expected to take less time than exact rows do: below some size it does not, and its
+/// sums are not exact.
+///
+/// # Errors
+/// Those of the operation's plans.
+pub fn encoding_pays(operation: &Operation, limits: &Limits, links: &Links) -> Result<bool, PlanError> {
+    let time = |operation: &Operation| {
+        Plan::new(operation, limits).map(|plan| fused(operation, &plan).nanoseconds(links))
+    };
+    Ok(operation.wire.is_some() && time(operation)? < time(&Operation { wire: None, ..*operation })?)
 }
 
 /// NCCL's all-reduce over all ranks of `plan`, and then the residual, the norm and its quantization, a kernel each: the faster

@@ -39,16 +39,16 @@ macro_rules! entries {
         $crate::entries!(@collective sharded, "sharded_wire", $element, encoded, 2);
     };
     (any, $element:ident, 2) => {
-        $crate::entries!(@any one_shot, "one_shot_any", $element, elements, 2);
-        $crate::entries!(@any sharded, "sharded_any", $element, elements, 2);
+        $crate::entries!(@narrow one_shot, "one_shot_any", $element, AnyEpilogue, Experts, elements, 2);
+        $crate::entries!(@both sharded, "sharded_any", $element, AnyEpilogue, Experts, elements, 2);
     };
     (any, $element:ident, $ranks:literal) => {
-        $crate::entries!(@any one_shot, "one_shot_any", $element, elements, $ranks);
-        $crate::entries!(@any two_shot, "two_shot_any", $element, elements, $ranks);
-        $crate::entries!(@any sharded, "sharded_any", $element, elements, $ranks);
-        $crate::entries!(@any one_shot, "one_shot_wire_any", $element, encoded, $ranks);
-        $crate::entries!(@any two_shot, "two_shot_wire_any", $element, encoded, $ranks);
-        $crate::entries!(@any sharded, "sharded_wire_any", $element, encoded, $ranks);
+        $crate::entries!(@narrow one_shot, "one_shot_any", $element, AnyEpilogue, Experts, elements, $ranks);
+        $crate::entries!(@narrow two_shot, "two_shot_any", $element, AnyEpilogue, Experts, elements, $ranks);
+        $crate::entries!(@narrow sharded, "sharded_any", $element, AnyEpilogue, Experts, elements, $ranks);
+        $crate::entries!(@narrow one_shot, "one_shot_wire_any", $element, AnyEpilogue, Experts, encoded, $ranks);
+        $crate::entries!(@narrow two_shot, "two_shot_wire_any", $element, AnyEpilogue, Experts, encoded, $ranks);
+        $crate::entries!(@narrow sharded, "sharded_wire_any", $element, AnyEpilogue, Experts, encoded, $ranks);
     };
     (local, $element:ident) => {
         $crate::entries!(@local "local_none", $element, Plain<Unquantized>);
@@ -99,13 +99,21 @@ macro_rules! entries {
         $crate::entries!(@epilogue $algorithm, concat!($name, "_fp8_block"), $element, RmsNorm<Fp8Block>, $wire, $ranks);
         $crate::entries!(@epilogue $algorithm, concat!($name, "_fp4"), $element, RmsNorm<Fp4>, $wire, $ranks);
     };
-    (@epilogue $algorithm:ident, $name:expr, $element:ident, $epilogue:ty, $wire:ident, $ranks:literal) => {
-        $crate::entries!(@fused $algorithm, concat!($name, "_p1"), $element, $epilogue, Given, $wire, $ranks, 1, true);
-        $crate::entries!(@fused $algorithm, concat!($name, "_p2"), $element, $epilogue, Given, $wire, $ranks, 2, true);
+    (@epilogue one_shot, $name:expr, $element:ident, $epilogue:ty, elements, $ranks:literal) => {
+        $crate::entries!(@narrow one_shot, $name, $element, $epilogue, Given, elements, $ranks);
     };
-    (@any $algorithm:ident, $name:literal, $element:ident, $wire:ident, $ranks:literal) => {
-        $crate::entries!(@fused $algorithm, concat!($name, "_p1"), $element, AnyEpilogue, Experts, $wire, $ranks, 1, true);
-        $crate::entries!(@fused $algorithm, concat!($name, "_p2"), $element, AnyEpilogue, Experts, $wire, $ranks, 2, true);
+    (@epilogue $algorithm:ident, $name:expr, $element:ident, $epilogue:ty, $wire:ident, $ranks:literal) => {
+        $crate::entries!(@both $algorithm, $name, $element, $epilogue, Given, $wire, $ranks);
+    };
+    (@narrow $algorithm:ident, $name:expr, $element:ident, $epilogue:ty, $prologue:ident, $wire:ident, $ranks:literal) => {
+        $crate::entries!(@fused $algorithm, concat!($name, "_p1"), $element, $epilogue, $prologue, $wire, $ranks, 1, true);
+        // Where there are no clusters.
+        #[cfg(not(target_feature = "sm_90"))]
+        $crate::entries!(@fused $algorithm, concat!($name, "_p2"), $element, $epilogue, $prologue, $wire, $ranks, 2, true);
+    };
+    (@both $algorithm:ident, $name:expr, $element:ident, $epilogue:ty, $prologue:ident, $wire:ident, $ranks:literal) => {
+        $crate::entries!(@fused $algorithm, concat!($name, "_p1"), $element, $epilogue, $prologue, $wire, $ranks, 1, true);
+        $crate::entries!(@fused $algorithm, concat!($name, "_p2"), $element, $epilogue, $prologue, $wire, $ranks, 2, true);
     };
     (@fused $algorithm:ident, $name:expr, $element:ident, $epilogue:ty, $prologue:ident, $wire:ident, $ranks:literal, $packs:literal, $resident:literal) => {
         $crate::entries!(@entry $name, Fused<$epilogue>, |params| {

@@ -1,8 +1,9 @@
 //! The benchmark's kernels, run by the host's threads.
 
 use fused_collective_bench::{
-    kernels::{audit, convert, eager},
-    launch::{Audit, Conversions, EagerStep},
+    digest,
+    kernels::{self, audit, convert, eager},
+    launch::{Audit, Conversions, Digest, EagerStep},
     table::EagerKernel,
 };
 use fused_collective_core::{
@@ -59,6 +60,20 @@ fn conversions_are_stored_in_order() {
             assert_eq!(bytes[index], e4m3::encode(value));
             assert_eq!(e2m1::unpack(halves[index / 2])[index % 2], e2m1::encode(value));
         }
+    }
+}
+
+#[test]
+fn a_digest_is_that_of_the_cpu() {
+    let words: Vec<u32> = (0..1000).map(|index| index * index).collect();
+    let threads = 2 * 32;
+    let (memory, sums) = (Buffer::of(&words), Buffer::new(threads * 8, 1));
+    for packs in [0, 1, 63, 64, 250] {
+        let params = Digest { bytes: memory.address(), sums: sums.address(), packs };
+        // SAFETY: the parameters are as their documentation says.
+        launch(SMALL, || unsafe { kernels::digest(&params) });
+        let found = sums.get::<u64>().into_iter().fold(0, u64::wrapping_add);
+        assert_eq!(found, digest::of(0, &memory.get::<u8>()[..packs as usize * 16]), "{packs} packs");
     }
 }
 

@@ -288,7 +288,7 @@ fn nccl() -> Item {
         Err(error) => missing(
             "NCCL",
             error.looked,
-            "comparing with NCCL's all-reduce (bench --allreduce nccl)",
+            "comparing with NCCL's all-reduce (bench --allreduce nccl), and groups of several hosts",
             "pip install nvidia-nccl-cu13, and NCCL_LIBRARY=.../site-packages/nvidia/nccl/lib/libnccl.so.2",
         ),
     }

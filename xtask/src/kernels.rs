@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use fused_collective_bench::table;
 use fused_collective_build::{Assembly, Bounds, Entry, Error, Kernels, Module, Processor};
 use fused_collective_core::{
@@ -198,8 +198,8 @@ pub(crate) fn archive(modules: &[Module], preset: u32) -> Result<(Vec<u8>, Strin
     let mut labels = labels.into_iter();
     let mut sizes = String::new();
     let mut failed = None;
-    let archive = pack(LAYOUT, &frames, |content| {
-        let frame = compress(content, preset).unwrap_or_else(|error| {
+    let packed = pack(LAYOUT, &frames, |kind, content| {
+        let frame = compress(kind, content, preset).unwrap_or_else(|error| {
             failed = Some(error);
             Vec::new()
         });
@@ -209,6 +209,8 @@ pub(crate) fn archive(modules: &[Module], preset: u32) -> Result<(Vec<u8>, Strin
         }
         frame
     });
+    let archive = packed
+        .map_err(|member| anyhow!("{}/{} is not PTX as LLVM writes it", member.processor, member.module))?;
     if let Some(error) = failed {
         return Err(error).context("cannot compress");
     }
@@ -216,10 +218,16 @@ pub(crate) fn archive(modules: &[Module], preset: u32) -> Result<(Vec<u8>, Strin
     Ok((archive, sizes))
 }
 
-/// The content as LZMA2.
-fn compress(content: &[u8], preset: u32) -> io::Result<Vec<u8>> {
+/// The content, of members of one kind, as LZMA2.
+fn compress(kind: Kind, content: &[u8], preset: u32) -> io::Result<Vec<u8>> {
     let mut options = Lzma2Options::with_preset(preset);
-    options.lzma_options.dict_size = DICTIONARY;
+    let lzma = &mut options.lzma_options;
+    lzma.dict_size = DICTIONARY;
+    // An instruction has 16 bytes, and what a byte is depends on its place among them. Of text it depends on the bytes before.
+    (lzma.lc, lzma.lp, lzma.pb) = match kind {
+        Kind::MachineCode => (0, 4, 4),
+        Kind::Ptx => (4, 0, 0),
+    };
     let mut writer = Lzma2Writer::new(Vec::new(), options);
     writer.write_all(content)?;
     writer.finish()

@@ -131,6 +131,10 @@ struct Wheel {
     /// a processor to have kernels for: sm_80, sm_90, sm_100a or sm_120a; may be repeated (default: all)
     #[argh(option, long = "cpu", arg_name = "cpu")]
     processors: Vec<Processor>,
+
+    /// the architecture to build it for: aarch64 (default: this machine's)
+    #[argh(option, arg_name = "arch")]
+    target: Option<Target>,
 }
 
 fn main() -> ExitCode {
@@ -182,7 +186,9 @@ fn run(task: Task) -> Result<ExitCode> {
         Task::Wheel(Wheel { test: true, .. }) => {
             done(wheel::tests().and_then(|mut tests| cmd::run(&mut tests)))
         }
-        Task::Wheel(Wheel { output, processors, .. }) => done(wheel::make(output, &chosen(processors))),
+        Task::Wheel(Wheel { output, processors, target, .. }) => {
+            done(wheel::make(output, &chosen(processors), target))
+        }
         Task::Test(Test { quick, target, embedded }) => match (quick, target, embedded) {
             (false, None, false) => Ok(test::run(Scope::All)),
             (true, None, false) => Ok(test::run(Scope::Quick)),

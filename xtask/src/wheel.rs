@@ -1,7 +1,12 @@
 //! `cargo xtask wheel`: the Python package as one wheel, built by maturin, and its tests on CPUs. Tools of Python's are in an
 //! environment of their own under the target folder.
+//!
+//! A wheel for others is linked by zig, which has the C library's symbols of every version and architecture: it runs on
+//! systems that are older than this one.
 
 use std::{
+    env,
+    ffi::OsStr,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -9,29 +14,47 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use fused_collective_build::Processor;
+use fused_collective_build::{Processor, Toolchain};
 
-use crate::{cmd, kernels};
+use crate::{cmd, cross::Target, kernels};
 
 /// The package's folder, in the workspace.
 const PACKAGE: &str = "host/python";
 /// The packages that build the wheel and run its tests.
 const REQUIREMENTS: [&str; 4] = ["maturin==1.16.0", "numpy>=1.24,<3", "ml-dtypes>=0.4,<1", "pytest>=8,<10"];
+/// The packages that build a wheel for others.
+const RELEASE_REQUIREMENTS: [&str; 2] = ["maturin==1.16.0", "ziglang==0.17.1"];
+/// The oldest systems that such a wheel runs on: those with glibc 2.28, of 2018.
+const COMPATIBILITY: &str = "manylinux_2_28";
 /// The longest time that pip takes to fetch these.
 const PIP_LIMIT: Duration = Duration::from_secs(300);
 
-/// Builds the wheel with kernels for `processors` into `output` (`target/wheels` if there is none). Prints where.
+/// Builds the wheel for this machine's architecture or `target`, with kernels for `processors`, into `output` (`target/wheels`
+/// if there is none). Prints where.
 ///
 /// # Errors
 /// A tool is missing, or something does not build.
-pub(crate) fn make(output: Option<PathBuf>, processors: &[Processor]) -> Result<()> {
+pub(crate) fn make(output: Option<PathBuf>, processors: &[Processor], target: Option<Target>) -> Result<()> {
     eprintln!("building the kernels (minutes the first time)");
     kernels::embed(processors)?;
     let output = match output {
         Some(output) => std::path::absolute(output)?,
         None => cmd::target_directory()?.join("wheels"),
     };
-    let wheel = build(&environment()?, "dist", &output)?;
+    let environment = environment("release", &RELEASE_REQUIREMENTS)?;
+    let arch = target.map_or(env::consts::ARCH, Target::arch);
+    let triple = format!("{arch}-unknown-linux-gnu");
+    let toolchain = Toolchain::find(&[&triple], true)?;
+    let mut maturin = maturin(&environment, "dist", &output)?;
+    maturin.args(["--target", &triple, "--zig", "--compatibility", COMPATIBILITY]);
+    maturin.env("CARGO_ZIGBUILD_PYTHON_PATH", environment.join("bin/python"));
+    let folder = cmd::target_directory()?.join("cross/wheel");
+    // Maturin hands on to cargo what cargo needs for the target.
+    let cargo = toolchain.cargo_with_std(&manifest(), "build", &triple, &folder);
+    let is_unstable = |argument: &&OsStr| argument.to_string_lossy().starts_with("-Z");
+    maturin.args(cargo.get_args().filter(is_unstable)).env("CARGO_TARGET_DIR", &folder);
+    maturin.envs(cargo.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let wheel = build(maturin, &output, arch)?;
     let size = fs::metadata(&wheel)?.len() as f64 / f64::from(1 << 20);
     println!("{} ({size:.1} MiB)", wheel.display());
     Ok(())
@@ -42,8 +65,11 @@ pub(crate) fn make(output: Option<PathBuf>, processors: &[Processor]) -> Result<
 /// # Errors
 /// As [`make`].
 pub(crate) fn tests() -> Result<Command> {
-    let environment = environment()?;
-    let wheel = build(&environment, "dev", &cmd::target_directory()?.join("python/wheels"))?;
+    let environment = environment("environment", &REQUIREMENTS)?;
+    let output = cmd::target_directory()?.join("python/wheels");
+    let mut maturin = maturin(&environment, "dev", &output)?;
+    maturin.arg("--interpreter").arg(environment.join("bin/python"));
+    let wheel = build(maturin, &output, env::consts::ARCH)?;
     let mut install = pip(&environment);
     cmd::run_within(install.args(["--force-reinstall", "--no-deps"]).arg(wheel), PIP_LIMIT)?;
     let mut tests = Command::new(environment.join("bin/python"));
@@ -53,10 +79,10 @@ pub(crate) fn tests() -> Result<Command> {
     Ok(tests)
 }
 
-/// The environment with [`REQUIREMENTS`], made if it is not there.
-fn environment() -> Result<PathBuf> {
-    let folder = cmd::target_directory()?.join("python/environment");
-    let (made, wanted) = (folder.join("requirements.txt"), REQUIREMENTS.join("\n"));
+/// The environment `name` with `requirements`, made if it is not there.
+fn environment(name: &str, requirements: &[&str]) -> Result<PathBuf> {
+    let folder = cmd::target_directory()?.join("python").join(name);
+    let (made, wanted) = (folder.join("requirements.txt"), requirements.join("\n"));
     if fs::read_to_string(&made).is_ok_and(|found| found == wanted) {
         return Ok(folder);
     }
@@ -64,7 +90,7 @@ fn environment() -> Result<PathBuf> {
     cmd::run_within(venv.args(["-m", "venv", "--clear"]).arg(&folder), PIP_LIMIT).context(
         "Python 3.10 or later is needed, with its module venv: on Debian, apt install python3-venv",
     )?;
-    cmd::run_within(pip(&folder).args(REQUIREMENTS), PIP_LIMIT)?;
+    cmd::run_within(pip(&folder).args(requirements), PIP_LIMIT)?;
     fs::write(&made, wanted).with_context(|| format!("cannot write {}", made.display()))?;
     Ok(folder)
 }
@@ -75,27 +101,36 @@ fn pip(environment: &Path) -> Command {
     pip
 }
 
-/// Builds the wheel with a profile of cargo's, in place of those that are in `output`.
-fn build(environment: &Path, profile: &str, output: &Path) -> Result<PathBuf> {
-    for wheel in wheels(output) {
+/// Maturin, to build the wheel with a profile of cargo's.
+fn maturin(environment: &Path, profile: &str, output: &Path) -> Result<Command> {
+    let mut maturin = Command::new(environment.join("bin/maturin"));
+    maturin.args(["build", "--quiet", "--profile", profile, "--out"]).arg(output);
+    maturin.arg("--manifest-path").arg(manifest());
+    maturin.env("CARGO_TARGET_DIR", cmd::target_directory()?);
+    Ok(maturin)
+}
+
+fn manifest() -> PathBuf {
+    cmd::root().join(PACKAGE).join("Cargo.toml")
+}
+
+/// Builds the wheel in place of those for `arch` that are in `output`.
+fn build(mut maturin: Command, output: &Path, arch: &str) -> Result<PathBuf> {
+    for wheel in wheels(output, arch) {
         fs::remove_file(&wheel).with_context(|| format!("cannot replace {}", wheel.display()))?;
     }
-    let mut maturin = Command::new(environment.join("bin/maturin"));
-    maturin.args(["build", "--quiet", "--profile", profile, "--interpreter"]);
-    maturin.arg(environment.join("bin/python")).arg("--out").arg(output).arg("--manifest-path");
-    maturin.arg(cmd::root().join(PACKAGE).join("Cargo.toml"));
-    cmd::run(maturin.env("CARGO_TARGET_DIR", cmd::target_directory()?))?;
-    let wheels = wheels(output);
+    cmd::run(&mut maturin)?;
+    let wheels = wheels(output, arch);
     ensure!(wheels.len() == 1, "maturin left {} wheels in {}", wheels.len(), output.display());
     wheels.into_iter().next().context("maturin left no wheel")
 }
 
-/// This package's wheels in a folder, which need not be there.
-fn wheels(folder: &Path) -> Vec<PathBuf> {
+/// This package's wheels for `arch` in a folder, which need not be there.
+fn wheels(folder: &Path, arch: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
     let is_wheel = |path: &PathBuf| {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        name.starts_with("fused_collective-") && name.ends_with(".whl")
+        name.starts_with("fused_collective-") && name.ends_with(&format!("_{arch}.whl"))
     };
     entries.filter(is_wheel).collect()
 }
@@ -105,15 +140,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_wheels_of_this_package_are_replaced() {
+    fn only_wheels_of_this_package_and_architecture_are_replaced() {
         let folder = tempfile::tempdir().unwrap();
-        for name in
-            ["fused_collective-0.1.0-cp310-abi3-linux_x86_64.whl", "numpy-2.0.0-cp311.whl", "notes.txt"]
+        let [own, other] = ["linux_x86_64", "manylinux_2_28_aarch64"]
+            .map(|platform| folder.path().join(format!("fused_collective-0.1.0-cp310-abi3-{platform}.whl")));
+        for path in
+            [&own, &other, &folder.path().join("numpy-2.0.0-cp311.whl"), &folder.path().join("notes.txt")]
         {
-            fs::write(folder.path().join(name), "").unwrap();
+            fs::write(path, "").unwrap();
         }
-        let found = wheels(folder.path());
-        assert_eq!(found, [folder.path().join("fused_collective-0.1.0-cp310-abi3-linux_x86_64.whl")]);
-        assert!(wheels(&folder.path().join("absent")).is_empty());
+        assert_eq!(wheels(folder.path(), "x86_64"), [own]);
+        assert_eq!(wheels(folder.path(), "aarch64"), [other]);
+        assert!(wheels(&folder.path().join("absent"), "aarch64").is_empty());
     }
 }

@@ -71,9 +71,26 @@ impl Set {
         if matches!(self, Set::Hosts) { Set::Hosts } else { Set::Streamed }
     }
 
-    /// The names of the set's entry points.
-    pub fn entries(self) -> impl Iterator<Item = &'static str> {
-        let has = move |kernel: &Kernel, version| match (version, kernel.family, kernel.addends) {
+    /// The names of the set's entry points for a processor with clusters or without.
+    pub fn entries(self, has_clusters: bool) -> impl Iterator<Item = &'static str> {
+        KERNELS.iter().flat_map(move |kernel| {
+            Version::ALL
+                .into_iter()
+                .filter(move |&version| self.has(kernel, version, has_clusters))
+                .map(|version| kernel.name(version))
+        })
+    }
+
+    /// True if the set has a version of a kernel for a processor with clusters or without.
+    pub fn has(self, kernel: &Kernel, version: Version, has_clusters: bool) -> bool {
+        let is_one_shot = kernel.family == Family::OneShot && kernel.addends == Addends::Elements;
+        // More blocks of a cluster hold a row as well as more packs of a thread. One-shot of elements does not gain from
+        // narrow blocks, and what few operations need is small before it is fast.
+        let is_needless = version == Version::P2 && has_clusters && (is_one_shot || self == Set::Any8);
+        if is_needless || !kernel.has(version) {
+            return false;
+        }
+        match (version, kernel.family, kernel.addends) {
             (_, family, _) if family.spans_hosts() => self == Set::Hosts,
             (Version::Streamed, ..) => self == Set::Streamed,
             (_, Family::Local, _) => self == Set::Local,
@@ -86,13 +103,7 @@ impl Set {
             (_, _, Addends::Encoded) => {
                 self == if kernel.epilogue.is_some() { Set::Wire2 } else { Set::Any8 }
             }
-        };
-        KERNELS.iter().flat_map(move |kernel| {
-            Version::ALL
-                .into_iter()
-                .filter(move |&version| kernel.has(version) && has(kernel, version))
-                .map(|version| kernel.name(version))
-        })
+        }
     }
 }
 
@@ -426,8 +437,8 @@ impl Kernel {
         KERNELS.iter().find(is_it)
     }
 
-    /// True if there is an entry point of a version.
-    pub fn has(&self, version: Version) -> bool {
+    /// True if any set has a version.
+    fn has(&self, version: Version) -> bool {
         match version {
             Version::P1 => true,
             // Between hosts the links are slower than any kernel.
@@ -560,7 +571,7 @@ mod tests {
     #[test]
     fn every_entry_point_is_in_one_set_or_in_the_groups() {
         let [two, four, eight, local, wire, any_two, any_eight, streamed, hosts] =
-            Set::ALL.map(|set| set.entries().collect::<Vec<_>>());
+            Set::ALL.map(|set| set.entries(false).collect::<Vec<_>>());
         assert_eq!(four, eight);
         assert_eq!((two.len(), four.len(), local.len()), (2 * 11, 2 * 17, 2 * 11));
         assert_eq!((wire.len(), any_two.len(), any_eight.len(), streamed.len()), (2 * 11, 2 * 2, 2 * 6, 7));
@@ -568,6 +579,8 @@ mod tests {
         for (smaller, larger) in [(&two, &four), (&any_two, &any_eight)] {
             assert!(smaller.iter().all(|entry| larger.contains(entry) && !entry.starts_with("two_shot")));
         }
+        let with_clusters = Set::ALL.map(|set| set.entries(true).count());
+        assert_eq!(with_clusters, [2 * 11 - 6, 2 * 17 - 6, 2 * 17 - 6, 2 * 11, 2 * 11, 3, 6, 7, 2 * 3]);
         let all: HashSet<_> = [four, local, wire, any_eight, streamed, hosts].concat().into_iter().collect();
         let entries =
             |kernel: &Kernel| Version::ALL.into_iter().filter(|&version| kernel.has(version)).count();

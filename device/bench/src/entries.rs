@@ -23,6 +23,7 @@ macro_rules! entries {
     };
     (probes) => {
         $crate::entries!(@entry "audit_outputs", Audit, audit);
+        $crate::entries!(@entry "digest", Digest, digest);
         $crate::entries!(@entry "encode_e4m3", Conversions, convert::encode_e4m3);
         $crate::entries!(@entry "encode_e2m1", Conversions, convert::encode_e2m1);
         $crate::entries!(@entry "links_meet", Meet, links::meet);

@@ -45,6 +45,18 @@ pub struct Audit {
     pub reserved: u32,
 }
 
+/// The parameters of the kernel `digest`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Digest {
+    /// The bytes to digest, 16-byte aligned.
+    pub bytes: Address,
+    /// A `u64` for each thread of the grid: gets the sum of the [parts](crate::digest::part) that the thread has added up.
+    pub sums: Address,
+    /// 16-byte packs to digest.
+    pub packs: u64,
+}
+
 /// The parameters of the kernels `encode_*`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +151,7 @@ pub const LAYOUT: u32 = fingerprint! {
     [REVISION]
     EagerStep { a, b, out, tokens, hidden, value, reserved }
     Audit { actual, expected, found, packs, poison, reserved }
+    Digest { bytes, sums, packs }
     Conversions { out, first, count }
     Meet { group, count, reserved }
     Ping { group, nanoseconds, peer, leads, count, trips }
@@ -157,6 +170,7 @@ pub fn layout_of(ptx: &str) -> Option<u32> {
 // Host and device are compiled by different compilers: neither may pad what the other does not.
 const _: () = {
     assert!(size_of::<EagerStep>() == 40 && size_of::<Audit>() == 40 && size_of::<Conversions>() == 16);
+    assert!(size_of::<Digest>() == 24);
     assert!(size_of::<Meet>() == 104 + 8 && size_of::<Ping>() == 104 + 24);
     assert!(size_of::<Push>() == 104 + 32 && size_of::<Pull>() == 104 + 24);
 };
@@ -176,7 +190,7 @@ mod tests {
             assert!(source.contains(&format!("\n    {name} {{")), "{name} is not in `LAYOUT`");
             count += 1;
         }
-        assert_eq!(count, 7);
+        assert_eq!(count, 8);
     }
 
     #[test]

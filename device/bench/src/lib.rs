@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`table`] | their modules and entry points by name |
 //! | [`launch`] | their parameters, and a fingerprint of them |
+//! | [`digest`](mod@digest) | a digest of bytes, which one of the kernels makes of memory |
 //! | [`links`] | the memory that links between GPUs are measured with |
 //! | `kernels` | the kernels themselves: device code, behind the feature of this name |
 //!
@@ -13,6 +14,7 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod digest;
 #[cfg(feature = "kernels")]
 mod entries;
 #[cfg(feature = "kernels")]

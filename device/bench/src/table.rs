@@ -94,6 +94,8 @@ entry_points! {
     Probe {
         /// Compares what the kernel before wrote, then poisons it: [`Audit`](crate::launch::Audit).
         AuditOutputs "audit_outputs"
+        /// Digests memory: [`Digest`](crate::launch::Digest).
+        Digest "digest"
         /// Converts to E4M3: [`Conversions`](crate::launch::Conversions).
         EncodeE4m3 "encode_e4m3"
         /// Converts to E2M1: [`Conversions`](crate::launch::Conversions).

@@ -13,7 +13,7 @@ use fused_collective_core::launch::LAYOUT;
 use lzma_rust2::Lzma2Reader;
 
 use crate::{
-    Kind,
+    Kind, names,
     pack::{DICTIONARY, HEADING, MAGIC, checksum},
 };
 
@@ -151,7 +151,10 @@ impl File<'_> {
         let skipped = io::copy(&mut content.by_ref().take(start as u64), &mut io::sink());
         let read = content.take((end - start) as u64).read_to_end(&mut bytes);
         match (skipped, read) {
-            (Ok(skipped), Ok(read)) if skipped == start as u64 && read == end - start => Ok(bytes),
+            (Ok(skipped), Ok(read)) if skipped == start as u64 && read == end - start => match self.kind {
+                Kind::Ptx => names::decode(&bytes).ok_or(damaged),
+                Kind::MachineCode => Ok(bytes),
+            },
             _ => Err(damaged),
         }
     }
@@ -246,13 +249,21 @@ mod tests {
             vec![member("sm_100a", "bf16_w2", Kind::Ptx, "b"), member("sm_100a", "f32_w2", Kind::Ptx, "")],
             vec![member("sm_120a", "bf16_w2", Kind::MachineCode, "m")],
         ];
-        pack(layout, &frames, |content| {
+        let packed = pack(layout, &frames, |_, content| {
             let mut options = Lzma2Options::with_preset(0);
             options.lzma_options.dict_size = DICTIONARY;
             let mut writer = Lzma2Writer::new(Vec::new(), options);
             writer.write_all(content).unwrap();
             writer.finish().unwrap()
-        })
+        });
+        packed.unwrap()
+    }
+
+    #[test]
+    fn a_member_that_is_no_ptx_is_not_packed() {
+        let [good, wrong] = ["%r1", "%r!"].map(|text| member("sm_90", "bf16_w2", Kind::Ptx, text));
+        let frames = [vec![good], vec![wrong]];
+        assert_eq!(pack(LAYOUT, &frames, |_, content| content.to_vec()), Err(&frames[1][0]));
     }
 
     #[test]

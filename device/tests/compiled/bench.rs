@@ -1,7 +1,8 @@
 //! Every entry point of the benchmark's, but for those that measure links, for every kind of GPU.
 
 use fused_collective_bench::{
-    launch::{Audit, Conversions},
+    digest,
+    launch::{Audit, Conversions, Digest},
     table::{PROBES, Probe, eager_module},
 };
 use fused_collective_core::{
@@ -60,6 +61,17 @@ fn audits_are_right(compiled: &Compiled) {
     assert!((1..=100).contains(&found.get::<u32>()[0]));
 }
 
+fn digests_are_right(compiled: &Compiled) {
+    let memory = Buffer::of(&(0..4000u32).map(|index| index * index).collect::<Vec<_>>());
+    let sums = Buffer::new(2 * 64 * 8, 1);
+    for packs in [0, 1, 127, 1000] {
+        let params = Digest { bytes: memory.address(), sums: sums.address(), packs };
+        run_on(compiled, Probe::Digest.name(), &params, &[&memory, &sums]);
+        let found = sums.get::<u64>().into_iter().fold(0, u64::wrapping_add);
+        assert_eq!(found, digest::of(0, &memory.get::<u8>()[..packs as usize * 16]), "{packs} packs");
+    }
+}
+
 /// Shows the order only where a GPU has instructions for a conversion: the emulator does those as `core` does.
 /// Random ranges of numbers, those around the largest, and those where the count of bits wraps.
 fn conversions_are_right(random: &mut Random, compiled: &Compiled) {
@@ -81,10 +93,11 @@ fn conversions_are_right(random: &mut Random, compiled: &Compiled) {
 }
 
 #[test]
-fn audits_and_conversions_are_right() {
+fn audits_digests_and_conversions_are_right() {
     for gpu in gpus_of(PROBES) {
         let compiled = Compiled::read(gpu, PROBES, 14);
         audits_are_right(&compiled);
+        digests_are_right(&compiled);
         conversions_are_right(&mut Random(14), &compiled);
         compiled.assert_all_ran(|name| name.starts_with("links_"));
     }

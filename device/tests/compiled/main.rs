@@ -133,6 +133,12 @@ impl Compiled {
         }
     }
 
+    /// True if there is an entry point, here or beside.
+    fn has(&self, name: &str) -> bool {
+        let mut names = self.module.names().chain(self.beside.iter().flat_map(Module::names));
+        names.any(|it| it == name)
+    }
+
     /// Runs an entry point to its end, which may access `ranges`.
     ///
     /// # Panics

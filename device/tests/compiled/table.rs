@@ -31,7 +31,7 @@ fn entries(ptx: &str) -> BTreeMap<&str, Bounds> {
 fn listed(processor: Processor) -> BTreeMap<&'static str, BTreeMap<&'static str, Bounds>> {
     let library = Module::all().map(|module| {
         let bounded = |name| (name, bounds(processor.name, module.dtype, module.set, name));
-        (module.name(), module.set.entries().map(bounded).collect())
+        (module.name(), module.set.entries(processor.has_clusters()).map(bounded).collect())
     });
     let bench = table::modules()
         .map(|module| (module, table::entries(module).map(|name| (name, table::BOUNDS)).collect()));

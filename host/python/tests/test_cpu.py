@@ -299,6 +299,7 @@ def refused_rank(rank, world_size, key):
             refuse("scale", x, norm=weight_of(), quant=Quant("fp8", scale=0.0))
             refuse("mode \"three\" is not valid", x, mode="three")
             refuse("wire \"fp8\" is not valid: use int8, int4", x, wire="fp8")
+            refuse("the type of partial sums \"f16\" is not valid: use float32, element", x, partial_sums="f16")
             read_only = x.copy()
             read_only.flags.writeable = False
             refuse("residual_out is read-only", x, out=Outputs(residual_out=read_only))
@@ -387,6 +388,8 @@ def test_another_thread_ends_a_wait():
 def interrupted_rank(rank, world_size, key, where):
     if where == "join" and rank == 1:
         return None
+    # Who starts the tests in the background may have them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     try:

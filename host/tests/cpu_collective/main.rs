@@ -3,11 +3,7 @@
 mod cases;
 mod refusals;
 
-use std::{
-    cell::UnsafeCell,
-    sync::atomic::{AtomicU32, Ordering},
-    thread,
-};
+use std::{cell::UnsafeCell, thread, time::Duration};
 
 use fused_collective::cpu::{self, Inputs, Operand, Outputs, Plain};
 use fused_collective_core::{
@@ -285,14 +281,11 @@ fn a_planted_race() {
     // SAFETY: it is not, and that is to be found.
     unsafe impl Sync for Shared {}
     let shared = &Shared(UnsafeCell::new(0));
-    let arrived = AtomicU32::new(0);
     group(2, 64, PATIENT, |mut communicator| {
         communicator.barrier().unwrap();
-        // Both are past the barrier, and relaxed accesses put nothing in order: so the ranks race in every run.
-        arrived.fetch_add(1, Ordering::Relaxed);
-        while arrived.load(Ordering::Relaxed) < 2 {
-            thread::yield_now();
-        }
+        // Nothing puts what follows in order, and a sleep does not either. Without it both might write in the same instant, and
+        // the sanitizer, which looks up the last access and then notes its own, might see neither.
+        thread::sleep(Duration::from_millis(20) * communicator.rank());
         // SAFETY: none; only a sanitizer runs this.
         unsafe { *shared.0.get() += u64::from(communicator.rank()) };
     });

@@ -58,6 +58,18 @@ pub trait Collective {
     /// They end past the end of the tensor.
     fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error>;
 
+    /// Fills `tensor`, if the problem has it, with `byte`.
+    ///
+    /// # Errors
+    /// The backend failed.
+    fn fill(&mut self, tensor: Tensor, byte: u8) -> Result<(), Error>;
+
+    /// A [digest](fused_collective_bench::digest) of the bytes of `tensor`, which other bytes very likely have not.
+    ///
+    /// # Errors
+    /// The backend failed.
+    fn digest(&mut self, tensor: Tensor) -> Result<u64, Error>;
+
     /// The bytes of `tensor`.
     ///
     /// # Errors

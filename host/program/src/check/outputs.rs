@@ -1,12 +1,11 @@
 //! The outputs of a run, as bytes: poisoned before, read after, compared between ranks.
 
-use std::hash::{DefaultHasher, Hasher};
+use std::sync::Arc;
 
 use fused_collective::cpu::Plain;
 use fused_collective_core::{plan::owned_index, quant::Quantization};
-use zerocopy::IntoBytes as _;
 
-use super::{parallel, variants::Variant};
+use super::variants::Variant;
 use crate::{
     backend::{
         collective::Collective,
@@ -17,22 +16,28 @@ use crate::{
 
 /// The byte that fills outputs before a run. It makes NaN in every element type, and is a rare code of random inputs.
 pub(crate) const POISON: u8 = 0xff;
-/// Bytes of a tensor that are poisoned at a time.
-const POISONED_AT_ONCE: u64 = 1 << 20;
-/// Bytes of a tensor that are digested at a time by one processor.
-const DIGESTED_AT_ONCE: usize = 1 << 20;
 
-/// Fills `tensor` with [`POISON`].
-pub(crate) fn poison(backend: &mut dyn Collective, problem: &Problem, tensor: Tensor) -> Result<(), Error> {
-    let bytes = problem.bytes(tensor).unwrap_or(0);
-    let poison = vec![POISON; bytes.min(POISONED_AT_ONCE) as usize];
-    let mut at = 0;
-    while at < bytes {
-        let length = (bytes - at).min(POISONED_AT_ONCE);
-        backend.write(tensor, at, &poison[..length as usize])?;
-        at += length;
+/// Digests of tensors, to tell later whether they were written.
+pub(crate) struct Held(Vec<(Tensor, u64)>);
+
+impl Held {
+    pub(crate) fn of(
+        backend: &mut dyn Collective,
+        tensors: impl IntoIterator<Item = Tensor>,
+    ) -> Result<Self, Error> {
+        let held = tensors.into_iter().map(|tensor| Ok((tensor, backend.digest(tensor)?)));
+        held.collect::<Result<_, Error>>().map(Held)
     }
-    Ok(())
+
+    /// The first of the tensors that is no longer the same.
+    pub(crate) fn first_changed(&self, backend: &mut dyn Collective) -> Result<Option<Tensor>, Error> {
+        for &(tensor, digest) in &self.0 {
+            if backend.digest(tensor)? != digest {
+                return Ok(Some(tensor));
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// Copies of tensors, which are put back after an operation has overwritten them.
@@ -44,26 +49,94 @@ impl Saved {
         saved.collect::<Result<_, Error>>().map(Saved)
     }
 
-    /// The first of the tensors that is no longer the same.
-    pub(crate) fn first_changed(&self, backend: &mut dyn Collective) -> Result<Option<Tensor>, Error> {
-        for (tensor, bytes) in &self.0 {
-            if backend.read(*tensor)? != *bytes {
-                return Ok(Some(*tensor));
-            }
-        }
-        Ok(None)
+    pub(crate) fn restore(&self, backend: &mut dyn Collective) -> Result<(), Error> {
+        self.restore_those(backend, |_| true)
     }
 
-    pub(crate) fn restore(&self, backend: &mut dyn Collective) -> Result<(), Error> {
-        let mut held = self.0.iter().filter(|(_, bytes)| !bytes.is_empty());
+    /// Puts back those of `tensors`.
+    pub(crate) fn restore_only(&self, backend: &mut dyn Collective, tensors: &[Tensor]) -> Result<(), Error> {
+        self.restore_those(backend, |tensor| tensors.contains(&tensor))
+    }
+
+    fn restore_those(
+        &self,
+        backend: &mut dyn Collective,
+        which: impl Fn(Tensor) -> bool,
+    ) -> Result<(), Error> {
+        let mut held = self.0.iter().filter(|(tensor, bytes)| !bytes.is_empty() && which(*tensor));
         held.try_for_each(|(tensor, bytes)| Ok(backend.write(*tensor, 0, bytes)?))
+    }
+}
+
+/// Poisons the outputs, and calls `run`, which runs a variant. Inputs that it overwrites stay so.
+pub(crate) fn run_over_poison(
+    backend: &mut dyn Collective,
+    run: impl FnOnce(&mut dyn Collective) -> Result<(), Error>,
+) -> Result<(), Error> {
+    for tensor in Tensor::OUTPUTS {
+        backend.fill(tensor, POISON)?;
+    }
+    run(backend)
+}
+
+/// As [`run_over_poison`], and reads the outputs: `read` gets the tensors of sum and norm. Puts back what was overwritten.
+fn after<T>(
+    backend: &mut dyn Collective,
+    problem: &Problem,
+    variant: &Variant,
+    run: impl FnOnce(&mut dyn Collective) -> Result<(), Error>,
+    read: impl FnOnce(&mut dyn Collective, Tensor, Option<Tensor>) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let saved = Saved::of(backend, &variant.overwritten(problem))?;
+    run_over_poison(backend, run)?;
+    let (sum, norm) = variant.written(problem);
+    let read = read(backend, sum, norm)?;
+    saved.restore(backend)?;
+    Ok(read)
+}
+
+/// The digests of the outputs of one run; 0 of one that the variant does not write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Digests {
+    /// Of the sum that this rank has.
+    pub(crate) sum: u64,
+    /// Of norm, codes and scales, which all ranks have.
+    pub(crate) rest: [u64; 3],
+}
+
+impl Digests {
+    /// Poisons the outputs, runs the variant, and digests them. Inputs that were overwritten are put back.
+    pub(crate) fn of(
+        backend: &mut dyn Collective,
+        problem: &Problem,
+        variant: &Variant,
+    ) -> Result<Self, Error> {
+        after(backend, problem, variant, |backend| Ok(backend.run(&variant.steps)?), Self::read)
+    }
+
+    /// Those of an operation whose sum is in `sum` and whose norm is in `norm`, if it writes one.
+    pub(crate) fn read(
+        backend: &mut dyn Collective,
+        sum: Tensor,
+        norm: Option<Tensor>,
+    ) -> Result<Self, Error> {
+        let norm = norm.map_or(Ok(0), |norm| backend.digest(norm))?;
+        let rest = [norm, backend.digest(Tensor::QuantOut)?, backend.digest(Tensor::ScaleOut)?];
+        Ok(Digests { sum: backend.digest(sum)?, rest })
+    }
+
+    /// Those that are the same on all ranks: of a sharded sum each has other rows.
+    pub(crate) fn shared(&self, variant: &Variant) -> [u64; 4] {
+        let [norm, codes, scales] = self.rest;
+        [if variant.sharded { 0 } else { self.sum }, norm, codes, scales]
     }
 }
 
 /// The outputs of one run, as bytes. A tensor that the variant does not write is empty.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Outputs {
-    pub(crate) residual_out: Vec<u8>,
+    /// Shared by runs that have the same.
+    pub(crate) residual_out: Arc<Vec<u8>>,
     pub(crate) norm_out: Vec<u8>,
     pub(crate) quant_out: Vec<u8>,
     pub(crate) scale_out: Vec<u8>,
@@ -75,7 +148,7 @@ impl Outputs {
         backend: &mut dyn Collective,
         problem: &Problem,
         variant: &Variant,
-    ) -> Result<Self, Error> {
+    ) -> Result<(Digests, Self), Error> {
         Self::after(backend, problem, variant, |backend| Ok(backend.run(&variant.steps)?))
     }
 
@@ -85,16 +158,10 @@ impl Outputs {
         problem: &Problem,
         variant: &Variant,
         run: impl FnOnce(&mut dyn Collective) -> Result<(), Error>,
-    ) -> Result<Self, Error> {
-        let saved = Saved::of(backend, &variant.overwritten(problem))?;
-        for tensor in Tensor::OUTPUTS {
-            poison(backend, problem, tensor)?;
-        }
-        run(backend)?;
-        let norm = variant.writes_norm.then(|| variant.norm());
-        let outputs = Outputs::read(backend, variant.sum(problem), norm)?;
-        saved.restore(backend)?;
-        Ok(outputs)
+    ) -> Result<(Digests, Self), Error> {
+        after(backend, problem, variant, run, |backend, sum, norm| {
+            Ok((Digests::read(backend, sum, norm)?, Outputs::read(backend, sum, norm)?))
+        })
     }
 
     /// Reads the outputs of an operation whose sum is in `sum` and whose norm is in `norm`, if it writes one.
@@ -103,8 +170,18 @@ impl Outputs {
         sum: Tensor,
         norm: Option<Tensor>,
     ) -> Result<Self, Error> {
+        let sum = Arc::new(backend.read(sum)?);
+        Self::with_sum(backend, sum, norm)
+    }
+
+    /// As [`read`](Self::read), of an operation whose sum is known.
+    pub(crate) fn with_sum(
+        backend: &mut dyn Collective,
+        residual_out: Arc<Vec<u8>>,
+        norm: Option<Tensor>,
+    ) -> Result<Self, Error> {
         Ok(Outputs {
-            residual_out: backend.read(sum)?,
+            residual_out,
             norm_out: norm.map_or(Ok(Vec::new()), |norm| backend.read(norm))?,
             quant_out: backend.read(Tensor::QuantOut)?,
             scale_out: backend.read(Tensor::ScaleOut)?,
@@ -114,7 +191,7 @@ impl Outputs {
     /// Describes the first byte that is not that of `expected`.
     pub(crate) fn first_difference(&self, expected: &Outputs) -> Option<String> {
         let tensors = [
-            (Tensor::ResidualOut, &self.residual_out, &expected.residual_out),
+            (Tensor::ResidualOut, &*self.residual_out, &*expected.residual_out),
             (Tensor::NormOut, &self.norm_out, &expected.norm_out),
             (Tensor::QuantOut, &self.quant_out, &expected.quant_out),
             (Tensor::ScaleOut, &self.scale_out, &expected.scale_out),
@@ -126,24 +203,6 @@ impl Outputs {
             Some(format!("byte {at} of {tensor:?} is {found:#04x}, not the verified {expected:#04x}"))
         })
     }
-
-    /// Digests of the outputs that are the same on all ranks: `residual_out` unless it is sharded, `norm_out`, `quant_out`
-    /// and `scale_out`.
-    pub(crate) fn digests(&self, variant: &Variant, ranks: u32) -> [u64; 4] {
-        let residual_out = if variant.sharded { &[][..] } else { &self.residual_out };
-        [residual_out, &self.norm_out, &self.quant_out, &self.scale_out].map(|bytes| digest(bytes, ranks))
-    }
-}
-
-/// A digest of bytes, for comparison between ranks of this build of the program. One of `ranks` ranks computes it.
-pub(super) fn digest(bytes: &[u8], ranks: u32) -> u64 {
-    let of_part = |bytes: &[u8]| {
-        let mut hasher = DefaultHasher::new();
-        hasher.write(bytes);
-        hasher.finish()
-    };
-    let parts = parallel::map(ranks, bytes.chunks(DIGESTED_AT_ONCE).collect(), of_part);
-    of_part(parts.as_bytes())
 }
 
 /// The row of `token` in the sum that `variant` leaves, on a rank that has it.

@@ -68,10 +68,15 @@ impl Variant {
         self.fused().map_or(Tensor::NormOut, |call| call.norm())
     }
 
+    /// The tensors that get the sum and, if it writes one, the norm.
+    pub fn written(&self, problem: &Problem) -> (Tensor, Option<Tensor>) {
+        (self.sum(problem), self.writes_norm.then(|| self.norm()))
+    }
+
     /// The inputs that it overwrites.
     pub fn overwritten(&self, problem: &Problem) -> Vec<Tensor> {
-        let outputs = [Some(self.sum(problem)), self.writes_norm.then(|| self.norm())];
-        outputs.into_iter().flatten().filter(|tensor| !Tensor::OUTPUTS.contains(tensor)).collect()
+        let (sum, norm) = self.written(problem);
+        [Some(sum), norm].into_iter().flatten().filter(|tensor| !Tensor::OUTPUTS.contains(tensor)).collect()
     }
 
     /// The rounding of its sum.

@@ -17,7 +17,7 @@ use zerocopy::IntoBytes as _;
 use super::{
     inputs::{Numbers, Source},
     judge::Judge,
-    outputs::{Outputs, check_padding, digest, poison},
+    outputs::{Digests, Outputs, POISON, check_padding},
     parallel,
     variants::Variant,
 };
@@ -53,7 +53,7 @@ fn write_typed_inputs<E: Plain>(
     group: &Group,
 ) -> Result<(), Error> {
     // Poison shows a read of rows that this rank does not have.
-    poison(backend, problem, Tensor::ResidualShard)?;
+    backend.fill(Tensor::ResidualShard, POISON)?;
     let (rank, ranks, hosts) = (group.rank(), group.world_size(), hosts(group));
     let (place, of_host) = (hosts.place(), hosts.ranks_per_host());
     let mut write = |tensor, source, rows, token_of: &(dyn Fn(u64) -> u64 + Sync)| {
@@ -79,7 +79,7 @@ fn write_typed_inputs<E: Plain>(
         )?;
     }
     if !problem.residual {
-        poison(backend, problem, Tensor::Residual)?;
+        backend.fill(Tensor::Residual, POISON)?;
     }
     if let Some(experts) = problem.pattern.experts() {
         let chosen = problem.chosen();
@@ -125,15 +125,13 @@ pub(crate) fn verify(
     variant: &Variant,
     numbers: Numbers,
 ) -> Result<Result<f64, String>, Error> {
-    let outputs = Outputs::of(backend, problem, variant)?;
-    let ranks = group.world_size();
-    let (digests, sum) = (outputs.digests(variant, ranks), digest(&outputs.residual_out, ranks));
+    let (digests, outputs) = Outputs::of(backend, problem, variant)?;
     let checked = check(&outputs, group, problem, variant, numbers, 1);
     drop(outputs);
-    let again = Outputs::of(backend, problem, variant)?;
+    let again = Digests::of(backend, problem, variant)?;
     let checked = checked.and_then(|error| {
-        if (again.digests(variant, ranks), digest(&again.residual_out, ranks)) == (digests, sum) {
-            Ok((digests, error))
+        if again == digests {
+            Ok((digests.shared(variant), error))
         } else {
             Err("a repeated run gave other bits".to_owned())
         }
@@ -162,9 +160,9 @@ pub(crate) fn verify_timed(
         Outputs::after(backend, problem, variant, run)?;
         times = backend.runs_on_each(operations);
     }
-    let outputs = Outputs::after(backend, problem, variant, run)?;
+    let (digests, outputs) = Outputs::after(backend, problem, variant, run)?;
     let checked = check(&outputs, group, problem, variant, numbers, times);
-    let agreed = agree(group, checked.map(|error| (outputs.digests(variant, group.world_size()), error)))?;
+    let agreed = agree(group, checked.map(|error| (digests.shared(variant), error)))?;
     Ok(agreed.map(|error| (error, outputs)))
 }
 

@@ -52,6 +52,9 @@ const GRACE: Duration = Duration::from_secs(1);
 const LEAVE_LIMIT: Duration = Duration::from_secs(10);
 const ABORT_LIMIT: Duration = Duration::from_secs(1);
 
+/// Bytes of a host for which NCCL does as for any larger number.
+const MANY_BYTES: u64 = 16 << 20;
+
 const COMPARING: &str = "compare the calls of hosts";
 
 /// One rank's end of the exchange between hosts.
@@ -235,10 +238,10 @@ impl Across {
         }
     }
 
-    /// Gathers a head, and as much as the buffer holds, by which NCCL connects what it uses for few bytes and for many.
+    /// Gathers a head, and then many bytes of each host, by which NCCL connects what it uses for few and for many.
     fn gather_once(&mut self, slot_bytes: u64, bounds: Bounds<'_>) -> Result<(), Error> {
         let _entered = self.stream.context().clone().enter()?;
-        let most = slot_bytes / u64::from(self.hosts.count()) / HEAD * HEAD;
+        let most = (slot_bytes / u64::from(self.hosts.count())).min(MANY_BYTES) / HEAD * HEAD;
         for bytes in [HEAD, most.max(HEAD)] {
             // SAFETY: the buffer has so many bytes for each host, and the stream is of its context.
             unsafe {
@@ -269,9 +272,14 @@ impl Across {
 
     /// The partial sums of a round.
     pub(super) fn partials(&self, plan: &Plan, round: &Round, kind: PartialSums) -> Partials {
-        let rows = self.address().offset(HEAD);
-        let partials = Partials::of_round(rows, plan, round, self.hosts.host(), kind);
-        Partials { host_stride: host_stride(plan, round), ..partials }
+        Partials {
+            rows: self.address().offset(HEAD),
+            host_stride: host_stride(plan, round),
+            hosts: self.hosts.count(),
+            host: self.hosts.host(),
+            element: (kind == PartialSums::Element).into(),
+            reserved: 0,
+        }
     }
 
     /// Enqueues the gather of a round, between its two kernels, or captures it. `chain` is that of all calls so far, the

@@ -274,13 +274,11 @@ impl Kernels {
         row_packs: u32,
     ) -> Result<&mut Versions, Error> {
         let key = (module, kernel);
-        let cluster = self.limits.agreed_cluster;
+        let (processor, cluster) = (self.processor, self.limits.agreed_cluster);
         if !self.kernels.contains_key(&key) {
             let loaded = self.load(module.name())?;
-            let resident = |version| {
-                let has = kernel.has(version).then(|| loaded.function(kernel.name(version)));
-                has.transpose()
-            };
+            let has = |version| module.set.has(kernel, version, processor.has_clusters());
+            let resident = |version| has(version).then(|| loaded.function(kernel.name(version))).transpose();
             let functions = [resident(Version::P1)?, resident(Version::P2)?, None];
             let is_any = kernel.epilogue.is_none();
             let any_epilogue = [is_any, is_any, true];

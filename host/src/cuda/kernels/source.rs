@@ -208,7 +208,7 @@ mod tests {
     }
 
     /// LZMA2 that stores its content, of less than 64 KB, as it is.
-    fn stored(content: &[u8]) -> Vec<u8> {
+    fn stored(_: Kind, content: &[u8]) -> Vec<u8> {
         let last = u16::try_from(content.len() - 1).unwrap().to_be_bytes();
         [&[1], &last[..], content, &[0]].concat()
     }
@@ -228,7 +228,7 @@ mod tests {
             ("sm_100a", Kind::MachineCode),
         ];
         let frames = [all.map(|(processor, kind)| member(processor, kind)).to_vec()];
-        let source = KernelSource::Archive(pack(LAYOUT, &frames, stored).leak());
+        let source = KernelSource::Archive(pack(LAYOUT, &frames, stored).unwrap().leak());
         let offered = |capability| {
             let processor = source.processor(capability, "bf16_w2").unwrap();
             let mut offered = Vec::new();

@@ -52,6 +52,8 @@ pub struct Comm {
     context: Option<Context>,
     /// Who is inside of NCCL holds the lock.
     handle: Mutex<Option<Owned>>,
+    /// Held while NCCL leaves, so that who comes second waits as well.
+    leaving: Mutex<()>,
 }
 
 /// The handle, which a thread may hand to another.
@@ -111,7 +113,8 @@ impl Comm {
     }
 
     fn unconnected(library: &Arc<Library>, context: Option<&Context>, seat: Seat) -> Comm {
-        Comm { library: Arc::clone(library), seat, context: context.cloned(), handle: Mutex::new(None) }
+        let (library, context) = (Arc::clone(library), context.cloned());
+        Comm { library, seat, context, handle: Mutex::new(None), leaving: Mutex::new(()) }
     }
 
     fn init(&self, id: UniqueId, blocking: bool) -> Result<(), Error> {
@@ -226,6 +229,7 @@ impl Comm {
     /// Leaves the communicator: ends what is running, or waits for it. NCCL may take any time for either: see
     /// [`leave_in_thread`](Self::leave_in_thread).
     pub fn leave(&self, abort: bool) {
+        let _leaving = self.leaving.lock().unwrap_or_else(PoisonError::into_inner);
         let left = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(Owned(comm)) = left {
             // Without a context NCCL makes do with its own.
@@ -237,8 +241,8 @@ impl Comm {
         }
     }
 
-    /// [Leaves](Self::leave) in a thread; the receiver is disconnected when that is done. It is at once if there is no thread
-    /// to be had: the communicator then ends with the process.
+    /// [Leaves](Self::leave) in a thread; the receiver is disconnected when that is done, also where another thread has begun it. It is
+    /// at once if there is no thread to be had: the communicator then ends with the process.
     pub fn leave_in_thread(self: Arc<Self>, abort: bool) -> Receiver<()> {
         let (alive, over) = mpsc::channel();
         let leave = move || {

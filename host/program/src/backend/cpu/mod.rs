@@ -20,6 +20,7 @@ use fused_collective::{
     },
     group::rendezvous::Group,
 };
+use fused_collective_bench::digest;
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
     fusion::{Experts, Mode, Norm, Rounding},
@@ -378,6 +379,15 @@ impl Collective for Engine {
             range.copy_from_slice(bytes);
         }
         Ok(())
+    }
+
+    fn fill(&mut self, tensor: Tensor, byte: u8) -> Result<(), Error> {
+        self.sets.iter_mut().for_each(|tensors| tensors.get_mut(tensor).bytes_mut().fill(byte));
+        Ok(())
+    }
+
+    fn digest(&mut self, tensor: Tensor) -> Result<u64, Error> {
+        Ok(self.sets.first_mut().map_or(0, |tensors| digest::of(0, tensors.get_mut(tensor).bytes())))
     }
 
     fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {

@@ -53,13 +53,13 @@ impl GuardedMemory {
         self.memory.write(Self::GUARD_BYTES + offset, bytes)
     }
 
-    /// The contents.
+    /// The contents from `offset` on.
     ///
     /// # Errors
     /// The driver's.
-    pub(crate) fn read(&self) -> Result<Vec<u8>, Error> {
-        let mut bytes = vec![0; self.bytes as usize];
-        self.memory.read(Self::GUARD_BYTES, &mut bytes)?;
+    pub(crate) fn read_from(&self, offset: u64) -> Result<Vec<u8>, Error> {
+        let mut bytes = vec![0; self.bytes.saturating_sub(offset) as usize];
+        self.memory.read(Self::GUARD_BYTES + offset, &mut bytes)?;
         Ok(bytes)
     }
 

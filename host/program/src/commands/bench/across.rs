@@ -16,9 +16,8 @@ pub(super) fn across_hosts(problem: &Problem, limits: &Limits) -> Vec<String> {
     let operation = problem.operation(Mode::Auto);
     let Ok(plan) = Plan::new(&operation, limits) else { return vec![left_out] };
     let links = Links::H200;
-    let [fused, separate] =
-        [cost::hierarchical(&operation, &plan), cost::separate(&operation, &plan, &links)]
-            .map(|cost| cost.nanoseconds(&links) / 1e3);
+    let [fused, separate] = [cost::fused(&operation, &plan), cost::separate(&operation, &plan, &links)]
+        .map(|cost| cost.nanoseconds(&links) / 1e3);
     let predicted = format!(
         "by the model of costs, for H200 GPUs with 400 Gb/s each between hosts, the fused operation takes {fused:.1} µs, and \
          NCCL's all-reduce with separate steps {separate:.1} µs: {}",

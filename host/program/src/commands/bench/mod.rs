@@ -5,6 +5,7 @@ pub(crate) mod args;
 pub mod report;
 pub mod run;
 pub mod settings;
+mod wires;
 
 use std::path::Path;
 

@@ -15,6 +15,7 @@ use fused_collective_core::{
 use super::{
     across::across_hosts,
     settings::{Case, Settings},
+    wires,
 };
 use crate::{
     backend::{
@@ -148,6 +149,9 @@ pub fn run(
         verify_timed(settings, group, backend, &problem, &mut entrants, progress)?;
         let plan = Plan::new(&problem.operation(Mode::Auto), backend.limits());
         notes.extend(plan.ok().and_then(|plan| automatic(plan.algorithm, &entrants)));
+        if has_links {
+            notes.extend(wires::expected(&problem, &settings.wires, backend.limits()));
+        }
         if settings.cold {
             let mib = cache_bytes as f64 / f64::from(1 << 20);
             notes.push(format!(

@@ -38,7 +38,7 @@ use crate::{
     check::{
         chunks,
         inputs::Numbers,
-        outputs::{Outputs, Saved, poison},
+        outputs::{Outputs, POISON, Saved},
         variants::{that_span, variants},
         verify::{verify, verify_timed, write_inputs},
     },
@@ -419,7 +419,7 @@ impl Soak {
         let workload = &self.workloads[index];
         backend.select(index)?;
         for tensor in Tensor::OUTPUTS {
-            poison(backend, &workload.problem, tensor)?;
+            backend.fill(tensor, POISON)?;
         }
         match turn {
             Turn::Run(steps) => {

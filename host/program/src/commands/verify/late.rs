@@ -23,10 +23,10 @@ use super::{
 use crate::{
     backend::{collective::Collective, problem::Problem, steps::Step},
     check::{
-        variants::{Variant, that_span, variants},
+        variants::{Variant, variants},
         verify::{verify, write_inputs},
     },
-    job::ranks::{Error, gather_verdicts, hosts},
+    job::ranks::{Error, gather_verdicts},
     pattern::Pattern,
     quant_mode::QuantMode,
     report::progress::Progress,
@@ -67,7 +67,7 @@ pub fn run_late_ranks(
         scale: QuantMode::None.scale(),
         partial_sums: settings.job.partial_sums(),
     };
-    let all = variants(
+    for variant in variants(
         problem.pattern,
         QuantMode::None,
         problem.residual,
@@ -75,8 +75,7 @@ pub fn run_late_ranks(
         true,
         &[Wire::Exact],
         &[],
-    );
-    for variant in that_span(hosts(group).count(), all) {
+    ) {
         let mut tally = Tally::default();
         for late in 0..group.world_size() {
             let title = format!("rank {late} withheld");
@@ -107,7 +106,6 @@ impl Late<'_> {
         join: &impl for<'g> Fn(&'g Group, Duration) -> Result<Box<dyn Collective + 'g>, Error>,
     ) -> Result<Verdict, Error> {
         let (group, settings) = (self.group, self.settings);
-        // A gather between hosts has two waits and a second.
         let wait = LONGEST_WAIT.min(settings.job.deadline() / PART_OF_DEADLINE);
         let reported = {
             // A group of its own, as the failure ends it.
@@ -167,14 +165,12 @@ impl Late<'_> {
             (Cause::Deadline(_), Some(awaited)) => {
                 // The operation before was number 0.
                 let expected = (self.awaited(), 1);
-                // Past hosts a rank may wait for one that waits, too.
-                let is_within = hosts(self.group).count() == 1;
-                if is_within && ((awaited.from, awaited.what), awaited.operation) != expected {
+                if ((awaited.from, awaited.what), awaited.operation) != expected {
                     return Err(format!("it should have waited for {expected:?}: {error}"));
                 }
                 true
             }
-            (Cause::Lost(_) | Cause::GaveUp(_) | Cause::OtherHost(_), _) => false,
+            (Cause::Lost(_) | Cause::GaveUp(_), _) => false,
             _ => return Err(format!("the operation failed for another reason: {error}")),
         };
         if took < wait / 2 || took > self.settings.job.deadline() {

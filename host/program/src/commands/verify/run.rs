@@ -9,19 +9,20 @@
 //! - the operation has not written its inputs, unrelated tensors, the guards of tensors or idle slots of the workspace. It
 //!   has not read unrelated tensors and guards, which are full of NaN.
 //!
-//! The reference is slow, so each shape is checked against it once. A later case is right if it has the same bits, or if it
-//! has the codes and scales of `core`'s quantization of the same norm. Only other results are checked against the reference
-//! again.
+//! The reference is slow, so each shape is checked against it once. A later case is right if it has the same bits, by digests
+//! that the backend makes where the tensors lie, or if it has the codes and scales of `core`'s quantization of the same norm. Only
+//! other results are checked against the reference again.
 //!
 //! Every rank calls [`run`] with its [`Place`]. All ranks go through the same steps and reach the same verdicts. A rank
 //! never waits for another for longer than the check of a slice takes, so the deadline holds for problems of every size.
 
-use std::{borrow::Cow, ops::Range};
+use std::{borrow::Cow, ops::Range, sync::Arc};
 
 use fastrand::Rng;
 use fused_collective::{cpu::Plain, group::rendezvous::Group};
 use fused_collective_core::{
     dtype::{DType, bf16, f16},
+    fusion::Mode,
     quant::{Quantization, quantize_row},
 };
 
@@ -39,7 +40,9 @@ use crate::{
     check::{
         chunks,
         judge::Judge,
-        outputs::{Outputs, POISON, Saved, check_padding, poison, row, row_of_sum, values},
+        outputs::{
+            Digests, Held, Outputs, POISON, Saved, check_padding, row, row_of_sum, run_over_poison, values,
+        },
         variants::{Variant, that_span, variants},
         verify::{largest_error, spread, write_inputs},
     },
@@ -109,20 +112,41 @@ fn audit(place: &mut Place<'_>) -> Result<Verdicts, Error> {
     Ok(vec![("no tensor's memory".to_owned(), verdict)])
 }
 
-/// The tensors that the problems of a shape have in common.
+/// What is known of the problems of a shape.
 #[derive(Default)]
 struct Known {
-    /// The [inputs](INPUTS).
+    /// The [inputs](INPUTS), which are the same.
     inputs: Option<Saved>,
-    /// The outputs of one-shot without a quantization, once they are verified.
-    base: Option<Base>,
+    /// The verified outputs without a quantization, a set for each of the variants that have bits of their own.
+    bases: Vec<(Bits, Base)>,
+}
+
+/// The parts of a variant that show in its bits.
+#[derive(Clone, Copy, PartialEq)]
+struct Bits {
+    wire: Wire,
+    /// True if the sum of all ranks goes through the format, too.
+    sends_sum: bool,
+}
+
+impl Bits {
+    fn of(variant: &Variant) -> Bits {
+        let wire = variant.wire();
+        let sends_sum = variant.fused().is_some_and(|call| call.mode == Mode::TwoShot && !call.sharded);
+        Bits { wire, sends_sum: sends_sum && !wire.is_exact() }
+    }
 }
 
 /// Outputs that the reference has allowed.
 struct Base {
     outputs: Outputs,
     max_error_ulp: f64,
+    /// The digests of the sum, as it is on this rank whole and sharded.
+    sums: [Option<u64>; 2],
 }
+
+/// A problem's digests of norm, codes and scales that were verified.
+type Rests = Vec<(Bits, [u64; 3])>;
 
 impl Base {
     /// True if token `index` of `outputs` is right because it has the same bits, or is their quantization. Row `sum` of
@@ -157,6 +181,11 @@ impl Base {
     }
 }
 
+/// The base of the variants that have the bits of `variant`.
+fn base_of<'a>(bases: &'a [(Bits, Base)], variant: &Variant) -> Option<&'a Base> {
+    bases.iter().find(|(bits, _)| *bits == Bits::of(variant)).map(|(_, base)| base)
+}
+
 /// Buffers for the quantization of one row.
 #[derive(Default)]
 struct Scratch {
@@ -185,7 +214,8 @@ fn verify_modes(
     known: &mut Known,
     progress: &Progress,
 ) -> Result<Verdicts, Error> {
-    let Known { inputs, base } = known;
+    let Known { inputs, bases } = known;
+    let mut rests = Rests::new();
     let problem = shape.problem(quant_mode);
     let wires = wires_of(&problem, wires);
     let hosts = place.hosts();
@@ -202,18 +232,18 @@ fn verify_modes(
     let all = variants(problem.pattern, quant_mode, problem.residual, problem.sharded, true, wires, &[]);
     for variant in that_span(hosts, all) {
         let mut run = match &mut case {
-            Some(case) => Some(case.run(variant)?),
+            Some(case) => Some(case.run(variant, bases, &rests)?),
             None => None,
         };
         for slice in 0..slices {
             if let (Some(case), Some(run)) = (&case, &mut run) {
                 let tokens = [slice, slice + 1].map(|slice| problem.tokens * slice / slices);
-                run.check(case, base.as_ref(), tokens[0]..tokens[1]);
+                run.check(case, bases, tokens[0]..tokens[1]);
             }
             place.world.barrier()?;
         }
         if let (Some(case), Some(run)) = (&mut case, run) {
-            verdicts.push(run.conclude(case, base)?);
+            verdicts.push(run.conclude(case, bases, &mut rests)?);
         }
         progress.step();
     }
@@ -227,6 +257,8 @@ struct Case<'a> {
     group: &'a Group,
     backend: &'a mut dyn Collective,
     inputs: &'a Saved,
+    /// What no variant may change.
+    untouched: Held,
 }
 
 /// The tensors that no operation may change. They include a residual that the problem does not have.
@@ -265,25 +297,58 @@ impl<'a> Case<'a> {
             }
         };
         for tensor in SCRATCH {
-            poison(backend, &problem, tensor)?;
+            backend.fill(tensor, POISON)?;
         }
-        Ok(Case { settings, problem, group, backend, inputs })
+        let tensors = INPUTS.into_iter().map(|(tensor, _)| tensor).chain(SCRATCH);
+        let untouched = Held::of(backend, tensors)?;
+        Ok(Case { settings, problem, group, backend, inputs, untouched })
     }
 
-    /// Runs `variant` twice, and checks that it wrote nothing but its outputs.
-    fn run(&mut self, variant: Variant) -> Result<Run, Error> {
-        let outputs = Outputs::of(self.backend, &self.problem, &variant)?;
-        let again = Outputs::of(self.backend, &self.problem, &variant)?;
-        let repeats =
-            if again == outputs { Ok(0.0) } else { Err("a repeated run gave other bits".to_owned()) };
-        drop(again);
-        let untouched = self.check_untouched(&variant)?;
-        let in_chunks = self.check_chunks(&variant, &outputs)?;
-        Ok(Run { variant, outputs, verdict: Ok(0.0), after: repeats.and(untouched), in_chunks })
+    /// Runs `variant` twice, and checks that it wrote nothing but its outputs. Reads those that are not known to be right.
+    fn run(&mut self, variant: Variant, bases: &[(Bits, Base)], rests: &Rests) -> Result<Run, Error> {
+        let (sum, norm) = variant.written(&self.problem);
+        let run = |backend: &mut dyn Collective| Ok(backend.run(&variant.steps)?);
+        run_over_poison(self.backend, run)?;
+        let digests = Digests::read(self.backend, sum, norm)?;
+        let unwritten: Vec<Tensor> = Tensor::OUTPUTS
+            .into_iter()
+            .filter(|&tensor| is_unwritten(&variant, &self.problem, tensor))
+            .collect();
+        let mut poisoned = None;
+        run_over_poison(self.backend, |backend| {
+            poisoned = Some(Held::of(backend, unwritten)?);
+            run(backend)
+        })?;
+        let mut after = Ok(0.0);
+        if Digests::read(self.backend, sum, norm)? != digests {
+            after = Err("a repeated run gave other bits".to_owned());
+        }
+        let base = base_of(bases, &variant);
+        let knows_sum = base.is_some_and(|base| base.sums[usize::from(variant.sharded)] == Some(digests.sum));
+        let knows_all = knows_sum && rests.contains(&(Bits::of(&variant), digests.rest));
+        let whole_sum = base.filter(|_| knows_sum && !variant.sharded);
+        let outputs = match whole_sum {
+            _ if knows_all => None,
+            Some(base) => {
+                let sum = Arc::clone(&base.outputs.residual_out);
+                Some(Outputs::with_sum(self.backend, sum, norm)?)
+            }
+            None => Some(Outputs::read(self.backend, sum, norm)?),
+        };
+        let verdict = Ok(base.filter(|_| knows_all).map_or(0.0, |base| base.max_error_ulp));
+        let untouched = self.check_untouched(poisoned.as_ref())?;
+        let in_chunks = self.check_chunks(&variant, &digests, outputs.as_ref(), base)?;
+        Ok(Run { variant, digests, knows_sum, outputs, verdict, after: after.and(untouched), in_chunks })
     }
 
-    /// Checks on this rank that several calls in place, each of some rows, give the same `outputs`.
-    fn check_chunks(&mut self, variant: &Variant, outputs: &Outputs) -> Result<Verdict, Error> {
+    /// Checks on this rank that several calls in place, each of some rows, give outputs of the same `digests`.
+    fn check_chunks(
+        &mut self,
+        variant: &Variant,
+        digests: &Digests,
+        outputs: Option<&Outputs>,
+        base: Option<&Base>,
+    ) -> Result<Verdict, Error> {
         let in_place = variant.clone().in_place();
         let Some(call) = in_place.fused() else { return Ok(Ok(0.0)) };
         // The same on every rank, and others for other shapes.
@@ -294,10 +359,22 @@ impl<'a> Case<'a> {
         let problem = self.problem;
         // No rank's calls may write while another one searches for stray writes of the calls before.
         self.group.barrier()?;
-        let found = Outputs::after(self.backend, &problem, &in_place, |backend| {
-            chunks::run(backend, &problem, &steps)
-        })?;
-        let wrong = found.first_difference(outputs);
+        run_over_poison(self.backend, |backend| chunks::run(backend, &problem, &steps))?;
+        let (sum, norm) = in_place.written(&problem);
+        let mut wrong = None;
+        if Digests::read(self.backend, sum, norm)? != *digests {
+            let found = Outputs::read(self.backend, sum, norm)?;
+            // Of known outputs that were not read, the base has sum and norm.
+            let known = outputs.cloned().or_else(|| {
+                let Outputs { residual_out, norm_out, .. } =
+                    base.filter(|_| !variant.sharded)?.outputs.clone();
+                let norm_out = norm.map_or_else(Vec::new, |_| norm_out);
+                Some(Outputs { residual_out, norm_out, ..found.clone() })
+            });
+            let difference = known.and_then(|known| found.first_difference(&known));
+            wrong = Some(difference.unwrap_or_else(|| "the outputs are not the verified bits".to_owned()));
+        }
+        self.inputs.restore_only(self.backend, &in_place.overwritten(&problem))?;
         let stray = self.backend.find_stray_write(false)?;
         Ok(match (wrong, stray) {
             (Some(wrong), _) => Err(format!("in place, in {} calls: {wrong}", steps.len())),
@@ -306,25 +383,28 @@ impl<'a> Case<'a> {
         })
     }
 
-    /// Checks on this rank that a run of `variant` wrote nothing but its outputs. All ranks are idle meanwhile.
-    fn check_untouched(&mut self, variant: &Variant) -> Result<Verdict, Error> {
-        if let Some(changed) = self.inputs.first_changed(self.backend)? {
-            let name =
-                INPUTS.iter().find(|(tensor, _)| *tensor == changed).map_or("an input", |(_, name)| name);
-            return Ok(Err(format!("{name} was changed")));
-        }
-        let norm = (!variant.writes_norm).then_some(Tensor::NormOut);
-        let other_sum = if variant.sharded { Tensor::ResidualOut } else { Tensor::ResidualShardOut };
-        for tensor in SCRATCH.into_iter().chain(norm).chain([other_sum]) {
-            if let Some(at) = first_other(&self.backend.read(tensor)?, POISON) {
-                return Ok(Err(format!(
-                    "{tensor:?} is no output of the operation, and byte {at} of it was written"
-                )));
+    /// Checks on this rank that a run wrote nothing but its outputs: not the inputs, nor what was `poisoned` before it. All ranks
+    /// are idle meanwhile.
+    fn check_untouched(&mut self, poisoned: Option<&Held>) -> Result<Verdict, Error> {
+        for held in [Some(&self.untouched), poisoned].into_iter().flatten() {
+            let Some(changed) = held.first_changed(self.backend)? else { continue };
+            if let Some((_, name)) = INPUTS.iter().find(|(tensor, _)| *tensor == changed) {
+                return Ok(Err(format!("{name} was changed")));
             }
+            let at = first_other(&self.backend.read(changed)?, POISON).unwrap_or(0);
+            return Ok(Err(format!(
+                "{changed:?} is no output of the operation, and byte {at} of it was written"
+            )));
         }
         let stray = self.backend.find_stray_write(false)?;
         Ok(stray.map_or(Ok(0.0), |what| Err(format!("{what} is in no tensor, and was written"))))
     }
+}
+
+/// True of an output that `variant` leaves alone.
+fn is_unwritten(variant: &Variant, problem: &Problem, tensor: Tensor) -> bool {
+    let (sum, norm) = variant.written(problem);
+    tensor != sum && Some(tensor) != norm && !matches!(tensor, Tensor::QuantOut | Tensor::ScaleOut)
 }
 
 /// The sum that `variant` must leave on this rank, if `sum` is the whole sum. With a sharded residual it is this rank's
@@ -344,7 +424,11 @@ fn held_rows<'a>(case: &Case<'_>, variant: &Variant, sum: &'a [u8]) -> Cow<'a, [
 /// A run of a variant, with this rank's verdicts.
 struct Run {
     variant: Variant,
-    outputs: Outputs,
+    digests: Digests,
+    /// True if the sum is a verified one.
+    knows_sum: bool,
+    /// `None` if all outputs are verified ones.
+    outputs: Option<Outputs>,
     /// The verdict on the tokens so far.
     verdict: Verdict,
     /// The verdict on everything else, which counts if the tokens are right.
@@ -355,64 +439,88 @@ struct Run {
 
 impl Run {
     /// Checks this rank's share of `tokens`.
-    fn check(&mut self, case: &Case<'_>, base: Option<&Base>, tokens: Range<u64>) {
-        let Ok(so_far) = self.verdict else { return };
+    fn check(&mut self, case: &Case<'_>, bases: &[(Bits, Base)], tokens: Range<u64>) {
+        let (Ok(so_far), Some(outputs)) = (&self.verdict, &self.outputs) else { return };
+        let base = base_of(bases, &self.variant);
         let found = match case.problem.dtype {
-            DType::F32 => self.check_typed::<f32>(case, base, tokens),
-            DType::F16 => self.check_typed::<f16>(case, base, tokens),
-            DType::Bf16 => self.check_typed::<bf16>(case, base, tokens),
+            DType::F32 => self.check_typed::<f32>(case, outputs, base, tokens),
+            DType::F16 => self.check_typed::<f16>(case, outputs, base, tokens),
+            DType::Bf16 => self.check_typed::<bf16>(case, outputs, base, tokens),
         };
-        self.verdict = found.map(|error| error.max(so_far));
+        self.verdict = found.map(|error| error.max(*so_far));
     }
 
-    fn check_typed<E: Plain>(&self, case: &Case<'_>, base: Option<&Base>, tokens: Range<u64>) -> Verdict {
+    fn check_typed<E: Plain>(
+        &self,
+        case: &Case<'_>,
+        outputs: &Outputs,
+        base: Option<&Base>,
+        tokens: Range<u64>,
+    ) -> Verdict {
         let Case { settings, problem, group, .. } = case;
         let hosts = hosts(group);
         spread(group, tokens, |tokens| {
             let mut judge = Judge::<E>::new(problem, &self.variant, settings.numbers(), &hosts);
             let mut scratch = Scratch::default();
-            let base = base.filter(|_| self.variant.wire().is_exact());
             largest_error(tokens, |token| match base {
                 Some(base) => {
                     let rows = [token, row_of_sum(&self.variant, token, hosts.ranks_per_host())];
-                    if base.explains::<E>(problem, &self.outputs, rows, &mut scratch) {
+                    if base.explains::<E>(problem, outputs, rows, &mut scratch) {
                         Ok(base.max_error_ulp)
                     } else {
-                        judge.check(&self.outputs, token)
+                        judge.check(outputs, token)
                     }
                 }
-                None => judge.check(&self.outputs, token),
+                None => judge.check(outputs, token),
             })
         })
     }
 
-    /// The variant's name, and the verdict of all ranks of the group.
-    fn conclude(self, case: &Case<'_>, base: &mut Option<Base>) -> Result<(String, Verdict), Error> {
-        let Run { variant, outputs, verdict, after, in_chunks } = self;
-        let padding = check_padding(&case.problem, &outputs.scale_out);
+    /// The variant's name, and the verdict of all ranks of the group. What is right is known from then on.
+    fn conclude(
+        self,
+        case: &Case<'_>,
+        bases: &mut Vec<(Bits, Base)>,
+        rests: &mut Rests,
+    ) -> Result<(String, Verdict), Error> {
+        let Run { variant, digests, knows_sum, outputs, verdict, after, in_chunks } = self;
+        let padding =
+            outputs.as_ref().map_or(Ok(()), |outputs| check_padding(&case.problem, &outputs.scale_out));
         let own = verdict.and_then(|error| {
             padding?;
             after?;
-            Ok((error, outputs.digests(&variant, case.group.world_size())))
+            let sum_of = |base: &Base| {
+                let held = held_rows(case, &variant, &base.outputs.residual_out);
+                outputs.as_ref().is_some_and(|outputs| *held == **outputs.residual_out)
+            };
+            if !knows_sum && !base_of(bases, &variant).is_none_or(sum_of) {
+                return Err("residual_out is not the same bits as one-shot's".to_owned());
+            }
+            Ok((error, digests.shared(&variant)))
         });
         let verdict = gather_verdicts(case.group, own)?.and_then(|all| {
             if let Some(rank) = all.iter().position(|(_, digests)| *digests != all[0].1) {
                 return Err(format!("rank {rank}'s outputs are not the same bits as rank 0's"));
             }
-            let is_base_sum =
-                |base: &Base| held_rows(case, &variant, &base.outputs.residual_out) == outputs.residual_out;
-            if variant.wire().is_exact() && !base.as_ref().is_none_or(is_base_sum) {
-                return Err("residual_out is not the same bits as one-shot's".to_owned());
-            }
             Ok(all.iter().fold(0.0f64, |largest, (error, _)| largest.max(*error)))
         });
-        let in_chunks = gather_verdicts(case.group, in_chunks)?;
-        let verdict = verdict.and_then(|error| in_chunks.map(|_| error));
-        if let (None, Ok(max_error_ulp)) = (&base, &verdict)
-            && case.problem.quantization == Quantization::None
-        {
-            *base = Some(Base { outputs, max_error_ulp: *max_error_ulp });
+        if let Ok(max_error_ulp) = verdict {
+            let bits = Bits::of(&variant);
+            let place = usize::from(variant.sharded);
+            match (bases.iter_mut().find(|(it, _)| *it == bits), outputs) {
+                (Some((_, base)), _) => base.sums[place] = Some(digests.sum),
+                (None, Some(outputs))
+                    if case.problem.quantization == Quantization::None && !variant.sharded =>
+                {
+                    bases.push((bits, Base { outputs, max_error_ulp, sums: [Some(digests.sum), None] }));
+                }
+                _ => {}
+            }
+            if base_of(bases, &variant).is_some() {
+                rests.push((bits, digests.rest));
+            }
         }
-        Ok((variant.name, verdict))
+        let in_chunks = gather_verdicts(case.group, in_chunks)?;
+        Ok((variant.name, verdict.and_then(|error| in_chunks.map(|_| error))))
     }
 }

@@ -413,11 +413,13 @@ fn a_rank_believes_nobody_who_has_not_the_secret() {
 /// Forwards a rank's connection to rank 0, and changes one byte, at `at` of those that go `up` or down, by `change`.
 fn forward_changed(listener: &TcpListener, root: u16, up: bool, at: usize, change: u8) {
     let (rank, _) = listener.accept().expect("a connection");
-    let until = Instant::now() + DEADLINE;
+    // On a machine with too much to do, rank 0 may have waited its whole time and be gone.
+    let until = Instant::now() + SHORT;
     let root = loop {
         match TcpStream::connect(("127.0.0.1", root)) {
             Ok(root) => break root,
-            Err(error) => assert!(Instant::now() < until, "{error}"),
+            Err(_) if Instant::now() < until => thread::sleep(Duration::from_millis(1)),
+            Err(_) => return,
         }
     };
     let copy = |mut from: &TcpStream, mut to: &TcpStream, changes: bool| {

@@ -320,9 +320,17 @@ fn wires(cases: &[Times<'_>]) -> Vec<String> {
         let error = errors.max_by(|a, b| a.rms.total_cmp(&b.rms))?;
         let gains = fastest.iter().filter_map(|(case, time)| Some(case.fused()?.median / time.median));
         let gain = Range::of(gains).map(|range| format!(" It is {range} times as fast as with exact sums."));
+        let in_vain =
+            fastest.iter().filter(|(case, time)| case.fused().is_some_and(|exact| !time.beats(&exact)));
+        let in_vain: Vec<&Times<'_>> = in_vain.map(|(case, _)| *case).collect();
+        let in_vain = match in_vain.len() {
+            0 => String::new(),
+            count if count == fastest.len() => " Exact sums take no longer.".to_owned(),
+            _ => format!(" Exact sums take no longer at {}.", listed(&in_vain)),
+        };
         Some(format!(
             "Not the same result: with {wire} between ranks a fused sum misses by {:.2}% of its row, root mean square, and an \
-             element by up to {:.1}%.{}",
+             element by up to {:.1}%.{}{in_vain}",
             error.rms * 100.0,
             error.largest * 100.0,
             gain.unwrap_or_default()
@@ -506,7 +514,7 @@ mod tests {
             let trials = trials(&[time; 5]).unwrap();
             Ok(Trials { sum_error: Some(SumError { rms, largest }), ..trials })
         };
-        let mut report = fixture::empty(&[1], &[QuantMode::None]);
+        let mut report = fixture::empty(&[1, 2], &[QuantMode::None]);
         let rows = vec![
             measurement(SEPARATE, trials(&[20.0; 5])),
             measurement(ONE_SHOT, trials(&[10.0; 5])),
@@ -516,10 +524,16 @@ mod tests {
             measurement("fused_allreduce_rmsnorm_int4_wire_twoshot_sharded", wire(0.086, 0.34, 2.0)),
         ];
         report.push(case(1, QuantMode::None), Vec::new(), rows);
+        let rows = vec![
+            measurement(SEPARATE, trials(&[20.0; 5])),
+            measurement(ONE_SHOT, trials(&[10.0; 5])),
+            measurement("fused_allreduce_rmsnorm_int8_wire_oneshot", wire(0.0055, 0.027, 9.9)),
+        ];
+        report.push(case(2, QuantMode::None), Vec::new(), rows);
         let expected = [
             "Fusing is 2.00 times as fast as the fastest separate operations.",
             "Not the same result: with int8 between ranks a fused sum misses by 0.55% of its row, root mean square, and an \
-             element by up to 2.7%. It is 2.00 times as fast as with exact sums.",
+             element by up to 2.7%. It is 1.01 to 2.00 times as fast as with exact sums. Exact sums take no longer at 2 tokens (none).",
             "Not the same result: with int4 between ranks a fused sum misses by 12.00% of its row, root mean square, and an \
              element by up to 50.0%. It is 4.00 times as fast as with exact sums.",
         ];

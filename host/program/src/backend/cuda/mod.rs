@@ -1,5 +1,6 @@
 //! The CUDA backend: tensors on the GPU, every step as a kernel, and trials of them as CUDA graphs.
 
+mod contents;
 mod cust_driver;
 mod engine;
 pub mod free_memory;

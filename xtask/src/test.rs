@@ -10,7 +10,7 @@ use std::{
     panic::resume_unwind,
     path::PathBuf,
     process::{Command, ExitCode},
-    thread,
+    thread::{self, JoinHandle},
     time::Instant,
 };
 
@@ -51,13 +51,16 @@ pub(crate) fn run(scope: Scope) -> ExitCode {
     let mut tally = Tally::default();
     match scope {
         Scope::All => {
+            // Building tests has one processor wait for the other now and then, and most tests wait for something: the kernels are
+            // built meanwhile.
+            let kernels = thread::spawn(build_kernels);
             source(&mut tally);
             tally.check("docs", || {
                 cmd::run(
                     cmd::cargo("doc").args(["--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
                 )
             });
-            native(&mut tally);
+            native(&mut tally, kernels);
             core_elsewhere(&mut tally);
         }
         Scope::Quick => {
@@ -94,8 +97,8 @@ fn source(tally: &mut Tally) {
     tally.check("core without alloc, std and unsafe", structure::core);
 }
 
-/// All tests, the kernels, and what is to be published.
-fn native(tally: &mut Tally) {
+/// All tests, those of the `kernels` too, and what is to be published.
+fn native(tally: &mut Tally, kernels: JoinHandle<Result<PathBuf>>) {
     tally.check("the library's crates", library::crates);
     tally.check("the library with each feature alone", library::features);
     let program = tally.check("the tests' build", || {
@@ -104,8 +107,6 @@ fn native(tally: &mut Tally) {
     });
     tally.check("the library's symbols", library::symbols);
     tally.check("packages to publish", packages::check);
-    // Most tests wait for something most of the time: the kernels are built meanwhile.
-    let kernels = thread::spawn(build_kernels);
     if let Some(program) = program {
         tally.check("the program, linked by GNU ld", || program.link());
         let mut tests = cmd::cargo("test");

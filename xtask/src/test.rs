@@ -51,10 +51,10 @@ pub(crate) fn run(scope: Scope) -> ExitCode {
     let mut tally = Tally::default();
     match scope {
         Scope::All => {
-            // Building tests has one processor wait for the other now and then, and most tests wait for something: the kernels are
-            // built meanwhile.
-            let kernels = thread::spawn(build_kernels);
             source(&mut tally);
+            // Building tests has one processor wait for the other now and then, and most tests wait for something: the kernels are
+            // built meanwhile. No earlier, as rustup installs one thing at a time.
+            let kernels = thread::spawn(build_kernels);
             tally.check("docs", || {
                 cmd::run(
                     cmd::cargo("doc").args(["--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),

@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use crate::cmd;
 
 /// The tests, among those of `cpu_collective`, that take minutes here and show no other order of accesses.
-const SLOW: [&str; 2] = ["any_operation", "the_largest_hidden_size"];
+const SLOW: [&str; 3] = ["any_operation", "the_largest_hidden_size", "wire_formats"];
 /// A test with a race, which shows that the sanitizer finds one.
 const PLANTED: &str = "a_planted_race";
 

@@ -10,7 +10,7 @@ use std::{
     panic::resume_unwind,
     path::PathBuf,
     process::{Command, ExitCode},
-    thread::{self, JoinHandle},
+    thread,
     time::Instant,
 };
 
@@ -52,15 +52,12 @@ pub(crate) fn run(scope: Scope) -> ExitCode {
     match scope {
         Scope::All => {
             source(&mut tally);
-            // Building tests has one processor wait for the other now and then, and most tests wait for something: the kernels are
-            // built meanwhile. No earlier, as rustup installs one thing at a time.
-            let kernels = thread::spawn(build_kernels);
             tally.check("docs", || {
                 cmd::run(
                     cmd::cargo("doc").args(["--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"),
                 )
             });
-            native(&mut tally, kernels);
+            native(&mut tally);
             core_elsewhere(&mut tally);
         }
         Scope::Quick => {
@@ -97,8 +94,8 @@ fn source(tally: &mut Tally) {
     tally.check("core without alloc, std and unsafe", structure::core);
 }
 
-/// All tests, those of the `kernels` too, and what is to be published.
-fn native(tally: &mut Tally, kernels: JoinHandle<Result<PathBuf>>) {
+/// All tests, the kernels, and what is to be published.
+fn native(tally: &mut Tally) {
     tally.check("the library's crates", library::crates);
     tally.check("the library with each feature alone", library::features);
     let program = tally.check("the tests' build", || {
@@ -107,6 +104,8 @@ fn native(tally: &mut Tally, kernels: JoinHandle<Result<PathBuf>>) {
     });
     tally.check("the library's symbols", library::symbols);
     tally.check("packages to publish", packages::check);
+    // Most tests wait for something most of the time: the kernels are built meanwhile.
+    let kernels = thread::spawn(build_kernels);
     if let Some(program) = program {
         tally.check("the program, linked by GNU ld", || program.link());
         let mut tests = cmd::cargo("test");

@@ -251,7 +251,7 @@ fn outputs_in_place_are_those_apart() {
     check::<bf16>(Operation { experts, ..operation::<bf16>(300, 2880) }, 3);
     for wire in WireFormat::ALL.map(Some) {
         check::<bf16>(Operation { wire, post_norm, ..operation::<bf16>(3, 80) }, 2);
-        check::<f16>(Operation { wire, ..operation::<f16>(600, 2880) }, 3);
+        check::<f16>(Operation { wire, ..operation::<f16>(300, 2880) }, 3);
     }
 
     // Without a norm in the elements there is no place for it.

@@ -39,7 +39,7 @@ macro_rules! entries {
         $crate::entries!(@collective sharded, "sharded_wire", $element, encoded, 2);
     };
     (any, $element:ident, 2) => {
-        $crate::entries!(@narrow one_shot, "one_shot_any", $element, AnyEpilogue, Experts, elements, 2);
+        $crate::entries!(@both one_shot, "one_shot_any", $element, AnyEpilogue, Experts, elements, 2);
         $crate::entries!(@both sharded, "sharded_any", $element, AnyEpilogue, Experts, elements, 2);
     };
     (any, $element:ident, $ranks:literal) => {

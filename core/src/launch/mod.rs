@@ -67,7 +67,7 @@ pub struct RankState {
 }
 
 impl RankState {
-    /// Where `poisoned` is.
+    /// The offset of `poisoned`.
     pub const POISONED: u64 = core::mem::offset_of!(RankState, poisoned) as u64;
 
     /// The offset of block `block`'s epoch.
@@ -97,7 +97,7 @@ pub const ABORTED: u32 = 2;
 /// [`Status::failed`] and [`Status::hop`]: another host's sums say that a wait failed there.
 pub const HOST_FAILED: u32 = 3;
 
-/// Where host and kernels tell each other of failure, and kernels of progress: host memory that the device can reach.
+/// The words by which host and kernels tell each other of failure, and kernels of progress, in host memory that the device can reach.
 /// Zeroed when the group is made.
 #[repr(C, align(64))]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -125,23 +125,23 @@ pub struct Status {
 }
 
 impl Status {
-    /// Where `abort` is.
+    /// The offset of `abort`.
     pub const ABORT: u64 = core::mem::offset_of!(Status, abort) as u64;
-    /// Where `failed` is.
+    /// The offset of `failed`.
     pub const FAILED: u64 = core::mem::offset_of!(Status, failed) as u64;
-    /// Where `missing_rank` is.
+    /// The offset of `missing_rank`.
     pub const MISSING_RANK: u64 = core::mem::offset_of!(Status, missing_rank) as u64;
-    /// Where `hop` is.
+    /// The offset of `hop`.
     pub const HOP: u64 = core::mem::offset_of!(Status, hop) as u64;
-    /// Where `operation` is.
+    /// The offset of `operation`.
     pub const OPERATION: u64 = core::mem::offset_of!(Status, operation) as u64;
-    /// Where `token` is.
+    /// The offset of `token`.
     pub const TOKEN: u64 = core::mem::offset_of!(Status, token) as u64;
-    /// Where `call` is.
+    /// The offset of `call`.
     pub const CALL: u64 = core::mem::offset_of!(Status, call) as u64;
-    /// Where `gathers_begun` is.
+    /// The offset of `gathers_begun`.
     pub const GATHERS_BEGUN: u64 = core::mem::offset_of!(Status, gathers_begun) as u64;
-    /// Where `gathers_ended` is.
+    /// The offset of `gathers_ended`.
     pub const GATHERS_ENDED: u64 = core::mem::offset_of!(Status, gathers_ended) as u64;
 }
 
@@ -436,11 +436,11 @@ pub struct HostSum {
     pub group: Group,
     /// The round.
     pub shape: Shape,
-    /// What is summed: of these, the input, and of the flags [`EXPERTS`](Activations::EXPERTS).
+    /// The addends: of these, the input, and of the flags [`EXPERTS`](Activations::EXPERTS).
     pub activations: Activations,
     /// The experts that the addend is made of, if the flags say so.
     pub experts: Experts,
-    /// Where the sums go: this host's part.
+    /// The place of the sums: this host's part.
     pub partials: Partials,
 }
 
@@ -450,7 +450,7 @@ pub struct HostSum {
 pub struct FusedHosts<X> {
     /// As of the other fused kernels, the group being the ranks of this host. The input is not read.
     pub fused: Fused<X>,
-    /// What is summed: every host's part.
+    /// The addends: every host's part.
     pub partials: Partials,
 }
 

@@ -28,7 +28,7 @@ use super::{Buffer, CALL, Case, Launched, POISON, Random, Rows, Tensors, What, W
 /// The hosts of a group: ranks are numbered host by host, and those of the same place gather sums.
 pub struct Hosts {
     pub worlds: Vec<World>,
-    /// Where the ranks of each place meet.
+    /// The meeting point of each place's ranks.
     places: Vec<Barrier>,
 }
 

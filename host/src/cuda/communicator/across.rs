@@ -128,7 +128,7 @@ pub(super) fn load_nccl(bootstrap: &dyn Bootstrap) -> Result<Arc<Library>, Error
     Ok(library)
 }
 
-/// What a rank tells the others of this library and NCCL.
+/// The line in which a rank tells the others of this library and NCCL.
 fn told(nccl: Result<&str, &str>) -> String {
     let (mark, text) = match nccl {
         Ok(version) => ('+', version),
@@ -407,7 +407,7 @@ impl Across {
         self.gather_limit
     }
 
-    /// What went wrong in NCCL, if anything did.
+    /// The error of NCCL's, if there was one.
     ///
     /// # Errors
     /// NCCL's.

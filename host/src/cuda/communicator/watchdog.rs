@@ -24,7 +24,7 @@ use crate::error::Error;
 /// Time between two looks.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
-/// What the thread looks at, and how it ends the waits of this rank's kernels.
+/// The progress that the thread looks at, and the end of the waits of this rank's kernels.
 pub(super) trait Watched: Send + 'static {
     /// The operations whose gathers have begun and ended last.
     fn gathers(&self) -> [u32; 2];
@@ -204,7 +204,7 @@ mod tests {
         let kernels = Kernels::default();
         let bounds = Bounds { limit: Duration::from_secs(10), is_over: &|| false };
         let seat = Seat { ranks: 2, rank: 0 };
-        let comm = Comm::connect_in(&fake.library(), None, fake.id(), seat, bounds).unwrap();
+        let comm = Comm::connect_in(&fake.nccl(), None, fake.id(), seat, bounds).unwrap();
         let watchdog = Watchdog::start(Arc::new(comm), kernels.clone(), limit).unwrap();
         (kernels, watchdog)
     }

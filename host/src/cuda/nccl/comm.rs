@@ -46,11 +46,11 @@ pub struct Bounds<'a> {
 /// One rank's end of a communicator, until it is [left](Self::leave).
 #[derive(Debug)]
 pub struct Comm {
-    library: Arc<Library>,
+    nccl: Arc<Library>,
     seat: Seat,
     /// `None` in tests, which have no GPU.
     context: Option<Context>,
-    /// Who is inside of NCCL holds the lock.
+    /// The lock that a thread holds while it is inside of NCCL.
     handle: Mutex<Option<Owned>>,
     /// Held while NCCL leaves, so that who comes second waits as well.
     leaving: Mutex<()>,
@@ -113,26 +113,26 @@ impl Comm {
     }
 
     fn unconnected(library: &Arc<Library>, context: Option<&Context>, seat: Seat) -> Comm {
-        let (library, context) = (Arc::clone(library), context.cloned());
-        Comm { library, seat, context, handle: Mutex::new(None), leaving: Mutex::new(()) }
+        let (nccl, context) = (Arc::clone(library), context.cloned());
+        Comm { nccl, seat, context, handle: Mutex::new(None), leaving: Mutex::new(()) }
     }
 
     fn init(&self, id: UniqueId, blocking: bool) -> Result<(), Error> {
         let _entered = self.context.as_ref().map(Context::enter).transpose()?;
         let (mut comm, mut config) = (null_mut(), ncclConfig_t::new(blocking));
         let (ranks, rank) = (self.seat.ranks as i32, self.seat.rank as i32);
-        let nccl = self.library.functions();
+        let nccl = self.nccl.functions();
         // SAFETY: room for the communicator, and a config of the size and version that it says.
         let result = unsafe { (nccl.ncclCommInitRankConfig)(&mut comm, ranks, id.0, rank, &mut config) };
         if !comm.is_null() {
             *self.handle.lock().unwrap_or_else(PoisonError::into_inner) = Some(Owned(comm));
         }
-        if result == ncclInProgress { Ok(()) } else { self.library.check("connect the group", result) }
+        if result == ncclInProgress { Ok(()) } else { self.nccl.check("connect the group", result) }
     }
 
-    /// The library.
-    pub fn library(&self) -> &Arc<Library> {
-        &self.library
+    /// The NCCL that was loaded.
+    pub fn nccl(&self) -> &Arc<Library> {
+        &self.nccl
     }
 
     /// This rank's place.
@@ -147,7 +147,7 @@ impl Comm {
     pub fn inside<T>(&self, inside: impl FnOnce(&Nccl, ncclComm_t) -> Result<T, Error>) -> Result<T, Error> {
         let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
         match &*handle {
-            Some(Owned(comm)) => inside(self.library.functions(), *comm),
+            Some(Owned(comm)) => inside(self.nccl.functions(), *comm),
             None => Err(Error::Nccl("was aborted".to_owned())),
         }
     }
@@ -158,11 +158,11 @@ impl Comm {
             let mut result = ncclSuccess;
             // SAFETY: the communicator is alive, and there is room for the answer.
             let asked = unsafe { (nccl.ncclCommGetAsyncError)(comm, &mut result) };
-            self.library.check("tell how it went", asked)?;
+            self.nccl.check("tell how it went", asked)?;
             if result == ncclInProgress {
                 return Ok(false);
             }
-            self.library.check(doing, result).map(|()| true)
+            self.nccl.check(doing, result).map(|()| true)
         })
     }
 
@@ -221,7 +221,7 @@ impl Comm {
         self.inside(|nccl, comm| {
             // SAFETY: the caller vouches for buffer and stream; the communicator is alive.
             let result = unsafe { (nccl.ncclAllGather)(from, to, bytes as usize, ncclUint8, comm, stream) };
-            if result == ncclInProgress { Ok(()) } else { self.library.check(DOING, result) }
+            if result == ncclInProgress { Ok(()) } else { self.nccl.check(DOING, result) }
         })?;
         self.settle(DOING, bounds)
     }
@@ -234,7 +234,7 @@ impl Comm {
         if let Some(Owned(comm)) = left {
             // Without a context NCCL makes do with its own.
             let _entered = self.context.as_ref().map(Context::enter);
-            let nccl = self.library.functions();
+            let nccl = self.nccl.functions();
             let leave = if abort { nccl.ncclCommAbort } else { nccl.ncclCommDestroy };
             // SAFETY: the communicator was alive, and nobody else has it any more.
             unsafe { leave(comm) };
@@ -267,7 +267,7 @@ mod tests {
     }
 
     fn connect(fake: &Fake, bounds: Bounds<'_>) -> Result<Comm, Error> {
-        Comm::connect_in(&fake.library(), None, fake.id(), SEAT, bounds)
+        Comm::connect_in(&fake.nccl(), None, fake.id(), SEAT, bounds)
     }
 
     /// Waits for a thread of another's to do its part.

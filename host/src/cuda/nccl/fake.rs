@@ -51,7 +51,7 @@ impl Fake {
         Fake(Box::leak(Box::default()))
     }
 
-    pub(crate) fn library(self) -> Arc<Library> {
+    pub(crate) fn nccl(self) -> Arc<Library> {
         Library::of(nccl::<21_900>()).expect("a release that can be used")
     }
 

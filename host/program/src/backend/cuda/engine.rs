@@ -84,7 +84,7 @@ pub struct Engine<'a> {
     /// Written before a cold trial, to have the cache full of it.
     pub(super) flush: Option<DeviceMemory>,
     pub(super) scale: Option<GuardedMemory>,
-    /// Where threads leave the sums of a digest.
+    /// Memory for the sums of a digest, a word for each thread.
     pub(super) sums: Option<DeviceMemory>,
     /// Input and sum of the current problem in NCCL's symmetric window, if it has any.
     pub(super) window: Option<WindowTensors>,

@@ -105,8 +105,8 @@ struct Request {
 unsafe impl Send for Request {}
 
 impl Shared {
-    fn library(&self) -> &Library {
-        self.comm.library()
+    fn nccl(&self) -> &Library {
+        self.comm.nccl()
     }
 
     fn lock_window(&self) -> MutexGuard<'_, Option<Window>> {
@@ -115,7 +115,7 @@ impl Shared {
 
     /// Ends the window, if there is one, and frees its memory. Nothing that was enqueued uses it any more.
     fn end_window(&self, own: &mut Option<Window>) -> Result<(), Error> {
-        let library = self.library();
+        let library = self.nccl();
         let (Some(windows), Some(ended)) = (&library.functions().windows, own.take()) else { return Ok(()) };
         if !ended.window.is_null() {
             self.comm.inside(|_, comm| {
@@ -130,7 +130,7 @@ impl Shared {
 
     /// Frees the window and, if `bytes` is not 0, allocates another, which is not registered yet.
     fn allocate_window(&self, bytes: u64) -> Result<(), Error> {
-        let (library, mut own) = (self.library(), self.lock_window());
+        let (library, mut own) = (self.nccl(), self.lock_window());
         let windows = library.functions().windows.as_ref();
         let windows =
             windows.ok_or_else(|| Error::Nccl("has none in this release: use 2.27 or later".to_owned()))?;
@@ -150,7 +150,7 @@ impl Shared {
 
     /// Registers the window that was allocated.
     fn register_window(&self) -> Result<(), Error> {
-        let (library, mut own) = (self.library(), self.lock_window());
+        let (library, mut own) = (self.nccl(), self.lock_window());
         let (Some(windows), Some(Window { memory, bytes, window })) =
             (&library.functions().windows, &mut *own)
         else {
@@ -201,7 +201,7 @@ impl Shared {
             // SAFETY: the caller vouches for tensors and stream; the communicator is alive.
             let result =
                 unsafe { (nccl.ncclAllReduce)(from, to, count as usize, data_type, ncclSum, comm, stream) };
-            self.library().check("enqueue an all-reduce", result)
+            self.nccl().check("enqueue an all-reduce", result)
         })?;
         Ok(())
     }
@@ -258,7 +258,7 @@ impl NcclGroup {
 
     /// The version: `2.28.9`.
     pub(crate) fn version(&self) -> String {
-        self.shared.library().version()
+        self.shared.nccl().version()
     }
 
     /// Makes a symmetric window of at least `bytes` bytes, which takes the place of an earlier one, and returns its address.

@@ -8,7 +8,7 @@ use fused_collective_core::{
 
 use crate::{backend::problem::Problem, measurement::compared};
 
-/// What a reader must know of a group of several hosts: what was left out, and what the model of costs predicts.
+/// Notes for a reader on a group of several hosts: variants that were left out, and the times that the model of costs predicts.
 pub(super) fn across_hosts(problem: &Problem, limits: &Limits) -> Vec<String> {
     let left_out = "one-shot and formats of fewer bits do not cross hosts: their variants are left out, and so is the bandwidth \
                     of links"

@@ -112,7 +112,7 @@ fn audit(place: &mut Place<'_>) -> Result<Verdicts, Error> {
     Ok(vec![("no tensor's memory".to_owned(), verdict)])
 }
 
-/// What is known of the problems of a shape.
+/// The knowledge that the problems of a shape share.
 #[derive(Default)]
 struct Known {
     /// The [inputs](INPUTS), which are the same.
@@ -257,7 +257,7 @@ struct Case<'a> {
     group: &'a Group,
     backend: &'a mut dyn Collective,
     inputs: &'a Saved,
-    /// What no variant may change.
+    /// Digests of all that no variant may change.
     untouched: Held,
 }
 

@@ -407,7 +407,7 @@ impl Across {
         self.gather_limit
     }
 
-    /// The error of NCCL's, if there was one.
+    /// Asks NCCL for an error of its own.
     ///
     /// # Errors
     /// NCCL's.

@@ -50,7 +50,7 @@ pub struct Comm {
     seat: Seat,
     /// `None` in tests, which have no GPU.
     context: Option<Context>,
-    /// The lock that a thread holds while it is inside of NCCL.
+    /// The communicator, locked by the thread that is inside of NCCL; `None` before it is made and once it is left.
     handle: Mutex<Option<Owned>>,
     /// Held while NCCL leaves, so that who comes second waits as well.
     leaving: Mutex<()>,

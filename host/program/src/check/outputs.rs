@@ -68,18 +68,13 @@ impl Saved {
     }
 }
 
-/// Poisons the outputs, and calls `run`, which runs a variant. Inputs that it overwrites stay so.
-pub(crate) fn run_over_poison(
-    backend: &mut dyn Collective,
-    run: impl FnOnce(&mut dyn Collective) -> Result<(), Error>,
-) -> Result<(), Error> {
-    for tensor in Tensor::OUTPUTS {
-        backend.fill(tensor, POISON)?;
-    }
-    run(backend)
+/// Fills all outputs with [`POISON`].
+pub(crate) fn poison_outputs(backend: &mut dyn Collective) -> Result<(), Error> {
+    Tensor::OUTPUTS.into_iter().try_for_each(|tensor| Ok(backend.fill(tensor, POISON)?))
 }
 
-/// As [`run_over_poison`], and reads the outputs: `read` gets the tensors of sum and norm. Puts back what was overwritten.
+/// Poisons the outputs, calls `run`, which runs the variant, and reads them: `read` gets the tensors of sum and norm. Puts back
+/// what was overwritten.
 fn after<T>(
     backend: &mut dyn Collective,
     problem: &Problem,
@@ -88,7 +83,8 @@ fn after<T>(
     read: impl FnOnce(&mut dyn Collective, Tensor, Option<Tensor>) -> Result<T, Error>,
 ) -> Result<T, Error> {
     let saved = Saved::of(backend, &variant.overwritten(problem))?;
-    run_over_poison(backend, run)?;
+    poison_outputs(backend)?;
+    run(backend)?;
     let (sum, norm) = variant.written(problem);
     let read = read(backend, sum, norm)?;
     saved.restore(backend)?;

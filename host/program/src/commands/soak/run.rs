@@ -38,7 +38,7 @@ use crate::{
     check::{
         chunks,
         inputs::Numbers,
-        outputs::{Outputs, POISON, Saved},
+        outputs::{Outputs, Saved, poison_outputs},
         variants::{that_span, variants},
         verify::{verify, verify_timed, write_inputs},
     },
@@ -418,9 +418,7 @@ impl Soak {
         self.pause();
         let workload = &self.workloads[index];
         backend.select(index)?;
-        for tensor in Tensor::OUTPUTS {
-            backend.fill(tensor, POISON)?;
-        }
+        poison_outputs(backend)?;
         match turn {
             Turn::Run(steps) => {
                 backend.run(steps)?;

@@ -41,7 +41,7 @@ use crate::{
         chunks,
         judge::Judge,
         outputs::{
-            Digests, Held, Outputs, POISON, Saved, check_padding, row, row_of_sum, run_over_poison, values,
+            Digests, Held, Outputs, POISON, Saved, check_padding, poison_outputs, row, row_of_sum, values,
         },
         variants::{Variant, that_span, variants},
         verify::{largest_error, spread, write_inputs},
@@ -307,18 +307,15 @@ impl<'a> Case<'a> {
     /// Runs `variant` twice, and checks that it wrote nothing but its outputs. Reads those that are not known to be right.
     fn run(&mut self, variant: Variant, bases: &[(Bits, Base)], rests: &Rests) -> Result<Run, Error> {
         let (sum, norm) = variant.written(&self.problem);
-        let run = |backend: &mut dyn Collective| Ok(backend.run(&variant.steps)?);
-        run_over_poison(self.backend, run)?;
+        poison_outputs(self.backend)?;
+        self.backend.run(&variant.steps)?;
         let digests = Digests::read(self.backend, sum, norm)?;
-        let unwritten: Vec<Tensor> = Tensor::OUTPUTS
-            .into_iter()
-            .filter(|&tensor| is_unwritten(&variant, &self.problem, tensor))
-            .collect();
-        let mut poisoned = None;
-        run_over_poison(self.backend, |backend| {
-            poisoned = Some(Held::of(backend, unwritten)?);
-            run(backend)
-        })?;
+        poison_outputs(self.backend)?;
+        let is_written = |tensor| {
+            tensor == sum || Some(tensor) == norm || matches!(tensor, Tensor::QuantOut | Tensor::ScaleOut)
+        };
+        let unwritten = Held::of(self.backend, Tensor::OUTPUTS.into_iter().filter(|&it| !is_written(it)))?;
+        self.backend.run(&variant.steps)?;
         let mut after = Ok(0.0);
         if Digests::read(self.backend, sum, norm)? != digests {
             after = Err("a repeated run gave other bits".to_owned());
@@ -336,7 +333,7 @@ impl<'a> Case<'a> {
             None => Some(Outputs::read(self.backend, sum, norm)?),
         };
         let verdict = Ok(base.filter(|_| knows_all).map_or(0.0, |base| base.max_error_ulp));
-        let untouched = self.check_untouched(poisoned.as_ref())?;
+        let untouched = self.check_untouched(&unwritten)?;
         let in_chunks = self.check_chunks(&variant, &digests, outputs.as_ref(), base)?;
         Ok(Run { variant, digests, knows_sum, outputs, verdict, after: after.and(untouched), in_chunks })
     }
@@ -359,7 +356,8 @@ impl<'a> Case<'a> {
         let problem = self.problem;
         // No rank's calls may write while another one searches for stray writes of the calls before.
         self.group.barrier()?;
-        run_over_poison(self.backend, |backend| chunks::run(backend, &problem, &steps))?;
+        poison_outputs(self.backend)?;
+        chunks::run(self.backend, &problem, &steps)?;
         let (sum, norm) = in_place.written(&problem);
         let mut wrong = None;
         if Digests::read(self.backend, sum, norm)? != *digests {
@@ -383,10 +381,10 @@ impl<'a> Case<'a> {
         })
     }
 
-    /// Checks on this rank that a run wrote nothing but its outputs: not the inputs, nor what was `poisoned` before it. All ranks
-    /// are idle meanwhile.
-    fn check_untouched(&mut self, poisoned: Option<&Held>) -> Result<Verdict, Error> {
-        for held in [Some(&self.untouched), poisoned].into_iter().flatten() {
+    /// Checks on this rank that a run wrote nothing but its outputs: not the inputs, nor the tensors that it leaves `unwritten`. All
+    /// ranks are idle meanwhile.
+    fn check_untouched(&mut self, unwritten: &Held) -> Result<Verdict, Error> {
+        for held in [&self.untouched, unwritten] {
             let Some(changed) = held.first_changed(self.backend)? else { continue };
             if let Some((_, name)) = INPUTS.iter().find(|(tensor, _)| *tensor == changed) {
                 return Ok(Err(format!("{name} was changed")));
@@ -399,12 +397,6 @@ impl<'a> Case<'a> {
         let stray = self.backend.find_stray_write(false)?;
         Ok(stray.map_or(Ok(0.0), |what| Err(format!("{what} is in no tensor, and was written"))))
     }
-}
-
-/// True of an output that `variant` leaves alone.
-fn is_unwritten(variant: &Variant, problem: &Problem, tensor: Tensor) -> bool {
-    let (sum, norm) = variant.written(problem);
-    tensor != sum && Some(tensor) != norm && !matches!(tensor, Tensor::QuantOut | Tensor::ScaleOut)
 }
 
 /// The sum that `variant` must leave on this rank, if `sum` is the whole sum. With a sharded residual it is this rank's

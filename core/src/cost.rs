@@ -168,12 +168,10 @@ pub fn separate(operation: &Operation, plan: &Plan, links: &Links) -> Cost {
     let of = |within, between| Cost { within, between, ..steps };
     // Each of a host's ranks has a ring of its own, whose way to the next host is its link.
     let sent = bytes * 2 * (all - 1) / all;
+    let between = if hosts > 1 { ring_hops(all, ranks) } else { 0 };
     let ring = of(
-        Traffic { bytes: if ranks > 1 { sent } else { 0 }, hops: 2 * (all - 1) - ring_hops(all, ranks) },
-        Traffic {
-            bytes: if hosts > 1 { sent / ranks } else { 0 },
-            hops: if hosts > 1 { ring_hops(all, ranks) } else { 0 },
-        },
+        Traffic { bytes: if ranks > 1 { sent } else { 0 }, hops: 2 * (all - 1) - between },
+        Traffic { bytes: if hosts > 1 { sent / ranks } else { 0 }, hops: between },
     );
     let levels = u64::from(plan.hosts.next_power_of_two().trailing_zeros());
     let tree = of(

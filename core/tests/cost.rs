@@ -71,6 +71,9 @@ fn separate_operations_are_an_all_reduce_and_a_kernel_for_each_step() {
     let one = Operation { tokens: 1, ..operation };
     let few = separate(&one, &self::plan(&one, 2, 8), &Links::H200);
     assert_eq!((few.within.hops, few.between.hops), (14, 2));
+    // Within one host all of the ring's hops are.
+    let within = separate(&operation, &self::plan(&operation, 1, 8), &Links::H200);
+    assert_eq!((within.within.hops, within.between), (14, Traffic::default()));
     let none = Operation { tokens: 0, ..operation };
     assert_eq!(separate(&none, &self::plan(&none, 2, 8), &Links::H200), Cost::default());
 }

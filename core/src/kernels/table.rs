@@ -30,7 +30,8 @@ pub enum Set {
     /// [`Extras`](crate::launch::Extras), of addends as elements and in a wire format.
     Any8,
     /// Every kernel that streams its rows, for groups of any size: clusters of eight blocks hold 65,536 elements of 16 bits in
-    /// registers, so only GPUs without clusters, and the longest rows of `f32`, use these.
+    /// registers, or half as many in kernels of one pack in each of 512 threads. So only GPUs without clusters, and rows longer than any
+    /// model's, use these.
     Streamed,
     /// The kernels of groups of several hosts, of at most 8 ranks each, of any epilogue and all
     /// [`Extras`](crate::launch::Extras): of rows in registers, one pack a thread, and those that stream them.
@@ -84,7 +85,7 @@ impl Set {
     /// True if the set has a version of a kernel for a processor with clusters or without.
     pub fn has(self, kernel: &Kernel, version: Version, has_clusters: bool) -> bool {
         let is_one_shot = kernel.family == Family::OneShot && kernel.addends == Addends::Elements;
-        // More blocks of a cluster hold a row as well as more packs of a thread. One-shot of elements does not gain from
+        // More blocks of a cluster hold a row as well as more packs of a thread, up to 32,768 elements of 16 bits. One-shot of elements does not gain from
         // narrow blocks, and what few operations need is small before it is fast. Between two the one of any epilogue was
         // measured, and stays.
         let is_needless =

@@ -125,7 +125,7 @@ fn renumber(ptx: &str) -> String {
         };
         renumbered += &rest[..at + prefix.len()];
         rest = &name[prefix.len()..];
-        if prefix == ".entry" {
+        if prefix == ".entry" || prefix == ".func" {
             kinds.clear();
         } else if prefix.starts_with(LABEL) || rest.starts_with('<') {
             kinds.entry(prefix).or_default();
@@ -190,7 +190,12 @@ mod tests {
         let numbered = ptx([1, 1, 2, 3, 1]);
         assert_eq!(renumber(&ptx([7, 5, 3, 8, 6])), numbered);
         assert_eq!(renumber(&numbered), numbered);
-        // A kernel has names of its own, and what is not declared is none.
+        // A kernel or a function has names of its own, and what is not declared is none.
+        let function = |text: String| text.replace(".visible .entry", ".func");
+        assert_eq!(
+            renumber(&(ptx([7, 5, 3, 8, 6]) + &function(ptx([2, 4, 6, 8, 3])))),
+            ptx([1, 1, 2, 3, 1]) + &function(ptx([1, 1, 2, 3, 1]))
+        );
         let both = ptx([7, 5, 3, 8, 6]) + &two(ptx([2, 4, 6, 8, 3]));
         assert_eq!(renumber(&both), numbered.clone() + &two(numbered));
         for text in ["", "%", "$", "$L__BB", "100%", "%r1 $L_brx_5 %clock64 e.g. 1.5"] {

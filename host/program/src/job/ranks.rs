@@ -53,9 +53,12 @@ impl From<fused_collective::Error> for Error {
     }
 }
 
-/// The hosts of a group that the job has checked.
+/// The hosts of a group.
+///
+/// # Panics
+/// If they have different numbers of ranks, which the job has checked.
 pub(crate) fn hosts(group: &Group) -> Hosts {
-    group.by_host().unwrap_or_else(|_| Hosts::one(group.rank(), group.world_size()))
+    group.by_host().expect("hosts have as many ranks each")
 }
 
 /// True if `holds` is true on every rank.

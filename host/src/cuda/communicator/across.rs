@@ -31,7 +31,7 @@ use super::{
         device::Context,
         driver::{Handle, check},
         memory::{DeviceMemory, MappedStatus, PinnedMemory},
-        nccl::{Bounds, Comm, Library, Seat, UniqueId},
+        nccl::{ABORT_LIMIT, Bounds, Comm, LEAVE_LIMIT, Library, Seat, UniqueId},
     },
     abort_flag::AbortFlag,
     stream::OwnStream,
@@ -48,10 +48,6 @@ const HEAD: u64 = 256;
 const DIGEST_WORDS: usize = 4;
 /// The time that a gather may take beyond the deadlines of two kernels: this rank's and those of the hosts that it waits for.
 const GRACE: Duration = Duration::from_secs(1);
-/// The time that NCCL may take to leave: in good order, and when it was aborted, which nobody should wait for.
-const LEAVE_LIMIT: Duration = Duration::from_secs(10);
-const ABORT_LIMIT: Duration = Duration::from_secs(1);
-
 /// Bytes of a host for which NCCL does as for any larger number.
 const MANY_BYTES: u64 = 16 << 20;
 
@@ -165,6 +161,41 @@ fn agreed(all: &[Vec<u8>]) -> Result<(), Error> {
     Ok(())
 }
 
+/// Tells all ranks whether this one has what the exchange needs, and what they need of it. Returns that, and what each told. All
+/// ranks call this, and all go on or none.
+///
+/// # Errors
+/// The own one, unless another rank was lost first; [`Error::Nccl`] with the first rank that has one, and its text; the bootstrap's.
+fn all_or_none<T>(
+    bootstrap: &dyn Bootstrap,
+    own: Result<T, Error>,
+    tell: impl FnOnce(&T) -> Vec<u8>,
+) -> Result<(T, Vec<Vec<u8>>), Error> {
+    let told = match &own {
+        Ok(own) => [b"+", &tell(own)[..]].concat(),
+        Err(error) => format!("-{error}").into_bytes(),
+    };
+    let all = bootstrap.all_gather(&told).map_err(Error::bootstrap);
+    let is_lost = || {
+        bootstrap.monitor().and_then(|monitor| monitor.lost()).is_some_and(|it| it.rank != bootstrap.rank())
+    };
+    let (own, all) = match (own, all) {
+        // What failed here may come of the other's end.
+        (Err(_), Err(error)) if is_lost() => return Err(error),
+        (own, all) => (own?, all?),
+    };
+    let mut needed = Vec::new();
+    for (rank, told) in all.into_iter().enumerate() {
+        let Some(told) = told.strip_prefix(b"+") else {
+            let why = String::from_utf8_lossy(told.strip_prefix(b"-").unwrap_or_default()).into_owned();
+            let why = why.strip_prefix("NCCL ").map_or(format!("failed: {why}"), str::to_owned);
+            return Err(Error::Nccl(format!("connects no group, as on rank {rank} it {why}")));
+        };
+        needed.push(told.to_vec());
+    }
+    Ok((own, needed))
+}
+
 /// The parts of a communicator that the exchange needs.
 pub(super) struct Parts<'a> {
     pub(super) bootstrap: &'a dyn Bootstrap,
@@ -184,21 +215,17 @@ impl Across {
     /// Not enough memory; NCCL's, on any rank, by number; what does not connect within the deadline; the bootstrap's.
     pub(super) fn join(parts: Parts<'_>) -> Result<Across, Error> {
         let Parts { bootstrap, context, hosts, library, slot_bytes, deadline, status, abort } = parts;
-        let makes_id = hosts.host() == 0;
-        let own =
-            if makes_id { library.unique_id().map(UniqueId::to_bytes) } else { Ok([0; UniqueId::BYTES]) };
-        // Without one, this rank still answers the others, which would wait for it.
-        let bytes = own.as_ref().map_or(&[][..], |id| if makes_id { id } else { &[] });
-        let ids = bootstrap.all_gather(bytes).map_err(Error::bootstrap)?;
-        own?;
-        let maker = hosts.rank_at(0, hosts.place());
-        let id = ids.get(maker as usize).map_or(&[][..], |id| id);
+        let prepared = (|| {
+            let id = if hosts.host() == 0 { library.unique_id()?.to_bytes().to_vec() } else { Vec::new() };
+            let buffer = DeviceMemory::new(context, u64::from(hosts.count()) * 2 * HEAD + slot_bytes)?;
+            let heads = PinnedMemory::new(context, hosts.count() as usize * DIGEST_WORDS * 4)?;
+            Ok((id, buffer, OwnStream::new(context)?, heads))
+        })();
+        // All that may fail on one rank alone comes ahead of NCCL, in which the others would wait for it.
+        let ((_, buffer, stream, heads), ids) = all_or_none(bootstrap, prepared, |(id, ..)| id.clone())?;
+        let id = &ids[hosts.rank_at(0, hosts.place()) as usize];
         let monitor = bootstrap.monitor();
         let joined = UniqueId::from_bytes(id).and_then(|id| {
-            let bytes = u64::from(hosts.count()) * 2 * HEAD + slot_bytes;
-            let buffer = DeviceMemory::new(context, bytes)?;
-            let stream = OwnStream::new(context)?;
-            let heads = PinnedMemory::new(context, hosts.count() as usize * DIGEST_WORDS * 4)?;
             let lost = monitor.clone();
             let is_over = || abort.is_set() || lost.as_ref().is_some_and(|monitor| monitor.lost().is_some());
             let bounds = Bounds { limit: deadline, is_over: &is_over };
@@ -224,18 +251,13 @@ impl Across {
             across.watchdog = Some(Watchdog::start(comm, watched, across.gather_limit)?);
             Ok(across)
         });
-        // A rank that has failed tells the others, which would wait for it in an operation.
-        let told = joined.as_ref().map_or_else(ToString::to_string, |_| String::new());
-        let all = bootstrap.all_gather(told.as_bytes()).map_err(Error::bootstrap)?;
-        let joined = joined?;
-        match all.iter().position(|why| !why.is_empty()) {
-            None => Ok(joined),
-            Some(rank) => {
-                let why = String::from_utf8_lossy(&all[rank]).into_owned();
-                let why = why.strip_prefix("NCCL ").map_or(format!("failed: {why}"), str::to_owned);
-                Err(Error::Nccl(format!("connects no group, as on rank {rank} it {why}")))
-            }
+        if let (Err(error), Some(monitor)) = (&joined, &monitor)
+            && monitor.lost().is_none()
+        {
+            // The others see it while they connect, and need not come to the deadline.
+            monitor.abort(&error.to_string());
         }
+        Ok(all_or_none(bootstrap, joined, |_| Vec::new())?.0)
     }
 
     /// Gathers a head, and then many bytes of each host, by which NCCL connects what it uses for few and for many.
@@ -381,8 +403,8 @@ impl Across {
         if gathers(&self.status) != before {
             return Ok(None);
         }
+        let Some(other) = other_host(&self.heads(), self.hosts.host(), digest) else { return Ok(None) };
         self.last = None;
-        let other = other_host(&self.heads(), self.hosts.host(), digest);
         Ok(other.map(|host| self.hosts.rank_at(host, self.hosts.place())))
     }
 
@@ -449,12 +471,13 @@ impl Drop for Across {
     }
 }
 
-/// The first host whose head differs from `host`'s, if that is as it should be.
-fn other_host(heads: &[u32], host: u32, digest: u32) -> Option<u32> {
+/// The first host whose head differs from `host`'s, if any does. `None` if that one is not what it should be: then another round
+/// was gathered last, and the calls are compared later.
+fn other_host(heads: &[u32], host: u32, digest: u32) -> Option<Option<u32>> {
     if heads.get(host as usize) != Some(&digest) {
         return None;
     }
-    heads.iter().position(|&head| head != digest).map(|host| host as u32)
+    Some(heads.iter().position(|&head| head != digest).map(|host| host as u32))
 }
 
 /// Bytes from one host's head to the next one's, in a round.
@@ -471,6 +494,7 @@ fn digest(chain: Chain) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::group::threads;
 
     fn of(all: &[String]) -> Result<(), String> {
         let all: Vec<Vec<u8>> = all.iter().map(|told| told.clone().into_bytes()).collect();
@@ -504,11 +528,41 @@ mod tests {
 
     #[test]
     fn a_host_with_another_head_is_named_if_the_own_one_is_where_it_should_be() {
-        assert_eq!(other_host(&[7, 7, 7], 1, 7), None);
-        assert_eq!(other_host(&[7, 7, 8], 1, 7), Some(2));
-        assert_eq!(other_host(&[9, 7, 7], 2, 7), Some(0));
+        assert_eq!(other_host(&[7, 7, 7], 1, 7), Some(None));
+        assert_eq!(other_host(&[7, 7, 8], 1, 7), Some(Some(2)));
+        assert_eq!(other_host(&[9, 7, 7], 2, 7), Some(Some(0)));
         // Another round was gathered last.
         assert_eq!(other_host(&[9, 5, 7], 1, 7), None);
+    }
+
+    #[test]
+    fn a_rank_that_cannot_join_says_why_and_the_others_name_it() {
+        let texts: Vec<String> = std::thread::scope(|scope| {
+            let ranks = threads(3, Duration::from_secs(60));
+            let join = |thread: crate::group::Thread| {
+                let rank = thread.rank();
+                let own = if rank == 1 { Err(Error::Unsupported("rows of this length")) } else { Ok(rank) };
+                all_or_none(&thread, own, |rank| vec![*rank as u8]).unwrap_err().to_string()
+            };
+            let ranks: Vec<_> = ranks.into_iter().map(|thread| scope.spawn(move || join(thread))).collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        });
+        let own = Error::Unsupported("rows of this length").to_string();
+        let others = format!("NCCL connects no group, as on rank 1 it failed: {own}");
+        assert_eq!(texts, [others.clone(), own, others]);
+    }
+
+    #[test]
+    fn ranks_that_all_can_have_what_each_told() {
+        std::thread::scope(|scope| {
+            for thread in threads(2, Duration::from_secs(60)) {
+                scope.spawn(move || {
+                    let rank = thread.rank();
+                    let (own, all) = all_or_none(&thread, Ok(rank), |rank| vec![*rank as u8; 3]).unwrap();
+                    assert_eq!((own, all), (rank, vec![vec![0; 3], vec![1; 3]]));
+                });
+            }
+        });
     }
 
     /// Heads and rows of all hosts fit the buffer, whatever the round.

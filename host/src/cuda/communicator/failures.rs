@@ -55,7 +55,18 @@ impl Communicator {
                 Err(self.poison(self.out_of_step(disagreement)))
             }
             (Ok(_), _) => Ok(()),
-            (Err(error), _) => Err(self.fail(error)),
+            (Err(error), _) => Err(self.fail_launch(error)),
+        }
+    }
+
+    /// [Fails](Self::fail), because a launch or NCCL did. An error of NCCL's may come of a gather that this rank's own thread has
+    /// ended, or of the end of the group: that came first.
+    pub(super) fn fail_launch(&mut self, error: Error) -> Error {
+        match (&error, self.end()) {
+            (Error::Nccl(_), cause @ (Cause::Deadline(_) | Cause::GaveUp(_))) => {
+                self.poison(Failure { rank: self.rank, wait: self.late_gather(), cause })
+            }
+            _ => self.fail(error),
         }
     }
 

@@ -115,7 +115,7 @@ impl Communicator {
         });
         launched.map_err(|error| {
             if !capturing {
-                return self.fail(error);
+                return self.fail_launch(error);
             }
             self.captured = captured;
             error

@@ -154,7 +154,10 @@ mod tests {
     use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
     use super::{
-        super::super::nccl::{Bounds, Seat, fake::Fake},
+        super::super::nccl::{
+            Bounds, Seat,
+            fake::{Fake, until},
+        },
         *,
     };
 
@@ -207,14 +210,6 @@ mod tests {
         let comm = Comm::connect_in(&fake.nccl(), None, fake.id(), seat, bounds).unwrap();
         let watchdog = Watchdog::start(Arc::new(comm), kernels.clone(), limit).unwrap();
         (kernels, watchdog)
-    }
-
-    fn until(done: impl Fn() -> bool) {
-        let began = Instant::now();
-        while !done() {
-            assert!(began.elapsed() < Duration::from_secs(10), "nothing came of it");
-            thread::yield_now();
-        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{
     ffi::c_void,
     ptr::null_mut,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, TryLockError,
         mpsc::{self, Receiver},
     },
     thread,
@@ -24,6 +24,11 @@ use crate::error::Error;
 const ASK_EVERY: Duration = Duration::from_micros(200);
 /// Questions before the thread sleeps between them.
 const SPINS: u32 = 1_000;
+
+/// The time that NCCL may take to leave in good order.
+pub const LEAVE_LIMIT: Duration = Duration::from_secs(10);
+/// The time that it may take when it was aborted, which nobody should wait for.
+pub const ABORT_LIMIT: Duration = Duration::from_secs(1);
 
 /// A rank's place in a communicator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -135,11 +140,6 @@ impl Comm {
         &self.nccl
     }
 
-    /// This rank's place.
-    pub fn seat(&self) -> Seat {
-        self.seat
-    }
-
     /// Calls `inside` with the communicator, alone.
     ///
     /// # Errors
@@ -154,16 +154,19 @@ impl Comm {
 
     /// Asks how it goes: `false` while a call is under way.
     fn is_settled(&self, doing: &'static str) -> Result<bool, Error> {
-        self.inside(|nccl, comm| {
-            let mut result = ncclSuccess;
-            // SAFETY: the communicator is alive, and there is room for the answer.
-            let asked = unsafe { (nccl.ncclCommGetAsyncError)(comm, &mut result) };
-            self.nccl.check("tell how it went", asked)?;
-            if result == ncclInProgress {
-                return Ok(false);
-            }
-            self.nccl.check(doing, result).map(|()| true)
-        })
+        self.inside(|_, comm| self.ask(comm, doing))
+    }
+
+    /// As [`is_settled`](Self::is_settled), of the communicator that the caller has locked.
+    fn ask(&self, comm: ncclComm_t, doing: &'static str) -> Result<bool, Error> {
+        let mut result = ncclSuccess;
+        // SAFETY: the communicator is alive, and there is room for the answer.
+        let asked = unsafe { (self.nccl.functions().ncclCommGetAsyncError)(comm, &mut result) };
+        self.nccl.check("tell how it went", asked)?;
+        if result == ncclInProgress {
+            return Ok(false);
+        }
+        self.nccl.check(doing, result).map(|()| true)
     }
 
     /// Waits until the last call has come to its end. `doing` completes "could not".
@@ -190,13 +193,18 @@ impl Comm {
         Ok(())
     }
 
-    /// An error if anything went wrong in what was enqueued.
+    /// An error if anything went wrong in what was enqueued. While another thread is inside of NCCL there is nothing to ask, and
+    /// nobody waits for that thread here.
     ///
     /// # Errors
     /// NCCL's; none once it was left.
     pub fn check(&self) -> Result<(), Error> {
-        let is_left = self.handle.lock().unwrap_or_else(PoisonError::into_inner).is_none();
-        if is_left { Ok(()) } else { self.is_settled("run a collective").map(drop) }
+        let handle = match self.handle.try_lock() {
+            Ok(handle) => handle,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
+        handle.as_ref().map_or(Ok(()), |&Owned(comm)| self.ask(comm, "run a collective").map(drop))
     }
 
     /// Enqueues an all-gather in place: every rank's `bytes` bytes, from `bytes * rank` on in `buffer`. Returns when NCCL has
@@ -258,7 +266,10 @@ impl Comm {
 mod tests {
     use std::sync::atomic::Ordering::SeqCst;
 
-    use super::{super::fake::Fake, *};
+    use super::{
+        super::fake::{Fake, until},
+        *,
+    };
 
     const SEAT: Seat = Seat { ranks: 2, rank: 1 };
 
@@ -268,15 +279,6 @@ mod tests {
 
     fn connect(fake: &Fake, bounds: Bounds<'_>) -> Result<Comm, Error> {
         Comm::connect_in(&fake.nccl(), None, fake.id(), SEAT, bounds)
-    }
-
-    /// Waits for a thread of another's to do its part.
-    fn until(done: impl Fn() -> bool) {
-        let began = Instant::now();
-        while !done() {
-            assert!(began.elapsed() < Duration::from_secs(10), "nothing came of it");
-            thread::yield_now();
-        }
     }
 
     #[test]
@@ -357,5 +359,15 @@ mod tests {
         comm.check().unwrap();
         comm.leave(true);
         assert_eq!(fake.aborted.load(SeqCst), 1);
+    }
+
+    #[test]
+    fn a_check_does_not_wait_for_a_thread_that_is_inside_of_nccl() {
+        let fake = Fake::new();
+        let comm = connect(&fake, within(Duration::from_secs(10))).unwrap();
+        fake.async_error.store(6, SeqCst);
+        comm.inside(|_, _| thread::scope(|scope| scope.spawn(|| comm.check()).join().expect("no panic")))
+            .unwrap();
+        comm.check().unwrap_err();
     }
 }

@@ -8,6 +8,8 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicU32, Ordering::SeqCst},
     },
+    thread,
+    time::{Duration, Instant},
 };
 
 use nccl_sys::{
@@ -186,4 +188,13 @@ unsafe extern "C" fn all_reduce(
     _stream: cudaStream_t,
 ) -> ncclResult_t {
     ncclSuccess
+}
+
+/// Waits for a thread of another's to do its part.
+pub(crate) fn until(done: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < Duration::from_secs(10), "nothing came of it");
+        thread::yield_now();
+    }
 }

@@ -15,7 +15,7 @@ mod comm;
 pub(in crate::cuda) mod fake;
 mod library;
 
-pub use comm::{Bounds, Comm, Seat};
+pub use comm::{ABORT_LIMIT, Bounds, Comm, LEAVE_LIMIT, Seat};
 pub use library::{Library, MIN_VERSION, UniqueId};
 pub use nccl_sys::LIBRARY_VARIABLE;
 

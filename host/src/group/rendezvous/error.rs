@@ -2,14 +2,14 @@
 
 use std::{fmt, io, time::Duration};
 
+/// The most ranks that meet over a network. Those of one host are [`MAX_WORLD_SIZE`] at most.
+pub use fused_collective_core::MAX_RANKS;
 use fused_collective_core::MAX_WORLD_SIZE;
 
 use super::{super::loss::Lost, address::Address, frame::FrameError};
 
 /// The fewest ranks that meet: one alone has nobody to meet.
 pub const MIN_RANKS: u32 = 2;
-/// The most ranks that meet over a network. Those of one host are [`MAX_WORLD_SIZE`] at most.
-pub const MAX_RANKS: u32 = 128;
 
 /// A failure to join a group, or to do an operation of it.
 #[derive(Debug)]

@@ -27,7 +27,7 @@ use fused_collective::{
         ExternalWork,
         device::{Context, Gpu},
         driver::{Handle, check as check_driver},
-        nccl::{Comm, Library, Seat, UniqueId},
+        nccl::{ABORT_LIMIT, Comm, LEAVE_LIMIT, Library, Seat, UniqueId},
     },
     group::rendezvous::{Control, Group},
 };
@@ -41,9 +41,6 @@ use super::together::{Limits, Outcome, together};
 pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(60);
 /// How long it may take to give up what did not connect.
 const UNDO_LIMIT: Duration = Duration::from_secs(15);
-/// How long it may take to leave a communicator: in good order, and when it was aborted, which nobody should wait for.
-const DESTROY_LIMIT: Duration = Duration::from_secs(10);
-const ABORT_LIMIT: Duration = Duration::from_secs(1);
 /// How long a call into NCCL may take to notice that the group is over.
 const NOTICE: Duration = Duration::from_secs(2);
 /// Between looks at whether it is.
@@ -432,7 +429,7 @@ impl Drop for NcclGroup {
         // Past the limit it ends with the process.
         let _ = match self.aborted.take() {
             Some(over) => over.recv_timeout(ABORT_LIMIT),
-            None => self.leave(false).recv_timeout(DESTROY_LIMIT),
+            None => self.leave(false).recv_timeout(LEAVE_LIMIT),
         };
     }
 }

@@ -93,13 +93,17 @@ impl VerifyArgs {
     pub(crate) fn settings(self) -> Result<Settings, UsageError> {
         let default = if self.quick { Settings::quick() } else { Settings::default() };
         let tokens = |text: &str| number("--num-tokens", text, "a number of tokens", 0, None);
-        let spans_hosts = self.hosts.is_some();
-        let group_sizes = match &self.nproc_per_node[..] {
-            // One number, of each host.
-            [_] if spans_hosts => Vec::new(),
-            texts => list("--nproc-per-node", texts, ranks, default.group_sizes)?,
+        let spans_hosts = self.hosts.as_ref().is_some_and(|hosts| hosts != "1");
+        let (of_host, group_sizes) = match &self.nproc_per_node[..] {
+            // The ranks of each host, of which the only group is made.
+            [of_host] if spans_hosts => (Some(of_host.clone()), Vec::new()),
+            [_, _, ..] if spans_hosts => {
+                return Err(UsageError::new(
+                    "--nproc-per-node: with --hosts, use one number: the ranks of each host",
+                ));
+            }
+            texts => (None, list("--nproc-per-node", texts, ranks, default.group_sizes)?),
         };
-        let of_host = self.nproc_per_node.first().filter(|_| spans_hosts).cloned();
         let job = JobArgs {
             backend: self.backend,
             nproc_per_node: of_host,

@@ -146,7 +146,7 @@ pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, c
     let push = |waiter: &Waiter<'_>, other: i32, chunk: u32| {
         let Some(Token { token, owner, index }) = tokens.other(other) else { return };
         // A warp encodes together, whoever of it has failed.
-        if !S::FIRST_HOP || W::ELEMENTS && waiter.failed {
+        if W::ELEMENTS && waiter.failed {
             return;
         }
         // SAFETY: see above.
@@ -163,7 +163,7 @@ pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, c
     let turns_ahead = const { turns_ahead(N, P, RESIDENT) };
     let mut other = tokens.first_other(team_index, teams);
     let mut pushed = 0;
-    while (turns_ahead == 0 || pushed < turns_ahead) && tokens.other(other).is_some() {
+    while S::FIRST_HOP && (turns_ahead == 0 || pushed < turns_ahead) && tokens.other(other).is_some() {
         slice.for_chunks(|chunk| push(&begun.waiter, other, chunk));
         other += teams as i32;
         pushed += 1;
@@ -217,7 +217,7 @@ pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, c
                 } else {
                     [[Pack::default(); N]; P]
                 };
-                if turns_ahead > 0 {
+                if S::FIRST_HOP && turns_ahead > 0 {
                     // The team is a turn late with the others' tokens. None of two ranks is left out, as a team has
                     // at most one more of them than of its own.
                     push(waiter, other + ((turns_ahead + 1) * simt::clusters()) as i32, chunk);

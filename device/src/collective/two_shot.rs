@@ -124,20 +124,23 @@ pub(super) unsafe fn two_hops<E, X, I, W, S, const N: usize, const P: usize, con
 
     // Push.
     let own = |token, chunk| if keeps && token == team_index { first } else { input(token, chunk) };
-    deal(team_index, teams, shape.tokens, |token| {
-        let (owner, index) = dealt(token, group.world_size);
-        if !S::FIRST_HOP || owner == group.rank || begun.waiter.failed {
-            return;
-        }
-        // SAFETY: see above.
-        unsafe {
-            let row = begun.slot_of::<N>(owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
-            slice.for_chunks(|chunk| {
-                let packs = encode(wire, slice, chunk, own(token, chunk));
-                slice.for_each(chunk, |p, pack| wire.push(row, 0, in_row(pack), packs[p]));
-            });
-        }
-    });
+    if S::FIRST_HOP {
+        deal(team_index, teams, shape.tokens, |token| {
+            let (owner, index) = dealt(token, group.world_size);
+            if owner == group.rank || begun.waiter.failed {
+                return;
+            }
+            // SAFETY: see above.
+            unsafe {
+                let row =
+                    begun.slot_of::<N>(owner).offset(group.rank as u64 * stride + index as u64 * row_bytes);
+                slice.for_chunks(|chunk| {
+                    let packs = encode(wire, slice, chunk, own(token, chunk));
+                    slice.for_each(chunk, |p, pack| wire.push(row, 0, in_row(pack), packs[p]));
+                });
+            }
+        });
+    }
     // SAFETY: see above.
     unsafe { origin.begin(&mut begun, shape) };
     begun.advance();

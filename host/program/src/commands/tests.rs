@@ -162,6 +162,21 @@ fn help_at_both_levels_names_everything() {
 }
 
 #[test]
+fn ranks_of_simulated_hosts_are_one_number() {
+    let job = |line: &str| verify(line).job;
+    assert_eq!(verify("--hosts 1 --nproc-per-node 4 3").group_sizes, [4, 3]);
+    assert_eq!(verify("--hosts 2 --nproc-per-node 2").group_sizes, []);
+    assert_eq!(
+        (job("--hosts 2 --nproc-per-node 2").hosts, job("--hosts 2 --nproc-per-node 2").nproc_per_node),
+        (2, Some(2))
+    );
+    refused(
+        "verify --hosts 2 --nproc-per-node 2 3",
+        "--nproc-per-node: with --hosts, use one number: the ranks of each host",
+    );
+}
+
+#[test]
 fn every_option_of_verify_reaches_its_setting() {
     assert_eq!(verify(""), verify::settings::Settings::default());
     assert_eq!(verify("--quick"), verify::settings::Settings::quick());

@@ -165,7 +165,7 @@ fn help_at_both_levels_names_everything() {
 fn ranks_of_simulated_hosts_are_one_number() {
     let job = |line: &str| verify(line).job;
     assert_eq!(verify("--hosts 1 --nproc-per-node 4 3").group_sizes, [4, 3]);
-    assert_eq!(verify("--hosts 2 --nproc-per-node 2").group_sizes, []);
+    assert_eq!(verify("--hosts 2 --nproc-per-node 2").group_sizes, [0u32; 0]);
     assert_eq!(
         (job("--hosts 2 --nproc-per-node 2").hosts, job("--hosts 2 --nproc-per-node 2").nproc_per_node),
         (2, Some(2))

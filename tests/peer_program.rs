@@ -26,12 +26,16 @@ def module(name, source="", **content):
     sys.modules[name] = made
     return made
 
-def problem(quant_mode="none", tokens=128, dtype=BF16):
-    tensors = MagicMock(residual_out=None)
-    return SimpleNamespace(
+REQUEST = {"oneshot": True, "coded": False}
+
+def problem(quant_mode="none", tokens=128, dtype=BF16, torch=None, top_k=None, post_weight_bias=None):
+    made = peers.Problem.__new__(peers.Problem)
+    made.__dict__.update(
         quant_mode=quant_mode, tokens=tokens, hidden=8192, dtype=dtype, has_residual=True, epsilon=1e-6,
-        scale_tensor="scale", inverse_scale="inverse scale", sets=[tensors],
+        scale_tensor="scale", inverse_scale="inverse scale", sets=[MagicMock(residual_out=None, summed=None)],
+        torch=torch or MagicMock(), top_k=top_k, post_weight_bias=post_weight_bias,
     )
+    return made
 
 def peer(kind, multicast=True, agree=lambda well: well):
     """A peer of rank 1 of 2 on GPUs, which have multicast."""
@@ -39,7 +43,7 @@ def peer(kind, multicast=True, agree=lambda well: well):
     made.rank, made.world_size, made.workspaces = 1, 2, {}
     made.start = {"max_tokens": 2048, "hidden_dim": 8192, "multicast": multicast}
     made.torch, made.dist, made.hosts = MagicMock(), MagicMock(), "hosts"
-    made.torch.float32 = F32
+    made.torch.float32, made.torch.bfloat16 = F32, BF16
     made.torch.cuda.device_count.return_value = 2
     made.torch.cuda.get_device_capability.return_value = (9, 0)
     made.device = SimpleNamespace(type="cuda", index=1)
@@ -83,17 +87,25 @@ def create_allreduce_fusion_workspace(
     )
     return types.SimpleNamespace(backend=backend, workspace_tensor=made[1], mem_handles=made[2], metadata=made[3])
 
-def allreduce_fusion(*, workspace, pattern, use_oneshot, **rest):
+def call(workspace, pattern, use_oneshot, **rest):
     called.append((workspace.backend, pattern, use_oneshot))
+    asked.update(rest)
+
+if release == "0.6.6":
+    def allreduce_fusion(*, workspace, pattern, use_oneshot, **rest):
+        call(workspace, pattern, use_oneshot, **rest)
+else:
+    def allreduce_fusion(*, workspace, pattern, use_oneshot, expanded_idx_to_permuted_idx=None, **rest):
+        call(workspace, pattern, use_oneshot, index=expanded_idx_to_permuted_idx, **rest)
 ''',
-        types=types, created=created, called=called, trtllm_create_ipc_workspace_for_all_reduce_fusion=create,
+        release=release, asked=(asked := {}), types=types, created=created, called=called, trtllm_create_ipc_workspace_for_all_reduce_fusion=create,
     )
     patterns = SimpleNamespace(
-        kARResidualRMSNorm=1, kARResidualRMSNormFP8Quant=2, kARResidualRMSNormFP4Quant=3
+        kARResidualRMSNorm=1, kARResidualRMSNormFP8Quant=2, kARResidualRMSNormFP4Quant=3, kMoEFinalizeARResidualRMSNorm=7
     )
     comm = module("flashinfer.comm", AllReduceFusionPattern=patterns, QuantizationSFLayout=MagicMock())
     comm.create_allreduce_fusion_workspace = fusion.create_allreduce_fusion_workspace
-    comm.allreduce_fusion = fusion.allreduce_fusion
+    comm.allreduce_fusion, comm.asked = fusion.allreduce_fusion, asked
     return comm, created, called
 
 def names(variants):
@@ -175,7 +187,7 @@ for quant_mode, eager, compiled in [
     ("fp8", "native_rms_norm_native_quant_fp8", "rmsnorm_fp8_quant_native_compiled"),
 ]:
     own, notes = peer(peers.Torch), []
-    variants = list(own.variants(problem(quant_mode), {"oneshot": True}, notes))
+    variants = list(own.variants(problem(quant_mode, torch=own.torch), REQUEST, notes))
     assert names(variants) == [
         f"torch_standard_allreduce_{eager}",
         f"torch_standard_allreduce_{compiled}",
@@ -193,8 +205,48 @@ for quant_mode, eager, compiled in [
         )
         assert (tensors.norm_out if quant_mode == "none" else tensors.quant_out, tensors.residual_out) == ("out", "sum")
 assert memory.rendezvous.call_count == 2
-variants = list(peer(peers.Torch).variants(problem(), {"oneshot": False}, []))
+variants = list(peer(peers.Torch).variants(problem(), REQUEST | {"oneshot": False}, []))
 assert names(variants)[2:] == ["torch_standard_symm_twoshot_allreduce_rmsnorm_native_compiled"]
+"#,
+    );
+}
+
+#[test]
+fn torch_makes_the_addend_of_experts_before_each_all_reduce() {
+    python(
+        r#"
+symmetric_memory()
+own = peer(peers.Torch)
+case = problem(torch=own.torch, top_k=8)
+own.torch.compile.side_effect = lambda function, **options: ("compiled", function.__name__)
+variants = list(own.variants(case, REQUEST, []))
+assert len(variants) == 4
+log = []
+def logged(name, result):
+    return lambda *inputs: log.append((name, inputs[0])) or result
+own.torch.compile.side_effect = lambda function, **options: logged(
+    f"compiled {function.__name__}", ("out", "sum") if function.__name__ == "rms_norm" else None
+)
+own.combine = logged("combine", None)
+own.combine.__name__ = "combine"
+case.rest = lambda: rest
+rest = logged("rest", ("out", "sum"))
+rest.__name__ = "rms_norm"
+own.dist.all_reduce = logged("all_reduce", None)
+own.torch.ops.symm_mem.one_shot_all_reduce = logged("one-shot", "summed")
+eager, compiled, one_shot, _ = own.variants(case, REQUEST, [])
+tensors = SimpleNamespace(reduced="reduced", symmetric="symmetric", **{name: name for name in (
+    "input", "expert_rows", "expert_index", "expert_scales", "residual", "gamma", "post_gamma"
+)})
+for variant, expected in [
+    (eager, [("combine", "reduced"), ("all_reduce", "reduced"), ("rest", "reduced")]),
+    (compiled, [("compiled combine", "reduced"), ("all_reduce", "reduced"), ("compiled rms_norm", "reduced")]),
+    (one_shot, [("compiled combine", "symmetric"), ("one-shot", "symmetric"), ("compiled rms_norm", "summed")]),
+]:
+    log.clear()
+    variant.run(tensors)
+    assert log == expected, log
+    assert (tensors.norm_out, tensors.residual_out) == ("out", "sum")
 "#,
     );
 }
@@ -205,14 +257,14 @@ fn without_symmetric_memory_torch_s_other_variants_are_left_with_a_note() {
         r#"
 symmetric_memory(rendezvous=MagicMock(side_effect=RuntimeError("no peer access\nsome frame")))
 notes, own = [], problem()
-variants = list(peer(peers.Torch).variants(own, {"oneshot": True}, notes))
+variants = list(peer(peers.Torch).variants(own, REQUEST, notes))
 assert len(variants) == 2 and own.sets[0].symmetric is None
 start = "torch_standard_symm_* were not measured: no symmetric memory: "
 assert notes == [start + "RuntimeError: no peer access"], notes
 
 symmetric_memory()
 notes = []
-assert len(list(peer(peers.Torch, agree=lambda well: False).variants(own, {"oneshot": True}, notes))) == 2
+assert len(list(peer(peers.Torch, agree=lambda well: False).variants(own, REQUEST, notes))) == 2
 assert notes == [start + "it failed on another rank"], notes
 "#,
     );
@@ -228,7 +280,7 @@ for release in "0.6.6", "0.7.4":
         own.comm, created, called = flashinfer(release)
         original = sys.modules["flashinfer.comm.allreduce"].trtllm_create_ipc_workspace_for_all_reduce_fusion
         notes, case = [], problem(quant_mode)
-        variants = list(own.variants(case, {"oneshot": True}, notes))
+        variants = list(own.variants(case, REQUEST, notes))
         start = f"flashinfer_trtllm_fused_allreduce_rmsnorm{suffix}"
         assert names(variants) == [f"{start}_oneshot", f"{start}_twoshot"]
         # Nothing is made before it is this variant's turn: kernels come first, on one rank.
@@ -240,6 +292,76 @@ for release in "0.6.6", "0.7.4":
         [workspace] = own.workspaces.values()
         assert (workspace.workspace_tensor, workspace.mem_handles, workspace.metadata) == ("tensor", [], {"metadata": 1})
         assert sys.modules["flashinfer.comm.allreduce"].trtllm_create_ipc_workspace_for_all_reduce_fusion is original
+"#,
+    );
+}
+
+#[test]
+fn flashinfer_s_last_step_of_experts_is_called_where_its_release_has_it() {
+    python(
+        r#"
+name = "flashinfer_trtllm_fused_moe_finalize_allreduce_rmsnorm_oneshot"
+
+def moe(release="0.7.4", request=REQUEST, **options):
+    own, notes = peer(peers.FlashInfer, multicast=False), []
+    own.comm, _, called = flashinfer(release)
+    case = problem(top_k=8, **options)
+    variants = list(own.variants(case, request, notes))
+    for variant in variants:
+        variant.run(case.sets[0])
+    return names(variants), notes, called, own.comm.asked, case.sets[0]
+
+found, notes, called, asked, tensors = moe()
+assert (found, notes, called) == ([name], [], [("trtllm", 7, True)])
+assert asked["input"] is tensors.expert_rows and asked["index"] is tensors.expert_index
+assert asked["expert_scale_factor"] is tensors.expert_scales and asked["shared_expert_output"] is tensors.input
+# Its kernel has one hop.
+assert moe(request=REQUEST | {"oneshot": False})[:3] == ([], [], [])
+for options, why in [
+    ({"release": "0.6.6"}, "flashinfer 0.6.6's allreduce_fusion has no such pattern"),
+    ({"quant_mode": "fp8"}, "it has no quantization to fp8"),
+]:
+    assert moe(**options)[:3] == ([], [f"{name} was not measured: {why}"], [])
+
+own, notes = peer(peers.FlashInfer), []
+assert list(own.variants(problem(post_weight_bias=1.0), REQUEST, notes)) == []
+assert notes == ["flashinfer has no kernel with a norm of the sum"]
+"#,
+    );
+}
+
+#[test]
+fn flashinfer_s_sums_in_fewer_bits_are_measured_where_such_are_asked_for() {
+    python(
+        r#"
+start = "flashinfer_standard_quantized_allreduce"
+
+def coded(all_reduce=MagicMock(), **options):
+    own, notes = peer(peers.FlashInfer, multicast=False), []
+    own.comm, _, _ = flashinfer("0.7.4")
+    module("flashinfer.comm.quantized_allreduce", **({"quantized_all_reduce": all_reduce} if all_reduce else {}))
+    case = problem(torch=own.torch, **options)
+    case.torch.compile.return_value.return_value = "out", "sum"
+    variants = [it for it in own.variants(case, REQUEST | {"coded": True}, notes) if it.is_coded]
+    return variants, [note for note in notes if note.startswith(start)], case.sets[0], own
+
+all_reduce = MagicMock()
+[variant], notes, tensors, own = coded(all_reduce)
+assert variant.name == f"{start}_rmsnorm_native_compiled" and variant.kind == "standard" and notes == []
+variant.run(tensors)
+all_reduce.assert_called_once_with(tensors.input, own.dist.group.WORLD, output=tensors.summed)
+assert tensors.summed is own.torch.empty_like.return_value
+assert (tensors.norm_out, tensors.residual_out) == ("out", "sum")
+for options, why in [
+    ({"quant_mode": "mxfp8"}, "the compiled steps have no quantization to mxfp8"),
+    ({"dtype": F32}, "it takes bfloat16"),
+    ({"all_reduce": None}, "flashinfer 0.7.4: AttributeError: "),
+]:
+    found, [note], _, _ = coded(**options)
+    assert found == [] and note.startswith(f"{start} was not measured: {why}"), note
+own = peer(peers.FlashInfer, multicast=False)
+own.comm, _, _ = flashinfer("0.7.4")
+assert not any(variant.is_coded for variant in own.variants(problem(), REQUEST, []))
 "#,
     );
 }
@@ -271,7 +393,7 @@ def mnnvl(release="0.7.4", multicast=True, supported=True, index=1, quant_mode="
     own.comm, created, called = flashinfer(release)
     own.device.index = index
     notes, case = [], problem(quant_mode)
-    variants = [it for it in own.variants(case, {"oneshot": True}, notes) if "mnnvl" in it.name]
+    variants = [it for it in own.variants(case, REQUEST, notes) if "mnnvl" in it.name]
     for variant in variants:
         variant.run(case.sets[0])
     return names(variants), notes, created, called, memory

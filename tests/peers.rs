@@ -124,6 +124,35 @@ return [row("torch_slow", "standard", [1e12] * 3), row("torch_fused", "fused", t
 }
 
 #[test]
+fn peers_are_asked_for_the_pattern_and_for_sums_in_fewer_bits() {
+    for (options, wanted) in [
+        ("", "(None, None, False)"),
+        ("--wire exact,int8", "(None, None, True)"),
+        ("--pattern moe", "(None, 8, False)"),
+        ("--pattern post-norm", "(1.0, None, False)"),
+    ] {
+        let part = r#"
+asked = request["post_weight_bias"], request["top_k"], request["coded"]
+assert asked == WANTED, asked
+coded = row("torch_coded", "standard", [1e12] * 3)
+coded["sum_error"] = [dict(rms=0.03, largest=0.25), dict(rms=0.04, largest=0.125)][rank]
+return [row("torch_slow", "standard", [2e12] * 3), coded], []
+"#;
+        let (outcome, report) = play(&part.replace("WANTED", wanted), options);
+        outcome.assert_success();
+        for configuration in &report.configurations {
+            let of = |name| configuration.rows.iter().find(|row| row.variant == name).unwrap().verified();
+            let error = of("torch_coded").sum_error.expect("an error of its sum");
+            assert_eq!((error.rms, error.largest), (0.04, 0.25));
+            assert_eq!(of("torch_slow").sum_error, None);
+        }
+        assert!(outcome.stdout.contains("4.00% / 25.0%"), "{outcome}");
+        let sentence = "torch's sum in fewer bits misses by 4.00% of its row, root mean square, and an element by up to 25.0%";
+        assert!(outcome.stdout.contains(sentence), "{outcome}");
+    }
+}
+
+#[test]
 fn wrong_results_of_a_peer_fail_the_run() {
     let part = r#"
 wrong = dict(variant="torch_wrong", kind="standard", failed=f"rank {rank} has 3 wrong elements")
@@ -185,7 +214,7 @@ reply("measured", **Fake().measure({"warmup": 1, "trials": 2}))
     let reply: serde_json::Value = serde_json::from_str(last).unwrap();
     let expected = serde_json::json!([
         {"variant": "late", "kind": "fused", "failed": "after its trials: norm_out: 1 of 64 elements is off"},
-        {"variant": "right", "kind": "fused", "max_error_ulp": 0.75, "operations_per_trial": 7, "times_us": [2.5, 2.5]},
+        {"variant": "right", "kind": "fused", "max_error_ulp": 0.75, "sum_error": null, "operations_per_trial": 7, "times_us": [2.5, 2.5]},
     ]);
     assert_eq!(reply["rows"], expected, "{said}");
 }

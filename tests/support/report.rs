@@ -56,6 +56,9 @@ pub struct Settings {
     pub dtypes: Vec<String>,
     pub quant_modes: Vec<String>,
     pub use_residual: bool,
+    /// Present only if another than the default was asked for.
+    #[serde(default)]
+    pub pattern: Option<String>,
     /// Present only if others than exact ones were asked for.
     #[serde(default)]
     pub wires: Vec<String>,

@@ -48,15 +48,6 @@ impl Numbers {
         Numbers { seed, special: false }
     }
 
-    /// The row of expert number `place` of all tokens' on rank `rank`, of which there are `chosen` and as many rows; `None` for
-    /// one in 16, which is on another rank. No two have the same row.
-    pub fn expert_row(self, rank: u32, place: u64, chosen: u64) -> Option<u64> {
-        /// A prime above any number of rows: its multiples are all different.
-        const STRIDE: u64 = 1_000_000_007;
-        let bits = mix(self.seed ^ mix(place ^ u64::from(rank) << 48));
-        (bits & 15 != 0).then(|| place.wrapping_mul(STRIDE).wrapping_add(rank.into()) % chosen)
-    }
-
     /// Fills `row` with row `token` of a tensor.
     pub fn fill_row<E: Element>(self, source: Source, token: u64, row: &mut [E]) {
         match source {
@@ -66,6 +57,20 @@ impl Numbers {
             _ => fill_row(self.seed, source, token, row),
         }
     }
+}
+
+/// The row of expert number `place` of all tokens' on rank `rank` of `ranks`, of the tokens' `top_k` experts each, `chosen` of
+/// them and as many rows; `None` if it is on another rank. No two have the same row.
+///
+/// A token's experts are on all ranks in turn, as many on each, so that a rank reads a fixed part of them; but those of one
+/// token in 16 are all on one rank.
+pub fn expert_row(rank: u32, ranks: u32, place: u64, top_k: u32, chosen: u64) -> Option<u64> {
+    /// A prime above any number of rows: its multiples are all different.
+    const STRIDE: u64 = 1_000_000_007;
+    let token = place / u64::from(top_k);
+    let turn = if token % 16 == 15 { token / 16 } else { place + token };
+    let is_here = turn % u64::from(ranks) == u64::from(rank);
+    is_here.then(|| place.wrapping_mul(STRIDE).wrapping_add(rank.into()) % chosen)
 }
 
 /// Half the width of a uniform distribution of variance 1.
@@ -118,16 +123,31 @@ mod tests {
     }
 
     #[test]
-    fn experts_have_rows_of_their_own_and_some_are_elsewhere() {
-        for chosen in [8, 24, 1024, 8 * 999] {
-            let rows: Vec<_> =
-                (0..chosen).filter_map(|place| Numbers::random(3).expert_row(1, place, chosen)).collect();
-            let mut own = rows.clone();
-            own.sort_unstable();
-            own.dedup();
-            assert!(own.len() == rows.len() && own.iter().all(|&row| row < chosen));
-            let elsewhere = chosen - rows.len() as u64;
-            assert!(chosen < 100 || (chosen / 32..chosen / 8).contains(&elsewhere), "{elsewhere}");
+    fn experts_have_rows_of_their_own_each_on_one_rank() {
+        for (ranks, chosen) in [(2, 8), (2, 8 * 999), (3, 8 * 50), (8, 8 * 128), (11, 8 * 999)] {
+            let of = |rank| {
+                (0..chosen).map(move |place| expert_row(rank, ranks, place, 8, chosen)).collect::<Vec<_>>()
+            };
+            let rows: Vec<_> = (0..ranks).map(of).collect();
+            for place in 0..chosen as usize {
+                assert_eq!(rows.iter().filter(|of_rank| of_rank[place].is_some()).count(), 1, "{place}");
+            }
+            for of_rank in &rows {
+                let mut own: Vec<u64> = of_rank.iter().flatten().copied().collect();
+                let count = own.len();
+                own.sort_unstable();
+                own.dedup();
+                assert!(own.len() == count && own.iter().all(|&row| row < chosen));
+                // Where ranks divide a token's experts, each has its part of those of the first 15 tokens.
+                let first = of_rank[..8.min(chosen as usize)].iter().flatten().count();
+                assert!(8 % ranks != 0 || first as u32 == 8 / ranks);
+            }
+            // All of a token's on one rank.
+            let together = (0..chosen / 8).filter(|token| {
+                let places = (token * 8) as usize..(token * 8 + 8) as usize;
+                rows.iter().any(|of_rank| of_rank[places.clone()].iter().all(Option::is_some))
+            });
+            assert_eq!(together.count() as u64, chosen / 8 / 16);
         }
     }
 

@@ -10,7 +10,7 @@ use fused_collective_core::{
 };
 
 use super::{
-    inputs::{Numbers, Source},
+    inputs::{Numbers, Source, expert_row},
     outputs::{Outputs, row, row_of_sum, values},
     parallel,
     variants::Variant,
@@ -57,11 +57,11 @@ impl<E: Plain> Chosen<E> {
         Chosen { rows, index: vec![-1; top_k], scales: vec![0.0; top_k] }
     }
 
-    fn fill(&mut self, problem: &Problem, numbers: Numbers, rank: u32, token: u64) {
+    fn fill(&mut self, problem: &Problem, numbers: Numbers, (rank, ranks): (u32, u32), token: u64) {
         let (top_k, hidden) = (self.index.len() as u64, problem.hidden as usize);
         let places = token * top_k..(token + 1) * top_k;
         for ((place, k), row) in places.zip(0..).zip(self.rows.chunks_mut(hidden)) {
-            let chosen = numbers.expert_row(rank, place, problem.chosen());
+            let chosen = expert_row(rank, ranks, place, top_k as u32, problem.chosen());
             self.index[k as usize] = if chosen.is_some() { k } else { -1 };
             if let Some(chosen) = chosen {
                 numbers.fill_row(Source::ExpertRows(rank), chosen, row);
@@ -161,12 +161,13 @@ impl<'a, E: Plain> Judge<'a, E> {
     /// Makes the inputs of token `index`.
     fn fill(&mut self, index: u64) {
         let Judge { problem, numbers, .. } = *self;
+        let ranks = self.ranks.len() as u32;
         for (&rank, input) in self.ranks.iter().zip(&mut self.inputs) {
             numbers.fill_row(Source::Input(rank), index, input);
         }
         numbers.fill_row(Source::Residual, index, &mut self.residual);
         for (&rank, experts) in self.ranks.iter().zip(&mut self.experts) {
-            experts.fill(problem, numbers, rank, index);
+            experts.fill(problem, numbers, (rank, ranks), index);
         }
     }
 

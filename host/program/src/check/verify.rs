@@ -15,7 +15,7 @@ use fused_collective_core::{
 use zerocopy::IntoBytes as _;
 
 use super::{
-    inputs::{Numbers, Source},
+    inputs::{Numbers, Source, expert_row},
     judge::Judge,
     outputs::{Digests, Outputs, POISON, check_padding},
     parallel,
@@ -83,7 +83,7 @@ fn write_typed_inputs<E: Plain>(
     }
     if let Some(experts) = problem.pattern.experts() {
         let chosen = problem.chosen();
-        let row = |place| numbers.expert_row(rank, place, chosen).map_or(-1, |row| row as i32);
+        let row = |place| expert_row(rank, ranks, place, experts.top_k, chosen).map_or(-1, |row| row as i32);
         let index: Vec<i32> = (0..chosen).map(row).collect();
         backend.write(Tensor::ExpertIndex, 0, index.as_bytes())?;
         let mut scales = vec![0.0f32; chosen as usize];

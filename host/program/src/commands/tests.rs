@@ -103,10 +103,10 @@ fn a_report_of_an_earlier_run_is_shown_without_options_of_a_measurement() {
 }
 
 #[test]
-fn a_pattern_is_named_and_peers_measure_the_default_one() {
+fn a_pattern_and_a_format_between_ranks_are_named() {
     assert_eq!(bench("--pattern post-norm").pattern, Pattern::PostNorm);
     assert_eq!(bench("--pattern moe").pattern, Pattern::Moe);
-    assert_eq!(bench("--pattern all-reduce-norm --peers torch"), bench("--peers torch"));
+    assert_eq!(bench("--pattern all-reduce-norm"), bench(""));
     let error = |options: &str| run(&format!("bench {options}")).unwrap_err().to_string();
     assert_eq!(
         error("--pattern gemma"),
@@ -116,7 +116,6 @@ fn a_pattern_is_named_and_peers_measure_the_default_one() {
         error("--wire int8 fp8"),
         "--wire: 'fp8' is not a format between ranks: use exact, int8 or int4"
     );
-    assert!(error("--pattern moe --peers torch").starts_with("--peers: they are measured with --pattern"));
 }
 
 #[test]

@@ -106,10 +106,17 @@ class FlashInfer(Peer):
 
     def variants(self, problem, request, notes):
         modes = ["oneshot", "twoshot"] if request["oneshot"] else ["twoshot"]
-        yield from self.trtllm(problem, modes, notes)
-        # As in vLLM's benchmark, the kernels over multicast are measured without quantization.
-        if problem.quant_mode == "none":
-            yield from self.mnnvl(problem, modes, notes)
+        if problem.post_weight_bias is not None:
+            notes.append("flashinfer has no kernel with a norm of the sum")
+        elif problem.top_k:
+            yield from self.moe(problem, modes, notes)
+        else:
+            yield from self.trtllm(problem, modes, notes)
+            # As in vLLM's benchmark, the kernels over multicast are measured without quantization.
+            if problem.quant_mode == "none":
+                yield from self.mnnvl(problem, modes, notes)
+            if request["coded"]:
+                yield from self.coded(problem, notes)
 
     def trtllm(self, problem, modes, notes):
         torch, rows = self.torch, problem.tokens
@@ -134,6 +141,48 @@ class FlashInfer(Peer):
             else:
                 yield Variant(f"{start}_{mode}", "fused", self.runner(problem, "trtllm", mode), compile)
 
+    def moe(self, problem, modes, notes):
+        """MoE's last step, which is a kernel of one hop, without quantization."""
+        name = "flashinfer_trtllm_fused_moe_finalize_allreduce_rmsnorm_oneshot"
+        takes = inspect.signature(self.comm.allreduce_fusion).parameters
+        if problem.quant_mode != "none":
+            notes.append(f"{name} was not measured: it has no quantization to {problem.quant_mode}")
+        elif "expanded_idx_to_permuted_idx" not in takes:
+            notes.append(f"{name} was not measured: flashinfer {self.version()}'s allreduce_fusion has no such pattern")
+        elif "oneshot" in modes:
+            compile = self.part("trtllm_ar").get_trtllm_comm_module
+            yield Variant(name, "fused", self.runner(problem, "trtllm", "oneshot"), compile)
+
+    def coded(self, problem, notes):
+        """The all-reduce in FP8, and the rest in one compiled function."""
+        torch, start = self.torch, "flashinfer_standard_quantized_allreduce"
+        hindrance = None
+        if problem.quant_mode not in RESTS:
+            hindrance = f"the compiled steps have no quantization to {problem.quant_mode}"
+        elif problem.dtype != torch.bfloat16:
+            hindrance = "it takes bfloat16"
+        else:
+            try:
+                all_reduce = self.part("quantized_allreduce").quantized_all_reduce
+            except Exception as error:
+                hindrance = f"flashinfer {self.version()}: {type(error).__name__}: {first_line(error)}"
+        if hindrance:
+            notes.append(f"{start} was not measured: {hindrance}")
+            return
+        name = f"{start}_{RESTS[problem.quant_mode][1]}"
+        (rest,) = problem.compiled(problem.rest())
+
+        def run(tensors):
+            if tensors.summed is None:
+                tensors.summed = torch.empty_like(tensors.input)
+            all_reduce(tensors.input, self.dist.group.WORLD, output=tensors.summed)
+            problem.keep(tensors, rest(tensors.summed, *problem.rest_inputs(tensors)))
+
+        def compile_alone():
+            rest(problem.sets[0].reduced, *problem.rest_inputs(problem.sets[0]))
+
+        yield Variant(name, "standard", run, compile_alone, is_coded=True)
+
     def mnnvl(self, problem, modes, notes):
         start = "flashinfer_mnnvl_fused_allreduce_rmsnorm"
         hindrance = self.mnnvl_hindrance()
@@ -154,7 +203,8 @@ class FlashInfer(Peer):
 
     def runner(self, problem, backend, mode):
         torch, comm = self.torch, self.comm
-        pattern = getattr(comm.AllReduceFusionPattern, PATTERNS[problem.quant_mode])
+        name = "kMoEFinalizeARResidualRMSNorm" if problem.top_k else PATTERNS[problem.quant_mode]
+        pattern = getattr(comm.AllReduceFusionPattern, name)
         # What only some kernels take, so that older releases are not asked for it.
         options = {}
         if problem.quant_mode in ("fp8", "fp4"):
@@ -168,6 +218,12 @@ class FlashInfer(Peer):
         rows, columns = problem.tokens, problem.hidden
 
         def run(tensors):
+            input, experts = tensors.input, {}
+            if problem.top_k:
+                input = tensors.expert_rows
+                experts["expanded_idx_to_permuted_idx"] = tensors.expert_index
+                experts["expert_scale_factor"] = tensors.expert_scales
+                experts["shared_expert_output"] = tensors.input
             if tensors.residual_out is None:
                 tensors.residual_out = torch.empty_like(tensors.input)
                 if problem.quant_mode == "none":
@@ -180,7 +236,7 @@ class FlashInfer(Peer):
                     tensors.quant_out = torch.empty_like(tensors.input, dtype=torch.float8_e4m3fn)
                     tensors.scale_out = self.scales(problem)
             comm.allreduce_fusion(
-                input=tensors.input,
+                input=input,
                 workspace=self.workspace(backend, problem.dtype),
                 pattern=pattern,
                 launch_with_pdl=torch.cuda.get_device_capability() >= (9, 0),
@@ -194,6 +250,7 @@ class FlashInfer(Peer):
                 use_oneshot=mode == "oneshot",
                 fp32_acc=True,
                 **options,
+                **experts,
             )
         return run
 

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     job::ranks::{Error, all, slowest},
-    measurement::{Kind, Measurement, Trials},
+    measurement::{Kind, Measurement, SumError, Trials},
     multicast,
 };
 use choice::PeerChoice;
@@ -88,8 +88,27 @@ pub type PeerRows = (Vec<Measurement>, Vec<String>);
 struct Summary {
     variant: String,
     kind: Kind,
-    /// The largest error and the operations of a trial, or the reason why the results are wrong.
-    result: Result<(f64, u32), String>,
+    /// What there is beside the times, or the reason why the results are wrong.
+    result: Result<Timed, String>,
+}
+
+/// What a rank tells the others of a row that it timed.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+struct Timed {
+    max_error_ulp: f64,
+    sum_error: Option<SumError>,
+    operations_per_trial: u32,
+}
+
+impl Timed {
+    /// This rank's row and another's: the larger errors.
+    fn or_larger(self, other: Timed) -> Timed {
+        let sum_error = self
+            .sum_error
+            .zip(other.sum_error)
+            .map(|(a, b)| SumError { rms: a.rms.max(b.rms), largest: a.largest.max(b.largest) });
+        Timed { max_error_ulp: self.max_error_ulp.max(other.max_error_ulp), sum_error, ..self }
+    }
 }
 
 impl Peers {
@@ -204,16 +223,18 @@ impl Peer {
         }
         let mut measured = Vec::new();
         for (index, times) in times.into_iter().enumerate() {
-            let results = ranks.iter().map(|(rows, _)| &rows[index].result);
-            let largest = results.clone().flatten().fold(0.0f64, |largest, (error, _)| largest.max(*error));
-            let result = match (times, results.clone().next()) {
-                (Some(times), Some(Ok((_, operations)))) => Ok(Trials {
-                    max_error_ulp: largest,
-                    sum_error: None,
-                    operations_per_trial: *operations,
-                    times_us: slowest(group, &times)?,
-                }),
-                (_, result) => Err(result.and_then(|it| it.as_ref().err()).cloned().unwrap_or_default()),
+            let results = ranks.iter().map(|(rows, _)| rows[index].result.clone());
+            let timed: Result<Vec<Timed>, String> = results.collect();
+            let result = match (times, timed.map(|ranks| ranks.into_iter().reduce(Timed::or_larger))) {
+                (Some(times), Ok(Some(Timed { max_error_ulp, sum_error, operations_per_trial }))) => {
+                    Ok(Trials {
+                        max_error_ulp,
+                        sum_error,
+                        operations_per_trial,
+                        times_us: slowest(group, &times)?,
+                    })
+                }
+                (_, timed) => Err(timed.err().unwrap_or_default()),
             };
             let Summary { variant, kind, .. } = &ranks[0].0[index];
             measured.push(Measurement { variant: variant.clone(), kind: *kind, result });
@@ -304,8 +325,8 @@ fn state(reply: Reply, times: &mut Vec<Option<Vec<f64>>>) -> State {
         Reply::Measured { rows, notes } => {
             let summary = |Row { variant, kind, result }| {
                 let (result, own) = match result {
-                    RowResult::Timed { max_error_ulp, operations_per_trial, times_us } => {
-                        (Ok((max_error_ulp, operations_per_trial)), Some(times_us))
+                    RowResult::Timed { max_error_ulp, sum_error, operations_per_trial, times_us } => {
+                        (Ok(Timed { max_error_ulp, sum_error, operations_per_trial }), Some(times_us))
                     }
                     RowResult::Failed { failed } => (Err(clipped(&failed)), None),
                 };
@@ -349,7 +370,7 @@ mod tests {
                     shown(variant);
                     assert_eq!(result.is_ok(), times.is_some());
                     match result {
-                        Ok((error, _)) => assert!(error.is_finite()),
+                        Ok(timed) => assert!(timed.max_error_ulp.is_finite()),
                         Err(why) => shown(why),
                     }
                 }

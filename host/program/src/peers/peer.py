@@ -10,6 +10,7 @@ This file has what all peers share. process.rs appends a file for each peer, and
 """
 
 import importlib
+import inspect
 import json
 import math
 import os
@@ -25,6 +26,11 @@ OPERATIONS_PER_GRAPH = 20
 # On CPUs a trial is made of as many operations as take about so long, and of at most so many.
 TRIAL_US, MAX_OPERATIONS = 500.0, 200
 E4M3_MAX = 448.0
+# The rest of the operation after an all-reduce, by quantization: the names of its eager form and of its compiled one.
+RESTS = {
+    "none": ("native_rms_norm", "rmsnorm_native_compiled"),
+    "fp8": ("native_rms_norm_native_quant_fp8", "rmsnorm_fp8_quant_native_compiled"),
+}
 
 
 def reply(kind, **fields):
@@ -51,23 +57,34 @@ def load(module, package):
 
 class Variant:
     """One way to solve a problem. `run` takes the set of tensors to use and leaves its outputs in it. `compile`, if there is
-    one, fills the package's cache of compiled kernels, without the other ranks."""
+    one, fills the package's cache of compiled kernels, without the other ranks. `is_coded` if rows cross the links in E4M3, so
+    that the sum is not exact."""
 
-    def __init__(self, name, kind, run, compile=None):
-        self.name, self.kind, self.run, self.compile = name, kind, run, compile
+    def __init__(self, name, kind, run, compile=None, is_coded=False):
+        self.name, self.kind, self.run, self.compile, self.is_coded = name, kind, run, compile, is_coded
+        self.max_error, self.sum_error = 0.0, None
         self.trials, self.operations = [], 0
         # On GPUs: what is launched, what it writes to, and the same of a graph whose outputs can be checked.
         self.graph, self.outputs, self.checked = None, [], None
 
 
 class Tensors:
-    """The tensors of one operation. What a variant does not write stays None."""
+    """The tensors of one operation. What a variant does not write stays None; so do inputs that the operation has not. With
+    experts, `input` has the rows of a shared one."""
 
-    def __init__(self, input, residual, gamma):
-        self.input, self.residual, self.gamma = input, residual, gamma
+    def __init__(self, input, residual, gamma, post_gamma=None, expert_rows=None, expert_index=None, expert_scales=None):
+        self.input, self.residual, self.gamma, self.post_gamma = input, residual, gamma, post_gamma
+        self.expert_rows, self.expert_index, self.expert_scales = expert_rows, expert_index, expert_scales
         # The inputs of all-reduces in place, which the next trial needs again: in any memory, and in symmetric memory.
         self.reduced, self.symmetric = input.clone(), None
+        # The sum of an all-reduce that writes beside its input.
+        self.summed = None
         self.set_outputs(None, None, None, None)
+
+    def copy(self):
+        inputs = (self.input, self.residual, self.gamma, self.post_gamma)
+        experts = (self.expert_rows, self.expert_index, self.expert_scales)
+        return Tensors(*(None if tensor is None else tensor.clone() for tensor in inputs + experts))
 
     def outputs(self):
         return self.residual_out, self.norm_out, self.quant_out, self.scale_out
@@ -96,18 +113,21 @@ class Problem:
         self.dtype = getattr(torch, request["dtype"])
         self.has_residual, self.quant_mode = request["use_residual"], request["quant_mode"]
         self.epsilon, self.scale = request["epsilon"], request["scale"]
+        # None without a norm of the sum; without experts.
+        self.post_weight_bias, self.top_k = request["post_weight_bias"], request["top_k"]
         self.scale_tensor = torch.tensor([self.scale], dtype=torch.float32, device=self.device)
         self.inverse_scale = 1.0 / self.scale_tensor
         self.seed = request["seed"]
-        first = Tensors(self.input(peer.rank), self.residual(), self.gamma())
+        post_gamma = None if self.post_weight_bias is None else self.post_gamma()
+        experts = self.experts(peer.rank) if self.top_k else ()
+        first = Tensors(self.input(peer.rank), self.residual(), self.gamma(), post_gamma, *experts)
         self.sets = [first]
         if request["cache_bytes"]:
             # What every variant moves at least: its input and one output.
             bytes_of_a_set = 2 * self.tokens * self.hidden * first.input.element_size()
             most = OPERATIONS_PER_GRAPH if self.device.type == "cuda" else MAX_OPERATIONS
             count = min(most, 1 + math.ceil(2 * request["cache_bytes"] / bytes_of_a_set))
-            copy = lambda tensor: None if tensor is None else tensor.clone()
-            self.sets += [Tensors(copy(first.input), copy(first.residual), copy(first.gamma)) for _ in range(count - 1)]
+            self.sets += [first.copy() for _ in range(count - 1)]
             self.flush = torch.empty(2 * request["cache_bytes"], dtype=torch.uint8, device=self.device)
 
     def random(self, stream, *shape):
@@ -125,19 +145,56 @@ class Problem:
     def gamma(self):
         return self.random(1, self.hidden)
 
+    def post_gamma(self):
+        return self.random(1000, self.hidden)
+
+    def experts(self, rank):
+        """The rows of a rank's experts, `[tokens * top_k, hidden]`; for each expert of a token its row, or -1 where it is on
+        another rank; and its scale. Ranks have the experts of a token in turn."""
+        torch, chosen, world_size = self.torch, self.tokens * self.top_k, self.peer.world_size
+        place = torch.arange(chosen, device=self.device)
+        is_here = (place + place // self.top_k) % world_size == rank
+        # No two experts have the same row: the factor is a prime.
+        index = torch.where(is_here, (place * 1_000_000_007 + rank) % chosen, -1)
+        rows, scales = self.random(2000 + rank, chosen, self.hidden), self.random(3000 + rank, self.tokens, self.top_k)
+        return rows, index.reshape(self.tokens, self.top_k).int(), scales
+
+    def addend(self, rank):
+        """A rank's addend and the sum of the magnitudes that it is made of, in float64."""
+        shared = self.input(rank).double()
+        addend, magnitude = shared, shared.abs()
+        if self.top_k:
+            rows, index, scales = self.experts(rank)
+            for expert in range(self.top_k):
+                row = rows[index[:, expert].clamp(min=0).long()].double() * scales[:, expert, None].double()
+                row[index[:, expert] < 0] = 0.0
+                addend, magnitude = addend + row, magnitude + row.abs()
+        return addend, magnitude
+
     def check(self, variant):
         """The largest error of any output, in units in the last place of its type; or why the variant is wrong.
 
         Each output is held to what comes before it as the variant has it. Sums may be rounded after each addend, so their
         unit is that of the addends' magnitudes together.
         """
-        torch, found = self.torch, self.sets[0]
-        addends = [self.input(rank).double() for rank in range(self.peer.world_size)]
+        torch, found, world_size = self.torch, self.sets[0], self.peer.world_size
+        addends, magnitudes = zip(*(self.addend(rank) for rank in range(world_size)))
+        total, magnitude = sum(addends), sum(magnitudes)
+        # Each addend, and of an expert's row the product and the sum.
+        roundings = world_size + 2 * (self.top_k or 0)
+        if self.post_weight_bias is not None:
+            factor = torch.rsqrt(total.square().mean(-1, keepdim=True) + self.epsilon)
+            factor = factor * (self.post_weight_bias + self.post_gamma().double())
+            total, magnitude, roundings = total * factor, magnitude * factor.abs(), roundings + 1
+        exact = total
         if self.has_residual:
-            addends.append(self.residual().double())
-        total, magnitude = sum(addends), sum(addend.abs() for addend in addends)
-        allowed = 0.5 * len(addends)
-        results = [self.error("residual_out", found.residual_out, total, magnitude, self.dtype, allowed)]
+            residual = self.residual().double()
+            total, magnitude, roundings = total + residual, magnitude + residual.abs(), roundings + 1
+        if variant.is_coded:
+            variant.sum_error = self.coded_error(found.residual_out.double() - (total - exact), exact, sum(magnitudes))
+            results = []
+        else:
+            results = [self.error("residual_out", found.residual_out, total, magnitude, self.dtype, 0.5 * roundings)]
         row = found.residual_out.double()
         norm = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + self.epsilon) * self.gamma().double()
         if self.quant_mode == "none":
@@ -152,6 +209,58 @@ class Problem:
             target = target.clamp(-E4M3_MAX, E4M3_MAX)
             results.append(self.error("quant_out", found.quant_out, target, target.abs(), torch.float8_e4m3fn, 1.0))
         return max(results)
+
+    def rest(self):
+        """What follows an all-reduce, of the sum and of `rest_inputs`: the norm or its codes, and `residual_out`."""
+        torch, dtype, epsilon, post_weight_bias = self.torch, self.dtype, self.epsilon, self.post_weight_bias
+
+        def normalized(row, gamma, weight_bias):
+            row = row.float()
+            row = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + epsilon)
+            return (row * (weight_bias + gamma.float())).to(dtype)
+
+        def rms_norm(summed, residual, gamma, post_gamma, inverse_scale):
+            if post_gamma is not None:
+                summed = normalized(summed, post_gamma, post_weight_bias)
+            if residual is not None:
+                summed = (summed.float() + residual.float()).to(dtype)
+            return normalized(summed, gamma, 0.0), summed
+
+        def rms_norm_fp8(summed, residual, gamma, post_gamma, inverse_scale):
+            norm, summed = rms_norm(summed, residual, gamma, post_gamma, inverse_scale)
+            scaled = norm.float() * inverse_scale
+            return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), summed
+
+        return rms_norm if self.quant_mode == "none" else rms_norm_fp8
+
+    def rest_inputs(self, tensors):
+        return tensors.residual, tensors.gamma, tensors.post_gamma, self.inverse_scale
+
+    def keep(self, tensors, outputs):
+        """Leaves what `rest` returned in the set."""
+        out, tensors.residual_out = outputs
+        tensors.norm_out, tensors.quant_out = (out, None) if self.quant_mode == "none" else (None, out)
+
+    def compiled(self, *functions):
+        """The functions compiled for this problem alone: those of the last one are forgotten."""
+        self.torch._dynamo.reset()
+        return [self.torch.compile(function, fullgraph=True, dynamic=False) for function in functions]
+
+    def coded_error(self, found, exact, magnitude):
+        """The error of a sum whose rows crossed the links in E4M3, once as addends and once as a sum: its root mean square and
+        the largest of any element, relative to the root mean square of the exact row."""
+        errors = (found - exact).abs()
+        # Half of E4M3's last place, twice, and a little for the sum's own rounding and for numbers that E4M3 loses.
+        allowed = magnitude * (2.2 / 16) + magnitude.amax(-1, keepdim=True) * 2.0**-8
+        wrong = ~(errors <= allowed)  # NaN is wrong.
+        if wrong.any():
+            place = [int(index) for index in wrong.nonzero()[0]]
+            raise AssertionError(
+                f"residual_out: {int(wrong.sum())} of {errors.numel()} elements are off by more than E4M3 explains, the first "
+                f"at {place} by {float(errors[tuple(place)]):.3g}"
+            )
+        row = exact.square().mean(-1, keepdim=True).sqrt().clamp(min=2.0**-100)
+        return {"rms": float((errors / row).square().mean().sqrt()), "largest": float((errors / row).max())}
 
     def fp8_scales(self, found, norm):
         """The scales of FP8 codes as numbers, `[tokens, blocks]`. Those that were stored must be near the largest magnitude of
@@ -307,6 +416,7 @@ class Peer:
                 "variant": variant.name,
                 "kind": variant.kind,
                 "max_error_ulp": variant.max_error,
+                "sum_error": variant.sum_error,
                 "operations_per_trial": variant.operations,
                 "times_us": variant.trials,
             }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::measurement::Kind;
+use crate::measurement::{Kind, SumError};
 
 /// A request to a peer. Each has one final [`Reply`].
 #[derive(Debug, Serialize)]
@@ -48,6 +48,12 @@ pub struct MeasureRequest {
     pub use_residual: bool,
     /// The name of the [quantization mode](crate::quant_mode::QuantMode).
     pub quant_mode: &'static str,
+    /// The weight bias of the norm of the sum, if there is one.
+    pub post_weight_bias: Option<f32>,
+    /// The experts of a token, beside a shared one, of MoE's last step.
+    pub top_k: Option<u32>,
+    /// True if rows may also cross the links in a format of fewer bits: for peers that have one.
+    pub coded: bool,
     /// RMSNorm's epsilon.
     pub epsilon: f32,
     /// The per-tensor or global scale.
@@ -108,6 +114,9 @@ pub(super) struct Row {
 pub(super) enum RowResult {
     Timed {
         max_error_ulp: f64,
+        /// The error of a sum that is not exact.
+        #[serde(default)]
+        sum_error: Option<SumError>,
         operations_per_trial: u32,
         /// The times of this rank.
         times_us: Vec<f64>,
@@ -133,7 +142,12 @@ mod tests {
                 {"variant": "a", "kind": "fused", "max_error_ulp": 0.5, "operations_per_trial": 20, "times_us": [1.5]},
                 {"variant": "b", "kind": "standard", "failed": "wrong"}]}"#,
         );
-        let timed = RowResult::Timed { max_error_ulp: 0.5, operations_per_trial: 20, times_us: vec![1.5] };
+        let timed = RowResult::Timed {
+            max_error_ulp: 0.5,
+            sum_error: None,
+            operations_per_trial: 20,
+            times_us: vec![1.5],
+        };
         let rows = vec![
             Row { variant: "a".to_owned(), kind: Kind::Fused, result: timed },
             Row {

@@ -12,58 +12,51 @@ class Torch(Peer):
         return f"torch {self.torch.__version__}, {how}"
 
     def variants(self, problem, request, notes):
-        torch, dist, dtype, epsilon = self.torch, self.dist, problem.dtype, problem.epsilon
-
-        def rms_norm(summed, residual, gamma, inverse_scale):
-            if residual is not None:
-                summed = (summed.float() + residual.float()).to(dtype)
-            row = summed.float()
-            row = row * torch.rsqrt(row.square().mean(-1, keepdim=True) + epsilon)
-            return (row * gamma.float()).to(dtype), summed
-
-        def rms_norm_fp8(summed, residual, gamma, inverse_scale):
-            norm, summed = rms_norm(summed, residual, gamma, inverse_scale)
-            scaled = norm.float() * inverse_scale
-            return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn), summed
-
-        def all_reduce(tensors):
-            dist.all_reduce(tensors.reduced)
-            return tensors.reduced
-
-        def after(all_reduce, function):
-            def run(tensors):
-                summed = all_reduce(tensors)
-                out, tensors.residual_out = function(
-                    summed, tensors.residual, tensors.gamma, problem.inverse_scale
-                )
-                if problem.quant_mode == "none":
-                    tensors.norm_out = out
-                else:
-                    tensors.quant_out = out
-            return run
-
-        if problem.quant_mode not in ("none", "fp8"):
+        if problem.quant_mode not in RESTS:
             notes.append(f"the compiled steps have no quantization to {problem.quant_mode}: no row of torch")
             return
-        function, eager_name, compiled_name = {
-            "none": (rms_norm, "native_rms_norm", "rmsnorm_native_compiled"),
-            "fp8": (rms_norm_fp8, "native_rms_norm_native_quant_fp8", "rmsnorm_fp8_quant_native_compiled"),
-        }[problem.quant_mode]
-        # One shape at a time: the compiled function is that of this problem alone.
-        torch._dynamo.reset()
-        compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        rest = problem.rest()
+        compiled_rest, compiled_combine = problem.compiled(rest, self.combine)
+
+        def all_reduce(tensors):
+            self.dist.all_reduce(tensors.reduced)
+            return tensors.reduced
+
+        def steps(addend_of, combine, all_reduce, rest):
+            def run(tensors):
+                if problem.top_k:
+                    combine(addend_of(tensors), *self.expert_inputs(tensors))
+                problem.keep(tensors, rest(all_reduce(tensors), *problem.rest_inputs(tensors)))
+            return run
 
         def compile_alone():
             first = problem.sets[0]
-            compiled(first.reduced, first.residual, first.gamma, problem.inverse_scale)
+            if problem.top_k:
+                compiled_combine(first.reduced, *self.expert_inputs(first))
+            compiled_rest(first.reduced, *problem.rest_inputs(first))
 
+        reduced = lambda tensors: tensors.reduced
+        eager_name, compiled_name = RESTS[problem.quant_mode]
         start = "torch_standard"
-        yield Variant(f"{start}_allreduce_{eager_name}", "standard", after(all_reduce, function))
-        yield Variant(f"{start}_allreduce_{compiled_name}", "standard", after(all_reduce, compiled), compile_alone)
+        eager = steps(reduced, self.combine, all_reduce, rest)
+        yield Variant(f"{start}_allreduce_{eager_name}", "standard", eager)
+        compiled = steps(reduced, compiled_combine, all_reduce, compiled_rest)
+        yield Variant(f"{start}_allreduce_{compiled_name}", "standard", compiled, compile_alone)
         if self.device.type == "cuda":
+            symmetric = lambda tensors: tensors.symmetric
             for mode, all_reduce in self.symmetric_all_reduces(problem, request, notes):
                 name = f"{start}_symm_{mode}_allreduce_{compiled_name}"
-                yield Variant(name, "standard", after(all_reduce, compiled), compile_alone)
+                compiled = steps(symmetric, compiled_combine, all_reduce, compiled_rest)
+                yield Variant(name, "standard", compiled, compile_alone)
+
+    def expert_inputs(self, tensors):
+        return tensors.input, tensors.expert_rows, tensors.expert_index, tensors.expert_scales
+
+    def combine(self, addend, shared, rows, index, scales):
+        """A rank's addend: the weighted rows of a token's experts, and the row of the shared one."""
+        chosen = rows[index.clamp(min=0)].float() * scales[..., None].float()
+        chosen = chosen.masked_fill((index < 0)[..., None], 0.0)
+        addend.copy_((chosen.sum(1) + shared.float()).to(addend.dtype))
 
     def symmetric_all_reduces(self, problem, request, notes):
         """The all-reduces of symmetric memory, by mode; none, with a note, where it cannot be made."""

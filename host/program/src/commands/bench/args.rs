@@ -256,11 +256,6 @@ impl BenchArgs {
                  use only --output-file, --json, --plot, --plot-all, --compare, --tolerance and --deadline with it",
             ));
         }
-        if !settings.pattern.is_default() && !settings.peers.is_empty() {
-            return Err(UsageError::new(
-                "--peers: they are measured with --pattern all-reduce-norm: leave one of the two out",
-            ));
-        }
         for case in settings.cases() {
             check_operation(&settings.operation(case, Mode::Auto))?;
         }

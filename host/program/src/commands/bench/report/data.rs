@@ -269,6 +269,11 @@ impl Row {
         Wire::ALL.into_iter().find(is_named).unwrap_or_default()
     }
 
+    /// True if its sum is exact: others' times compare with each other.
+    pub fn is_exact(&self) -> bool {
+        self.wire().is_exact() && !matches!(self.outcome, RowOutcome::Verified { sum_error: Some(_), .. })
+    }
+
     /// True if the residual that it reads and writes is sharded, so that it sends and writes fewer bytes than others.
     pub fn is_sharded(&self) -> bool {
         self.variant.ends_with("_sharded")

@@ -40,7 +40,7 @@ impl Report {
 fn rows(measured: Vec<Measurement>, bytes: f64, world_size: u32) -> Vec<Row> {
     let mut rows: Vec<Row> = measured.into_iter().map(|one| row(one, bytes, world_size)).collect();
     let baseline = (rows.iter().enumerate())
-        .filter(|(_, row)| row.kind == Kind::Standard)
+        .filter(|(_, row)| row.kind == Kind::Standard && row.is_exact())
         .filter_map(|(index, row)| Some((index, row.figures()?.median_us)))
         .min_by(|a, b| a.1.total_cmp(&b.1));
     if let Some((baseline, baseline_us)) = baseline {

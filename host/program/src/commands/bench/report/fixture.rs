@@ -15,7 +15,7 @@ pub(super) fn trials(times_us: &[f64]) -> Result<Trials, String> {
 }
 
 pub(super) fn measurement(variant: &str, result: Result<Trials, String>) -> Measurement {
-    let kind = if variant.starts_with("standard_") { Kind::Standard } else { Kind::Fused };
+    let kind = if variant.contains("standard_") { Kind::Standard } else { Kind::Fused };
     Measurement { variant: variant.to_owned(), kind, result }
 }
 

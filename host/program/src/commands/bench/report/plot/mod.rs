@@ -224,9 +224,13 @@ fn lines_of(row: &Row, lines: Lines) -> Vec<(String, String, Look)> {
         return vec![(row.variant.clone(), short, look)];
     }
     let one = |name: String, look| (name.clone(), name, look);
-    let separate = (row.kind == Kind::Standard).then(|| one("fastest separate".to_owned(), look));
+    let separate =
+        (row.kind == Kind::Standard && row.is_exact()).then(|| one("fastest separate".to_owned(), look));
     let fused = row.is_ours_fused().then(|| one(short, look));
-    let peer = row.peer().map(|peer| one(format!("{peer}, fastest"), Look::Peer));
+    let peer = row.peer().map(|peer| {
+        let its_fastest = format!("{peer}, fastest");
+        one(if row.is_exact() { its_fastest } else { short_name(&row.variant) }, Look::Peer)
+    });
     separate.into_iter().chain(fused).chain(peer).collect()
 }
 

@@ -13,8 +13,7 @@ use fused_collective_device::{
     simt::host::launch,
 };
 use fused_collective_device_tests::{
-    Case, EVERYTHING, Random, Rows, Tensors, What, check_separate, geometry, separate_cases, shape,
-    with_quantizer,
+    Case, EVERYTHING, Random, Rows, Tensors, What, geometry, separate, shape, with_quantizer,
 };
 
 fn run_local<E: Element, X: Epilogue<E> + Sync>(
@@ -107,26 +106,26 @@ fn a_norm_alone_leaves_its_input_where_it_is() {
 }
 
 /// A norm of the sum and experts, as passes around an all-reduce.
-fn separate<E: Element>(seed: u64) {
+fn post_norms_and_experts<E: Element>(seed: u64) {
     let mut random = Random(seed);
     for rows in [Rows::P1, Rows::P2, Rows::Streamed] {
-        for case in separate_cases::<E>(&mut random, rows) {
-            check_separate(&case, rows, |geometry, pass, _| launch(geometry, || pass.run()));
+        for case in separate::cases::<E>(&mut random, rows) {
+            separate::check(&case, rows, |geometry, pass, _| launch(geometry, || pass.run()));
         }
     }
 }
 
 #[test]
 fn post_norms_and_experts_are_right_as_passes_of_their_own_in_f32() {
-    separate::<f32>(31);
+    post_norms_and_experts::<f32>(31);
 }
 
 #[test]
 fn post_norms_and_experts_are_right_as_passes_of_their_own_in_f16() {
-    separate::<f16>(32);
+    post_norms_and_experts::<f16>(32);
 }
 
 #[test]
 fn post_norms_and_experts_are_right_as_passes_of_their_own_in_bf16() {
-    separate::<bf16>(33);
+    post_norms_and_experts::<bf16>(33);
 }

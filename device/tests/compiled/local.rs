@@ -16,8 +16,7 @@ use fused_collective_device::{
 };
 
 use fused_collective_device_tests::{
-    Case, Random, Rows, Tensors, What, bytes_of, check_separate, geometry, separate_cases, shape,
-    with_quantizer,
+    Case, Random, Rows, Tensors, What, bytes_of, geometry, separate, shape, with_quantizer,
 };
 
 use crate::{Compiled, ROWS, gpus_of};
@@ -126,8 +125,8 @@ fn every_kernel_is_right<E: Element>(seed: u64, dtype: &str) {
         let compiled = Compiled::read(gpu, &module, seed);
         passes_are_right::<E>(&mut random, &compiled);
         for rows in ROWS {
-            for case in separate_cases::<E>(&mut random, rows) {
-                check_separate(&case, rows, |launch, pass, tensors| {
+            for case in separate::cases::<E>(&mut random, rows) {
+                separate::check(&case, rows, |launch, pass, tensors| {
                     compiled.run(0, launch, &pass.entry, &pass.parameter, tensors.ranges());
                 });
             }

@@ -37,7 +37,7 @@ mod memory;
 mod random;
 pub mod ranks;
 mod rows;
-mod separate;
+pub mod separate;
 pub mod sequence;
 mod tensors;
 
@@ -47,7 +47,6 @@ pub use launched::{Launched, bytes_of};
 pub use memory::{Buffer, Runner, World};
 pub use random::Random;
 pub use rows::Rows;
-pub use separate::{check_separate, separate_cases};
 pub use tensors::{POISON, Tensors};
 
 /// Evaluates an expression with the quantizer of a case, and its name in entry points if there is one.

@@ -32,8 +32,8 @@ unsafe fn norm<E: Element, const P: usize>(params: &Local<RmsNorm<Unquantized>>)
 
 /// One case for each epilogue, with a norm of the sum, experts or both, of which some have a shared expert; with a residual
 /// or without, and with each rounding.
-pub fn separate_cases<E: Element>(random: &mut Random, rows: Rows) -> Vec<Case<E>> {
-    let mut cases = Vec::new();
+pub fn cases<E: Element>(random: &mut Random, rows: Rows) -> Vec<Case<E>> {
+    let mut cases: Vec<Case<E>> = Vec::new();
     for what in What::of_each_epilogue(random) {
         for (post_norm, experts) in [(true, false), (false, true), (true, true)] {
             // Three cases an epilogue: each of these comes with each of the others.
@@ -58,11 +58,7 @@ pub fn separate_cases<E: Element>(random: &mut Random, rows: Rows) -> Vec<Case<E
 /// Runs a case of one rank as separate operations: the pass that makes the addend, if there are experts; then all the rest
 /// in one pass, and again with the norm of the sum, in place, as a pass of its own. Every result is what `core` specifies.
 /// `run` runs a pass.
-pub fn check_separate<E: Element>(
-    case: &Case<E>,
-    rows: Rows,
-    run: impl Fn(Launch, &Launched, &Tensors) + Copy,
-) {
+pub fn check<E: Element>(case: &Case<E>, rows: Rows, run: impl Fn(Launch, &Launched, &Tensors) + Copy) {
     let operation = &case.operation;
     let launch = geometry(operation, rows, 1, 2);
     // One warp streams what several could, and more.

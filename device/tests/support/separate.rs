@@ -38,7 +38,7 @@ pub fn cases<E: Element>(random: &mut Random, rows: Rows) -> Vec<Case<E>> {
         for (post_norm, experts) in [(true, false), (false, true), (true, true)] {
             // Three cases an epilogue: each of these comes with each of the others.
             let number = cases.len();
-            let [residual, twice, shared] = [1, 2, 4].map(|period| number / period % 2 == 0);
+            let [residual, twice, shared] = [1, 2, 4].map(|period| (number / period).is_multiple_of(2));
             let hidden = 16 * (17 + random.below(17));
             let mut case = Case::<E>::new(random, 1, 3, hidden, residual, what);
             case.operation.rounding = if twice { Rounding::AfterAllReduce } else { Rounding::Once };

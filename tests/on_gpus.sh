@@ -65,7 +65,7 @@ step bench-4096 120 bench --backend cuda --num-tokens $tokens --hidden-dim 4096 
 step quantized 120 bench --backend cuda --num-tokens 1,64,128,512,2048 --allreduce custom "${peers[@]}" \
   --quant-modes fp8,fp8_per_token,fp8_group128,mxfp8,fp4,mxfp4 --output-file "$output/quantized.md" --json "$output/quantized.json"
 for pattern in post-norm moe; do
-  step $pattern 60 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern "${peers[@]}" \
+  step $pattern 90 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern "${peers[@]}" \
     --output-file "$output/$pattern.md" --json "$output/$pattern.json"
 done
 # In what is left, less a little for its end.

@@ -16,7 +16,7 @@
 /// name; tests hold the two together.
 ///
 /// Parameters are [`Fused`](crate::launch::Fused) of the epilogue in collectives, and [`Local`](crate::launch::Local)
-/// of it in local kernels; across hosts [`HostSum`](crate::launch::HostSum), and [`FusedHosts`](crate::launch::FusedHosts) of
+/// of it in local kernels, [`LocalAny`](crate::launch::LocalAny) in those of any; across hosts [`HostSum`](crate::launch::HostSum), and [`FusedHosts`](crate::launch::FusedHosts) of
 /// the epilogue. The residual is in them: one that is null is never read.
 ///
 /// # Registers
@@ -61,7 +61,8 @@ macro_rules! entries {
         $crate::entries!(@local "local_norm_fp8_token", $element, RmsNorm<Fp8PerToken>);
         $crate::entries!(@local "local_norm_fp8_block", $element, RmsNorm<Fp8Block>);
         $crate::entries!(@local "local_norm_fp4", $element, RmsNorm<Fp4>);
-        $crate::entries!(@local "local_any", $element, AnyEpilogue);
+        $crate::entries!(@local_any "local_any_p1", $element, 1, true);
+        $crate::entries!(@local_any "local_any_p2", $element, 2, true);
     };
     (streamed, $element:ident) => {
         $crate::entries!(@fused one_shot, "one_shot_any_streamed", $element, AnyEpilogue, Experts, elements, 8, 1, false);
@@ -70,7 +71,7 @@ macro_rules! entries {
         $crate::entries!(@fused one_shot, "one_shot_wire_any_streamed", $element, AnyEpilogue, Experts, encoded, 8, 1, false);
         $crate::entries!(@fused two_shot, "two_shot_wire_any_streamed", $element, AnyEpilogue, Experts, encoded, 8, 1, false);
         $crate::entries!(@fused sharded, "sharded_wire_any_streamed", $element, AnyEpilogue, Experts, encoded, 8, 1, false);
-        $crate::entries!(@entry "local_any_streamed", Local<AnyEpilogue>, |params| local::<$element, AnyEpilogue, 1, false>(&params));
+        $crate::entries!(@local_any "local_any_streamed", $element, 1, false);
     };
     (hosts, $element:ident) => {
         $crate::entries!(@hosts "_p1", $element, true);
@@ -126,8 +127,13 @@ macro_rules! entries {
     (@wire elements, $params:ident) => { &Elements };
     (@wire encoded, $params:ident) => { &$params.extras.encoding };
     (@local $name:literal, $element:ident, $epilogue:ty) => {
-        $crate::entries!(@entry concat!($name, "_p1"), Local<$epilogue>, |params| local::<$element, $epilogue, 1, true>(&params));
-        $crate::entries!(@entry concat!($name, "_p2"), Local<$epilogue>, |params| local::<$element, $epilogue, 2, true>(&params));
+        $crate::entries!(@entry concat!($name, "_p1"), Local<$epilogue>, |params| local::<$element, $epilogue, 1, true>(&params, None));
+        $crate::entries!(@entry concat!($name, "_p2"), Local<$epilogue>, |params| local::<$element, $epilogue, 2, true>(&params, None));
+    };
+    (@local_any $name:literal, $element:ident, $packs:literal, $resident:literal) => {
+        $crate::entries!(@entry $name, LocalAny, |params| {
+            local::<$element, AnyEpilogue, $packs, $resident>(&params.local, Some(&params.extras))
+        });
     };
     (@entry $name:expr, $parameters:ty, |$params:ident| $kernel:expr) => {
         const _: () = {

@@ -10,7 +10,7 @@
 //! | [`launch`] | what a kernel is launched with, and the launch rules |
 //! | [`simt`] | the GPU's words: indices, barriers, shuffles, memory order, dependent launch |
 //! | [`collective`] | one-shot and two-shot, with a sharded residual too, and across hosts; bounded waits, memory order |
-//! | [`local()`] | an epilogue without a collective |
+//! | [`local()`] | an epilogue without a collective; a norm of the sum ahead of it, or the addend of experts' rows alone |
 //! | [`epilogue`] | the epilogue trait, norm, quantizers to FP8 and FP4 |
 //! | [`prologue`] | the prologue trait, MoE's experts |
 //! | [`entries!`] | the table of kernel entry points, and their names |

@@ -1,23 +1,26 @@
 //! An epilogue on a row that needs no collective: RMSNorm with or without a residual, quantization alone, and both in
-//! one pass, which is what a graph compiler makes of everything after an all-reduce.
+//! one pass, which is what a graph compiler makes of everything after an all-reduce. A kernel with extras may begin with a
+//! norm of the sum, or makes the addend of an all-reduce instead.
 
 use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
     convert,
-    epilogue::Epilogue,
-    launch::Local,
-    row::{Prepared, Team, ThreadSlice},
+    epilogue::{Epilogue, PackIndex},
+    launch::{Extras, Local},
+    prologue::Prologue,
+    row::{Prepared, Team, ThreadSlice, residual_of_sum},
     simt,
 };
 
 /// The kernel without a collective: adds the residual, if there is one, and applies the epilogue. `P` and `RESIDENT` as
-/// in the [collectives](crate::collective::one_shot).
+/// in the [collectives](crate::collective::one_shot). Kernels without code for extras pass `None`, a constant;
+/// [`LocalAny`](crate::launch::LocalAny) says what the others do.
 ///
 /// # Safety
 /// As the collectives'.
 #[inline(always)]
-pub unsafe fn local<E, X, const P: usize, const RESIDENT: bool>(params: &Local<X>)
+pub unsafe fn local<E, X, const P: usize, const RESIDENT: bool>(params: &Local<X>, extras: Option<&Extras>)
 where
     E: Element,
     X: Epilogue<E>,
@@ -25,12 +28,28 @@ where
     let Local { shape, activations, epilogue } = params;
     let mut team = Team::join(X::ROW_SUM || X::ROW_MAX);
     let slice = ThreadSlice::<P, RESIDENT>::new(&team, shape);
-    // SAFETY: as this function's; each pack of a tensor is one thread's. The same holds for the block below.
+    // SAFETY: as this function's; each pack of a tensor is one thread's. The same holds for the blocks below.
     let prepared = unsafe { Prepared::<E, X, 2, P, RESIDENT>::new(epilogue, slice, &team) };
-    let has_residual = !activations.residual.is_null();
+    let residual = residual_of_sum(extras.is_some(), activations);
+    let has_residual = !residual.is_null();
 
     simt::wait_for_prerequisites();
     simt::launch_dependents();
+    let mut token = team.index;
+    // Nothing follows: the loop below would read each pack again.
+    if let Some(Extras { experts, .. }) = extras
+        && Prologue::<E>::makes_addend(experts, activations)
+    {
+        while token < shape.tokens {
+            slice.for_packs(|pack| {
+                let index = PackIndex::new(shape.operation_token(token), pack, shape.row_packs);
+                // SAFETY: see above.
+                unsafe { simt::store(index.of(activations.input), Prologue::<E>::addend(experts, index)) };
+            });
+            token += team.teams;
+        }
+        return;
+    }
     // SAFETY: see above.
     unsafe {
         epilogue.fill_padding(
@@ -39,16 +58,16 @@ where
             simt::blocks() * simt::threads(),
         )
     };
-    let mut token = team.index;
+    let read = (activations, extras);
     while token < shape.tokens {
         // SAFETY: see above.
         unsafe {
-            prepared.complete(&mut team, shape, (activations, None), true, token, |chunk, indices, row| {
+            prepared.complete::<true>(&mut team, shape, read, token, |chunk, indices, row| {
                 let mut residuals = [Pack::default(); P];
                 slice.for_each(chunk, |p, _| {
                     row[p] = simt::load(indices[p].of(activations.input));
                     if has_residual {
-                        residuals[p] = simt::load(indices[p].of(activations.residual));
+                        residuals[p] = simt::load(indices[p].of(residual));
                     }
                 });
                 if has_residual {

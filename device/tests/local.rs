@@ -13,7 +13,8 @@ use fused_collective_device::{
     simt::host::launch,
 };
 use fused_collective_device_tests::{
-    Case, EVERYTHING, Random, Rows, Tensors, What, geometry, shape, with_quantizer,
+    Case, EVERYTHING, Random, Rows, Tensors, What, check_separate, geometry, separate_cases, shape,
+    with_quantizer,
 };
 
 fn run_local<E: Element, X: Epilogue<E> + Sync>(
@@ -23,7 +24,7 @@ fn run_local<E: Element, X: Epilogue<E> + Sync>(
 ) {
     let params = Local { shape: shape(operation), activations, epilogue };
     // SAFETY: the parameters are as their documentation says, and the geometry covers a row.
-    launch(geometry(operation, Rows::P1, 1, 2), || unsafe { local::<E, X, 1, true>(&params) });
+    launch(geometry(operation, Rows::P1, 1, 2), || unsafe { local::<E, X, 1, true>(&params, None) });
 }
 
 /// Everything after the all-reduce in one pass.
@@ -98,9 +99,34 @@ fn a_norm_alone_leaves_its_input_where_it_is() {
     };
     let streamed = geometry(&case.operation, Rows::Streamed, 1, 2);
     // SAFETY: the parameters are as their documentation says.
-    launch(streamed, || unsafe { local::<f32, _, 1, false>(&params) });
+    launch(streamed, || unsafe { local::<f32, _, 1, false>(&params, None) });
     let (with, without) = (with.norm_out().get::<f32>(), without.norm_out().get::<f32>());
     for (with, without) in with.iter().zip(&without) {
         assert!((with - without).abs() <= with.abs() * 1e-6, "{with} {without}");
     }
+}
+
+/// A norm of the sum and experts, as passes around an all-reduce.
+fn separate<E: Element>(seed: u64) {
+    let mut random = Random(seed);
+    for rows in [Rows::P1, Rows::P2, Rows::Streamed] {
+        for case in separate_cases::<E>(&mut random, rows) {
+            check_separate(&case, rows, |geometry, pass, _| launch(geometry, || pass.run()));
+        }
+    }
+}
+
+#[test]
+fn post_norms_and_experts_are_right_as_passes_of_their_own_in_f32() {
+    separate::<f32>(31);
+}
+
+#[test]
+fn post_norms_and_experts_are_right_as_passes_of_their_own_in_f16() {
+    separate::<f16>(32);
+}
+
+#[test]
+fn post_norms_and_experts_are_right_as_passes_of_their_own_in_bf16() {
+    separate::<bf16>(33);
 }

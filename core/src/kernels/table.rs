@@ -417,10 +417,11 @@ impl Kernel {
         Some((set, Kernel::find(family, addends, None)?))
     }
 
-    /// The kernel without a collective for an epilogue.
-    pub fn local(epilogue: Epilogue) -> Option<&'static Kernel> {
-        let own = Kernel::find(Family::Local, Addends::Elements, Some(epilogue));
-        own.or_else(|| Kernel::find(Family::Local, Addends::Elements, None))
+    /// The kernel without a collective for what an operation does to a sum, or ahead of one.
+    pub fn local(operation: &Operation) -> Option<&'static Kernel> {
+        let epilogue = Epilogue::of(operation.norm.is_some(), operation.quantization);
+        let find = |epilogue| Kernel::find(Family::Local, Addends::Elements, epilogue);
+        find(Some(epilogue).filter(|_| is_plain(operation))).or_else(|| find(None))
     }
 
     /// The kernel that sums the addends of a host's ranks: the first of an operation across hosts.
@@ -546,10 +547,11 @@ mod tests {
         assert_eq!(name(&PLAIN, Algorithm::TwoShot, 4), Some("two_shot_fp8_p2"));
         assert_eq!(name(&encoded, Algorithm::OneShot, 2), Some("one_shot_wire_fp8_p2"));
         assert_eq!(name(&encoded, Algorithm::OneShot, 4), Some("one_shot_wire_any_p2"));
-        let local =
-            |quantization| Kernel::local(Epilogue::of(true, quantization)).map(|it| it.name(Version::P1));
-        assert_eq!(local(Quantization::Fp8Static), Some("local_norm_fp8_p1"));
-        assert_eq!(local(Quantization::MxFp4 { layout: ScaleLayout::Linear }), Some("local_any_p1"));
+        let local = |operation: &Operation| Kernel::local(operation).map(|it| it.name(Version::P1));
+        assert_eq!(local(&PLAIN), Some("local_norm_fp8_p1"));
+        let mxfp4 = Quantization::MxFp4 { layout: ScaleLayout::Linear };
+        assert_eq!(local(&Operation { quantization: mxfp4, ..PLAIN }), Some("local_any_p1"));
+        assert_eq!(local(&Operation { post_norm: PLAIN.norm, ..PLAIN }), Some("local_any_p1"));
     }
 
     #[test]

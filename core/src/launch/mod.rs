@@ -229,10 +229,10 @@ pub struct Activations {
     pub input: Address,
     /// The residual, or null: then none is read.
     pub residual: Address,
-    /// The sum, plus the residual. Null only without a residual, and only in the kernels without a collective.
+    /// The sum, plus the residual. Null only without a residual, and only in kernels without a collective.
     pub residual_out: Address,
-    /// [`ROUNDS_SUM`](Self::ROUNDS_SUM), and the [`Extras`] that there are. Kernels without a collective have no sum, and so
-    /// none of these.
+    /// [`ROUNDS_SUM`](Self::ROUNDS_SUM), and the [`Extras`] that there are. Of the kernels without a collective only
+    /// [`LocalAny`]'s read them.
     pub flags: u32,
     /// Keeps the struct free of padding.
     pub reserved: u32,
@@ -466,6 +466,20 @@ pub struct Local<X> {
     pub epilogue: X,
 }
 
+/// The parameters of the kernel without a collective that has any epilogue, and code for [`Extras`].
+///
+/// With [`EXPERTS`](Activations::EXPERTS) it makes the addend of an all-reduce, and nothing else. Else the input is a sum,
+/// rounded, and there may be [`POST_NORM`](Activations::POST_NORM): that takes an epilogue with a norm, a `residual_out`, and
+/// rows in registers. It reads no other extras.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LocalAny {
+    /// As of other kernels without a collective.
+    pub local: Local<AnyEpilogue>,
+    /// The parts that few operations have.
+    pub extras: Extras,
+}
+
 /// To be raised when a field, or the memory that it points to, comes to mean something else in the same place.
 const REVISION: u64 = 1;
 
@@ -495,6 +509,7 @@ pub const LAYOUT: u32 = crate::fingerprint! {
     HostSum { group, shape, activations, experts, partials }
     AnyFusedHosts { fused, partials }
     AnyLocal { shape, activations, epilogue }
+    LocalAny { local, extras }
     AnyPlain { quantizer }
     AnyRmsNorm { gamma, norm_out, inverse_hidden, epsilon, weight_bias, gamma_f32, quantizer }
     Unquantized {}
@@ -531,6 +546,7 @@ const _: () = {
     assert!(size_of::<Partials>() == 32 && size_of::<HostSum>() == 104 + 32 + 32 + 40 + 32);
     assert!(size_of::<FusedHosts<AnyEpilogue>>() == 104 + 32 + 32 + 96 + 80 + 32);
     assert!(size_of::<Local<RmsNorm<Fp8Static>>>() == 32 + 32 + 48);
+    assert!(size_of::<LocalAny>() == 32 + 32 + 96 + 80);
 };
 
 #[cfg(test)]
@@ -551,6 +567,6 @@ mod tests {
             assert!(lists("") || lists("Any"), "{name} is not in `LAYOUT`");
             count += 1;
         }
-        assert_eq!(count, 26);
+        assert_eq!(count, 27);
     }
 }

@@ -28,14 +28,14 @@ use fused_collective_core::{dtype::Element, pack::Pack, workspace::SlotRows};
 use super::{
     begun::{Begun, fill_padding, serves},
     ranks::{first_slot, for_peers, peer},
-    sum::{bias_of, encode, load_row, make_addend, residual_of_sum, residual_out, sum_of},
+    sum::{bias_of, encode, load_row, make_addend, residual_out, sum_of},
     wait::Awaited,
 };
 use crate::{
     epilogue::Epilogue,
     launch::{Activations, Address, Fused, Group, Shape},
     prologue::Prologue,
-    row::{Prepared, Team, ThreadSlice},
+    row::{Prepared, Team, ThreadSlice, residual_of_sum},
     simt,
     wire::Wire,
 };
@@ -142,7 +142,7 @@ pub unsafe fn one_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
         // SAFETY: see above.
         unsafe {
             let read = (activations, I::EXTRAS.then_some(extras));
-            prepared.complete(&mut team, shape, read, false, token, |chunk, indices, row| {
+            prepared.complete::<false>(&mut team, shape, read, token, |chunk, indices, row| {
                 // Both are read while the peers' packs are on their way.
                 let own = if keeps || keeps_sent {
                     own

@@ -31,7 +31,7 @@ use super::{
     begun::{Begun, fill_padding, serves},
     partials::{Origin, Ranks},
     ranks::{first_slot, opaque, peer, row_of},
-    sum::{bias_of, encode, load_row, make_addend, residual_of_sum, residual_out, sum_of},
+    sum::{bias_of, encode, load_row, make_addend, residual_out, sum_of},
     turns::{Token, Tokens},
     wait::{Awaited, Waiter},
 };
@@ -39,7 +39,7 @@ use crate::{
     epilogue::{Epilogue, PackIndex},
     launch::{Activations, Address, Fused, HOST_FAILED},
     prologue::Prologue,
-    row::{Prepared, Team, ThreadSlice},
+    row::{Prepared, Team, ThreadSlice, residual_of_sum},
     simt,
     wire::Wire,
 };

@@ -22,17 +22,6 @@ pub(super) fn bias_of(has_extras: bool, activations: &Activations, extras: &Extr
     Address(simt::black_box_u64(extras.bias.0)).offset(simt::black_box_u32(pack) as u64 * Pack::BYTES)
 }
 
-/// The residual that is added to the sum of all ranks: null if there is none, or if it is added to the norm of the sum.
-#[inline(always)]
-pub(super) fn residual_of_sum(has_extras: bool, activations: &Activations) -> Address {
-    if !has_extras {
-        return activations.residual;
-    }
-    // `black_box`, so that this is asked where it is used, and takes up no registers before.
-    let flags = simt::black_box_u32(activations.flags);
-    if flags & Activations::POST_NORM == 0 { activations.residual } else { Address::NULL }
-}
-
 /// Makes this thread's packs of the addend of token `token` of the round. The team that reads a token's addend makes it.
 ///
 /// # Safety

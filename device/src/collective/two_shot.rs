@@ -29,14 +29,14 @@ use super::{
     begun::{Begun, fill_padding, serves},
     partials::{Origin, Ranks},
     ranks::{deal, dealt, peer, row_of},
-    sum::{bias_of, encode, load_row, make_addend, residual_of_sum, residual_out, sum_of},
+    sum::{bias_of, encode, load_row, make_addend, residual_out, sum_of},
     wait::Awaited,
 };
 use crate::{
     epilogue::{Epilogue, PackIndex},
     launch::{Activations, Address, Fused, HOST_FAILED},
     prologue::Prologue,
-    row::{Prepared, Team, ThreadSlice},
+    row::{Prepared, Team, ThreadSlice, residual_of_sum},
     simt,
     wire::Wire,
 };
@@ -156,7 +156,7 @@ pub(super) unsafe fn two_hops<E, X, I, W, S, const N: usize, const P: usize, con
         unsafe {
             let slot = begun.slot_of::<N>(group.rank);
             let read = (activations, I::EXTRAS.then_some(extras));
-            prepared.complete(&mut team, shape, read, false, token, |chunk, indices, row| {
+            prepared.complete::<false>(&mut team, shape, read, token, |chunk, indices, row| {
                 let residual = || load_row(residual_of_sum, slice, chunk, indices);
                 let complete = |sum, p: usize, pack, residual: &[Pack; P]| {
                     let residual = has_residual.then_some(residual[p]);

@@ -9,5 +9,6 @@ mod slice;
 mod team;
 
 pub use prepared::Prepared;
+pub(crate) use prepared::residual_of_sum;
 pub use slice::ThreadSlice;
 pub use team::Team;

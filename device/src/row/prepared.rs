@@ -59,18 +59,17 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
 
     /// Completes token `token` of the round: `sum` puts this thread's packs of one chunk of `residual_out` into the
     /// array it is given, or with extras of the sum that there may be a norm of; `residual_out` is stored, and the epilogue
-    /// gets the row. Every thread of the team calls this. Kernels without extras pass `None`, a constant, and those without a
-    /// collective, which may have no `residual_out`, that they are.
+    /// gets the row. Every thread of the team calls this. Kernels without extras pass `None`, a constant. `LOCAL` says that
+    /// the kernel has no collective: then there may be no `residual_out`.
     ///
     /// # Safety
     /// The addresses are as their documentation says, `token` is one of the round, and no other team completes it.
     #[inline(always)]
-    pub unsafe fn complete(
+    pub unsafe fn complete<const LOCAL: bool>(
         &self,
         team: &mut Team,
         shape: &Shape,
         (activations, extras): (&Activations, Option<&Extras>),
-        is_local: bool,
         token: u32,
         mut sum: impl FnMut(u32, &[PackIndex; P], &mut [Pack; P]),
     ) {
@@ -82,10 +81,12 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         let mut row = [Pack::default(); P];
         let mut row_sum = 0.0;
         let (has_row_sum, has_row_max) = (self.epilogue.row_sum(), self.epilogue.row_max());
-        if RESIDENT && has_row_sum && !is_local {
+        // What has no extras and no collective has nothing to settle.
+        if RESIDENT && has_row_sum && (!LOCAL || extras.is_some()) {
             sum(0, &indices, &mut row);
             // SAFETY: as this function's.
-            row_sum = unsafe { self.settle(team, (activations, extras), &mut row, |p, _| indices[p]) };
+            row_sum =
+                unsafe { self.settle::<LOCAL>(team, (activations, extras), &mut row, |p, _| indices[p]) };
         } else {
             self.slice.for_chunks(|chunk| {
                 let mut addends = [0.0; P];
@@ -138,7 +139,8 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     }
 
     /// Makes `residual_out` of the sum of all ranks in `row`, which it is already unless there is a norm of the sum. Stores it,
-    /// and returns the sum over it. `index` gives a pack's index in the residual.
+    /// if it has memory, which it may lack only where `LOCAL`, and returns the sum over it. `index` gives a pack's index in the
+    /// residual.
     ///
     /// The norm of the sum and the sum over `residual_out` are turns of one loop: so the code of a sum over a row is in a
     /// kernel once.
@@ -146,7 +148,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
     /// # Safety
     /// As [`complete`](Self::complete).
     #[inline(always)]
-    unsafe fn settle(
+    unsafe fn settle<const LOCAL: bool>(
         &self,
         team: &mut Team,
         (activations, extras): (&Activations, Option<&Extras>),
@@ -161,7 +163,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         loop {
             let mut addends = [0.0; P];
             self.slice.for_each(0, |p, pack| {
-                if left == 0 {
+                if left == 0 && (!LOCAL || !activations.residual_out.is_null()) {
                     // SAFETY: inside the tensor; the pack is this thread's alone.
                     unsafe { simt::store(index(p, pack).of(activations.residual_out), row[p]) };
                 }
@@ -237,7 +239,8 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         if RESIDENT && X::ROW_SUM {
             sum(context, 0, &mut row);
             // SAFETY: as this function's.
-            row_sum = unsafe { self.settle(team, (activations, extras), &mut row, |_, pack| index(pack)) };
+            row_sum =
+                unsafe { self.settle::<false>(team, (activations, extras), &mut row, |_, pack| index(pack)) };
         } else {
             self.slice.for_chunks(|chunk| {
                 let mut addends = [0.0; P];
@@ -313,6 +316,18 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
             self.epilogue.finish(index, row, of_row, weights, self.constants);
         }
     }
+}
+
+/// The residual that is added to the sum of all ranks: null if there is none, or if it is added to the norm of the sum.
+/// `has_extras` says if the kernel has code for [`Extras`].
+#[inline(always)]
+pub(crate) fn residual_of_sum(has_extras: bool, activations: &Activations) -> Address {
+    if !has_extras {
+        return activations.residual;
+    }
+    // `black_box`, so that this is asked where it is used, and takes up no registers before.
+    let flags = simt::black_box_u32(activations.flags);
+    if flags & Activations::POST_NORM == 0 { activations.residual } else { Address::NULL }
 }
 
 /// A pack of `residual_out`, of a pack of the sum of all ranks: the norm of the sum, plus the residual's pack `index`.

@@ -1,5 +1,7 @@
 //! Every entry point that needs no group, for every kind of GPU.
 
+use std::mem::MaybeUninit;
+
 use fused_collective_core::{
     dtype::{Element, bf16, f16},
     fusion::Rounding,
@@ -7,12 +9,15 @@ use fused_collective_core::{
     quant::Quantization,
 };
 use fused_collective_device::{
-    launch::{Activations, Address, AnyEpilogue, AnyQuantizer, Local, Plain, RmsNorm, Unquantized},
+    launch::{
+        Activations, Address, AnyEpilogue, AnyQuantizer, Extras, Local, LocalAny, Plain, RmsNorm, Unquantized,
+    },
     simt::host::Launch,
 };
 
 use fused_collective_device_tests::{
-    Case, Random, Rows, Tensors, What, bytes_of, geometry, shape, with_quantizer,
+    Case, Random, Rows, Tensors, What, bytes_of, check_separate, geometry, separate_cases, shape,
+    with_quantizer,
 };
 
 use crate::{Compiled, ROWS, gpus_of};
@@ -27,10 +32,34 @@ fn one_pass<E: Element, X>(
     tensors: &Tensors,
 ) {
     let params = Local { shape: shape(&case.operation), activations, epilogue };
+    run(compiled, (name, rows), case, &bytes_of(&params), tensors);
+}
+
+/// The same of the kernel of any epilogue.
+fn any_pass<E: Element>(
+    compiled: &Compiled,
+    rows: Rows,
+    case: &Case<E>,
+    activations: Activations,
+    epilogue: AnyEpilogue,
+    tensors: &Tensors,
+) {
+    let local = Local { shape: shape(&case.operation), activations, epilogue };
+    let params = LocalAny { local, extras: Extras::NONE };
+    run(compiled, ("any", rows), case, &bytes_of(&params), tensors);
+}
+
+fn run<E: Element>(
+    compiled: &Compiled,
+    (name, rows): (&str, Rows),
+    case: &Case<E>,
+    parameter: &[MaybeUninit<u8>],
+    tensors: &Tensors,
+) {
     let launch = geometry(&case.operation, rows, 1, 2);
     // One warp streams what several could, and more.
     let launch = if rows == Rows::Streamed { Launch { threads: 64, ..launch } } else { launch };
-    compiled.run(0, launch, &format!("local_{name}_{}", rows.name()), &bytes_of(&params), tensors.ranges());
+    compiled.run(0, launch, &format!("local_{name}_{}", rows.name()), parameter, tensors.ranges());
 }
 
 fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
@@ -44,7 +73,7 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
             let with = fused.activations();
             let is_any = rows == Rows::Streamed || matches!(what, What::MxFp4(_));
             if is_any {
-                one_pass(compiled, ("any", rows), &case, with, fused.any_epilogue(&case), &fused);
+                any_pass(compiled, rows, &case, with, fused.any_epilogue(&case), &fused);
             } else if what == What::Sum {
                 one_pass(compiled, ("none", rows), &case, with, Plain { quantizer: Unquantized }, &fused);
             } else {
@@ -68,7 +97,7 @@ fn passes_are_right<E: Element>(random: &mut Random, compiled: &Compiled) {
                     (norm, RmsNorm { gamma: Address::NULL, ..whole }),
                 ] {
                     let epilogue = AnyEpilogue { norm: epilogue };
-                    one_pass(compiled, ("any", rows), &case, activations, epilogue, &apart);
+                    any_pass(compiled, rows, &case, activations, epilogue, &apart);
                 }
                 assert!(fused.outputs() == apart.outputs(), "{what:?} {rows:?}");
                 continue;
@@ -96,6 +125,13 @@ fn every_kernel_is_right<E: Element>(seed: u64, dtype: &str) {
         let mut random = Random(seed);
         let compiled = Compiled::read(gpu, &module, seed);
         passes_are_right::<E>(&mut random, &compiled);
+        for rows in ROWS {
+            for case in separate_cases::<E>(&mut random, rows) {
+                check_separate(&case, rows, |launch, pass, tensors| {
+                    compiled.run(0, launch, &pass.entry, &pass.parameter, tensors.ranges());
+                });
+            }
+        }
         compiled.assert_all_ran(|name| !name.starts_with("local_"));
     }
 }

@@ -163,6 +163,25 @@ impl<E: Element> Case<E> {
         self
     }
 
+    /// The same with a norm of the sum.
+    pub fn with_post_norm(mut self, random: &mut Random) -> Self {
+        let gamma = if random.below(2) == 0 { WeightType::F32 } else { WeightType::Element };
+        let norm = Norm { epsilon: 1e-3, weight_bias: random.below(2) as f32, gamma };
+        self.operation.post_norm = Some(norm);
+        self
+    }
+
+    /// The same with addends that are made of experts' rows, and of a shared expert's if `shared`.
+    pub fn with_experts(mut self, random: &mut Random, shared: bool) -> Self {
+        let scales = if random.below(2) == 0 { WeightType::F32 } else { WeightType::Element };
+        let experts = Experts { top_k: 1 + random.below(9) as u32, scales, shared };
+        let Operation { tokens, hidden, .. } = self.operation;
+        self.operation.experts = Some(experts);
+        self.experts =
+            self.inputs.iter().map(|_| RankExperts::new(random, tokens, hidden, experts.top_k)).collect();
+        self
+    }
+
     /// The same with nothing but the inputs in its sum, which is rounded once: no bias, no norm of it, no experts.
     pub fn plain(mut self) -> Self {
         self.operation.rounding = Rounding::Once;

@@ -37,6 +37,7 @@ mod memory;
 mod random;
 pub mod ranks;
 mod rows;
+mod separate;
 pub mod sequence;
 mod tensors;
 
@@ -46,6 +47,7 @@ pub use launched::{Launched, bytes_of};
 pub use memory::{Buffer, Runner, World};
 pub use random::Random;
 pub use rows::Rows;
+pub use separate::{check_separate, separate_cases};
 pub use tensors::{POISON, Tensors};
 
 /// Evaluates an expression with the quantizer of a case, and its name in entry points if there is one.
@@ -181,7 +183,7 @@ pub fn run_local<E: Element>(case: &Case<E>, tensors: &Tensors) {
     fn with<E: Element, X: Epilogue<E> + Sync>(operation: &Operation, tensors: &Tensors, epilogue: X) {
         let params = Local { shape: shape(operation), activations: tensors.activations(), epilogue };
         // SAFETY: the parameters are as their documentation says, and the geometry covers a row.
-        launch(geometry(operation, Rows::P1, 1, 2), || unsafe { local::<E, X, 1, true>(&params) });
+        launch(geometry(operation, Rows::P1, 1, 2), || unsafe { local::<E, X, 1, true>(&params, None) });
     }
     let operation = &case.operation;
     if operation.norm.is_none() {

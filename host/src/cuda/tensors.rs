@@ -215,8 +215,8 @@ impl Tensors {
         activations
     }
 
-    /// The extras of a valid operation.
-    pub(crate) fn extras(&self, operation: &Operation) -> Extras {
+    /// The extras of a valid operation, as kernels take them.
+    pub fn extras(&self, operation: &Operation) -> Extras {
         let post_norm = operation.post_norm.map_or(PostNorm::NONE, |norm| PostNorm {
             gamma: address(self.post_gamma),
             inverse_hidden: 1.0 / operation.hidden as f32,

@@ -11,13 +11,13 @@ pub enum Step {
     /// The whole operation: `Input`, `Residual`, `Gamma` and the tensors of its pattern to `ResidualOut` and `NormOut`,
     /// or to `ResidualOut`, `QuantOut` and `ScaleOut`.
     Fused(Fused),
-    /// One pass: experts' rows and `Input` to `Combined`, which an all-reduce then takes in place of `Input`.
+    /// One pass: experts' rows and `Input` to `Combined`.
     CombineExperts,
-    /// `Input` to sum, by this project's own all-reduce.
+    /// Addend to sum, by this project's own all-reduce. The addend is `Input`, or `Combined` of experts.
     AllReduce(Mode),
-    /// `Input` to sum, by NCCL's.
+    /// Addend to sum, by NCCL's.
     NcclAllReduce,
-    /// `Input` to sum, by NCCL's, both in a symmetric window. The steps after it find the sum there.
+    /// Addend to sum, by NCCL's, both in a symmetric window. The other steps find addend and sum there.
     NcclSymmetricAllReduce,
     /// One pass: sum to its norm, in place.
     PostNorm,

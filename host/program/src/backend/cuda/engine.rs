@@ -86,9 +86,9 @@ pub struct Engine<'a> {
     pub(super) scale: Option<GuardedMemory>,
     /// Memory for the sums of a digest, a word for each thread.
     pub(super) sums: Option<DeviceMemory>,
-    /// Input and sum of the current problem in NCCL's symmetric window, if it has any.
+    /// Addend and sum of the current problem in NCCL's symmetric window, if it has any.
     pub(super) window: Option<WindowTensors>,
-    /// True if the steps that ran last had their input and sum there.
+    /// True if the steps that ran last had their addend and sum there.
     in_window: bool,
     /// The graphs timed on the current problem, with what they run.
     pub(super) graphs: Vec<TimedGraph>,
@@ -215,7 +215,7 @@ impl<'a> Engine<'a> {
         &self.sets[self.set]
     }
 
-    /// Has `steps` find their input and sum in the symmetric window, if they are to.
+    /// Has `steps` find their addend and sum in the symmetric window, if they are to.
     pub(super) fn use_window(&mut self, steps: &[Step]) {
         self.in_window = steps.contains(&Step::NcclSymmetricAllReduce);
     }

@@ -4,12 +4,14 @@ use fused_collective_bench::{launch::EagerStep, table::EagerKernel};
 use fused_collective_core::{
     dtype::DType,
     fusion::{Mode, Norm, Operation, Rounding},
-    kernels::{self, Kernel, Module, Set},
+    kernels::{Kernel, Module, Set},
     launch::{Activations, Address, Shape},
     quant::Quantization,
 };
 
-use fused_collective::cuda::{DeviceTensor, TOO_MANY_TOKENS, epilogue::Epilogue, kernels::Parameters};
+use fused_collective::cuda::{
+    DeviceTensor, TOO_MANY_TOKENS, Tensors, epilogue::Epilogue, kernels::Parameters,
+};
 
 use crate::backend::{
     error::Error,
@@ -24,6 +26,7 @@ use super::{
 
 /// Elements that a thread of an eager step takes at a time.
 const EAGER_GROUP: u64 = 4;
+const NULL: Address = Address::NULL;
 
 impl Engine<'_> {
     /// Enqueues every step once.
@@ -44,12 +47,14 @@ impl Engine<'_> {
                 Err(Error::Step { step, why: "the problem has no symmetric window" })
             }
             Step::NcclAllReduce | Step::NcclSymmetricAllReduce => self.nccl_all_reduce(&problem, step),
-            Step::CombineExperts | Step::PostNorm | Step::AfterAllReduce => {
-                Err(Error::Step { step, why: "GPUs have no kernel for it" })
+            Step::CombineExperts => self.combine_experts(&problem, step),
+            Step::PostNorm => self.post_norm(&problem, step),
+            Step::AfterAllReduce => {
+                self.after_sum(&problem, problem.pattern.post_norm(), problem.quantization)
             }
-            Step::AddRmsNorm => self.local(&problem, Some(problem.norm), Quantization::None),
-            Step::AddRmsNormQuantize => self.local(&problem, Some(problem.norm), problem.quantization),
-            Step::Quantize => self.local(&problem, None, problem.quantization),
+            Step::AddRmsNorm => self.after_sum(&problem, None, Quantization::None),
+            Step::AddRmsNormQuantize => self.after_sum(&problem, None, problem.quantization),
+            Step::Quantize => self.quantize(&problem),
             Step::Eager(eager) => self.eager(&problem, eager),
         }
     }
@@ -75,9 +80,9 @@ impl Engine<'_> {
         if let Some(experts) = operation.experts {
             let of = u64::from(experts.top_k);
             let chosen = |tensor| part(tensor, first, count, of * 4, of);
-            tensors.expert_rows = Some(self.tensor(Tensor::ExpertRows, problem.dtype));
-            tensors.expert_index = Some(chosen(self.tensor(Tensor::ExpertIndex, problem.dtype)));
-            tensors.expert_scales = Some(chosen(self.tensor(Tensor::ExpertScales, DType::F32)));
+            self.add_experts(problem, &mut tensors);
+            tensors.expert_index = tensors.expert_index.map(chosen);
+            tensors.expert_scales = tensors.expert_scales.map(chosen);
         }
         tensors.input = tensors.input.map(rows);
         tensors.residual = problem.residual.then(|| own_rows(self.tensor(call.residual(), problem.dtype)));
@@ -92,14 +97,15 @@ impl Engine<'_> {
     }
 
     fn all_reduce(&mut self, problem: &Problem, mode: Mode) -> Result<(), Error> {
-        let tensors = self.operands(problem, false, Quantization::None, problem.sum());
+        let mut tensors = self.operands(problem, false, Quantization::None, problem.sum());
+        tensors.input = Some(self.tensor(problem.addend(), problem.dtype));
         let stream = self.handle();
         // SAFETY: as in `fused`.
         Ok(unsafe { self.communicator.enqueue(&problem.all_reduce(mode), &tensors, stream) }?)
     }
 
     fn nccl_all_reduce(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
-        let (from, to) = (self.address(Tensor::Input), self.address(problem.sum()));
+        let (from, to) = (self.address(problem.addend()), self.address(problem.sum()));
         let (count, stream) = (nccl_elements(problem), self.handle());
         let nccl = self.nccl.as_mut().ok_or(Error::Step { step, why: "NCCL was not loaded" })?;
         // SAFETY: as in `fused`.
@@ -108,32 +114,90 @@ impl Engine<'_> {
         enqueued.map_err(|error| self.communicator.fail(error).into())
     }
 
-    /// One pass after the all-reduce. Without a norm, it quantizes `NormOut`.
+    /// Adds all rows' experts to the operands of an operation.
+    fn add_experts(&self, problem: &Problem, tensors: &mut Tensors) {
+        tensors.expert_rows = Some(self.tensor(Tensor::ExpertRows, problem.dtype));
+        tensors.expert_index = Some(self.tensor(Tensor::ExpertIndex, problem.dtype));
+        tensors.expert_scales = Some(self.tensor(Tensor::ExpertScales, DType::F32));
+    }
+
+    /// One pass ahead of the all-reduce: makes its addend.
+    fn combine_experts(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
+        let experts = problem.pattern.experts();
+        if experts.is_none() {
+            return Err(Error::Step { step, why: "the problem has no experts" });
+        }
+        let operation = Operation { experts, ..problem.all_reduce(Mode::Auto) };
+        let mut tensors = self.operands(problem, false, Quantization::None, problem.sum());
+        self.add_experts(problem, &mut tensors);
+        self.local(problem, &operation, &tensors, [self.address(Tensor::Combined), NULL, NULL])
+    }
+
+    /// One pass over the sum: its norm, in place. A thread reads the packs of a row that it will write and no others, and
+    /// writes one when it was read for the last time.
+    fn post_norm(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
+        let norm = problem.pattern.post_norm();
+        if norm.is_none() {
+            return Err(Error::Step { step, why: "the problem has no norm of the sum" });
+        }
+        let operation = Operation { norm, ..problem.all_reduce(Mode::Auto) };
+        let mut tensors = self.operands(problem, true, Quantization::None, problem.sum());
+        tensors.gamma = Some(self.tensor(Tensor::PostGamma, problem.dtype));
+        tensors.norm_out = Some(self.tensor(problem.sum(), problem.dtype));
+        self.local(problem, &operation, &tensors, [self.address(problem.sum()), NULL, NULL])
+    }
+
+    /// One pass after the all-reduce, with a norm of the sum or without.
+    fn after_sum(
+        &mut self,
+        problem: &Problem,
+        post_norm: Option<Norm>,
+        quantization: Quantization,
+    ) -> Result<(), Error> {
+        let norm = Some(problem.norm);
+        let operation = Operation { norm, post_norm, quantization, ..problem.all_reduce(Mode::Auto) };
+        let mut tensors = self.operands(problem, true, quantization, Tensor::ResidualOut);
+        tensors.post_gamma = post_norm.map(|_| self.tensor(Tensor::PostGamma, problem.dtype));
+        let residual = if problem.residual { self.address(Tensor::Residual) } else { NULL };
+        // Without a residual the sum is in `ResidualOut` already, and its norm is in place.
+        let is_written = problem.residual || post_norm.is_some();
+        let residual_out = if is_written { self.address(Tensor::ResidualOut) } else { NULL };
+        self.local(problem, &operation, &tensors, [self.address(problem.sum()), residual, residual_out])
+    }
+
+    /// One pass over `NormOut`.
+    fn quantize(&mut self, problem: &Problem) -> Result<(), Error> {
+        let quantization = problem.quantization;
+        let operation = Operation { quantization, ..problem.all_reduce(Mode::Auto) };
+        let tensors = self.operands(problem, false, quantization, Tensor::ResidualOut);
+        self.local(problem, &operation, &tensors, [self.address(Tensor::NormOut), NULL, NULL])
+    }
+
+    /// One pass without a collective: `operation` on an input, a residual and `residual_out`, of which the last two may be
+    /// null. With experts it makes the input, and nothing else.
     fn local(
         &mut self,
         problem: &Problem,
-        norm: Option<Norm>,
-        quantization: Quantization,
+        operation: &Operation,
+        tensors: &Tensors,
+        [input, residual, residual_out]: [Address; 3],
     ) -> Result<(), Error> {
-        let tensors = self.operands(problem, norm.is_some(), quantization, Tensor::ResidualOut);
-        let [input, residual, residual_out] = match norm {
-            None => [self.address(Tensor::NormOut), Address::NULL, Address::NULL],
-            // Without a residual the sum is in `ResidualOut` already.
-            Some(_) if !problem.residual => [self.address(Tensor::ResidualOut), Address::NULL, Address::NULL],
-            Some(_) => {
-                [Tensor::Reduced, Tensor::Residual, Tensor::ResidualOut].map(|tensor| self.address(tensor))
-            }
-        };
-        let activations = Activations::new(input, residual, residual_out, Rounding::Once);
+        // A sum in memory is rounded, and the norm of it is to be.
+        let mut activations = Activations::new(input, residual, residual_out, Rounding::AfterAllReduce);
+        activations.flags |= if operation.post_norm.is_some() { Activations::POST_NORM } else { 0 };
+        activations.flags |= if operation.experts.is_some() { Activations::EXPERTS } else { 0 };
         let stream = self.handle();
         let kernels = self.communicator.kernels();
         let limits = kernels.limits();
         let shape = shape(problem)?;
-        let epilogue = kernels::Epilogue::of(norm.is_some(), quantization);
-        let kernel =
-            Kernel::local(epilogue).ok_or(fused_collective::Error::Unsupported("this quantization"))?;
+        let kernel = Kernel::local(operation)
+            .ok_or(fused_collective::Error::Unsupported("the operation without a collective"))?;
         let module = Module { dtype: problem.dtype, set: Set::Local };
         let versions = kernels.versions(module, kernel, shape.row_packs)?;
+        if operation.post_norm.is_some() && !limits.keeps(versions, shape.row_packs) {
+            let what = "a norm of the sum of rows that do not fit registers";
+            return Err(fused_collective::Error::Unsupported(what).into());
+        }
         let launch = limits.for_rows(versions, 1, shape.row_packs, problem.tokens)?;
         let mut parameters = Parameters::default();
         // SAFETY: the launch structs have no padding, which `core` asserts.
@@ -141,10 +205,13 @@ impl Engine<'_> {
             parameters.push(&shape);
             parameters.push(&activations);
         }
-        let operation = Operation { norm, quantization, ..problem.all_reduce(Mode::Auto) };
-        let epilogue = Epilogue::of(&operation, &tensors);
-        parameters.append(epilogue.parameters(launch.takes_any_epilogue()));
-        // SAFETY: the kernel and the parameters are of one epilogue; the tensors are the engine's and of the problem's
+        let takes_any = launch.takes_any_epilogue();
+        parameters.append(Epilogue::of(operation, tensors).parameters(takes_any));
+        if takes_any {
+            // SAFETY: see above.
+            unsafe { parameters.push(&tensors.extras(operation)) };
+        }
+        // SAFETY: the kernel and the parameters are of one operation; the tensors are the engine's and of the problem's
         // shapes, and live as in `fused`.
         Ok(unsafe { kernels.launch(launch, &parameters, stream) }?)
     }

@@ -11,12 +11,13 @@ use crate::backend::problem::{Problem, Tensor};
 /// Alignment of each tensor, that of an allocation.
 const ALIGNMENT: u64 = 256;
 
-/// Input and sum of a problem once more, for each set of tensors, in a window that the NCCL group owns. They have no guards
+/// Addend and sum of a problem once more, for each set of tensors, in a window that the NCCL group owns. They have no guards
 /// around them: NCCL's kernels are not this project's to check.
 #[derive(Debug)]
 pub(super) struct WindowTensors {
     context: Context,
     base: Address,
+    addend: Tensor,
     sum: Tensor,
     /// Bytes of a tensor.
     bytes: u64,
@@ -26,19 +27,20 @@ pub(super) struct WindowTensors {
 impl WindowTensors {
     /// Bytes of a window for `sets` sets of the problem's tensors; `None` past 64 bits.
     pub(super) fn needed(problem: &Problem, sets: usize) -> Option<u64> {
-        let bytes = problem.bytes(Tensor::Input)?.checked_next_multiple_of(ALIGNMENT)?;
+        let bytes = problem.bytes(problem.addend())?.checked_next_multiple_of(ALIGNMENT)?;
         bytes.checked_mul(2)?.checked_mul(sets as u64)
     }
 
     /// The tensors in a window at `base` of as many bytes as [`needed`](Self::needed).
     pub(super) fn new(context: Context, base: Address, problem: &Problem, sets: usize) -> Self {
-        WindowTensors { context, base, sum: problem.sum(), bytes: problem.activation_bytes(), sets }
+        let (addend, sum) = (problem.addend(), problem.sum());
+        WindowTensors { context, base, addend, sum, bytes: problem.activation_bytes(), sets }
     }
 
     /// Address of `tensor` of a set, if it is in the window.
     pub(super) fn address(&self, set: usize, tensor: Tensor) -> Option<Address> {
         let place = match tensor {
-            Tensor::Input => 0,
+            addend if addend == self.addend => 0,
             sum if sum == self.sum => 1,
             _ => return None,
         };

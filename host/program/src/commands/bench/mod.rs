@@ -124,7 +124,7 @@ impl Bench {
         report.machine.set_gpus(backend.gpus());
         report.machine.rank_cpus = backend.cpus();
         let mut screen = Screen::on(self.stream(), group);
-        let progress = screen.progress(run::count(settings, run::separate(settings, backend).len()));
+        let progress = screen.progress(run::count(settings, backend.all_reduces().len()));
         screen.show(&progress, &table::heading(&report));
         let peers = PeerOptions {
             choices: &settings.peers,

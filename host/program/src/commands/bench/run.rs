@@ -95,14 +95,7 @@ pub fn run(
         verify::write_inputs(backend, &problem, Numbers::random(settings.seed), group)?;
         let mut notes = backend.notes().to_vec();
         let mut all_reduces = Vec::new();
-        let separate = separate(settings, backend);
-        if separate.is_empty() {
-            notes.push(format!(
-                "GPUs have no kernels for the separate operations of {}: only the fused variants are measured",
-                settings.pattern
-            ));
-        }
-        for all_reduce in separate {
+        for all_reduce in backend.all_reduces() {
             let (step, note) = choose_way(group, backend, &all_reduce)?;
             all_reduces.push((all_reduce.name, step));
             notes.extend(note);
@@ -234,15 +227,6 @@ pub fn count(settings: &Settings, all_reduces: usize) -> u64 {
         2 * variants as u64 + trials + settings.peers.len() as u64
     };
     settings.cases().map(steps).sum()
-}
-
-/// The all-reduces of the separate operations; none if the backend has no separate operations of the pattern.
-pub(super) fn separate(settings: &Settings, backend: &dyn Collective) -> Vec<AllReduce> {
-    if settings.pattern.is_default() || backend.gpus().is_empty() {
-        backend.all_reduces()
-    } else {
-        Vec::new()
-    }
 }
 
 /// Measures every way to run an all-reduce, and chooses the fastest for the separate operations.

@@ -35,6 +35,7 @@ use fused_collective_cli::{
     report::{grid, progress::Progress},
 };
 use fused_collective_core::{fusion::Mode, plan::Limits};
+use fused_collective_tests::forward;
 
 const RANKS: u32 = 2;
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -74,25 +75,7 @@ fn is_one_shot(steps: &[Step]) -> bool {
 }
 
 impl Collective for Faulty {
-    fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
-        self.engine.prepare(problem)
-    }
-
-    fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        self.engine.write(tensor, offset, bytes)
-    }
-
-    fn fill(&mut self, tensor: Tensor, byte: u8) -> Result<(), Error> {
-        self.engine.fill(tensor, byte)
-    }
-
-    fn digest(&mut self, tensor: Tensor) -> Result<u64, Error> {
-        self.engine.digest(tensor)
-    }
-
-    fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
-        self.engine.read(tensor)
-    }
+    forward!(engine: prepare write fill digest read copy_time find_stray_write set_cold limits cache_bytes);
 
     fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
         self.engine.run(steps)?;
@@ -122,26 +105,6 @@ impl Collective for Faulty {
         let time = self.engine.time(steps, operations)?;
         self.engine.write(self.fault.tensor, self.fault.offset, self.fault.bytes)?;
         Ok(time)
-    }
-
-    fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
-        self.engine.copy_time(bytes)
-    }
-
-    fn set_cold(&mut self, cold: bool) {
-        self.engine.set_cold(cold);
-    }
-
-    fn limits(&self) -> &Limits {
-        self.engine.limits()
-    }
-
-    fn cache_bytes(&self) -> u64 {
-        self.engine.cache_bytes()
-    }
-
-    fn find_stray_write(&mut self, thorough: bool) -> Result<Option<String>, Error> {
-        self.engine.find_stray_write(thorough)
     }
 }
 

@@ -42,7 +42,7 @@ use fused_collective_cli::{
     report::{machine::Machine as OwnMachine, progress::Progress},
 };
 use fused_collective_core::plan::Limits;
-use fused_collective_tests::{LIMIT, Running, command, report::Machine, run};
+use fused_collective_tests::{LIMIT, Running, command, forward, report::Machine, run};
 use rustix::process::Signal;
 use serde::Deserialize;
 
@@ -277,6 +277,8 @@ struct Faulty {
 }
 
 impl Collective for Faulty {
+    forward!(engine: prepare write fill digest read run time copy_time find_stray_write set_cold limits cache_bytes);
+
     fn links<'b>(&'b mut self, group: &'b Group) -> Result<Box<dyn Links + 'b>, Error> {
         let rank = group.rank();
         let inner = self.engine.links(group)?;
@@ -285,54 +287,6 @@ impl Collective for Faulty {
 
     fn gpus(&self) -> Vec<String> {
         vec!["a GPU".to_owned(); 2]
-    }
-
-    fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
-        self.engine.copy_time(bytes)
-    }
-
-    fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
-        self.engine.prepare(problem)
-    }
-
-    fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        self.engine.write(tensor, offset, bytes)
-    }
-
-    fn fill(&mut self, tensor: Tensor, byte: u8) -> Result<(), Error> {
-        self.engine.fill(tensor, byte)
-    }
-
-    fn digest(&mut self, tensor: Tensor) -> Result<u64, Error> {
-        self.engine.digest(tensor)
-    }
-
-    fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
-        self.engine.read(tensor)
-    }
-
-    fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
-        self.engine.run(steps)
-    }
-
-    fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
-        self.engine.time(steps, operations)
-    }
-
-    fn find_stray_write(&mut self, thorough: bool) -> Result<Option<String>, Error> {
-        self.engine.find_stray_write(thorough)
-    }
-
-    fn set_cold(&mut self, cold: bool) {
-        self.engine.set_cold(cold);
-    }
-
-    fn limits(&self) -> &Limits {
-        self.engine.limits()
-    }
-
-    fn cache_bytes(&self) -> u64 {
-        self.engine.cache_bytes()
     }
 }
 

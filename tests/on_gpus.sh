@@ -5,8 +5,8 @@
 #
 # PROGRAM is fused-collective with its kernels inside, as `cargo xtask dist` packs it; nothing else of this repository is needed.
 # EARLIER is one of an earlier version, which takes turns with it. PEERS names the peers that Python has: flashinfer,torch.
-# Reports and logs go to the folder OUTPUT. A step ends at its own limit, or when ten minutes have passed; the exit status is the
-# largest of all steps'.
+# STEPS names the steps to run, all if it is not set: "links verify" and then the others are two calls of ten minutes. Reports and logs
+# go to the folder OUTPUT. A step ends at its own limit, or when ten minutes have passed; the exit status is the largest of all steps'.
 set -uo pipefail
 program=$(realpath "${1:?PROGRAM}") output=$(mkdir -p "${2:?OUTPUT}" && realpath "$2") earlier=${3:+$(realpath "$3")}
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)} peers=(${PEERS:+--peers "$PEERS"}) worst=0
@@ -17,9 +17,13 @@ ended() { (($1 <= worst)) || worst=$1; }
 # The seconds that a step may take, of so many that it asks for.
 limit() { echo $(($1 < ends - SECONDS ? $1 : ends - SECONDS)); }
 
+# True if the step is to run.
+wanted() { [[ -z ${STEPS-} || " $STEPS " == *" $1 "* ]]; }
+
 # Runs a step for at most so many seconds, and prints its last line.
 step() {
   local name=$1 status=0
+  wanted "$name" || return 0
   if (($(limit "$2") <= 0)); then
     echo "        $name: no time is left" && ended 124
     return
@@ -32,12 +36,12 @@ step() {
 # Times fused variants, PROGRAM and EARLIER in turns; `--compare` prints rows that got slower.
 turns() {
   local name=$1 turn
-  [ -n "$earlier" ] || return 0
+  [ -n "$earlier" ] && wanted "$name" || return 0
   for turn in 1 2; do
     (($(limit 60) > 0)) || return 0
     timeout "$(limit 60)" "$earlier" bench --backend cuda --allreduce custom --json "$output/$name-$turn-before.json" "${@:2}" \
       >"$output/$name-$turn-before.log" 2>&1 || ended $?
-    step "$name-$turn" 60 bench --backend cuda --allreduce custom --tolerance 2 --compare "$output/$name-$turn-before.json" \
+    STEPS='' step "$name-$turn" 60 bench --backend cuda --allreduce custom --tolerance 2 --compare "$output/$name-$turn-before.json" \
       --json "$output/$name-$turn.json" "${@:2}"
   done
 }
@@ -55,11 +59,14 @@ fi
 step faults 60 faults --backend cuda
 step bench 240 bench --backend cuda --num-tokens $tokens --residual sharded "${peers[@]}" --trials 30 \
   --output-file "$output/bench.md" --json "$output/bench.json" --plot "$output/bench.svg"
+step wires 120 bench --backend cuda --num-tokens $tokens --quant-modes none,fp8 --allreduce custom --wire exact,int8,int4 \
+  --residual sharded "${peers[@]}" --output-file "$output/wires.md" --json "$output/wires.json"
 step bench-4096 120 bench --backend cuda --num-tokens $tokens --hidden-dim 4096 "${peers[@]}" --json "$output/bench-4096.json"
-step quantized 90 bench --backend cuda --num-tokens 1,64,512,2048 --allreduce custom --json "$output/quantized.json" \
-  --quant-modes fp8,fp8_per_token,fp8_group128,mxfp8,fp4,mxfp4
+step quantized 120 bench --backend cuda --num-tokens 1,64,128,512,2048 --allreduce custom "${peers[@]}" \
+  --quant-modes fp8,fp8_per_token,fp8_group128,mxfp8,fp4,mxfp4 --output-file "$output/quantized.md" --json "$output/quantized.json"
 for pattern in post-norm moe; do
-  step $pattern 90 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern --json "$output/$pattern.json"
+  step $pattern 90 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern "${peers[@]}" \
+    --output-file "$output/$pattern.md" --json "$output/$pattern.json"
 done
 # In what is left, less a little for its end.
 left=$((ends - SECONDS - 20))

@@ -3,6 +3,9 @@
 #
 #     tests/on_hosts.sh PROGRAM OUTPUT
 #
+# RANKS says how many ranks a host has, "1 2" if it does not; LIMIT in how many seconds all of it ends. So two calls of ten minutes do
+# the same: RANKS=1 LIMIT=590 and RANKS=2 LIMIT=590.
+#
 # PROGRAM is fused-collective with its kernels inside, as `cargo xtask dist` packs it. NCCL must be found: NCCL_LIBRARY names its file
 # where the loader does not find it. Hosts are told apart by NCCL_HOSTID, so ranks of two hosts may share a GPU, on which they take
 # turns: times mean nothing. NCCL speaks over the loopback interface, and without multicast over NVLink.
@@ -12,7 +15,7 @@ set -uo pipefail
 program=$(realpath "${1:?PROGRAM}") output=$(mkdir -p "${2:?OUTPUT}" && realpath "$2") worst=0 table=()
 export NCCL_SOCKET_IFNAME=lo NCCL_NVLS_ENABLE=0
 gpus=${GPUS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
-ends=$((SECONDS + 1190))
+ends=$((SECONDS + ${LIMIT:-1190}))
 
 # Notes a step's end: its name, status and seconds, and the last line of its log.
 note() {
@@ -76,7 +79,7 @@ vanish() {
 
 if ((gpus == 0)); then
   # What can be seen without a GPU: hosts meet, and are told what the CPU backend is for.
-  for ranks in 1 2; do
+  for ranks in ${RANKS:-1 2}; do
     name=refusal-2x$ranks began=$SECONDS status=0
     timeout 60 "$program" verify --quick --backend cpu --hosts 2 --nproc-per-node $ranks >"$output/$name.log" 2>&1
     grep -q "the CPU backend is for ranks of one host, and these are on 2" "$output/$name.log" || status=1
@@ -84,7 +87,7 @@ if ((gpus == 0)); then
   done
   echo "no GPU: only refusals were seen"
 else
-  for ranks in 1 2; do
+  for ranks in ${RANKS:-1 2}; do
     # NCCL's own all-reduce refuses ranks that share a GPU.
     all_reduces=custom
     ((2 * ranks > gpus)) || all_reduces=nccl,custom

@@ -28,7 +28,7 @@ use fused_collective_cli::{
     job::{options::JobOptions, ranks},
 };
 use fused_collective_core::plan::Limits;
-use fused_collective_tests::{LIMIT, Running, command, run};
+use fused_collective_tests::{LIMIT, Running, command, forward, run};
 use rustix::process::Signal;
 
 fn soak(options: &str) -> Command {
@@ -167,29 +167,7 @@ impl Faulty {
 }
 
 impl Collective for Faulty {
-    fn select(&mut self, slot: usize) -> Result<(), Error> {
-        self.engine.select(slot)
-    }
-
-    fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
-        self.engine.prepare(problem)
-    }
-
-    fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        self.engine.write(tensor, offset, bytes)
-    }
-
-    fn fill(&mut self, tensor: Tensor, byte: u8) -> Result<(), Error> {
-        self.engine.fill(tensor, byte)
-    }
-
-    fn digest(&mut self, tensor: Tensor) -> Result<u64, Error> {
-        self.engine.digest(tensor)
-    }
-
-    fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
-        self.engine.read(tensor)
-    }
+    forward!(engine: select prepare write fill digest read copy_time find_stray_write set_cold limits cache_bytes);
 
     fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
         self.engine.run(steps).and_then(|()| self.harm())
@@ -198,26 +176,6 @@ impl Collective for Faulty {
     fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
         let time = self.engine.time(steps, operations)?;
         self.harm().map(|()| time)
-    }
-
-    fn find_stray_write(&mut self, thorough: bool) -> Result<Option<String>, Error> {
-        self.engine.find_stray_write(thorough)
-    }
-
-    fn set_cold(&mut self, cold: bool) {
-        self.engine.set_cold(cold);
-    }
-
-    fn limits(&self) -> &Limits {
-        self.engine.limits()
-    }
-
-    fn cache_bytes(&self) -> u64 {
-        self.engine.cache_bytes()
-    }
-
-    fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
-        self.engine.copy_time(bytes)
     }
 }
 

@@ -38,7 +38,7 @@ use fused_collective_core::{
     plan::Limits,
     quant::{Quantization, e2m1, e4m3},
 };
-use fused_collective_tests::{command, run};
+use fused_collective_tests::{command, forward, run};
 
 /// `verify` on the CPU backend with `options`, separated by spaces.
 fn verify(options: &str) -> Command {
@@ -234,25 +234,11 @@ struct Faulty {
 }
 
 impl Collective for Faulty {
+    forward!(engine: write fill digest read time copy_time set_cold limits cache_bytes);
+
     fn prepare(&mut self, problem: &Problem) -> Result<(), Error> {
         self.problem = Some(*problem);
         self.engine.prepare(problem)
-    }
-
-    fn write(&mut self, tensor: Tensor, offset: u64, bytes: &[u8]) -> Result<(), Error> {
-        self.engine.write(tensor, offset, bytes)
-    }
-
-    fn fill(&mut self, tensor: Tensor, byte: u8) -> Result<(), Error> {
-        self.engine.fill(tensor, byte)
-    }
-
-    fn digest(&mut self, tensor: Tensor) -> Result<u64, Error> {
-        self.engine.digest(tensor)
-    }
-
-    fn read(&mut self, tensor: Tensor) -> Result<Vec<u8>, Error> {
-        self.engine.read(tensor)
     }
 
     fn run(&mut self, steps: &[Step]) -> Result<(), Error> {
@@ -262,26 +248,6 @@ impl Collective for Faulty {
             Some(problem) if self.has_run => (self.fault)(&mut self.engine, &problem),
             _ => Ok(()),
         }
-    }
-
-    fn time(&mut self, steps: &[Step], operations: u32) -> Result<f64, Error> {
-        self.engine.time(steps, operations)
-    }
-
-    fn copy_time(&mut self, bytes: u64) -> Result<f64, Error> {
-        self.engine.copy_time(bytes)
-    }
-
-    fn set_cold(&mut self, cold: bool) {
-        self.engine.set_cold(cold);
-    }
-
-    fn limits(&self) -> &Limits {
-        self.engine.limits()
-    }
-
-    fn cache_bytes(&self) -> u64 {
-        self.engine.cache_bytes()
     }
 
     fn convert(&mut self, to: Conversion, first: u32, count: u32) -> Result<Option<Vec<u8>>, Error> {

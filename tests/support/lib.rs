@@ -8,6 +8,7 @@
 //! assert_eq!(outcome.code, Some(0), "{outcome}");
 //! ```
 
+mod forward;
 mod process;
 pub mod report;
 

@@ -41,11 +41,14 @@ impl Processor {
         }
     }
 
-    /// The PTX version.
+    /// The PTX version: the first that has the kernels' instructions, so that old drivers know it too. `sm_90` needs `st.async`. For
+    /// `sm_80` an older one would do, but drivers older than CUDA 11.4 lack what the host calls.
     const fn version(self) -> &'static str {
         match self {
+            Processor::Sm80 => "7.4",
+            Processor::Sm90 => "8.1",
+            Processor::Sm100a => "8.6",
             Processor::Sm120a => "8.7",
-            _ => "8.6",
         }
     }
 

@@ -86,6 +86,17 @@ def operators_rank(rank, world_size, key, backend):
     assert same(out, want[:2])
     biased = operators.all_reduce(x, group=group, bias=weight)
     assert same(biased[:1], communicator.all_reduce(x, bias=weight)[:1])
+    for options in {"wire": "int8"}, {"partial_sums": "element"}:
+        found = operators.all_reduce(x, group=group, residual=residual, weight=weight, **options)
+        plain = communicator.all_reduce(x, residual=residual, norm=weight, **options)
+        # There is one host: no sum crosses between any.
+        assert same(found, plain) and same(found[:2], want[:2]) == ("wire" not in options)
+        operators.all_reduce_out(
+            x, group=group, residual=residual, weight=weight, residual_out=out[0], norm_out=out[1], **options
+        )
+        assert same(out, found[:2])
+    with pytest.raises(InvalidError, match="partial sums"):
+        operators.all_reduce(x, group=group, residual=residual, weight=weight, partial_sums="float64")
     own = residual[rank::world_size].contiguous()
     sharded = operators.all_reduce(x, group=group, residual=own, sharded=True, weight=weight)
     assert same((sharded.norm_out, sharded.residual_out), (want.norm_out, want.residual_out[rank::world_size].contiguous()))

@@ -62,13 +62,14 @@ def _plan(
     quant: str, layout: str, block: int, block_scale: str, keep_norm: bool, rounding: str, mode: str,
     post_gamma: str | None = None, post_epsilon: float = 0.0, post_weight_bias: float = 0.0,
     top_k: int = 0, expert_scales: str | None = None, shared_expert: bool = False, wire: str | None = None,
+    partial_sums: str = "float32",
 ) -> _native.Operation:
     return _native.Operation(
         dtype, tokens, hidden, residual=residual, bias=bias, norm=norm, gamma=gamma, epsilon=epsilon, weight_bias=weight_bias,
         quantization=quant, layout=layout, group=block, group_scale=block_scale, keep_norm=keep_norm,
         rounding=rounding, mode=mode, post_norm=post_gamma is not None, post_gamma=post_gamma, post_epsilon=post_epsilon,
         post_weight_bias=post_weight_bias, top_k=top_k, expert_scales=expert_scales, shared_expert=shared_expert,
-        wire=wire,
+        wire=wire, partial_sums=partial_sums,
     )
 
 
@@ -172,6 +173,7 @@ def enqueue(
     post_norm: Norm | None = None,
     experts: Experts | None = None,
     wire: str | None = None,
+    partial_sums: str = "float32",
 ) -> None:
     """Enqueues an operation on the current stream, with outputs that are there. It is what the operators run."""
     like = x if experts is None or x is not None else experts.rows
@@ -186,7 +188,7 @@ def enqueue(
         raise InvalidError(f"dtype {like.dtype} is not valid: use torch.float32, torch.float16 or torch.bfloat16")
     hidden = like.shape[-1] if like.dim() else 0
     elements = like.numel()
-    fields: dict[str, Any] = {"wire": wire}
+    fields: dict[str, Any] = {"wire": wire, "partial_sums": partial_sums}
     more: dict[str, Any] = {}
     if post_norm is not None:
         fields |= {"post_epsilon": post_norm.epsilon, "post_weight_bias": post_norm.weight_bias}
@@ -246,7 +248,8 @@ _OPTIONS = (
 )
 _MORE = (
     "Tensor? post_weight=None, float post_epsilon=1e-06, float post_weight_bias=0.0, "
-    "Tensor? expert_rows=None, Tensor? expert_index=None, Tensor? expert_scales=None, str? wire=None"
+    "Tensor? expert_rows=None, Tensor? expert_index=None, Tensor? expert_scales=None, str? wire=None, "
+    "str partial_sums='float32'"
 )
 _LIBRARY = library.Library("fused_collective", "DEF")
 _LIBRARY.define(
@@ -270,12 +273,16 @@ def _written(outputs, norm, quant, keep_norm):
     return outputs[1] if norm else None, outputs[2] if quant != "none" else None, outputs[3] if scales else None
 
 
-def _more(post_weight=None, post_epsilon=1e-6, post_weight_bias=0.0, rows=None, index=None, scales=None, wire=None):
-    """The post-norm, the experts and the wire format of an operator's last arguments."""
+def _more(
+    post_weight=None, post_epsilon=1e-6, post_weight_bias=0.0, rows=None, index=None, scales=None, wire=None,
+    partial_sums="float32",
+):  # fmt: skip
+    """The post-norm, the experts and what crosses links and hosts, of an operator's last arguments."""
     return {
         "post_norm": None if post_weight is None else Norm(post_weight, post_epsilon, post_weight_bias),
         "experts": None if rows is None else Experts(rows, index, scales),
         "wire": wire,
+        "partial_sums": partial_sums,
     }
 
 
@@ -339,10 +346,10 @@ def _fake_norm_(*_):
     return None
 
 
-def _last(post_norm: Norm | None, experts: Experts | None, wire: str | None) -> tuple[Any, ...]:
-    """An operator's last arguments."""
+def _last(post_norm: Norm | None, experts: Experts | None, *crossing: str | None) -> tuple[Any, ...]:
+    """An operator's last arguments; what crosses are ``wire`` and ``partial_sums``."""
     post = (None, 1e-6, 0.0) if post_norm is None else (post_norm.weight, post_norm.epsilon, post_norm.weight_bias)
-    return (*post, *((None,) * 3 if experts is None else (experts.rows, experts.index, experts.scales)), wire)
+    return (*post, *((None,) * 3 if experts is None else (experts.rows, experts.index, experts.scales)), *crossing)
 
 
 def all_reduce(
@@ -366,6 +373,7 @@ def all_reduce(
     rounding: str = "once",
     mode: str = "auto",
     wire: str | None = None,
+    partial_sums: str = "float32",
 ) -> Outputs:
     """Adds up ``x`` of all ranks and ``residual``, normalizes the sum with ``weight``, and quantizes the norm, into new tensors.
 
@@ -375,7 +383,7 @@ def all_reduce(
     """
     made = torch.ops.fused_collective.all_reduce(
         x, residual, bias, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm,
-        sharded and residual is not None, rounding, mode, *_last(post_norm, experts, wire),
+        sharded and residual is not None, rounding, mode, *_last(post_norm, experts, wire, partial_sums),
     )  # fmt: skip
     return Outputs(made[0], *_written(made, weight is not None, quant, keep_norm))
 
@@ -404,12 +412,13 @@ def all_reduce_out(
     rounding: str = "once",
     mode: str = "auto",
     wire: str | None = None,
+    partial_sums: str = "float32",
 ) -> None:
     """As :func:`all_reduce`, into tensors of the caller's. ``norm_out`` beside a quantization keeps the norm."""
     torch.ops.fused_collective.all_reduce_out(
         x, residual, bias, weight, scale, residual_out, norm_out, quant_out, scale_out, group, epsilon, weight_bias, quant,
         layout, block, block_scale, norm_out is not None and quant != "none", sharded and residual is not None, rounding,
-        mode, *_last(post_norm, experts, wire),
+        mode, *_last(post_norm, experts, wire, partial_sums),
     )  # fmt: skip
 
 

@@ -342,11 +342,11 @@ enum fc_wire
    */
   FC_WIRE_EXACT = 0,
   /**
-   * 8.5 bits an element; the sum of normal rows misses by 0.55% in one-shot. On CPUs.
+   * 8.5 bits an element; the sum of normal rows misses by 0.55% in one-shot.
    */
   FC_WIRE_INT8 = 1,
   /**
-   * 4.5 bits an element; the sum of normal rows misses by 8.6% in one-shot. On CPUs.
+   * 4.5 bits an element; the sum of normal rows misses by 8.6% in one-shot.
    */
   FC_WIRE_INT4 = 2,
 };

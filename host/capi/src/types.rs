@@ -148,9 +148,9 @@ pub enum fc_rounding {
 pub enum fc_wire {
     /// The element type: nothing is lost.
     Exact = 0,
-    /// 8.5 bits an element; the sum of normal rows misses by 0.55% in one-shot. On CPUs.
+    /// 8.5 bits an element; the sum of normal rows misses by 0.55% in one-shot.
     Int8 = 1,
-    /// 4.5 bits an element; the sum of normal rows misses by 8.6% in one-shot. On CPUs.
+    /// 4.5 bits an element; the sum of normal rows misses by 8.6% in one-shot.
     Int4 = 2,
 }
 

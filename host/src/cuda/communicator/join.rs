@@ -22,10 +22,11 @@ use super::{
     },
     CALLS_KEPT, Captured, Communicator, MAX_DEADLINE, Options,
     abort_flag::AbortFlag,
-    across::{Across, Parts, load_nccl},
+    across::{Across, Parts},
     call_table::CallTable,
     limits::{HOP_BYTES, agree},
     progress::Progress,
+    unanimous::load_nccl,
 };
 use crate::{
     error::Error,

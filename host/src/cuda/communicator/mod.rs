@@ -12,6 +12,7 @@ mod limits;
 mod progress;
 mod rounds;
 mod stream;
+mod unanimous;
 mod wait;
 mod watchdog;
 

@@ -5,13 +5,13 @@
 //! are this project's with a replicated residual and exact sums, if nothing else is said: peers, the sharded residual and
 //! formats of fewer bits between ranks have sentences of their own.
 
-use std::{borrow::Borrow, fmt};
+use std::fmt;
 
 use fused_collective_core::dtype::DType;
 
 use super::data::{Conclusion, Configuration, Fastest, Gain, Report, Row, RowOutcome};
 use crate::{
-    measurement::{Kind, SumError, percentile},
+    measurement::{Kind, percentile},
     peers::choice::PeerChoice,
     quant_mode::QuantMode,
     wire::Wire,
@@ -317,7 +317,7 @@ fn sharded(cases: &[Times<'_>]) -> Vec<String> {
 fn wires(cases: &[Times<'_>]) -> Vec<String> {
     let sentence = |wire: Wire| {
         let fastest: Vec<_> = cases.iter().filter_map(|case| Some((case, case.fused_as(wire)?))).collect();
-        let error = largest_error(fastest.iter().map(|(_, time)| time))?;
+        let misses = misses(fastest.iter().map(|(_, time)| *time))?;
         let gains = fastest.iter().filter_map(|(case, time)| Some(case.fused()?.median / time.median));
         let gain = Range::of(gains).map(|range| format!(" It is {range} times as fast as with exact sums."));
         let in_vain =
@@ -328,17 +328,12 @@ fn wires(cases: &[Times<'_>]) -> Vec<String> {
             count if count == fastest.len() => " Exact sums take no longer.".to_owned(),
             _ => format!(" Exact sums take no longer at {}.", listed(&in_vain)),
         };
-        Some(format!(
-            "Not the same result: with {wire} between ranks a fused sum misses by {:.2}% of its row, root mean square, and an \
-             element by up to {:.1}%.{}{in_vain}",
-            error.rms * 100.0,
-            error.largest * 100.0,
-            gain.unwrap_or_default()
-        ))
+        let gain = gain.unwrap_or_default();
+        Some(format!("Not the same result: with {wire} between ranks a fused sum {misses}.{gain}{in_vain}"))
     };
     let coded = || Wire::ALL.into_iter().filter(|wire| !wire.is_exact());
     let of_peer = |peer: PeerChoice| {
-        let error = largest_error(cases.iter().filter_map(|case| case.coded_by(peer)))?;
+        let misses = misses(cases.iter().filter_map(|case| case.coded_by(peer)))?;
         let beside = coded().filter_map(|wire| {
             let ratio = |case: &Times<'_>| Some(case.coded_by(peer)?.median / case.fused_as(wire)?.median);
             Some(format!(
@@ -349,23 +344,20 @@ fn wires(cases: &[Times<'_>]) -> Vec<String> {
         let beside: Vec<String> = beside.collect();
         let beside =
             if beside.is_empty() { String::new() } else { format!(" It takes {}.", beside.join(" and ")) };
-        Some(format!(
-            "Not the same result either: {peer}'s sum in fewer bits misses by {:.2}% of its row, root mean square, and an element \
-             by up to {:.1}%.{beside}",
-            error.rms * 100.0,
-            error.largest * 100.0
-        ))
+        Some(format!("Not the same result either: {peer}'s sum in fewer bits {misses}.{beside}"))
     };
     coded().filter_map(sentence).chain(PeerChoice::ALL.into_iter().filter_map(of_peer)).collect()
 }
 
-/// The largest error of sums that are not exact.
-fn largest_error<'a>(times: impl Iterator<Item = impl Borrow<Time<'a>>>) -> Option<SumError> {
-    let errors = times.filter_map(|time| match &time.borrow().row.outcome {
+/// The largest error of sums that are not exact, in words.
+fn misses<'a>(times: impl Iterator<Item = Time<'a>>) -> Option<String> {
+    let errors = times.filter_map(|time| match &time.row.outcome {
         RowOutcome::Verified { sum_error, .. } => *sum_error,
         RowOutcome::Failed { .. } => None,
     });
-    errors.max_by(|a, b| a.rms.total_cmp(&b.rms))
+    let error = errors.max_by(|a, b| a.rms.total_cmp(&b.rms))?;
+    let [rms, largest] = [error.rms, error.largest].map(|error| error * 100.0);
+    Some(format!("misses by {rms:.2}% of its row, root mean square, and an element by up to {largest:.1}%"))
 }
 
 /// Warns of measurements that may not repeat.
@@ -424,7 +416,7 @@ mod tests {
         super::fixture::{self, case, measurement, trials},
         *,
     };
-    use crate::measurement::Trials;
+    use crate::measurement::{SumError, Trials};
 
     const SEPARATE: &str = "standard_allreduce_rmsnorm_native_compiled";
     const ONE_SHOT: &str = "fused_allreduce_rmsnorm_oneshot";

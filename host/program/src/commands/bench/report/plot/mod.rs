@@ -227,10 +227,8 @@ fn lines_of(row: &Row, lines: Lines) -> Vec<(String, String, Look)> {
     let separate =
         (row.kind == Kind::Standard && row.is_exact()).then(|| one("fastest separate".to_owned(), look));
     let fused = row.is_ours_fused().then(|| one(short, look));
-    let peer = row.peer().map(|peer| {
-        let its_fastest = format!("{peer}, fastest");
-        one(if row.is_exact() { its_fastest } else { short_name(&row.variant) }, Look::Peer)
-    });
+    let of_peer = |peer| if row.is_exact() { format!("{peer}, fastest") } else { short_name(&row.variant) };
+    let peer = row.peer().map(|peer| one(of_peer(peer), Look::Peer));
     separate.into_iter().chain(fused).chain(peer).collect()
 }
 

@@ -320,6 +320,7 @@ assert moe(request=REQUEST | {"oneshot": False})[:3] == ([], [], [])
 for options, why in [
     ({"release": "0.6.6"}, "flashinfer 0.6.6's allreduce_fusion has no such pattern"),
     ({"quant_mode": "fp8"}, "it has no quantization to fp8"),
+    ({"tokens": 1 << 15}, "it numbers elements in 32 bits, and the experts' rows have more"),
 ]:
     assert moe(**options)[:3] == ([], [f"{name} was not measured: {why}"], [])
 
@@ -336,8 +337,8 @@ fn flashinfer_s_sums_in_fewer_bits_are_measured_where_such_are_asked_for() {
         r#"
 start = "flashinfer_standard_quantized_allreduce"
 
-def coded(all_reduce=MagicMock(), **options):
-    own, notes = peer(peers.FlashInfer, multicast=False), []
+def coded(all_reduce=MagicMock(), agree=lambda well: well, **options):
+    own, notes = peer(peers.FlashInfer, multicast=False, agree=agree), []
     own.comm, _, _ = flashinfer("0.7.4")
     module("flashinfer.comm.quantized_allreduce", **({"quantized_all_reduce": all_reduce} if all_reduce else {}))
     case = problem(torch=own.torch, **options)
@@ -354,11 +355,15 @@ assert tensors.summed is own.torch.empty_like.return_value
 assert (tensors.norm_out, tensors.residual_out) == ("out", "sum")
 for options, why in [
     ({"quant_mode": "mxfp8"}, "the compiled steps have no quantization to mxfp8"),
-    ({"dtype": F32}, "it takes bfloat16"),
+    ({"dtype": F32}, "it takes bfloat16 only"),
     ({"all_reduce": None}, "flashinfer 0.7.4: AttributeError: "),
 ]:
     found, [note], _, _ = coded(**options)
     assert found == [] and note.startswith(f"{start} was not measured: {why}"), note
+found, [note], _, _ = coded(agree=lambda well: False)
+assert found == [] and note == f"{start} was not measured: it failed on another rank"
+found, [note], _, _ = coded(top_k=8)
+assert found == [] and note == f"{start} was not measured: it is measured with the pattern all-reduce-norm only"
 own = peer(peers.FlashInfer, multicast=False)
 own.comm, _, _ = flashinfer("0.7.4")
 assert not any(variant.is_coded for variant in own.variants(problem(), REQUEST, []))

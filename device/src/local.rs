@@ -1,13 +1,13 @@
 //! An epilogue on a row that needs no collective: RMSNorm with or without a residual, quantization alone, and both in
-//! one pass, which is what a graph compiler makes of everything after an all-reduce. A kernel with extras may begin with a
-//! norm of the sum, or makes the addend of an all-reduce instead.
+//! one pass, which is what a graph compiler makes of everything after an all-reduce. With extras, a kernel can normalize the sum
+//! first, or only make the addend of an all-reduce.
 
 use fused_collective_core::{dtype::Element, pack::Pack};
 
 use crate::{
     convert,
     epilogue::{Epilogue, PackIndex},
-    launch::{Extras, Local},
+    launch::{Activations, Extras, Local},
     prologue::Prologue,
     row::{Prepared, Team, ThreadSlice, residual_of_sum},
     simt,
@@ -34,9 +34,11 @@ where
     let has_residual = !residual.is_null();
 
     simt::wait_for_prerequisites();
-    simt::launch_dependents();
+    if !activations.has(Activations::HOLDS_DEPENDENTS) {
+        simt::launch_dependents();
+    }
     let mut token = team.index;
-    // Nothing follows: the loop below would read each pack again.
+    // The addend is the whole result: the loop below would read each pack again.
     if let Some(Extras { experts, .. }) = extras
         && Prologue::<E>::makes_addend(experts, activations)
     {

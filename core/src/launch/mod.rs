@@ -232,7 +232,7 @@ pub struct Activations {
     /// The sum, plus the residual. Null only without a residual, and only in kernels without a collective.
     pub residual_out: Address,
     /// [`ROUNDS_SUM`](Self::ROUNDS_SUM), and the [`Extras`] that there are. Of the kernels without a collective only
-    /// [`LocalAny`]'s read them.
+    /// [`LocalAny`]'s read these, and all read [`HOLDS_DEPENDENTS`](Self::HOLDS_DEPENDENTS).
     pub flags: u32,
     /// Keeps the struct free of padding.
     pub reserved: u32,
@@ -247,6 +247,8 @@ impl Activations {
     pub const POST_NORM: u32 = 4;
     /// Makes the addend of [`Extras::experts`].
     pub const EXPERTS: u32 = 8;
+    /// Lets no dependent in before the end, of a kernel without a collective: for dependents that do not wait.
+    pub const HOLDS_DEPENDENTS: u32 = 16;
 
     /// The activations at these addresses, of an operation with this rounding and without extras.
     pub const fn new(
@@ -470,7 +472,7 @@ pub struct Local<X> {
 ///
 /// With [`EXPERTS`](Activations::EXPERTS) it makes the addend of an all-reduce, and nothing else. Else the input is a sum,
 /// rounded, and there may be [`POST_NORM`](Activations::POST_NORM): that takes an epilogue with a norm, a `residual_out`, and
-/// rows in registers. It reads no other extras.
+/// rows in registers. The kernel reads no other extras.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LocalAny {

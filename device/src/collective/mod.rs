@@ -34,6 +34,9 @@
 //! one before the last has completed: the order of a stream holds along the chain. And a grid starts only once
 //! every block of the one before is running, so it takes no place that a block it depends on needs.
 //!
+//! A dependent that never waits must not follow: it would see unfinished outputs. NCCL's kernels over symmetric windows are such,
+//! from 2.28.0 on and before 2.30.7.
+//!
 //! # Waits
 //! A rank waits for peers' data only, never for their blocks. In which order a block pushes and waits, and why ranks cannot
 //! wait in a circle, each collective says for itself: `one_shot`, `two_shot`, for a sharded residual `turns`, and `hosts`.

@@ -59,12 +59,11 @@ impl Numbers {
     }
 }
 
-/// The row of expert number `place` of all tokens' on rank `rank` of `ranks`, of the tokens' `top_k` experts each, `chosen` of
-/// them and as many rows; `None` if it is on another rank. No two have the same row.
+/// The row of expert `place` on rank `rank` of `ranks`, or `None` if another rank has it. Places count the experts of all tokens,
+/// `top_k` each and `chosen` together, and there are as many rows. Rows are distinct.
 ///
-/// A token's experts are on all ranks in turn, as many on each, so that a rank reads a fixed part of them; but those of one
-/// token in 16 are all on one rank.
-pub fn expert_row(rank: u32, ranks: u32, place: u64, top_k: u32, chosen: u64) -> Option<u64> {
+/// Ranks have a token's experts in turn, so that each reads about as many. Those of one token in 16 are all on one rank.
+pub fn expert_row((rank, ranks): (u32, u32), place: u64, top_k: u32, chosen: u64) -> Option<u64> {
     /// A prime above any number of rows: its multiples are all different.
     const STRIDE: u64 = 1_000_000_007;
     let token = place / u64::from(top_k);
@@ -126,7 +125,7 @@ mod tests {
     fn experts_have_rows_of_their_own_each_on_one_rank() {
         for (ranks, chosen) in [(2, 8), (2, 8 * 999), (3, 8 * 50), (8, 8 * 128), (11, 8 * 999)] {
             let of = |rank| {
-                (0..chosen).map(move |place| expert_row(rank, ranks, place, 8, chosen)).collect::<Vec<_>>()
+                (0..chosen).map(move |place| expert_row((rank, ranks), place, 8, chosen)).collect::<Vec<_>>()
             };
             let rows: Vec<_> = (0..ranks).map(of).collect();
             for place in 0..chosen as usize {

@@ -61,7 +61,7 @@ impl<E: Plain> Chosen<E> {
         let (top_k, hidden) = (self.index.len() as u64, problem.hidden as usize);
         let places = token * top_k..(token + 1) * top_k;
         for ((place, k), row) in places.zip(0..).zip(self.rows.chunks_mut(hidden)) {
-            let chosen = expert_row(rank, ranks, place, top_k as u32, problem.chosen());
+            let chosen = expert_row((rank, ranks), place, top_k as u32, problem.chosen());
             self.index[k as usize] = if chosen.is_some() { k } else { -1 };
             if let Some(chosen) = chosen {
                 numbers.fill_row(Source::ExpertRows(rank), chosen, row);

@@ -12,6 +12,7 @@ use crate::{
         problem::{Problem, Tensor},
     },
     job::ranks::Error,
+    measurement::Kind,
 };
 
 /// The byte that fills outputs before a run. It makes NaN in every element type, and is a rare code of random inputs.
@@ -84,6 +85,12 @@ fn after<T>(
 ) -> Result<T, Error> {
     let saved = Saved::of(backend, &variant.overwritten(problem))?;
     poison_outputs(backend)?;
+    if variant.kind == Kind::Standard {
+        // Or an operation that is missing, or late, would leave the next one what another variant left.
+        for tensor in [Tensor::Combined, Tensor::Reduced] {
+            backend.fill(tensor, POISON)?;
+        }
+    }
     run(backend)?;
     let (sum, norm) = variant.written(problem);
     let read = read(backend, sum, norm)?;

@@ -83,7 +83,8 @@ fn write_typed_inputs<E: Plain>(
     }
     if let Some(experts) = problem.pattern.experts() {
         let chosen = problem.chosen();
-        let row = |place| expert_row(rank, ranks, place, experts.top_k, chosen).map_or(-1, |row| row as i32);
+        let row =
+            |place| expert_row((rank, ranks), place, experts.top_k, chosen).map_or(-1, |row| row as i32);
         let index: Vec<i32> = (0..chosen).map(row).collect();
         backend.write(Tensor::ExpertIndex, 0, index.as_bytes())?;
         let mut scales = vec![0.0f32; chosen as usize];

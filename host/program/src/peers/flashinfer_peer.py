@@ -1,3 +1,5 @@
+import inspect
+
 # The pattern of each quantization. Those from releases before their own are missing in the package.
 PATTERNS = {
     "none": "kARResidualRMSNorm",
@@ -7,6 +9,9 @@ PATTERNS = {
     "fp8_group128": "kARResidualRMSNormPerTokenGroupFP8PackedQuant",
     "mxfp8": "kARResidualRMSNormMXFP8Quant",
 }
+
+
+CODED = "flashinfer_standard_quantized_allreduce"
 
 
 class FlashInfer(Peer):
@@ -106,6 +111,8 @@ class FlashInfer(Peer):
 
     def variants(self, problem, request, notes):
         modes = ["oneshot", "twoshot"] if request["oneshot"] else ["twoshot"]
+        if request["coded"] and (problem.top_k or problem.post_weight_bias is not None):
+            notes.append(f"{CODED} was not measured: it is measured with the pattern all-reduce-norm only")
         if problem.post_weight_bias is not None:
             notes.append("flashinfer has no kernel with a norm of the sum")
         elif problem.top_k:
@@ -149,27 +156,29 @@ class FlashInfer(Peer):
             notes.append(f"{name} was not measured: it has no quantization to {problem.quant_mode}")
         elif "expanded_idx_to_permuted_idx" not in takes:
             notes.append(f"{name} was not measured: flashinfer {self.version()}'s allreduce_fusion has no such pattern")
+        elif problem.tokens * problem.top_k * problem.hidden >= 1 << 31:
+            notes.append(f"{name} was not measured: it numbers elements in 32 bits, and the experts' rows have more")
         elif "oneshot" in modes:
             compile = self.part("trtllm_ar").get_trtllm_comm_module
             yield Variant(name, "fused", self.runner(problem, "trtllm", "oneshot"), compile)
 
     def coded(self, problem, notes):
         """The all-reduce in FP8, and the rest in one compiled function."""
-        torch, start = self.torch, "flashinfer_standard_quantized_allreduce"
-        hindrance = None
+        torch, hindrance = self.torch, None
         if problem.quant_mode not in RESTS:
             hindrance = f"the compiled steps have no quantization to {problem.quant_mode}"
         elif problem.dtype != torch.bfloat16:
-            hindrance = "it takes bfloat16"
+            hindrance = "it takes bfloat16 only"
         else:
             try:
                 all_reduce = self.part("quantized_allreduce").quantized_all_reduce
             except Exception as error:
                 hindrance = f"flashinfer {self.version()}: {type(error).__name__}: {first_line(error)}"
-        if hindrance:
-            notes.append(f"{start} was not measured: {hindrance}")
+        # A rank that yields it alone would wait for the others.
+        if not self.all_agree(hindrance is None):
+            notes.append(f"{CODED} was not measured: {hindrance or 'it failed on another rank'}")
             return
-        name = f"{start}_{RESTS[problem.quant_mode][1]}"
+        name = f"{CODED}_{RESTS[problem.quant_mode][1]}"
         (rest,) = problem.compiled(problem.rest())
 
         def run(tensors):

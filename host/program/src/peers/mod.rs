@@ -88,11 +88,11 @@ pub type PeerRows = (Vec<Measurement>, Vec<String>);
 struct Summary {
     variant: String,
     kind: Kind,
-    /// What there is beside the times, or the reason why the results are wrong.
+    /// The figures beside the times, or the reason why the results are wrong.
     result: Result<Timed, String>,
 }
 
-/// What a rank tells the others of a row that it timed.
+/// A rank's figures of a row, as it sends them to the others.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 struct Timed {
     max_error_ulp: f64,
@@ -210,7 +210,9 @@ impl Peer {
             ranks.push((rows, notes));
         }
         let same = |rows: &[Summary]| {
-            rows.iter().map(|row| (row.variant.clone(), row.kind, row.result.is_ok())).collect::<Vec<_>>()
+            let has_exact_sum =
+                |row: &Summary| row.result.as_ref().map(|timed| timed.sum_error.is_none()).ok();
+            rows.iter().map(|row| (row.variant.clone(), row.kind, has_exact_sum(row))).collect::<Vec<_>>()
         };
         if ranks.iter().any(|(rows, _)| same(rows) != same(&ranks[0].0)) {
             return Ok(Err("its ranks measured different things".to_owned()));

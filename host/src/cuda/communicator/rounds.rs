@@ -57,9 +57,7 @@ impl Communicator {
         let limits = self.kernels.limits();
         let row_packs = row_packs(plan)?;
         let versions = self.kernels.versions(module, kernel, row_packs)?;
-        if operation.post_norm.is_some() && !limits.keeps(versions, row_packs) {
-            return Err(Error::Unsupported("a norm of the sum of rows that do not fit into registers"));
-        }
+        limits.check_post_norm(operation, versions, row_packs)?;
         choose(plan, limits, versions, &mut self.launches)?;
         self.host_sums.clear();
         if plan.algorithm.spans_hosts() {

@@ -18,6 +18,7 @@ mod versions;
 use std::{collections::HashMap, iter};
 
 use fused_collective_core::{
+    fusion::Operation,
     kernels::{self, Addends, Entry, Family, Kernel, Processor, Version},
     launch::{self, MAX_BLOCKS},
 };
@@ -116,9 +117,20 @@ impl LaunchLimits {
         LaunchLimits { launcher, agreed_cluster: if has_clusters { self.agreed_cluster } else { 1 }, ..self }
     }
 
-    /// True if a version holds rows of `row_packs` packs in registers.
-    pub fn keeps(self, versions: &Versions, row_packs: u32) -> bool {
-        versions.keeps(row_packs, self.agreed_cluster)
+    /// Checks that a version holds rows of `row_packs` packs in registers, if the operation normalizes the sum.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`]: none does.
+    pub fn check_post_norm(
+        self,
+        operation: &Operation,
+        versions: &Versions,
+        row_packs: u32,
+    ) -> Result<(), Error> {
+        if operation.post_norm.is_none() || versions.keeps(row_packs, self.agreed_cluster) {
+            return Ok(());
+        }
+        Err(Error::Unsupported("a norm of the sum of rows that do not fit into registers"))
     }
 
     /// Chooses the launch of a kernel that has versions on `tokens` rows of `row_packs` packs, with `cluster` blocks for each

@@ -47,6 +47,12 @@ impl Library {
         version_text(self.version)
     }
 
+    /// True if its kernels over symmetric windows wait for the kernel ahead of them, which may let them in early. Those of 2.28.0 and
+    /// later do not, up to 2.30.7.
+    pub fn symmetric_kernels_wait(&self) -> bool {
+        !(22_800..23_007).contains(&self.version)
+    }
+
     /// NCCL's functions.
     pub fn functions(&self) -> &Nccl {
         &self.nccl

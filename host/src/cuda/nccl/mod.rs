@@ -31,6 +31,13 @@ mod tests {
     }
 
     #[test]
+    fn releases_whose_symmetric_kernels_do_not_wait_are_known() {
+        let waits = |nccl| Library::of(nccl).unwrap().symmetric_kernels_wait();
+        assert!(waits(fake::nccl::<22_707>()) && waits(fake::nccl::<23_007>()));
+        assert!(!waits(fake::nccl::<22_800>()) && !waits(fake::nccl::<23_004>()));
+    }
+
+    #[test]
     fn a_name_arrives_as_it_was_made_and_no_other_length_does() {
         let id = Library::of(fake::nccl::<21_900>()).unwrap().unique_id().unwrap();
         let told = UniqueId::from_bytes(&id.to_bytes()).unwrap();

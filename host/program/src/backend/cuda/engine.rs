@@ -220,6 +220,11 @@ impl<'a> Engine<'a> {
         self.in_window = steps.contains(&Step::NcclSymmetricAllReduce);
     }
 
+    /// True if a kernel of the steps at hand must not let the next one in early: NCCL's over the window would not wait.
+    pub(super) fn holds_dependents(&self) -> bool {
+        self.in_window && self.nccl.as_ref().is_some_and(|nccl| !nccl.symmetric_kernels_wait())
+    }
+
     /// The tensors in the symmetric window, if the steps at hand use them.
     fn window_in_use(&self) -> Option<&WindowTensors> {
         self.window.as_ref().filter(|_| self.in_window)

@@ -258,6 +258,11 @@ impl NcclGroup {
         self.shared.nccl().version()
     }
 
+    /// True if its kernels over symmetric windows wait for the kernel ahead of them.
+    pub(crate) fn symmetric_kernels_wait(&self) -> bool {
+        self.shared.nccl().symmetric_kernels_wait()
+    }
+
     /// Makes a symmetric window of at least `bytes` bytes, which takes the place of an earlier one, and returns its address.
     /// All ranks of `group`, which is the communicator's, call this with the same number, when all that was enqueued has
     /// ended. The inner error says why there is none, the same on all.

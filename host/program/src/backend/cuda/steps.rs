@@ -26,7 +26,6 @@ use super::{
 
 /// Elements that a thread of an eager step takes at a time.
 const EAGER_GROUP: u64 = 4;
-const NULL: Address = Address::NULL;
 
 impl Engine<'_> {
     /// Enqueues every step once.
@@ -130,7 +129,12 @@ impl Engine<'_> {
         let operation = Operation { experts, ..problem.all_reduce(Mode::Auto) };
         let mut tensors = self.operands(problem, false, Quantization::None, problem.sum());
         self.add_experts(problem, &mut tensors);
-        self.local(problem, &operation, &tensors, [self.address(Tensor::Combined), NULL, NULL])
+        self.local(
+            problem,
+            &operation,
+            &tensors,
+            [self.address(Tensor::Combined), Address::NULL, Address::NULL],
+        )
     }
 
     /// One pass over the sum: its norm, in place. A thread reads the packs of a row that it will write and no others, and
@@ -144,7 +148,7 @@ impl Engine<'_> {
         let mut tensors = self.operands(problem, true, Quantization::None, problem.sum());
         tensors.gamma = Some(self.tensor(Tensor::PostGamma, problem.dtype));
         tensors.norm_out = Some(self.tensor(problem.sum(), problem.dtype));
-        self.local(problem, &operation, &tensors, [self.address(problem.sum()), NULL, NULL])
+        self.local(problem, &operation, &tensors, [self.address(problem.sum()), Address::NULL, Address::NULL])
     }
 
     /// One pass after the all-reduce, with a norm of the sum or without.
@@ -158,10 +162,10 @@ impl Engine<'_> {
         let operation = Operation { norm, post_norm, quantization, ..problem.all_reduce(Mode::Auto) };
         let mut tensors = self.operands(problem, true, quantization, Tensor::ResidualOut);
         tensors.post_gamma = post_norm.map(|_| self.tensor(Tensor::PostGamma, problem.dtype));
-        let residual = if problem.residual { self.address(Tensor::Residual) } else { NULL };
+        let residual = if problem.residual { self.address(Tensor::Residual) } else { Address::NULL };
         // Without a residual the sum is in `ResidualOut` already, and its norm is in place.
         let is_written = problem.residual || post_norm.is_some();
-        let residual_out = if is_written { self.address(Tensor::ResidualOut) } else { NULL };
+        let residual_out = if is_written { self.address(Tensor::ResidualOut) } else { Address::NULL };
         self.local(problem, &operation, &tensors, [self.address(problem.sum()), residual, residual_out])
     }
 
@@ -170,7 +174,12 @@ impl Engine<'_> {
         let quantization = problem.quantization;
         let operation = Operation { quantization, ..problem.all_reduce(Mode::Auto) };
         let tensors = self.operands(problem, false, quantization, Tensor::ResidualOut);
-        self.local(problem, &operation, &tensors, [self.address(Tensor::NormOut), NULL, NULL])
+        self.local(
+            problem,
+            &operation,
+            &tensors,
+            [self.address(Tensor::NormOut), Address::NULL, Address::NULL],
+        )
     }
 
     /// One pass without a collective: `operation` on an input, a residual and `residual_out`, of which the last two may be
@@ -182,22 +191,20 @@ impl Engine<'_> {
         tensors: &Tensors,
         [input, residual, residual_out]: [Address; 3],
     ) -> Result<(), Error> {
-        // A sum in memory is rounded, and the norm of it is to be.
+        // The sum in memory is rounded; the norm of the sum must be rounded too.
         let mut activations = Activations::new(input, residual, residual_out, Rounding::AfterAllReduce);
         activations.flags |= if operation.post_norm.is_some() { Activations::POST_NORM } else { 0 };
         activations.flags |= if operation.experts.is_some() { Activations::EXPERTS } else { 0 };
+        activations.flags |= if self.holds_dependents() { Activations::HOLDS_DEPENDENTS } else { 0 };
         let stream = self.handle();
         let kernels = self.communicator.kernels();
         let limits = kernels.limits();
         let shape = shape(problem)?;
-        let kernel = Kernel::local(operation)
-            .ok_or(fused_collective::Error::Unsupported("the operation without a collective"))?;
+        let kernel =
+            Kernel::local(operation).ok_or(fused_collective::Error::Unsupported("this quantization"))?;
         let module = Module { dtype: problem.dtype, set: Set::Local };
         let versions = kernels.versions(module, kernel, shape.row_packs)?;
-        if operation.post_norm.is_some() && !limits.keeps(versions, shape.row_packs) {
-            let what = "a norm of the sum of rows that do not fit registers";
-            return Err(fused_collective::Error::Unsupported(what).into());
-        }
+        limits.check_post_norm(operation, versions, shape.row_packs)?;
         let launch = limits.for_rows(versions, 1, shape.row_packs, problem.tokens)?;
         let mut parameters = Parameters::default();
         // SAFETY: the launch structs have no padding, which `core` asserts.

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# All that only GPUs can show, on as many as there are, in ten minutes:
+# All that only GPUs can show, on as many as there are:
 #
 #     tests/on_gpus.sh PROGRAM OUTPUT [EARLIER]
 #
 # PROGRAM is fused-collective with its kernels inside, as `cargo xtask dist` packs it; nothing else of this repository is needed.
 # EARLIER is one of an earlier version, which takes turns with it. PEERS names the peers that Python has: flashinfer,torch.
-# STEPS names the steps to run, all if it is not set: "links verify" and then the others are two calls of ten minutes. Reports and logs
-# go to the folder OUTPUT. A step ends at its own limit, or when ten minutes have passed; the exit status is the largest of all steps'.
+# STEPS: the names of the steps to run (default: all). LIMIT: seconds for the whole script (default: 590). Reports and logs go to the
+# folder OUTPUT. A step that is ended at its own limit, or at the script's, leaves no report. The exit status is the largest of all
+# steps'.
 set -uo pipefail
 program=$(realpath "${1:?PROGRAM}") output=$(mkdir -p "${2:?OUTPUT}" && realpath "$2") earlier=${3:+$(realpath "$3")}
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)} peers=(${PEERS:+--peers "$PEERS"}) worst=0
-ends=$((SECONDS + 590))
+whole=${LIMIT:-590} ran=0
+ends=$((SECONDS + whole))
 
 # Keeps the largest exit status.
 ended() { (($1 <= worst)) || worst=$1; }
@@ -24,13 +26,14 @@ wanted() { [[ -z ${STEPS-} || " $STEPS " == *" $1 "* ]]; }
 step() {
   local name=$1 status=0
   wanted "$name" || return 0
+  ran=$((ran + 1))
   if (($(limit "$2") <= 0)); then
     echo "        $name: no time is left" && ended 124
     return
   fi
   timeout --kill-after=10 "$(limit "$2")" "$program" "${@:3}" >"$output/$name.log" 2>&1 || status=$?
   ended $status
-  printf '%4d s  %-12s %s%s\n' $((SECONDS - ends + 590)) "$name" "$(grep -v '^$' "$output/$name.log" | tail -1)" \
+  printf '%4d s  %-12s %s%s\n' $((SECONDS - ends + whole)) "$name" "$(grep -v '^$' "$output/$name.log" | tail -1)" \
     "$( ((status == 0)) || echo " [status $status]")"
 }
 # Times fused variants, PROGRAM and EARLIER in turns; `--compare` prints rows that got slower.
@@ -59,16 +62,17 @@ fi
 step faults 60 faults --backend cuda
 step bench 240 bench --backend cuda --num-tokens $tokens --residual sharded "${peers[@]}" --trials 30 \
   --output-file "$output/bench.md" --json "$output/bench.json" --plot "$output/bench.svg"
-step wires 120 bench --backend cuda --num-tokens $tokens --quant-modes none,fp8 --allreduce custom --wire exact,int8,int4 \
+step wires 300 bench --backend cuda --num-tokens $tokens --quant-modes none,fp8 --allreduce custom --wire exact,int8,int4 \
   --residual sharded "${peers[@]}" --output-file "$output/wires.md" --json "$output/wires.json"
 step bench-4096 120 bench --backend cuda --num-tokens $tokens --hidden-dim 4096 "${peers[@]}" --json "$output/bench-4096.json"
-step quantized 120 bench --backend cuda --num-tokens 1,64,128,512,2048 --allreduce custom "${peers[@]}" \
+step quantized 200 bench --backend cuda --num-tokens 1,64,128,512,2048 --allreduce custom "${peers[@]}" \
   --quant-modes fp8,fp8_per_token,fp8_group128,mxfp8,fp4,mxfp4 --output-file "$output/quantized.md" --json "$output/quantized.json"
 for pattern in post-norm moe; do
-  step $pattern 90 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern "${peers[@]}" \
+  step $pattern 150 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern "${peers[@]}" \
     --output-file "$output/$pattern.md" --json "$output/$pattern.json"
 done
 # In what is left, less a little for its end.
 left=$((ends - SECONDS - 20))
 ((left < 60)) || step soak $((left + 20)) soak --minutes $((left / 60)) --backend cuda --nproc-per-node "$gpus"
+((ran > 0)) || { echo "no step is named '$STEPS'" && worst=2; }
 exit "$worst"

@@ -3,8 +3,8 @@
 #
 #     tests/on_hosts.sh PROGRAM OUTPUT
 #
-# RANKS says how many ranks a host has, "1 2" if it does not; LIMIT in how many seconds all of it ends. So two calls of ten minutes do
-# the same: RANKS=1 LIMIT=590 and RANKS=2 LIMIT=590.
+# RANKS: the ranks of a host (default: "1 2"). LIMIT: seconds for the whole script (default: 1190). So RANKS=1 LIMIT=590 and RANKS=2
+# LIMIT=590 are two calls of ten minutes that do the same.
 #
 # PROGRAM is fused-collective with its kernels inside, as `cargo xtask dist` packs it. NCCL must be found: NCCL_LIBRARY names its file
 # where the loader does not find it. Hosts are told apart by NCCL_HOSTID, so ranks of two hosts may share a GPU, on which they take

@@ -16,8 +16,9 @@
 /// name; tests hold the two together.
 ///
 /// Parameters are [`Fused`](crate::launch::Fused) of the epilogue in collectives, and [`Local`](crate::launch::Local)
-/// of it in local kernels, [`LocalAny`](crate::launch::LocalAny) in those of any; across hosts [`HostSum`](crate::launch::HostSum), and [`FusedHosts`](crate::launch::FusedHosts) of
-/// the epilogue. The residual is in them: one that is null is never read.
+/// of it in local kernels, [`LocalAny`](crate::launch::LocalAny) in those of any; across hosts
+/// [`HostSum`](crate::launch::HostSum), and [`FusedHosts`](crate::launch::FusedHosts) of the epilogue. The residual is in them:
+/// one that is null is never read.
 ///
 /// # Registers
 /// rustc has no way to say in PTX how large blocks are. So whoever builds the PTX adds two lines after the parameters of

@@ -1,7 +1,7 @@
-//! Backends that do as another one does, but for what a test harms.
+//! Backends of tests that hand most methods on to a real one.
 
-/// Methods of `Collective`, by name, that a field has answer: `forward!(engine: prepare write read)`. It stands in the `impl`, with
-/// the trait's types in scope.
+/// Implements the named methods of `Collective` by calling a field's: `forward!(engine: prepare write read)`. It stands in the
+/// `impl`, with the trait's types in scope.
 #[macro_export]
 macro_rules! forward {
     ($to:ident: $($method:ident)+) => { $($crate::forward!(@ $method $to);)+ };

@@ -81,7 +81,7 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         let mut row = [Pack::default(); P];
         let mut row_sum = 0.0;
         let (has_row_sum, has_row_max) = (self.epilogue.row_sum(), self.epilogue.row_max());
-        // What has no extras and no collective has nothing to settle.
+        // A kernel without extras and without a collective has nothing to settle.
         if RESIDENT && has_row_sum && (!LOCAL || extras.is_some()) {
             sum(0, &indices, &mut row);
             // SAFETY: as this function's.
@@ -138,8 +138,8 @@ impl<'a, E: Element, X: Epilogue<E>, const N: usize, const P: usize, const RESID
         });
     }
 
-    /// Makes `residual_out` of the sum of all ranks in `row`, which it is already unless there is a norm of the sum. Stores it,
-    /// if it has memory, which it may lack only where `LOCAL`, and returns the sum over it. `index` gives a pack's index in the
+    /// Makes `residual_out` of the sum of all ranks in `row`, which it is already unless there is a norm of the sum. Stores it
+    /// unless its address is null, which only `LOCAL` kernels allow. Returns the sum over it. `index` gives a pack's index in the
     /// residual.
     ///
     /// The norm of the sum and the sum over `residual_out` are turns of one loop: so the code of a sum over a row is in a

@@ -55,9 +55,9 @@ pub fn cases<E: Element>(random: &mut Random, rows: Rows) -> Vec<Case<E>> {
     cases
 }
 
-/// Runs a case of one rank as separate operations: the pass that makes the addend, if there are experts; then all the rest
-/// in one pass, and again with the norm of the sum, in place, as a pass of its own. Every result is what `core` specifies.
-/// `run` runs a pass.
+/// Runs a case of one rank as separate operations: the pass that makes the addend, if there are experts, and then all the rest
+/// in one pass. Runs the rest again with the norm of the sum, in place, as a pass of its own. Every result is what `core`
+/// specifies. `run` runs a pass.
 pub fn check<E: Element>(case: &Case<E>, rows: Rows, run: impl Fn(Launch, &Launched, &Tensors) + Copy) {
     let operation = &case.operation;
     let launch = geometry(operation, rows, 1, 2);

@@ -277,7 +277,7 @@ def _more(
     post_weight=None, post_epsilon=1e-6, post_weight_bias=0.0, rows=None, index=None, scales=None, wire=None,
     partial_sums="float32",
 ):  # fmt: skip
-    """The post-norm, the experts and what crosses links and hosts, of an operator's last arguments."""
+    """Makes keyword arguments of an operator's last ones."""
     return {
         "post_norm": None if post_weight is None else Norm(post_weight, post_epsilon, post_weight_bias),
         "experts": None if rows is None else Experts(rows, index, scales),
@@ -347,7 +347,7 @@ def _fake_norm_(*_):
 
 
 def _last(post_norm: Norm | None, experts: Experts | None, *crossing: str | None) -> tuple[Any, ...]:
-    """An operator's last arguments; what crosses are ``wire`` and ``partial_sums``."""
+    """Makes an operator's last arguments. ``crossing`` is ``wire`` and ``partial_sums``."""
     post = (None, 1e-6, 0.0) if post_norm is None else (post_norm.weight, post_norm.epsilon, post_norm.weight_bias)
     return (*post, *((None,) * 3 if experts is None else (experts.rows, experts.index, experts.scales)), *crossing)
 

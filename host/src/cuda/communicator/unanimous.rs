@@ -1,5 +1,5 @@
-//! What all ranks of several hosts have before they wait for each other in NCCL, or none: NCCL itself, of one release, and whatever
-//! else the exchange needs.
+//! Agreement of the ranks of several hosts before they wait for each other in NCCL: all have NCCL, of one release, and all else
+//! that the exchange needs; or none goes on.
 
 use std::sync::Arc;
 

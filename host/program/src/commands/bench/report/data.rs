@@ -269,7 +269,7 @@ impl Row {
         Wire::ALL.into_iter().find(is_named).unwrap_or_default()
     }
 
-    /// True if its sum is exact: others' times compare with each other.
+    /// True if its sum is exact. Only times of such rows are compared.
     pub fn is_exact(&self) -> bool {
         self.wire().is_exact() && !matches!(self.outcome, RowOutcome::Verified { sum_error: Some(_), .. })
     }

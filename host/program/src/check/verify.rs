@@ -25,6 +25,7 @@ use crate::{
     backend::{
         collective::Collective,
         problem::{Problem, Tensor},
+        steps::Step,
     },
     job::ranks::{Error, gather_verdicts, hosts},
 };
@@ -32,7 +33,8 @@ use crate::{
 /// Bytes of rows that are made, then written at a time.
 const WRITTEN_AT_ONCE: u64 = 64 << 20;
 
-/// Writes this rank's input, and the tensors that all ranks share. A residual that the problem does not have is poisoned.
+/// Writes this rank's input, and the tensors that all ranks share, and makes the addend of experts. A residual that the problem
+/// does not have is poisoned.
 pub(crate) fn write_inputs(
     backend: &mut dyn Collective,
     problem: &Problem,
@@ -92,6 +94,8 @@ fn write_typed_inputs<E: Plain>(
             numbers.fill_row(Source::ExpertScales(rank), token, scales);
         }
         backend.write(Tensor::ExpertScales, 0, scales.as_bytes())?;
+        // An all-reduce by itself takes the addend that is made of these.
+        backend.run(&[Step::CombineExperts])?;
     }
     Ok(())
 }

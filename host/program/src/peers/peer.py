@@ -246,7 +246,7 @@ class Problem:
         tensors.norm_out, tensors.quant_out = (out, None) if self.quant_mode == "none" else (None, out)
 
     def compiled(self, *functions):
-        """The functions compiled for this problem alone: those of the last one are forgotten."""
+        """The functions compiled for this problem alone: those of the problem before are forgotten."""
         self.torch._dynamo.reset()
         return [self.torch.compile(function, fullgraph=True, dynamic=False) for function in functions]
 

@@ -122,33 +122,24 @@ impl Engine<'_> {
 
     /// One pass ahead of the all-reduce: makes its addend.
     fn combine_experts(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
-        let experts = problem.pattern.experts();
-        if experts.is_none() {
-            return Err(Error::Step { step, why: "the problem has no experts" });
-        }
+        let why = "the problem has no experts";
+        let experts = Some(problem.pattern.experts().ok_or(Error::Step { step, why })?);
         let operation = Operation { experts, ..problem.all_reduce(Mode::Auto) };
         let mut tensors = self.operands(problem, false, Quantization::None, problem.sum());
         self.add_experts(problem, &mut tensors);
-        self.local(
-            problem,
-            &operation,
-            &tensors,
-            [self.address(Tensor::Combined), Address::NULL, Address::NULL],
-        )
+        self.local(problem, &operation, &tensors, self.alone(Tensor::Combined))
     }
 
     /// One pass over the sum: its norm, in place. A thread reads the packs of a row that it will write and no others, and
     /// writes one when it was read for the last time.
     fn post_norm(&mut self, problem: &Problem, step: Step) -> Result<(), Error> {
-        let norm = problem.pattern.post_norm();
-        if norm.is_none() {
-            return Err(Error::Step { step, why: "the problem has no norm of the sum" });
-        }
+        let why = "the problem has no norm of the sum";
+        let norm = Some(problem.pattern.post_norm().ok_or(Error::Step { step, why })?);
         let operation = Operation { norm, ..problem.all_reduce(Mode::Auto) };
         let mut tensors = self.operands(problem, true, Quantization::None, problem.sum());
         tensors.gamma = Some(self.tensor(Tensor::PostGamma, problem.dtype));
         tensors.norm_out = Some(self.tensor(problem.sum(), problem.dtype));
-        self.local(problem, &operation, &tensors, [self.address(problem.sum()), Address::NULL, Address::NULL])
+        self.local(problem, &operation, &tensors, self.alone(problem.sum()))
     }
 
     /// One pass after the all-reduce, with a norm of the sum or without.
@@ -174,12 +165,12 @@ impl Engine<'_> {
         let quantization = problem.quantization;
         let operation = Operation { quantization, ..problem.all_reduce(Mode::Auto) };
         let tensors = self.operands(problem, false, quantization, Tensor::ResidualOut);
-        self.local(
-            problem,
-            &operation,
-            &tensors,
-            [self.address(Tensor::NormOut), Address::NULL, Address::NULL],
-        )
+        self.local(problem, &operation, &tensors, self.alone(Tensor::NormOut))
+    }
+
+    /// Where a [pass](Self::local) finds its input, if it has neither a residual nor `residual_out`.
+    fn alone(&self, input: Tensor) -> [Address; 3] {
+        [self.address(input), Address::NULL, Address::NULL]
     }
 
     /// One pass without a collective: `operation` on an input, a residual and `residual_out`, of which the last two may be

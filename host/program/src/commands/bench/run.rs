@@ -93,10 +93,6 @@ pub fn run(
         let problem = problem(settings, case);
         backend.prepare(&problem)?;
         verify::write_inputs(backend, &problem, Numbers::random(settings.seed), group)?;
-        if problem.addend() == Tensor::Combined {
-            // An all-reduce by itself is timed on the addend.
-            backend.run(&[Step::CombineExperts])?;
-        }
         let mut notes = backend.notes().to_vec();
         let mut all_reduces = Vec::new();
         for all_reduce in backend.all_reduces() {

@@ -289,10 +289,6 @@ impl Soak {
             backend.select(index)?;
             backend.prepare(&problem)?;
             write_inputs(backend, &problem, Numbers::random(seed), group)?;
-            if problem.addend() == Tensor::Combined {
-                // An all-reduce by itself, between the operations, takes the addend.
-                backend.run(&[Step::CombineExperts])?;
-            }
             let quant_mode = quant_mode(problem.quantization);
             let inputs = [Tensor::Input, Tensor::Residual, Tensor::ResidualShard];
             let inputs = Saved::of(backend, &inputs)?;

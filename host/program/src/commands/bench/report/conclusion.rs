@@ -46,7 +46,7 @@ fn conclusion(report: &Report) -> Conclusion {
     if report.settings.job.oversubscribe {
         sentences.push("Ranks may have shared a GPU, which makes times meaningless.".to_owned());
     }
-    let parts = [gain, modes, quantization, peers, sharded, wires, noise];
+    let parts = [gain, modes, quantization, peers, sharded, wires, coded_peers, noise];
     sentences.extend(parts.into_iter().flat_map(|part| part(&cases)));
     let failures = report.failures().count();
     if failures > 0 {
@@ -331,10 +331,14 @@ fn wires(cases: &[Times<'_>]) -> Vec<String> {
         let gain = gain.unwrap_or_default();
         Some(format!("Not the same result: with {wire} between ranks a fused sum {misses}.{gain}{in_vain}"))
     };
-    let coded = || Wire::ALL.into_iter().filter(|wire| !wire.is_exact());
-    let of_peer = |peer: PeerChoice| {
+    Wire::ALL.into_iter().filter(|wire| !wire.is_exact()).filter_map(sentence).collect()
+}
+
+/// Peers' sums in fewer bits, beside this project's.
+fn coded_peers(cases: &[Times<'_>]) -> Vec<String> {
+    let sentence = |peer: PeerChoice| {
         let misses = misses(cases.iter().filter_map(|case| case.coded_by(peer)))?;
-        let beside = coded().filter_map(|wire| {
+        let beside = Wire::ALL.into_iter().filter(|wire| !wire.is_exact()).filter_map(|wire| {
             let ratio = |case: &Times<'_>| Some(case.coded_by(peer)?.median / case.fused_as(wire)?.median);
             Some(format!(
                 "{} times as long as {wire} between ranks",
@@ -348,7 +352,7 @@ fn wires(cases: &[Times<'_>]) -> Vec<String> {
         };
         Some(format!("Not the same result: {peer}'s sum in fewer bits {misses}.{beside}"))
     };
-    coded().filter_map(sentence).chain(PeerChoice::ALL.into_iter().filter_map(of_peer)).collect()
+    PeerChoice::ALL.into_iter().filter_map(sentence).collect()
 }
 
 /// The largest error of sums that are not exact, in words.

@@ -30,6 +30,8 @@ from fused_collective import flashinfer as ours
 EPSILON = 1e-5
 HEAD = 128
 FP8_MAX = 448.0
+#: What switches NVLink multicast off in NCCL, PyTorch and NVSHMEM: who sets one of them wants none of it.
+MULTICAST_OFF = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NVSHMEM_DISABLE_NVLS": "1"}
 
 
 def arguments():
@@ -225,10 +227,15 @@ def ends(options, fp8, rank, world_size, shared, workspaces):
     else:
         found["nccl"] = Nccl(fp8, compiled=True)
     try:
-        import flashinfer.comm as theirs
-
         if shared:
             raise RuntimeError("ranks share a GPU, which FlashInfer cannot do")
+        if any(os.environ.get(name) == value for name, value in MULTICAST_OFF.items()):
+            if options.flashinfer_backend != "trtllm":
+                raise RuntimeError(f"its back end {options.flashinfer_backend} needs NVLink multicast, which the environment switches off")
+            # FlashInfer has no variable for it but this one, by which it makes its workspace without multicast.
+            os.environ["FLASHINFER_CONFIDENTIAL_COMPUTE"] = "1"
+        import flashinfer.comm as theirs
+
         if "flashinfer" not in workspaces:
             workspaces["flashinfer"] = theirs.create_allreduce_fusion_workspace(
                 backend=options.flashinfer_backend,

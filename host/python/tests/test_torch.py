@@ -217,6 +217,11 @@ def flashinfer_rank(rank, world_size, key):
                 allreduce_fusion(**arguments)
             arguments["block_quant_group_size"] = 64
             arguments["scale_out"] = torch.zeros(1, 8, dtype=torch.int32).t()[:TOKENS]
+            arguments["quant_out"] = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+            # Memory as FlashInfer's tests make it: of scales without the last column's padding, of codes with room for more.
+            tight, roomy = torch.empty_strided((TOKENS, 1), (1, 8), dtype=torch.int32), torch.empty_like(x)
+            assert tight.untyped_storage().nbytes() < 8 * 4
+            allreduce_fusion(**arguments | dict(scale_out=tight, quant_out=roomy))
         elif "FP4" in name or name.endswith("NormFP8Quant") or name.endswith("OutFP8Quant"):
             with pytest.raises(InvalidError, match="scale_factor is needed"):
                 allreduce_fusion(**arguments)
@@ -225,6 +230,9 @@ def flashinfer_rank(rank, world_size, key):
             arguments["layout_code"] = QuantizationSFLayout.LINEAR
             arguments["scale_out"] = torch.zeros(TOKENS, HIDDEN // 32, dtype=torch.uint8)
         result = allreduce_fusion(**arguments)
+        if "Packed" in name:
+            assert torch.equal(tight, arguments["scale_out"])
+            assert torch.equal(roomy.view(torch.uint8).flatten()[: x.numel()], arguments["quant_out"].view(torch.uint8).flatten())
         assert torch.equal(arguments["residual_out"], want.residual_out), name
         if "Out" in name or name in ("kARResidualRMSNorm", "kMoEFinalizeARResidualRMSNorm"):
             assert torch.equal(result, want.norm_out), name

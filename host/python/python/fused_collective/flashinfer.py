@@ -8,10 +8,14 @@
 
 Arguments have FlashInfer's meanings. These differ:
 
-- results are the bits of this library: sums are taken in float32 and in rank order, so ``fp32_acc`` changes nothing;
+- results are the bits of this library: sums are taken in float32 and in rank order, so ``fp32_acc`` changes nothing; and they are
+  rounded once, with the residual added, unless ``rounding`` says otherwise;
 - ``launch_with_pdl`` and ``trigger_completion_at_end`` change nothing: kernels overlap where that is safe;
 - an operation larger than the workspace runs in several rounds;
 - scales of FP8 and NVFP4 are needed where FlashInfer reads them;
+- ``residual_in`` is the same on all ranks, as a tensor-parallel layer's is: two-shot adds a token's residual on one rank;
+- packed scales of groups get their padding zeroed. If the memory of ``scale_out`` ends before the last column's padding, as it
+  does where ``torch.empty_strided`` made it and ``token_num`` is no multiple of four, they are copied there by a kernel of PyTorch;
 - the reduction of experts (pattern 6) raises :class:`fused_collective.UnsupportedError`, with the reason. Of the patterns that
   finalize a mixture of experts, each product and its addition are rounded once, and the addend of each rank once more.
 """
@@ -224,13 +228,15 @@ def allreduce_fusion(
     weight_bias: float = 0.0,
     *,
     moe_finalize_backend: Literal["trtllm", "cake"] = "trtllm",
+    rounding: Literal["once", "after_all_reduce"] = "once",
 ) -> torch.Tensor:
     """Adds up ``input``, ``[token_num, hidden_dim]``, of all ranks, and does what ``pattern`` says.
 
     Where that finalizes a mixture of experts, ``input`` has the rows of this rank's experts, any number of them.
 
     Outputs that are not given are made, but for the scales of groups, whose strides say the layout. Returns ``output``,
-    ``norm_out`` if the pattern writes it, or else ``quant_out``.
+    ``norm_out`` if the pattern writes it, or else ``quant_out``. ``rounding`` is this library's: ``after_all_reduce`` rounds the sum
+    before the residual is added, too, as FlashInfer does; it takes a little longer.
     """
     communicator = workspace.communicator
     if communicator is None:
@@ -272,13 +278,14 @@ def allreduce_fusion(
         assert scale_factor is not None
         scale = scale_factor if isinstance(scale_factor, torch.Tensor) else _constant(communicator, input, scale_factor)
     layout, block = _LAYOUTS.get(QuantizationSFLayout.SWIZZLED_128x4 if layout_code is None else layout_code), 128
+    packed = scale_out
     if layout is None:
         raise InvalidError(f"layout_code {layout_code} is not valid: use a constant of QuantizationSFLayout")
     if quant == "fp8_per_group":
         _need(pattern, block_quant_group_size=block_quant_group_size, scale_out=scale_out)
         assert block_quant_group_size is not None and scale_out is not None
         layout, block = "deep_gemm", block_quant_group_size
-        _check_packed(scale_out, tokens, hidden, block)
+        packed, scale_out = scale_out, _packed(scale_out, tokens, hidden, block)
     residual_out = torch.empty_like(residual_in) if residual_out is None else residual_out
     if steps.norm_out and norm_out is None:
         norm_out = torch.empty_like(input)
@@ -296,9 +303,14 @@ def allreduce_fusion(
     )
     enqueue(
         communicator, addend, residual_in, None, rms_gamma, scale, outputs, rms_eps, weight_bias, quant, layout, block,
-        "ue8m0", steps.norm_out and quant != "none", False, "once", mode, roomy_scales=True,
+        "ue8m0", steps.norm_out and quant != "none", False, rounding, mode, roomy=True,
         experts=experts,
     )  # fmt: skip
+    if packed is not None and scale_out is not packed:
+        assert scale_out is not None
+        # To its last element.
+        words = sum((size - 1) * stride for size, stride in zip(packed.shape, packed.stride())) + 1
+        packed.as_strided((words,), (1,)).copy_(scale_out[:words])
     result = norm_out if steps.norm_out else quant_out
     assert result is not None
     return result
@@ -327,12 +339,15 @@ def _scales(input: torch.Tensor, quant: str, layout: str) -> torch.Tensor:
     return torch.empty(size, dtype=torch.uint8, device=input.device)
 
 
-def _check_packed(scale_out: torch.Tensor, tokens: int, hidden: int, block: int) -> None:
-    """Checks the scales of groups: four in an int32, in columns whose length is a multiple of four."""
-    shape, stride = (tokens, (hidden // block + 3) // 4), (1, (tokens + 3) // 4 * 4)
+def _packed(scale_out: torch.Tensor, tokens: int, hidden: int, block: int) -> torch.Tensor:
+    """Memory for the scales of groups, four in an int32, in columns whose length is a multiple of four: that of ``scale_out``, unless
+    it ends before the last column does."""
+    column = (tokens + 3) // 4 * 4
+    shape, stride = (tokens, (hidden // block + 3) // 4), (1, column)
     found = tuple(scale_out.shape), scale_out.stride(), scale_out.dtype
-    if found[0] != shape or (found[1] != stride and tokens > 1) or found[2] != torch.int32:
+    strides = all(is_ == should or size == 1 for size, is_, should in zip(shape, found[1], stride))
+    if found[0] != shape or not strides or found[2] != torch.int32:
         raise InvalidError(f"scale_out has shape, strides and type {found}: use {(shape, stride, torch.int32)}")
+    words = column * shape[1]
     room = scale_out.untyped_storage().nbytes() // 4 - scale_out.storage_offset()
-    if room < stride[1] * shape[1]:
-        raise InvalidError(f"scale_out has room for {room} words: its padding needs {stride[1] * shape[1]}")
+    return scale_out if room >= words else scale_out.new_empty(words)

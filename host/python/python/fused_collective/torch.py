@@ -29,7 +29,8 @@ from ._tensors import NUMBERS
 __all__ = ["all_reduce", "all_reduce_norm_", "all_reduce_out", "register", "unregister"]
 
 _COMMUNICATORS: dict[int, Communicator] = {}
-_DTYPES = {torch.float32: ("float32", 1), torch.float16: ("float16", 2), torch.bfloat16: ("bfloat16", 3)}
+_DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_NUMBERS = {dtype: NUMBERS[name] for dtype, name in (_DTYPES | {torch.int32: "int32"}).items()}
 #: Elements of a block of scales, and bytes of a scale.
 _BLOCKS = {"nvfp4": (16, 1), "mxfp8": (32, 1), "mxfp4": (32, 1)}
 
@@ -59,10 +60,9 @@ def _communicator(group: int) -> Communicator:
 @functools.lru_cache(maxsize=4096)
 def _plan(
     dtype: str, tokens: int, hidden: int, residual: str, bias: bool, norm: bool, gamma: str | None, epsilon: float, weight_bias: float,
-    quant: str, layout: str, block: int, block_scale: str, keep_norm: bool, rounding: str, mode: str,
-    post_gamma: str | None = None, post_epsilon: float = 0.0, post_weight_bias: float = 0.0,
-    top_k: int = 0, expert_scales: str | None = None, shared_expert: bool = False, wire: str | None = None,
-    partial_sums: str = "float32",
+    quant: str, layout: str, block: int, block_scale: str, keep_norm: bool, rounding: str, mode: str, wire: str | None,
+    partial_sums: str, post_gamma: str | None = None, post_epsilon: float = 0.0, post_weight_bias: float = 0.0,
+    top_k: int = 0, expert_scales: str | None = None, shared_expert: bool = False,
 ) -> _native.Operation:
     return _native.Operation(
         dtype, tokens, hidden, residual=residual, bias=bias, norm=norm, gamma=gamma, epsilon=epsilon, weight_bias=weight_bias,
@@ -132,10 +132,7 @@ def _elements(tensor: torch.Tensor, role: str, gpu: int) -> tuple[int, int, int]
         raise InvalidError(f"{role} is not contiguous: use {role}.contiguous()")
     if tensor.get_device() != gpu:
         raise InvalidError(f"{role} is on {tensor.device}, and x is not")
-    known = _DTYPES.get(tensor.dtype)
-    if tensor.dtype == torch.int32:
-        return tensor.data_ptr(), tensor.numel(), NUMBERS["int32"]
-    return tensor.data_ptr(), tensor.numel(), known[1] if known else 0
+    return tensor.data_ptr(), tensor.numel(), _NUMBERS.get(tensor.dtype, 0)
 
 
 def _codes(tensor: torch.Tensor, gpu: int, needed: int | None = None) -> tuple[int, int, int]:
@@ -169,13 +166,16 @@ def enqueue(
     sharded: bool,
     rounding: str,
     mode: str,
-    roomy_scales: bool = False,
+    roomy: bool = False,
     post_norm: Norm | None = None,
     experts: Experts | None = None,
     wire: str | None = None,
     partial_sums: str = "float32",
 ) -> None:
-    """Enqueues an operation on the current stream, with outputs that are there. It is what the operators run."""
+    """Enqueues an operation on the current stream, with outputs that are there. It is what the operators run.
+
+    With ``roomy``, memory of codes and scales may be larger than the operation needs.
+    """
     like = x if experts is None or x is not None else experts.rows
     if like is None:
         raise InvalidError("x is missing: only with experts it may be")
@@ -183,34 +183,34 @@ def enqueue(
     gpu, native = like.get_device(), communicator._native
     if gpu != (-1 if native.device is None else native.device):
         raise InvalidError(f"x is on {like.device}, and the group is {communicator!r}")
-    known = _DTYPES.get(like.dtype)
-    if known is None:
+    dtype = _DTYPES.get(like.dtype)
+    if dtype is None:
         raise InvalidError(f"dtype {like.dtype} is not valid: use torch.float32, torch.float16 or torch.bfloat16")
     hidden = like.shape[-1] if like.dim() else 0
     elements = like.numel()
-    fields: dict[str, Any] = {"wire": wire, "partial_sums": partial_sums}
+    fields: dict[str, Any] = {}
     more: dict[str, Any] = {}
     if post_norm is not None:
         fields |= {"post_epsilon": post_norm.epsilon, "post_weight_bias": post_norm.weight_bias}
-        fields["post_gamma"] = _DTYPES.get(post_norm.weight.dtype, ("codes", 0))[0]
+        fields["post_gamma"] = _DTYPES.get(post_norm.weight.dtype, "codes")
         more["post_gamma"] = _elements(post_norm.weight, "the post-norm's weight", gpu)
     if experts is not None:
         top_k = experts.index.shape[-1] if experts.index.dim() else 0
         elements = experts.index.numel() // max(top_k, 1) * hidden
         fields |= {"top_k": top_k, "shared_expert": x is not None}
-        fields["expert_scales"] = _DTYPES.get(experts.scales.dtype, ("codes", 0))[0]
+        fields["expert_scales"] = _DTYPES.get(experts.scales.dtype, "codes")
         more["experts"] = tuple(
             _elements(it, f"the experts' {name}", gpu)
             for name, it in (("rows", experts.rows), ("index", experts.index), ("scales", experts.scales))
         )
     plan = _plan(
-        known[0],
+        dtype,
         elements // hidden if hidden else 0,
         hidden,
         "none" if residual is None else "sharded" if sharded else "replicated",
         bias is not None,
         weight is not None,
-        None if weight is None else _DTYPES.get(weight.dtype, ("codes", 0))[0],
+        None if weight is None else _DTYPES.get(weight.dtype, "codes"),
         epsilon,
         weight_bias,
         quant,
@@ -220,22 +220,29 @@ def enqueue(
         keep_norm,
         rounding,
         mode,
+        wire,
+        partial_sums,
         **fields,
     )
     residual_out, norm_out, quant_out, scale_out = outputs
     if residual_out is None:
         raise InvalidError("residual_out is missing: every operation writes it")
+    codes = None if quant_out is None else _codes(quant_out, gpu)
+    if roomy and codes is not None:
+        codes = codes[0], min(codes[1], elements // 2 if quant in ("nvfp4", "mxfp4") else elements), codes[2]
+    given_x = None if x is None else _elements(x, "x", gpu)
+    given_residual = None if residual is None else _elements(residual, "residual", gpu)
     native.enqueue(
         plan,
-        None if x is None else _elements(x, "x", gpu),
-        None if residual is None else _elements(residual, "residual", gpu),
+        given_x,
+        given_residual,
         None if bias is None else _elements(bias, "bias", gpu),
         None if weight is None else _elements(weight, "weight", gpu),
         None if scale is None else _elements(scale, "scale", gpu),
-        _elements(residual_out, "residual_out", gpu),
-        None if norm_out is None else _elements(norm_out, "norm_out", gpu),
-        None if quant_out is None else _codes(quant_out, gpu),
-        None if scale_out is None else _codes(scale_out, gpu, plan.scale_bytes if roomy_scales else None),
+        given_residual if residual_out is residual else _elements(residual_out, "residual_out", gpu),
+        None if norm_out is None else given_x if norm_out is x else _elements(norm_out, "norm_out", gpu),
+        codes,
+        None if scale_out is None else _codes(scale_out, gpu, plan.scale_bytes if roomy else None),
         _stream(gpu),
         **more,
     )

@@ -3,8 +3,8 @@
 #
 #     tests/on_hosts.sh PROGRAM OUTPUT
 #
-# RANKS: the ranks of a host (default: "1 2"). LIMIT: seconds for the whole script (default: 1190). So RANKS=1 LIMIT=590 and RANKS=2
-# LIMIT=590 are two calls of ten minutes that do the same.
+# RANKS: the ranks of a host (default: "1 2"). STEPS: the names of the steps to run, without the ranks (default: all). LIMIT: seconds
+# for the whole script (default: 1190). So RANKS=1 LIMIT=590 and RANKS=2 LIMIT=590 are two calls of ten minutes that do the same.
 #
 # PROGRAM is fused-collective with its kernels inside, as `cargo xtask dist` packs it. NCCL must be found: NCCL_LIBRARY names its file
 # where the loader does not find it. Hosts are told apart by NCCL_HOSTID, so ranks of two hosts may share a GPU, on which they take
@@ -25,9 +25,13 @@ note() {
     "$(grep -v '^$' "$output/$name.log" | tail -1 | cut -c1-110)")")
 }
 
+# True if the step is to run.
+wanted() { [[ -z ${STEPS-} || " $STEPS " == *" ${1%-2x*} "* ]]; }
+
 # Runs the program for at most so many seconds.
 step() {
   local name=$1 most=$2 began=$SECONDS status=0
+  wanted "$name" || return 0
   ((most < ends - SECONDS)) || most=$((ends - SECONDS))
   if ((most <= 0)); then
     echo "no time is left" >"$output/$name.log"
@@ -101,7 +105,7 @@ else
       step faults-2x$ranks 300 faults --deadline 4 $(hosts 2 $ranks) --cases operations/kill/1 operations/stop/1 \
         operations/stuck/1 operations/kill/0 replays/kill/1 replays/stop/1 operations/abort/1 operations/other-quant/1
     }
-    vanish vanish-2x$ranks $ranks
+    ! wanted vanish || vanish vanish-2x$ranks $ranks
   done
 fi
 printf '\n%-22s %-8s %6s  %s\n' step result time "last line"

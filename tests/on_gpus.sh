@@ -52,7 +52,9 @@ turns() {
 tokens=1,16,64,128,256,512,1024,2048
 step links 60 links --backend cuda --json "$output/links.json"
 turns turns-8192 --num-tokens $tokens --residual sharded
-turns turns-sizes --num-tokens 1,64,512 --hidden-dim 2880,4096,7168,16384
+for hidden in 2880 4096 7168 16384; do
+  turns turns-$hidden --num-tokens 1,64,512 --hidden-dim $hidden
+done
 step verify 120 verify --quick --backend cuda --nproc-per-node "$gpus"
 sizes=$(seq -s, 3 $((gpus - 1)))
 if ((gpus > 3)); then

@@ -23,6 +23,8 @@ note() {
   ((status <= worst)) || worst=$status
   table+=("$(printf '%-22s %-8s %4d s  %s' "$name" "$( ((status == 0)) && echo ok || echo "FAILED $status")" "$seconds" \
     "$(grep -v '^$' "$output/$name.log" | tail -1 | cut -c1-110)")")
+  # What failed in it, so that the output alone tells.
+  ((status == 0)) || grep -h "FAILED" "$output/$name.log" | head -5
 }
 
 # True if the step is to run.

@@ -332,6 +332,31 @@ assert notes == ["flashinfer has no kernel with a norm of the sum"]
 }
 
 #[test]
+fn outputs_are_poisoned_whatever_their_strides() {
+    python(
+        r#"
+class Words:
+    """A tensor that is stored by columns: words of four scales, of which PyTorch makes no view as bytes."""
+    dtype = "int32"
+    filled = None
+
+    def view(self, dtype):
+        raise RuntimeError("self.stride(-1) must be 1 to view Int as Byte (different element sizes)")
+
+    def fill_(self, value):
+        self.filled = value
+
+own, words, codes = peer(peers.FlashInfer), Words(), MagicMock()
+own.torch.int32 = "int32"
+own.poison((codes, None, words))
+assert words.filled == -1
+codes.view.assert_called_once_with(own.torch.uint8)
+codes.view.return_value.fill_.assert_called_once_with(0xFF)
+"#,
+    );
+}
+
+#[test]
 fn flashinfer_s_sums_in_fewer_bits_are_measured_where_such_are_asked_for() {
     python(
         r#"

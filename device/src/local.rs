@@ -8,7 +8,7 @@ use crate::{
     convert,
     epilogue::{Epilogue, PackIndex},
     launch::{Activations, Extras, Local},
-    prologue::Prologue,
+    prologue::{Prologue, addend_of},
     row::{Prepared, Team, ThreadSlice, residual_of_sum},
     simt,
 };
@@ -46,7 +46,7 @@ where
             slice.for_packs(|pack| {
                 let index = PackIndex::new(shape.operation_token(token), pack, shape.row_packs);
                 // SAFETY: see above.
-                unsafe { simt::store(index.of(activations.input), Prologue::<E>::addend(experts, index)) };
+                unsafe { simt::store(index.of(activations.input), addend_of::<E, 4>(experts, index)) };
             });
             token += team.teams;
         }

@@ -104,7 +104,7 @@ pub unsafe fn host_sum<E, I, const N: usize, const P: usize, const RESIDENT: boo
     if prologue.makes_addend(activations) {
         deal(team_index, teams, shape.tokens, |token| {
             // SAFETY: see above.
-            unsafe { make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token) };
+            unsafe { make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token, None) };
         });
     }
     // SAFETY: see above.

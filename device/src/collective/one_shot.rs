@@ -93,15 +93,16 @@ pub unsafe fn one_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, slice, &team) };
     simt::wait_for_prerequisites();
     // SAFETY: see above.
-    unsafe {
-        let mut token = team_index;
-        while prologue.makes_addend(activations) && token < shape.tokens {
-            make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
-            token += simt::clusters();
-        }
-    }
+    let makes_addend = prologue.makes_addend(activations);
     let mut own = [Pack::default(); P];
-    if mine {
+    let mut token = team_index;
+    while makes_addend && token < shape.tokens {
+        let kept = if keeps && token == team_index { own.first_mut() } else { None };
+        // SAFETY: see above.
+        unsafe { make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token, kept) };
+        token += simt::clusters();
+    }
+    if mine && !makes_addend {
         // SAFETY: see above.
         own[0] = unsafe { simt::load(first_input) };
     }

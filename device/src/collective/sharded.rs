@@ -125,7 +125,7 @@ pub(super) unsafe fn sharded_of<E, X, I, W, S, const N: usize, const P: usize, c
         while prologue.makes_addend(activations)
             && let Some(Token { token, owner, .. }) = tokens.own(index).or_else(|| tokens.other(other))
         {
-            make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
+            make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token, None);
             if owner == group.rank {
                 index += teams;
             } else {

@@ -22,7 +22,8 @@ pub(super) fn bias_of(has_extras: bool, activations: &Activations, extras: &Extr
     Address(simt::black_box_u64(extras.bias.0)).offset(simt::black_box_u32(pack) as u64 * Pack::BYTES)
 }
 
-/// Makes this thread's packs of the addend of token `token` of the round. The team that reads a token's addend makes it.
+/// Makes this thread's packs of the addend of token `token` of the round, and stores them where the input lies, or in `kept` if there
+/// is one: then there is one pack at most. The team that reads a token's addend makes it.
 ///
 /// # Safety
 /// After the dependent-launch wait; the addresses are as their documentation says.
@@ -33,6 +34,7 @@ pub(super) unsafe fn make_addend<E, I, const P: usize, const RESIDENT: bool>(
     shape: &Shape,
     slice: ThreadSlice<P, RESIDENT>,
     token: u32,
+    mut kept: Option<&mut Pack>,
 ) where
     E: Element,
     I: Prologue<E>,
@@ -40,7 +42,12 @@ pub(super) unsafe fn make_addend<E, I, const P: usize, const RESIDENT: bool>(
     slice.for_packs(|pack| {
         let index = PackIndex::new(shape.operation_token(token), pack, shape.row_packs);
         // SAFETY: as this function's; the pack is inside the tensors, and this thread's alone.
-        unsafe { simt::store(index.of(activations.input), prologue.addend(index)) };
+        let addend = unsafe { prologue.addend(index) };
+        match &mut kept {
+            Some(kept) => **kept = addend,
+            // SAFETY: see above.
+            None => unsafe { simt::store(index.of(activations.input), addend) },
+        }
     });
 }
 

@@ -111,7 +111,7 @@ pub(super) unsafe fn two_hops<E, X, I, W, S, const N: usize, const P: usize, con
     unsafe {
         if prologue.makes_addend(activations) {
             deal(team_index, teams, shape.tokens, |token| {
-                make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token);
+                make_addend::<E, I, P, RESIDENT>(prologue, activations, shape, slice, token, None);
             });
         }
     }

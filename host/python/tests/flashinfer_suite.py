@@ -164,9 +164,15 @@ def main():
     parser.add_argument("checkout", type=pathlib.Path, help="a clone of FlashInfer")
     parser.add_argument("--all", action="store_true", help="every hidden size and type of the longer files")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended early"))
+    signal.signal(signal.SIGTERM, end)
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(run(options.checkout, pathlib.Path(folder), options.all))
+
+
+def end(*_):
+    """Ends the run. `timeout` sends the signal twice, to this process and to its group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit("ended early")
 
 
 def start(checkout, folder, everything, port, file):

@@ -257,6 +257,11 @@ def flashinfer_rank(rank, world_size, key):
             decoded = result.float() * factor
             torch.testing.assert_close(decoded, want.norm_out.float(), rtol=0.07, atol=0.05)
         seen.append(name)
+    twice = communicator.all_reduce(x, residual=residual, norm=weight, rounding="after_all_reduce")
+    arguments = dict(input=x, workspace=workspace, pattern=AllReduceFusionPattern.kARResidualRMSNorm, rounding="after_all_reduce")
+    arguments |= dict(residual_in=residual, rms_gamma=weight, residual_out=torch.empty_like(x))
+    assert torch.equal(allreduce_fusion(**arguments), twice.norm_out) and torch.equal(arguments["residual_out"], twice.residual_out)
+    assert not torch.equal(twice.residual_out, want.residual_out)
     with pytest.raises(InvalidError, match="pattern 40"):
         allreduce_fusion(input=x, workspace=workspace, pattern=40)
     workspace.destroy()

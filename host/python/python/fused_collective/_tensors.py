@@ -14,6 +14,8 @@ BYTES = {"codes": 1, "float32": 4, "float16": 2, "bfloat16": 2}
 
 _BUFFER_FORMATS = {"f": "float32", "e": "float16", "B": "uint8", "b": "int8", "c": "uint8", "H": "uint16", "h": "int16", "i": "int32"}
 _DLPACK_TYPES = {(0, 32): "int32", (2, 32): "float32", (2, 16): "float16", (4, 16): "bfloat16"}
+#: Names of PyTorch's types, of those that came.
+_TORCH_NAMES: dict[Any, str] = {}
 _SIZES = {"uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "int32": 4, "float64": 8}
 
 
@@ -53,10 +55,11 @@ def describe(x: Any, role: str) -> Tensor:
     if is_torch(x):
         if not x.is_contiguous():
             raise InvalidError(f"{role} is not contiguous: use {role}.contiguous()")
-        gpu = x.device.index if x.device.type == "cuda" else None
-        if x.device.type not in ("cuda", "cpu"):
+        if not (x.is_cuda or x.is_cpu):
             raise InvalidError(f"{role} is on {x.device}: use a CPU or a CUDA tensor")
-        return Tensor(x.data_ptr(), tuple(x.shape), str(x.dtype)[6:], gpu, False, x)
+        # Not by `x.device` and the type's text: each takes as long as all the rest.
+        dtype = _TORCH_NAMES.get(x.dtype) or _TORCH_NAMES.setdefault(x.dtype, str(x.dtype)[6:])
+        return Tensor(x.data_ptr(), x.shape, dtype, x.get_device() if x.is_cuda else None, False, x)
     if hasattr(x, "__cuda_array_interface__"):
         return _of_interface(x, x.__cuda_array_interface__, role, True)
     if hasattr(x, "__array_interface__"):

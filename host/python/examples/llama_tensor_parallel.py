@@ -18,6 +18,7 @@ import argparse
 import functools
 import math
 import os
+import statistics
 import sys
 
 import torch
@@ -44,12 +45,13 @@ def arguments():
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256], help="batch sizes of decode (default: 1 8 64 256)")
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prefill (default: %(default)s)")
     parser.add_argument("--types", nargs="+", choices=["bf16", "fp8"], default=["bf16", "fp8"], help="types of linear layers (default: both)")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of a turn (default: %(default)s)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each way, of which the median counts (default: %(default)s)")
     parser.add_argument("--flashinfer-backend", default="trtllm", help="FlashInfer's workspace (default: %(default)s)")
     options = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("start it by torchrun --nproc-per-node N")
-    for name in ("hidden", "layers", "vocabulary", "context", "prefill", "steps"):
+    for name in ("hidden", "layers", "vocabulary", "context", "prefill", "steps", "turns"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)} is not valid: use 1 or more")
     world_size = int(os.environ["WORLD_SIZE"])
@@ -189,34 +191,41 @@ def slowest(seconds):
     return max(time.item() for time in everyone)
 
 
-def measure(run, steps, in_graph):
-    """Logits, and seconds of a step on the slowest rank."""
+def prepare(run, in_graph):
+    """Makes a step of a run that is warmed up, in a graph or not. A step returns the logits."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            logits = run()
+            run()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     dist.barrier(group=GLOO)
-    if in_graph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = run()
-        step = graph.replay
-    else:
-        step = run
+    if not in_graph:
+        return run
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = run()
+
+    def step():
+        graph.replay()
+        return logits
+
+    return step
+
+
+def measure(step, steps):
+    """Logits, and seconds of a step on the slowest rank."""
     step()
     torch.cuda.synchronize()
     dist.barrier(group=GLOO)
     began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     began.record()
     for _ in range(steps):
-        out = step()
+        logits = step()
     ended.record()
     torch.cuda.synchronize()
-    logits = (logits if in_graph else out).float().clone()
-    return logits, slowest(began.elapsed_time(ended) / 1e3 / steps)
+    return logits.float().clone(), slowest(began.elapsed_time(ended) / 1e3 / steps)
 
 
 def ends(options, fp8, rank, world_size, shared, workspaces):
@@ -321,14 +330,23 @@ def main():
                 reference = base = None
                 if shared:
                     reference = forward(layers, head, x, caches, Gloo(fp8, compiled=False)).float()
+                prepared = {}
                 for name, end in found.items():
                     if isinstance(end, str):
                         if (note := f"{name} ({kind}): {end}") not in notes:
                             notes.append(note)
                         continue
-                    logits, seconds = measure(functools.partial(forward, layers, head, x, caches, end), options.steps, bool(batch))
-                    if name == "fused":
-                        workspaces["fused"].communicator.synchronize()
+                    prepared[name] = prepare(functools.partial(forward, layers, head, x, caches, end), bool(batch))
+                # In turns: what a GPU gives to matrix products changes while it gets warm.
+                found_logits, times = {}, {name: [] for name in prepared}
+                for _ in range(options.turns):
+                    for name, run in prepared.items():
+                        found_logits[name], seconds = measure(run, options.steps)
+                        times[name].append(seconds)
+                workspaces["fused"].communicator.synchronize()
+                del prepared, run
+                for name, logits in found_logits.items():
+                    seconds = statistics.median(times[name])
                     reference, base = logits if reference is None else reference, base or seconds
                     differ = ((logits - reference).norm() / reference.norm()).item()
                     step = f"decode, batch {batch}" if batch else f"prefill, {tokens} tokens"

@@ -92,10 +92,10 @@ pub unsafe fn one_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     // SAFETY: see above. What is constant may be read now.
     let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, slice, &team) };
     simt::wait_for_prerequisites();
-    // SAFETY: see above.
     let makes_addend = prologue.makes_addend(activations);
     let mut own = [Pack::default(); P];
     let mut token = team_index;
+    // What is pushed first need not go through memory. The loop makes it, too, so that the code is there once.
     while makes_addend && token < shape.tokens {
         let kept = if keeps && token == team_index { own.first_mut() } else { None };
         // SAFETY: see above.

@@ -53,10 +53,14 @@ impl<E: Element> Prologue<E> for Given {
 /// The most experts whose rows are on their way at the same time.
 const MOST: usize = 8;
 
-/// An array of what a closure gives for each of [`MOST`] experts. Written out: an array of registers needs constant indices.
+/// An array of what a closure gives for each of the first `at_once` of [`MOST`] experts, and else `otherwise`. Written out: an
+/// array of registers needs constant indices.
 macro_rules! each {
-    ($of:expr) => {
-        [$of(0), $of(1), $of(2), $of(3), $of(4), $of(5), $of(6), $of(7)]
+    ($at_once:expr, $otherwise:expr, $of:expr) => {
+        each!(@ $at_once, $otherwise, $of, 0 1 2 3 4 5 6 7)
+    };
+    (@ $at_once:expr, $otherwise:expr, $of:expr, $($next:literal)*) => {
+        [$(if $next < $at_once { $of($next) } else { $otherwise }),*]
     };
 }
 
@@ -66,15 +70,13 @@ macro_rules! each {
 /// # Safety
 /// As [`Prologue::addend`].
 #[inline(always)]
-unsafe fn rows_of<const AT_ONCE: u32>(experts: &Experts, first: u64, expert: u32) -> [i32; MOST] {
+unsafe fn rows_of<const AT_ONCE: usize>(experts: &Experts, first: u64, expert: u32) -> [i32; MOST] {
     // Without branches, so that no load waits for another.
-    each!(|next: u32| {
-        if next >= AT_ONCE {
-            return -1;
-        }
-        let address = experts.index.offset((first + (expert + next) as u64) * 4);
+    each!(AT_ONCE, -1, |next: usize| {
+        let expert = expert + next as u32;
+        let address = experts.index.offset((first + expert as u64) * 4);
         // SAFETY: inside the tensor, which nobody writes meanwhile.
-        unsafe { simt::load_u32_if(expert + next < experts.top_k, address, -1i32 as u32) as i32 }
+        unsafe { simt::load_u32_if(expert < experts.top_k, address, -1i32 as u32) as i32 }
     })
 }
 
@@ -83,31 +85,24 @@ unsafe fn rows_of<const AT_ONCE: u32>(experts: &Experts, first: u64, expert: u32
 /// # Safety
 /// As [`Prologue::addend`].
 #[inline(always)]
-unsafe fn scales_of<E: Element, const AT_ONCE: u32>(
+unsafe fn scales_of<E: Element, const AT_ONCE: usize>(
     experts: &Experts,
     first: u64,
     expert: u32,
     rows: [i32; MOST],
 ) -> [f32; MOST] {
-    let place = |next: u32| first + (expert + next) as u64;
-    let is_here = |next: u32| rows[next as usize] >= 0;
+    let place = |next: usize| first + (expert + next as u32) as u64;
     if E::LANES == 4 || experts.scales_f32 != 0 {
-        each!(|next: u32| {
-            if next >= AT_ONCE {
-                return 0.0;
-            }
+        each!(AT_ONCE, 0.0, |next: usize| {
+            let address = experts.scales.offset(place(next) * 4);
             // SAFETY: inside the tensor, which nobody writes meanwhile; so below.
-            f32::from_bits(unsafe {
-                simt::load_u32_if(is_here(next), experts.scales.offset(place(next) * 4), 0)
-            })
+            f32::from_bits(unsafe { simt::load_u32_if(rows[next] >= 0, address, 0) })
         })
     } else {
-        each!(|next: u32| {
-            if next >= AT_ONCE {
-                return 0.0;
-            }
+        each!(AT_ONCE, 0.0, |next: usize| {
+            let address = experts.scales.offset(place(next) * 2);
             // SAFETY: see above.
-            let bits = unsafe { simt::load_u16_if(is_here(next), experts.scales.offset(place(next) * 2), 0) };
+            let bits = unsafe { simt::load_u16_if(rows[next] >= 0, address, 0) };
             convert::widen::<E>(Pack([bits, 0, 0, 0])).as_ref()[0]
         })
     }
@@ -119,7 +114,10 @@ unsafe fn scales_of<E: Element, const AT_ONCE: u32>(
 /// # Safety
 /// As [`Prologue::addend`].
 #[inline(always)]
-pub(crate) unsafe fn addend_of<E: Element, const AT_ONCE: u32>(experts: &Experts, index: PackIndex) -> Pack {
+pub(crate) unsafe fn addend_of<E: Element, const AT_ONCE: usize>(
+    experts: &Experts,
+    index: PackIndex,
+) -> Pack {
     // What waits for nothing is on its way first.
     let has_shared = !experts.shared.is_null();
     // SAFETY: inside the tensor, if there is one.
@@ -130,11 +128,8 @@ pub(crate) unsafe fn addend_of<E: Element, const AT_ONCE: u32>(experts: &Experts
     while expert < experts.top_k {
         // SAFETY: as this function's; so below.
         let rows = unsafe { rows_of::<AT_ONCE>(experts, first, expert) };
-        let packs = each!(|next: u32| {
-            let row = rows[next as usize];
-            if next >= AT_ONCE {
-                return Pack::default();
-            }
+        let packs = each!(AT_ONCE, Pack::default(), |next: usize| {
+            let row = rows[next];
             let place = (row.max(0) as u64) * index.row_packs as u64 + index.pack as u64;
             // SAFETY: the index of an expert names a row.
             unsafe { simt::load_if(row >= 0, experts.rows.offset(place * Pack::BYTES)) }
@@ -144,16 +139,13 @@ pub(crate) unsafe fn addend_of<E: Element, const AT_ONCE: u32>(experts: &Experts
         // Zero times zero adds nothing to a sum that has begun with zero. To skip it, by a branch that all threads take alike, took 3%
         // longer at 1 token.
         let mut add = |next: usize| {
-            if next >= AT_ONCE as usize {
-                return;
-            }
             for (sum, value) in sum.as_mut().iter_mut().zip(convert::widen::<E>(packs[next]).as_ref()) {
                 *sum = simt::fma(scales[next], *value, *sum);
             }
         };
-        each!(|next: u32| add(next as usize));
+        each!(AT_ONCE, (), add);
         // `black_box`, or a compiler has the loop's body several times.
-        expert = simt::black_box_u32(expert + AT_ONCE);
+        expert = simt::black_box_u32(expert + AT_ONCE as u32);
     }
     if has_shared {
         for (sum, value) in sum.as_mut().iter_mut().zip(convert::widen::<E>(shared).as_ref()) {
@@ -172,6 +164,6 @@ impl<E: Element> Prologue<E> for Experts {
     #[inline(always)]
     unsafe fn addend(&self, index: PackIndex) -> Pack {
         // SAFETY: as this function's.
-        unsafe { addend_of::<E, { MOST as u32 }>(self, index) }
+        unsafe { addend_of::<E, MOST>(self, index) }
     }
 }

@@ -241,8 +241,13 @@ def ends(options, fp8, rank, world_size, shared, workspaces):
         if any(os.environ.get(name) == value for name, value in MULTICAST_OFF.items()):
             if options.flashinfer_backend != "trtllm":
                 raise RuntimeError(f"its back end {options.flashinfer_backend} needs NVLink multicast, which the environment switches off")
-            # FlashInfer has no variable for it but this one, by which it makes its workspace without multicast.
+            # FlashInfer has no variable for it but this one, by which it makes its workspace without multicast. Releases before that
+            # have none, and what they would do is not tried.
             os.environ["FLASHINFER_CONFIDENTIAL_COMPUTE"] = "1"
+            import flashinfer.utils
+
+            if not hasattr(flashinfer.utils, "is_confidential_compute"):
+                raise RuntimeError("the environment switches NVLink multicast off, and this release cannot be told: use 0.7.4")
         import flashinfer.comm as theirs
 
         if "flashinfer" not in workspaces:

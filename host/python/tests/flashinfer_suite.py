@@ -5,8 +5,8 @@
 CHECKOUT is a clone of FlashInfer. FlashInfer itself is not needed: a package of its name stands in for it, whose ``comm`` is
 ``fused_collective.flashinfer``. Without ``--all``, the longer files run for one type or hidden size. Tests of what this package does not have are
 left out: the calls from before the unified one, the other back ends by name, the reduction of experts, and groups of other sizes
-than 64 and 128. In two files each rank has a residual of its own, which this package does not take; there all get rank 0's. One gives scales in
-tiles of 8 x 4 less memory than they have tiles, which this package refuses; there they get more.
+than 64 and 128. In two files each rank has a residual of its own, which this package does not take; there all get rank 0's. One gives
+scales in tiles of 8 x 4 less memory than they have tiles, which this package refuses; there they get more.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 STAND_IN = {
     "flashinfer/__init__.py": "",
@@ -123,39 +124,49 @@ COMM_WORLD = _World()
 """,
 }
 
-#: File; whether a launcher starts its ranks, and not the tests; what to select of it, and without --all; and what to change: a text, and what it
-#: becomes.
+class File(NamedTuple):
+    """A file of FlashInfer's tests."""
+
+    name: str
+    #: What to select of it (all, if empty), and what more without ``--all``.
+    select: str = ""
+    briefly: str = ""
+    #: Texts, and what they become.
+    changes: tuple[tuple[str, str], ...] = ()
+    #: True if a launcher starts its ranks, and not the tests.
+    launched: bool = False
+
+
 FILES = [
-    ("test_allreduce_unified_api.py", True, "auto or multicast_free", "dtype1 and not 2880", []),
-    ("test_gemma_ar_fusion.py", False, "", "", []),
-    (
+    File("test_allreduce_unified_api.py", "auto or multicast_free", "dtype1 and not 2880", launched=True),
+    File("test_gemma_ar_fusion.py"),
+    File(
         "test_trtllm_allreduce_fusion.py",
-        False,
         "not True",
         "4096",
-        [
+        (
             ("residual_in_clone = residual_in.clone()", "dist.broadcast(residual_in, 0); residual_in_clone = residual_in.clone()"),
             ("== comm.QuantizationSFLayout.SWIZZLED_128x4", "!= comm.QuantizationSFLayout.LINEAR"),
-        ],
+        ),
     ),
-    (
+    File(
         "test_trtllm_allreduce_dynamic_fp8_quant.py",
-        False,
-        "",
-        "bf16 or graph",
-        [
+        briefly="bf16 or graph",
+        changes=(
             ("allreduce_ref = allreduce_in.clone()", "residual is None or dist.broadcast(residual, 0); allreduce_ref = allreduce_in.clone()"),
             ("        def run_op() -> None:", "        dist.broadcast(residual, 0)\n\n        def run_op() -> None:"),
-        ],
+        ),
     ),
-    (
+    File(
         "test_trtllm_allreduce_fusion_group_fp8_quant.py",
-        False,
-        "",
-        "",
-        [("def _scale_storage_size(", "TEST_CASES = [case for case in TEST_CASES if case[2] in (64, 128)]\n\n\ndef _scale_storage_size(")],
+        changes=(
+            (
+                "def _scale_storage_size(",
+                "TEST_CASES = [case for case in TEST_CASES if case[2] in (64, 128)]\n\n\ndef _scale_storage_size(",
+            ),
+        ),
     ),
-    ("test_allreduce_fusion_moe_unified_api.py", False, "finalize", "dtype1", []),
+    File("test_allreduce_fusion_moe_unified_api.py", "finalize", "dtype1"),
 ]
 
 
@@ -177,23 +188,22 @@ def end(*_):
 
 def start(checkout, folder, everything, port, file):
     """Starts the tests of a file, one process or two, which write their log beside it."""
-    name, launched, select, briefly, changes = file
-    text = (checkout / "tests" / "comm" / name).read_text()
-    for old, new in changes:
+    text = (checkout / "tests" / "comm" / file.name).read_text()
+    for old, new in file.changes:
         if old not in text:
-            sys.exit(f"{name} has no '{old}': it is of another version than this was made for")
+            sys.exit(f"{file.name} has no '{old}': it is of another version than this was made for")
         text = text.replace(old, new)
-    (folder / name).write_text(text)
-    if not everything and briefly:
-        select = f"({select}) and ({briefly})" if select else briefly
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-k", select, str(folder / name)]
+    (folder / file.name).write_text(text)
+    selected = [f"({it})" for it in (file.select, "" if everything else file.briefly) if it]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", str(folder / file.name)]
+    command += ["-k", " and ".join(selected)]
     environment = os.environ | {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"}
     ranks = [{}]
-    if launched:
+    if file.launched:
         # Not torchrun, whose store outlives a group: every test makes one anew.
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "STAND_IN_PORT": str(port + 1)}
         ranks = [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    log = open(folder / f"{name}.log", "w+")
+    log = open(folder / f"{file.name}.log", "w+")
     return [
         subprocess.Popen(command, cwd=folder, env=environment | rank, stdout=log, stderr=subprocess.STDOUT) for rank in ranks
     ], log
@@ -207,7 +217,7 @@ def run(checkout, folder, everything):
     helpers = folder / "tests" / "test_helpers"
     helpers.mkdir(parents=True)
     shutil.copy(checkout / "tests" / "test_helpers" / "comm.py", helpers)
-    runs = {file[0]: start(checkout, folder, everything, 29700 + 2 * at, file) for at, file in enumerate(FILES)}
+    runs = {file.name: start(checkout, folder, everything, 29700 + 2 * at, file) for at, file in enumerate(FILES)}
     worst = 0
     try:
         while runs:

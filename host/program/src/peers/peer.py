@@ -445,9 +445,12 @@ class Peer:
     def poison(self, outputs):
         """Fills outputs with bytes of ones, which are NaN as elements. Words that are stored by columns have no view as bytes."""
         for output in outputs:
-            if output is not None:
-                words = output if output.dtype == self.torch.int32 else output.view(self.torch.uint8)
-                words.fill_(-1 if words is output else 0xFF)
+            if output is None:
+                continue
+            if output.dtype == self.torch.int32:
+                output.fill_(-1)
+            else:
+                output.view(self.torch.uint8).fill_(0xFF)
 
     def run_timed(self, problem, variant):
         if self.device.type == "cpu":

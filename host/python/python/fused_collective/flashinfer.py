@@ -279,14 +279,16 @@ def allreduce_fusion(
         assert scale_factor is not None
         scale = scale_factor if isinstance(scale_factor, torch.Tensor) else _constant(communicator, input, scale_factor)
     layout, block = _LAYOUTS.get(QuantizationSFLayout.SWIZZLED_128x4 if layout_code is None else layout_code), 128
-    packed = scale_out
+    packed = None
     if layout is None:
         raise InvalidError(f"layout_code {layout_code} is not valid: use a constant of QuantizationSFLayout")
     if quant == "fp8_per_group":
         _need(pattern, block_quant_group_size=block_quant_group_size, scale_out=scale_out)
         assert block_quant_group_size is not None and scale_out is not None
         layout, block = "deep_gemm", block_quant_group_size
-        packed, scale_out = scale_out, _packed(scale_out, tokens, hidden, block)
+        memory = _packed(scale_out, tokens, hidden, block)
+        if memory is not scale_out:
+            packed, scale_out = scale_out, memory
     residual_out = torch.empty_like(residual_in) if residual_out is None else residual_out
     if steps.norm_out and norm_out is None:
         norm_out = torch.empty_like(input)
@@ -307,7 +309,7 @@ def allreduce_fusion(
         "ue8m0", steps.norm_out and quant != "none", False, rounding, mode, roomy=True,
         experts=experts,
     )  # fmt: skip
-    if packed is not None and scale_out is not packed:
+    if packed is not None:
         assert scale_out is not None
         # To its last element.
         words = sum((size - 1) * stride for size, stride in zip(packed.shape, packed.stride())) + 1

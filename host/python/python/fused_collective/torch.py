@@ -229,7 +229,7 @@ def enqueue(
         raise InvalidError("residual_out is missing: every operation writes it")
     codes = None if quant_out is None else _codes(quant_out, gpu)
     if roomy and codes is not None:
-        codes = codes[0], min(codes[1], elements // 2 if quant in ("nvfp4", "mxfp4") else elements), codes[2]
+        codes = codes[0], min(codes[1], elements // hidden * plan.quant_row_bytes if hidden else 0), codes[2]
     given_x = None if x is None else _elements(x, "x", gpu)
     given_residual = None if residual is None else _elements(residual, "residual", gpu)
     native.enqueue(

@@ -61,16 +61,17 @@ if ((gpus > 3)); then
   step sizes 120 verify --quick --num-tokens 17 --backend cuda --nproc-per-node "$sizes"
   step groups 60 verify --quick --num-tokens 17 --backend cuda --nproc-per-node $((gpus / 2)) --groups 2
 fi
-step faults 60 faults --backend cuda
+step faults 90 faults --backend cuda --deadline 4 --cases operations/kill/1 operations/stop/1 operations/stuck/1 operations/kill/0 \
+  replays/kill/1 replays/stop/1 operations/abort/1 operations/other-quant/1
 step bench 240 bench --backend cuda --num-tokens $tokens --residual sharded "${peers[@]}" --trials 30 \
   --output-file "$output/bench.md" --json "$output/bench.json" --plot "$output/bench.svg"
-step wires 300 bench --backend cuda --num-tokens $tokens --quant-modes none,fp8 --allreduce custom --wire exact,int8,int4 \
-  --residual sharded "${peers[@]}" --output-file "$output/wires.md" --json "$output/wires.json"
-step bench-4096 120 bench --backend cuda --num-tokens $tokens --hidden-dim 4096 "${peers[@]}" --json "$output/bench-4096.json"
+step wires 300 bench --backend cuda --num-tokens $tokens --quant-modes none --allreduce custom --wire exact,int8,int4 \
+  "${peers[@]}" --output-file "$output/wires.md" --json "$output/wires.json"
+step bench-4096 120 bench --backend cuda --num-tokens 1,64,512,2048 --hidden-dim 4096 "${peers[@]}" --json "$output/bench-4096.json"
 step quantized 200 bench --backend cuda --num-tokens 1,64,128,512,2048 --allreduce custom "${peers[@]}" \
   --quant-modes fp8,fp8_per_token,fp8_group128,mxfp8,fp4,mxfp4 --output-file "$output/quantized.md" --json "$output/quantized.json"
 for pattern in post-norm moe; do
-  step $pattern 150 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern "${peers[@]}" \
+  step $pattern 150 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern --quant-modes none "${peers[@]}" \
     --output-file "$output/$pattern.md" --json "$output/$pattern.json"
 done
 # In what is left, less a little for its end.

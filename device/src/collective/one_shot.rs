@@ -7,7 +7,7 @@
 //! push        push(the team's first token)
 //!             advance the epochs
 //! complete    for each token of the team, in order:
-//!                 load its rows of the input and the residual
+//!                 load its rows of the input and the residual (and the next token's of the input: see `reads_ahead`)
 //!                 poll the own slot until it has arrived from every peer; refill it with the sentinel
 //!                 row = round(the sum in rank order + the residual)
 //!                 push(the team's next token)
@@ -81,18 +81,20 @@ pub unsafe fn one_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     let first_index = slice.indices(shape.operation_token(team_index), 0)[0];
     let mine = keeps && slice.pack(0, 0).is_some();
     let first_input = first_index.of(activations.input);
+    let makes_addend = prologue.makes_addend(activations);
     let mut first_to = Address::NULL;
     if mine {
         first_to = first_index.of(first_slot::<N>(group, peer(group, 1)).offset(from(group.rank)));
-        // SAFETY: see above.
-        unsafe { simt::prefetch(first_input) };
+        if !makes_addend {
+            // SAFETY: see above.
+            unsafe { simt::prefetch(first_input) };
+        }
     }
     let epoch = Begun::epoch(group);
 
     // SAFETY: see above. What is constant may be read now.
     let prepared = unsafe { Prepared::<E, X, N, P, RESIDENT>::new(epilogue, slice, &team) };
     simt::wait_for_prerequisites();
-    let makes_addend = prologue.makes_addend(activations);
     let mut own = [Pack::default(); P];
     let mut token = team_index;
     // What is pushed first need not go through memory. The loop makes it, too, so that the code is there once.
@@ -115,10 +117,13 @@ pub unsafe fn one_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     let push =
         Push { wire, group, shape, input: activations.input, slice, rank_bytes, element: PhantomData::<E> };
     let keeps_sent = const { !W::ELEMENTS && RESIDENT };
+    // What decodes waits for itself, not for the links: the input of its next row may as well be on its way meanwhile. Scales take the
+    // registers for it. With one pack a thread there are few rows, and they got slower.
+    let reads_ahead = const { !W::ELEMENTS && RESIDENT && N == 2 && P == 2 && !X::SCALES };
     if !keeps {
         slice.for_chunks(|chunk| {
             // SAFETY: see above.
-            let sent = unsafe { push.push::<N>(&begun, team_index, chunk) };
+            let sent = unsafe { push.push::<N>(&begun, team_index, chunk, || push.read(team_index, chunk)) };
             if keeps_sent {
                 own = sent;
             }
@@ -152,6 +157,7 @@ pub unsafe fn one_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
                     kept::<E, W, P>(encode(wire, slice, chunk, own))
                 };
                 let residual = load_row(residual_of_sum, slice, chunk, indices);
+                let ahead = if reads_ahead { push.read(next, chunk) } else { [Pack::default(); P] };
                 let slot = begun.slot_of::<N>(group.rank).offset(before_round.wrapping_neg());
                 let of_source = |source: u32| {
                     // `black_box` for the same reason as in `slot_of`.
@@ -176,7 +182,8 @@ pub unsafe fn one_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
                     );
                 });
                 // The links carry the next row while this one is normalized.
-                next_own = push.push::<N>(&begun, next, chunk);
+                let input = || if reads_ahead { ahead } else { push.read(next, chunk) };
+                next_own = push.push::<N>(&begun, next, chunk, input);
             });
         }
         own = next_own;
@@ -203,29 +210,46 @@ struct Push<'a, E, W, const P: usize, const RESIDENT: bool> {
 }
 
 impl<E: Element, W: Wire<E>, const P: usize, const RESIDENT: bool> Push<'_, E, W, P, RESIDENT> {
-    /// Pushes a token's chunk to every peer, unless there is no such token, and returns it as it was pushed.
+    /// Reads a token's chunk of the input, unless there is no such token.
     ///
     /// # Safety
     /// As [`one_shot`].
     #[inline(always)]
-    unsafe fn push<const N: usize>(&self, begun: &Begun<'_>, token: u32, chunk: u32) -> [Pack; P] {
+    unsafe fn read(&self, token: u32, chunk: u32) -> [Pack; P] {
+        if token >= self.shape.tokens {
+            return [Pack::default(); P];
+        }
+        let indices = self.slice.indices(self.shape.operation_token(token), chunk);
+        // SAFETY: as this function's.
+        unsafe { load_row(self.input, self.slice, chunk, &indices) }
+    }
+
+    /// Pushes a token's chunk, `input`, to every peer, unless there is no such token, and returns it as it was pushed.
+    ///
+    /// # Safety
+    /// As [`one_shot`].
+    #[inline(always)]
+    unsafe fn push<const N: usize>(
+        &self,
+        begun: &Begun<'_>,
+        token: u32,
+        chunk: u32,
+        input: impl FnOnce() -> [Pack; P],
+    ) -> [Pack; P] {
         let mut packs = [Pack::default(); P];
         // A warp encodes together, whoever of it has failed.
         if token >= self.shape.tokens || W::ELEMENTS && begun.waiter.failed {
             return packs;
         }
         let indices = self.slice.indices(self.shape.operation_token(token), chunk);
-        // SAFETY: as this function's; so below.
-        packs = kept::<E, W, P>(encode(self.wire, self.slice, chunk, unsafe {
-            load_row(self.input, self.slice, chunk, &indices)
-        }));
+        packs = kept::<E, W, P>(encode(self.wire, self.slice, chunk, input()));
         if !W::ELEMENTS && begun.waiter.failed {
             return packs;
         }
         self.slice.for_each(chunk, |p, _| {
             for_peers::<N>(self.group, |distance| {
                 let row = begun.slot_of::<N>(peer(self.group, distance)).offset(self.rank_bytes);
-                // SAFETY: see above.
+                // SAFETY: as this function's.
                 unsafe { self.wire.push(row, token, indices[p], packs[p]) };
             });
         });

@@ -43,7 +43,7 @@ pub(super) enum Waits {
 }
 
 /// Rows for each place from which on narrower blocks gain more by computing several rows at once than they lose with the last.
-const MANY_ROWS: u64 = 8;
+const MANY_ROWS: u64 = 6;
 
 /// As [`choose_version`], for `tokens` rows: `places` tells how many of them a version in clusters of so many blocks of so
 /// many threads works on at once. A kernel that waits is taken in narrower blocks, of which more are resident: where there
@@ -133,8 +133,8 @@ mod tests {
             };
             choose_places(1024, tokens, ForItself, [1, 2, 4, 8].into_iter(), max_threads, places).unwrap()
         };
-        assert_eq!(choose(8 * 132), Some((P1, 1, 1024)));
-        assert_eq!(choose(8 * 132 + 1), Some((P2, 2, 256)));
+        assert_eq!(choose(6 * 132), Some((P1, 1, 1024)));
+        assert_eq!(choose(6 * 132 + 1), Some((P2, 2, 256)));
     }
 
     #[test]

@@ -10,7 +10,7 @@
 # steps'.
 set -uo pipefail
 program=$(realpath "${1:?PROGRAM}") output=$(mkdir -p "${2:?OUTPUT}" && realpath "$2") earlier=${3:+$(realpath "$3")}
-gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)} peers=(${PEERS:+--peers "$PEERS"}) worst=0
+gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)} peers=(${PEERS:+--peers "$PEERS" --peer-deadline 120}) worst=0
 whole=${LIMIT:-590} ran=0
 ends=$((SECONDS + whole))
 
@@ -71,7 +71,7 @@ step bench-4096 120 bench --backend cuda --num-tokens 1,64,512,2048 --hidden-dim
 step quantized 200 bench --backend cuda --num-tokens 1,64,128,512,2048 --allreduce custom "${peers[@]}" \
   --quant-modes fp8,fp8_per_token,fp8_group128,mxfp8,fp4,mxfp4 --output-file "$output/quantized.md" --json "$output/quantized.json"
 for pattern in post-norm moe; do
-  step $pattern 150 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern --quant-modes none "${peers[@]}" \
+  step $pattern 240 bench --backend cuda --num-tokens 1,16,64,128,512 --pattern $pattern --quant-modes none "${peers[@]}" \
     --output-file "$output/$pattern.md" --json "$output/$pattern.json"
 done
 # In what is left, less a little for its end.

@@ -930,7 +930,7 @@ fc_status fc_abort(const struct fc_communicator *communicator);
 
 /**
  * Leaves the group together with all others, when their operations have ended, after which nobody's end is a loss. Every later
- * call but `fc_free` fails.
+ * call but `fc_free` fails. In a group of several hosts the graphs that operations were captured in are destroyed before.
  *
  * # Safety
  * As `fc_query`.

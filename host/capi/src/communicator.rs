@@ -273,7 +273,7 @@ pub unsafe extern "C" fn fc_abort(communicator: *const fc_communicator) -> fc_st
 }
 
 /// Leaves the group together with all others, when their operations have ended, after which nobody's end is a loss. Every later
-/// call but `fc_free` fails.
+/// call but `fc_free` fails. In a group of several hosts the graphs that operations were captured in are destroyed before.
 ///
 /// # Safety
 /// As `fc_query`.

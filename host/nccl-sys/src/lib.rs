@@ -10,7 +10,7 @@
 use std::{
     env,
     ffi::{CStr, OsString, c_char, c_int, c_uint, c_void},
-    fmt,
+    fmt, mem,
     ops::Deref,
     ptr,
 };
@@ -217,15 +217,16 @@ functions! {
     fn ncclCommWindowDeregister(comm: ncclComm_t, window: ncclWindow_t) -> ncclResult_t;
 }
 
-/// The library, loaded.
+/// The library, loaded. It stays so until the process ends: NCCL has threads of its own, which may outlive every communicator.
 #[derive(Debug)]
 pub struct Nccl {
     functions: Functions,
     /// The functions of symmetric windows; `None` in a release before 2.27.
     pub windows: Option<Windows>,
-    /// The library that the functions are in, if they are in one.
-    _library: Option<Library>,
 }
+
+// Whatever unloads the library would take their code from these threads.
+const _: () = assert!(!mem::needs_drop::<Nccl>());
 
 impl Deref for Nccl {
     type Target = Functions;
@@ -247,12 +248,14 @@ impl Nccl {
 
     /// NCCL as these functions, which keep what `nccl.h` says of those of their names: for tests.
     pub const fn of(functions: Functions, windows: Option<Windows>) -> Nccl {
-        Nccl { functions, windows, _library: None }
+        Nccl { functions, windows }
     }
 
     fn bind(library: Library) -> Result<Nccl, libloading::Error> {
         let functions = Functions::bind(&library)?;
-        Ok(Nccl { functions, windows: Windows::bind(&library).ok(), _library: Some(library) })
+        let windows = Windows::bind(&library).ok();
+        mem::forget(library);
+        Ok(Nccl { functions, windows })
     }
 
     fn load_from(named: Option<OsString>) -> Result<Nccl, NotFound> {

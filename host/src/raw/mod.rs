@@ -402,10 +402,11 @@ impl Communicator {
     }
 
     /// Leaves the group together with all others, after which nobody's end is a loss: drop it. All ranks call this when
-    /// their operations have ended; every later call fails.
+    /// their operations have ended; every later call fails. In a group of several hosts the graphs that operations were captured in
+    /// are destroyed before.
     ///
     /// # Errors
-    /// A rank was lost; this rank has left already.
+    /// A rank was lost; such graphs are left; this rank has left already.
     pub fn leave(&mut self) -> Result<(), Error> {
         let meeting = self.meeting.take().ok_or(Error::Left)?;
         if let Backend::Cuda(communicator) = &mut self.backend {

@@ -418,7 +418,8 @@ class Communicator:
     def leave(self) -> None:
         """Leaves the group together with all others. Every later call fails.
 
-        PyTorch's streams are waited for; without PyTorch, call it when the operations have ended.
+        PyTorch's streams are waited for; without PyTorch, call it when the operations have ended. In a group of several hosts, delete
+        the CUDA graphs that operations were captured in before: NCCL waits for their end.
         """
         torch = sys.modules.get("torch")
         if self._cuda and torch is not None:

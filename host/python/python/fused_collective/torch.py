@@ -186,8 +186,8 @@ def enqueue(
     dtype = _DTYPES.get(like.dtype)
     if dtype is None:
         raise InvalidError(f"dtype {like.dtype} is not valid: use torch.float32, torch.float16 or torch.bfloat16")
-    hidden = like.shape[-1] if like.dim() else 0
-    elements = like.numel()
+    shape, elements = like.shape, like.numel()
+    hidden = shape[-1] if shape else 0
     fields: dict[str, Any] = {}
     more: dict[str, Any] = {}
     if post_norm is not None:
@@ -353,6 +353,12 @@ def _fake_norm_(*_):
     return None
 
 
+# By name and arguments, PyTorch would look for them anew in each call.
+_ALL_REDUCE = torch.ops.fused_collective.all_reduce.default
+_ALL_REDUCE_OUT = torch.ops.fused_collective.all_reduce_out.default
+_ALL_REDUCE_NORM_ = torch.ops.fused_collective.all_reduce_norm_.default
+
+
 def _last(post_norm: Norm | None, experts: Experts | None, *crossing: str | None) -> tuple[Any, ...]:
     """Makes an operator's last arguments. ``crossing`` is ``wire`` and ``partial_sums``."""
     post = (None, 1e-6, 0.0) if post_norm is None else (post_norm.weight, post_norm.epsilon, post_norm.weight_bias)
@@ -388,7 +394,7 @@ def all_reduce(
     :class:`fused_collective.Quant`; ``group`` is a number of :func:`register`, ``scale`` a tensor of one float32, and ``block``
     the elements of a group of ``fp8_per_group``.
     """
-    made = torch.ops.fused_collective.all_reduce(
+    made = _ALL_REDUCE(
         x, residual, bias, weight, scale, group, epsilon, weight_bias, quant, layout, block, block_scale, keep_norm,
         sharded and residual is not None, rounding, mode, *_last(post_norm, experts, wire, partial_sums),
     )  # fmt: skip
@@ -422,7 +428,7 @@ def all_reduce_out(
     partial_sums: str = "float32",
 ) -> None:
     """As :func:`all_reduce`, into tensors of the caller's. ``norm_out`` beside a quantization keeps the norm."""
-    torch.ops.fused_collective.all_reduce_out(
+    _ALL_REDUCE_OUT(
         x, residual, bias, weight, scale, residual_out, norm_out, quant_out, scale_out, group, epsilon, weight_bias, quant,
         layout, block, block_scale, norm_out is not None and quant != "none", sharded and residual is not None, rounding,
         mode, *_last(post_norm, experts, wire, partial_sums),
@@ -441,4 +447,4 @@ def all_reduce_norm_(
     mode: str = "auto",
 ) -> None:
     """Adds up ``x`` of all ranks and ``residual`` in place: the sum takes the residual's memory, the norm ``x``'s."""
-    torch.ops.fused_collective.all_reduce_norm_(x, residual, weight, group, epsilon, weight_bias, rounding, mode)
+    _ALL_REDUCE_NORM_(x, residual, weight, group, epsilon, weight_bias, rounding, mode)

@@ -13,7 +13,7 @@ use std::{
     sync::{
         Arc,
         atomic::Ordering::{Acquire, Relaxed},
-        mpsc::Receiver,
+        mpsc::{Receiver, RecvTimeoutError},
     },
     time::Duration,
 };
@@ -355,22 +355,33 @@ impl Across {
     }
 
     /// Leaves NCCL's communicator, in good order or at once, and frees the buffer.
-    pub(super) fn close(&mut self, abort: bool) {
+    ///
+    /// # Errors
+    /// NCCL has not left yet: it waits for the end of every graph that its gathers were captured in.
+    pub(super) fn close(&mut self, abort: bool) -> Result<(), Error> {
         self.watchdog = None;
-        let Some(buffer) = self.buffer.take() else { return };
+        if self.buffer.is_none() {
+            return Ok(());
+        }
         let over: Receiver<()> = Arc::clone(&self.comm).leave_in_thread(abort);
         let limit = if abort { ABORT_LIMIT } else { LEAVE_LIMIT };
-        let is_left = over.recv_timeout(limit) == Err(std::sync::mpsc::RecvTimeoutError::Disconnected);
-        if !is_left {
-            // NCCL may still use it: it ends with the process.
-            std::mem::forget(buffer);
+        if over.recv_timeout(limit) != Err(RecvTimeoutError::Disconnected) {
+            return Err(Error::Nccl(format!(
+                "did not leave within {:.0} s: destroy the graphs that the group's operations were captured in first",
+                limit.as_secs_f64()
+            )));
         }
+        self.buffer = None;
+        Ok(())
     }
 }
 
 impl Drop for Across {
     fn drop(&mut self) {
-        self.close(true);
+        if self.close(true).is_err() {
+            // NCCL may still use it: it ends with the process.
+            std::mem::forget(self.buffer.take());
+        }
         let ended = self
             .stream
             .context()

@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-/// The time that a monitor has to tell who was lost, once another host's sums say that somebody was.
+/// The time that a monitor has to tell who was lost, once another host's sums or NCCL say that somebody was.
 const NOTICE: Duration = Duration::from_secs(2);
 
 impl Communicator {
@@ -60,10 +60,15 @@ impl Communicator {
     }
 
     /// [Fails](Self::fail), because a launch or NCCL did. An error of NCCL's may come of a gather that this rank's own thread has
-    /// ended, or of the end of the group: that came first.
+    /// ended, or of the end of the group, or of a process's: that came first.
     pub(super) fn fail_launch(&mut self, error: Error) -> Error {
-        match (&error, self.end()) {
-            (Error::Nccl(_), cause @ (Cause::Deadline(_) | Cause::GaveUp(_))) => {
+        let is_nccl = matches!(error, Error::Nccl(_));
+        if is_nccl && self.late_gather().is_none() {
+            // NCCL may see the end of a process before the monitor does, and does not say whose.
+            self.lost_soon();
+        }
+        match self.end() {
+            cause @ (Cause::Deadline(_) | Cause::GaveUp(_)) if is_nccl => {
                 self.poison(Failure { rank: self.rank, wait: self.late_gather(), cause })
             }
             _ => self.fail(error),
@@ -108,9 +113,9 @@ impl Communicator {
         let began = Instant::now();
         loop {
             match monitor.lost() {
-                Some(lost) if lost.rank != self.rank => return Some(lost),
-                _ if began.elapsed() > NOTICE => return None,
-                _ => thread::sleep(Duration::from_millis(5)),
+                Some(lost) => return (lost.rank != self.rank).then_some(lost),
+                None if began.elapsed() > NOTICE => return None,
+                None => thread::sleep(Duration::from_millis(5)),
             }
         }
     }
@@ -131,8 +136,11 @@ impl Communicator {
 
     /// This rank has ended its waits: it was told to, or NCCL has failed.
     fn aborted(&self) -> Cause {
-        let failed = self.across.as_ref().and_then(Across::failed);
-        failed.map_or(Cause::Aborted, Cause::Gpu)
+        match self.across.as_ref().and_then(Across::failed) {
+            // As in `fail_launch`.
+            Some(failed) => self.lost_soon().map_or(Cause::Gpu(failed), Cause::Lost),
+            None => Cause::Aborted,
+        }
     }
 
     /// A rank of this host that has announced something else, if one is known to.

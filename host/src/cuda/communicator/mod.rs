@@ -318,17 +318,19 @@ impl Communicator {
     }
 
     /// Closes other ranks' memory, and returns when all have done so, after which each may free its own: drop it. All
-    /// ranks call this when their operations have ended; every later call fails.
+    /// ranks call this when their operations have ended; every later call fails. In a group of several hosts the graphs that
+    /// operations were captured in are destroyed before.
     ///
     /// # Errors
-    /// A rank was lost.
+    /// A rank was lost; such graphs are left.
     pub fn leave(&mut self, bootstrap: &dyn Bootstrap) -> Result<(), Error> {
         self.left = true;
-        if let Some(across) = &mut self.across {
-            across.close(self.failed.is_some());
-        }
+        let failed = self.failed.is_some();
+        let closed = self.across.as_mut().map_or(Ok(()), |across| across.close(failed));
         self.workspace.close_peers();
-        bootstrap.barrier().map_err(Error::bootstrap)
+        bootstrap.barrier().map_err(Error::bootstrap)?;
+        // Of a group that has failed, more is not expected.
+        if failed { Ok(()) } else { closed }
     }
 
     /// Looks, while no operation runs, for what this rank's region holds all the same: for tests. All of it is read only if

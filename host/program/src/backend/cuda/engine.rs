@@ -541,6 +541,9 @@ impl Collective for Engine<'_> {
     }
 
     fn leave(&mut self) -> Result<(), Error> {
+        // NCCL, between hosts, leaves when the graphs that it was captured in are gone.
+        self.graphs.clear();
+        self.aside.clear();
         Ok(self.communicator.leave(self.group)?)
     }
 

@@ -12,9 +12,9 @@
 //! | quantization | scale | number that is encoded | dequantized element |
 //! | --- | --- | --- | --- |
 //! | `Fp8Static` | `s`, from the caller | `c = E4M3(x * (1 / s))` | `c * s` |
-//! | `Fp8PerToken` | `s = max(amax / 448, 1 / (448 * 512))` | `c = E4M3(x * (1 / s))` | `c * s` |
+//! | `Fp8PerToken` | `s = max(amax / 448, 1 / (448 * 512))` | `c = E4M3(x / s)` | `c * s` |
 //! | `Fp8PerGroup`, `MxFp8` | `s = UE8M0(amax / 448)` | `c = E4M3(x * (1 / s))` | `c * s` |
-//! | `Fp8PerGroup` with `f32` scales | `s = max(amax, 1e-10) / 448` | `c = E4M3(x * (1 / s))` | `c * s` |
+//! | `Fp8PerGroup` with `f32` scales | `s = max(amax, 1e-10) / 448` | `c = E4M3(x / s)` | `c * s` |
 //! | `MxFp4` | `s = UE8M0(amax / 6)` | `c = E2M1(x * (1 / s))` | `c * s` |
 //! | `NvFp4` | `b = UE4M3(g * (amax / 6))`, `g` from the caller | `c = E2M1(x * (g / b))` | `c * b / g` |
 //!

@@ -134,10 +134,13 @@ pub(super) fn write_row<E: Element>(
     let scales =
         quantization.scales(tokens, row.len() as u64).map(|tensor| RowScales::new(tensor, token, scales));
     match (quantization, scales) {
-        (Quantization::Fp8Static, _) => encode_e4m3(row, scale::fp8_multiplier(scale), values),
+        (Quantization::Fp8Static, _) => {
+            let multiplier = scale::fp8_multiplier(scale);
+            encode_e4m3(row, |value| value * multiplier, values);
+        }
         (Quantization::Fp8PerToken, Some(mut scales)) => {
             let token_scale = scale::fp8_per_token(amax(row));
-            encode_e4m3(row, scale::fp8_multiplier(token_scale), values);
+            encode_e4m3(row, |value| value / token_scale, values);
             scales.set(0, token_scale.to_bits());
         }
         (Quantization::Fp8PerGroup { group, scales: GroupScale::F32, .. }, Some(scales)) => {
@@ -256,9 +259,9 @@ fn amax_or_nan<E: Element>(values: &[E]) -> f32 {
 }
 
 #[inline(always)]
-fn encode_e4m3<E: Element>(row: &[E], multiplier: f32, codes: &mut [u8]) {
+fn encode_e4m3<E: Element>(row: &[E], scaled: impl Fn(f32) -> f32, codes: &mut [u8]) {
     for (value, code) in row.iter().zip(codes) {
-        *code = e4m3::encode(value.to_f32() * multiplier);
+        *code = e4m3::encode(scaled(value.to_f32()));
     }
 }
 
@@ -268,9 +271,14 @@ trait BlockFormat {
     const ELEMENTS_PER_BYTE: usize;
     /// The largest magnitude of the block.
     fn largest<E: Element>(block: &[E]) -> f32;
-    /// The bits of the scale, and the multiplier of elements, for a block whose largest magnitude is `amax`.
+    /// The bits of the scale, and the [factor](Self::scaled) of elements, for a block whose largest magnitude is `amax`.
     fn scale(&self, amax: f32) -> (u32, f32);
-    /// The codes of at most [`BATCH`] multiplied elements, which were `E`.
+    /// The number that is encoded, of an element and its block's factor.
+    #[inline(always)]
+    fn scaled(element: f32, factor: f32) -> f32 {
+        element * factor
+    }
+    /// The codes of at most [`BATCH`] scaled elements, which were `E`.
     fn encode<E: Element>(values: &[f32], codes: &mut [u8]);
 }
 
@@ -289,10 +297,15 @@ impl<const F32: bool> BlockFormat for Fp8Block<F32> {
     fn scale(&self, amax: f32) -> (u32, f32) {
         if F32 {
             let scale = scale::fp8_group(amax);
-            return (scale.to_bits(), scale::fp8_multiplier(scale));
+            return (scale.to_bits(), scale);
         }
         let code = scale::fp8_block(amax);
         (code.into(), ue8m0::decode_reciprocal(code))
+    }
+
+    #[inline(always)]
+    fn scaled(element: f32, factor: f32) -> f32 {
+        if F32 { element / factor } else { element * factor }
     }
 
     #[inline(always)]
@@ -404,7 +417,7 @@ fn quantize_blocks<E: Element, F: BlockFormat, const BLOCK: usize>(
 ) {
     let mut largest = [0.0; MAX_BLOCKS];
     let mut scale_bits = [0; MAX_BLOCKS];
-    let mut multipliers = [0.0; MAX_BLOCKS];
+    let mut factors = [0.0; MAX_BLOCKS];
     let mut values = [0.0; BATCH];
     let batches = row.chunks(BATCH).zip(codes.chunks_mut(BATCH / F::ELEMENTS_PER_BYTE));
     for (batch, (elements, codes)) in batches.enumerate() {
@@ -412,13 +425,13 @@ fn quantize_blocks<E: Element, F: BlockFormat, const BLOCK: usize>(
         for (largest, block) in largest.iter_mut().zip(blocks) {
             *largest = F::largest(block);
         }
-        for ((bits, multiplier), &amax) in scale_bits.iter_mut().zip(&mut multipliers).zip(&largest) {
-            (*bits, *multiplier) = format.scale(amax);
+        for ((bits, factor), &amax) in scale_bits.iter_mut().zip(&mut factors).zip(&largest) {
+            (*bits, *factor) = format.scale(amax);
         }
-        let multiplied = values.as_chunks_mut::<BLOCK>().0;
-        for ((values, block), multiplier) in multiplied.iter_mut().zip(blocks).zip(&multipliers) {
+        let scaled = values.as_chunks_mut::<BLOCK>().0;
+        for ((values, block), &factor) in scaled.iter_mut().zip(blocks).zip(&factors) {
             for (value, element) in values.iter_mut().zip(block) {
-                *value = element.to_f32() * multiplier;
+                *value = F::scaled(element.to_f32(), factor);
             }
         }
         F::encode::<E>(&values[..elements.len()], codes);

@@ -3,8 +3,8 @@
 //! Every function states its `f32` operations: IEEE multiplications and divisions, in the stated order, rounded to
 //! nearest even, with subnormal numbers. A kernel that performs the same operations gets the same bits.
 //!
-//! An `f32` scale and a UE8M0 scale divide elements, as a multiplication by the reciprocal. NVFP4 has two scales:
-//! the global scale multiplies elements and the block scale divides them. The [module](super) has the table.
+//! A UE8M0 scale and the static one divide elements, as a multiplication by the reciprocal; the `f32` scale of a token or
+//! group divides them itself, as in vLLM and FlashInfer. NVFP4 has two scales: the global scale multiplies elements and the block scale divides them. The [module](super) has the table.
 //!
 //! # NaN and infinity
 //! E4M3 has a NaN, so a NaN element becomes a NaN code and affects no other: [`amax`] skips NaN. E2M1 has no NaN, so a
@@ -39,7 +39,27 @@ pub fn amax_or_nan(largest: f32, value: f32) -> f32 {
     f32::from_bits(largest.to_bits().max(value.abs().to_bits()))
 }
 
-/// The multiplier of elements under an `f32` scale: `1 / scale`. It is 0 under a scale that is not from [`MIN_FP8_STATIC`]
+/// What an element becomes before it is encoded.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scaling {
+    /// The product with this.
+    Times(f32),
+    /// The quotient by this, rounded once.
+    Over(f32),
+}
+
+impl Scaling {
+    /// The number that is encoded.
+    #[inline(always)]
+    pub fn apply(self, element: f32) -> f32 {
+        match self {
+            Scaling::Times(multiplier) => element * multiplier,
+            Scaling::Over(divisor) => element / divisor,
+        }
+    }
+}
+
+/// The multiplier of elements under a static `f32` scale: `1 / scale`. It is 0 under a scale that is not from [`MIN_FP8_STATIC`]
 /// to [`f32::MAX`], so that zeros stay zeros: such a scale in a tensor gives codes of zero, and NaN for elements that are
 /// not finite.
 #[inline(always)]

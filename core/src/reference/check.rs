@@ -6,7 +6,11 @@ use crate::{
     dtype::{DType, Element},
     fusion::{Norm, Operation, PartialSums, Rounding},
     norm::Weights,
-    quant::{GroupScale, Quantization, e2m1, e4m3, scale, ue4m3, ue8m0},
+    quant::{
+        GroupScale, Quantization, e2m1, e4m3,
+        scale::{self, Scaling},
+        ue4m3, ue8m0,
+    },
     specification::{Mismatch, Observed, Output, Token},
 };
 
@@ -179,11 +183,11 @@ struct TokenNorm<'a, E> {
     slack: f64,
 }
 
-/// A block of a row: format, and multiplier from the observed scale.
+/// A block of a row: format, and what the observed scale makes of elements.
 struct Block {
     first: usize,
     elements: usize,
-    multiplier: f32,
+    scaling: Scaling,
     format: Format,
 }
 
@@ -415,22 +419,22 @@ impl<'a, E: Element> Checker<'a, E> {
         };
         let mut largest = 0.0f64;
         for first in (0..hidden).step_by(elements) {
-            let multiplier = self.multiplier(norm, first, elements)?;
-            let error = self.values(norm, &Block { first, elements, multiplier, format })?;
+            let scaling = self.scaling(norm, first, elements)?;
+            let error = self.values(norm, &Block { first, elements, scaling, format })?;
             largest = largest.max(error);
         }
         Ok(largest)
     }
 
-    /// Checks the scale of one block (or of the whole token) and returns the multiplier of its elements.
-    fn multiplier(&self, norm: &TokenNorm<'_, E>, first: usize, elements: usize) -> Result<f32, Mismatch> {
+    /// Checks the scale of one block (or of the whole token) and returns what it makes of elements.
+    fn scaling(&self, norm: &TokenNorm<'_, E>, first: usize, elements: usize) -> Result<Scaling, Mismatch> {
         let (quantization, global) = (self.operation.quantization, self.token.scale);
         let nvfp4_global = scale::nvfp4_global(global);
         let block = first / elements;
         let hidden = self.observed.residual_out.len() as u64;
         let Some(tensor) = quantization.scales(self.operation.tokens, hidden) else {
             let is_quantized = quantization != Quantization::None;
-            return Ok(if is_quantized { scale::fp8_multiplier(global) } else { 1.0 });
+            return Ok(Scaling::Times(if is_quantized { scale::fp8_multiplier(global) } else { 1.0 }));
         };
         let bits = tensor.get(self.observed.scales, self.token.index, block as u64).unwrap_or(u32::MAX);
         let code = bits as u8;
@@ -444,14 +448,14 @@ impl<'a, E: Element> Checker<'a, E> {
         };
         let check_f32 = |scale_of: fn(f32) -> f32| {
             let got = f32::from_bits(bits);
-            check(scale::amax, &scale_of, got).map(|()| scale::fp8_multiplier(got))
+            check(scale::amax, &scale_of, got).map(|()| Scaling::Over(got))
         };
         let check_ue8m0 = |largest: fn(f32, f32) -> f32, scale_of: fn(f32) -> u8| {
             check(largest, &|amax| ue8m0::decode(scale_of(amax)), ue8m0::decode(code))
-                .map(|()| ue8m0::decode_reciprocal(code))
+                .map(|()| Scaling::Times(ue8m0::decode_reciprocal(code)))
         };
         match quantization {
-            Quantization::None | Quantization::Fp8Static => Ok(1.0),
+            Quantization::None | Quantization::Fp8Static => Ok(Scaling::Times(1.0)),
             Quantization::Fp8PerToken => check_f32(scale::fp8_per_token),
             Quantization::Fp8PerGroup { scales: GroupScale::F32, .. } => check_f32(scale::fp8_group),
             Quantization::Fp8PerGroup { .. } | Quantization::MxFp8 { .. } => {
@@ -461,7 +465,7 @@ impl<'a, E: Element> Checker<'a, E> {
             Quantization::NvFp4 { .. } => {
                 let scale_of = |amax| ue4m3::decode(scale::nvfp4_block(amax, nvfp4_global));
                 check(scale::amax_or_nan, &scale_of, ue4m3::decode(code))?;
-                Ok(scale::nvfp4_multiplier(code, nvfp4_global))
+                Ok(Scaling::Times(scale::nvfp4_multiplier(code, nvfp4_global)))
             }
         }
     }
@@ -483,10 +487,10 @@ impl<'a, E: Element> Checker<'a, E> {
     }
 
     fn values(&self, norm: &TokenNorm<'_, E>, block: &Block) -> Result<f64, Mismatch> {
-        let Block { first, elements, multiplier, format } = *block;
+        let Block { first, elements, scaling, format } = *block;
         let mut largest = 0.0f64;
         for index in first..first + elements {
-            let bounds = self.norm_bounds(norm, index).map(|bound| format.round(bound * multiplier));
+            let bounds = self.norm_bounds(norm, index).map(|bound| format.round(scaling.apply(bound)));
             let got = format.get(self.observed.values, index);
             if !allows(bounds, got) {
                 return Err(self.mismatch(Output::Value, index, got, bounds));
@@ -495,7 +499,11 @@ impl<'a, E: Element> Checker<'a, E> {
                 Some(observed) => f64::from(observed.to_f32()),
                 None => f64::from(E::from_f64(self.exact_norm(norm, index).exact).to_f32()),
             };
-            largest = largest.max(format.error(got, exact * f64::from(multiplier)));
+            let target = match scaling {
+                Scaling::Times(multiplier) => exact * f64::from(multiplier),
+                Scaling::Over(divisor) => exact / f64::from(divisor),
+            };
+            largest = largest.max(format.error(got, target));
         }
         Ok(largest)
     }

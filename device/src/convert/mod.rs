@@ -15,6 +15,8 @@ use fused_collective_core::dtype::DType;
 
 use fused_collective_core::{dtype::Element, pack::Pack};
 
+use crate::simt;
+
 /// The elements of a pack as `f32`, exactly.
 #[inline(always)]
 pub fn widen<E: Element>(pack: Pack) -> E::Wide {
@@ -87,6 +89,32 @@ pub fn byte_in_float(word: u32, index: u32) -> f32 {
     }
     #[cfg(not(target_arch = "nvptx64"))]
     f32::from_bits(BYTE_IN_FLOAT.to_bits() | (word >> (8 * index) & 0xff))
+}
+
+/// A positive number, or infinity, that divides several others.
+#[derive(Clone, Copy, Debug)]
+pub struct Divisor {
+    /// At most the largest number, so that zero times it is zero.
+    number: f32,
+    reciprocal: f32,
+}
+
+impl Divisor {
+    /// Prepares to divide by `number`.
+    #[inline(always)]
+    pub fn new(number: f32) -> Divisor {
+        Divisor { number: number.min(f32::MAX), reciprocal: 1.0 / number }
+    }
+
+    /// `value` divided, rounded to nearest even, for quotients from 2^-20 to 2^20 and divisors from 2^-80 on; as near others as E4M3
+    /// tells apart. Four fused multiply-adds, where an instruction of GPUs' for the whole is a dozen.
+    #[inline(always)]
+    pub fn divide(self, value: f32) -> f32 {
+        // Markstein's step: of a quotient that is right to its last place, by a rounded reciprocal, it makes the rounded one. The product
+        // may miss by a place more, so there are two. The order of signs keeps the one of zero.
+        let step = |quotient| simt::fma(simt::fma(quotient, self.number, -value), -self.reciprocal, quotient);
+        step(step(value * self.reciprocal))
+    }
 }
 
 /// Two E4M3 codes, `low` in the low byte: [`e4m3::encode`](fused_collective_core::quant::e4m3::encode) of each.

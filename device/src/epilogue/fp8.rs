@@ -89,7 +89,7 @@ impl<E: Element> Quantizer<E> for Fp8PerToken {
 #[inline(always)]
 fn per_token<E: Element>(values: Pack, row_max: f32) -> (u64, u32) {
     let scale = scale::fp8_per_token(row_max);
-    (codes::<E>(values, scale::fp8_multiplier(scale)), scale.to_bits())
+    (quotients::<E>(values, scale), scale.to_bits())
 }
 
 #[inline(always)]
@@ -116,14 +116,13 @@ fn per_block<E: Element>(quantizer: &Fp8Block, values: Pack, lanes: u32) -> (u64
     // Magnitudes are in the order of their bits.
     let own = Quantizer::<E>::magnitude(quantizer, values);
     let amax = f32::from_bits(simt::tile_max(own.to_bits(), 1 << block_packs_log2(quantizer), lanes));
-    let (multiplier, scale) = if quantizer.scales.strides.size == 4 {
+    if quantizer.scales.strides.size == 4 {
         let scale = scale::fp8_group(amax);
-        (scale::fp8_multiplier(scale), scale.to_bits())
+        (quotients::<E>(values, scale), scale.to_bits())
     } else {
         let code = scale::fp8_block(amax);
-        (ue8m0::decode_reciprocal(code), u32::from(code))
-    };
-    (codes::<E>(values, multiplier), scale)
+        (codes::<E>(values, ue8m0::decode_reciprocal(code)), u32::from(code))
+    }
 }
 
 impl<E: Element> Quantizer<E> for Fp8Block {
@@ -183,12 +182,24 @@ const fn code_words<E: Element>() -> u32 {
     E::LANES as u32 / 4
 }
 
-/// A pack's codes, one in a byte.
+/// A pack's codes under a static or a UE8M0 scale, one in a byte.
 #[inline(always)]
 fn codes<E: Element>(values: Pack, multiplier: f32) -> u64 {
+    encode::<E>(values, |value| value * multiplier)
+}
+
+/// A pack's codes under the scale of its token or group.
+#[inline(always)]
+fn quotients<E: Element>(values: Pack, scale: f32) -> u64 {
+    let divisor = convert::Divisor::new(scale);
+    encode::<E>(values, |value| divisor.divide(value))
+}
+
+#[inline(always)]
+fn encode<E: Element>(values: Pack, scaled: impl Fn(f32) -> f32) -> u64 {
     let mut codes = 0u64;
     for (index, &[low, high]) in convert::widen::<E>(values).as_ref().as_chunks::<2>().0.iter().enumerate() {
-        codes |= (convert::e4m3_pair(low * multiplier, high * multiplier) as u64) << (16 * index);
+        codes |= (convert::e4m3_pair(scaled(low), scaled(high)) as u64) << (16 * index);
     }
     codes
 }

@@ -268,8 +268,8 @@ _LIBRARY.define(
     f"Tensor(b!)? norm_out, Tensor(c!)? quant_out, Tensor(d!)? scale_out, {_OPTIONS}, {_MORE}) -> ()"
 )
 _LIBRARY.define(
-    "all_reduce_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, int group, float epsilon, float weight_bias, "
-    "str rounding, str algorithm) -> ()"
+    "all_reduce_norm_(Tensor(a!) x, Tensor(b!) residual, Tensor weight, int group, float epsilon=1e-06, float weight_bias=0.0, "
+    "str rounding='once', str algorithm='auto') -> ()"
 )
 
 
@@ -321,7 +321,7 @@ def _run_out(x, residual, bias, weight, scale, residual_out, norm_out, quant_out
     enqueue(_communicator(group), x, residual, bias, weight, scale, outputs, *options, **_more(*last))
 
 
-def _run_norm_(x, residual, weight, group, epsilon, weight_bias, rounding, mode):
+def _run_norm_(x, residual, weight, group, epsilon=1e-6, weight_bias=0.0, rounding="once", mode="auto"):
     outputs = (residual, x, None, None)
     enqueue(
         _communicator(group), x, residual, None, weight, None, outputs,
@@ -447,4 +447,6 @@ def all_reduce_norm_(
     mode: str = "auto",
 ) -> None:
     """Adds up ``x`` of all ranks and ``residual`` in place: the sum takes the residual's memory, the norm ``x``'s."""
-    _ALL_REDUCE_NORM_(x, residual, weight, group, epsilon, weight_bias, rounding, mode)
+    # Each argument takes its time on the way.
+    options = () if weight_bias == 0.0 and rounding == "once" and mode == "auto" else (weight_bias, rounding, mode)
+    _ALL_REDUCE_NORM_(x, residual, weight, group, epsilon, *options)

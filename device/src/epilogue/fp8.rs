@@ -89,7 +89,9 @@ impl<E: Element> Quantizer<E> for Fp8PerToken {
 #[inline(always)]
 fn per_token<E: Element>(values: Pack, row_max: f32) -> (u64, u32) {
     let scale = scale::fp8_per_token(row_max);
-    (quotients::<E>(values, scale), scale.to_bits())
+    let mut wide = convert::widen::<E>(values);
+    divide::<E>(&mut wide, scale);
+    (encode::<E>(wide), scale.to_bits())
 }
 
 #[inline(always)]
@@ -116,13 +118,18 @@ fn per_block<E: Element>(quantizer: &Fp8Block, values: Pack, lanes: u32) -> (u64
     // Magnitudes are in the order of their bits.
     let own = Quantizer::<E>::magnitude(quantizer, values);
     let amax = f32::from_bits(simt::tile_max(own.to_bits(), 1 << block_packs_log2(quantizer), lanes));
-    if quantizer.scales.strides.size == 4 {
+    // One call of the encoder, whose code is long where there is no instruction for it.
+    let mut wide = convert::widen::<E>(values);
+    let scale = if quantizer.scales.strides.size == 4 {
         let scale = scale::fp8_group(amax);
-        (quotients::<E>(values, scale), scale.to_bits())
+        divide::<E>(&mut wide, scale);
+        scale.to_bits()
     } else {
         let code = scale::fp8_block(amax);
-        (codes::<E>(values, ue8m0::decode_reciprocal(code)), u32::from(code))
-    }
+        multiply::<E>(&mut wide, ue8m0::decode_reciprocal(code));
+        u32::from(code)
+    };
+    (encode::<E>(wide), scale)
 }
 
 impl<E: Element> Quantizer<E> for Fp8Block {
@@ -182,24 +189,31 @@ const fn code_words<E: Element>() -> u32 {
     E::LANES as u32 / 4
 }
 
-/// A pack's codes under a static or a UE8M0 scale, one in a byte.
+/// A pack's codes under a static scale, one in a byte.
 #[inline(always)]
 fn codes<E: Element>(values: Pack, multiplier: f32) -> u64 {
-    encode::<E>(values, |value| value * multiplier)
+    let mut wide = convert::widen::<E>(values);
+    multiply::<E>(&mut wide, multiplier);
+    encode::<E>(wide)
 }
 
-/// A pack's codes under the scale of its token or group.
 #[inline(always)]
-fn quotients<E: Element>(values: Pack, scale: f32) -> u64 {
+fn multiply<E: Element>(values: &mut E::Wide, multiplier: f32) {
+    values.as_mut().iter_mut().for_each(|value| *value *= multiplier);
+}
+
+/// Divides by the scale of a token or group.
+#[inline(always)]
+fn divide<E: Element>(values: &mut E::Wide, scale: f32) {
     let divisor = convert::Divisor::new(scale);
-    encode::<E>(values, |value| divisor.divide(value))
+    values.as_mut().iter_mut().for_each(|value| *value = divisor.divide::<E>(*value));
 }
 
 #[inline(always)]
-fn encode<E: Element>(values: Pack, scaled: impl Fn(f32) -> f32) -> u64 {
+fn encode<E: Element>(values: E::Wide) -> u64 {
     let mut codes = 0u64;
-    for (index, &[low, high]) in convert::widen::<E>(values).as_ref().as_chunks::<2>().0.iter().enumerate() {
-        codes |= (convert::e4m3_pair(scaled(low), scaled(high)) as u64) << (16 * index);
+    for (index, &[low, high]) in values.as_ref().as_chunks::<2>().0.iter().enumerate() {
+        codes |= (convert::e4m3_pair(low, high) as u64) << (16 * index);
     }
     codes
 }

@@ -4,7 +4,8 @@
 //! nearest even, with subnormal numbers. A kernel that performs the same operations gets the same bits.
 //!
 //! A UE8M0 scale and the static one divide elements, as a multiplication by the reciprocal; the `f32` scale of a token or
-//! group divides them itself, as in vLLM and FlashInfer. NVFP4 has two scales: the global scale multiplies elements and the block scale divides them. The [module](super) has the table.
+//! group divides them itself, as in vLLM and FlashInfer. NVFP4 has two scales: the global scale multiplies elements and the
+//! block scale divides them. The [module](super) has the table.
 //!
 //! # NaN and infinity
 //! E4M3 has a NaN, so a NaN element becomes a NaN code and affects no other: [`amax`] skips NaN. E2M1 has no NaN, so a

@@ -409,10 +409,15 @@ impl Communicator {
     /// A rank was lost; such graphs are left; this rank has left already.
     pub fn leave(&mut self) -> Result<(), Error> {
         let meeting = self.meeting.take().ok_or(Error::Left)?;
-        if let Backend::Cuda(communicator) = &mut self.backend {
-            communicator.leave(meeting.bootstrap())?;
+        let left = match &mut self.backend {
+            Backend::Cuda(communicator) => communicator.leave(meeting.bootstrap()),
+            Backend::Cpu(_) => Ok(()),
+        };
+        // With graphs that are left, all ranks have met, and nobody is lost.
+        if let Ok(()) | Err(Error::Nccl(_)) = left {
+            meeting.end()?;
         }
-        meeting.end()
+        left
     }
 
     fn check_here(&self) -> Result<(), Error> {

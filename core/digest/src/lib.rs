@@ -20,7 +20,7 @@ use fold::Fold;
 use rows::fold_rows;
 
 /// The result of [`digest`] on every processor. A change of it is a change of the specification, or of the rows here.
-pub const DIGEST: u64 = 0x2402_1753_2091_0f1c;
+pub const DIGEST: u64 = 0xe6c7_d6c8_aa1f_078e;
 
 /// The digest of all rows, in each element type, and of the layouts of scales.
 pub fn digest() -> u64 {

@@ -47,12 +47,12 @@ fn numbers_of(line: &str) -> Vec<u64> {
     line.split_whitespace().filter_map(|word| word.parse().ok()).take(7).collect()
 }
 
-/// For 10 s each where `FUSED_COLLECTIVE_LONG_TESTS` is set: half a minute, on no more than two processors in CI, which may be slow.
+/// For 10 s each where `FUSED_COLLECTIVE_LONG_TESTS` is set: half a minute, on no more than two processors in CI.
 #[test]
 fn random_operations_of_two_three_and_four_ranks_are_right() {
     let is_long = std::env::var_os("FUSED_COLLECTIVE_LONG_TESTS").is_some();
     let (amount, operations, seconds) =
-        if is_long { ("--minutes 0.1667", 100, 9) } else { ("--operations 400", 400, 0) };
+        if is_long { ("--minutes 0.1667", 400, 9) } else { ("--operations 400", 400, 0) };
     for (ranks, seed) in [(2, 3), (3, 1), (4, 2)] {
         let outcome = run(&mut soak(&format!("{amount} --nproc-per-node {ranks} --seed {seed}")));
         outcome.assert_success();

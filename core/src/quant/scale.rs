@@ -40,26 +40,6 @@ pub fn amax_or_nan(largest: f32, value: f32) -> f32 {
     f32::from_bits(largest.to_bits().max(value.abs().to_bits()))
 }
 
-/// What an element becomes before it is encoded.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Scaling {
-    /// The product with this.
-    Times(f32),
-    /// The quotient by this, rounded once.
-    Over(f32),
-}
-
-impl Scaling {
-    /// The number that is encoded.
-    #[inline(always)]
-    pub fn apply(self, element: f32) -> f32 {
-        match self {
-            Scaling::Times(multiplier) => element * multiplier,
-            Scaling::Over(divisor) => element / divisor,
-        }
-    }
-}
-
 /// The multiplier of elements under a static `f32` scale: `1 / scale`. It is 0 under a scale that is not from [`MIN_FP8_STATIC`]
 /// to [`f32::MAX`], so that zeros stay zeros: such a scale in a tensor gives codes of zero, and NaN for elements that are
 /// not finite.

@@ -6,11 +6,7 @@ use crate::{
     dtype::{DType, Element},
     fusion::{Norm, Operation, PartialSums, Rounding},
     norm::Weights,
-    quant::{
-        GroupScale, Quantization, e2m1, e4m3,
-        scale::{self, Scaling},
-        ue4m3, ue8m0,
-    },
+    quant::{GroupScale, Quantization, e2m1, e4m3, scale, ue4m3, ue8m0},
     specification::{Mismatch, Observed, Output, Token},
 };
 
@@ -183,7 +179,31 @@ struct TokenNorm<'a, E> {
     slack: f64,
 }
 
-/// A block of a row: format, and what the observed scale makes of elements.
+/// The way from an element to the number that is encoded.
+#[derive(Clone, Copy)]
+enum Scaling {
+    Times(f32),
+    Over(f32),
+}
+
+impl Scaling {
+    /// As the specification computes it.
+    fn rounded(self, element: f32) -> f32 {
+        match self {
+            Scaling::Times(multiplier) => element * multiplier,
+            Scaling::Over(divisor) => element / divisor,
+        }
+    }
+
+    fn exact(self, element: f64) -> f64 {
+        match self {
+            Scaling::Times(multiplier) => element * f64::from(multiplier),
+            Scaling::Over(divisor) => element / f64::from(divisor),
+        }
+    }
+}
+
+/// A block of a row: format, and the scaling by the observed scale.
 struct Block {
     first: usize,
     elements: usize,
@@ -426,7 +446,7 @@ impl<'a, E: Element> Checker<'a, E> {
         Ok(largest)
     }
 
-    /// Checks the scale of one block (or of the whole token) and returns what it makes of elements.
+    /// Checks the scale of one block (or of the whole token) and returns the scaling of its elements.
     fn scaling(&self, norm: &TokenNorm<'_, E>, first: usize, elements: usize) -> Result<Scaling, Mismatch> {
         let (quantization, global) = (self.operation.quantization, self.token.scale);
         let nvfp4_global = scale::nvfp4_global(global);
@@ -490,7 +510,7 @@ impl<'a, E: Element> Checker<'a, E> {
         let Block { first, elements, scaling, format } = *block;
         let mut largest = 0.0f64;
         for index in first..first + elements {
-            let bounds = self.norm_bounds(norm, index).map(|bound| format.round(scaling.apply(bound)));
+            let bounds = self.norm_bounds(norm, index).map(|bound| format.round(scaling.rounded(bound)));
             let got = format.get(self.observed.values, index);
             if !allows(bounds, got) {
                 return Err(self.mismatch(Output::Value, index, got, bounds));
@@ -499,11 +519,7 @@ impl<'a, E: Element> Checker<'a, E> {
                 Some(observed) => f64::from(observed.to_f32()),
                 None => f64::from(E::from_f64(self.exact_norm(norm, index).exact).to_f32()),
             };
-            let target = match scaling {
-                Scaling::Times(multiplier) => exact * f64::from(multiplier),
-                Scaling::Over(divisor) => exact / f64::from(divisor),
-            };
-            largest = largest.max(format.error(got, target));
+            largest = largest.max(format.error(got, scaling.exact(exact)));
         }
         Ok(largest)
     }

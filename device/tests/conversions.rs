@@ -6,6 +6,7 @@ use fused_collective_core::{
     quant::{e2m1, e4m3, scale},
 };
 use fused_collective_device::convert::{self, Divisor};
+use fused_collective_device_tests::Random;
 
 /// Every sign, exponent and upper seven bits of a mantissa, with the lower bits that decide a rounding: none, the least,
 /// and those around a tie.
@@ -87,15 +88,11 @@ fn codes_under_the_scale_of_a_token_or_group_are_those_of_quotients() {
 
 #[test]
 fn quotients_of_f32_are_rounded_as_a_division_is() {
-    // A generator of numbers that Knuth gives (MMIX).
-    let mut state = 1u64;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 32) as u32
-    };
+    let mut random = Random(1);
     for _ in 0..1_000_000 {
-        let divisor = f32::from_bits(next() & 0x007f_ffff | 0x3f80_0000);
-        let value = f32::from_bits(next() & 0x83ff_ffff | 0x3c00_0000);
+        let bits = random.bits();
+        let divisor = f32::from_bits(bits as u32 & 0x007f_ffff | 0x3f80_0000);
+        let value = f32::from_bits((bits >> 32) as u32 & 0x83ff_ffff | 0x3c00_0000);
         assert_eq!(Divisor::new(divisor).divide::<f32>(value), value / divisor, "{value:e} / {divisor:e}");
     }
 }

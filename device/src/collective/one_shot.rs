@@ -117,8 +117,8 @@ pub unsafe fn one_shot<E, X, I, W, const N: usize, const P: usize, const RESIDEN
     let push =
         Push { wire, group, shape, input: activations.input, slice, rank_bytes, element: PhantomData::<E> };
     let keeps_sent = const { !W::ELEMENTS && RESIDENT };
-    // What decodes waits for itself, not for the links: the input of its next row may as well be on its way meanwhile. Scales take the
-    // registers for it. With one pack a thread there are few rows, and they got slower.
+    // What decodes waits for itself, not for the links: the input of its next row may as well be on its way meanwhile. Scales
+    // take the registers for it. With one pack a thread there are few rows, and they got slower.
     let reads_ahead = const { !W::ELEMENTS && RESIDENT && N == 2 && P == 2 && !X::SCALES };
     if !keeps {
         slice.for_chunks(|chunk| {

@@ -106,12 +106,12 @@ impl Divisor {
         Divisor { number: number.min(f32::MAX), reciprocal: 1.0 / number }
     }
 
-    /// `value`, of type `E`, divided, as near as E4M3 tells apart: the code is that of the quotient that is rounded to nearest even.
-    /// Two fused multiply-adds, or four for `f32`, where an instruction of GPUs' for the whole is a dozen.
+    /// Divides `value`, of type `E`, as near as E4M3 tells apart: the code is that of the quotient that is rounded to nearest
+    /// even. Two fused multiply-adds, or four for `f32`, where a division of GPUs' is a dozen instructions.
     ///
-    /// Markstein's step makes the rounded quotient of one that is right to its last place, by a rounded reciprocal. The product may miss by
-    /// a place more. After one step it is wrong only if the quotient is within 2^-46 of the middle between two `f32`, and E4M3 sees
-    /// that only where one of these is a tie. No value of 16 bits is so near, by any divisor.
+    /// Markstein's step makes the rounded quotient of one that is right to its last place, by a rounded reciprocal. The product
+    /// may miss by a place more. After one step it is wrong only if the quotient is within 2^-46 of the middle between two
+    /// `f32`, and E4M3 sees that only where one of these is a tie. No value of 16 bits is so near, by any divisor.
     #[inline(always)]
     pub fn divide<E: Element>(self, value: f32) -> f32 {
         // The order of signs keeps that of zero.
